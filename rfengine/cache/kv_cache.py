@@ -1,0 +1,196 @@
+"""StreamingKVCache: a contiguous arena [sink | slot | slot | ...] for every layer, written in place.
+
+Attention does not care about the order of keys, so a chunk that leaves is overwritten where it lies: nothing is
+rolled or concatenated. All decisions are integers on the host, made once for each chunk in a CachePlan.
+Shapes: L layers, B batch, S arena tokens, T tokens of a chunk, H heads, E head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rfengine import ops
+from rfengine.cache.sink_policy import build_sink_policy
+from rfengine.config import CacheConfig, WanConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.embeddings import rotary_table
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """Where one chunk is written, what leaves for it, and which time index every slot has then.
+
+    chunk: number of the chunk in the stream. slot: the slot it is written to. evicts: whether the chunk that lies
+    there leaves the window. filled_slots: slots that hold something once this chunk is written; they come first.
+    slot_times: time index of the first latent frame of every filled slot.
+    """
+
+    chunk: int
+    slot: int
+    evicts: bool
+    filled_slots: int
+    slot_times: tuple[int, ...]
+
+    @property
+    def query_time(self) -> int:
+        return self.slot_times[self.slot]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's views for one chunk: the arena to read, [B, S, H, E], and the chunk's slot to write, [B, T, H, E]."""
+
+    keys: Tensor
+    values: Tensor
+    slot_keys: Tensor
+    slot_values: Tensor
+    slot_raw_keys: Tensor | None
+    kv_len: int
+
+
+class StreamingKVCache:
+    """Keys and values of the sink and the window, for all layers.
+
+    keys: rotated keys [L, B, S, H, E]; values: the same shape; raw_keys: keys after the norm and before rotation, kept
+    only with relative positions, where a slot's time index changes. Memory is fixed from the start.
+    """
+
+    def __init__(
+        self,
+        model: WanConfig,
+        config: CacheConfig,
+        grid: LatentGrid,
+        batch: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.grid = grid
+        self.head_dim = model.head_dim
+        self.chunk_tokens = config.chunk_frames * grid.frame_tokens
+        arena = (model.num_layers, batch, config.window_chunks * self.chunk_tokens, model.num_heads, model.head_dim)
+        self.keys = torch.zeros(arena, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.raw_keys = torch.zeros_like(self.keys) if config.positions == "relative" else None
+        self.policy = build_sink_policy(config, self.keys[:, :, : self.sink_tokens])
+        self.slot_chunks = [EMPTY] * config.window_chunks
+        self.next_chunk = 0
+        self.begun_chunk = EMPTY  # the last chunk whose eviction and re-phasing were done
+
+    @property
+    def sink_tokens(self) -> int:
+        return self.config.sink_chunks * self.chunk_tokens
+
+    def plan_chunk(self) -> CachePlan:
+        """Decide, without changing anything, what the next chunk does to the cache."""
+        evicts = EMPTY not in self.slot_chunks
+        if self.begun_chunk == self.next_chunk:
+            raise RuntimeError(f"chunk {self.next_chunk} has begun; commit it before the next one is planned")
+        if evicts:
+            window = range(self.config.sink_chunks, self.config.window_chunks)
+            slot = min(window, key=lambda index: self.slot_chunks[index])
+        else:
+            slot = self.slot_chunks.index(EMPTY)
+        chunks = list(self.slot_chunks)
+        chunks[slot] = self.next_chunk
+        filled = [chunk for chunk in chunks if chunk != EMPTY]
+        return CachePlan(self.next_chunk, slot, evicts, len(filled), self._slot_times(filled))
+
+    def rewrite_plan(self, slot: int) -> CachePlan:
+        """A plan that writes the chunk of a filled slot once more; it sees the slots up to and including its own."""
+        chunks = self.slot_chunks[: slot + 1]
+        return CachePlan(self.slot_chunks[slot], slot, False, slot + 1, self._slot_times(chunks))
+
+    def _slot_times(self, chunks: list[int]) -> tuple[int, ...]:
+        """Time index of every filled slot: its place in the window (relative) or in the stream (absolute)."""
+        frames = self.config.chunk_frames
+        if self.config.positions == "absolute":
+            return tuple(chunk * frames for chunk in chunks)
+        order = {chunk: place for place, chunk in enumerate(sorted(chunks))}
+        return tuple(order[chunk] * frames for chunk in chunks)
+
+    def begin_chunk(self, plan: CachePlan) -> None:
+        """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes nothing."""
+        if plan.chunk != self.next_chunk:
+            raise RuntimeError(f"the plan is for chunk {plan.chunk} but chunk {self.next_chunk} is next; plan again")
+        if self.begun_chunk == plan.chunk:
+            return
+        if plan.evicts:
+            leaving = self.slot_tokens(plan.slot)
+            sink = slice(0, self.sink_tokens)
+            raw = self.keys if self.raw_keys is None else self.raw_keys
+            self.policy.evict(
+                raw[:, :, sink], self.values[:, :, sink], raw[:, :, leaving], self.values[:, :, leaving]
+            )
+            self.rephase(plan)
+        self.begun_chunk = plan.chunk
+
+    def rephase(self, plan: CachePlan) -> None:
+        """Rotate the raw keys of every filled slot to its time index in `plan`; absolute positions never change."""
+        if self.raw_keys is None:
+            return
+        filled = slice(0, plan.filled_slots * self.chunk_tokens)
+        ops.rephase_keys(self.raw_keys[:, :, filled], self.keys[:, :, filled], self._rotation(plan.slot_times))
+
+    def commit(self, plan: CachePlan) -> None:
+        """The chunk's final keys and values are in its slot: go on to the next chunk."""
+        if plan.chunk != self.next_chunk or self.begun_chunk != plan.chunk:
+            raise RuntimeError(f"chunk {plan.chunk} has not begun; call begin_chunk before commit")
+        self.slot_chunks[plan.slot] = plan.chunk
+        self.next_chunk += 1
+
+    def slot_tokens(self, slot: int) -> slice:
+        return slice(slot * self.chunk_tokens, (slot + 1) * self.chunk_tokens)
+
+    def layer(self, index: int, plan: CachePlan, keep_raw: bool) -> LayerCache:
+        """The views of one layer for the planned chunk; keep_raw also gives the slot of the raw keys."""
+        tokens = self.slot_tokens(plan.slot)
+        keys, values = self.keys[index], self.values[index]
+        raw = self.raw_keys[index][:, tokens] if keep_raw and self.raw_keys is not None else None
+        return LayerCache(
+            keys, values, keys[:, tokens], values[:, tokens], raw, plan.filled_slots * self.chunk_tokens
+        )
+
+    def query_rotation(self, plan: CachePlan) -> Tensor:
+        """Cosines and sines [2, T, E / 2] of the planned chunk's own tokens."""
+        return self._rotation((plan.query_time,))
+
+    def _rotation(self, slot_times: tuple[int, ...]) -> Tensor:
+        frames = [start + frame for start in slot_times for frame in range(self.config.chunk_frames)]
+        times = torch.tensor(frames, device=self.keys.device)
+        return rotary_table(self.head_dim, times, self.grid.token_rows, self.grid.token_columns)
+
+    def chronological(self, arena: Tensor) -> Tensor:
+        """The valid tokens of an arena [L, B, S, H, E] in the order sink, then oldest to newest; a copy."""
+        filled = [slot for slot, chunk in enumerate(self.slot_chunks) if chunk != EMPTY]
+        ordered = sorted(filled, key=lambda slot: self.slot_chunks[slot])
+        return torch.cat([arena[:, :, self.slot_tokens(slot)] for slot in ordered], dim=2)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the state by name, not copied; the integers are slot_chunks and next_chunk."""
+        raw = {} if self.raw_keys is None else {"raw_keys": self.raw_keys}
+        return {"keys": self.keys, "values": self.values, **raw, **self.policy.tensors()}
+
+    def load(self, tensors: dict[str, Tensor], slot_chunks: list[int], next_chunk: int) -> None:
+        """Take over a state saved between two chunks, in place.
+
+        Raises ValueError when a tensor is missing or its shape differs: the state is of another model, size or cache
+        configuration.
+        """
+        for name, own in self.tensors().items():
+            saved = tensors.get(name)
+            if saved is None or saved.shape != own.shape:
+                found = "missing" if saved is None else str(tuple(saved.shape))
+                raise ValueError(f"{name} of the saved cache is {found}; this stream needs {tuple(own.shape)}")
+        if len(slot_chunks) != len(self.slot_chunks):
+            raise ValueError(f"the saved cache has {len(slot_chunks)} slots; this stream has {len(self.slot_chunks)}")
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
+        self.slot_chunks = list(slot_chunks)
+        self.next_chunk = next_chunk
+        self.begun_chunk = next_chunk - 1

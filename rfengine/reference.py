@@ -1,0 +1,192 @@
+"""The meaning of every op in plain PyTorch: the oracle that kernels are held against.
+
+Shapes: B batch, F latent frames, T tokens (F * frame_tokens), D model dim, H heads, E head dim, S arena tokens,
+L layers, C latent channels. Arithmetic is float32 at least (float64 stays float64); a result is rounded once, to the
+dtype of the op's first tensor, and an op that rounds in between says where.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _per_frame(table: Tensor, x: Tensor) -> Tensor:
+    """[B, F, D] or [B, 1, D] spread over the tokens of x [B, T, D]."""
+    if table.shape[1] == 1:
+        return table
+    return table.repeat_interleave(x.shape[1] // table.shape[1], dim=1)
+
+
+def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, without affine parameters (spec 1.4, step 5).
+
+    x: [B, T, D]. shift, scale: [B or 1, F or 1, D], one row for each latent frame.
+    """
+    normed = F.layer_norm(_wide(x), x.shape[-1:], eps=eps)
+    return (normed * (1 + _per_frame(scale, x)) + _per_frame(shift, x)).to(x.dtype)
+
+
+def affine_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * weight + bias. x: [B, T, D]; weight, bias: [D]."""
+    wide = _wide(x)
+    return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * y, rounded to the dtype of x. x, y: [B, T, D]; gate: [B or 1, F or 1, D], or None for 1."""
+    branch = _wide(y) if gate is None else _wide(y) * _per_frame(gate, x)
+    return (_wide(x) + branch).to(x.dtype)
+
+
+def gated_residual_adaptive_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(x + gate * y, adaptive_layer_norm of it). The caller gives x up: a backend may write the sum into it."""
+    total = gated_residual(x, y, gate)
+    return total, adaptive_layer_norm(total, shift, scale, eps)
+
+
+def gated_residual_affine_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(x + gate * y, affine_layer_norm of it). The caller gives x up: a backend may write the sum into it."""
+    total = gated_residual(x, y, gate)
+    return total, affine_layer_norm(total, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight (spec 1.4)."""
+    wide = _wide(x)
+    normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
+    return (normed * weight).to(x.dtype)
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotate interleaved pairs (2j, 2j + 1): (a, b) -> (a cos - b sin, a sin + b cos) (spec 1.5).
+
+    x: [..., T, H, E]. rotation: [2, T, E / 2], cosines then sines, float32 or float64.
+    """
+    cos, sin = _wide(rotation).unsqueeze(-2)
+    first, second = _wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of q and k over the whole model dimension, then rotation of every head.
+
+    q, k: [B, T, D]; rotation: [2, T, E / 2]. Returns q, k as [B, T, H, E]. Rounded after the norm and after rotation.
+    """
+    q = rms_norm(q, weight_q, eps).unflatten(-1, (num_heads, -1))
+    k = rms_norm(k, weight_k, eps).unflatten(-1, (num_heads, -1))
+    return rotate(q, rotation), rotate(k, rotation)
+
+
+def qk_norm_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    rotation: Tensor,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    raw_keys: Tensor | None,
+) -> Tensor:
+    """Norm and rotate q and k, and write this chunk's slot: rotated keys, values and, when given, raw keys.
+
+    q, k, v: [B, T, D]; rotation: [2, T, E / 2]. keys, values, raw_keys: [B, T, H, E] views of the arena, overwritten.
+    Returns the rotated q [B, T, H, E]. Raw keys are those after the norm and before rotation, already rounded.
+    """
+    num_heads = keys.shape[-2]
+    q = rms_norm(q, weight_q, eps).unflatten(-1, (num_heads, -1))
+    k = rms_norm(k, weight_k, eps).unflatten(-1, (num_heads, -1))
+    keys.copy_(rotate(k, rotation))
+    values.copy_(v.unflatten(-1, (num_heads, -1)))
+    if raw_keys is not None:
+        raw_keys.copy_(k)
+    return rotate(q, rotation)
+
+
+def sink_window_attention(q: Tensor, keys: Tensor, values: Tensor, kv_len: int) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v over the first kv_len tokens of the arena, without mask (spec 2.2, step 6).
+
+    q: [B, T, H, E]; keys, values: [B, S, H, E]. Returns [B, T, H, E].
+    """
+    return _attention(q, keys[:, :kv_len], values[:, :kv_len], None)
+
+
+def clip_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention over a whole clip. q: [B, T, H, E]; k, v: [B, S, H, E]; mask: bool [T, S], True attends, or None."""
+    return _attention(q, k, v, mask)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.transpose(1, 2)
+
+
+def rephase_keys(raw: Tensor, rotated: Tensor, rotation: Tensor) -> None:
+    """Give every key the rotation of its new time index: rotated = rotate(raw), for all layers at once.
+
+    raw: [L, B, S, H, E]; rotated: the same, overwritten; rotation: [2, S, E / 2].
+    """
+    rotated.copy_(rotate(raw, rotation))
+
+
+def ema_evict(
+    sink_keys: Tensor,
+    sink_values: Tensor,
+    low_keys: Tensor | None,
+    low_values: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    alpha: float,
+) -> None:
+    """Fold the evicted chunk into the sink in place: sink = alpha * sink + (1 - alpha) * evicted (spec 2.2, step 3).
+
+    All tensors: [L, B, S, H, E]; keys before rotation. low_keys, low_values: what rounding took from the sink; the
+    sum is then formed in float32 as (sink + low) and split again into its rounded value and the rest. Without them
+    the two products and the sum are rounded to the dtype of the sink, as in the published code.
+    """
+    for sink, low, evicted in ((sink_keys, low_keys, keys), (sink_values, low_values, values)):
+        if low is None:
+            sink.copy_(alpha * sink + (1 - alpha) * evicted)
+            continue
+        total = alpha * (_wide(sink) + _wide(low)) + (1 - alpha) * _wide(evicted)
+        sink.copy_(total)
+        low.copy_(total - _wide(sink))
+
+
+def unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens of the head to latents: feature (p, q, c), channel fastest (spec 1.4, step 7).
+
+    tokens: [B, T, P * P * C]; like: [B, C', F, H, W], the latents they were patched from. Returns [B, C, F, H, W].
+    """
+    batch, _, frames, height, width = like.shape
+    patch = round((frames * height * width / tokens.shape[1]) ** 0.5)
+    rows, columns = height // patch, width // patch
+    grid = tokens.reshape(batch, frames, rows, columns, patch, patch, -1)
+    return grid.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
+
+
+def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, next_sigma: float) -> Tensor:
+    """One step of the sampler from the head's tokens: x0 = x - sigma * flow, then re-noise (spec 3.2).
+
+    tokens: [B, T, P * P * C]; x, noise: [B, C, F, H, W]. x0 is formed in float64 and rounded to the dtype of x;
+    with noise the result is (1 - next_sigma) * x0 + next_sigma * noise in float32, rounded; without it, x0.
+    """
+    flow = unpatchify(tokens, x)
+    x0 = (x.double() - sigma * flow.double()).to(x.dtype)
+    if noise is None:
+        return x0
+    return ((1 - next_sigma) * x0.float() + next_sigma * noise.float()).to(x.dtype)

@@ -1,0 +1,57 @@
+"""FlowSchedule: sigmas, warped timesteps, the few-step sampler's constants, and the noise that feeds it.
+
+Flow matching (spec 3.1): x_t = (1 - sigma) * x0 + sigma * noise, and the model predicts flow = noise - x0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rfengine.config import ScheduleConfig
+
+
+class FlowSchedule:
+    """The shifted sigma table and what the fixed denoising steps read from it (spec 3.1).
+
+    sigmas, timesteps: float32 [num_train_timesteps], falling; timesteps = num_train_timesteps * sigmas.
+    denoising_timesteps, denoising_sigmas: one float for each step of the sampler.
+    context_timestep: 0.0, what the context pass tells the model.
+    """
+
+    def __init__(self, config: ScheduleConfig) -> None:
+        count = config.num_train_timesteps
+        uniform = torch.linspace(1.0, 0.0, count + 1)[:-1]
+        self.sigmas = config.shift * uniform / (1 + (config.shift - 1) * uniform)
+        self.timesteps = self.sigmas * count
+        rows = [count - step for step in config.denoising_steps]
+        self.denoising_timesteps = tuple(self.timesteps[rows].tolist())
+        self.denoising_sigmas = tuple(self.sigmas[rows].tolist())
+        self.context_timestep = 0.0
+
+    def sigma_at(self, timestep: Tensor) -> Tensor:
+        """Sigma of the table entry nearest to each timestep (the first on ties); float32, shape of `timestep`."""
+        distance = (self.timesteps.to(timestep.device) - timestep.float().unsqueeze(-1)).abs()
+        return self.sigmas.to(timestep.device)[distance.argmin(dim=-1)]
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """x_t = (1 - sigma) * x0 + sigma * noise, in float32, rounded to the dtype of x0; sigma broadcasts."""
+    return ((1 - sigma) * x0.float() + sigma * noise.float()).to(x0.dtype)
+
+
+def chunk_noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise for one step of one chunk: float32 on the CPU, the same whatever was drawn before.
+
+    step 0 is the initial noise of the chunk, step k the fresh noise after denoising step k.
+    The generator is Philox-4x64, keyed by the seed; chunk and step are the upper words of its counter, so no two
+    draws overlap below 2**64 numbers.
+    """
+    import numpy
+
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; use an integer from 0 to 2**64 - 1")
+    philox = numpy.random.Philox(key=seed, counter=[0, 0, step, chunk])
+    return torch.from_numpy(numpy.random.Generator(philox).standard_normal(tuple(shape), dtype=numpy.float32))
