@@ -1,7 +1,8 @@
-"""WanDiT: the Wan2.1 transformer, causal over the streaming cache or bidirectional over a whole clip (spec 1).
+"""WanDiT: the Wan2.1 transformer, causal over the streaming cache or bidirectional over a whole clip (spec
+1).
 
-Parameter names and shapes are those of the original checkpoints (spec 1.2). B batch, F latent frames, T tokens,
-D model dim, H heads, E head dim, L layers, C latent channels.
+Parameter names and shapes are those of the original checkpoints (spec 1.2). B batch, F latent frames, T
+tokens, D model dim, H heads, E head dim, L layers, C latent channels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from rfengine.models.embeddings import patchify, rotary_table, timestep_sinusoid
 class Modulation:
     """Shift, scale and gate rows for every layer and for the head, in float32.
 
-    layers: [L, B or 1, F or 1, 6, D], in the order shift, scale, gate of attention, then of the feed-forward part.
+    layers: [L, B or 1, F or 1, 6, D], in the order shift, scale, gate of attention, then of the feed-forward
+    part.
     head: [B or 1, F or 1, 2, D], shift and scale.
     """
 
@@ -47,7 +49,8 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
 
     def over_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> Tensor:
-        """Write this chunk's slot of one layer and attend to the window; x [B, T, D], rotation [2, T, E / 2]."""
+        """Write this chunk's slot of one layer and attend to the window; x [B, T, D], rotation [2, T, E /
+        2]."""
         q = ops.qk_norm_rope_write(
             self.q(x), self.k(x), self.v(x), self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
             cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
@@ -89,8 +92,8 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block. It takes and gives the residual stream and its norm for the next reader, so that every
-    residual addition is fused with the norm that follows it."""
+    """One transformer block. It takes and gives the residual stream and its norm for the next reader, so that
+    every residual addition is fused with the norm that follows it."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -99,7 +102,9 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+            nn.Linear(config.dim, config.ffn_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_dim, config.dim),
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
@@ -112,7 +117,8 @@ class Block(nn.Module):
         text: tuple[Tensor, Tensor],
         attend: Callable[[SelfAttention, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """x, normed: [B, T, D]; rows: [B, F, 6, D] of this block; following: [B, F, 2, D], shift and scale next."""
+        """x, normed: [B, T, D]; rows: [B, F, 6, D] of this block; following: [B, F, 2, D], shift and scale
+        next."""
         _, _, gate, shift, scale, gate_ffn = rows.unbind(2)
         y = attend(self.self_attn, normed)
         x, normed = ops.gated_residual_affine_norm(x, y, gate, self.norm3.weight, self.norm3.bias, self.eps)
@@ -130,7 +136,8 @@ class Head(nn.Module):
 
 
 class WanDiT(nn.Module):
-    """The transformer of one WanConfig. Latents are [B, C, F, height, width]; the output is the flow, noise - x0."""
+    """The transformer of one WanConfig. Latents are [B, C, F, height, width]; the output is the flow, noise -
+    x0."""
 
     def __init__(self, config: WanConfig) -> None:
         super().__init__()
@@ -154,7 +161,8 @@ class WanDiT(nn.Module):
         return self.patch_embedding.weight.device
 
     def modulation(self, timesteps: Tensor) -> Modulation:
-        """Modulation for timesteps [B, F] or [1, 1], floats from 0 to 1000, never rounded (spec 1.4, steps 3 to 6)."""
+        """Modulation for timesteps [B, F] or [1, 1], floats from 0 to 1000, never rounded (spec 1.4, steps 3
+        to 6)."""
         sinusoid = timestep_sinusoid(timesteps, self.config.freq_dim).to(self.dtype)
         embedded = self.time_embedding(sinusoid)
         rows = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
@@ -169,7 +177,8 @@ class WanDiT(nn.Module):
         length, limit = text_states.shape[1], self.config.text_len
         if length > limit or text_states.shape[2] != self.config.text_dim:
             raise ValueError(
-                f"text states are {tuple(text_states.shape)}; the model takes [B, up to {limit}, {self.config.text_dim}]"
+                f"text states are {tuple(text_states.shape)}; "
+                f"the model takes [B, up to {limit}, {self.config.text_dim}]"
             )
         text = self.text_embedding(F.pad(text_states.to(self.dtype), (0, 0, 0, limit - length)))
         pairs = [block.cross_attn.keys_values(text) for block in self.blocks]
@@ -184,7 +193,8 @@ class WanDiT(nn.Module):
         plan: CachePlan,
         keep_raw: bool = False,
     ) -> Tensor:
-        """Causal pass of one chunk over the cache; overwrites the chunk's slot. Returns tokens [B, T, P * P * C].
+        """Causal pass of one chunk over the cache; overwrites the chunk's slot. Returns tokens [B, T, P * P *
+        C].
 
         latents: [B, C, chunk_frames, h, w]. keep_raw stores the raw keys as well: the context pass does.
         """
@@ -205,8 +215,9 @@ class WanDiT(nn.Module):
     ) -> Tensor:
         """Pass over a whole clip: bidirectional without mask (the teacher). Returns the flow [B, C, F, h, w].
 
-        latents: [B, C, F, h, w]; timesteps: [B], or [B, F] with one for each latent frame; text_states: [B, <= text_len,
-        text_dim]; time_indices: integers [F], 0.. by default; mask: bool [T, T], True where a query (row) may attend.
+        latents: [B, C, F, h, w]; timesteps: [B], or [B, F] with one for each latent frame; text_states: [B,
+        <= text_len, text_dim]; time_indices: integers [F], 0.. by default; mask: bool [T, T], True where a
+        query (row) may attend.
         """
         batch, _, frames, height, width = latents.shape
         patch = self.config.patch_size[1]

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def timestep_sinusoid(timesteps: Tensor, dim: int) -> Tensor:
-    """[..., dim]: cosines first, then sines, of timestep * 10000^(-k / (dim / 2)); float64 (spec 1.4, step 2)."""
+    """[..., dim]: cosines first, then sines, of timestep * 10000^(-k / (dim / 2)); float64 (spec 1.4, step
+    2)."""
     half = dim // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
     angles = timesteps.double().unsqueeze(-1) * frequencies
@@ -15,7 +16,8 @@ def timestep_sinusoid(timesteps: Tensor, dim: int) -> Tensor:
 
 
 def rotary_table(head_dim: int, time_indices: Tensor, rows: int, columns: int) -> Tensor:
-    """Cosines and sines of every token of the given latent frames: [2, F * rows * columns, head_dim / 2], float32.
+    """Cosines and sines of every token of the given latent frames: [2, F * rows * columns, head_dim / 2],
+    float32.
 
     time_indices: integers [F], of any size: no table ends. Pairs are ordered time, row, column; an axis of n
     dimensions has the frequencies 10000^(-2i / n). Computed in float64 (spec 1.5).
@@ -30,7 +32,8 @@ def rotary_table(head_dim: int, time_indices: Tensor, rows: int, columns: int) -
         indexing="ij",
     )
     angles = torch.cat(
-        [axis.reshape(-1, 1) * _frequencies(dim, device) for axis, dim in zip(positions, axes, strict=True)], dim=-1
+        [axis.reshape(-1, 1) * _frequencies(dim, device) for axis, dim in zip(positions, axes, strict=True)],
+        dim=-1,
     )
     return torch.stack((angles.cos(), angles.sin())).float()
 
@@ -40,7 +43,8 @@ def _frequencies(dim: int, device: torch.device) -> Tensor:
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
-    """[B, C, F, H, W] to patches [B, F * H/patch * W/patch, C * patch * patch], in the order of a Conv3d weight."""
+    """[B, C, F, H, W] to patches [B, F * H/patch * W/patch, C * patch * patch], in the order of a Conv3d
+    weight."""
     batch, channels, frames, height, width = latents.shape
     grid = latents.reshape(batch, channels, frames, height // patch, patch, width // patch, patch)
     return grid.permute(0, 2, 3, 5, 1, 4, 6).reshape(batch, -1, channels * patch * patch)

@@ -1,0 +1,323 @@
+"""Text states: prompt cleaning, tokenizers, the UMT5 encoder and its results on disk (spec 5)."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rfengine.config import TextConfig
+
+logger = logging.getLogger(__name__)
+
+PAD_ID = 0
+EOS_ID = 1
+UNKNOWN_ID = 2
+_SPECIAL_TOKENS = {"<pad>": PAD_ID, "</s>": EOS_ID, "<unk>": UNKNOWN_ID}
+_QUOTED_WORDS = 6  # how much of the dropped text a warning quotes
+
+
+def clean_text(text: str) -> str:
+    """The prompt as the encoder was trained to see it (spec 5.2).
+
+    Broken encodings are repaired, HTML entities unescaped twice, every run of whitespace becomes one space,
+    the ends are stripped. Not idempotent (a thrice escaped entity changes again): clean a prompt once.
+    """
+    import ftfy
+
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text.strip()).strip()
+
+
+class Tokenizer:
+    """Turns cleaned text into token ids; a subclass says how one text is split."""
+
+    def encode(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask of `texts`, each [B, length] int64: content, EOS, then padding, where the mask is 0.
+
+        A text of more than `length` tokens, EOS counted, loses its end but keeps EOS; a warning says where.
+        Raises ValueError for a blank text, no text at all, or a length below 1.
+        """
+        if length < 1:
+            raise ValueError(f"length is {length}; EOS alone needs 1 token")
+        if not texts:
+            raise ValueError("there are 0 prompts to tokenize; give at least one")
+        ids = torch.full((len(texts), length), PAD_ID, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            if not text.strip():
+                raise ValueError(f"prompt {row} is empty once cleaned; give it at least one word")
+            content = self._split(text)
+            if len(content) >= length:
+                dropped = self._remainder(text, length - 1)
+                _warn_of_cut(row, len(content) + 1, length, dropped)
+            tokens = [*content[: length - 1], EOS_ID]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return ids, mask
+
+    def _split(self, text: str) -> list[int]:
+        """Ids of the whole text, without EOS."""
+        raise NotImplementedError
+
+    def _remainder(self, text: str, kept: int) -> str:
+        """What the text says after its first `kept` tokens."""
+        raise NotImplementedError
+
+
+def _warn_of_cut(row: int, tokens: int, limit: int, dropped: str) -> None:
+    words = dropped.split()
+    quoted = " ".join(words[:_QUOTED_WORDS]) + (" ..." if len(words) > _QUOTED_WORDS else "")
+    logger.warning(
+        "prompt %d has %d tokens and the limit is %d; everything from %r on was dropped, shorten the prompt",
+        row, tokens, limit, quoted,
+    )  # fmt: skip
+
+
+class ByteTokenizer(Tokenizer):
+    """One token per UTF-8 byte, above the three special ids; needs no file."""
+
+    vocab_size = 256 + len(_SPECIAL_TOKENS)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`; special ids are skipped and a character cut in the middle is left out."""
+        content = bytes(token - len(_SPECIAL_TOKENS) for token in ids if token >= len(_SPECIAL_TOKENS))
+        return content.decode("utf-8", errors="ignore")
+
+    def _split(self, text: str) -> list[int]:
+        return [byte + len(_SPECIAL_TOKENS) for byte in text.encode("utf-8")]
+
+    def _remainder(self, text: str, kept: int) -> str:
+        return text.encode("utf-8")[kept:].decode("utf-8", errors="ignore")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """The UMT5 vocabulary, read from the `tokenizer.json` of a local directory; nothing is ever downloaded.
+
+    The file is run as it is written. The T5 class that AutoTokenizer picks for it in transformers 5 rebuilds
+    the pipeline from the vocabulary alone and loses byte fallback: rare characters would become <unk>.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        """Raises ValueError when the directory, its tokenizer.json or UMT5's special tokens are missing."""
+        from tokenizers import Tokenizer as TokenizerFile
+
+        path = Path(directory) / "tokenizer.json"
+        if not path.parent.is_dir():
+            raise ValueError(f"tokenizer directory {path.parent} does not exist; give that of umt5-xxl")
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; copy tokenizer.json of umt5-xxl into that directory")
+        self._file = TokenizerFile.from_file(str(path))
+        self._file.no_truncation()
+        self._file.no_padding()
+        for token, expected in _SPECIAL_TOKENS.items():
+            found = self._file.token_to_id(token)
+            if found != expected:
+                raise ValueError(f"{path} gives {token} id {found}, not {expected}; use the file of umt5-xxl")
+        self.vocab_size = self._file.get_vocab_size()
+
+    def _split(self, text: str) -> list[int]:
+        return self._file.encode(text, add_special_tokens=False).ids
+
+    def _remainder(self, text: str, kept: int) -> str:
+        start, _ = self._file.encode(text, add_special_tokens=False).offsets[kept]
+        return text[start:]
+
+
+def build_umt5(config: TextConfig) -> nn.Module:
+    """A UMT5EncoderModel of the given shape, in eval mode, with fresh random weights and transformers' names.
+
+    Built inside `torch.device("meta")` it costs no memory and waits for its weights. Attention is the plain
+    form: scores in the model's dtype, its finite minimum at masked keys, softmax in float32 (spec 5.1).
+    """
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    umt5_config = UMT5Config(
+        vocab_size=config.vocab_size,
+        d_model=config.dim,
+        d_kv=config.attention_dim // config.num_heads,
+        d_ff=config.ffn_dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        relative_attention_num_buckets=config.num_buckets,
+        relative_attention_max_distance=config.max_distance,
+        layer_norm_epsilon=config.eps,
+        feed_forward_proj="gated-gelu",  # transformers reads this as the tanh form
+        dropout_rate=0.0,
+        attn_implementation="eager",
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+    )
+    return UMT5EncoderModel(umt5_config).eval()
+
+
+class TextEncoder:
+    """Prompts to text states [B, text_len, dim]; rows at and after a prompt's true length are exactly 0.
+
+    `model` is a UMT5EncoderModel, or a function that builds one, called when a prompt is first not found on
+    disk. It is moved to `device` and `dtype` in place and stays there wherever the states are asked for. In
+    float16 the last projection of each feed-forward stays in float32, and with it the residual stream.
+
+    With `cache_directory` the valid rows of each prompt are kept there, one safetensors file per fingerprint,
+    text_len, dtype and cleaned text; `fingerprint` must name the weights and the tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        tokenizer: Tokenizer,
+        text_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        cache_directory: str | Path | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        """Raises ValueError when a cache directory comes without a fingerprint."""
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._model = _place(model, self.device, dtype) if isinstance(model, nn.Module) else None
+        self._build_model = model
+        self._files = None
+        if cache_directory is not None:
+            self._files = _StateFiles(Path(cache_directory), fingerprint, text_len)
+
+    @torch.no_grad()
+    def encode(
+        self, prompts: list[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Text states [B, text_len, dim] of `prompts`, on `device`, in `dtype`: by default the encoder's.
+
+        Each prompt goes through the encoder alone: its states depend neither on the others nor on the disk.
+        Raises ValueError for a single string, no prompt, or a prompt that is empty once cleaned.
+        """
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is the string {prompts[:40]!r}; put it into a list")
+        texts = [clean_text(prompt) for prompt in prompts]
+        ids, mask = self.tokenizer.encode(texts, self.text_len)
+        device = self.device if device is None else torch.device(device)
+        dtype = self.dtype if dtype is None else dtype
+        states: dict[str, Tensor] = {}
+        for row, text in enumerate(texts):
+            if text not in states:
+                found = self._states(text, ids[row : row + 1], mask[row : row + 1])
+                padded = functional.pad(found, (0, 0, 0, self.text_len - found.shape[0]))
+                states[text] = padded.to(device=device, dtype=dtype)
+        return torch.stack([states[text] for text in texts])
+
+    @torch.no_grad()
+    def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Text states [B, L, dim] of token ids and mask [B, L], on the encoder's device and in its dtype.
+
+        The encoder runs on the columns up to the longest prompt only: padding is masked, so valid rows stay
+        the same. Raises ValueError unless every mask row is a run of ones followed by zeros.
+        """
+        if ids.shape != mask.shape or ids.ndim != 2:
+            raise ValueError(f"ids are {list(ids.shape)}, mask is {list(mask.shape)}; both must be [B, L]")
+        valid = mask.to(self.device) > 0
+        lengths = valid.sum(dim=1)
+        columns = torch.arange(ids.shape[1], device=self.device)
+        if not torch.equal(valid, columns < lengths[:, None]) or not bool(lengths.all()):
+            raise ValueError("a row of mask is not a run of ones followed by zeros; pad on the right only")
+        longest = int(lengths.max())
+        ids, valid = ids.to(self.device)[:, :longest], valid[:, :longest]
+        states = self._loaded_model()(input_ids=ids, attention_mask=valid.to(torch.int64)).last_hidden_state
+        states = states.to(self.dtype).masked_fill(~valid[:, :, None], 0)
+        return functional.pad(states, (0, 0, 0, columns.numel() - longest))
+
+    def _states(self, text: str, ids: Tensor, mask: Tensor) -> Tensor:
+        """Valid rows [n, dim] of one prompt, from disk if they are there."""
+        length = int(mask.sum())
+        states = None if self._files is None else self._files.load(text, length, self.dtype)
+        if states is None:
+            states = self.encode_ids(ids, mask)[0, :length]
+            if self._files is not None:
+                self._files.store(text, states)
+        return states
+
+    def _loaded_model(self) -> nn.Module:
+        if self._model is None:
+            self._model = _place(self._build_model(), self.device, self.dtype)
+        return self._model
+
+
+def _place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move `model` to device and dtype in place, tied weights staying tied; float16 keeps `wo` in float32."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise RuntimeError(f"{name} of the text encoder has no values; load its weights before use")
+        keep = dtype == torch.float16 and name.endswith(".wo.weight")
+        parameter.data = parameter.data.to(device=device, dtype=torch.float32 if keep else dtype)
+    return model.eval()
+
+
+class _StateFiles:
+    """Valid rows of text states on disk, one file per prompt, each with the checksum of its rows."""
+
+    def __init__(self, directory: Path, fingerprint: str, text_len: int) -> None:
+        if not fingerprint:
+            raise ValueError(f"fingerprint is empty; states in {directory} need one that names their weights")
+        self.directory = directory
+        self._owner = (fingerprint, text_len)
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, text: str, dtype: torch.dtype) -> Path:
+        key = hashlib.sha256(json.dumps([*self._owner, str(dtype), text]).encode()).hexdigest()
+        return self.directory / f"{key}.safetensors"
+
+    def load(self, text: str, length: int, dtype: torch.dtype) -> Tensor | None:
+        """The `length` rows of `text` on the CPU, or None if they are absent or, with a warning, damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(text, dtype)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                states = file.get_tensor("states")
+                checksum = (file.metadata() or {}).get("sha256")
+        except (SafetensorError, OSError) as error:
+            logger.warning("cached text states %s cannot be read (%s); they are computed again", path, error)
+            return None
+        if states.shape[0] != length or states.dtype != dtype or checksum != _checksum(states):
+            logger.warning("cached text states %s are damaged; they are computed again", path)
+            return None
+        return states
+
+    def store(self, text: str, states: Tensor) -> None:
+        """Write the rows beside their place and rename; a disk that refuses is a warning, not an error."""
+        from safetensors.torch import save
+
+        rows = states.detach().cpu().contiguous()
+        content = save({"states": rows}, metadata={"sha256": _checksum(rows)})
+        path = self._path(text, rows.dtype)
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".partial", delete=False) as file:
+                try:
+                    file.write(content)
+                    file.flush()
+                    os.replace(file.name, path)
+                except OSError:
+                    os.unlink(file.name)
+                    raise
+        except OSError as error:
+            logger.warning("text states cannot be kept at %s (%s); they are computed each time", path, error)
+
+
+def _checksum(states: Tensor) -> str:
+    return hashlib.sha256(states.contiguous().view(torch.uint8).numpy()).hexdigest()
