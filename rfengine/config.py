@@ -1,6 +1,7 @@
 """Frozen configuration of the model, the cache, the schedule and the engine, and the presets built from them.
 
-Every size the engine uses follows from these fields and from the resolution (see grid.py); nothing else holds one.
+Every size the engine uses follows from these fields and from the resolution (see grid.py); nothing else holds
+one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class WanConfig:
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
-            raise ValueError(f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change one of them")
+            raise ValueError(
+                f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change one of them"
+            )
         if self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(f"head_dim is {self.head_dim}; rotation needs an even head_dim of at least 6")
         if self.freq_dim % 2:
@@ -71,8 +74,8 @@ class VAEConfig:
     def __post_init__(self) -> None:
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
-                f"temporal_downsample has {len(self.temporal_downsample)} entries for {len(self.dim_mult)} levels; "
-                "give one for every step between two levels"
+                f"temporal_downsample has {len(self.temporal_downsample)} entries for {len(self.dim_mult)} "
+                "levels; give one for every step between two levels"
             )
         for name in ("latents_mean", "latents_std"):
             if len(getattr(self, name)) != self.z_dim:
@@ -107,7 +110,8 @@ class TextConfig:
     def __post_init__(self) -> None:
         if self.attention_dim % self.num_heads:
             raise ValueError(
-                f"attention_dim {self.attention_dim} is not divisible by num_heads {self.num_heads}; change one of them"
+                f"attention_dim {self.attention_dim} is not divisible by num_heads {self.num_heads}; "
+                "change one of them"
             )
 
 
@@ -119,7 +123,9 @@ class CacheConfig:
     window_frames: int = 9  # sink and current chunk included
     sink: SinkKind = "ema"
     sink_frames: int = 3
-    alpha: float = 0.999  # weight of the sink in the EMA; 0.999 in the published code, 0.99 in its description
+    alpha: float = (
+        0.999  # weight of the sink in the EMA; 0.999 in the published code, 0.99 in its description
+    )
     positions: Positions = "relative"
     sink_precision: SinkPrecision = "split"
 
@@ -139,19 +145,25 @@ class CacheConfig:
             raise ValueError(f"sink_precision is {self.sink_precision!r}; use 'split' or 'bf16'")
         if self.sink == "none":
             if sink != 0:
-                raise ValueError(f"sink_frames is {sink} but sink is 'none'; set sink_frames to 0 or choose a sink")
+                raise ValueError(
+                    f"sink_frames is {sink} but sink is 'none'; set sink_frames to 0 or choose a sink"
+                )
             return
         if sink < chunk or sink % chunk:
             raise ValueError(f"sink_frames is {sink}; a sink is a multiple of chunk_frames, which is {chunk}")
         if sink + chunk > window:
-            raise ValueError(f"sink_frames {sink} and chunk_frames {chunk} do not fit into window_frames {window}")
+            raise ValueError(
+                f"sink_frames {sink} and chunk_frames {chunk} do not fit into window_frames {window}"
+            )
         if self.sink == "ema" and sink != chunk:
             raise ValueError(
-                f"sink_frames is {sink} and chunk_frames is {chunk}; EMA-Sink folds one evicted chunk into the sink, "
-                "so the two must be equal (the published code silently overwrites the sink here)"
+                f"sink_frames is {sink} and chunk_frames is {chunk}; EMA-Sink folds one evicted chunk into "
+                "the sink, so the two must be equal (the published code silently overwrites the sink here)"
             )
         if self.sink == "ema" and self.positions == "absolute":
-            raise ValueError("an averaged sink has no absolute time; use positions='relative' with sink='ema'")
+            raise ValueError(
+                "an averaged sink has no absolute time; use positions='relative' with sink='ema'"
+            )
         if self.sink == "ema" and window < 3 * chunk:
             raise ValueError(
                 f"window_frames is {window}; EMA-Sink needs the sink, one past chunk and the current one "
@@ -180,7 +192,9 @@ class ScheduleConfig:
             raise ValueError(f"shift is {self.shift}; it must be positive")
         steps = self.denoising_steps
         if not steps or any(not 0 < step <= self.num_train_timesteps for step in steps):
-            raise ValueError(f"denoising_steps is {steps}; give at least one, from 1 to {self.num_train_timesteps}")
+            raise ValueError(
+                f"denoising_steps is {steps}; give at least one, from 1 to {self.num_train_timesteps}"
+            )
         if any(later >= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
             raise ValueError(f"denoising_steps is {steps}; they must fall from one to the next")
 
@@ -207,7 +221,9 @@ class EngineConfig:
                 f"but the VAE has {self.vae.z_dim}; all three must be equal"
             )
         if self.model.text_dim != self.text.dim:
-            raise ValueError(f"text_dim of the model is {self.model.text_dim}, the text encoder gives {self.text.dim}")
+            raise ValueError(
+                f"text_dim of the model is {self.model.text_dim}, the text encoder gives {self.text.dim}"
+            )
         if self.fps < 1:
             raise ValueError(f"fps is {self.fps}; it must be at least 1")
 
@@ -218,7 +234,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Build the configuration `kind` from JSON values; lists become tuples, nested tables become configurations.
+    """Build the configuration `kind` from JSON values; lists become tuples, nested tables become
+    configurations.
 
     Raises ValueError when a key is not a field of `kind` or a field without default is missing.
     """
@@ -237,7 +254,13 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
     return kind(**{name: _field_value(kind, name, value) for name, value in values.items()})
 
 
-_NESTED = {"model": WanConfig, "vae": VAEConfig, "text": TextConfig, "cache": CacheConfig, "schedule": ScheduleConfig}
+_NESTED = {
+    "model": WanConfig,
+    "vae": VAEConfig,
+    "text": TextConfig,
+    "cache": CacheConfig,
+    "schedule": ScheduleConfig,
+}
 
 
 def _field_value(kind: type, name: str, value: Any) -> Any:
@@ -262,11 +285,12 @@ PRESETS: dict[str, EngineConfig] = {
             out_dim=_TINY_Z_DIM,
         ),
         vae=VAEConfig(
-            base_dim=16, z_dim=_TINY_Z_DIM, dim_mult=(1, 2, 4, 4), num_res_blocks=1,
+            base_dim=8, z_dim=_TINY_Z_DIM, dim_mult=(1, 2, 4, 8), num_res_blocks=1,
             latents_mean=(0.0,) * _TINY_Z_DIM, latents_std=(1.0,) * _TINY_Z_DIM,
         ),
         text=TextConfig(
-            vocab_size=259, dim=96, attention_dim=96, ffn_dim=256, num_heads=3, num_layers=2, tokenizer="bytes",
+            vocab_size=259, dim=96, attention_dim=96, ffn_dim=256, num_heads=3, num_layers=2,
+            tokenizer="bytes",
         ),
         height=64,
         width=64,

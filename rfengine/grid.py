@@ -1,4 +1,5 @@
-"""LatentGrid: pixels <-> latents <-> tokens. The only place that knows the strides of the VAE and of the patches."""
+"""LatentGrid: pixels <-> latents <-> tokens. The only place that knows the strides of the VAE and of the
+patches."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ class LatentGrid:
             value = getattr(self, name)
             if value < self.multiple or value % self.multiple:
                 near = max(self.multiple, round(value / self.multiple) * self.multiple)
-                raise ValueError(f"{name} is {value} pixels; it must be a multiple of {self.multiple}, such as {near}")
+                raise ValueError(
+                    f"{name} is {value} pixels; it must be a multiple of {self.multiple}, such as {near}"
+                )
 
     @classmethod
     def of(cls, config: EngineConfig, height: int | None = None, width: int | None = None) -> LatentGrid:
@@ -63,7 +66,8 @@ class LatentGrid:
         return self.token_rows * self.token_columns
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames that `latent_frames` latents from the start of a video decode to: the first gives one."""
+        """Pixel frames that `latent_frames` latents from the start of a video decode to: the first gives
+        one."""
         return max(0, 1 + self.temporal_stride * (latent_frames - 1)) if latent_frames > 0 else 0
 
     def latent_frames(self, pixel_frames: int) -> int:

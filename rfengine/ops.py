@@ -1,4 +1,5 @@
-"""Every op of the engine by its name in reference.py: checks shapes, then calls the backend chosen at start."""
+"""Every op of the engine by its name in reference.py: checks shapes, then calls the backend chosen at
+start."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def _check_modulation(x: Tensor, *tables: Tensor | None) -> None:
         fits = table.ndim == 3 and table.shape[0] in (1, x.shape[0]) and table.shape[2] == x.shape[2]
         _check(
             fits and x.shape[1] % table.shape[1] == 0,
-            f"a modulation of {tuple(table.shape)} does not fit x of {tuple(x.shape)}; it must be [B or 1, F or 1, D]",
+            f"a modulation of {tuple(table.shape)} does not fit x of {tuple(x.shape)}; "
+            "it must be [B or 1, F or 1, D]",
         )
 
 

@@ -1,8 +1,8 @@
 """The meaning of every op in plain PyTorch: the oracle that kernels are held against.
 
-Shapes: B batch, F latent frames, T tokens (F * frame_tokens), D model dim, H heads, E head dim, S arena tokens,
-L layers, C latent channels. Arithmetic is float32 at least (float64 stays float64); a result is rounded once, to the
-dtype of the op's first tensor, and an op that rounds in between says where.
+Shapes: B batch, F latent frames, T tokens (F * frame_tokens), D model dim, H heads, E head dim, S arena
+tokens, L layers, C latent channels. Arithmetic is float32 at least (float64 stays float64); a result is
+rounded once, to the dtype of the op's first tensor, and an op that rounds in between says where.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
 def gated_residual_adaptive_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * y, adaptive_layer_norm of it). The caller gives x up: a backend may write the sum into it."""
+    """(x + gate * y, adaptive_layer_norm of it). The caller gives x up: a backend may write the sum into
+    it."""
     total = gated_residual(x, y, gate)
     return total, adaptive_layer_norm(total, shift, scale, eps)
 
@@ -61,7 +62,8 @@ def gated_residual_affine_norm(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight (spec 1.4)."""
+    """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight (spec
+    1.4)."""
     wide = _wide(x)
     normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
     return (normed * weight).to(x.dtype)
@@ -83,7 +85,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """RMS norm of q and k over the whole model dimension, then rotation of every head.
 
-    q, k: [B, T, D]; rotation: [2, T, E / 2]. Returns q, k as [B, T, H, E]. Rounded after the norm and after rotation.
+    q, k: [B, T, D]; rotation: [2, T, E / 2]. Returns q, k as [B, T, H, E]. Rounded after the norm and after
+    rotation.
     """
     q = rms_norm(q, weight_q, eps).unflatten(-1, (num_heads, -1))
     k = rms_norm(k, weight_k, eps).unflatten(-1, (num_heads, -1))
@@ -104,8 +107,9 @@ def qk_norm_rope_write(
 ) -> Tensor:
     """Norm and rotate q and k, and write this chunk's slot: rotated keys, values and, when given, raw keys.
 
-    q, k, v: [B, T, D]; rotation: [2, T, E / 2]. keys, values, raw_keys: [B, T, H, E] views of the arena, overwritten.
-    Returns the rotated q [B, T, H, E]. Raw keys are those after the norm and before rotation, already rounded.
+    q, k, v: [B, T, D]; rotation: [2, T, E / 2]. keys, values, raw_keys: [B, T, H, E] views of the arena,
+    overwritten. Returns the rotated q [B, T, H, E]. Raw keys are those after the norm and before rotation,
+    already rounded.
     """
     num_heads = keys.shape[-2]
     q = rms_norm(q, weight_q, eps).unflatten(-1, (num_heads, -1))
@@ -126,12 +130,15 @@ def sink_window_attention(q: Tensor, keys: Tensor, values: Tensor, kv_len: int) 
 
 
 def clip_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention over a whole clip. q: [B, T, H, E]; k, v: [B, S, H, E]; mask: bool [T, S], True attends, or None."""
+    """Attention over a whole clip. q: [B, T, H, E]; k, v: [B, S, H, E]; mask: bool [T, S], True attends, or
+    None."""
     return _attention(q, k, v, mask)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    )
     return out.transpose(1, 2)
 
 
@@ -152,11 +159,13 @@ def ema_evict(
     values: Tensor,
     alpha: float,
 ) -> None:
-    """Fold the evicted chunk into the sink in place: sink = alpha * sink + (1 - alpha) * evicted (spec 2.2, step 3).
+    """Fold the evicted chunk into the sink in place: sink = alpha * sink + (1 - alpha) * evicted (spec 2.2,
+    step 3).
 
-    All tensors: [L, B, S, H, E]; keys before rotation. low_keys, low_values: what rounding took from the sink; the
-    sum is then formed in float32 as (sink + low) and split again into its rounded value and the rest. Without them
-    the two products and the sum are rounded to the dtype of the sink, as in the published code.
+    All tensors: [L, B, S, H, E]; keys before rotation. low_keys, low_values: what rounding took from the
+    sink; the sum is then formed in float32 as (sink + low) and split again into its rounded value and the
+    rest. Without them the two products and the sum are rounded to the dtype of the sink, as in the published
+    code.
     """
     for sink, low, evicted in ((sink_keys, low_keys, keys), (sink_values, low_values, values)):
         if low is None:
@@ -170,7 +179,8 @@ def ema_evict(
 def unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
     """Tokens of the head to latents: feature (p, q, c), channel fastest (spec 1.4, step 7).
 
-    tokens: [B, T, P * P * C]; like: [B, C', F, H, W], the latents they were patched from. Returns [B, C, F, H, W].
+    tokens: [B, T, P * P * C]; like: [B, C', F, H, W], the latents they were patched from. Returns [B, C, F,
+    H, W].
     """
     batch, _, frames, height, width = like.shape
     patch = round((frames * height * width / tokens.shape[1]) ** 0.5)
@@ -182,8 +192,9 @@ def unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
 def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, next_sigma: float) -> Tensor:
     """One step of the sampler from the head's tokens: x0 = x - sigma * flow, then re-noise (spec 3.2).
 
-    tokens: [B, T, P * P * C]; x, noise: [B, C, F, H, W]. x0 is formed in float64 and rounded to the dtype of x;
-    with noise the result is (1 - next_sigma) * x0 + next_sigma * noise in float32, rounded; without it, x0.
+    tokens: [B, T, P * P * C]; x, noise: [B, C, F, H, W]. x0 is formed in float64 and rounded to the dtype of
+    x; with noise the result is (1 - next_sigma) * x0 + next_sigma * noise in float32, rounded; without it,
+    x0.
     """
     flow = unpatchify(tokens, x)
     x0 = (x.double() - sigma * flow.double()).to(x.dtype)

@@ -32,7 +32,8 @@ class FlowSchedule:
         self.context_timestep = 0.0
 
     def sigma_at(self, timestep: Tensor) -> Tensor:
-        """Sigma of the table entry nearest to each timestep (the first on ties); float32, shape of `timestep`."""
+        """Sigma of the table entry nearest to each timestep (the first on ties); float32, shape of
+        `timestep`."""
         distance = (self.timesteps.to(timestep.device) - timestep.float().unsqueeze(-1)).abs()
         return self.sigmas.to(timestep.device)[distance.argmin(dim=-1)]
 
@@ -43,11 +44,12 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def chunk_noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal noise for one step of one chunk: float32 on the CPU, the same whatever was drawn before.
+    """Standard normal noise for one step of one chunk: float32 on the CPU, the same whatever was drawn
+    before.
 
     step 0 is the initial noise of the chunk, step k the fresh noise after denoising step k.
-    The generator is Philox-4x64, keyed by the seed; chunk and step are the upper words of its counter, so no two
-    draws overlap below 2**64 numbers.
+    The generator is Philox-4x64, keyed by the seed; chunk and step are the upper words of its counter, so no
+    two draws overlap below 2**64 numbers.
     """
     import numpy
 

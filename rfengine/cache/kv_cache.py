@@ -1,7 +1,7 @@
 """StreamingKVCache: a contiguous arena [sink | slot | slot | ...] for every layer, written in place.
 
-Attention does not care about the order of keys, so a chunk that leaves is overwritten where it lies: nothing is
-rolled or concatenated. All decisions are integers on the host, made once for each chunk in a CachePlan.
+Attention does not care about the order of keys, so a chunk that leaves is overwritten where it lies: nothing
+is rolled or concatenated. All decisions are integers on the host, made once for each chunk in a CachePlan.
 Shapes: L layers, B batch, S arena tokens, T tokens of a chunk, H heads, E head dim.
 """
 
@@ -25,8 +25,9 @@ EMPTY = -1
 class CachePlan:
     """Where one chunk is written, what leaves for it, and which time index every slot has then.
 
-    chunk: number of the chunk in the stream. slot: the slot it is written to. evicts: whether the chunk that lies
-    there leaves the window. filled_slots: slots that hold something once this chunk is written; they come first.
+    chunk: number of the chunk in the stream. slot: the slot it is written to. evicts: whether the chunk that
+    lies there leaves the window. filled_slots: slots that hold something once this chunk is written; they
+    come first.
     slot_times: time index of the first latent frame of every filled slot.
     """
 
@@ -43,7 +44,8 @@ class CachePlan:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's views for one chunk: the arena to read, [B, S, H, E], and the chunk's slot to write, [B, T, H, E]."""
+    """One layer's views for one chunk: the arena to read, [B, S, H, E], and the chunk's slot to write, [B, T,
+    H, E]."""
 
     keys: Tensor
     values: Tensor
@@ -56,8 +58,9 @@ class LayerCache:
 class StreamingKVCache:
     """Keys and values of the sink and the window, for all layers.
 
-    keys: rotated keys [L, B, S, H, E]; values: the same shape; raw_keys: keys after the norm and before rotation, kept
-    only with relative positions, where a slot's time index changes. Memory is fixed from the start.
+    keys: rotated keys [L, B, S, H, E]; values: the same shape; raw_keys: keys after the norm and before
+    rotation, kept only with relative positions, where a slot's time index changes. Memory is fixed from the
+    start.
     """
 
     def __init__(
@@ -73,7 +76,13 @@ class StreamingKVCache:
         self.grid = grid
         self.head_dim = model.head_dim
         self.chunk_tokens = config.chunk_frames * grid.frame_tokens
-        arena = (model.num_layers, batch, config.window_chunks * self.chunk_tokens, model.num_heads, model.head_dim)
+        arena = (
+            model.num_layers,
+            batch,
+            config.window_chunks * self.chunk_tokens,
+            model.num_heads,
+            model.head_dim,
+        )
         self.keys = torch.zeros(arena, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.raw_keys = torch.zeros_like(self.keys) if config.positions == "relative" else None
@@ -102,7 +111,8 @@ class StreamingKVCache:
         return CachePlan(self.next_chunk, slot, evicts, len(filled), self._slot_times(filled))
 
     def rewrite_plan(self, slot: int) -> CachePlan:
-        """A plan that writes the chunk of a filled slot once more; it sees the slots up to and including its own."""
+        """A plan that writes the chunk of a filled slot once more; it sees the slots up to and including its
+        own."""
         chunks = self.slot_chunks[: slot + 1]
         return CachePlan(self.slot_chunks[slot], slot, False, slot + 1, self._slot_times(chunks))
 
@@ -115,9 +125,12 @@ class StreamingKVCache:
         return tuple(order[chunk] * frames for chunk in chunks)
 
     def begin_chunk(self, plan: CachePlan) -> None:
-        """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes nothing."""
+        """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes
+        nothing."""
         if plan.chunk != self.next_chunk:
-            raise RuntimeError(f"the plan is for chunk {plan.chunk} but chunk {self.next_chunk} is next; plan again")
+            raise RuntimeError(
+                f"the plan is for chunk {plan.chunk} but chunk {self.next_chunk} is next; plan again"
+            )
         if self.begun_chunk == plan.chunk:
             return
         if plan.evicts:
@@ -131,11 +144,14 @@ class StreamingKVCache:
         self.begun_chunk = plan.chunk
 
     def rephase(self, plan: CachePlan) -> None:
-        """Rotate the raw keys of every filled slot to its time index in `plan`; absolute positions never change."""
+        """Rotate the raw keys of every filled slot to its time index in `plan`; absolute positions never
+        change."""
         if self.raw_keys is None:
             return
         filled = slice(0, plan.filled_slots * self.chunk_tokens)
-        ops.rephase_keys(self.raw_keys[:, :, filled], self.keys[:, :, filled], self._rotation(plan.slot_times))
+        ops.rephase_keys(
+            self.raw_keys[:, :, filled], self.keys[:, :, filled], self._rotation(plan.slot_times)
+        )
 
     def commit(self, plan: CachePlan) -> None:
         """The chunk's final keys and values are in its slot: go on to the next chunk."""
@@ -179,16 +195,20 @@ class StreamingKVCache:
     def load(self, tensors: dict[str, Tensor], slot_chunks: list[int], next_chunk: int) -> None:
         """Take over a state saved between two chunks, in place.
 
-        Raises ValueError when a tensor is missing or its shape differs: the state is of another model, size or cache
-        configuration.
+        Raises ValueError when a tensor is missing or its shape differs: the state is of another model, size
+        or cache configuration.
         """
         for name, own in self.tensors().items():
             saved = tensors.get(name)
             if saved is None or saved.shape != own.shape:
                 found = "missing" if saved is None else str(tuple(saved.shape))
-                raise ValueError(f"{name} of the saved cache is {found}; this stream needs {tuple(own.shape)}")
+                raise ValueError(
+                    f"{name} of the saved cache is {found}; this stream needs {tuple(own.shape)}"
+                )
         if len(slot_chunks) != len(self.slot_chunks):
-            raise ValueError(f"the saved cache has {len(slot_chunks)} slots; this stream has {len(self.slot_chunks)}")
+            raise ValueError(
+                f"the saved cache has {len(slot_chunks)} slots; this stream has {len(self.slot_chunks)}"
+            )
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
         self.slot_chunks = list(slot_chunks)

@@ -12,7 +12,8 @@ from rfengine.config import CacheConfig
 
 
 class SinkPolicy(Protocol):
-    """Decides what the sink keeps. Tensors are [L, B, S, H, E], S the tokens of the sink, keys before rotation."""
+    """Decides what the sink keeps. Tensors are [L, B, S, H, E], S the tokens of the sink, keys before
+    rotation."""
 
     def evict(self, sink_keys: Tensor, sink_values: Tensor, keys: Tensor, values: Tensor) -> bool:
         """A chunk (keys, values) leaves the window; returns whether the sink was changed, in place."""
@@ -36,10 +37,11 @@ class FrozenSink(NoSink):
 
 
 class EMASink:
-    """EMA-Sink of Reward Forcing: the leaving chunk is averaged into the sink, sink = alpha * sink + (1 - alpha) * chunk.
+    """EMA-Sink of Reward Forcing: the leaving chunk is averaged into the sink, sink = alpha * sink + (1 -
+    alpha) * chunk.
 
-    With split precision a second tensor of the cache's dtype holds what rounding took away: in bf16 alone the sink
-    stands still, since alpha = 0.999 times any bf16 value rounds back to it (spec 2.4).
+    With split precision a second tensor of the cache's dtype holds what rounding took away: in bf16 alone the
+    sink stands still, since alpha = 0.999 times any bf16 value rounds back to it (spec 2.4).
     """
 
     def __init__(self, alpha: float, low: tuple[Tensor, Tensor] | None) -> None:
@@ -58,10 +60,13 @@ class EMASink:
 
 
 def build_sink_policy(config: CacheConfig, sink_arena: Tensor) -> SinkPolicy:
-    """The policy that `config` names; `sink_arena` [L, B, S, H, E] gives the shape, dtype and device of its state."""
+    """The policy that `config` names; `sink_arena` [L, B, S, H, E] gives the shape, dtype and device of its
+    state."""
     if config.sink == "none":
         return NoSink()
     if config.sink == "frozen":
         return FrozenSink()
     split = config.sink_precision == "split"
-    return EMASink(config.alpha, (torch.zeros_like(sink_arena), torch.zeros_like(sink_arena)) if split else None)
+    return EMASink(
+        config.alpha, (torch.zeros_like(sink_arena), torch.zeros_like(sink_arena)) if split else None
+    )

@@ -12,7 +12,7 @@ from rfengine.cache.kv_cache import EMPTY, CachePlan, StreamingKVCache
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
 from rfengine.schedule import FlowSchedule
 
-StepCallback = Callable[[int, float, Tensor], None]
+StepCallback = Callable[[int, float, Tensor], Tensor | None]
 
 
 class ChunkRunner:
@@ -44,11 +44,15 @@ class ChunkRunner:
         """Denoise the planned chunk, write its clean keys and values, commit it. Returns x0 [B, C, F, h, w].
 
         noise: [num_steps, B, C, F, h, w], the initial noise and the fresh noise of every later step.
-        on_step(step, timestep, latents) is called after each denoising step with what the next one starts from.
-        A call that fails before commit can be repeated with the same plan: nothing is folded into the sink twice.
+        on_step(step, timestep, latents) is called after each denoising step with what the next one starts
+        from; a tensor it returns takes their place.
+        A call that fails before commit can be repeated with the same plan: nothing is folded into the sink
+        twice.
         """
         if noise.shape[0] != self.num_steps:
-            raise ValueError(f"noise holds {noise.shape[0]} draws; {self.num_steps} denoising steps need as many")
+            raise ValueError(
+                f"noise holds {noise.shape[0]} draws; {self.num_steps} denoising steps need as many"
+            )
         cache.begin_chunk(plan)
         x = noise[0]
         sigmas = self.schedule.denoising_sigmas
@@ -58,13 +62,16 @@ class ChunkRunner:
             fresh, next_sigma = (None, 0.0) if last else (noise[step + 1], sigmas[step + 1])
             x = ops.flow_step(tokens, x, sigmas[step], fresh, next_sigma)
             if on_step is not None:
-                on_step(step, self.schedule.denoising_timesteps[step], x)
+                replaced = on_step(step, self.schedule.denoising_timesteps[step], x)
+                x = x if replaced is None else replaced
         self._context_pass(cache, plan, x, text)
         cache.commit(plan)
         return x
 
     @torch.no_grad()
-    def prefill(self, cache: StreamingKVCache, plan: CachePlan, latents: Tensor, text: TextKeysValues) -> None:
+    def prefill(
+        self, cache: StreamingKVCache, plan: CachePlan, latents: Tensor, text: TextKeysValues
+    ) -> None:
         """Take the planned chunk as given: only the context pass runs. latents: [B, C, F, h, w], clean."""
         cache.begin_chunk(plan)
         self._context_pass(cache, plan, latents, text)
@@ -74,9 +81,9 @@ class ChunkRunner:
     def recache(self, cache: StreamingKVCache, chunks: dict[int, Tensor], text: TextKeysValues) -> None:
         """Recompute the keys and values of the window under `text` from clean latents (spec 2.7).
 
-        chunks: clean latents [B, C, F, h, w] by chunk number, for every chunk in the window outside the sink. The sink
-        keeps what it holds. Each chunk is run at t = 0 at its present time index and sees the sink and the chunks
-        before it, so the slots are first put into chronological order.
+        chunks: clean latents [B, C, F, h, w] by chunk number, for every chunk in the window outside the sink.
+        The sink keeps what it holds. Each chunk is run at t = 0 at its present time index and sees the sink
+        and the chunks before it, so the slots are first put into chronological order.
         """
         sink = cache.config.sink_chunks
         window = sorted(chunk for chunk in cache.slot_chunks[sink:] if chunk != EMPTY)
@@ -88,5 +95,7 @@ class ChunkRunner:
             plan = cache.rewrite_plan(sink + place)
             self._context_pass(cache, plan, chunks[chunk], text)
 
-    def _context_pass(self, cache: StreamingKVCache, plan: CachePlan, x0: Tensor, text: TextKeysValues) -> None:
+    def _context_pass(
+        self, cache: StreamingKVCache, plan: CachePlan, x0: Tensor, text: TextKeysValues
+    ) -> None:
         self.model.forward_chunk(x0, self.context_modulation, text, cache, plan, keep_raw=True)

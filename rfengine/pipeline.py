@@ -1,0 +1,302 @@
+"""Pipeline: loads a model once, then makes videos and streams from prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rfengine import ops
+from rfengine.config import CacheConfig, DTypeName, EngineConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.dit import WanDiT
+from rfengine.models.vae import WanVAE
+from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.schedule import FlowSchedule
+from rfengine.stream import FrameChunk, Snapshot, StreamParts, VideoStream
+from rfengine.video import Video
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+    from rfengine.models.text_encoder import TextEncoder
+
+OutputType = Literal["np", "pt", "pil", "latent"]
+StepEndCallback = Callable[["Pipeline", int, float, dict[str, Tensor]], Any]
+DEFAULT_NUM_FRAMES = 81
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineOutput:
+    """What calling a pipeline gives; `frames` depends on output_type (see Pipeline.__call__)."""
+
+    frames: Any
+
+
+class Pipeline:
+    """The loaded models of one checkpoint and everything that can be made with them.
+
+    The models are shared by all streams; each stream has its own cache, VAE state and noise.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model: WanDiT, vae: WanVAE, text_encoder: TextEncoder, fingerprint: str
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.backend = ops.resolve_backend(config.backend, model.device)
+        self._parts = StreamParts(
+            model=model,
+            vae=vae,
+            runner=ChunkRunner(model, FlowSchedule(config.schedule)),
+            cache_config=config.cache,
+            encode_text=self._encode_text,
+            fingerprint=fingerprint,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path = "tiny",
+        device: str | torch.device | None = None,
+        dtype: DTypeName | torch.dtype | None = None,
+        *,
+        text_device: str | torch.device | None = None,
+        text_cache: str | Path | None = None,
+        cache: CacheConfig | None = None,
+    ) -> Pipeline:
+        """Load "tiny", which comes with the package, or a checkpoint directory (README, published weights).
+
+        device: "cuda" where there is one, else "cpu". dtype: bfloat16 on CUDA, else float32. text_device:
+        where the text encoder runs; "cpu" keeps it off the GPU. text_cache: directory that keeps text states
+        by prompt.
+        cache: replaces the checkpoint's cache configuration.
+        Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs.
+        """
+        from rfengine.checkpoint.loader import fingerprint, load_part, read_config
+
+        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        number = _dtype(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
+        directory = _directory(source)
+        config = read_config(directory)
+        if cache is not None:
+            config = replace(config, cache=cache)
+        ops.resolve_backend(config.backend, target)
+        with torch.device("meta"):
+            model, vae = WanDiT(config.model), WanVAE(config.vae)
+        load_part(model, directory, "transformer", number, target)
+        load_part(vae, directory, "vae", number, target)
+        mark = fingerprint(directory)
+        encoder = _text_encoder(
+            directory, config, torch.device(text_device or target), number, text_cache, mark
+        )
+        return cls(config, model.eval(), vae.eval(), encoder, mark)
+
+    def _encode_text(self, prompt: str) -> Tensor:
+        return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        height: int | None = None,
+        width: int | None = None,
+        start_frames: ndarray | None = None,
+    ) -> VideoStream:
+        """An endless stream of `prompt`. start_frames, uint8 [T, H, W, 3], is a clip it goes on from."""
+        _check_seed(seed)
+        grid = LatentGrid.of(self.config, height, width)
+        stream = VideoStream(self._parts, grid, prompt, self._encode_text(prompt), seed)
+        if start_frames is not None:
+            stream.continue_from(start_frames)
+        return stream
+
+    def restore(self, snapshot: Snapshot) -> VideoStream:
+        """The stream that `snapshot` was taken of, at that moment; any number of streams may go on from
+        one."""
+        grid = LatentGrid.of(self.config, snapshot.info.get("height"), snapshot.info.get("width"))
+        return VideoStream.from_snapshot(self._parts, grid, snapshot)
+
+    def frame_count(self, seconds: float | None = None, num_frames: int | None = None) -> int:
+        """Pixel frames that `seconds` or `num_frames` ask for. Raises ValueError for neither positive nor
+        finite."""
+        if seconds is not None and num_frames is not None:
+            raise ValueError(f"seconds is {seconds} and num_frames is {num_frames}; give one of them")
+        if seconds is not None:
+            if not math.isfinite(seconds) or seconds <= 0:
+                raise ValueError(
+                    f"seconds is {seconds}; give a positive length, or use a stream for an endless one"
+                )
+            return max(1, round(seconds * self.config.fps))
+        count = DEFAULT_NUM_FRAMES if num_frames is None else num_frames
+        if count < 1:
+            raise ValueError(f"num_frames is {count}; a video has at least one frame")
+        return count
+
+    def chunk_count(self, num_frames: int) -> int:
+        """Chunks from the start of a video that give at least `num_frames` pixel frames."""
+        return -(-LatentGrid.of(self.config).latent_frames(num_frames) // self.config.cache.chunk_frames)
+
+    def generate(
+        self,
+        prompt: str,
+        seconds: float | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        on_chunk: Callable[[FrameChunk], None] | None = None,
+    ) -> Video:
+        """A video of `prompt`, 81 frames long where neither seconds nor num_frames says otherwise.
+
+        on_chunk is called with each FrameChunk as it is made.
+        """
+        import numpy
+
+        count = self.frame_count(seconds, num_frames)
+        stream = self.stream(prompt, seed=seed, height=height, width=width)
+        pieces = []
+        for _ in range(self.chunk_count(count)):
+            chunk = next(stream)
+            pieces.append(chunk.frames)
+            if on_chunk is not None:
+                on_chunk(chunk)
+        return Video(numpy.concatenate(pieces)[:count], self.config.fps)
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_frames: int = DEFAULT_NUM_FRAMES,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        output_type: OutputType = "np",
+        callback_on_step_end: StepEndCallback | None = None,
+    ) -> PipelineOutput:
+        """Generate in the shape of a Diffusers pipeline.
+
+        frames of the result, one video for each prompt: "np" float [B, T, H, W, 3] in [0, 1], "pt" float
+        tensor [B, T, 3, H, W] in [0, 1], "pil" a list of lists of images, "latent" tensor [B, C, F, h, w],
+        normalised. generator gives the seed and advances; give it or seed, not both.
+        callback_on_step_end(pipeline, step, timestep, {"latents": ...}) is called after each denoising step,
+        counted over all chunks; when it returns a dictionary with "latents", those go on.
+        """
+        if output_type not in ("np", "pt", "pil", "latent"):
+            raise ValueError(f"output_type is {output_type!r}; use 'np', 'pt', 'pil' or 'latent'")
+        if generator is not None and seed is not None:
+            raise ValueError(f"seed is {seed} and a generator is given; give one of them")
+        count = self.frame_count(num_frames=num_frames)
+        videos = []
+        for text in [prompt] if isinstance(prompt, str) else prompt:
+            number = _draw_seed(generator) if generator is not None else seed or 0
+            stream = self.stream(text, seed=number, height=height, width=width)
+            videos.append(self._run(stream, count, output_type == "latent", callback_on_step_end))
+        return PipelineOutput(_pack(videos, output_type))
+
+    def _run(
+        self, stream: VideoStream, count: int, as_latents: bool, callback: StepEndCallback | None
+    ) -> Tensor | ndarray:
+        """Latents [C, F, h, w] or frames uint8 [T, H, W, 3] of one video."""
+        import numpy
+
+        latents, frames = [], []
+        for chunk in range(self.chunk_count(count)):
+            on_step = None if callback is None else self._step_callback(callback, chunk * stream.num_steps)
+            frames.append(stream.advance(on_step, decode=not as_latents).frames)
+            latents.append(stream.latents)
+        if as_latents:
+            return torch.cat(latents, dim=2)[0, :, : stream.grid.latent_frames(count)]
+        return numpy.concatenate(frames)[:count]
+
+    def _step_callback(
+        self, callback: StepEndCallback, offset: int
+    ) -> Callable[[int, float, Tensor], Tensor | None]:
+        def on_step(step: int, timestep: float, latents: Tensor) -> Tensor | None:
+            answer = callback(self, offset + step, timestep, {"latents": latents})
+            return answer.get("latents") if isinstance(answer, dict) else None
+
+        return on_step
+
+
+def _directory(source: str | Path) -> Path:
+    if str(source) == "tiny":
+        return Path(str(resources.files("rfengine"))) / "weights" / "tiny"
+    directory = Path(source)
+    if not directory.is_dir():
+        raise ValueError(
+            f"{source} is no directory; give 'tiny' or a checkpoint directory (see rfengine convert)"
+        )
+    return directory
+
+
+def _text_encoder(
+    directory: Path,
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache: str | Path | None,
+    mark: str,
+) -> TextEncoder:
+    """The checkpoint's text encoder; its weights are read at the first prompt that no cache holds."""
+    from rfengine.checkpoint.directories import part_files, tokenizer_directory
+    from rfengine.checkpoint.loader import load_part
+    from rfengine.models.text_encoder import ByteTokenizer, SentencePieceTokenizer, TextEncoder, build_umt5
+
+    folder = tokenizer_directory(directory)
+    by_bytes = config.text.tokenizer == "bytes"
+    if not part_files(directory, "text_encoder") or (folder is None and not by_bytes):
+        raise ValueError(
+            f"{directory} has no text encoder or no tokenizer; run `rfengine convert SRC DST --base WAN` "
+            "where WAN is a directory that has them"
+        )
+
+    def load() -> nn.Module:
+        with torch.device("meta"):
+            umt5 = build_umt5(config.text)
+        load_part(umt5, directory, "text_encoder", dtype, device)
+        return umt5
+
+    tokenizer = ByteTokenizer() if by_bytes else SentencePieceTokenizer(folder)
+    return TextEncoder(load, tokenizer, config.model.text_len, device, dtype, cache, mark)
+
+
+def _dtype(name: DTypeName | torch.dtype | None) -> torch.dtype | None:
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"dtype is {name!r}; use {', '.join(known)}")
+    return known[name]
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"seed is {seed}; use an integer from 0 to {MAX_SEED}")
+
+
+def _draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(0, MAX_SEED, (), generator=generator, device=generator.device))
+
+
+def _pack(videos: list[Any], output_type: OutputType) -> Any:
+    import numpy
+
+    if output_type == "latent":
+        return torch.stack(videos)
+    if output_type == "pil":
+        from PIL import Image
+
+        return [[Image.fromarray(frame) for frame in frames] for frames in videos]
+    scaled = numpy.stack(videos).astype(numpy.float32) / 255
+    return scaled if output_type == "np" else torch.from_numpy(scaled).permute(0, 1, 4, 2, 3)

@@ -1,0 +1,57 @@
+"""What every test runs under: fresh memory is NaN, a worker has one thread, GPU tests need a GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+with torch.device("meta"):
+    torch.empty(
+        0
+    )  # torch lists the factories that a device context redirects at first use: before the patch below
+
+UNINITIALISED = [
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # workers that each start a thread per core take the cores from one another
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch leaves uninitialised with NaN, so that reading it before writing it fails the test."""
+    for owner, name in UNINITIALISED:
+        monkeypatch.setattr(owner, name, _filled_with_nan(getattr(owner, name)))
+
+
+def _filled_with_nan(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(allocate)
+    def allocate_nan(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.is_floating_point() or tensor.is_complex():
+            with torch.no_grad():
+                tensor.fill_(float("nan"))
+        return tensor
+
+    return allocate_nan

@@ -1,0 +1,80 @@
+"""Small models and inputs that several tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig, WanConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.dit import WanDiT
+from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
+from rfengine.models.vae import WanVAE
+from rfengine.pipeline import Pipeline
+from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.schedule import FlowSchedule
+
+SMALL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=8, in_dim=4, out_dim=4)
+GRID = LatentGrid(32, 48)  # 2 x 3 tokens in a frame
+
+
+def small_model(config: WanConfig = SMALL, seed: int = 0) -> WanDiT:
+    """Random weights large enough that every part moves the output."""
+    generator = torch.Generator().manual_seed(seed)
+    model = WanDiT(config).eval()
+    for parameter in model.parameters():
+        scale = 0.5 if parameter.ndim == 1 else 1.5 / parameter[0].numel() ** 0.5
+        offset = 1.0 if parameter.ndim == 1 else 0.0
+        parameter.data = offset + scale * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def small_runner(model: WanDiT, steps: tuple[int, ...] = (1000, 500)) -> ChunkRunner:
+    return ChunkRunner(model, FlowSchedule(ScheduleConfig(denoising_steps=steps)))
+
+
+def small_cache(
+    config: CacheConfig, model: WanConfig = SMALL, dtype: torch.dtype = torch.float32
+) -> StreamingKVCache:
+    return StreamingKVCache(model, config, GRID, dtype=dtype)
+
+
+def noise_of(chunk: int, frames: int, steps: int = 2, channels: int = SMALL.in_dim) -> torch.Tensor:
+    """[steps, 1, C, frames, h, w] for one chunk, the same for every call."""
+    generator = torch.Generator().manual_seed(1000 + chunk)
+    shape = (steps, 1, channels, frames, GRID.latent_height, GRID.latent_width)
+    return torch.randn(shape, generator=generator)
+
+
+def text_states(seed: int = 0) -> torch.Tensor:
+    return torch.randn(1, SMALL.text_len, SMALL.text_dim, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    difference = (actual.double() - expected.double()).norm()
+    return (difference / expected.double().norm()).item()
+
+
+def small_pipeline(cache: CacheConfig | None = None, seed: int = 0) -> Pipeline:
+    """A whole pipeline at 32 x 48 pixels with random weights, two denoising steps and a byte tokenizer."""
+    model_config = dataclasses.replace(SMALL, text_len=64)
+    vae_config = VAEConfig(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=(1, 1, 2, 2),
+        num_res_blocks=1,
+        latents_mean=(0.1,) * 4,
+        latents_std=(1.2,) * 4,
+    )
+    text_config = TextConfig(259, 16, 16, 24, 2, 1, tokenizer="bytes")
+    config = EngineConfig(
+        "small", model_config, vae_config, text_config, cache or CacheConfig(),
+        ScheduleConfig(denoising_steps=(1000, 500)), GRID.height, GRID.width,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = WanVAE(vae_config).eval().requires_grad_(False)
+        encoder = TextEncoder(build_umt5(text_config), ByteTokenizer(), model_config.text_len)
+    return Pipeline(config, small_model(model_config, seed), vae, encoder, f"small-{seed}")

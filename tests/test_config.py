@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from rfengine.config import (
+    PRESETS,
+    CacheConfig,
+    EngineConfig,
+    ScheduleConfig,
+    TextConfig,
+    VAEConfig,
+    WanConfig,
+    from_dict,
+    to_dict,
+)
+
+SMALL = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 1}
+
+
+def test_presets_carry_their_own_names() -> None:
+    assert {name: config.name for name, config in PRESETS.items()} == {name: name for name in PRESETS}
+    assert set(PRESETS) == {"tiny", "wan-1.3b", "wan-14b"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_survives_json(name: str) -> None:
+    stored = json.dumps(to_dict(PRESETS[name]))
+    assert from_dict(EngineConfig, json.loads(stored)) == PRESETS[name]
+
+
+def test_published_models_have_heads_of_128_and_the_published_vae_strides() -> None:
+    for name in ("wan-1.3b", "wan-14b"):
+        config = PRESETS[name]
+        assert config.model.head_dim == 128
+        assert (config.vae.spatial_stride, config.vae.temporal_stride) == (8, 4)
+
+
+def test_default_cache_is_the_published_one() -> None:
+    cache = CacheConfig()
+    assert (cache.chunk_frames, cache.window_frames, cache.sink_frames, cache.alpha) == (3, 9, 3, 0.999)
+    assert (cache.window_chunks, cache.sink_chunks) == (3, 1)
+
+
+def test_configuration_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CacheConfig().alpha = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_heads": 5}, "dim 24 is not divisible by num_heads 5"),
+        ({"num_heads": 6}, "head_dim is 4; rotation needs an even head_dim"),
+        ({"dim": 21, "num_heads": 3}, "head_dim is 7; rotation needs an even head_dim"),
+        ({"freq_dim": 255}, "freq_dim is 255"),
+        ({"patch_size": (2, 2, 2)}, "exactly one latent frame"),
+    ],
+)
+def test_model_of_impossible_shape_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WanConfig(**SMALL | change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"chunk_frames": 0}, "chunk_frames is 0"),
+        ({"window_frames": 10}, "window_frames is 10; use a multiple of chunk_frames, which is 3"),
+        ({"window_frames": 0}, "window_frames is 0"),
+        ({"alpha": 1.1}, "alpha is 1.1"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"sink": "mean"}, "sink is 'mean'"),
+        ({"positions": "rope"}, "positions is 'rope'"),
+        ({"sink_precision": "fp8"}, "sink_precision is 'fp8'"),
+        ({"sink": "none"}, "sink_frames is 3 but sink is 'none'"),
+        ({"sink": "frozen", "sink_frames": 0}, "sink_frames is 0; a sink is a multiple"),
+        ({"sink": "frozen", "sink_frames": 4}, "sink_frames is 4; a sink is a multiple"),
+        ({"sink": "frozen", "sink_frames": 9}, "do not fit into window_frames 9"),
+        ({"sink_frames": 6}, "sink_frames is 6 and chunk_frames is 3; EMA-Sink folds"),
+        ({"positions": "absolute"}, "no absolute time"),
+        ({"window_frames": 6}, "window_frames is 6; EMA-Sink needs"),
+    ],
+)
+def test_cache_that_cannot_work_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**change)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sink": "none", "sink_frames": 0, "positions": "absolute"},
+        {"sink": "frozen", "positions": "absolute"},
+        {"sink": "frozen", "sink_frames": 6},
+        {"chunk_frames": 1, "sink_frames": 1, "window_frames": 3},
+    ],
+)
+def test_caches_of_the_relatives_are_allowed(values: dict[str, object]) -> None:
+    cache = CacheConfig(**values)
+    assert cache.window_chunks * cache.chunk_frames == cache.window_frames
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"shift": 0.0}, "shift is 0.0"),
+        ({"denoising_steps": ()}, "give at least one"),
+        ({"denoising_steps": (1001, 500)}, "from 1 to 1000"),
+        ({"denoising_steps": (500, 0)}, "from 1 to 1000"),
+        ({"denoising_steps": (500, 500)}, "must fall"),
+    ],
+)
+def test_schedule_that_cannot_run_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**change)
+
+
+def test_vae_needs_one_temporal_choice_per_level_and_one_statistic_per_channel() -> None:
+    with pytest.raises(ValueError, match="temporal_downsample has 1 entries for 4 levels"):
+        VAEConfig(temporal_downsample=(True,))
+    with pytest.raises(ValueError, match="latents_mean has 16 values; z_dim asks for 8"):
+        VAEConfig(z_dim=8)
+
+
+def test_text_encoder_with_uneven_heads_is_refused() -> None:
+    with pytest.raises(ValueError, match="attention_dim 4096 is not divisible by num_heads 60"):
+        TextConfig(num_heads=60)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vae": PRESETS["tiny"].vae}, "16 to 16 latent channels but the VAE has 8"),
+        ({"text": PRESETS["tiny"].text}, "text_dim of the model is 4096, the text encoder gives 96"),
+        ({"fps": 0}, "fps is 0"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(PRESETS["wan-1.3b"], **change)
+
+
+def test_unknown_field_is_named_and_refused() -> None:
+    with pytest.raises(ValueError, match="CacheConfig has no field windw; it has chunk_frames"):
+        from_dict(CacheConfig, {"windw": 9})
+    with pytest.raises(ValueError, match="WanConfig has no field depth"):
+        from_dict(EngineConfig, {"name": "mine", "model": {**SMALL, "depth": 2}})
+
+
+def test_missing_field_is_named_and_refused() -> None:
+    with pytest.raises(ValueError, match="WanConfig needs num_heads, num_layers; add it"):
+        from_dict(WanConfig, {"dim": 24, "ffn_dim": 48})
+
+
+def test_lists_of_json_become_tuples() -> None:
+    assert from_dict(ScheduleConfig, {"denoising_steps": [1000, 500]}) == ScheduleConfig(
+        denoising_steps=(1000, 500)
+    )
+
+
+def test_number_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="ScheduleConfig.shift is inf; it must be finite"):
+        from_dict(ScheduleConfig, {"shift": float("inf")})

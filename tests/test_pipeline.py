@@ -1,0 +1,180 @@
+import numpy
+import pytest
+import torch
+
+from inputs import small_pipeline
+from rfengine import Pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return small_pipeline()
+
+
+def test_generate_gives_the_frames_asked_for(pipe):
+    assert pipe.generate("a circle", num_frames=20).frames.shape == (20, 32, 48, 3)
+    assert pipe.generate("a circle", seconds=0.5).frames.shape[0] == 8
+    video = pipe.generate("a circle")
+    assert video.frames.shape[0] == 81 and video.fps == 16
+
+
+def test_a_shorter_video_is_the_beginning_of_a_longer_one(pipe):
+    long = pipe.generate("a circle", num_frames=40, seed=4).frames
+    assert numpy.array_equal(pipe.generate("a circle", num_frames=11, seed=4).frames, long[:11])
+
+
+def test_generate_and_stream_agree(pipe):
+    stream = pipe.stream("a circle", seed=2)
+    frames = numpy.concatenate([next(stream).frames for _ in range(2)])
+    assert numpy.array_equal(pipe.generate("a circle", num_frames=21, seed=2).frames, frames)
+
+
+def test_on_chunk_sees_every_chunk_as_it_is_made(pipe):
+    seen = []
+    pipe.generate(
+        "a circle", num_frames=22, on_chunk=lambda chunk: seen.append((chunk.index, len(chunk.frames)))
+    )
+    assert seen == [(0, 9), (1, 12), (2, 12)]
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ({"seconds": -1.0}, "seconds is -1.0; give a positive length"),
+        ({"seconds": float("nan")}, "seconds is nan"),
+        ({"num_frames": 0}, "num_frames is 0; a video has at least one frame"),
+        ({"seconds": 1.0, "num_frames": 5}, "give one of them"),
+    ],
+)
+def test_a_length_that_makes_no_video_is_refused(pipe, length, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.generate("a circle", **length)
+
+
+def test_bad_prompts_and_seeds_are_refused(pipe):
+    with pytest.raises(ValueError, match="empty"):
+        pipe.generate(" \n ")
+    with pytest.raises(ValueError, match="seed is -1"):
+        pipe.stream("a circle", seed=-1)
+
+
+def test_call_gives_every_output_type(pipe):
+    arrays = pipe("a circle", num_frames=10, seed=1).frames
+    assert arrays.shape == (1, 10, 32, 48, 3) and arrays.dtype == numpy.float32
+    assert 0 <= arrays.min() and arrays.max() <= 1
+    tensors = pipe("a circle", num_frames=10, seed=1, output_type="pt").frames
+    assert torch.equal(tensors.permute(0, 1, 3, 4, 2), torch.from_numpy(arrays))
+    images = pipe("a circle", num_frames=10, seed=1, output_type="pil").frames
+    assert len(images) == 1 and len(images[0]) == 10 and images[0][0].size == (48, 32)
+    latents = pipe("a circle", num_frames=10, seed=1, output_type="latent").frames
+    assert latents.shape == (1, 4, 4, 4, 6)
+    with pytest.raises(ValueError, match="output_type is 'gif'"):
+        pipe("a circle", output_type="gif")
+
+
+def test_latents_of_the_call_decode_to_its_frames(pipe):
+    from rfengine.video import frames_from_pixels
+
+    latents = pipe("a circle", num_frames=9, seed=1, output_type="latent").frames
+    frames = frames_from_pixels(pipe.vae.decode(latents))
+    expected = pipe("a circle", num_frames=9, seed=1).frames[0]
+    assert numpy.abs(frames / 255 - expected).max() <= 1 / 255 + 1e-6
+
+
+def test_several_prompts_make_several_videos(pipe):
+    both = pipe(["a circle", "a square"], num_frames=9, seed=1).frames
+    assert both.shape[0] == 2
+    assert numpy.array_equal(both[1], pipe("a square", num_frames=9, seed=1).frames[0])
+
+
+def test_a_generator_gives_the_seed_and_advances(pipe):
+    generator = torch.Generator().manual_seed(3)
+    first, second = (pipe("a circle", num_frames=9, generator=generator).frames for _ in range(2))
+    again = pipe("a circle", num_frames=9, generator=torch.Generator().manual_seed(3)).frames
+    assert numpy.array_equal(first, again) and not numpy.array_equal(first, second)
+    with pytest.raises(ValueError, match="give one of them"):
+        pipe("a circle", generator=generator, seed=1)
+
+
+def test_callback_sees_every_step_and_may_replace_the_latents(pipe):
+    steps = []
+
+    def callback(owner, step, timestep, tensors):
+        assert owner is pipe
+        steps.append((step, round(timestep)))
+        return {"latents": torch.zeros_like(tensors["latents"])} if step % 2 else None
+
+    frames = pipe("a circle", num_frames=21, callback_on_step_end=callback, output_type="latent").frames
+    assert steps == [(0, 1000), (1, 833), (2, 1000), (3, 833)]
+    assert torch.equal(frames, torch.zeros_like(frames))
+
+
+def test_a_source_that_is_nowhere_is_refused():
+    with pytest.raises(ValueError, match="no/such/place is no directory"):
+        Pipeline.from_pretrained("no/such/place")
+
+
+def test_an_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match="dtype is 'int8'; use float32, bfloat16, float16"):
+        Pipeline.from_pretrained("tiny", dtype="int8")
+
+
+@pytest.fixture
+def saved(pipe, tmp_path):
+    """The small pipeline's weights in the engine's own directory layout."""
+    from rfengine.checkpoint.loader import save_weights, write_config
+
+    write_config(tmp_path, pipe.config)
+    save_weights(tmp_path / "transformer.safetensors", pipe.model.state_dict())
+    save_weights(tmp_path / "vae.safetensors", pipe.vae.state_dict())
+    encoder = pipe.text_encoder._model.state_dict()
+    encoder.pop("encoder.embed_tokens.weight")
+    save_weights(tmp_path / "text_encoder.safetensors", encoder)
+    return tmp_path
+
+
+def test_a_saved_checkpoint_makes_the_same_frames(pipe, saved):
+    loaded = Pipeline.from_pretrained(saved)
+    assert loaded.config == pipe.config and loaded.backend == "reference"
+    expected = pipe.generate("a circle", num_frames=21).frames
+    assert numpy.array_equal(loaded.generate("a circle", num_frames=21).frames, expected)
+
+
+def test_text_states_are_kept_by_prompt(saved, tmp_path):
+    folder = tmp_path / "text"
+    expected = Pipeline.from_pretrained(saved, text_cache=folder).generate("a circle", num_frames=9).frames
+    assert len(list(folder.iterdir())) == 1
+    cached = Pipeline.from_pretrained(saved, text_cache=folder)
+    cached.text_encoder._build_model = None
+    assert numpy.array_equal(cached.generate("a circle", num_frames=9).frames, expected)
+
+
+def test_the_cache_configuration_can_be_replaced(saved):
+    from rfengine.config import CacheConfig
+
+    pipe = Pipeline.from_pretrained(saved, cache=CacheConfig(sink="frozen"))
+    assert pipe.config.cache.sink == "frozen"
+
+
+def test_half_precision_runs_and_stays_near(pipe, saved):
+    exact = pipe.generate("a circle", num_frames=9).frames.astype(int)
+    half = (
+        Pipeline.from_pretrained(saved, dtype="bfloat16")
+        .generate("a circle", num_frames=9)
+        .frames.astype(int)
+    )
+    assert numpy.abs(half - exact).mean() < 8
+
+
+def test_a_checkpoint_without_text_encoder_says_how_to_add_one(saved):
+    (saved / "text_encoder.safetensors").unlink()
+    with pytest.raises(ValueError, match="rfengine convert SRC DST --base"):
+        Pipeline.from_pretrained(saved)
+
+
+def test_weights_of_another_size_are_refused_by_name(saved):
+    from rfengine.checkpoint.loader import save_weights
+
+    save_weights(saved / "transformer.safetensors", {"patch_embedding.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match="patch_embedding.weight"):
+        Pipeline.from_pretrained(saved)

@@ -1,0 +1,140 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rfengine import reference
+from rfengine.models.embeddings import rotary_table
+
+torch.manual_seed(0)
+
+
+def test_adaptive_norm_uses_one_row_for_each_latent_frame():
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    shift, scale = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)
+    out = reference.adaptive_layer_norm(x, shift, scale, 1e-6)
+    for frame in range(3):
+        tokens = slice(2 * frame, 2 * frame + 2)
+        normed = F.layer_norm(x[:, tokens], (8,), eps=1e-6)
+        expected = normed * (1 + scale[:, frame, None]) + shift[:, frame, None]
+        torch.testing.assert_close(out[:, tokens], expected)
+
+
+def test_gated_residual_norms_the_sum():
+    x, y, gate = torch.randn(1, 4, 8), torch.randn(1, 4, 8), torch.randn(1, 1, 8)
+    weight, bias = torch.randn(8), torch.randn(8)
+    total, normed = reference.gated_residual_affine_norm(x, y, gate, weight, bias, 1e-6)
+    torch.testing.assert_close(total, x + gate * y)
+    torch.testing.assert_close(normed, F.layer_norm(x + gate * y, (8,), weight, bias, 1e-6))
+    total, _ = reference.gated_residual_adaptive_norm(x, y, None, gate, gate, 1e-6)
+    torch.testing.assert_close(total, x + y)
+
+
+def test_rms_norm_is_rounded_before_the_weight():
+    x, weight = torch.randn(3, 16).bfloat16(), torch.randn(16).bfloat16()
+    wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    assert torch.equal(reference.rms_norm(x, weight, 1e-6), wide.bfloat16() * weight)
+
+
+def test_rotation_turns_interleaved_pairs_by_their_angle():
+    x = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
+    x[..., 0], x[..., 3] = 1.0, 1.0
+    angles = torch.tensor([[0.3, 1.1]], dtype=torch.float64)
+    out = reference.rotate(x, torch.stack((angles.cos(), angles.sin()))).flatten().tolist()
+    assert out == pytest.approx([math.cos(0.3), math.sin(0.3), -math.sin(1.1), math.cos(1.1)])
+
+
+def test_attention_depends_on_relative_time_only():
+    q, k, v = (torch.randn(1, 12, 2, 16, dtype=torch.float64) for _ in range(3))
+    early = rotary_table(16, torch.tensor([0, 1]), 2, 3).double()
+    late = rotary_table(16, torch.tensor([5000, 5001]), 2, 3).double()
+
+    def attend(table):
+        return reference.clip_attention(reference.rotate(q, table), reference.rotate(k, table), v, None)
+
+    torch.testing.assert_close(attend(early), attend(late), rtol=0, atol=1e-6)
+
+
+def test_rotary_table_splits_a_head_of_128_into_44_42_42():
+    table = rotary_table(128, torch.tensor([0, 1]), 2, 2)
+    assert table.shape == (2, 8, 64)
+    cos = table[0]
+    assert torch.equal(cos[0], torch.ones(64))
+    time_step, column_step, row_step = cos[4], cos[1], cos[2]
+    assert (time_step[:22] != 1).any() and torch.equal(time_step[22:], torch.ones(42))
+    assert torch.equal(row_step[:22], torch.ones(22)) and row_step[22] == pytest.approx(math.cos(1.0))
+    assert torch.equal(column_step[:43], torch.ones(43)) and column_step[43] == pytest.approx(math.cos(1.0))
+    assert time_step[1].item() == pytest.approx(math.cos(10000 ** (-2 / 44)), abs=1e-7)
+
+
+def test_window_attention_reads_the_filled_part_only():
+    q, keys, values = torch.randn(2, 3, 2, 8), torch.randn(2, 10, 2, 8), torch.randn(2, 10, 2, 8)
+    keys[:, 7:], values[:, 7:] = float("nan"), float("nan")
+    out = reference.sink_window_attention(q, keys, values, 7)
+    scores = torch.einsum("bthe,bshe->bhts", q, keys[:, :7]) / 8**0.5
+    torch.testing.assert_close(out, torch.einsum("bhts,bshe->bthe", scores.softmax(-1), values[:, :7]))
+
+
+def test_slot_write_keeps_rotated_and_raw_keys():
+    q, k, v = torch.randn(1, 6, 16), torch.randn(1, 6, 16), torch.randn(1, 6, 16)
+    weight = torch.randn(16)
+    table = rotary_table(8, torch.tensor([4]), 2, 3)
+    keys, values, raw = (torch.full((1, 6, 2, 8), float("nan")) for _ in range(3))
+    rotated_q = reference.qk_norm_rope_write(q, k, v, weight, weight, table, 1e-6, keys, values, raw)
+    expected_q, expected_k = reference.qk_norm_rope(q, k, weight, weight, table, 2, 1e-6)
+    assert torch.equal(rotated_q, expected_q) and torch.equal(keys, expected_k)
+    assert torch.equal(values, v.view(1, 6, 2, 8))
+    assert torch.equal(reference.rotate(raw, table), keys)
+
+
+def test_split_ema_follows_float64_where_bf16_stands_still():
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(2, 1, 1, 4, 2, 32, generator=generator)
+    exact = start.bfloat16().double()
+    split, plain = start.bfloat16().clone(), start.bfloat16().clone()
+    low = torch.zeros_like(split)
+    for _ in range(5000):
+        evicted = (0.5 + torch.randn(start.shape, generator=generator)).bfloat16()
+        exact = 0.999 * exact + 0.001 * evicted.double()
+        reference.ema_evict(split[0], split[1], low[0], low[1], evicted[0], evicted[1], 0.999)
+        reference.ema_evict(plain[0], plain[1], None, None, evicted[0], evicted[1], 0.999)
+    together = split.double() + low.double()
+    assert ((together - exact).norm() / exact.norm()).item() <= 2e-4
+    assert ((split.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-3 * 2**-8).all()
+    moved = (exact - start.double()).norm()
+    assert ((plain.double() - exact).norm() / moved).item() > 0.5
+
+
+def test_ema_of_plain_precision_rounds_as_published():
+    sink, evicted = torch.randn(1, 1, 3, 2, 4).bfloat16(), torch.randn(1, 1, 3, 2, 4).bfloat16()
+    expected = 0.9 * sink + (1 - 0.9) * evicted
+    values = sink.clone()
+    reference.ema_evict(sink, values, None, None, evicted, evicted, 0.9)
+    assert torch.equal(sink, expected) and torch.equal(values, expected)
+
+
+def test_published_bf16_ema_leaves_every_value_at_alpha_0_999():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
+    normal = every[(every.abs() > 1e-34) & (every.abs() < 1e38)]
+    assert len(normal) > 60_000
+    sink = normal.clone().view(1, 1, -1, 1, 1)
+    reference.ema_evict(sink, sink.clone(), None, None, sink.clone(), sink.clone(), 0.999)
+    assert torch.equal(sink.flatten(), normal)
+
+
+def test_flow_step_gives_x0_and_renoises_it():
+    tokens = torch.randn(1, 6, 16)
+    x, noise = torch.randn(1, 4, 1, 4, 6), torch.randn(1, 4, 1, 4, 6)
+    flow = reference.unpatchify(tokens, x)
+    x0 = reference.flow_step(tokens, x, 0.8, None, 0.0)
+    torch.testing.assert_close(x0, x - 0.8 * flow)
+    torch.testing.assert_close(reference.flow_step(tokens, x, 0.8, noise, 0.3), 0.7 * x0 + 0.3 * noise)
+
+
+def test_unpatchify_puts_channels_fastest():
+    tokens = torch.arange(2 * 3 * 4.0).view(1, 6, 4)
+    latents = reference.unpatchify(tokens.repeat_interleave(2, dim=-1), torch.zeros(1, 2, 1, 4, 6))
+    assert latents.shape == (1, 2, 1, 4, 6)
+    assert latents[0, 1, 0, :2, :2].tolist() == [[0.0, 1.0], [2.0, 3.0]]
+    assert latents[0, 0, 0, 2, 4].item() == tokens[0, 5, 0].item()

@@ -1,0 +1,193 @@
+import dataclasses
+import itertools
+
+import numpy
+import pytest
+import torch
+
+from inputs import GRID, small_pipeline
+from rfengine import Pipeline
+from rfengine.config import CacheConfig
+from rfengine.stream import Snapshot, VideoStream
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return small_pipeline()
+
+
+def frames_of(stream: VideoStream, chunks: int) -> numpy.ndarray:
+    return numpy.concatenate([chunk.frames for chunk in itertools.islice(stream, chunks)])
+
+
+def test_the_first_chunk_has_nine_frames_and_every_later_one_twelve(pipe):
+    chunks = list(itertools.islice(pipe.stream("a circle"), 4))
+    assert [len(chunk.frames) for chunk in chunks] == [9, 12, 12, 12]
+    assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
+    for chunk in chunks:
+        assert chunk.frames.dtype == numpy.uint8 and chunk.frames.shape[1:] == (GRID.height, GRID.width, 3)
+        assert chunk.timings.denoise_ms > 0 and chunk.timings.decode_ms > 0
+
+
+def test_the_same_seed_gives_the_same_frames_whatever_ran_beside_it(pipe):
+    alone = frames_of(pipe.stream("a circle", seed=7), 5)
+    stream, other = pipe.stream("a circle", seed=7), pipe.stream("a square", seed=8)
+    interleaved = []
+    for _ in range(5):
+        torch.randn(13)
+        interleaved.append(next(stream).frames)
+        next(other)
+    assert numpy.array_equal(numpy.concatenate(interleaved), alone)
+    assert not numpy.array_equal(frames_of(pipe.stream("a circle", seed=8), 5), alone)
+    assert not numpy.array_equal(frames_of(pipe.stream("a square", seed=7), 5), alone)
+
+
+@pytest.mark.parametrize("mode", ["soft", "recache", "hard"])
+def test_a_new_prompt_changes_what_follows_and_nothing_before(pipe, mode):
+    plain = frames_of(pipe.stream("a circle"), 7)
+    stream = pipe.stream("a circle")
+    before = frames_of(stream, 4)
+    stream.set_prompt("a green square", mode)
+    assert stream.prompt == "a green square"
+    after = frames_of(stream, 3)
+    assert numpy.array_equal(before, plain[: len(before)])
+    assert not numpy.array_equal(after[-12:], plain[-12:])
+
+
+def test_the_same_prompt_again_changes_nothing_when_soft(pipe):
+    plain, stream = frames_of(pipe.stream("a circle"), 6), pipe.stream("a circle")
+    before = frames_of(stream, 4)
+    stream.set_prompt("a circle", "soft")
+    assert numpy.array_equal(numpy.concatenate([before, frames_of(stream, 2)]), plain)
+
+
+def test_a_hard_switch_equals_a_new_stream(pipe):
+    stream = pipe.stream("a circle", seed=3)
+    frames_of(stream, 4)
+    stream.set_prompt("a green square", "hard")
+    chunk = next(stream)
+    assert chunk.index == 4 and len(chunk.frames) == 9
+    assert numpy.array_equal(chunk.frames, next(pipe.stream("a green square", seed=3)).frames)
+
+
+def test_recache_differs_from_soft(pipe):
+    results = []
+    for mode in ("soft", "recache"):
+        stream = pipe.stream("a circle")
+        frames_of(stream, 4)
+        stream.set_prompt("a green square", mode)
+        results.append(frames_of(stream, 1))
+    assert not numpy.array_equal(*results)
+
+
+def test_an_unknown_mode_is_refused_and_the_stream_goes_on(pipe):
+    stream = pipe.stream("a circle")
+    with pytest.raises(ValueError, match="mode is 'gentle'"):
+        stream.set_prompt("a square", "gentle")
+    assert stream.prompt == "a circle" and len(next(stream).frames) == 9
+
+
+@pytest.mark.parametrize("taken_after", [0, 1, 3, 6])
+@pytest.mark.parametrize(
+    "cache", [CacheConfig(alpha=0.9), CacheConfig(sink="frozen", positions="absolute", window_frames=12)]
+)
+def test_a_snapshot_continues_bit_for_bit(taken_after, cache, tmp_path):
+    pipe = small_pipeline(cache)
+    plain = frames_of(pipe.stream("a circle", seed=5), taken_after + 4)
+    stream = pipe.stream("a circle", seed=5)
+    for _ in range(taken_after):
+        next(stream)
+    stream.snapshot().save(tmp_path / "stream.safetensors")
+    restored = pipe.restore(Snapshot.load(tmp_path / "stream.safetensors"))
+    tail = frames_of(restored, 4)
+    assert numpy.array_equal(tail, plain[-len(tail) :])
+    assert numpy.array_equal(frames_of(stream, 4), tail)
+
+
+def test_two_branches_go_on_from_one_snapshot(pipe):
+    stream = pipe.stream("a circle")
+    frames_of(stream, 4)
+    snapshot = stream.snapshot()
+    left, right = pipe.restore(snapshot), pipe.restore(snapshot)
+    right.set_prompt("a green square", "recache")
+    changed = frames_of(right, 2)
+    assert numpy.array_equal(frames_of(left, 2), frames_of(stream, 2))
+    assert not numpy.array_equal(changed, frames_of(pipe.restore(snapshot), 2))
+
+
+def test_a_restored_stream_can_switch_its_prompt_like_the_first(pipe):
+    stream = pipe.stream("a circle")
+    frames_of(stream, 5)
+    restored = pipe.restore(stream.snapshot())
+    for each in (stream, restored):
+        each.set_prompt("a green square", "recache")
+    assert numpy.array_equal(frames_of(stream, 2), frames_of(restored, 2))
+
+
+def test_a_snapshot_of_another_model_or_setting_is_refused(pipe):
+    snapshot = pipe.stream("a circle").snapshot()
+    with pytest.raises(
+        ValueError, match="the snapshot's fingerprint is 'small-0', this pipeline's is 'small-1'"
+    ):
+        small_pipeline(seed=1).restore(snapshot)
+    with pytest.raises(ValueError, match="the snapshot's cache is"):
+        small_pipeline(CacheConfig(alpha=0.5)).restore(snapshot)
+    with pytest.raises(ValueError, match="the snapshot's format is 99"):
+        pipe.restore(dataclasses.replace(snapshot, info=snapshot.info | {"format": 99}))
+
+
+def test_a_file_that_is_no_snapshot_is_refused(tmp_path):
+    from rfengine.checkpoint.loader import save_weights
+
+    save_weights(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
+    with pytest.raises(ValueError, match="holds no stream"):
+        Snapshot.load(tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError):
+        Snapshot.load(tmp_path / "broken.safetensors")
+
+
+def test_a_clip_is_continued_in_whole_chunks(pipe):
+    clip = frames_of(pipe.stream("a circle"), 3)
+    stream = pipe.stream("a circle", start_frames=clip)
+    chunk = next(stream)
+    assert chunk.index == 3 and len(chunk.frames) == 12
+    shortened = pipe.stream("a circle", start_frames=clip[:30])
+    assert next(shortened).index == 2
+
+
+def test_a_continued_clip_is_what_the_next_chunk_sees(pipe):
+    clip = frames_of(pipe.stream("a circle"), 2)
+    after_clip = next(pipe.stream("a circle", start_frames=clip)).frames
+    after_other = next(pipe.stream("a circle", start_frames=255 - clip)).frames
+    assert not numpy.array_equal(after_clip, after_other)
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (numpy.zeros((8, 32, 48, 3), numpy.uint8), "the clip has 8 frames; at least 9"),
+        (numpy.zeros((9, 32, 32, 3), numpy.uint8), "resize the clip"),
+        (numpy.zeros((9, 32, 48), numpy.uint8), "give uint8"),
+        (numpy.zeros((9, 32, 48, 3), numpy.float32), "give uint8"),
+    ],
+)
+def test_a_clip_that_does_not_fit_is_refused(pipe, clip, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.stream("a circle", start_frames=clip)
+
+
+def test_a_stream_that_failed_inside_a_chunk_is_closed(pipe):
+    stream = pipe.stream("a circle")
+    next(stream)
+    with pytest.raises(ZeroDivisionError):
+        stream.advance(on_step=lambda *_: 1 / 0)
+    for call in (lambda: next(stream), stream.snapshot, lambda: stream.set_prompt("a square")):
+        with pytest.raises(RuntimeError, match="the stream was closed in chunk 1"):
+            call()
+
+
+def test_another_size_streams_too(pipe):
+    assert next(pipe.stream("a circle", height=16, width=80)).frames.shape == (9, 16, 80, 3)
+    with pytest.raises(ValueError, match="width is 50 pixels; it must be a multiple of 16, such as 48"):
+        pipe.stream("a circle", width=50)
