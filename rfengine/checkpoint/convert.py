@@ -1,0 +1,269 @@
+"""`rfengine convert`: any known checkpoint into a directory of the engine's own, tensor by tensor (spec 6).
+
+DST holds rfengine.json, transformer.safetensors and, where the source or the base has them, vae.safetensors,
+text_encoder.safetensors and tokenizer/.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from rfengine.checkpoint.directories import (
+    PARTS,
+    PICKLE_SUFFIXES,
+    directory_layout,
+    part_files,
+    part_settings,
+    tokenizer_directory,
+)
+from rfengine.checkpoint.layouts import Part, engine_names
+from rfengine.checkpoint.loader import engine_config, read_as, read_config, write_config
+from rfengine.checkpoint.lora import add_lora
+from rfengine.checkpoint.pickle_file import LORA_KEYS, MODEL_KEYS, open_pickle
+from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, expected_shapes, infer_config
+from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors, write_safetensors
+from rfengine.config import CacheConfig, DTypeName, EngineConfig
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["auto", "wan", "reward-forcing", "self-forcing", "longlive"]
+
+CACHES: dict[str, CacheConfig] = {
+    "wan": CacheConfig(),
+    "reward-forcing": CacheConfig(),
+    "self-forcing": CacheConfig(window_frames=21, sink="none", sink_frames=0, positions="absolute"),
+    "longlive": CacheConfig(window_frames=12, sink="frozen", sink_frames=3, positions="absolute"),
+}
+_KINDS_IN_NAMES = {
+    "rewardforcing": "reward-forcing",
+    "selfforcing": "self-forcing",
+    "odeinit": "self-forcing",
+    "longlive": "longlive",
+}
+
+
+@dataclass(slots=True)
+class _Checkpoint:
+    """What was found so far: tensors by engine name and the configuration of each part."""
+
+    tensors: dict[Part, dict[str, StoredTensor]]
+    configs: dict[Part, PartConfig]
+    own_config: EngineConfig | None = None  # of a source or base that is in the engine's layout already
+    tokenizer: Path | None = None
+
+
+def convert(
+    source: Path | str,
+    destination: Path | str,
+    *,
+    base: Path | str | None = None,
+    lora: Path | str | None = None,
+    dtype: DTypeName = "bfloat16",
+    use_ema: bool = True,
+    kind: Kind = "auto",
+) -> None:
+    """Convert a checkpoint into `destination`, which appears whole or not at all.
+
+    source: a Wan2.1, Diffusers or rfengine directory, or one .pt or .safetensors file of a generator.
+    base: a directory that gives the parts the source lacks; without it they are left out, with a warning.
+    lora: merged into the transformer in float32; its scale is 1 unless the file has alphas.
+    dtype: of every floating-point tensor written; none is kept wider.
+    use_ema: take generator_ema where a pickle has it.
+    kind: which cache the checkpoint was trained for; auto goes by the name of the source (CACHES has them).
+    Raises ValueError for a source that is damaged, unknown or does not fit its base, and for a destination
+    that is in use; RuntimeError when the destination cannot be written or torch is too old to read a pickle.
+    """
+    source, destination = Path(source), Path(destination).resolve()
+    if dtype not in get_args(DTypeName):
+        raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(get_args(DTypeName))}")
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} exists and is not an empty directory; choose another or remove it")
+    checkpoint = _open_source(source, Path(base) if base is not None else None, use_ema)
+    kind = _resolve_kind(kind, source, checkpoint)
+    if lora is not None:
+        add_lora(checkpoint.tensors["transformer"], _open_file(Path(lora), LORA_KEYS), str(lora))
+    _check_tensors(checkpoint)
+    config = _target_config(checkpoint, kind)
+    _warn(kind, checkpoint, lora)
+    with _new_directory(destination) as directory:
+        for part, tensors in checkpoint.tensors.items():
+            cast = {name: _cast(name, stored, getattr(torch, dtype)) for name, stored in tensors.items()}
+            write_safetensors(directory / f"{part}.safetensors", cast, show_progress=True)
+        if checkpoint.tokenizer is not None:
+            shutil.copytree(checkpoint.tokenizer, directory / "tokenizer")
+        write_config(directory, config)
+
+
+def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
+    checkpoint = _Checkpoint({}, {})
+    if not source.exists():
+        raise ValueError(f"{source} does not exist; check the path")
+    keys = MODEL_KEYS if use_ema else tuple(key for key in MODEL_KEYS if key != "generator_ema")
+    if source.is_dir():
+        _take_parts(checkpoint, source, keys)
+    else:
+        part, tensors = engine_names(_open_file(source, keys))
+        if part != "transformer":
+            raise ValueError(
+                f"{source} holds a {part}; give the transformer's file, and the directory of the {part} as "
+                "base"
+            )
+        checkpoint.tensors[part] = tensors
+    if base is not None:
+        _take_parts(checkpoint, base, keys)
+    if "transformer" not in checkpoint.tensors:
+        raise ValueError(
+            f"{source} has no transformer; give the checkpoint as the source and this directory as base"
+        )
+    if "transformer" not in checkpoint.configs:
+        shapes = _shapes(checkpoint.tensors["transformer"])
+        checkpoint.configs["transformer"] = infer_config("transformer", shapes, _base_heads(base, shapes))
+    if (
+        "text_encoder" in checkpoint.tensors
+        and checkpoint.tokenizer is None
+        and checkpoint.own_config is None
+    ):
+        raise ValueError(
+            f"{base or source} has a text encoder and no tokenizer; put google/umt5-xxl/ or tokenizer/ into "
+            "it"
+        )
+    return checkpoint
+
+
+def _take_parts(checkpoint: _Checkpoint, directory: Path, keys: tuple[str, ...]) -> None:
+    """Take from `directory` every part that is not there yet."""
+    own = read_config(directory) if directory_layout(directory) == "rfengine" else None
+    own_configs: dict[Part, PartConfig] = {} if own is None else _part_configs(own)
+    for part in PARTS:
+        files = part_files(directory, part)
+        if part in checkpoint.tensors or not files:
+            continue
+        pickle = files[0].suffix in PICKLE_SUFFIXES
+        found, tensors = engine_names(open_pickle(files[0], keys) if pickle else open_safetensors(files))
+        if found != part:
+            raise ValueError(
+                f"{files[0]} holds a {found}, not a {part}; the directory {directory} is mixed up"
+            )
+        checkpoint.tensors[part] = tensors
+        settings = {} if own else part_settings(directory, part)
+        checkpoint.configs[part] = own_configs.get(part) or infer_config(part, _shapes(tensors), settings)
+        if part == "text_encoder":
+            checkpoint.tokenizer = tokenizer_directory(directory)
+    checkpoint.own_config = checkpoint.own_config or own
+
+
+def _part_configs(config: EngineConfig) -> dict[Part, PartConfig]:
+    return {"transformer": config.model, "vae": config.vae, "text_encoder": config.text}
+
+
+def _base_heads(base: Path | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """num_heads of a base whose transformer has the same dim; a lone file does not tell it."""
+    if base is None or "patch_embedding.weight" not in shapes:
+        return {}
+    if directory_layout(base) == "rfengine":
+        model = read_config(base).model
+        heads, dim = model.num_heads, model.dim
+    else:
+        settings = part_settings(base, "transformer")
+        heads = settings.get("num_heads", settings.get("num_attention_heads", 0))
+        dim = settings.get("dim", heads * settings.get("attention_head_dim", 0))
+    return {"num_heads": heads} if dim == shapes["patch_embedding.weight"][0] else {}
+
+
+def _open_file(path: Path, keys: tuple[str, ...]) -> dict[str, StoredTensor]:
+    return open_pickle(path, keys) if path.suffix in PICKLE_SUFFIXES else open_safetensors(path)
+
+
+def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    return {name: stored.shape for name, stored in tensors.items()}
+
+
+def _resolve_kind(kind: Kind, source: Path, checkpoint: _Checkpoint) -> str:
+    """The key of CACHES to use, or an empty string to keep the cache of an rfengine directory."""
+    if kind in CACHES:
+        return kind
+    if kind != "auto":
+        raise ValueError(f"kind is {kind!r}; use one of auto, {', '.join(CACHES)}")
+    name = source.resolve().name.lower().replace("-", "").replace("_", "")
+    named = {found for part, found in _KINDS_IN_NAMES.items() if part in name}
+    if len(named) == 1:
+        return named.pop()
+    if source.is_dir() and not named:
+        return "" if directory_layout(source) == "rfengine" else "wan"
+    raise ValueError(
+        f"the name {source.name} does not tell which cache the checkpoint was trained for; "
+        f"give kind, one of {', '.join(CACHES)}"
+    )
+
+
+def _check_tensors(checkpoint: _Checkpoint) -> None:
+    for part, tensors in checkpoint.tensors.items():
+        problem = describe_mismatch(expected_shapes(checkpoint.configs[part]), _shapes(tensors))
+        if problem:
+            raise ValueError(
+                f"the {part} is not that of Wan2.1: {problem}; get the file again or give the right one"
+            )
+
+
+def _target_config(checkpoint: _Checkpoint, kind: str) -> EngineConfig:
+    own = checkpoint.own_config
+    configs = {**(_part_configs(own) if own else {}), **checkpoint.configs}
+    model = configs["transformer"]
+    try:
+        inferred = engine_config(configs, kind)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; give a base whose VAE and text encoder belong to this transformer"
+        ) from error
+    if own is None:
+        return replace(inferred, cache=CACHES[kind])
+    kept = replace(own, model=model, vae=inferred.vae, text=inferred.text)
+    return replace(kept, name=inferred.name, cache=CACHES[kind]) if kind else kept
+
+
+def _warn(kind: str, checkpoint: _Checkpoint, lora: Path | str | None) -> None:
+    absent = [part for part in PARTS if part not in checkpoint.tensors]
+    if absent:
+        logger.warning(
+            "no %s was found and none is written; convert again with a base that has it", " or ".join(absent)
+        )
+    if kind == "wan":
+        logger.warning(
+            "Wan2.1 without distillation is a teacher: it needs many steps, not the few of this engine"
+        )
+    if kind == "longlive" and lora is None:
+        logger.warning(
+            "LongLive is converted without its LoRA; give lora.pt as lora unless it is merged already"
+        )
+
+
+def _cast(name: str, stored: StoredTensor, dtype: torch.dtype) -> StoredTensor:
+    target = dtype if stored.dtype.is_floating_point else stored.dtype
+    return replace(stored, dtype=target, read=lambda: read_as(name, stored, target, check_finite=True))
+
+
+@contextmanager
+def _new_directory(destination: Path) -> Iterator[Path]:
+    """A directory beside `destination` that takes its name at the end, or goes if anything fails."""
+    beside = destination.with_name(f".{destination.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        try:
+            beside.mkdir(parents=True)
+            yield beside
+            beside.rename(destination)
+        except OSError as error:
+            raise RuntimeError(
+                f"cannot write {destination} ({error.strerror or error}); free space or choose another place"
+            ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

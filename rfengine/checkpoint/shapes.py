@@ -1,0 +1,301 @@
+"""Configuration from tensor shapes, and the shapes a configuration asks for; names are the engine's."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rfengine.checkpoint.layouts import Part, list_names
+from rfengine.config import TextConfig, VAEConfig, WanConfig
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+PartConfig = WanConfig | VAEConfig | TextConfig
+
+PUBLISHED_HEAD_DIM = 128  # of every published Wan2.1 transformer (spec 1.1)
+
+# What config.json may call a field: the original name, then the Diffusers name.
+_WAN_SETTINGS = {
+    "dim": ("dim",),
+    "ffn_dim": ("ffn_dim",),
+    "num_layers": ("num_layers",),
+    "num_heads": ("num_heads", "num_attention_heads"),
+    "in_dim": ("in_dim", "in_channels"),
+    "out_dim": ("out_dim", "out_channels"),
+    "text_dim": ("text_dim",),
+    "freq_dim": ("freq_dim",),
+}
+RGB_CHANNELS = 3
+
+
+def infer_wan_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> WanConfig:
+    """The transformer's configuration, from its tensors and `settings`, its config.json in either layout.
+
+    Shapes do not tell num_heads; without settings it is dim / 128, as in all published models.
+    Raises ValueError when a tensor that tells a size is absent, when settings and shapes disagree, and when
+    dim is no multiple of 128 and there is no num_heads.
+    """
+    settings = settings or {}
+    dim, in_dim, *patch_size = _shape(shapes, "patch_embedding.weight", 5)
+    (text_dim,) = _shape(shapes, "text_embedding.0.weight", 2)[1:]
+    (freq_dim,) = _shape(shapes, "time_embedding.0.weight", 2)[1:]
+    sizes = {
+        "dim": dim,
+        "ffn_dim": _shape(shapes, "blocks.0.ffn.0.weight", 2)[0],
+        "num_layers": _count_layers(shapes, "blocks."),
+        "in_dim": in_dim,
+        "out_dim": _shape(shapes, "head.head.weight", 2)[0] // max(1, math.prod(patch_size)),
+        "text_dim": text_dim,
+        "freq_dim": freq_dim,
+    }
+    for field, names in _WAN_SETTINGS.items():
+        stated = next((settings[name] for name in names if name in settings), None)
+        if stated is not None and stated != sizes.setdefault(field, stated):
+            raise ValueError(
+                f"config.json states {field} {stated} and the tensors have {sizes[field]}; they do not match"
+            )
+    if "num_heads" not in sizes:
+        if dim % PUBLISHED_HEAD_DIM:
+            raise ValueError(
+                f"the transformer has dim {dim}, no multiple of {PUBLISHED_HEAD_DIM}, and no config.json "
+                "tells its num_heads; convert it with a base of the same dim"
+            )
+        sizes["num_heads"] = dim // PUBLISHED_HEAD_DIM
+    stated_also = {name: settings[name] for name in ("eps", "text_len") if name in settings}
+    return WanConfig(**sizes, **stated_also, patch_size=tuple(patch_size))
+
+
+def infer_vae_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> VAEConfig:
+    """The VAE's configuration, from its tensors and from `settings`, its Diffusers config.json.
+
+    The statistics of the latents are no tensors: they come from settings, or are the published ones for 16
+    channels.
+    Raises ValueError when a tensor that tells a size is absent, or the statistics are unknown.
+    """
+    base_dim = _shape(shapes, "encoder.conv1.weight", 5)[0]
+    z_dim = _shape(shapes, "conv2.weight", 5)[0]
+    levels: list[list[int]] = [[]]
+    temporal = []
+    for index in range(_count_layers(shapes, "encoder.downsamples.")):
+        name = f"encoder.downsamples.{index}"
+        if f"{name}.resample.1.weight" in shapes:
+            levels.append([])
+            temporal.append(f"{name}.time_conv.weight" in shapes)
+        else:
+            levels[-1].append(_shape(shapes, f"{name}.residual.6.weight", 5)[0])
+    if not all(levels):
+        raise ValueError("encoder.downsamples has a level without a residual block; the VAE is incomplete")
+    published, settings = VAEConfig(), settings or {}
+    if z_dim != published.z_dim and not {"latents_mean", "latents_std"} <= set(settings):
+        raise ValueError(
+            f"the VAE has {z_dim} latent channels, the published statistics are for {published.z_dim}; "
+            "give a directory whose config.json has latents_mean and latents_std"
+        )
+    return VAEConfig(
+        base_dim=base_dim,
+        z_dim=z_dim,
+        dim_mult=tuple(widths[-1] // base_dim for widths in levels),
+        num_res_blocks=len(levels[0]),
+        temporal_downsample=tuple(temporal),
+        latents_mean=tuple(settings.get("latents_mean", published.latents_mean)),
+        latents_std=tuple(settings.get("latents_std", published.latents_std)),
+    )
+
+
+def infer_text_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> TextConfig:
+    """The text encoder's configuration, from its tensors and from `settings`, its transformers config.json.
+
+    Raises ValueError when a tensor that tells a size is absent.
+    """
+    settings = settings or {}
+    block = "encoder.block.0.layer"
+    vocab_size, dim = _shape(shapes, "shared.weight", 2)
+    num_buckets, num_heads = _shape(shapes, f"{block}.0.SelfAttention.relative_attention_bias.weight", 2)
+    stated = {"max_distance": "relative_attention_max_distance", "eps": "layer_norm_epsilon"}
+    return TextConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        attention_dim=_shape(shapes, f"{block}.0.SelfAttention.q.weight", 2)[0],
+        ffn_dim=_shape(shapes, f"{block}.1.DenseReluDense.wi_0.weight", 2)[0],
+        num_heads=num_heads,
+        num_layers=_count_layers(shapes, "encoder.block."),
+        num_buckets=num_buckets,
+        **{field: settings[name] for field, name in stated.items() if name in settings},
+    )
+
+
+def infer_config(part: Part, shapes: Shapes, settings: Mapping[str, Any] | None = None) -> PartConfig:
+    """The configuration of whichever part the shapes belong to."""
+    if part == "transformer":
+        return infer_wan_config(shapes, settings)
+    return infer_vae_config(shapes, settings) if part == "vae" else infer_text_config(shapes, settings)
+
+
+def _shape(shapes: Shapes, name: str, axes: int) -> Shape:
+    if name not in shapes:
+        raise ValueError(f"the checkpoint has no {name}, from which sizes are read; it is incomplete")
+    if len(shapes[name]) != axes:
+        raise ValueError(f"{name} is {tuple(shapes[name])}; it must have {axes} axes")
+    return tuple(shapes[name])
+
+
+def _count_layers(shapes: Shapes, prefix: str) -> int:
+    """One more than the highest index after `prefix`; a gap shows up later as missing tensors."""
+    found = [re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in shapes]
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def expected_transformer_shapes(config: WanConfig) -> dict[str, Shape]:
+    """Every tensor of the transformer by its original name (spec 1.2)."""
+    dim, ffn_dim = config.dim, config.ffn_dim
+    outputs = math.prod(config.patch_size) * config.out_dim
+    shapes: dict[str, Shape] = {
+        "patch_embedding.weight": (dim, config.in_dim, *config.patch_size),
+        "patch_embedding.bias": (dim,),
+        **_linear("text_embedding.0", dim, config.text_dim),
+        **_linear("text_embedding.2", dim, dim),
+        **_linear("time_embedding.0", dim, config.freq_dim),
+        **_linear("time_embedding.2", dim, dim),
+        **_linear("time_projection.1", 6 * dim, dim),
+        "head.modulation": (1, 2, dim),
+        **_linear("head.head", outputs, dim),
+    }
+    for block in (f"blocks.{index}" for index in range(config.num_layers)):
+        shapes[f"{block}.modulation"] = (1, 6, dim)
+        for attention in (f"{block}.self_attn", f"{block}.cross_attn"):
+            for letter in "qkvo":
+                shapes |= _linear(f"{attention}.{letter}", dim, dim)
+            shapes |= {f"{attention}.norm_q.weight": (dim,), f"{attention}.norm_k.weight": (dim,)}
+        shapes |= {f"{block}.norm3.weight": (dim,), f"{block}.norm3.bias": (dim,)}
+        shapes |= {**_linear(f"{block}.ffn.0", ffn_dim, dim), **_linear(f"{block}.ffn.2", dim, ffn_dim)}
+    return shapes
+
+
+def expected_vae_shapes(config: VAEConfig) -> dict[str, Shape]:
+    """Every tensor of the VAE by its original name (spec 4.2 to 4.4)."""
+    widths = [config.base_dim * factor for factor in config.dim_mult]
+    z_dim, last = config.z_dim, len(widths) - 1
+    shapes = {**_conv("conv1", 2 * z_dim, 2 * z_dim, 1, 1, 1), **_conv("conv2", z_dim, z_dim, 1, 1, 1)}
+
+    shapes |= _conv("encoder.conv1", config.base_dim, RGB_CHANNELS, 3, 3, 3)
+    channels, index = config.base_dim, 0
+    for level, width in enumerate(widths):
+        for channels_in in (channels, *(width,) * (config.num_res_blocks - 1)):
+            shapes |= _residual(f"encoder.downsamples.{index}", channels_in, width)
+            index += 1
+        channels = width
+        if level < last:
+            name = f"encoder.downsamples.{index}"
+            shapes |= _conv(f"{name}.resample.1", width, width, 3, 3)
+            if config.temporal_downsample[level]:
+                shapes |= _conv(f"{name}.time_conv", width, width, 3, 1, 1)
+            index += 1
+    shapes |= _middle_and_head("encoder", channels, 2 * z_dim)
+
+    channels, index = widths[-1], 0
+    shapes |= _conv("decoder.conv1", channels, z_dim, 3, 3, 3)
+    for level, width in enumerate(reversed(widths)):
+        for channels_in in (channels, *(width,) * config.num_res_blocks):
+            shapes |= _residual(f"decoder.upsamples.{index}", channels_in, width)
+            index += 1
+        channels = width
+        if level < last:
+            name = f"decoder.upsamples.{index}"
+            channels = width // 2
+            shapes |= _conv(f"{name}.resample.1", channels, width, 3, 3)
+            if config.temporal_downsample[last - 1 - level]:
+                shapes |= _conv(f"{name}.time_conv", 2 * width, width, 3, 1, 1)
+            index += 1
+    return shapes | _middle_and_head("decoder", widths[-1], RGB_CHANNELS, channels)
+
+
+def expected_text_shapes(config: TextConfig) -> dict[str, Shape]:
+    """Every tensor of the text encoder by its transformers name, the tied embedding once (spec 5.3)."""
+    inner, dim = config.attention_dim, config.dim
+    shapes: dict[str, Shape] = {
+        "shared.weight": (config.vocab_size, dim),
+        "encoder.final_layer_norm.weight": (dim,),
+    }
+    for block in (f"encoder.block.{index}.layer" for index in range(config.num_layers)):
+        attention, dense = f"{block}.0.SelfAttention", f"{block}.1.DenseReluDense"
+        shapes |= {f"{attention}.{letter}.weight": (inner, dim) for letter in "qkv"}
+        shapes |= {
+            f"{attention}.o.weight": (dim, inner),
+            f"{attention}.relative_attention_bias.weight": (config.num_buckets, config.num_heads),
+            f"{block}.0.layer_norm.weight": (dim,),
+            f"{block}.1.layer_norm.weight": (dim,),
+            f"{dense}.wi_0.weight": (config.ffn_dim, dim),
+            f"{dense}.wi_1.weight": (config.ffn_dim, dim),
+            f"{dense}.wo.weight": (dim, config.ffn_dim),
+        }
+    return shapes
+
+
+def expected_shapes(config: PartConfig) -> dict[str, Shape]:
+    """Every tensor of the part that `config` describes."""
+    if isinstance(config, WanConfig):
+        return expected_transformer_shapes(config)
+    return expected_vae_shapes(config) if isinstance(config, VAEConfig) else expected_text_shapes(config)
+
+
+def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _conv(name: str, outputs: int, inputs: int, *kernel: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (outputs, inputs, *kernel), f"{name}.bias": (outputs,)}
+
+
+def _residual(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
+    shapes = {f"{name}.residual.0.gamma": (inputs, 1, 1, 1), f"{name}.residual.3.gamma": (outputs, 1, 1, 1)}
+    shapes |= {**_conv(f"{name}.residual.2", outputs, inputs, 3, 3, 3)}
+    shapes |= {**_conv(f"{name}.residual.6", outputs, outputs, 3, 3, 3)}
+    return shapes if inputs == outputs else shapes | _conv(f"{name}.shortcut", outputs, inputs, 1, 1, 1)
+
+
+def _middle_and_head(
+    half: str, channels: int, outputs: int, head_channels: int | None = None
+) -> dict[str, Shape]:
+    """The middle of one half, and its head, from head_channels (`channels` by default) to outputs."""
+    head_channels = channels if head_channels is None else head_channels
+    return {
+        **_residual(f"{half}.middle.0", channels, channels),
+        f"{half}.middle.1.norm.gamma": (channels, 1, 1),
+        **_conv(f"{half}.middle.1.to_qkv", 3 * channels, channels, 1, 1),
+        **_conv(f"{half}.middle.1.proj", channels, channels, 1, 1),
+        **_residual(f"{half}.middle.2", channels, channels),
+        f"{half}.head.0.gamma": (head_channels, 1, 1, 1),
+        **_conv(f"{half}.head.2", outputs, head_channels, 3, 3, 3),
+    }
+
+
+def describe_mismatch(expected: Shapes, found: Shapes) -> str:
+    """What is wrong with the tensors `found`, by name; empty when they are those of `expected`."""
+    missing = expected.keys() - found.keys()
+    unexpected = found.keys() - expected.keys()
+    misshaped = [
+        f"{name} {tuple(found[name])} instead of {tuple(expected[name])}"
+        for name in expected.keys() & found.keys()
+        if tuple(found[name]) != tuple(expected[name])
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+    told = [f"{len(names)} {kind}: {list_names(names)}" for kind, names in kinds if names]
+    sizes = [_describe_size(shapes) for shapes in (found, expected)]
+    if told and all(sizes) and sizes[0] != sizes[1]:
+        told.insert(0, f"the checkpoint has {sizes[0]} and the model has {sizes[1]}")
+    return "; ".join(told)
+
+
+def _describe_size(shapes: Shapes) -> str:
+    """Size of a transformer, text encoder or VAE in words; empty when the tensors that tell it are absent."""
+    tellers = {
+        "patch_embedding.weight": ("dim", "blocks."),
+        "encoder.final_layer_norm.weight": ("dim", "encoder.block."),
+        "encoder.conv1.weight": ("base_dim", "encoder.downsamples."),
+    }
+    for name, (word, prefix) in tellers.items():
+        if name in shapes and shapes[name]:
+            return f"{word} {shapes[name][0]} in {_count_layers(shapes, prefix)} layers"
+    return ""

@@ -1,0 +1,236 @@
+"""The safetensors file: header checked entry by entry, tensors read and written one at a time.
+
+The format's own library maps the whole file to read it, so that a copy or a cast holds both sizes, and takes
+every tensor at once to write it. Here one tensor is in memory at a time, and a damaged file is named in one
+sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
+_LENGTH_BYTES = 8  # little-endian length in front of the header
+_ALIGNMENT = 8  # bytes; the header is padded to it
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, 
+    "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor that is still elsewhere; `read` brings it to the CPU, each time anew."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> StoredTensor:
+        """A tensor that is in memory, or mapped, already."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().cpu())
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies in its file: bytes `begin` to `end`, counted from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def open_safetensors(paths: Path | Iterable[Path]) -> dict[str, StoredTensor]:
+    """Every tensor of one file, or of the shards of one checkpoint, by name; none is read yet.
+
+    Raises ValueError for a file that is damaged or foreign, and for a name that two shards both hold.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for path in [paths] if isinstance(paths, Path) else paths:
+        for name, entry in read_header(path)[0].items():
+            if name in stored:
+                raise ValueError(
+                    f"{path} holds {name}, which another shard holds as well; keep the shards of one model"
+                )
+            stored[name] = StoredTensor(entry.shape, entry.dtype, _reader(path, entry))
+    return stored
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """The entries and the metadata of one safetensors file, checked against its size; no tensor is read.
+
+    Raises ValueError when the file is absent, empty, truncated, damaged or of another format.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; check the path")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        _check_start(path, start, size, length)
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+        entries = {name: _entry(value, _LENGTH_BYTES + length) for name, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} has a header that is not of the safetensors format ({error}); get it again"
+        ) from error
+    _check_offsets(path, entries, _LENGTH_BYTES + length, size)
+    return entries, metadata
+
+
+def _check_start(path: Path, start: bytes, size: int, length: int) -> None:
+    if size == 0:
+        raise ValueError(f"{path} is empty (0 bytes); get the file again")
+    if start.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path} is a torch pickle, not safetensors; run `rfengine convert SRC DST` on it")
+    if start == b"version ":
+        raise ValueError(f"{path} is a Git LFS pointer, not the weights; fetch the file itself")
+    if size < _LENGTH_BYTES:
+        raise ValueError(
+            f"{path} has {size} bytes, fewer than the {_LENGTH_BYTES} of a safetensors start; get it again"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"{path} states a header of {length} bytes, above the limit of {MAX_HEADER_BYTES}; "
+            "it is damaged or not a safetensors file, so get it again"
+        )
+    if _LENGTH_BYTES + length > size:
+        raise ValueError(
+            f"{path} is truncated: the header needs {_LENGTH_BYTES + length} bytes and the file has {size}; "
+            "get it again"
+        )
+
+
+def _entry(value: dict[str, Any], data_start: int) -> TensorEntry:
+    dtype, shape = value["dtype"], value["shape"]
+    begin, end = value["data_offsets"]
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype {dtype} is not one of {', '.join(_DTYPES)}")
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError(f"shape {shape} or data_offsets {begin}, {end} is not made of whole numbers")
+    if math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"shape {shape} in {dtype} does not fill data_offsets {begin} to {end}")
+    return TensorEntry(_DTYPES[dtype], tuple(shape), data_start + begin, data_start + end)
+
+
+def _check_offsets(path: Path, entries: dict[str, TensorEntry], data_start: int, size: int) -> None:
+    position = data_start
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != position:
+            raise ValueError(
+                f"{path} has a gap or an overlap in front of {name}; it is damaged, so get it again"
+            )
+        position = entry.end
+    if position > size:
+        raise ValueError(
+            f"{path} is truncated: its tensors need {position} bytes and it has {size}; get it again"
+        )
+    if position < size:
+        raise ValueError(
+            f"{path} has {size - position} bytes after its last tensor; it is damaged, so get it again"
+        )
+
+
+def _reader(path: Path, entry: TensorEntry) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        try:
+            with path.open("rb") as file:
+                file.seek(entry.begin)
+                count = file.readinto(_bytes_of(tensor))
+        except OSError as error:
+            raise RuntimeError(
+                f"cannot read {path} ({error.strerror}); make it readable and try again"
+            ) from error
+        if count != entry.end - entry.begin:
+            raise RuntimeError(f"{path} became shorter while it was read; load it again once it is whole")
+        return tensor
+
+    return read
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str] | None = None,
+    show_progress: bool = False,
+) -> None:
+    """Write `tensors` to `path`, reading one at a time; the file appears whole or not at all.
+
+    metadata: strings for the header. show_progress draws a bar when a terminal is there to see it.
+    Raises RuntimeError when the file cannot be written, the disk being full for instance; nothing is left
+    behind.
+    """
+    header, order = _build_header(tensors, metadata)
+    needed = len(header) + sum(stored.nbytes for stored in tensors.values())
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        with beside.open("xb") as file:
+            file.write(header)
+            for name in _progress(order, path.name) if show_progress else order:
+                tensor = tensors[name].read()
+                assert tuple(tensor.shape) == tensors[name].shape and tensor.dtype == tensors[name].dtype
+                file.write(_bytes_of(tensor.contiguous()))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot write {path} of {needed} bytes ({error.strerror}); free space or choose another place"
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _build_header(
+    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[str]]:
+    """The file up to its first tensor, and the order of tensors: wide dtypes first aligns all."""
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    position = 0
+    for name in order:
+        stored = tensors[name]
+        if stored.dtype not in _DTYPE_NAMES:
+            raise ValueError(f"{name} is {stored.dtype}; safetensors holds {', '.join(_DTYPES)}")
+        end = position + stored.nbytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [position, end],
+        }  # fmt: skip
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text, order
+
+
+def _progress(names: list[str], description: str) -> Iterable[str]:
+    from tqdm import tqdm
+
+    return tqdm(names, desc=description, unit="tensor", disable=None)

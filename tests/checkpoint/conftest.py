@@ -1,0 +1,111 @@
+"""Checkpoints of every layout, with the full key sets of the 1.3B model and reduced width."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfengine.checkpoint.layouts import (
+    diffusers_transformer_from_wan,
+    diffusers_vae_from_wan,
+    wan_text_from_transformers,
+)
+from rfengine.checkpoint.shapes import expected_shapes
+from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
+from rfengine.config import TextConfig, VAEConfig, WanConfig
+
+Tensors = dict[str, Tensor]
+
+MODEL = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=30, text_dim=32, freq_dim=32)
+VAE = VAEConfig(base_dim=8)
+TEXT = TextConfig(vocab_size=64, dim=32, attention_dim=16, ffn_dim=24, num_heads=2)
+CONFIGS = {"transformer": MODEL, "vae": VAE, "text_encoder": TEXT}
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def write(path: Path, tensors: Tensors) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, {name: StoredTensor.of(tensor) for name, tensor in tensors.items()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def parts() -> dict[str, Tensors]:
+    """The tensors of each part by the engine's names."""
+    return {part: random_tensors(expected_shapes(config)) for part, config in CONFIGS.items()}
+
+
+@pytest.fixture(scope="session")
+def write_file() -> Callable[[Path, Tensors], Path]:
+    return write
+
+
+@pytest.fixture(scope="session")
+def wan_directory(tmp_path_factory: pytest.TempPathFactory, parts: dict[str, Tensors]) -> Path:
+    """The original Wan2.1 directory: VAE and text encoder are pickles."""
+    directory = tmp_path_factory.mktemp("original") / "Wan2.1-T2V-1.3B"
+    write(directory / "diffusion_pytorch_model.safetensors", parts["transformer"])
+    settings = {
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "dim": MODEL.dim,
+        "ffn_dim": MODEL.ffn_dim,
+        "freq_dim": MODEL.freq_dim,
+        "num_heads": MODEL.num_heads,
+        "num_layers": MODEL.num_layers,
+        "in_dim": MODEL.in_dim,
+        "out_dim": MODEL.out_dim,
+        "text_len": MODEL.text_len,
+        "eps": MODEL.eps,
+    }
+    (directory / "config.json").write_text(json.dumps(settings))
+    text = {wan_text_from_transformers(name): tensor for name, tensor in parts["text_encoder"].items()}
+    torch.save(parts["vae"], directory / "Wan2.1_VAE.pth")
+    torch.save(text, directory / "models_t5_umt5-xxl-enc-bf16.pth")
+    (directory / "google" / "umt5-xxl").mkdir(parents=True)
+    (directory / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def diffusers_directory(tmp_path_factory: pytest.TempPathFactory, parts: dict[str, Tensors]) -> Path:
+    """The Diffusers directory: all safetensors, the transformer in two shards with an index."""
+    directory = tmp_path_factory.mktemp("diffusers") / "Wan2.1-T2V-1.3B-Diffusers"
+    transformer = {
+        diffusers_transformer_from_wan(name): tensor for name, tensor in parts["transformer"].items()
+    }
+    names = sorted(transformer)
+    weight_map = {}
+    for number, half in enumerate((names[:400], names[400:]), start=1):
+        shard = f"diffusion_pytorch_model-{number:05}-of-00002.safetensors"
+        write(directory / "transformer" / shard, {name: transformer[name] for name in half})
+        weight_map |= dict.fromkeys(half, shard)
+    index = directory / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    vae = {diffusers_vae_from_wan(name): tensor for name, tensor in parts["vae"].items()}
+    write(directory / "vae" / "diffusion_pytorch_model.safetensors", vae)
+    write(directory / "text_encoder" / "model.safetensors", parts["text_encoder"])
+    settings = {
+        "transformer": {
+            "num_attention_heads": 1,
+            "attention_head_dim": 128,
+            "in_channels": 16,
+            "text_dim": 32,
+        },
+        "vae": {"latents_mean": list(VAE.latents_mean), "latents_std": list(VAE.latents_std)},
+        "text_encoder": {"relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6},
+    }
+    for part, values in settings.items():
+        (directory / part / "config.json").write_text(json.dumps(values))
+    (directory / "tokenizer").mkdir()
+    (directory / "tokenizer" / "tokenizer.json").write_text("{}")
+    return directory

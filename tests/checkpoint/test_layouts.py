@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from rfengine.checkpoint.layouts import (
+    detect_layout,
+    diffusers_transformer_from_wan,
+    diffusers_vae_from_wan,
+    engine_names,
+    list_names,
+    strip_prefixes,
+    transformers_text_from_wan,
+    wan_text_from_transformers,
+    wan_transformer_from_diffusers,
+    wan_vae_from_diffusers,
+)
+from rfengine.checkpoint.shapes import expected_text_shapes, expected_transformer_shapes, expected_vae_shapes
+from rfengine.config import PRESETS, VAEConfig, WanConfig
+
+PUBLISHED = PRESETS["wan-1.3b"]
+TRANSFORMER = expected_transformer_shapes(PUBLISHED.model)
+VAE = expected_vae_shapes(PUBLISHED.vae)
+TEXT = expected_text_shapes(PUBLISHED.text)
+
+
+def wrap_inside(name: str) -> str:
+    """FSDP segments around the model, every attention and every feed-forward layer, as a 14B student has them."""
+    name = name.replace("_attn.", "_attn._fsdp_wrapped_module.").replace(
+        "ffn.0.", "ffn.0._fsdp_wrapped_module."
+    )
+    return f"model._fsdp_wrapped_module.{name}"
+
+
+PREFIXES: dict[str, Callable[[str], str]] = {
+    "bare": lambda name: name,
+    "model.": lambda name: f"model.{name}",
+    "one FSDP segment": lambda name: f"model._fsdp_wrapped_module.{name}",
+    "FSDP segments inside": wrap_inside,
+    "FSDP outside of model.": lambda name: f"_fsdp_wrapped_module.model.{name}",
+    "checkpoint segments": lambda name: (
+        f"model.{name.replace('.self_attn', '._checkpoint_wrapped_module.self_attn')}"
+    ),
+    "compiled": lambda name: f"model._orig_mod.{name}",
+    "compiled, FSDP": lambda name: f"_orig_mod.model._fsdp_wrapped_module.{name}",
+    "model.diffusion_model.": lambda name: f"model.diffusion_model.{name}",
+}
+
+
+@pytest.mark.parametrize("wrap", PREFIXES.values(), ids=PREFIXES)
+def test_every_prefix_is_removed_from_all_825_names(wrap: Callable[[str], str]) -> None:
+    assert [strip_prefixes(wrap(name)) for name in TRANSFORMER] == list(TRANSFORMER)
+    part, names = engine_names({wrap(name): name for name in TRANSFORMER})
+    assert part == "transformer" and names == {name: name for name in TRANSFORMER}
+
+
+@pytest.mark.parametrize("wrap", PREFIXES.values(), ids=PREFIXES)
+def test_diffusers_names_are_accepted_under_every_prefix(wrap: Callable[[str], str]) -> None:
+    part, names = engine_names({wrap(diffusers_transformer_from_wan(name)): name for name in TRANSFORMER})
+    assert part == "transformer" and names == {name: name for name in TRANSFORMER}
+
+
+def test_only_one_leading_model_is_removed() -> None:
+    assert strip_prefixes("model.model.head.modulation") == "model.head.modulation"
+
+
+@pytest.mark.parametrize("size", ["1.3b", "14b", "small"])
+def test_transformer_names_are_those_of_diffusers(size: str) -> None:
+    from diffusers import WanTransformer3DModel
+
+    small = WanConfig(
+        dim=32, ffn_dim=48, num_heads=2, num_layers=3, text_dim=24, freq_dim=16, in_dim=4, out_dim=4
+    )
+    config = small if size == "small" else PRESETS[f"wan-{size}"].model
+    with torch.device("meta"):
+        model = WanTransformer3DModel(
+            num_attention_heads=config.num_heads,
+            attention_head_dim=config.head_dim,
+            in_channels=config.in_dim,
+            out_channels=config.out_dim,
+            text_dim=config.text_dim,
+            freq_dim=config.freq_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+        )
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ours = expected_transformer_shapes(config)
+    assert {diffusers_transformer_from_wan(name): shape for name, shape in ours.items()} == theirs
+    assert {wan_transformer_from_diffusers(name): shape for name, shape in theirs.items()} == ours
+
+
+@pytest.mark.parametrize(
+    "config",
+    [VAEConfig(), VAEConfig(base_dim=8, num_res_blocks=1, temporal_downsample=(False, True, False)), VAEConfig(num_res_blocks=3)],
+    ids=["published", "one residual block", "three residual blocks"],
+)  # fmt: skip
+def test_vae_names_are_those_of_diffusers(config: VAEConfig) -> None:
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        model = AutoencoderKLWan(
+            base_dim=config.base_dim,
+            num_res_blocks=config.num_res_blocks,
+            temperal_downsample=list(config.temporal_downsample),
+        )
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ours, blocks = expected_vae_shapes(config), config.num_res_blocks
+    assert {diffusers_vae_from_wan(name, blocks): shape for name, shape in ours.items()} == theirs
+    assert {wan_vae_from_diffusers(name, blocks): shape for name, shape in theirs.items()} == ours
+    assert engine_names(theirs) == ("vae", ours)
+
+
+def test_text_names_are_those_of_transformers() -> None:
+    from rfengine.models.text_encoder import build_umt5
+
+    with torch.device("meta"):
+        model = build_umt5(PUBLISHED.text)
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert engine_names(theirs) == ("text_encoder", TEXT)
+    original = {wan_text_from_transformers(name): shape for name, shape in theirs.items()}
+    assert len(original) == 242
+    assert engine_names(original) == ("text_encoder", TEXT)
+    assert {transformers_text_from_wan(name) for name in original} == set(TEXT)
+
+
+def test_tied_embedding_alone_takes_the_name_of_the_embedding() -> None:
+    names = {"encoder.embed_tokens.weight": 1, "encoder.block.0.layer.0.layer_norm.weight": 2}
+    assert engine_names(names)[1]["shared.weight"] == 1
+
+
+def test_unknown_names_come_back_as_they_are() -> None:
+    for rename in (
+        wan_transformer_from_diffusers, diffusers_transformer_from_wan, diffusers_vae_from_wan,
+        wan_vae_from_diffusers, transformers_text_from_wan, wan_text_from_transformers,
+    ):  # fmt: skip
+        assert rename("blocks.3.surprise.weight") == "blocks.3.surprise.weight"
+        assert rename("surprise") == "surprise"
+
+
+def test_layout_is_found_although_names_are_missing() -> None:
+    kept = [name for name in TRANSFORMER if name.startswith("blocks.7.")]
+    assert detect_layout(kept) == "wan_transformer"
+    assert detect_layout(map(diffusers_transformer_from_wan, kept)) == "diffusers_transformer"
+    assert detect_layout(name for name in VAE if "decoder" in name) == "wan_vae"
+
+
+def test_two_tensors_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"another tensor both become head.modulation"):
+        engine_names({**TRANSFORMER, "model.head.modulation": (1, 2, 3)})
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["base_model.model.blocks.0.ffn.0.lora_A.weight"], "holds a LoRA"),
+        ([*TRANSFORMER, "img_emb.proj.0.weight"], "image-to-video"),
+        ([*TRANSFORMER, "blocks.0.cross_attn.k_img.weight"], "image-to-video"),
+        (
+            ["layer1.weight", "layer2.weight"],
+            "names such as layer1.weight, layer2.weight belong to no known layout",
+        ),
+        ([], "none at all belong to no known layout"),
+    ],
+)
+def test_foreign_names_are_explained(names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        detect_layout(names)
+
+
+def test_long_lists_of_names_are_cut_and_counted() -> None:
+    assert list_names([f"n{number}" for number in range(9)]) == "n0, n1, n2, n3, n4, n5, n6, n7 and 1 more"

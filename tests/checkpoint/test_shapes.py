@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rfengine.checkpoint.shapes import (
+    describe_mismatch,
+    expected_shapes,
+    expected_text_shapes,
+    expected_transformer_shapes,
+    expected_vae_shapes,
+    infer_config,
+    infer_text_config,
+    infer_vae_config,
+    infer_wan_config,
+)
+from rfengine.config import PRESETS, TextConfig, VAEConfig, WanConfig
+from rfengine.models.dit import WanDiT
+from rfengine.models.vae import WanVAE
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
+    return len(shapes), sum(map(math.prod, shapes.values()))
+
+
+def test_published_tensor_and_parameter_counts() -> None:
+    """The counts of spec 1.1, 4 and 5.1."""
+    assert count(expected_transformer_shapes(PRESETS["wan-1.3b"].model)) == (825, 1_418_996_800)
+    assert count(expected_transformer_shapes(PRESETS["wan-14b"].model)) == (1095, 14_288_491_584)
+    assert count(expected_vae_shapes(VAEConfig())) == (194, 126_892_531)
+    assert count(expected_text_shapes(TextConfig())) == (242, 5_680_910_336)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_modules_have_exactly_the_expected_tensors(name: str) -> None:
+    with torch.device("meta"):
+        modules = (WanDiT(PRESETS[name].model), WanVAE(PRESETS[name].vae))
+    for module in modules:
+        theirs = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        assert theirs == expected_shapes(module.config)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configuration_is_inferred_from_its_own_shapes(name: str) -> None:
+    config = PRESETS[name]
+    model = infer_wan_config(
+        expected_transformer_shapes(config.model),
+        {"num_heads": config.model.num_heads, "text_len": config.model.text_len},
+    )
+    assert model == config.model
+    statistics = {"latents_mean": list(config.vae.latents_mean), "latents_std": list(config.vae.latents_std)}
+    assert infer_vae_config(expected_vae_shapes(config.vae), statistics) == config.vae
+    text = infer_text_config(expected_text_shapes(config.text))
+    assert expected_text_shapes(text) == expected_text_shapes(config.text)
+    assert (text.num_heads, text.attention_dim) == (config.text.num_heads, config.text.attention_dim)
+
+
+def test_published_head_count_needs_no_settings() -> None:
+    for name in ("wan-1.3b", "wan-14b"):
+        config = PRESETS[name]
+        assert infer_config("transformer", expected_shapes(config.model)) == config.model
+        assert infer_config("vae", expected_shapes(config.vae)) == config.vae
+        assert infer_config("text_encoder", expected_shapes(config.text)) == config.text
+
+
+def test_settings_of_both_layouts_are_read() -> None:
+    config = WanConfig(dim=64, ffn_dim=48, num_heads=4, num_layers=2, eps=1e-5, text_len=7)
+    shapes = expected_transformer_shapes(config)
+    assert infer_wan_config(shapes, {"num_heads": 4, "eps": 1e-5, "text_len": 7}) == config
+    assert (
+        infer_wan_config(shapes, {"num_attention_heads": 4, "eps": 1e-5, "text_len": 7, "in_channels": 16})
+        == config
+    )
+
+
+def test_text_settings_are_read() -> None:
+    settings = {"relative_attention_max_distance": 64, "layer_norm_epsilon": 1e-5}
+    text = infer_text_config(expected_text_shapes(TextConfig()), settings)
+    assert (text.max_distance, text.eps) == (64, 1e-5)
+
+
+def test_impossible_inference_says_why() -> None:
+    shapes = expected_transformer_shapes(WanConfig(dim=64, ffn_dim=48, num_heads=4, num_layers=2))
+    with pytest.raises(ValueError, match="dim 64, no multiple of 128"):
+        infer_wan_config(shapes)
+    with pytest.raises(ValueError, match="states num_layers 30 and the tensors have 2"):
+        infer_wan_config(shapes, {"num_heads": 4, "num_layers": 30})
+    with pytest.raises(ValueError, match=r"has no head.head.weight"):
+        infer_wan_config({name: shape for name, shape in shapes.items() if name != "head.head.weight"})
+    with pytest.raises(ValueError, match=r"patch_embedding.weight is \(64, 16\); it must have 5 axes"):
+        infer_wan_config({**shapes, "patch_embedding.weight": (64, 16)})
+    with pytest.raises(ValueError, match="8 latent channels, the published statistics are for 16"):
+        infer_vae_config(expected_vae_shapes(PRESETS["tiny"].vae))
+
+
+def test_mismatch_lists_every_kind_of_problem_by_name() -> None:
+    expected = expected_transformer_shapes(PRESETS["wan-1.3b"].model)
+    found = {**expected, "head.head.bias": (65,), "extra.weight": (1,)}
+    del found["blocks.3.norm3.bias"]
+    assert describe_mismatch(expected, found) == (
+        "1 missing: blocks.3.norm3.bias; 1 unexpected: extra.weight; "
+        "1 mis-shaped: head.head.bias (65,) instead of (64,)"
+    )
+    assert describe_mismatch(expected, dict(expected)) == ""
+
+
+def test_mismatch_of_another_size_says_both_sizes() -> None:
+    small = expected_transformer_shapes(PRESETS["wan-1.3b"].model)
+    large = expected_transformer_shapes(PRESETS["wan-14b"].model)
+    problem = describe_mismatch(small, large)
+    assert "the checkpoint has dim 5120 in 40 layers and the model has dim 1536 in 30 layers" in problem
+    assert "270 unexpected: " in problem and "and 262 more" in problem

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from rfengine.checkpoint.tensor_file import (
+    MAX_HEADER_BYTES,
+    StoredTensor,
+    open_safetensors,
+    read_header,
+    write_safetensors,
+)
+
+SAMPLE = {
+    "float32": torch.randn(3, 5),
+    "bfloat16": torch.randn(7).to(torch.bfloat16),
+    "float16": torch.randn(2, 2, 2).half(),
+    "float64": torch.randn(1).double(),
+    "int64": torch.arange(5),
+    "bool": torch.tensor([True, False, True]),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.zeros(0, 4),
+    "transposed": torch.randn(4, 6).T,
+}
+
+
+def stored(tensors: dict[str, torch.Tensor]) -> dict[str, StoredTensor]:
+    return {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def sample_file(tmp_path: Path) -> Path:
+    write_safetensors(tmp_path / "sample.safetensors", stored(SAMPLE), {"note": "käse"})
+    return tmp_path / "sample.safetensors"
+
+
+def test_written_file_is_read_by_the_library_of_the_format(sample_file: Path) -> None:
+    theirs = load_file(sample_file)
+    assert theirs.keys() == SAMPLE.keys()
+    for name, tensor in SAMPLE.items():
+        assert theirs[name].dtype == tensor.dtype and torch.equal(theirs[name], tensor)
+    with safe_open(sample_file, "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "käse"}
+
+
+def test_file_of_the_library_is_read(tmp_path: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in SAMPLE.items()}
+    save_file(tensors, tmp_path / "theirs.safetensors", {"a": "b"})
+    ours = open_safetensors(tmp_path / "theirs.safetensors")
+    assert ours.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert ours[name].shape == tensor.shape and ours[name].dtype == tensor.dtype
+        assert torch.equal(ours[name].read(), tensor)
+    assert read_header(tmp_path / "theirs.safetensors")[1] == {"a": "b"}
+
+
+def test_every_tensor_starts_at_a_multiple_of_its_element_size(sample_file: Path) -> None:
+    for entry in read_header(sample_file)[0].values():
+        assert entry.begin % entry.dtype.itemsize == 0
+
+
+def test_each_read_gives_memory_of_its_own(sample_file: Path) -> None:
+    tensor = open_safetensors(sample_file)["float32"]
+    tensor.read().zero_()
+    assert torch.equal(tensor.read(), SAMPLE["float32"])
+
+
+def raw(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(dtype: str = "F32", shape: object = (1,), offsets: object = (0, 4)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+DAMAGED = {
+    "zero bytes": (b"", r"is empty \(0 bytes\)"),
+    "few bytes": (b"abc", "has 3 bytes, fewer than the 8"),
+    "pickle": (b"PK\x03\x04" + b"\0" * 30, "is a torch pickle, not safetensors; run `rfengine convert SRC DST`"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    "foreign text": (b"hello world, this is no checkpoint", "header of .* bytes, above the limit of 100000000"),
+    "huge header": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little"), "header of 100000001 bytes, above the limit"),
+    "cut header": (raw({"a": entry()}, b"\0" * 4)[:20], "is truncated: the header needs .* bytes and the file has 20"),
+    "cut data": (raw({"a": entry()}, b"\0\0"), "is truncated: its tensors need .* bytes"),
+    "no json": (raw(b"not json"), "header that is not of the safetensors format"),
+    "deep json": (raw(b"[" * 100_000), "header that is not of the safetensors format"),
+    "json list": (raw([1, 2]), "header that is not of the safetensors format"),
+    "no shape": (raw({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"\0" * 4), "not of the safetensors format"),
+    "unknown dtype": (raw({"a": entry("F4")}, b"\0" * 4), "dtype F4 is not one of F64, F32"),
+    "negative shape": (raw({"a": entry(shape=[-1])}, b"\0" * 4), "is not made of whole numbers"),
+    "fractional shape": (raw({"a": entry(shape=[1.0])}, b"\0" * 4), "is not made of whole numbers"),
+    "wrong size": (raw({"a": entry(shape=[2])}, b"\0" * 4), "does not fill data_offsets 0 to 4"),
+    "overlap": (raw({"a": entry(), "b": entry()}, b"\0" * 4), "a gap or an overlap in front of b"),
+    "gap": (raw({"a": entry(offsets=[4, 8])}, b"\0" * 8), "a gap or an overlap in front of a"),
+    "bytes after": (raw({"a": entry()}, b"\0" * 9), "has 5 bytes after its last tensor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_and_foreign_files_are_named_in_one_sentence(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_safetensors(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="absent.safetensors does not exist"):
+        open_safetensors(tmp_path / "absent.safetensors")
+
+
+def test_random_damage_gives_a_clear_error_or_readable_tensors(sample_file: Path, tmp_path: Path) -> None:
+    content, dice = bytearray(sample_file.read_bytes()), random.Random(0)
+    path, refused = tmp_path / "mutated.safetensors", 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(dice.randint(1, 4)):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        path.write_bytes(damaged[: dice.choice([len(damaged), dice.randrange(len(damaged))])])
+        try:
+            for tensor in open_safetensors(path).values():
+                tensor.read()
+        except ValueError:
+            refused += 1
+    assert 150 < refused < 300
+
+
+def test_name_in_two_shards_is_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for path in paths:
+        write_safetensors(path, stored({"a": torch.ones(1)}))
+    with pytest.raises(ValueError, match="holds a, which another shard holds as well"):
+        open_safetensors(paths)
+
+
+def test_file_that_shrinks_between_opening_and_reading_is_reported(sample_file: Path) -> None:
+    tensors = open_safetensors(sample_file)
+    with sample_file.open("r+b") as file:
+        file.truncate(sample_file.stat().st_size - 100)
+    with pytest.raises(RuntimeError, match="became shorter while it was read"):
+        for tensor in tensors.values():
+            tensor.read()
+
+
+def test_full_disk_leaves_nothing_behind_and_keeps_the_old_file(
+    tmp_path: Path, with_file_limit: Callable[[int], None]
+) -> None:
+    path = tmp_path / "weights.safetensors"
+    write_safetensors(path, stored({"a": torch.ones(4)}))
+    before = path.read_bytes()
+    with_file_limit(100_000)
+    with pytest.raises(
+        RuntimeError, match=r"cannot write .*weights.safetensors of 4000\d\d\d bytes .*free space"
+    ):
+        write_safetensors(path, stored({"a": torch.ones(1_000_000)}))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failing_tensor_leaves_nothing_behind(tmp_path: Path) -> None:
+    def fail() -> torch.Tensor:
+        raise ValueError("no such tensor")
+
+    with pytest.raises(ValueError, match="no such tensor"):
+        write_safetensors(tmp_path / "x.safetensors", {"a": StoredTensor((1,), torch.float32, fail)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dtype_that_the_format_lacks_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a is torch.complex64; safetensors holds F64"):
+        write_safetensors(tmp_path / "x.safetensors", stored({"a": torch.ones(1, dtype=torch.complex64)}))
+
+
+@pytest.fixture
+def with_file_limit() -> Callable[[int], None]:
+    """Makes writes beyond a number of bytes fail as on a full disk, until the test ends."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
