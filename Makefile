@@ -1,0 +1,51 @@
+# Every target builds what it needs first: .venv, then the packages, each step once per change of its inputs.
+PYTHON  ?= python3
+WORKERS ?= 2
+PROMPT  ?= a large red circle moving fast to the right over a grey wall
+VENV    := .venv
+PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+INPUTS  := pyproject.toml setup.py constraints.txt
+
+.PHONY: demo test lint format bench clean
+.NOTPARALLEL:  # one pip at a time in one environment
+
+demo: $(VENV)/.core  ## eight seconds of video from a prompt, on any machine
+	$(VENV)/bin/rfengine generate "$(PROMPT)" --model tiny --seconds 8 --seed 7 -o demo.mp4
+
+test: $(VENV)/.dev  ## all tests; those that need a GPU skip themselves where there is none
+	$(VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint  ## what pre-commit and CI check
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.lint  ## mend what lint can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.core  ## the real-time factor of this machine, end to end
+	$(VENV)/bin/python bench/throughput.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+
+# A stamp appears only when its step has finished, so an interrupted set-up starts that step again.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rfengine needs Python 3.11 or newer, \
+	not " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.made constraints.txt
+	$(PIP) ruff
+	@touch $@
+
+# torch comes first and the build is not isolated, so that no step fetches a second torch or another setuptools.
+$(VENV)/.core: $(VENV)/.made $(INPUTS)
+	$(PIP) torch setuptools
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) --no-build-isolation --editable .[dev]
+	@touch $@
