@@ -239,6 +239,8 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
 
     Raises ValueError when a key is not a field of `kind` or a field without default is missing.
     """
+    if not isinstance(values, dict):
+        raise ValueError(f"{kind.__name__} is {values!r}; it must be a table of its fields")
     fields = {entry.name: entry for entry in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -281,7 +283,7 @@ PRESETS: dict[str, EngineConfig] = {
     "tiny": EngineConfig(
         name="tiny",
         model=WanConfig(
-            dim=192, ffn_dim=576, num_heads=3, num_layers=6, text_dim=96, text_len=128, in_dim=_TINY_Z_DIM,
+            dim=192, ffn_dim=576, num_heads=3, num_layers=4, text_dim=96, text_len=128, in_dim=_TINY_Z_DIM,
             out_dim=_TINY_Z_DIM,
         ),
         vae=VAEConfig(

@@ -30,7 +30,9 @@ class LatentGrid:
     @classmethod
     def of(cls, config: EngineConfig, height: int | None = None, width: int | None = None) -> LatentGrid:
         """The grid of `config`, at its own size unless `height` or `width` in pixels say otherwise."""
-        return cls.of_parts(config.model, config.vae, height or config.height, width or config.width)
+        height = config.height if height is None else height
+        width = config.width if width is None else width
+        return cls.of_parts(config.model, config.vae, height, width)
 
     @classmethod
     def of_parts(cls, model: WanConfig, vae: VAEConfig, height: int, width: int) -> LatentGrid:

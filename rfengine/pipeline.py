@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rfengine import ops
-from rfengine.config import CacheConfig, DTypeName, EngineConfig
+from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
+from rfengine.ops import choose_ops
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
 from rfengine.stream import FrameChunk, Snapshot, StreamParts, VideoStream
@@ -53,7 +53,6 @@ class Pipeline:
         self.model = model
         self.vae = vae
         self.text_encoder = text_encoder
-        self.backend = ops.resolve_backend(config.backend, model.device)
         self._parts = StreamParts(
             model=model,
             vae=vae,
@@ -73,14 +72,16 @@ class Pipeline:
         text_device: str | torch.device | None = None,
         text_cache: str | Path | None = None,
         cache: CacheConfig | None = None,
+        backend: Backend | None = None,
     ) -> Pipeline:
         """Load "tiny", which comes with the package, or a checkpoint directory (README, published weights).
 
         device: "cuda" where there is one, else "cpu". dtype: bfloat16 on CUDA, else float32. text_device:
         where the text encoder runs; "cpu" keeps it off the GPU. text_cache: directory that keeps text states
         by prompt.
-        cache: replaces the checkpoint's cache configuration.
-        Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs.
+        cache, backend: replace what the checkpoint says.
+        Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs,
+        RuntimeError when the backend cannot run on the device.
         """
         from rfengine.checkpoint.loader import fingerprint, load_part, read_config
 
@@ -90,9 +91,9 @@ class Pipeline:
         config = read_config(directory)
         if cache is not None:
             config = replace(config, cache=cache)
-        ops.resolve_backend(config.backend, target)
         with torch.device("meta"):
-            model, vae = WanDiT(config.model), WanVAE(config.vae)
+            model = WanDiT(config.model, choose_ops(backend or config.backend, target))
+            vae = WanVAE(config.vae)
         load_part(model, directory, "transformer", number, target)
         load_part(vae, directory, "vae", number, target)
         mark = fingerprint(directory)
@@ -100,6 +101,11 @@ class Pipeline:
             directory, config, torch.device(text_device or target), number, text_cache, mark
         )
         return cls(config, model.eval(), vae.eval(), encoder, mark)
+
+    @property
+    def backend(self) -> str:
+        """The backends that run the model's ops."""
+        return ", ".join(sorted(set(self.model.ops.choice.values())))
 
     def _encode_text(self, prompt: str) -> Tensor:
         return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)

@@ -121,10 +121,13 @@ def qk_norm_rope_write(
     return rotate(q, rotation)
 
 
-def sink_window_attention(q: Tensor, keys: Tensor, values: Tensor, kv_len: int) -> Tensor:
+def sink_window_attention(
+    q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(E)) v over the first kv_len tokens of the arena, without mask (spec 2.2, step 6).
 
-    q: [B, T, H, E]; keys, values: [B, S, H, E]. Returns [B, T, H, E].
+    q: [B, T, H, E]; keys, values: [B, S, H, E]. Returns [B, T, H, E]. filled_tokens: int32 [1] on the device,
+    the same number as kv_len; a backend that is captured in a graph reads it there, this one reads kv_len.
     """
     return _attention(q, keys[:, :kv_len], values[:, :kv_len], None)
 

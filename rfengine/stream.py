@@ -113,7 +113,12 @@ class VideoStream:
     def _start(self) -> None:
         parts, grid = self._parts, self.grid
         self._cache = StreamingKVCache(
-            parts.model.config, parts.cache_config, grid, dtype=parts.model.dtype, device=parts.model.device
+            parts.model.config,
+            parts.cache_config,
+            grid,
+            dtype=parts.model.dtype,
+            device=parts.model.device,
+            ops=parts.model.ops,
         )
         self._decoder_state = parts.vae.decoder_state(
             1, grid.latent_height, grid.latent_width, parts.model.dtype, parts.model.device

@@ -151,7 +151,7 @@ class VideoWriter:
 
 
 def check_video_path(path: Path) -> None:
-    """Raises ValueError unless `path` ends in .mp4, its directory exists, and no other thing has that name."""
+    """Raises ValueError unless `path` ends in .mp4, its directory exists and no other thing has its name."""
     if path.suffix.lower() != ".mp4":
         raise ValueError(
             f"the video is to be {path}, which does not end in .mp4; name it {path.with_suffix('.mp4')}"

@@ -52,7 +52,8 @@ ONLY_INSIDE_FUNCTIONS = {
 
 
 def sources() -> list[Path]:
-    return sorted(PACKAGE.rglob("*.py"))
+    kernels = (PACKAGE / "kernels").rglob("*.py")  # a link, which rglob does not enter on its own
+    return sorted({*PACKAGE.rglob("*.py"), *kernels})
 
 
 @cache
@@ -147,6 +148,18 @@ def test_training_and_serving_keep_to_their_own_ground() -> None:
         if imported in NEVER_INTO.get(importer, set())
     ]
     assert trespasses == []
+
+
+def test_kernels_need_torch_and_triton_alone() -> None:
+    allowed = {"torch", "triton"} | set(sys.stdlib_module_names)
+    others = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sources()
+        if unit_of(module_of(path)) == "kernels"
+        for line, name in imported_names(tree_of(path))
+        if name.partition(".")[0] not in allowed and not name.startswith("rfengine.kernels")
+    ]
+    assert others == []
 
 
 def test_heavy_packages_are_imported_inside_functions() -> None:

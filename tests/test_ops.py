@@ -1,49 +1,63 @@
+import copy
+import inspect
+
 import pytest
 import torch
 
-from rfengine import ops, reference
+from rfengine import reference
+from rfengine.ops import OP_NAMES, REFERENCE_OPS, Ops, choose_ops
 
 
-def test_auto_runs_the_reference():
-    assert ops.resolve_backend("auto", "cpu") == "reference"
-    assert ops.resolve_backend("reference", "cpu") == "reference"
+def test_auto_runs_the_reference_on_a_cpu():
+    assert set(choose_ops("auto", "cpu").choice.values()) == {"reference"}
+    assert set(choose_ops("reference", "cpu").choice.values()) == {"reference"}
 
 
 def test_a_missing_backend_is_an_error_that_names_the_others():
-    with pytest.raises(RuntimeError, match="backend 'triton' is not built .* use one of auto, reference"):
-        ops.resolve_backend("triton", "cpu")
+    with pytest.raises(
+        RuntimeError, match="backend 'native' cannot run on cpu: .*; use one of auto, reference"
+    ):
+        choose_ops("native", "cpu")
+    with pytest.raises(RuntimeError, match="backend 'flash' cannot run"):
+        choose_ops("auto", "cpu", {"sink_window_attention": "flash"})
 
 
-def test_every_op_has_the_name_and_signature_of_its_reference():
-    import inspect
+def test_an_override_of_an_unknown_op_is_an_error():
+    with pytest.raises(ValueError, match="there is no op 'sink_attention'; there are"):
+        choose_ops("auto", "cpu", {"sink_attention": "reference"})
 
-    public = [
-        name for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")
-    ]
-    for name in set(public) - {"resolve_backend"}:
-        assert inspect.signature(getattr(ops, name)) == inspect.signature(getattr(reference, name)), name
+
+def test_a_model_with_its_ops_can_be_copied():
+    copied = copy.deepcopy(REFERENCE_OPS)
+    assert copied.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist() == [[1.0] * 4]
+
+
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_every_op_has_the_signature_of_its_reference(name):
+    ours = list(inspect.signature(getattr(Ops, name)).parameters)
+    assert ours == ["self", *inspect.signature(getattr(reference, name)).parameters]
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.adaptive_layer_norm(torch.zeros(1, 5, 4), *[torch.zeros(1, 2, 4)] * 2, 1e-6), "modulation"),
-        (lambda: ops.rms_norm(torch.zeros(1, 5, 4), torch.zeros(3), 1e-6), "weight is"),
-        (lambda: ops.sink_window_attention(*[torch.zeros(1, 4, 1, 8)] * 3, 5), "kv_len is 5"),
-        (lambda: ops.sink_window_attention(*[torch.zeros(1, 4, 1, 8)] * 3, 0), "kv_len is 0"),
-        (lambda: ops.rephase_keys(*[torch.zeros(1, 1, 4, 1, 8)] * 2, torch.zeros(2, 3, 4)), "rotation is"),
+        (lambda o: o.adaptive_layer_norm(torch.zeros(1, 5, 4), *[torch.zeros(1, 2, 4)] * 2, 0), "modulation"),
+        (lambda o: o.rms_norm(torch.zeros(1, 4), torch.zeros(3), 1e-6), "weight is"),
+        (lambda o: o.sink_window_attention(*[torch.zeros(1, 4, 1, 8)] * 3, 5, None), "is 5"),
+        (lambda o: o.sink_window_attention(*[torch.zeros(1, 4, 1, 8)] * 3, 0, None), "is 0"),
+        (lambda o: o.rephase_keys(*[torch.zeros(1, 1, 4, 1, 8)] * 2, torch.zeros(2, 3, 4)), "rotation is"),
         (
-            lambda: ops.ema_evict(
+            lambda o: o.ema_evict(
                 *[torch.zeros(1, 1, 4, 1, 8)] * 2, None, None, *[torch.zeros(1, 1, 2, 1, 8)] * 2, 0.9
             ),
             "the evicted chunk",
         ),
         (
-            lambda: ops.flow_step(torch.zeros(1, 1, 16), torch.zeros(1, 4, 1, 2, 2), 1.0, torch.zeros(1), 0.5),
+            lambda o: o.flow_step(torch.zeros(1, 1, 16), torch.zeros(1, 4, 1, 2, 2), 1, torch.zeros(1), 0.5),
             "noise is",
         ),
         (
-            lambda: ops.qk_norm_rope_write(
+            lambda o: o.qk_norm_rope_write(
                 *[torch.zeros(1, 4, 8)] * 3, torch.ones(8), torch.ones(8), torch.zeros(2, 4, 4), 1e-6,
                 torch.zeros(1, 3, 1, 8), torch.zeros(1, 3, 1, 8), None,
             ),
@@ -53,4 +67,4 @@ def test_every_op_has_the_name_and_signature_of_its_reference():
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        call(REFERENCE_OPS)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfengine import ops
 from rfengine.cache.sink_policy import build_sink_policy
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.embeddings import rotary_table
+from rfengine.ops import REFERENCE_OPS, Ops
 
 EMPTY = -1
 
@@ -53,6 +53,7 @@ class LayerCache:
     slot_values: Tensor
     slot_raw_keys: Tensor | None
     kv_len: int
+    filled_tokens: Tensor
 
 
 class StreamingKVCache:
@@ -71,7 +72,9 @@ class StreamingKVCache:
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        ops: Ops = REFERENCE_OPS,
     ) -> None:
+        self.ops = ops
         self.config = config
         self.grid = grid
         self.head_dim = model.head_dim
@@ -86,7 +89,8 @@ class StreamingKVCache:
         self.keys = torch.zeros(arena, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.raw_keys = torch.zeros_like(self.keys) if config.positions == "relative" else None
-        self.policy = build_sink_policy(config, self.keys[:, :, : self.sink_tokens])
+        self.policy = build_sink_policy(config, self.keys[:, :, : self.sink_tokens], ops)
+        self.filled_tokens = torch.zeros(1, dtype=torch.int32, device=device)
         self.slot_chunks = [EMPTY] * config.window_chunks
         self.next_chunk = 0
         self.begun_chunk = EMPTY  # the last chunk whose eviction and re-phasing were done
@@ -110,11 +114,17 @@ class StreamingKVCache:
         filled = [chunk for chunk in chunks if chunk != EMPTY]
         return CachePlan(self.next_chunk, slot, evicts, len(filled), self._slot_times(filled))
 
-    def rewrite_plan(self, slot: int) -> CachePlan:
-        """A plan that writes the chunk of a filled slot once more; it sees the slots up to and including its
+    def begin_rewrite(self, slot: int) -> CachePlan:
+        """Make ready to write the chunk of a filled slot once more; it sees the slots up to and with its
         own."""
         chunks = self.slot_chunks[: slot + 1]
-        return CachePlan(self.slot_chunks[slot], slot, False, slot + 1, self._slot_times(chunks))
+        plan = CachePlan(self.slot_chunks[slot], slot, False, slot + 1, self._slot_times(chunks))
+        self._show_filled(plan)
+        return plan
+
+    def _show_filled(self, plan: CachePlan) -> None:
+        """Tell the device how many tokens the planned chunk sees: one number from the host for each chunk."""
+        self.filled_tokens.fill_(plan.filled_slots * self.chunk_tokens)
 
     def _slot_times(self, chunks: list[int]) -> tuple[int, ...]:
         """Time index of every filled slot: its place in the window (relative) or in the stream (absolute)."""
@@ -141,6 +151,7 @@ class StreamingKVCache:
                 raw[:, :, sink], self.values[:, :, sink], raw[:, :, leaving], self.values[:, :, leaving]
             )
             self.rephase(plan)
+        self._show_filled(plan)
         self.begun_chunk = plan.chunk
 
     def rephase(self, plan: CachePlan) -> None:
@@ -149,7 +160,7 @@ class StreamingKVCache:
         if self.raw_keys is None:
             return
         filled = slice(0, plan.filled_slots * self.chunk_tokens)
-        ops.rephase_keys(
+        self.ops.rephase_keys(
             self.raw_keys[:, :, filled], self.keys[:, :, filled], self._rotation(plan.slot_times)
         )
 
@@ -169,7 +180,13 @@ class StreamingKVCache:
         keys, values = self.keys[index], self.values[index]
         raw = self.raw_keys[index][:, tokens] if keep_raw and self.raw_keys is not None else None
         return LayerCache(
-            keys, values, keys[:, tokens], values[:, tokens], raw, plan.filled_slots * self.chunk_tokens
+            keys,
+            values,
+            keys[:, tokens],
+            values[:, tokens],
+            raw,
+            plan.filled_slots * self.chunk_tokens,
+            self.filled_tokens,
         )
 
     def query_rotation(self, plan: CachePlan) -> Tensor:

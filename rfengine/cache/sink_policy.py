@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rfengine import ops
 from rfengine.config import CacheConfig
+from rfengine.ops import Ops
 
 
 class SinkPolicy(Protocol):
@@ -44,13 +44,14 @@ class EMASink:
     sink stands still, since alpha = 0.999 times any bf16 value rounds back to it (spec 2.4).
     """
 
-    def __init__(self, alpha: float, low: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, ops: Ops, alpha: float, low: tuple[Tensor, Tensor] | None) -> None:
+        self.ops = ops
         self.alpha = alpha
         self.low = low
 
     def evict(self, sink_keys: Tensor, sink_values: Tensor, keys: Tensor, values: Tensor) -> bool:
         low_keys, low_values = self.low if self.low is not None else (None, None)
-        ops.ema_evict(sink_keys, sink_values, low_keys, low_values, keys, values, self.alpha)
+        self.ops.ema_evict(sink_keys, sink_values, low_keys, low_values, keys, values, self.alpha)
         return True
 
     def tensors(self) -> dict[str, Tensor]:
@@ -59,7 +60,7 @@ class EMASink:
         return {"sink_low_keys": self.low[0], "sink_low_values": self.low[1]}
 
 
-def build_sink_policy(config: CacheConfig, sink_arena: Tensor) -> SinkPolicy:
+def build_sink_policy(config: CacheConfig, sink_arena: Tensor, ops: Ops) -> SinkPolicy:
     """The policy that `config` names; `sink_arena` [L, B, S, H, E] gives the shape, dtype and device of its
     state."""
     if config.sink == "none":
@@ -68,5 +69,5 @@ def build_sink_policy(config: CacheConfig, sink_arena: Tensor) -> SinkPolicy:
         return FrozenSink()
     split = config.sink_precision == "split"
     return EMASink(
-        config.alpha, (torch.zeros_like(sink_arena), torch.zeros_like(sink_arena)) if split else None
+        ops, config.alpha, (torch.zeros_like(sink_arena), torch.zeros_like(sink_arena)) if split else None
     )

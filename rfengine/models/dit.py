@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfengine import ops
 from rfengine.cache.kv_cache import CachePlan, LayerCache, StreamingKVCache
 from rfengine.config import WanConfig
 from rfengine.models.embeddings import patchify, rotary_table, timestep_sinusoid
+from rfengine.ops import REFERENCE_OPS, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,45 +42,49 @@ class TextKeysValues:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
-        self.num_heads, self.eps = config.num_heads, config.eps
+        self.ops, self.num_heads, self.eps = ops, config.num_heads, config.eps
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
 
     def over_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> Tensor:
         """Write this chunk's slot of one layer and attend to the window; x [B, T, D], rotation [2, T, E /
         2]."""
-        q = ops.qk_norm_rope_write(
+        q = self.ops.qk_norm_rope_write(
             self.q(x), self.k(x), self.v(x), self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
             cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
         )  # fmt: skip
-        return self.o(ops.sink_window_attention(q, cache.keys, cache.values, cache.kv_len).flatten(2))
+        return self.o(
+            self.ops.sink_window_attention(
+                q, cache.keys, cache.values, cache.kv_len, cache.filled_tokens
+            ).flatten(2)
+        )
 
     def over_clip(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """Attend among all tokens of x [B, T, D] where mask [T, T] allows it."""
-        q, k = ops.qk_norm_rope(
+        q, k = self.ops.qk_norm_rope(
             self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rotation, self.num_heads, self.eps
         )
         v = self.v(x).unflatten(-1, (self.num_heads, -1))
-        return self.o(ops.clip_attention(q, k, v, mask).flatten(2))
+        return self.o(self.ops.clip_attention(q, k, v, mask).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
-        self.num_heads, self.eps = config.num_heads, config.eps
+        self.ops, self.num_heads, self.eps = ops, config.num_heads, config.eps
         self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
         self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, text_len, H, E] of embedded text [B, text_len, D]."""
-        keys = ops.rms_norm(self.k(text), self.norm_k.weight, self.eps)
+        keys = self.ops.rms_norm(self.k(text), self.norm_k.weight, self.eps)
         return keys.unflatten(-1, (self.num_heads, -1)), self.v(text).unflatten(-1, (self.num_heads, -1))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        q = ops.rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
-        return self.o(ops.clip_attention(q, keys, values, None).flatten(2))
+        q = self.ops.rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
+        return self.o(self.ops.clip_attention(q, keys, values, None).flatten(2))
 
 
 class Scale(nn.Module):
@@ -95,12 +99,12 @@ class Block(nn.Module):
     """One transformer block. It takes and gives the residual stream and its norm for the next reader, so that
     every residual addition is fused with the norm that follows it."""
 
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
-        self.eps = config.eps
-        self.self_attn = SelfAttention(config)
+        self.ops, self.eps = ops, config.eps
+        self.self_attn = SelfAttention(config, ops)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.cross_attn = CrossAttention(config)
+        self.cross_attn = CrossAttention(config, ops)
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim),
             nn.GELU(approximate="tanh"),
@@ -121,10 +125,14 @@ class Block(nn.Module):
         next."""
         _, _, gate, shift, scale, gate_ffn = rows.unbind(2)
         y = attend(self.self_attn, normed)
-        x, normed = ops.gated_residual_affine_norm(x, y, gate, self.norm3.weight, self.norm3.bias, self.eps)
+        x, normed = self.ops.gated_residual_affine_norm(
+            x, y, gate, self.norm3.weight, self.norm3.bias, self.eps
+        )
         y = self.cross_attn(normed, *text)
-        x, normed = ops.gated_residual_adaptive_norm(x, y, None, shift, scale, self.eps)
-        return ops.gated_residual_adaptive_norm(x, self.ffn(normed), gate_ffn, *following.unbind(2), self.eps)
+        x, normed = self.ops.gated_residual_adaptive_norm(x, y, None, shift, scale, self.eps)
+        return self.ops.gated_residual_adaptive_norm(
+            x, self.ffn(normed), gate_ffn, *following.unbind(2), self.eps
+        )
 
 
 class Head(nn.Module):
@@ -139,9 +147,10 @@ class WanDiT(nn.Module):
     """The transformer of one WanConfig. Latents are [B, C, F, height, width]; the output is the flow, noise -
     x0."""
 
-    def __init__(self, config: WanConfig) -> None:
+    def __init__(self, config: WanConfig, ops: Ops = REFERENCE_OPS) -> None:
         super().__init__()
         self.config = config
+        self.ops = ops
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -149,7 +158,7 @@ class WanDiT(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.num_layers))
         self.head = Head(config)
 
     @property
@@ -231,7 +240,7 @@ class WanDiT(nn.Module):
             self.text_keys_values(text_states),
             lambda layer: lambda attention, x: attention.over_clip(x, rotation, mask),
         )
-        return ops.unpatchify(tokens, latents)
+        return self.ops.unpatchify(tokens, latents)
 
     def _run_blocks(
         self,
@@ -245,7 +254,7 @@ class WanDiT(nn.Module):
         rows = modulation.layers
         following = [*rows[1:, :, :, :2], modulation.head]
         shift, scale = rows[0, :, :, :2].unbind(2)
-        normed = ops.adaptive_layer_norm(x, shift, scale, self.config.eps)
+        normed = self.ops.adaptive_layer_norm(x, shift, scale, self.config.eps)
         for layer, block in enumerate(self.blocks):
             keys_values = (text.keys[layer], text.values[layer])
             x, normed = block(x, normed, rows[layer], following[layer], keys_values, attend(layer))

@@ -19,16 +19,13 @@ from rfengine.config import VAEConfig
 
 RGB_CHANNELS = 3
 NORM_FLOOR = 1e-12  # smallest L2 norm over channels that is divided by
-_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 class CausalState:
-    """What one half of the VAE remembers of a running video: the last input frames of each temporal
-    convolution.
+    """What one half of the VAE remembers of a video: the last input frames of its temporal convolutions.
 
     `slots` maps the path of a convolution, in execution order, to its frames [B, C, frames, h, w]; they are
-    allocated once, zero at the start, and updated in place. `frames` counts the latent frames seen; 0 means a
-    fresh state.
+    allocated once, zero at the start, and updated in place. `frames` counts the latent frames seen.
     """
 
     def __init__(self, slots: dict[str, Tensor], frames: int = 0) -> None:
@@ -40,19 +37,19 @@ class CausalState:
         return dict(self.slots)
 
     def load(self, tensors: dict[str, Tensor], frames: int) -> None:
-        """Copy a snapshot into the slots, in place; raises ValueError when names, shapes or `frames` do not
-        fit."""
+        """Copy a snapshot into the slots, in place; raises ValueError where names or shapes do not fit."""
         if frames < 0:
             raise ValueError(f"frames is {frames}; a state has seen 0 latent frames or more")
         if tensors.keys() != self.slots.keys():
-            differing = sorted(tensors.keys() ^ self.slots.keys())
+            other = sorted(tensors.keys() ^ self.slots.keys())
             raise ValueError(
-                f"{len(differing)} slot names differ, the first is {differing[0]!r}; load a snapshot of the same VAE"
+                f"{len(other)} slot names differ, such as {other[0]!r}; load a snapshot of the same VAE"
             )
         for name, tensor in tensors.items():
-            if tensor.shape != self.slots[name].shape:
+            given, held = tuple(tensor.shape), tuple(self.slots[name].shape)
+            if given != held:
                 raise ValueError(
-                    f"slot {name!r} is {tuple(tensor.shape)}, the state holds {tuple(self.slots[name].shape)}; "
+                    f"slot {name!r} is {given} in the snapshot and {held} in the state; "
                     "load a snapshot of the same VAE, batch and resolution"
                 )
         with torch.no_grad():
@@ -87,8 +84,7 @@ class ChannelNorm(nn.Module):
 
 
 class CausalConv(nn.Conv3d):
-    """Convolution over (time, height, width) that sees the two frames before each frame, zeros before the
-    video."""
+    """Convolution over time, height and width that looks back two frames; zeros stand before the video."""
 
     slot_frames = 2
 
@@ -107,8 +103,7 @@ class CausalConv(nn.Conv3d):
 
 
 class StridedTimeConv(nn.Conv3d):
-    """Halves the frame rate after the first frame of the video, which passes through as it is (spec 4.2,
-    4.5)."""
+    """Halves the frame rate after the first frame of the video, which passes as it is (spec 4.2, 4.5)."""
 
     slot_frames = 1
 
@@ -129,8 +124,7 @@ class StridedTimeConv(nn.Conv3d):
 
 
 class DoublingTimeConv(CausalConv):
-    """Doubles the frame rate after the first frame of the video, which passes through as it is (spec 4.2,
-    4.5)."""
+    """Doubles the frame rate after the first frame of the video, which passes as it is (spec 4.2, 4.5)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 2 * channels, (3, 1, 1))
@@ -161,7 +155,8 @@ class ResidualBlock(nn.Module):
                 "6": CausalConv(out_channels, out_channels),
             }
         )
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, state: CausalState | None) -> Tensor:
         hidden = self.residual["2"](F.silu(self.residual["0"](x)), state)
@@ -190,7 +185,9 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
         self.time_conv = DoublingTimeConv(channels) if temporal else None
-        self.resample = nn.Sequential(nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(channels, channels // 2, 3, 1, 1))
+        self.resample = nn.Sequential(
+            nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(channels, channels // 2, 3, 1, 1)
+        )
 
     def forward(self, x: Tensor, state: CausalState | None) -> Tensor:
         if self.time_conv is not None:
@@ -288,8 +285,8 @@ class WanVAE(nn.Module):
         """Normalised latent means [B, z, F, h, w] of pixels [B, 3, T, H, W] in [-1, 1].
 
         T is 1 + 4k at the start of a video and 4k later (4 being config.temporal_stride); H and W are
-        multiples of config.spatial_stride. Updates `state` in place. Raises ValueError for any other size, or
-        a state of one.
+        multiples of config.spatial_stride. Updates `state` in place. Raises ValueError for pixels of another
+        size and for a state of another size.
         """
         mean, _ = self.encode_moments(pixels, state)
         shift, scale = self._statistics(mean.device)
@@ -310,21 +307,27 @@ class WanVAE(nn.Module):
         The first latent of a video gives one pixel frame, each later one config.temporal_stride. Updates
         `state` in place. Raises ValueError for latents of another layout and for a state of another size.
         """
-        if latents.ndim != 5 or latents.shape[1] != self.config.z_dim or latents.shape[2] < 1:
+        channels = self.config.z_dim
+        if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] < 1:
             raise ValueError(
-                f"latents are {tuple(latents.shape)}; give [batch, {self.config.z_dim}, frames, height, width] "
+                f"latents are {tuple(latents.shape)}; give [batch, {channels}, frames, height, width] "
                 "with at least one frame"
             )
         self._check_state(state, DecoderState, latents)
         shift, scale = self._statistics(latents.device)
         hidden = (latents.float() * scale + shift).to(self.conv2.weight.dtype)
-        pixels = self.decoder(self.conv2(_channels_last(hidden)), state)
+        pixels = self.decoder(_channels_last(self.conv2(hidden)), state)
         if state is not None:
             state.frames += latents.shape[2]
         return pixels
 
     def encoder_state(
-        self, batch: int, latent_height: int, latent_width: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        batch: int,
+        latent_height: int,
+        latent_width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> EncoderState:
         """A fresh state for encoding `batch` videos of latent_height x latent_width latents."""
         stride = self.config.spatial_stride
@@ -332,15 +335,19 @@ class WanVAE(nn.Module):
         return EncoderState(_zero_slots(shapes, dtype, device))
 
     def decoder_state(
-        self, batch: int, latent_height: int, latent_width: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        batch: int,
+        latent_height: int,
+        latent_width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> DecoderState:
         """A fresh state for decoding `batch` videos of latent_height x latent_width latents."""
         shapes = _slot_shapes(self.decoder, batch, latent_height, latent_width)
         return DecoderState(_zero_slots(shapes, dtype, device))
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, float32 whatever the weights are, made once per
-        device."""
+        """Mean and deviation of the latents, float32 whatever the weights are; made once per device."""
         if device not in self._statistics_on:
             with torch.inference_mode(False):  # a later training step may use them too
                 self._statistics_on[device] = tuple(
@@ -352,7 +359,11 @@ class WanVAE(nn.Module):
     def _check_pixels(self, pixels: Tensor, state: EncoderState | None) -> int:
         """The number of latent frames that `pixels` give."""
         side, stride = self.config.spatial_stride, self.config.temporal_stride
-        if pixels.ndim != 5 or pixels.shape[1] != RGB_CHANNELS or pixels.shape[3] % side or pixels.shape[4] % side:
+        if (
+            pixels.ndim != 5
+            or pixels.shape[1] != RGB_CHANNELS
+            or any(size % side for size in pixels.shape[3:])
+        ):
             raise ValueError(
                 f"pixels are {tuple(pixels.shape)}; give [batch, {RGB_CHANNELS}, frames, height, width] "
                 f"with height and width multiples of {side}"
@@ -372,11 +383,12 @@ class WanVAE(nn.Module):
         if not isinstance(state, kind):
             raise ValueError(f"state is a {type(state).__name__}; this call needs a {kind.__name__}")
         slot = next(iter(state.slots.values()))
-        expected = (x.shape[0], x.shape[1], CausalConv.slot_frames, *x.shape[3:])
-        if tuple(slot.shape) != expected or slot.dtype != self.conv2.weight.dtype or slot.device != x.device:
+        held = (*slot.shape, slot.dtype, slot.device)
+        asked = (*x.shape[:2], CausalConv.slot_frames, *x.shape[3:], self.conv2.weight.dtype, x.device)
+        if held != asked:
             raise ValueError(
-                f"the first slot of the state is {tuple(slot.shape)} {slot.dtype} on {slot.device}, the input asks for "
-                f"{expected} {self.conv2.weight.dtype} on {x.device}; make the state for this batch, size and dtype"
+                f"the first slot of the state is {held}, the input and the weights ask for {asked}; "
+                "make the state for this batch, size, dtype and device"
             )
 
 
@@ -390,9 +402,10 @@ def _head(channels: int, out_channels: int) -> nn.ModuleDict:
     return nn.ModuleDict({"0": ChannelNorm(channels, 3), "2": CausalConv(channels, out_channels)})
 
 
-def _slot_shapes(half: nn.Module, batch: int, height: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of the slot of every temporal convolution, in execution order, from the size of the
-    input."""
+def _slot_shapes(
+    half: nn.Module, batch: int, height: int, width: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of each temporal convolution's slot, in execution order, for an input of this size."""
     for name, module in half.named_modules():
         if isinstance(module, CausalConv | StridedTimeConv):
             yield name, (batch, module.in_channels, module.slot_frames, height, width)
@@ -406,14 +419,18 @@ def _zero_slots(
     shapes: Iterator[tuple[str, tuple[int, ...]]], dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:
     with torch.inference_mode(False):  # such a state serves calls inside and outside of inference mode
-        return {name: _channels_last(torch.zeros(shape, dtype=dtype, device=device)) for name, shape in shapes}
+        return {
+            name: _channels_last(torch.zeros(shape, dtype=dtype, device=device)) for name, shape in shapes
+        }
 
 
 def _convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """The convolution itself. PyTorch sends a small float32 batch of one to a kernel ten times slower than
-    oneDNN's."""
-    if x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled() and _ONEDNN:
-        return torch.mkldnn_convolution(x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    """The convolution; a small float32 batch of one would fall to a kernel far slower than oneDNN's."""
+    plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if plain and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(
+            x, conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups
+        )
     return nn.Conv3d.forward(conv, x)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rfengine import ops
 from rfengine.cache.kv_cache import EMPTY, CachePlan, StreamingKVCache
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
 from rfengine.schedule import FlowSchedule
@@ -60,7 +59,7 @@ class ChunkRunner:
             tokens = self.model.forward_chunk(x, modulation, text, cache, plan)
             last = step + 1 == self.num_steps
             fresh, next_sigma = (None, 0.0) if last else (noise[step + 1], sigmas[step + 1])
-            x = ops.flow_step(tokens, x, sigmas[step], fresh, next_sigma)
+            x = self.model.ops.flow_step(tokens, x, sigmas[step], fresh, next_sigma)
             if on_step is not None:
                 replaced = on_step(step, self.schedule.denoising_timesteps[step], x)
                 x = x if replaced is None else replaced
@@ -92,7 +91,7 @@ class ChunkRunner:
             raise ValueError(f"latents of chunk {missing[0]} are needed to recompute the window; keep them")
         cache.slot_chunks[sink : sink + len(window)] = window
         for place, chunk in enumerate(window):
-            plan = cache.rewrite_plan(sink + place)
+            plan = cache.begin_rewrite(sink + place)
             self._context_pass(cache, plan, chunks[chunk], text)
 
     def _context_pass(

@@ -27,7 +27,7 @@ TEXT = expected_text_shapes(PUBLISHED.text)
 
 
 def wrap_inside(name: str) -> str:
-    """FSDP segments around the model, every attention and every feed-forward layer, as a 14B student has them."""
+    """FSDP segments around the model and inside every layer, as a 14B student has them."""
     name = name.replace("_attn.", "_attn._fsdp_wrapped_module.").replace(
         "ffn.0.", "ffn.0._fsdp_wrapped_module."
     )
@@ -40,9 +40,7 @@ PREFIXES: dict[str, Callable[[str], str]] = {
     "one FSDP segment": lambda name: f"model._fsdp_wrapped_module.{name}",
     "FSDP segments inside": wrap_inside,
     "FSDP outside of model.": lambda name: f"_fsdp_wrapped_module.model.{name}",
-    "checkpoint segments": lambda name: (
-        f"model.{name.replace('.self_attn', '._checkpoint_wrapped_module.self_attn')}"
-    ),
+    "checkpoint segments": lambda name: f"model.{name.replace('.ffn', '._checkpoint_wrapped_module.ffn')}",
     "compiled": lambda name: f"model._orig_mod.{name}",
     "compiled, FSDP": lambda name: f"_orig_mod.model._fsdp_wrapped_module.{name}",
     "model.diffusion_model.": lambda name: f"model.diffusion_model.{name}",
@@ -93,9 +91,13 @@ def test_transformer_names_are_those_of_diffusers(size: str) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [VAEConfig(), VAEConfig(base_dim=8, num_res_blocks=1, temporal_downsample=(False, True, False)), VAEConfig(num_res_blocks=3)],
+    [
+        VAEConfig(),
+        VAEConfig(base_dim=8, num_res_blocks=1, temporal_downsample=(False, True, False)),
+        VAEConfig(num_res_blocks=3),
+    ],
     ids=["published", "one residual block", "three residual blocks"],
-)  # fmt: skip
+)
 def test_vae_names_are_those_of_diffusers(config: VAEConfig) -> None:
     from diffusers import AutoencoderKLWan
 

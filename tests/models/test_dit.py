@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from inputs import GRID, SMALL, noise_of, relative_error, small_cache, small_model, small_runner, text_states
 from rfengine.config import PRESETS, CacheConfig, WanConfig
 from rfengine.models.dit import WanDiT
-from inputs import GRID, SMALL, noise_of, relative_error, small_cache, small_model, small_runner, text_states
+from rfengine.reference import unpatchify
 
 
 @pytest.mark.parametrize(
@@ -23,9 +24,9 @@ def diffusers_model(config: WanConfig, model: WanDiT):
     from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
 
     other = WanTransformer3DModel(
-        num_attention_heads=config.num_heads, attention_head_dim=config.head_dim, in_channels=config.in_dim,
-        out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim, ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
+        num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
+        in_channels=config.in_dim, out_channels=config.out_dim, text_dim=config.text_dim,
+        freq_dim=config.freq_dim, ffn_dim=config.ffn_dim, num_layers=config.num_layers,
     ).eval()  # fmt: skip
     other.load_state_dict(
         {diffusers_transformer_from_wan(name): value for name, value in model.state_dict().items()}
@@ -53,10 +54,8 @@ def test_first_chunk_over_the_cache_equals_the_bidirectional_pass():
     tokens = model.forward_chunk(
         latents, runner.step_modulations[0], model.text_keys_values(text_states()), cache, plan
     )
-    from rfengine import ops
-
     expected = model.forward_clip(latents, torch.tensor([1000.0]), text_states())
-    assert relative_error(ops.unpatchify(tokens, latents), expected) <= 1e-6
+    assert relative_error(unpatchify(tokens, latents), expected) <= 1e-6
 
 
 @torch.no_grad()
@@ -95,7 +94,6 @@ def test_gradients_reach_every_parameter():
     out = model.forward_clip(noise_of(0, 3)[0], torch.tensor([500.0]), text_states())
     out.square().mean().backward()
     idle = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0]
-    # softmax ignores a constant added to every key's score, so k biases before a norm still matter: none is idle
     assert idle == []
 
 
@@ -121,7 +119,6 @@ def test_a_batch_of_prompts_equals_each_alone():
 
 
 def test_sizes_come_from_the_latents():
-    assert small_model().forward_clip(torch.randn(1, 4, 2, 6, 10), torch.tensor([1.0]), text_states()).shape == (
-        1, 4, 2, 6, 10,
-    )  # fmt: skip
+    latents = torch.randn(1, 4, 2, 6, 10)
+    assert small_model().forward_clip(latents, torch.tensor([1.0]), text_states()).shape == latents.shape
     assert GRID.frame_tokens == 6

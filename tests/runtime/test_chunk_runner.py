@@ -6,9 +6,9 @@ import time
 import pytest
 import torch
 
-from rfengine import ops
-from rfengine.config import CacheConfig, WanConfig
 from inputs import GRID, noise_of, relative_error, small_cache, small_model, small_runner, text_states
+from rfengine.config import CacheConfig, WanConfig
+from rfengine.reference import unpatchify
 
 CHUNKS = 7
 
@@ -50,7 +50,7 @@ def test_streaming_equals_recomputation(config):
         noise = noise_of(chunk, config.chunk_frames)
         cache.begin_chunk(plan)
         tokens = model.forward_chunk(noise[0], runner.step_modulations[0], text, cache, plan)
-        streamed = ops.unpatchify(tokens, noise[0])
+        streamed = unpatchify(tokens, noise[0])
         clip = torch.cat([*clean, noise[0]], dim=2)
         timesteps = torch.zeros(1, clip.shape[2])
         timesteps[:, -config.chunk_frames :] = 1000.0
@@ -98,8 +98,8 @@ def test_the_first_three_chunks_do_not_depend_on_alpha():
 
 @torch.no_grad()
 def test_a_batch_advances_like_single_streams():
-    from rfengine.cache.kv_cache import StreamingKVCache
     from inputs import SMALL
+    from rfengine.cache.kv_cache import StreamingKVCache
 
     model = small_model()
     runner = small_runner(model)

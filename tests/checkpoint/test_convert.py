@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rfengine.checkpoint.convert import CACHES, convert
+from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
+from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
+from rfengine.checkpoint.shapes import expected_shapes, expected_transformer_shapes
+from rfengine.config import PRESETS, CacheConfig, VAEConfig, WanConfig
+from rfengine.models.dit import WanDiT
+
+Tensors = dict[str, Tensor]
+Parts = dict[str, Tensors]
+WriteFile = Callable[[Path, Tensors], Path]
+FILES = {
+    "transformer.safetensors",
+    "vae.safetensors",
+    "text_encoder.safetensors",
+    "tokenizer",
+    "rfengine.json",
+}
+
+
+def assert_holds(directory: Path, part: str, tensors: Tensors, dtype: torch.dtype = torch.bfloat16) -> None:
+    found = load_file(directory / f"{part}.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype and torch.equal(found[name], tensor.to(dtype)), name
+
+
+def prefixed(tensors: Tensors, prefix: str = "model.") -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def noise(tensors: Tensors) -> Tensors:
+    """Tensors of the same shapes that must not be taken."""
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("layout", ["wan_directory", "diffusers_directory"])
+def test_whole_directory_is_converted(
+    layout: str,
+    request: pytest.FixtureRequest,
+    parts: Parts,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        convert(request.getfixturevalue(layout), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    for part, tensors in parts.items():
+        assert_holds(tmp_path / "out", part, tensors)
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    config = read_config(tmp_path / "out")
+    assert config.model == WanConfig(128, 64, 1, 30, text_dim=32, freq_dim=32)
+    assert (config.vae, config.cache) == (VAEConfig(base_dim=8), CacheConfig())
+    assert (config.text.num_heads, config.text.tokenizer) == (2, "sentencepiece")
+    assert "is a teacher: it needs many steps" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def generator_payloads(tensors: Tensors) -> dict[str, tuple[str, object, str]]:
+    """File name, content and kind of every published generator file."""
+    ema = {}
+    for name, tensor in tensors.items():
+        inner = name.replace("ffn.0.", "ffn.0._fsdp_wrapped_module.").replace(
+            "_attn.q", "_attn._fsdp_wrapped_module.q"
+        )
+        ema[f"model._fsdp_wrapped_module.{inner}"] = tensor
+    model = prefixed(tensors)
+    return {
+        "flat": ("rewardforcing.pt", model, "reward-forcing"),
+        "generator_ema first": (
+            "self_forcing_dmd.pt",
+            {"generator": noise(model), "generator_ema": model},
+            "self-forcing",
+        ),
+        "generator": ("ode_init.pt", {"generator": model}, "self-forcing"),
+        "model": ("ode_init.pt", {"model": model}, "self-forcing"),
+        "longlive": ("longlive_base.pt", {"generator": model}, "longlive"),
+        "trainer": ("self_forcing_dmd.pt", {"critic": noise(model), "generator_ema": ema}, "self-forcing"),
+        "state_dict": (
+            "rewardforcing.pt",
+            {"state_dict": prefixed(tensors, "model.diffusion_model.")},
+            "reward-forcing",
+        ),
+        "diffusers names": (
+            "Reward-Forcing.pth",
+            {diffusers_transformer_from_wan(name): tensor for name, tensor in tensors.items()},
+            "reward-forcing",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", generator_payloads({}))
+def test_generator_file_takes_the_rest_from_its_base(
+    case: str, parts: Parts, wan_directory: Path, tmp_path: Path
+) -> None:
+    name, payload, kind = generator_payloads(parts["transformer"])[case]
+    torch.save(payload, tmp_path / name)
+    convert(tmp_path / name, tmp_path / "out", base=wan_directory)
+    for part, tensors in parts.items():
+        assert_holds(tmp_path / "out", part, tensors)
+    config = read_config(tmp_path / "out")
+    assert config.cache == CACHES[kind] and config.name == f"{kind}-dim128-layers30"
+
+
+def test_caches_are_those_the_checkpoints_were_trained_for() -> None:
+    assert CACHES["reward-forcing"] == CacheConfig(
+        window_frames=9, sink="ema", sink_frames=3, positions="relative"
+    )
+    assert CACHES["self-forcing"] == CacheConfig(
+        window_frames=21, sink="none", sink_frames=0, positions="absolute"
+    )
+    assert CACHES["longlive"] == CacheConfig(
+        window_frames=12, sink="frozen", sink_frames=3, positions="absolute"
+    )
+
+
+def test_generator_is_taken_when_ema_is_not_wanted(parts: Parts, wan_directory: Path, tmp_path: Path) -> None:
+    model = prefixed(parts["transformer"])
+    path = tmp_path / "self_forcing_dmd.pt"
+    torch.save({"generator": model, "generator_ema": noise(model)}, path)
+    convert(path, tmp_path / "out", base=wan_directory, use_ema=False)
+    assert_holds(tmp_path / "out", "transformer", parts["transformer"])
+    torch.save({"generator_ema": model}, path)
+    with pytest.raises(ValueError, match="has generator_ema where tensors are expected"):
+        convert(path, tmp_path / "again", base=wan_directory, use_ema=False)
+
+
+def test_lora_is_merged_in_float32_before_the_cast(parts: Parts, wan_directory: Path, tmp_path: Path) -> None:
+    transformer, generator = parts["transformer"], torch.Generator().manual_seed(1)
+    lora, merged = {}, dict(transformer)
+    for name, weight in transformer.items():
+        if not name.startswith("blocks.") or weight.ndim != 2:
+            continue
+        down = torch.randn(4, weight.shape[1], generator=generator)
+        up = torch.randn(weight.shape[0], 4, generator=generator)
+        lora[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"] = down
+        lora[f"base_model.model.{name.removesuffix('.weight')}.lora_B.weight"] = up
+        merged[name] = (weight.double() + up.double() @ down.double()).float()
+    assert len(lora) == 600
+    base, adapter = tmp_path / "longlive_base.pt", tmp_path / "lora.pt"
+    torch.save({"generator": prefixed(transformer)}, base)
+    torch.save({"generator_lora": lora, "critic_lora": {}, "step": 3}, adapter)
+    convert(base, tmp_path / "out", base=wan_directory, lora=adapter, dtype="float32")
+    found = load_file(tmp_path / "out" / "transformer.safetensors")
+    assert found.keys() == merged.keys()
+    for name, tensor in merged.items():
+        tolerance = 1e-5 if tensor is not transformer[name] else 0.0  # test_lora.py has the exact bound
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
+    torch.save(lora, adapter)
+    convert(base, tmp_path / "bare", base=wan_directory, lora=adapter)
+    assert_holds(tmp_path / "bare", "transformer", found)
+
+
+def test_generator_without_base_gives_the_transformer_alone(
+    parts: Parts, write_file: WriteFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=30)
+    tensors = {name: torch.ones(shape) for name, shape in expected_transformer_shapes(config).items()}
+    source = write_file(tmp_path / "rewardforcing.safetensors", prefixed(tensors))
+    with caplog.at_level(logging.WARNING):
+        convert(source, tmp_path / "out")
+    assert "no vae or text_encoder was found and none is written" in caplog.text
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "transformer.safetensors",
+        "rfengine.json",
+    }
+    assert read_config(tmp_path / "out").model == config
+    with pytest.raises(ValueError, match="has no vae; run `rfengine convert SRC DST --base WAN`"):
+        load_part(WanDiT(config), tmp_path / "out", "vae", torch.float32)
+    small = write_file(tmp_path / "small" / "rewardforcing.safetensors", parts["transformer"])
+    with pytest.raises(ValueError, match="gives 4096; give a base whose VAE and text encoder belong to this"):
+        convert(small, tmp_path / "other")
+
+
+def test_converted_directory_is_a_base_and_a_source(
+    parts: Parts, wan_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert(wan_directory, tmp_path / "wan", dtype="float32")
+    torch.save(prefixed(parts["transformer"]), tmp_path / "rewardforcing.pt")
+    convert(tmp_path / "rewardforcing.pt", tmp_path / "student", base=tmp_path / "wan", dtype="float16")
+    for part, tensors in parts.items():
+        assert_holds(tmp_path / "student", part, tensors, torch.float16)
+    assert (tmp_path / "student" / "tokenizer" / "tokenizer.json").is_file()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        convert(tmp_path / "student", tmp_path / "copy")
+    assert caplog.text == ""
+    assert read_config(tmp_path / "copy") == read_config(tmp_path / "student")
+
+
+def test_own_settings_of_a_base_are_kept(tmp_path: Path) -> None:
+    tiny, base = PRESETS["tiny"], tmp_path / "base"
+    base.mkdir()
+    write_config(base, tiny)
+    tensors = {}
+    for part, config in (("transformer", tiny.model), ("vae", tiny.vae), ("text_encoder", tiny.text)):
+        tensors[part] = {name: torch.ones(shape) for name, shape in expected_shapes(config).items()}
+        save_weights(base / f"{part}.safetensors", tensors[part])
+    torch.save(prefixed(tensors["transformer"]), tmp_path / "model.pt")
+    convert(tmp_path / "model.pt", tmp_path / "out", base=base, kind="reward-forcing")
+    config = read_config(tmp_path / "out")
+    assert (config.model.num_heads, config.vae, config.text) == (tiny.model.num_heads, tiny.vae, tiny.text)
+    assert (config.height, config.width, config.schedule) == (tiny.height, tiny.width, tiny.schedule)
+    assert not (tmp_path / "out" / "tokenizer").exists()
+
+
+def test_head_count_comes_from_a_base_of_the_same_dim(
+    write_file: WriteFile, wan_directory: Path, tmp_path: Path
+) -> None:
+    config = WanConfig(dim=96, ffn_dim=64, num_heads=4, num_layers=2, text_dim=32)
+    tensors = {name: torch.ones(shape) for name, shape in expected_transformer_shapes(config).items()}
+    source = write_file(tmp_path / "rewardforcing.safetensors", tensors)
+    with pytest.raises(
+        ValueError, match="dim 96, no multiple of 128, .* convert it with a base of the same dim"
+    ):
+        convert(source, tmp_path / "out", base=wan_directory)
+    for name, settings in (
+        ("original", {"dim": 96, "num_heads": 4}),
+        ("diffusers", {"num_attention_heads": 4, "attention_head_dim": 24}),
+    ):
+        base = tmp_path / name
+        shutil.copytree(wan_directory, base)
+        (base / "config.json").write_text(json.dumps(settings))
+        convert(source, tmp_path / f"{name}-out", base=base)
+        assert read_config(tmp_path / f"{name}-out").model.num_heads == 4
+
+
+def test_kind_is_never_guessed(
+    parts: Parts, write_file: WriteFile, wan_directory: Path, tmp_path: Path
+) -> None:
+    source = write_file(tmp_path / "model.safetensors", parts["transformer"])
+    message = "the name model.safetensors does not tell .* one of wan, reward-forcing, self-forcing, longlive"
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "out", base=wan_directory)
+    both = write_file(tmp_path / "longlive-from-self-forcing.safetensors", parts["transformer"])
+    with pytest.raises(ValueError, match="does not tell which cache"):
+        convert(both, tmp_path / "out", base=wan_directory)
+    with pytest.raises(ValueError, match="kind is 'causvid'; use one of auto, wan, reward-forcing"):
+        convert(source, tmp_path / "out", base=wan_directory, kind="causvid")
+    convert(source, tmp_path / "out", base=wan_directory, kind="longlive")
+    assert read_config(tmp_path / "out").cache == CACHES["longlive"]
+
+
+def test_wrong_tensors_are_listed_and_nothing_is_written(
+    parts: Parts, write_file: WriteFile, wan_directory: Path, tmp_path: Path
+) -> None:
+    tensors = prefixed(parts["transformer"]) | {
+        "model.extra.weight": torch.ones(2),
+        "model.head.head.bias": torch.ones(3),
+    }
+    for index in range(10):
+        del tensors[f"model.blocks.{index}.norm3.bias"]
+    source = write_file(tmp_path / "rewardforcing.safetensors", tensors)
+    with pytest.raises(ValueError) as caught:
+        convert(source, tmp_path / "out", base=wan_directory)
+    missing = ", ".join(f"blocks.{index}.norm3.bias" for index in range(8))
+    assert str(caught.value) == (
+        f"the transformer is not that of Wan2.1: 10 missing: {missing} and 2 more; "
+        "1 unexpected: extra.weight; 1 mis-shaped: head.head.bias (3,) instead of (64,); "
+        "get the file again or give the right one"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["rewardforcing.safetensors"]
+
+
+def test_values_that_do_not_fit_the_dtype_stop_the_conversion_without_a_trace(
+    parts: Parts, write_file: WriteFile, wan_directory: Path, tmp_path: Path
+) -> None:
+    tensors = parts["transformer"] | {"head.head.bias": torch.full((64,), 1e5)}
+    source = write_file(tmp_path / "rewardforcing.safetensors", tensors)
+    with pytest.raises(
+        ValueError, match=r"head.head.bias has values that are not finite in torch.float16; use a wider"
+    ):
+        convert(source, tmp_path / "out", base=wan_directory, dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["rewardforcing.safetensors"]
+    with pytest.raises(ValueError, match="dtype is 'fp8'; use one of float32, bfloat16, float16"):
+        convert(source, tmp_path / "out", base=wan_directory, dtype="fp8")
+
+
+def test_destination_in_use_is_refused(wan_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    for used in (tmp_path / "used", tmp_path / "used" / "file"):
+        with pytest.raises(
+            ValueError, match="exists and is not an empty directory; choose another or remove it"
+        ):
+            convert(wan_directory, used)
+    (tmp_path / "empty").mkdir()
+    convert(wan_directory, tmp_path / "empty")
+    assert (tmp_path / "empty" / "rfengine.json").is_file()
+
+
+def test_destination_that_cannot_be_written_is_reported(wan_directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match="cannot write .*out .*; free space or choose another place"):
+        convert(wan_directory, tmp_path / "file" / "out")
+
+
+def test_unusable_sources_are_explained(
+    parts: Parts, write_file: WriteFile, wan_directory: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="absent.pt does not exist"):
+        convert(tmp_path / "absent.pt", out)
+    vae = write_file(tmp_path / "longlive.safetensors", parts["vae"])
+    with pytest.raises(ValueError, match="holds a vae; give the transformer's file"):
+        convert(vae, out)
+    lora = write_file(tmp_path / "lora.safetensors", {"blocks.0.ffn.0.lora_A.weight": torch.ones(1, 1)})
+    with pytest.raises(ValueError, match="holds a LoRA, not a whole model"):
+        convert(lora, out, base=wan_directory)
+    rest = tmp_path / "rest"
+    rest.mkdir()
+    shutil.copy(wan_directory / "Wan2.1_VAE.pth", rest)
+    with pytest.raises(ValueError, match="rest has no transformer; give the checkpoint as the source"):
+        convert(rest, out)
+    shutil.copy(wan_directory / "models_t5_umt5-xxl-enc-bf16.pth", rest)
+    source = write_file(tmp_path / "rewardforcing.safetensors", parts["transformer"])
+    with pytest.raises(ValueError, match="rest has a text encoder and no tokenizer; put google/umt5-xxl/"):
+        convert(source, out, base=rest)
+    (rest / "google" / "umt5-xxl").mkdir(parents=True)
+    convert(source, out, base=rest)
+    assert_holds(out, "vae", parts["vae"])
+
+
+def test_config_that_contradicts_the_tensors_is_refused(wan_directory: Path, tmp_path: Path) -> None:
+    source = tmp_path / "wan"
+    shutil.copytree(wan_directory, source)
+    (source / "config.json").write_text(json.dumps({"num_heads": 1, "dim": 1536}))
+    with pytest.raises(ValueError, match="config.json states dim 1536 and the tensors have 128"):
+        convert(source, tmp_path / "out")

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rfengine.checkpoint.directories import (
+    PARTS,
+    directory_layout,
+    part_files,
+    part_settings,
+    read_json,
+    tokenizer_directory,
+)
+
+
+def names_of(directory: Path) -> dict[str, list[str]]:
+    return {part: [path.name for path in part_files(directory, part)] for part in PARTS}
+
+
+def test_original_directory_is_read(wan_directory: Path) -> None:
+    assert directory_layout(wan_directory) == "wan"
+    assert names_of(wan_directory) == {
+        "transformer": ["diffusion_pytorch_model.safetensors"],
+        "vae": ["Wan2.1_VAE.pth"],
+        "text_encoder": ["models_t5_umt5-xxl-enc-bf16.pth"],
+    }
+    assert tokenizer_directory(wan_directory) == wan_directory / "google" / "umt5-xxl"
+    assert part_settings(wan_directory, "transformer")["model_type"] == "t2v"
+    assert part_settings(wan_directory, "vae") == {}
+
+
+def test_diffusers_directory_is_read(diffusers_directory: Path) -> None:
+    assert directory_layout(diffusers_directory) == "diffusers"
+    assert names_of(diffusers_directory) == {
+        "transformer": [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)],
+        "vae": ["diffusion_pytorch_model.safetensors"],
+        "text_encoder": ["model.safetensors"],
+    }
+    assert tokenizer_directory(diffusers_directory) == diffusers_directory / "tokenizer"
+    assert "latents_mean" in part_settings(diffusers_directory, "vae")
+
+
+def test_parts_of_a_directory_without_transformer_are_found(tmp_path: Path) -> None:
+    (tmp_path / "Wan2.1_VAE.pth").touch()
+    assert directory_layout(tmp_path) == "wan"
+    assert names_of(tmp_path) == {"transformer": [], "vae": ["Wan2.1_VAE.pth"], "text_encoder": []}
+    assert tokenizer_directory(tmp_path) is None
+
+
+def test_safetensors_go_before_a_pickle(tmp_path: Path) -> None:
+    for name in ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"):
+        (tmp_path / name).touch()
+    assert names_of(tmp_path)["vae"] == ["Wan2.1_VAE.safetensors"]
+
+
+def test_shards_are_found_without_an_index(tmp_path: Path) -> None:
+    shards = [f"diffusion_pytorch_model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    for shard in shards:
+        (tmp_path / shard).touch()
+    assert names_of(tmp_path)["transformer"] == shards
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(
+        ValueError, match="lacks diffusion_pytorch_model-00002-of-00003.safetensors of 3 shards"
+    ):
+        part_files(tmp_path, "transformer")
+
+
+def test_index_names_the_shards_and_stays_inside_the_directory(tmp_path: Path) -> None:
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}))
+    with pytest.raises(ValueError, match="lacks one.safetensors of 1 shards"):
+        part_files(tmp_path, "transformer")
+    (tmp_path / "one.safetensors").touch()
+    assert names_of(tmp_path)["transformer"] == ["one.safetensors"]
+    for weight_map in ({"a": "../secret.safetensors"}, {"a": "/etc/passwd"}, {"a": 3}, None):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match="has no weight_map of file names beside it"):
+            part_files(tmp_path, "transformer")
+
+
+def test_unknown_directories_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="absent is not a directory on this machine"):
+        directory_layout(tmp_path / "absent")
+    with pytest.raises(
+        ValueError, match=r"has no rfengine.json, no transformer/ folder and no diffusion_pytorch"
+    ):
+        directory_layout(tmp_path)
+    (tmp_path / "rewardforcing.pt").touch()
+    with pytest.raises(
+        ValueError, match=r"\(it holds rewardforcing.pt: give that file itself to `rfengine convert`\)"
+    ):
+        directory_layout(tmp_path)
+
+
+def test_json_that_is_none_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    assert read_json(path) == {}
+    for content, message in (
+        ("{", "is not valid JSON"),
+        ("[1]", "holds a list, not a JSON object"),
+        ("", "is not valid"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_json(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        read_json(path)
