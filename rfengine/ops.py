@@ -3,15 +3,13 @@ start."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from rfengine import reference
+from rfengine.backends import backend_reasons, has_backend, implementation
 from rfengine.config import Backend
-
-REFERENCE_BACKEND = "reference"
 
 
 def _check(condition: bool, message: str) -> None:
@@ -44,10 +42,6 @@ def _check_rotation(rotation: Tensor, tokens: int, head_dim: int) -> None:
     _check(tuple(rotation.shape) == expected, f"rotation is {tuple(rotation.shape)}; it must be {expected}")
 
 
-def _implementation(name: str, backend: str) -> Callable:
-    return getattr(reference, name)
-
-
 class Ops:
     """The ops of one model, each bound once to the backend that runs it. Signatures and meaning:
     reference.py.
@@ -57,7 +51,7 @@ class Ops:
 
     def __init__(self, choice: Mapping[str, str]) -> None:
         self.choice = dict(choice)
-        self._run = {name: _implementation(name, backend) for name, backend in self.choice.items()}
+        self._run = {name: implementation(name, backend) for name, backend in self.choice.items()}
 
     def adaptive_layer_norm(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
         _check_modulation(x, shift, scale)
@@ -167,32 +161,64 @@ class Ops:
             _check_same("x", x, "noise", noise)
         return self._run["flow_step"](tokens, x, sigma, noise, next_sigma)
 
+    def evict_and_rephase(
+        self,
+        raw: Tensor,
+        rotated: Tensor,
+        values: Tensor,
+        low_keys: Tensor | None,
+        low_values: Tensor | None,
+        rotation: Tensor,
+        sink_tokens: int,
+        leaving: int,
+        alpha: float,
+    ) -> None:
+        _check_same("raw", raw, "rotated", rotated)
+        _check_same("raw", raw, "values", values)
+        _check_rotation(rotation, raw.shape[2], raw.shape[4])
+        last = raw.shape[2] - sink_tokens
+        _check(
+            0 < sink_tokens <= leaving <= last,
+            f"the chunk that leaves starts at token {leaving}; it lies from {sink_tokens} to {last}",
+        )
+        self._run["evict_and_rephase"](
+            raw, rotated, values, low_keys, low_values, rotation, sink_tokens, leaving, alpha
+        )
+
+    def __deepcopy__(self, memo: dict) -> Ops:
+        return self
+
 
 OP_NAMES: tuple[str, ...] = tuple(name for name in vars(Ops) if not name.startswith("_"))
-REFERENCE_OPS = Ops(dict.fromkeys(OP_NAMES, REFERENCE_BACKEND))
-
-
-def backend_reasons(device: torch.device | str) -> dict[str, str]:
-    """Every backend by name, with the reason why it cannot run on `device`, or "" where it can."""
-    return {REFERENCE_BACKEND: ""}
+REFERENCE_OPS = Ops(dict.fromkeys(OP_NAMES, "reference"))
 
 
 def choose_ops(
     requested: Backend, device: torch.device | str, overrides: Mapping[str, str] | None = None
 ) -> Ops:
-    """The ops for `device`: all on the requested backend, or on the best there is for "auto".
+    """The ops for `device`: on the requested backend, or on the best there is for "auto".
 
-    overrides: backend by op name, for measuring. Raises RuntimeError when a requested backend cannot run
-    here, with the reason, and ValueError for an op that is not there.
+    An op that the backend has no form for runs on the reference. overrides: backend by op name, for
+    measuring. Raises RuntimeError when a requested backend cannot run here, with the reason, and ValueError
+    for an op that is not there or that an override has no form for.
     """
-    unknown = sorted(set(overrides or {}) - set(OP_NAMES))
-    if unknown:
-        raise ValueError(f"there is no op {unknown[0]!r}; there are {', '.join(OP_NAMES)}")
+    overrides = dict(overrides or {})
     reasons = backend_reasons(device)
-    for backend in {requested, *(overrides or {}).values()} - {"auto"}:
-        if reasons.get(backend, "it is not built into this version"):
-            known = ", ".join(("auto", *(name for name, reason in reasons.items() if not reason)))
-            reason = reasons.get(backend, "it is not built into this version")
+    for op, backend in overrides.items():
+        if op not in OP_NAMES:
+            raise ValueError(f"there is no op {op!r}; there are {', '.join(OP_NAMES)}")
+        if backend in reasons and not has_backend(op, backend):
+            raise ValueError(f"{op} has no form for backend {backend!r}; leave it to 'reference'")
+    for backend in {requested, *overrides.values()} - {"auto"}:
+        reason = reasons.get(backend, "it is not built into this version")
+        if reason:
+            known = ", ".join(("auto", *(name for name, absence in reasons.items() if not absence)))
             raise RuntimeError(f"backend {backend!r} cannot run on {device}: {reason}; use one of {known}")
-    general = REFERENCE_BACKEND if requested == "auto" else requested
-    return Ops({name: (overrides or {}).get(name, general) for name in OP_NAMES})
+    general = _best_backend(device, reasons) if requested == "auto" else requested
+    fitting = {op: general if has_backend(op, general) else "reference" for op in OP_NAMES}
+    return Ops(fitting | overrides)
+
+
+def _best_backend(device: torch.device | str, reasons: Mapping[str, str]) -> str:
+    """Triton on CUDA where it is installed; on a CPU its interpreter is for tests, never a default."""
+    return "triton" if torch.device(device).type == "cuda" and not reasons["triton"] else "reference"

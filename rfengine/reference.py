@@ -179,6 +179,36 @@ def ema_evict(
         low.copy_(total - _wide(sink))
 
 
+def evict_and_rephase(
+    raw: Tensor,
+    rotated: Tensor,
+    values: Tensor,
+    low_keys: Tensor | None,
+    low_values: Tensor | None,
+    rotation: Tensor,
+    sink_tokens: int,
+    leaving: int,
+    alpha: float,
+) -> None:
+    """ema_evict of the chunk at token `leaving` into the first sink_tokens tokens, then rephase_keys of all.
+
+    raw, rotated, values: [L, B, S, H, E], the filled part of the arenas, changed in place; the chunk that
+    leaves is as long as the sink. low_keys, low_values: [L, B, sink_tokens, H, E] or None. rotation: [2, S, E
+    / 2].
+    """
+    sink, chunk = slice(0, sink_tokens), slice(leaving, leaving + sink_tokens)
+    ema_evict(
+        raw[:, :, sink],
+        values[:, :, sink],
+        low_keys,
+        low_values,
+        raw[:, :, chunk],
+        values[:, :, chunk],
+        alpha,
+    )
+    rephase_keys(raw, rotated, rotation)
+
+
 def unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
     """Tokens of the head to latents: feature (p, q, c), channel fastest (spec 1.4, step 7).
 

@@ -121,12 +121,12 @@ class VideoWriter:
 
     def _failure(self, error: Exception) -> RuntimeError:
         """Drops the file and says why, with the space that was left when it failed."""
-        free = shutil.disk_usage(self.path.parent).free // 2**10
-        self.abort()
         reason = getattr(error, "strerror", None) or str(error)
+        with suppress(OSError):  # the directory itself may be gone
+            reason += f", {shutil.disk_usage(self.path.parent).free // 2**10} KiB free"
+        self.abort()
         return RuntimeError(
-            f"{self.path} could not be written ({reason}; {free} KiB free); "
-            "free space or choose another place"
+            f"{self.path} could not be written ({reason}); free space or choose another place"
         )
 
     def abort(self) -> None:

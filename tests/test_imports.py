@@ -23,6 +23,7 @@ LAYERS = [
     {"config", "video"},
     {"grid", "schedule", "reference"},
     {"native", "kernels"},
+    {"backends"},
     {"ops"},
     {"models", "cache", "checkpoint"},
     {"runtime"},
@@ -35,14 +36,14 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # who may import these at all
 ONLY_FROM = {
-    "kernels": {"ops"},
-    "native": {"ops", "doctor"},
+    "kernels": {"backends"},
+    "native": {"backends", "doctor"},
     "rfengine": {"serving", "evaluation", "doctor", "cli"},
 }
 # what these may not import although it lies below them
 NEVER_INTO = {
     "training": {"runtime", "pipeline", "stream", "rfengine"},
-    "serving": {unit for units in LAYERS[:6] for unit in units},
+    "serving": {unit for units in LAYERS[:7] for unit in units},
 }
 # heavy or optional packages: imported inside the function that needs them, wherever that is
 ONLY_INSIDE_FUNCTIONS = {

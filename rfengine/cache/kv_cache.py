@@ -144,25 +144,16 @@ class StreamingKVCache:
         if self.begun_chunk == plan.chunk:
             return
         if plan.evicts:
-            leaving = self.slot_tokens(plan.slot)
-            sink = slice(0, self.sink_tokens)
-            raw = self.keys if self.raw_keys is None else self.raw_keys
+            filled = slice(0, plan.filled_slots * self.chunk_tokens)
             self.policy.evict(
-                raw[:, :, sink], self.values[:, :, sink], raw[:, :, leaving], self.values[:, :, leaving]
+                None if self.raw_keys is None else self.raw_keys[:, :, filled],
+                self.keys[:, :, filled],
+                self.values[:, :, filled],
+                self._rotation(plan.slot_times),
+                self.slot_tokens(plan.slot).start,
             )
-            self.rephase(plan)
         self._show_filled(plan)
         self.begun_chunk = plan.chunk
-
-    def rephase(self, plan: CachePlan) -> None:
-        """Rotate the raw keys of every filled slot to its time index in `plan`; absolute positions never
-        change."""
-        if self.raw_keys is None:
-            return
-        filled = slice(0, plan.filled_slots * self.chunk_tokens)
-        self.ops.rephase_keys(
-            self.raw_keys[:, :, filled], self.keys[:, :, filled], self._rotation(plan.slot_times)
-        )
 
     def commit(self, plan: CachePlan) -> None:
         """The chunk's final keys and values are in its slot: go on to the next chunk."""

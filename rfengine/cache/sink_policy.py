@@ -12,11 +12,17 @@ from rfengine.ops import Ops
 
 
 class SinkPolicy(Protocol):
-    """Decides what the sink keeps. Tensors are [L, B, S, H, E], S the tokens of the sink, keys before
-    rotation."""
+    """Decides what the sink keeps. Arenas are [L, B, S, H, E], S the filled tokens, the sink first."""
 
-    def evict(self, sink_keys: Tensor, sink_values: Tensor, keys: Tensor, values: Tensor) -> bool:
-        """A chunk (keys, values) leaves the window; returns whether the sink was changed, in place."""
+    def evict(
+        self, raw: Tensor | None, rotated: Tensor, values: Tensor, rotation: Tensor, leaving: int
+    ) -> None:
+        """The chunk at token `leaving` leaves the window and every key gets its new phase; arenas change in
+        place.
+
+        raw: keys before rotation, or None where positions are absolute and no phase ever changes.
+        rotation: [2, S, E / 2].
+        """
 
     def tensors(self) -> dict[str, Tensor]:
         """State beside the arenas, for snapshots."""
@@ -25,8 +31,14 @@ class SinkPolicy(Protocol):
 class NoSink:
     """The window slides and forgets."""
 
-    def evict(self, sink_keys: Tensor, sink_values: Tensor, keys: Tensor, values: Tensor) -> bool:
-        return False
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
+
+    def evict(
+        self, raw: Tensor | None, rotated: Tensor, values: Tensor, rotation: Tensor, leaving: int
+    ) -> None:
+        if raw is not None:
+            self.ops.rephase_keys(raw, rotated, rotation)
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -37,22 +49,28 @@ class FrozenSink(NoSink):
 
 
 class EMASink:
-    """EMA-Sink of Reward Forcing: the leaving chunk is averaged into the sink, sink = alpha * sink + (1 -
-    alpha) * chunk.
+    """EMA-Sink of Reward Forcing: the leaving chunk is averaged into the sink,
+    sink = alpha * sink + (1 - alpha) * chunk.
 
     With split precision a second tensor of the cache's dtype holds what rounding took away: in bf16 alone the
     sink stands still, since alpha = 0.999 times any bf16 value rounds back to it (spec 2.4).
+    low: that tensor for keys and for values, [L, B, sink tokens, H, E] each, or None for the published
+    arithmetic.
     """
 
-    def __init__(self, ops: Ops, alpha: float, low: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, ops: Ops, alpha: float, sink_tokens: int, low: tuple[Tensor, Tensor] | None) -> None:
         self.ops = ops
         self.alpha = alpha
+        self.sink_tokens = sink_tokens
         self.low = low
 
-    def evict(self, sink_keys: Tensor, sink_values: Tensor, keys: Tensor, values: Tensor) -> bool:
+    def evict(
+        self, raw: Tensor | None, rotated: Tensor, values: Tensor, rotation: Tensor, leaving: int
+    ) -> None:
         low_keys, low_values = self.low if self.low is not None else (None, None)
-        self.ops.ema_evict(sink_keys, sink_values, low_keys, low_values, keys, values, self.alpha)
-        return True
+        self.ops.evict_and_rephase(
+            raw, rotated, values, low_keys, low_values, rotation, self.sink_tokens, leaving, self.alpha
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         if self.low is None:
@@ -64,10 +82,9 @@ def build_sink_policy(config: CacheConfig, sink_arena: Tensor, ops: Ops) -> Sink
     """The policy that `config` names; `sink_arena` [L, B, S, H, E] gives the shape, dtype and device of its
     state."""
     if config.sink == "none":
-        return NoSink()
+        return NoSink(ops)
     if config.sink == "frozen":
-        return FrozenSink()
+        return FrozenSink(ops)
     split = config.sink_precision == "split"
-    return EMASink(
-        ops, config.alpha, (torch.zeros_like(sink_arena), torch.zeros_like(sink_arena)) if split else None
-    )
+    low = (torch.zeros_like(sink_arena), torch.zeros_like(sink_arena)) if split else None
+    return EMASink(ops, config.alpha, sink_arena.shape[2], low)

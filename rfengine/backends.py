@@ -1,0 +1,114 @@
+"""Backends: which can run on a device and why another cannot, and the function that runs an op on one."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rfengine import reference
+
+# File in kernels/ of every op that has a Triton form; an op that is not here runs on the reference.
+_TRITON_FILES = {
+    "adaptive_layer_norm": "adaptive_layer_norm",
+    "affine_layer_norm": "affine_layer_norm",
+    "gated_residual_adaptive_norm": "gated_residual_norm",
+    "gated_residual_affine_norm": "gated_residual_norm",
+    "rms_norm": "rms_norm",
+    "qk_norm_rope": "qk_norm_rope",
+    "qk_norm_rope_write": "qk_norm_rope",
+    "sink_window_attention": "sink_window_attention",
+    "rephase_keys": "rephase_keys",
+    "ema_evict": "ema_evict",
+    "evict_and_rephase": "evict_and_rephase",
+    "flow_step": "flow_step",
+}
+_ATTENTION_OPS = ("sink_window_attention", "clip_attention")
+
+
+def backend_reasons(device: torch.device | str) -> dict[str, str]:
+    """Every backend by name, with the reason why it cannot run on `device`, or "" where it can."""
+    on_cuda = torch.device(device).type == "cuda"
+    needs_cuda = "" if on_cuda else f"it needs a CUDA device and this one is {torch.device(device).type}"
+    return {
+        "reference": "",
+        "triton": _triton_absence(on_cuda),
+        "cudnn": needs_cuda or _cudnn_absence(),
+        "flash": needs_cuda or _flash_absence(),
+    }
+
+
+def has_backend(op: str, backend: str) -> bool:
+    """Whether `op` has a form for `backend`."""
+    if backend == "triton":
+        return op in _TRITON_FILES
+    return backend == "reference" or op in _ATTENTION_OPS
+
+
+def implementation(op: str, backend: str) -> Callable:
+    """The function that runs `op` on `backend`, with the signature of the op in reference.py."""
+    if backend == "reference":
+        return getattr(reference, op)
+    if backend in ("cudnn", "flash"):
+        return _library_attention(op, _cudnn_attention if backend == "cudnn" else _flash_attention)
+    kernel = getattr(importlib.import_module(f"rfengine.kernels.{_TRITON_FILES[op]}"), op)
+    if op != "sink_window_attention":
+        return kernel
+
+    def window_attention(
+        q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor
+    ) -> Tensor:
+        return kernel(q, keys, values, filled_tokens)
+
+    return window_attention
+
+
+def _triton_absence(on_cuda: bool) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install rfengine[triton]"
+    if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 for Triton's slow interpreter on a CPU"
+    return ""
+
+
+def _cudnn_absence() -> str:
+    return "" if torch.backends.cudnn.is_available() else "this torch was built without cuDNN"
+
+
+def _flash_absence() -> str:
+    present = importlib.util.find_spec("flash_attn") is not None
+    return "" if present else "flash-attn is not installed: pip install rfengine[flash]"
+
+
+def _library_attention(
+    op: str, attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+) -> Callable:
+    """The op on a library's attention, which takes q, k, v [B, T, H, E] and a mask or None."""
+    if op == "clip_attention":
+        return attend
+
+    def window_attention(
+        q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor
+    ) -> Tensor:
+        return attend(q, keys[:, :kv_len], values[:, :kv_len], None)
+
+    return window_attention
+
+
+def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return reference.clip_attention(q, k, v, mask)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        return reference.clip_attention(q, k, v, mask)
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)

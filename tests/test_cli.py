@@ -1,0 +1,409 @@
+"""The command line: its options, what it writes, and one clear sentence for each error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import av
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from inputs import small_pipeline
+from rfengine import Pipeline, VideoStream, cli
+from rfengine.checkpoint.loader import save_weights, write_config
+from rfengine.models.text_encoder import build_umt5
+from rfengine.stream import FrameChunk
+from rfengine.video import VideoWriter
+
+GOLDEN = Path(__file__).parent / "golden"
+FPS = 16
+OPTIONS = {
+    "generate": [
+        "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
+    ],
+    "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
+    "parity": ["files", "backend", "device", "dtype"],
+    "doctor": ["json", "model", "height", "width", "dtype"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory of random weights that makes videos of 32 x 48 pixels."""
+    directory = tmp_path_factory.mktemp("model")
+    pipeline = small_pipeline()
+    write_config(directory, pipeline.config)
+    parts = {
+        "transformer": pipeline.model,
+        "vae": pipeline.vae,
+        "text_encoder": build_umt5(pipeline.config.text),
+    }
+    for name, module in parts.items():
+        tensors = {key: value for key, value in module.state_dict().items() if "embed_tokens" not in key}
+        save_weights(directory / f"{name}.safetensors", tensors)
+    return directory
+
+
+def frame_count(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
+    """Run a command that must fail with `status` and one sentence, and return the sentence."""
+    assert cli.main([str(argument) for argument in arguments]) == status
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("rfengine: error: ")]
+    assert len(errors) == 1 and "Traceback" not in "".join(lines), lines
+    return errors[0].removeprefix("rfengine: error: ")
+
+
+def test_commands_and_options_are_those_listed_here() -> None:
+    """A new option is a change of this list."""
+    commands = {}
+    for command in get_args(cli.Options):
+        options, settings = get_args(command)
+        commands[settings.name] = [field.name for field in dataclasses.fields(options)]
+    assert commands == OPTIONS
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in OPTIONS)
+
+
+# generate
+
+
+def test_generate_writes_the_length_asked_for(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.mp4"
+    arguments = ["a circle", "-o", str(path), "--seconds", "1.5", "--seed", "7", "--model", str(model)]
+    assert cli.main(["generate", *arguments]) == 0
+    assert frame_count(path) == 24  # the last chunk gives 33 and is cropped
+    shown = capsys.readouterr()
+    assert f"{path}: 24 frames, 1.5 s of video; streams at " in shown.out
+    assert "frames/s" in shown.out and "times as fast as it plays" in shown.out
+    assert "3/3" in shown.err  # the bar
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_same_seed_gives_the_same_file_and_another_seed_another(model: Path, tmp_path: Path) -> None:
+    def run(name: str, seed: int) -> bytes:
+        path = tmp_path / name
+        arguments = ["--seconds", "0.5", "--seed", str(seed), "--model", str(model), "-o", str(path)]
+        assert cli.main(["generate", "a circle", *arguments]) == 0
+        return path.read_bytes()
+
+    assert run("a.mp4", 1) == run("b.mp4", 1)
+    assert run("c.mp4", 2) != run("a.mp4", 1)
+
+
+def test_size_and_dtype_are_those_asked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, dtypes = Pipeline.from_pretrained, []
+
+    def watched(*arguments: object) -> Pipeline:
+        pipeline = load(*arguments)
+        dtypes.append(pipeline.model.dtype)
+        return pipeline
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", watched)
+    path = tmp_path / "a.mp4"
+    size = ["--height", "64", "--width", "32", "--dtype", "bfloat16", "--device", "cpu", "--seconds", "0.1"]
+    assert cli.main(["generate", "a circle", "-o", str(path), "--model", str(model), *size]) == 0
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.height, stream.width) == (64, 32)
+    assert dtypes == [torch.bfloat16]
+
+
+def test_prompts_of_a_file_give_one_safely_named_video_each(model: Path, tmp_path: Path) -> None:
+    prompts, videos = tmp_path / "prompts.txt", tmp_path / "videos"
+    lines = ["a circle  ", "", "a circle", "../../etc/passwd", "円が動く", "   ", "x" * 300, "né: <b>?"]
+    prompts.write_text("\n".join(lines), encoding="utf-8")
+    videos.mkdir()
+    arguments = ["--prompts", str(prompts), "-o", str(videos), "--model", str(model), "--seconds", "0.2"]
+    assert cli.main(["generate", *arguments]) == 0
+    assert sorted(path.name for path in videos.iterdir()) == [
+        "0001-a-circle.mp4", "0002-a-circle.mp4", "0003-etc-passwd.mp4", "0004-prompt.mp4",
+        f"0005-{'x' * 48}.mp4", "0006-ne-b.mp4",
+    ]  # fmt: skip
+    assert {frame_count(path) for path in videos.iterdir()} == {3}
+
+
+def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "a red circle moves right " * 3
+    arguments = ["-o", str(tmp_path / "a.mp4"), "--model", str(model), "--seconds", "0.2"]
+    assert cli.main(["generate", prompt, *arguments]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1 and lines[0].startswith("rfengine: warning: ")
+    assert "75 tokens and the limit is 64" in lines[0] and "circle moves" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["", "-o", "{dir}/a.mp4"], "the prompt '' is empty"),
+        (["&nbsp;\n", "-o", "{dir}/a.mp4"], "is empty; give it at least one word"),
+        (["a", "-o", "{dir}/a.mp4", "--height", "70"], "height is 70 pixels; it must be a multiple of 16"),
+        (["a", "-o", "{dir}/a.mp4", "--width", "0"], "--width is 0 pixels; give a multiple of 16"),
+        (["a", "-o", "{dir}/a.mp4", "--seconds", "-2"], "--seconds is -2.0; give a positive length"),
+        (["a", "-o", "{dir}/a.mp4", "--seconds", "nan"], "--seconds is nan; give a positive length"),
+        (["a", "-o", "{dir}/a.mp4", "--seed", "-1"], "seed is -1; use an integer from 0"),
+        (["a", "-o", "{dir}/no/a.mp4"], "no of a.mp4 does not exist; create it first"),
+        (["a", "-o", "{dir}/a.gif"], "does not end in .mp4"),
+        (["a", "-o", "{dir}/a.mp4", "--device", "tpu"], "--device is 'tpu'; use cpu, cuda or cuda:N"),
+        (["a", "-o", "{dir}/a.mp4", "--device", "cuda:99"], "--device is cuda:99 and torch finds"),
+        (["a", "-o", "{dir}/a.mp4", "--model", "wan-9b"], "wan-9b is no directory"),
+        (["-o", "{dir}/a.mp4"], "neither of PROMPT and --prompts FILE is given"),
+        (["a", "--prompts", "{dir}/p", "-o", "{dir}"], "both of PROMPT and --prompts FILE"),
+        (["--prompts", "{dir}/p", "-o", "{dir}"], "p does not exist; give a text file"),
+        (["--prompts", "{dir}/empty.txt", "-o", "{dir}"], "has 0 prompts; write one per line"),
+        (["--prompts", "{dir}/latin.txt", "-o", "{dir}"], "is not UTF-8 at byte 1"),
+        (["--prompts", "{dir}/good.txt", "-o", "{dir}/no"], "no is no directory; create it first"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_leaves_nothing(
+    arguments: list[str], told: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"empty.txt": b"\n \n", "latin.txt": b"n\xe9", "good.txt": b"a circle"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    filled = [argument.format(dir=tmp_path) for argument in arguments]
+    chosen = filled if "--model" in filled else [*filled, "--model", str(model)]
+    assert told in fails(capsys, cli.CALLER_ERROR, "generate", *chosen)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
+def test_wrong_size_is_refused_before_the_model_is_loaded(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    path = tmp_path / "a.mp4"
+    assert "multiple of 16" in fails(
+        capsys, cli.CALLER_ERROR, "generate", "a", "-o", path, "--model", model, "--width", 50
+    )
+
+
+def damage_truncated(directory: Path) -> None:
+    path = directory / "transformer.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def damage_foreign(directory: Path) -> None:
+    (directory / "vae.safetensors").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 64)
+
+
+def damage_other_size(directory: Path) -> None:
+    path = directory / "transformer.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.0.ffn.0.weight"] = tensors["blocks.0.ffn.0.weight"][:-1].clone()
+    save_file(tensors, path)
+
+
+def damage_no_vae(directory: Path) -> None:
+    (directory / "vae.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (damage_truncated, "transformer.safetensors is truncated"),
+        (damage_foreign, "vae.safetensors"),
+        (damage_other_size, "blocks.0.ffn.0.weight (63, 48) instead of (64, 48)"),
+        (damage_no_vae, "has no vae; run `rfengine convert"),
+    ],
+)
+def test_damaged_checkpoint_is_one_sentence_and_leaves_nothing(
+    damage: Callable[[Path], None], told: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    copy.mkdir()
+    out.mkdir()
+    for path in model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    damage(copy)
+    assert told in fails(
+        capsys, cli.CALLER_ERROR, "generate", "a", "-o", out / "a.mp4", "--model", copy, "--seconds", 0.2
+    )
+    assert list(out.iterdir()) == []
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        told = fails(
+            capsys, cli.OTHER_ERROR, "generate", "a", "-o", tmp_path / "a.mp4", "--model", model, "--seconds", 3
+        )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "a.mp4 could not be written (File too large" in told and "free space" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+# Ctrl-C
+
+
+def test_interrupted_generation_leaves_a_file_that_plays(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = VideoStream.advance
+
+    def interrupted(self: VideoStream) -> FrameChunk:
+        chunk = advance(self)
+        if chunk.index == 2:
+            raise KeyboardInterrupt
+        return chunk
+
+    monkeypatch.setattr(VideoStream, "advance", interrupted)
+    path = tmp_path / "a.mp4"
+    told = fails(capsys, cli.INTERRUPTED, "generate", "a", "-o", path, "--model", model, "--seconds", 600)
+    assert told == f"interrupted; {path} holds the first 1.3 of 600.0 seconds (21 frames)"
+    assert frame_count(path) == 21
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_interrupt_within_a_write_waits_for_its_end(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = VideoWriter.write
+
+    def signalled(self: VideoWriter, frames: numpy.ndarray) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        write(self, frames)
+
+    monkeypatch.setattr(VideoWriter, "write", signalled)
+    path = tmp_path / "a.mp4"
+    assert "(9 frames)" in fails(capsys, cli.INTERRUPTED, "generate", "a", "-o", path, "--model", model)
+    assert frame_count(path) == 9
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_before_the_first_frames_leaves_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: VideoStream) -> FrameChunk:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoStream, "advance", interrupted)
+    told = fails(capsys, cli.INTERRUPTED, "generate", "a", "-o", tmp_path / "a.mp4", "--model", model)
+    assert told == "interrupted; nothing was written"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_process_exits_with_130_and_its_file_plays(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    arguments = ["generate", "a", "-o", str(path), "--model", str(model), "--seconds", "36000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rfengine.cli", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while not any(entry.stat().st_size for entry in tmp_path.iterdir()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"rfengine: error: interrupted; {path} holds the first ")
+    assert f"({frame_count(path)} frames)" in last
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# convert, parity, doctor
+
+
+def test_converted_checkpoint_generates(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted = tmp_path / "converted"
+    assert cli.main(["convert", str(model), str(converted), "--dtype", "float16", "--no-use-ema"]) == 0
+    assert f"{converted}: converted from {model} in float16" in capsys.readouterr().out
+    path = tmp_path / "a.mp4"
+    assert cli.main(["generate", "a", "-o", str(path), "--model", str(converted), "--seconds", "0.2"]) == 0
+    assert frame_count(path) == 3
+
+
+def test_conversion_of_nothing_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = fails(capsys, cli.CALLER_ERROR, "convert", tmp_path / "no", tmp_path / "out")
+    assert "no does not exist" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parity_prints_one_json_line_for_each_file(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(GOLDEN / name) for name in ("frozen_sink_absolute.safetensors", "vae.safetensors")]
+    assert cli.main(["parity", *files, "--device", "cpu", "--dtype", "float32", "--backend", "auto"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == files
+    assert [line["kind"] for line in lines] == ["causal", "vae"]
+    assert all(line["ok"] and line["max_rel_err"] == max(line["errors"].values()) < 3e-6 for line in lines)
+    assert {line["dtype"] for line in lines} == {"float32"}
+
+
+def test_parity_exits_with_1_when_one_file_is_off_or_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, off = GOLDEN / "self_forcing_global.safetensors", tmp_path / "off.safetensors"
+    content = bytearray(good.read_bytes())
+    content[-1] ^= 0x40  # the exponent of the last value
+    off.write_bytes(content)
+    assert cli.main(["parity", str(off)]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+    told = fails(capsys, 1, "parity", Path(__file__), good)
+    assert str(Path(__file__)) in told
+
+
+def test_parity_still_replays_the_files_after_a_damaged_one(capsys: pytest.CaptureFixture[str]) -> None:
+    good = GOLDEN / "self_forcing_global.safetensors"
+    assert cli.main(["parity", str(GOLDEN / "no"), str(good)]) == 1
+    damaged, replayed = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert damaged["ok"] is False and damaged["max_rel_err"] is None and "does not exist" in damaged["error"]
+    assert replayed["ok"] is True and replayed["file"] == str(good)
+
+
+def test_parity_without_files_or_on_a_missing_backend_is_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "0 files are given" in fails(capsys, cli.CALLER_ERROR, "parity")
+    assert "'native' cannot run on cpu" in fails(
+        capsys, cli.OTHER_ERROR, "parity", GOLDEN / "vae.safetensors", "--backend", "native"
+    )
+
+
+def test_doctor_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    assert "backends on" in capsys.readouterr().out
+    assert cli.main(["doctor", "--json", "--model", "wan-1.3b", "--dtype", "bfloat16"]) == 0
+    assert json.loads(capsys.readouterr().out)["memory"]["model"] == "wan-1.3b"
+
+
+def test_doctor_refuses_a_wrong_size_and_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "height is 100 pixels" in fails(capsys, cli.CALLER_ERROR, "doctor", "--height", 100)
+    assert "wan-9b" in fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-9b")
