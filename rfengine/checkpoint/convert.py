@@ -89,7 +89,7 @@ def convert(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists and is not an empty directory; choose another or remove it")
     checkpoint = _open_source(source, Path(base) if base is not None else None, use_ema)
-    kind = _resolve_kind(kind, source, checkpoint)
+    kind = _resolve_kind(kind, source)
     if lora is not None:
         add_lora(checkpoint.tensors["transformer"], _open_file(Path(lora), LORA_KEYS), str(lora))
     _check_tensors(checkpoint)
@@ -115,8 +115,8 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
         part, tensors = engine_names(_open_file(source, keys))
         if part != "transformer":
             raise ValueError(
-                f"{source} holds a {part}; give the transformer's file, and the directory of the {part} as "
-                "base"
+                f"{source} holds a {part}; give the transformer's file as the source, and a directory "
+                f"with the {part} as base"
             )
         checkpoint.tensors[part] = tensors
     if base is not None:
@@ -128,14 +128,10 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
     if "transformer" not in checkpoint.configs:
         shapes = _shapes(checkpoint.tensors["transformer"])
         checkpoint.configs["transformer"] = infer_config("transformer", shapes, _base_heads(base, shapes))
-    if (
-        "text_encoder" in checkpoint.tensors
-        and checkpoint.tokenizer is None
-        and checkpoint.own_config is None
-    ):
+    untold = checkpoint.tokenizer is None and checkpoint.own_config is None
+    if untold and "text_encoder" in checkpoint.tensors:
         raise ValueError(
-            f"{base or source} has a text encoder and no tokenizer; put google/umt5-xxl/ or tokenizer/ into "
-            "it"
+            f"{base or source} has a text encoder and no tokenizer; add google/umt5-xxl/ or tokenizer/ to it"
         )
     return checkpoint
 
@@ -188,18 +184,21 @@ def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
     return {name: stored.shape for name, stored in tensors.items()}
 
 
-def _resolve_kind(kind: Kind, source: Path, checkpoint: _Checkpoint) -> str:
+def _resolve_kind(kind: Kind, source: Path) -> str:
     """The key of CACHES to use, or an empty string to keep the cache of an rfengine directory."""
     if kind in CACHES:
         return kind
     if kind != "auto":
         raise ValueError(f"kind is {kind!r}; use one of auto, {', '.join(CACHES)}")
+    layout = directory_layout(source) if source.is_dir() else ""
+    if layout == "rfengine":
+        return ""
     name = source.resolve().name.lower().replace("-", "").replace("_", "")
     named = {found for part, found in _KINDS_IN_NAMES.items() if part in name}
     if len(named) == 1:
         return named.pop()
-    if source.is_dir() and not named:
-        return "" if directory_layout(source) == "rfengine" else "wan"
+    if layout and not named:
+        return "wan"
     raise ValueError(
         f"the name {source.name} does not tell which cache the checkpoint was trained for; "
         f"give kind, one of {', '.join(CACHES)}"

@@ -45,8 +45,7 @@ def read_config(directory: Path | str) -> EngineConfig:
     """The configuration of a checkpoint directory: its own, or inferred for the Wan2.1 and Diffusers layouts.
 
     Inferred means: sizes from tensors and config.json; the published VAE and text encoder where their files
-    are absent or pickles; the default cache and schedule, with a warning, since those layouts do not name
-    any.
+    are absent or pickles; the default cache and schedule, with a warning: those layouts do not name any.
     Raises ValueError for a directory without checkpoint and for a configuration that is damaged or too new.
     """
     directory = Path(directory)
@@ -74,8 +73,7 @@ def write_config(directory: Path, config: EngineConfig) -> None:
 def engine_config(configs: Mapping[Part, PartConfig], name: str = "") -> EngineConfig:
     """The EngineConfig of inferred parts; the published VAE and text encoder stand in for absent ones.
 
-    name: how the checkpoint is called; the size is put behind it. Raises ValueError when the parts do not
-    fit.
+    name: how the checkpoint is called; the size goes behind it. Raises ValueError when parts do not fit.
     """
     model = configs["transformer"]
     assert isinstance(model, WanConfig)

@@ -70,8 +70,7 @@ def infer_wan_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) 
 def infer_vae_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> VAEConfig:
     """The VAE's configuration, from its tensors and from `settings`, its Diffusers config.json.
 
-    The statistics of the latents are no tensors: they come from settings, or are the published ones for 16
-    channels.
+    The statistics of the latents are no tensors: settings have them, or they are the published 16 channels'.
     Raises ValueError when a tensor that tells a size is absent, or the statistics are unknown.
     """
     base_dim = _shape(shapes, "encoder.conv1.weight", 5)[0]

@@ -193,11 +193,12 @@ def test_converted_directory_is_a_base_and_a_source(
     for part, tensors in parts.items():
         assert_holds(tmp_path / "student", part, tensors, torch.float16)
     assert (tmp_path / "student" / "tokenizer" / "tokenizer.json").is_file()
+    (tmp_path / "student").rename(tmp_path / "longlive")  # its own configuration counts, not its name
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        convert(tmp_path / "student", tmp_path / "copy")
+        convert(tmp_path / "longlive", tmp_path / "copy")
     assert caplog.text == ""
-    assert read_config(tmp_path / "copy") == read_config(tmp_path / "student")
+    assert read_config(tmp_path / "copy") == read_config(tmp_path / "longlive")
 
 
 def test_own_settings_of_a_base_are_kept(tmp_path: Path) -> None:
@@ -326,7 +327,7 @@ def test_unusable_sources_are_explained(
         convert(rest, out)
     shutil.copy(wan_directory / "models_t5_umt5-xxl-enc-bf16.pth", rest)
     source = write_file(tmp_path / "rewardforcing.safetensors", parts["transformer"])
-    with pytest.raises(ValueError, match="rest has a text encoder and no tokenizer; put google/umt5-xxl/"):
+    with pytest.raises(ValueError, match="rest has a text encoder and no tokenizer; add google/umt5-xxl/"):
         convert(source, out, base=rest)
     (rest / "google" / "umt5-xxl").mkdir(parents=True)
     convert(source, out, base=rest)
