@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 Positions = Literal["relative", "absolute"]
 SinkKind = Literal["ema", "frozen", "none"]
 SinkPrecision = Literal["split", "bf16"]
-Backend = Literal["auto", "reference", "triton", "native"]
+Backend = Literal["auto", "reference", "triton", "native", "cudnn", "flash"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 Config = TypeVar("Config")

@@ -87,7 +87,7 @@ class Pipeline:
 
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         number = _dtype(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
-        directory = _directory(source)
+        directory = checkpoint_directory(source)
         config = read_config(directory)
         if cache is not None:
             config = replace(config, cache=cache)

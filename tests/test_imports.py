@@ -216,7 +216,8 @@ def test_importing_rfengine_touches_no_cuda() -> None:
 
 
 def test_no_size_of_one_resolution_is_burned_in() -> None:
-    burned = {1560, 32760, 14040}  # tokens of a frame, of 21 frames and of 9 frames at 480 x 832; prose may name them
+    # tokens of a frame, of 21 frames and of 9 frames at 480 x 832; prose may name them
+    burned = {1560, 32760, 14040}
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}"
         for path in sources()

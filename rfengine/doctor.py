@@ -1,0 +1,241 @@
+"""Doctor: one report of versions, the GPU, backends with the reason why each is on or off, and memory.
+
+Nothing that is absent makes it fail: what cannot be found out is None, and says so in the text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rfengine
+from rfengine.backends import backend_reasons
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.checkpoint.loader import read_config
+from rfengine.checkpoint.shapes import expected_shapes
+from rfengine.config import PRESETS, DTypeName, EngineConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.vae import WanVAE
+
+MIB = 2**20
+_REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "tqdm", "tyro", "ftfy")
+_OPTIONAL = (
+    "triton", "flash-attn", "pycuda", "nvtx", "tensorrt", "onnx", "onnxruntime", "fastapi", "uvicorn",
+    "websockets", "torchvision",
+)  # fmt: skip
+_DRIVER_TIMEOUT = 10.0  # seconds that nvidia-smi gets
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """Bytes that one stream needs, without activations.
+
+    keys_values, raw_keys: the arenas of the cache; raw keys are kept with relative positions.
+    sink_remainder: what rounding took from an averaged sink. cross_attention: keys and values of the text.
+    """
+
+    transformer: int
+    vae: int
+    text_encoder: int
+    keys_values: int
+    raw_keys: int
+    sink_remainder: int
+    cross_attention: int
+    vae_state: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> MemoryNeeds:
+    """What one stream of `config` at `grid` needs with weights and state in `dtype`; nothing is allocated."""
+    model, size = config.model, dtype.itemsize
+    cache = StreamingKVCache(model, config.cache, grid, dtype=dtype, device="meta").tensors()
+    arenas = {name: cache.pop(name).nbytes for name in ("keys", "values", "raw_keys") if name in cache}
+    with torch.device("meta"):
+        vae = WanVAE(config.vae)
+    state = vae.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta")
+    return MemoryNeeds(
+        transformer=_count_weights(model) * size,
+        vae=_count_weights(config.vae) * size,
+        text_encoder=_count_weights(config.text) * size,
+        keys_values=arenas["keys"] + arenas["values"],
+        raw_keys=arenas.get("raw_keys", 0),
+        sink_remainder=_nbytes(cache.values()),
+        cross_attention=2 * model.num_layers * model.text_len * model.dim * size,
+        vae_state=_nbytes(state.tensors().values()),
+    )
+
+
+def _count_weights(config: Any) -> int:
+    return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def examine(
+    model: str = "tiny", height: int | None = None, width: int | None = None, dtype: DTypeName | None = None
+) -> dict[str, Any]:
+    """The report as plain JSON values; sizes are bytes.
+
+    model: a preset or a checkpoint directory, whose memory is reckoned at height x width pixels in dtype.
+    Raises ValueError for an unknown model and a size that is no multiple of the patch.
+    """
+    config = PRESETS[model] if model in PRESETS else read_config(Path(model))
+    grid = LatentGrid.of(config, height, width)
+    on_cuda = torch.cuda.is_available()
+    name = dtype or ("bfloat16" if on_cuda else "float32")
+    needs = memory_needs(config, grid, getattr(torch, name))
+    device = "cuda" if on_cuda else "cpu"
+    return {
+        "rfengine": rfengine.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": {"name": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
+        "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
+        "driver": _driver(),
+        "gpus": _gpus() if on_cuda else [],
+        "packages": {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)},
+        "h264": _h264(),
+        "backends": {"device": device, "reasons": backend_reasons(device)},
+        "memory": {
+            "model": config.name, "height": grid.height, "width": grid.width, "dtype": name, "device": device,
+            "needs": {**dataclasses.asdict(needs), "total": needs.total}, "free": _free_memory(on_cuda),
+        },
+    }  # fmt: skip
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=_DRIVER_TIMEOUT, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(answer.stdout.split()), None)
+
+
+def _gpus() -> list[dict[str, Any]]:
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{properties.major}.{properties.minor}"
+        gpus.append({"name": properties.name, "capability": capability, "total": total, "free": free})
+    return gpus
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _h264() -> dict[str, Any]:
+    """Versions of the FFmpeg libraries inside PyAV, and whether they can write H.264."""
+    try:
+        import av
+    except ImportError as error:
+        return {"libx264": False, "reason": f"PyAV cannot be imported ({error}); pip install av"}
+    try:
+        av.Codec("libx264", "w")
+    except ValueError:  # UnknownCodecError
+        return {"libx264": False, "reason": "this PyAV has no libx264; pip install av gives one that has"}
+    versions = {name: ".".join(map(str, version)) for name, version in sorted(av.library_versions.items())}
+    return {"libx264": True, "libraries": versions}
+
+
+def _free_memory(on_cuda: bool) -> int | None:
+    """Free bytes of the first GPU, or of the host where there is none; None where nothing tells."""
+    if on_cuda:
+        return torch.cuda.mem_get_info(0)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kibibytes = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return next((number * 1024 for number in kibibytes), None)
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report of `examine` as text."""
+    torch_report, cpu = report["torch"], report["cpu"]
+    lines = [
+        f"rfengine {report['rfengine']}, Python {report['python']}, {report['system']}",
+        f"torch    {torch_report['version']}, CUDA {torch_report['cuda'] or 'not built in'}",
+        f"driver   {report['driver'] or 'absent: no nvidia-smi answers'}",
+        f"CPU      {cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} threads used by torch",
+    ]
+    for gpu in report["gpus"]:
+        free, total = _mib(gpu["free"]), _mib(gpu["total"])
+        lines.append(f"GPU      {gpu['name']}, sm {gpu['capability']}, {free} free of {total}")
+    if not report["gpus"]:
+        lines.append("GPU      none that torch can use")
+    return "\n".join(
+        [*lines, "", *_package_lines(report), "", *_backend_lines(report), "", *_memory_lines(report)]
+    )
+
+
+def _package_lines(report: dict[str, Any]) -> list[str]:
+    lines = ["packages"]
+    for name, version in report["packages"].items():
+        lines.append(f"  {name:<13} {version or f'absent: pip install {name}'}")
+    h264 = report["h264"]
+    libraries = ", ".join(f"{name} {version}" for name, version in h264.get("libraries", {}).items())
+    lines.append(
+        f"  {'libx264':<13} " + (f"in PyAV, with {libraries}" if h264["libx264"] else h264["reason"])
+    )
+    return lines
+
+
+def _backend_lines(report: dict[str, Any]) -> list[str]:
+    backends = report["backends"]
+    lines = [f"backends on {backends['device']}"]
+    for name, reason in backends["reasons"].items():
+        lines.append(f"  {name:<13} {f'off: {reason}' if reason else 'on'}")
+    return lines
+
+
+def _memory_lines(report: dict[str, Any]) -> list[str]:
+    memory = report["memory"]
+    size = f"{memory['height']} x {memory['width']} pixels"
+    lines = [f"memory of {memory['model']} at {size} in {memory['dtype']}, without activations"]
+    for name, needed in memory["needs"].items():
+        lines.append(f"  {name.replace('_', ' '):<16} {_mib(needed):>12}")
+    free = memory["free"]
+    lines.append(f"  {'free on ' + memory['device']:<16} {_mib(free) if free is not None else 'unknown':>12}")
+    if free is not None and free < memory["needs"]["total"]:
+        lines.append(
+            "  this does not fit: take a smaller model or size, 16 bits, or keep the text encoder on the CPU"
+        )
+    return lines
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.0f} MiB" if size >= 10 * MIB else f"{size / MIB:.1f} MiB"

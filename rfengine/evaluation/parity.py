@@ -1,0 +1,252 @@
+"""Replays golden files through the engine's own classes and measures how far the results are apart.
+
+Every size comes from the file. The error of a tensor is the norm of the difference over the norm of what was
+recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.config import Backend, CacheConfig, DTypeName, ScheduleConfig, VAEConfig
+from rfengine.evaluation.golden_file import GoldenFile
+from rfengine.grid import LatentGrid
+from rfengine.models.dit import WanDiT
+from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
+from rfengine.models.vae import WanVAE
+from rfengine.ops import Ops, choose_ops
+from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.schedule import FlowSchedule
+
+_FLOAT32_TOLERANCES = {"causal": 3e-6, "vae": 3e-6, "umt5": 5e-6}
+# In 16 bits the error is the same multiple of the epsilon in both dtypes: at most 0.94, 2.0 and 7.4 with
+# the reference backend on the golden files of the tests; twice that is allowed.
+_EPSILONS = {"causal": 2.0, "vae": 4.0, "umt5": 15.0}
+_CALL_FRAMES = (1, 2, 3)  # latent frames per call of the VAE; cache mistakes can hide in longer calls
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """Errors of one file by tensor; a result that is not finite has an infinite error."""
+
+    file: str
+    kind: str
+    dtype: str
+    backend: str
+    errors: dict[str, float]
+    tolerance: float
+
+    @property
+    def max_rel_err(self) -> float:
+        return max(self.errors.values())
+
+    @property
+    def ok(self) -> bool:
+        return self.max_rel_err <= self.tolerance
+
+    def to_json(self) -> str:
+        """One line; an infinite error is null there, since JSON has no infinity."""
+        errors = {name: error if math.isfinite(error) else None for name, error in self.errors.items()}
+        largest = self.max_rel_err if math.isfinite(self.max_rel_err) else None
+        return json.dumps(
+            {
+                "file": self.file, "kind": self.kind, "dtype": self.dtype, "backend": self.backend,
+                "max_rel_err": largest, "tolerance": self.tolerance, "errors": errors, "ok": self.ok,
+            }
+        )  # fmt: skip
+
+
+def replay(
+    path: str | Path,
+    backend: Backend = "auto",
+    device: torch.device | str = "cpu",
+    dtype: DTypeName = "float32",
+) -> ParityReport:
+    """Replay one golden file on `device` in `dtype`.
+
+    Raises ValueError for a file that is damaged or no golden file, RuntimeError where `backend` cannot run.
+    """
+    where = torch.device(device)
+    ops = choose_ops(backend, where)
+    replays: dict[str, Callable[[GoldenFile, Ops], dict[str, float]]] = {
+        "causal": _replay_causal, "vae": _replay_vae, "umt5": _replay_umt5,
+    }  # fmt: skip
+    try:
+        golden = GoldenFile(Path(path), where, getattr(torch, dtype))
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            errors = replays[golden.kind](golden, ops)
+    except ValueError as error:
+        told = str(error)
+        raise ValueError(told if str(path) in told else f"{path} cannot be replayed: {told}") from error
+    used = "+".join(sorted(set(ops.choice.values())))
+    return ParityReport(str(path), golden.kind, dtype, used, errors, tolerance(golden.kind, dtype))
+
+
+def tolerance(kind: str, dtype: DTypeName) -> float:
+    """The largest error that passes for a file of `kind` in `dtype`."""
+    if dtype == "float32":
+        return _FLOAT32_TOLERANCES[kind]
+    return _EPSILONS[kind] * torch.finfo(getattr(torch, dtype)).eps
+
+
+def relative_error(found: Tensor, recorded: Tensor) -> float:
+    """norm(found - recorded) / norm(recorded), in float64; infinite where that is no number.
+
+    Where everything recorded is 0, the norm of `found` stands for it. Raises ValueError for different shapes.
+    """
+    if found.shape != recorded.shape:
+        raise ValueError(f"the engine gives {list(found.shape)} where {list(recorded.shape)} is recorded")
+    found, recorded = found.detach().cpu().double(), recorded.double()
+    error = float((found - recorded).norm() / (float(recorded.norm()) or 1.0))
+    return error if math.isfinite(error) else math.inf
+
+
+def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:
+    config, stored = golden.config_and_weights()
+    model = WanDiT(config, ops)
+    golden.load(model, stored)
+    noise, frames, num_chunks = _chunk_noise(golden)
+    schedule_config = ScheduleConfig(
+        shift=float(golden.value("timestep_shift", (int, float))),
+        denoising_steps=tuple(golden.numbers("denoising_steps")),
+    )
+    runner, first_step = (
+        _runner(model, item, golden)
+        for item in (
+            schedule_config,
+            replace(schedule_config, denoising_steps=schedule_config.denoising_steps[:1]),
+        )
+    )
+    height, width = (side * VAEConfig().spatial_stride for side in noise[0].shape[-2:])
+    grid = LatentGrid.of_parts(config, VAEConfig(), height, width)
+    cache_config, batch = _cache_config(golden, frames, num_chunks), noise[0].shape[1]
+    cache, twin = (
+        StreamingKVCache(config, cache_config, grid, batch, golden.dtype, golden.device, ops)
+        for _ in range(2)
+    )
+    text = model.text_keys_values(golden.input("prompt_embeds", 3))
+    latents, flows = [], []
+    for draws in noise:
+        plan = cache.plan_chunk()
+        # one step from the same state gives away the first flow: x0 = noise - sigma * flow
+        twin.load(cache.tensors(), cache.slot_chunks, cache.next_chunk)
+        x0 = first_step.advance(twin, plan, draws[:1], text)
+        flows.append((draws[0].float() - x0.float()) / first_step.schedule.denoising_sigmas[0])
+        latents.append(runner.advance(cache, plan, draws, text))
+    errors = {
+        "latents": relative_error(torch.cat(latents, 2).transpose(1, 2), golden.recorded("latents", 5)),
+        "first_flow": relative_error(torch.cat(flows, 2).transpose(1, 2), golden.recorded("first_flow", 5)),
+        **_cache_errors(golden, cache),
+    }
+    if "warped_timesteps" in golden.header:
+        warped = torch.tensor(golden.numbers("warped_timesteps"))
+        errors["timesteps"] = relative_error(torch.tensor(runner.schedule.denoising_timesteps), warped)
+    return errors
+
+
+def _runner(model: WanDiT, config: ScheduleConfig, golden: GoldenFile) -> ChunkRunner:
+    schedule = FlowSchedule(config)
+    schedule.context_timestep = float(golden.header.get("context_timestep", schedule.context_timestep))
+    return ChunkRunner(model, schedule)
+
+
+def _chunk_noise(golden: GoldenFile) -> tuple[list[Tensor], int, int]:
+    """Noise of every chunk, [steps, B, C, F, h, w] each; the frames of a chunk and the number of chunks."""
+    frames, steps = golden.value("frames_per_chunk", int), len(golden.value("denoising_steps", list))
+    first, fresh = golden.input("noise", 5), golden.input("renoise", 7)
+    batch, total, *rest = first.shape
+    num_chunks = fresh.shape[0]
+    expected = [num_chunks, steps - 1, batch, frames, *rest]
+    if list(fresh.shape) != expected or total != num_chunks * frames or not total:
+        raise ValueError(
+            f"t.noise is {list(first.shape)} and t.renoise {list(fresh.shape)}; with {steps} steps and "
+            f"chunks of {frames} frames the second must be {expected}, and the first must have as many frames"
+        )
+    starts = first.unflatten(1, (num_chunks, frames)).unbind(1)
+    noise = [torch.cat([start[None], later]) for start, later in zip(starts, fresh, strict=True)]
+    return [draws.transpose(2, 3) for draws in noise], frames, num_chunks
+
+
+def _cache_config(golden: GoldenFile, frames: int, num_chunks: int) -> CacheConfig:
+    """The cache of the recording; a window of -1 sees everything, so it never evicts."""
+    sink_frames = golden.value("sink_size", int)
+    window = golden.value("local_attn_size", int)
+    return CacheConfig(
+        chunk_frames=frames,
+        window_frames=window if window > 0 else max(num_chunks * frames, sink_frames + 2 * frames),
+        sink=golden.value("sink", str),
+        sink_frames=sink_frames,
+        alpha=float(golden.header.get("alpha", 1.0)),
+        positions=golden.value("positions", str),
+    )
+
+
+def _cache_errors(golden: GoldenFile, cache: StreamingKVCache) -> dict[str, float]:
+    """Errors of the cache after the last context pass; keys before rotation where positions are relative."""
+    errors = {}
+    for letter, arena in (
+        ("k", cache.keys if cache.raw_keys is None else cache.raw_keys),
+        ("v", cache.values),
+    ):
+        valid = cache.chronological(arena)[:, 0]
+        for name, own in ((f"cache_{letter}", valid), (f"sink_{letter}_last", valid[:, : cache.sink_tokens])):
+            if name in golden:
+                recorded = golden.recorded(name, 4)
+                # a window that is not full yet may be recorded whole, with zeros behind what is valid
+                empty = max(0, recorded.shape[1] - own.shape[1]) if name.startswith("cache") else 0
+                padded = torch.cat([own, own.new_zeros(own.shape[0], empty, *own.shape[2:])], dim=1)
+                errors[name] = relative_error(padded, recorded)
+    return errors
+
+
+def _replay_vae(golden: GoldenFile, _: Ops) -> dict[str, float]:
+    config, stored = golden.config_and_weights()
+    vae = WanVAE(config)
+    golden.load(vae, stored)
+    errors = {}
+    if "latents" in golden or "pixels" not in golden:
+        latents, video = golden.input("latents", 5), golden.recorded("video", 5)
+        errors["video_whole"] = relative_error(vae.decode(latents), video)
+        for frames in _CALL_FRAMES:
+            errors[f"video_by_{frames}"] = relative_error(_decode_by(vae, latents, frames), video)
+    if "pixels" in golden:
+        pixels, encoded = golden.input("pixels", 5), golden.recorded("encoded", 5)
+        errors["encoded"] = relative_error(vae.encode(pixels), encoded)
+        for frames in _CALL_FRAMES:
+            errors[f"encoded_by_{frames}"] = relative_error(_encode_by(vae, pixels, frames), encoded)
+    return errors
+
+
+def _decode_by(vae: WanVAE, latents: Tensor, frames: int) -> Tensor:
+    """Decode `frames` latent frames in each call, as a stream does."""
+    state = vae.decoder_state(latents.shape[0], *latents.shape[3:], latents.dtype, latents.device)
+    return torch.cat([vae.decode(piece, state) for piece in latents.split(frames, dim=2)], dim=2)
+
+
+def _encode_by(vae: WanVAE, pixels: Tensor, frames: int) -> Tensor:
+    """Encode `frames` latent frames in each call; the first latent frame of a video takes one pixel frame."""
+    stride, side = vae.config.temporal_stride, vae.config.spatial_stride
+    height, width = pixels.shape[3] // side, pixels.shape[4] // side
+    state = vae.encoder_state(pixels.shape[0], height, width, pixels.dtype, pixels.device)
+    start = 1 + (frames - 1) * stride
+    pieces = [pixels[:, :, :start], *pixels[:, :, start:].split(frames * stride, dim=2)]
+    return torch.cat([vae.encode(piece, state) for piece in pieces if piece.shape[2]], dim=2)
+
+
+def _replay_umt5(golden: GoldenFile, _: Ops) -> dict[str, float]:
+    config, stored = golden.config_and_weights()
+    model = build_umt5(config)
+    model.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, strict=False)
+    ids, mask = golden.recorded("ids", 2).long(), golden.recorded("mask", 2).long()
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"t.ids has ids up to {ids.max()}; the vocabulary has {config.vocab_size}")
+    encoder = TextEncoder(model, ByteTokenizer(), ids.shape[1], golden.device, golden.dtype)
+    return {"embeds": relative_error(encoder.encode_ids(ids, mask), golden.recorded("embeds", 3))}

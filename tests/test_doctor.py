@@ -1,0 +1,150 @@
+"""The doctor's figures, and that nothing absent makes it fail."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from inputs import small_pipeline
+from rfengine import __version__, doctor
+from rfengine.checkpoint.loader import write_config
+from rfengine.config import PRESETS
+from rfengine.doctor import MIB, examine, memory_needs, render
+from rfengine.grid import LatentGrid
+
+
+def test_memory_of_the_published_models_at_their_size() -> None:
+    config = PRESETS["wan-1.3b"]
+    needs = memory_needs(config, LatentGrid.of(config), torch.bfloat16)
+    assert round(needs.keys_values / MIB) == 2468
+    assert needs.raw_keys == needs.keys_values // 2
+    assert needs.sink_remainder == needs.keys_values // 3  # 3 of 9 frames
+    assert round(needs.cross_attention / MIB) == 90
+    assert round(needs.vae_state / MIB) == 1801
+    assert needs.transformer == 1_418_996_800 * 2
+    assert needs.total == sum(
+        (
+            needs.transformer, needs.vae, needs.text_encoder, needs.keys_values, needs.raw_keys,
+            needs.sink_remainder, needs.cross_attention, needs.vae_state,
+        )
+    )  # fmt: skip
+
+
+def test_memory_is_that_of_a_real_stream() -> None:
+    pipeline = small_pipeline()
+    stream = pipeline.stream("a circle")
+    needs = memory_needs(pipeline.config, stream.grid, torch.float32)
+    weights = {"transformer": pipeline.model, "vae": pipeline.vae}
+    for name, module in weights.items():
+        assert getattr(needs, name) == sum(weight.nbytes for weight in module.parameters()), name
+    tensors = stream.snapshot().tensors
+    cache = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("cache."))
+    state = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("decoder."))
+    assert needs.keys_values + needs.raw_keys + needs.sink_remainder == cache
+    assert needs.vae_state == state
+
+
+def test_memory_grows_with_the_size_and_the_dtype() -> None:
+    small = examine("wan-1.3b", 240, 416, "bfloat16")["memory"]["needs"]
+    large = examine("wan-1.3b", 480, 832, "bfloat16")["memory"]["needs"]
+    wide = examine("wan-1.3b", 480, 832, "float32")["memory"]["needs"]
+    assert large["keys_values"] == 4 * small["keys_values"]
+    assert large["transformer"] == small["transformer"]
+    assert wide["total"] == 2 * large["total"]
+
+
+def test_report_is_json_and_names_every_part() -> None:
+    report = json.loads(json.dumps(examine()))
+    assert report["rfengine"] == __version__
+    assert report["torch"]["version"] == torch.__version__
+    assert report["backends"]["reasons"]["reference"] == ""
+    assert report["packages"]["torch"] == importlib.metadata.version("torch")
+    assert report["h264"]["libx264"] is True and "libavcodec" in report["h264"]["libraries"]
+    memory = report["memory"]
+    assert (memory["model"], memory["height"], memory["width"]) == ("tiny", 64, 64)
+    assert memory["free"] is None or memory["free"] > 0
+
+
+def test_checkpoint_directory_is_reckoned_too(tmp_path: Path) -> None:
+    write_config(tmp_path, small_pipeline().config)
+    memory = examine(str(tmp_path), dtype="float16")["memory"]
+    assert (memory["model"], memory["height"], memory["width"]) == ("small", 32, 48)
+
+
+def test_text_says_what_is_on_what_is_absent_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+
+    def without_triton(package: str) -> str:
+        if package == "triton":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_triton)
+    monkeypatch.setattr(doctor, "backend_reasons", lambda _: {"reference": "", "native": "no GPU here"})
+    text = render(examine())
+    assert "reference     on" in text and "native        off: no GPU here" in text
+    assert "triton        absent: pip install triton" in text
+    assert f"torch         {torch.__version__}" in text
+
+
+def test_text_says_when_the_memory_does_not_suffice() -> None:
+    report = examine("wan-14b")
+    report["memory"]["free"] = 8 * 2**30
+    assert "this does not fit" in render(report)
+    report["memory"]["free"] = 2**50
+    assert "this does not fit" not in render(report)
+    report["memory"]["free"] = None
+    assert "unknown" in render(report)
+
+
+def test_machine_with_nothing_on_it_is_reported_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_import = builtins.__import__
+
+    def no_av(name: str, *arguments: object, **options: object) -> object:
+        if name == "av":
+            raise ImportError("libavcodec.so is missing")
+        return real_import(name, *arguments, **options)
+
+    def no_package(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    def no_file(self: Path, *arguments: object) -> str:
+        raise FileNotFoundError(str(self))
+
+    def no_answer(*arguments: object, **options: object) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 10)
+
+    monkeypatch.setattr(builtins, "__import__", no_av)
+    monkeypatch.setattr(importlib.metadata, "version", no_package)
+    monkeypatch.setattr(Path, "read_text", no_file)
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(doctor.subprocess, "run", no_answer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = examine()
+    assert report["h264"] == {
+        "libx264": False, "reason": "PyAV cannot be imported (libavcodec.so is missing); pip install av",
+    }  # fmt: skip
+    assert report["driver"] is None and report["gpus"] == [] and report["memory"]["free"] is None
+    assert set(report["packages"].values()) == {None}
+    assert "libavcodec.so is missing" in render(report)
+
+
+def test_driver_is_what_nvidia_smi_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = subprocess.CompletedProcess([], 0, "570.124.06\n570.124.06\n", "")
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *_, **__: answer)
+    assert examine()["driver"] == "570.124.06"
+
+
+@pytest.mark.gpu
+def test_gpu_is_reported_with_its_memory() -> None:
+    report = examine()
+    gpu = report["gpus"][0]
+    assert gpu["name"] == torch.cuda.get_device_name(0) and 0 < gpu["free"] <= gpu["total"]
+    assert report["memory"]["device"] == "cuda" and report["memory"]["dtype"] == "bfloat16"
