@@ -235,7 +235,8 @@ class Pipeline:
         return on_step
 
 
-def _directory(source: str | Path) -> Path:
+def checkpoint_directory(source: str | Path) -> Path:
+    """Where the checkpoint `source` lies; "tiny" is in the package. Raises ValueError for no directory."""
     if str(source) == "tiny":
         return Path(str(resources.files("rfengine"))) / "weights" / "tiny"
     directory = Path(source)

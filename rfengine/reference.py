@@ -234,3 +234,36 @@ def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, nex
     if noise is None:
         return x0
     return ((1 - next_sigma) * x0.float() + next_sigma * noise.float()).to(x.dtype)
+
+
+def frame_pack(pixels: Tensor) -> Tensor:
+    """Decoded pixels [3, T, H, W] in [-1, 1], clamped, to RGB24: uint8 [T, H, W, 3].
+
+    A byte is (x + 1) * 127.5 in float32, rounded to nearest, ties to even. Pixels must not be NaN.
+    """
+    scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+def frame_pack_nv12(pixels: Tensor) -> Tensor:
+    """Decoded pixels [3, T, H, W] in [-1, 1], clamped, to NV12 (BT.709, limited): uint8 [T, H * 3 / 2, W].
+
+    Rows 0 to H - 1 are luma, 16 to 235. The H / 2 rows below hold Cb, Cr in turn, 16 to 240, of the mean over
+    each block of 2 x 2 pixels: chroma is sited at the centre of its block, which an encoder has to be told.
+    All in float32, rounded once to a byte, to nearest, ties to even. H and W must be even; pixels must not
+    be NaN.
+    """
+    clamped = pixels.float().clamp(-1, 1)
+    rows = clamped.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
+    top, bottom = (rows[:, :, :, row, :, 0] + rows[:, :, :, row, :, 1] for row in (0, 1))
+    mean = (top + bottom) * 0.25
+    mean_luma = _luma(mean)
+    blue = (mean[2] - mean_luma) * (112 / 1.8556) + 128
+    red = (mean[0] - mean_luma) * (112 / 1.5748) + 128
+    chroma = torch.stack((blue, red), dim=-1).flatten(2)
+    return torch.cat((_luma(clamped) * 109.5 + 125.5, chroma), dim=1).round().to(torch.uint8)
+
+
+def _luma(rgb: Tensor) -> Tensor:
+    """BT.709 luma of [3, ...], in the range of its input."""
+    return 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]

@@ -166,7 +166,7 @@ def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
         (["", "-o", "{dir}/a.mp4"], "the prompt '' is empty"),
         (["&nbsp;\n", "-o", "{dir}/a.mp4"], "is empty; give it at least one word"),
         (["a", "-o", "{dir}/a.mp4", "--height", "70"], "height is 70 pixels; it must be a multiple of 16"),
-        (["a", "-o", "{dir}/a.mp4", "--width", "0"], "--width is 0 pixels; give a multiple of 16"),
+        (["a", "-o", "{dir}/a.mp4", "--width", "0"], "width is 0 pixels; it must be a multiple of 16"),
         (["a", "-o", "{dir}/a.mp4", "--seconds", "-2"], "--seconds is -2.0; give a positive length"),
         (["a", "-o", "{dir}/a.mp4", "--seconds", "nan"], "--seconds is nan; give a positive length"),
         (["a", "-o", "{dir}/a.mp4", "--seed", "-1"], "seed is -1; use an integer from 0"),
