@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ from torch import Tensor
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
 _LENGTH_BYTES = 8  # little-endian length in front of the header
 _ALIGNMENT = 8  # bytes; the header is padded to it
+_OWN_PAGES_BYTES = 1 << 20  # a tensor from this size on is read into pages of its own
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -155,7 +157,7 @@ def _check_offsets(path: Path, entries: dict[str, TensorEntry], data_start: int,
 
 def _reader(path: Path, entry: TensorEntry) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        tensor = _allocate(entry)
         try:
             with path.open("rb") as file:
                 file.seek(entry.begin)
@@ -169,6 +171,18 @@ def _reader(path: Path, entry: TensorEntry) -> Callable[[], Tensor]:
         return tensor
 
     return read
+
+
+def _allocate(entry: TensorEntry) -> Tensor:
+    """Uninitialised memory, which for a large tensor goes back to the system with it.
+
+    The heap would keep it: between the tensors that a load casts and keeps, the freed ones leave holes.
+    """
+    size = entry.end - entry.begin
+    if size < _OWN_PAGES_BYTES:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=entry.dtype).reshape(entry.shape)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

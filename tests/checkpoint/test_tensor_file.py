@@ -74,6 +74,15 @@ def test_each_read_gives_memory_of_its_own(sample_file: Path) -> None:
     assert torch.equal(tensor.read(), SAMPLE["float32"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_large_tensors_come_back_and_can_be_changed(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = (1000 * torch.randn(1100, 1000)).to(dtype)
+    write_safetensors(tmp_path / "large.safetensors", stored({"a": tensor}))
+    found = open_safetensors(tmp_path / "large.safetensors")["a"].read()
+    assert found.dtype == dtype and found.is_contiguous() and torch.equal(found, tensor)
+    assert torch.equal(found.add_(1), tensor + 1)
+
+
 def raw(header: object, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
