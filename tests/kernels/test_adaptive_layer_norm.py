@@ -1,0 +1,104 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.against_reference import assert_op_matches, row_fp8
+from kernels.interpreter_rounding import round_to_nearest_even
+from kernels.tolerance import assert_within_reference_error
+from rfengine import reference
+from rfengine.kernels import layer_norm
+from rfengine.kernels.adaptive_layer_norm import adaptive_layer_norm, adaptive_layer_norm_fp8
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def gpu_rounding_and_seed(monkeypatch):
+    torch.manual_seed(0)
+    round_to_nearest_even(monkeypatch)
+
+
+def rows(batch, tokens, dim, dtype=torch.float32):
+    """Rows with means and spreads of their own."""
+    x = torch.randn(batch, tokens, dim, device=DEVICE)
+    return (x * (0.5 + torch.rand(batch, tokens, 1, device=DEVICE)) + 0.3 * x[..., :1]).to(dtype)
+
+
+def tables(batch, frames, dim):
+    """shift and scale, views of a table [B, F, 6, D]."""
+    return torch.randn(batch, frames, 6, dim, device=DEVICE).unbind(2)[:2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "frames", "tokens", "dim"), [(1, 1, 1, 192), (2, 3, 63, 48), (1, 2, 4, 1536)]
+)
+def test_norm_and_gradients_agree_with_the_reference(batch, frames, tokens, dim, dtype):
+    inputs = rows(batch, tokens, dim, dtype), *tables(batch, frames, dim)
+    assert_op_matches(adaptive_layer_norm, reference.adaptive_layer_norm, inputs)
+
+
+@pytest.mark.parametrize(
+    ("shift_rows", "scale_rows"), [((1, 1), (1, 1)), ((2, 1), (1, 3)), ((1, 3), (2, 3)), ((2, 3), (2, 1))]
+)
+def test_a_row_that_serves_several_frames_or_samples_gets_the_sum_of_their_gradients(shift_rows, scale_rows):
+    shift, scale = (torch.randn(*shape, 24, device=DEVICE) for shape in (shift_rows, scale_rows))
+    assert_op_matches(adaptive_layer_norm, reference.adaptive_layer_norm, (rows(2, 12, 24), shift, scale))
+
+
+def test_programs_that_sum_over_several_tokens_leave_none_out(monkeypatch):
+    monkeypatch.setattr(layer_norm, "chunk_tokens_of", lambda rows: 4)  # 7 tokens in a frame: 4, then 3
+    inputs = rows(2, 21, 24), *tables(2, 3, 24)
+    assert_op_matches(adaptive_layer_norm, reference.adaptive_layer_norm, inputs)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+        lambda x: torch.cat([x, x], 1)[:, ::2],
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x[:1].expand(2, -1, -1),
+    ],
+    ids=["wider rows", "every other row", "last axis not contiguous", "one sample for all"],
+)
+def test_strided_rows_agree_with_the_reference(view):
+    inputs = view(rows(2, 6, 48)), *tables(2, 3, 48)
+    assert_op_matches(adaptive_layer_norm, reference.adaptive_layer_norm, inputs)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 5), st.integers(2, 70))
+def test_any_shape_agrees_with_the_reference(batch, frames, frame_tokens, dim):
+    torch.manual_seed(0)
+    x, (shift, scale) = rows(batch, frames * frame_tokens, dim), tables(batch, frames, dim)
+    truth = reference.adaptive_layer_norm(x.double(), shift.double(), scale.double(), 1e-6)
+    found = adaptive_layer_norm(x, shift, scale, 1e-6)
+    expected = reference.adaptive_layer_norm(x, shift, scale, 1e-6)
+    assert_within_reference_error("norm", found, expected, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_rows_are_the_rounded_norm_in_e4m3(dtype):
+    x, (shift, scale) = rows(2, 9, 100, dtype), tables(2, 3, 100)
+    values, row_scale = adaptive_layer_norm_fp8(x, shift, scale, 1e-6)
+    expected, expected_scale = row_fp8(adaptive_layer_norm(x, shift, scale, 1e-6))
+    assert values.dtype == torch.float8_e4m3fn and row_scale.shape == (2, 9, 1)
+    assert torch.equal(row_scale, expected_scale)
+    assert torch.equal(values.float(), expected.float())
+    assert (values.float().abs().amax(-1) == 448).all()
+
+
+def test_an_fp8_row_of_zeros_has_scale_one():
+    shift = torch.zeros(1, 1, 48, device=DEVICE)
+    values, row_scale = adaptive_layer_norm_fp8(rows(1, 3, 48), shift, shift - 1, 1e-6)
+    assert (values.float() == 0).all() and (row_scale == 1).all()
+
+
+def test_torch_sees_the_ops_as_it_must():
+    x, (shift, scale) = rows(2, 6, 16), tables(1, 3, 16)
+    shift, scale = shift.requires_grad_(), scale.clone().requires_grad_()
+    torch.library.opcheck(adaptive_layer_norm, (x.requires_grad_(), shift, scale, 1e-6))
+    torch.library.opcheck(adaptive_layer_norm_fp8, (x.detach(), shift.detach(), scale.detach(), 1e-6))

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.against_reference import assert_op_matches
+from kernels.interpreter_rounding import round_to_nearest_even
+from kernels.tolerance import assert_within_reference_error
+from rfengine import reference
+from rfengine.kernels import rms_norm as rms_norm_file
+from rfengine.kernels.rms_norm import rms_norm, rms_norm_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def gpu_rounding_and_seed(monkeypatch):
+    torch.manual_seed(0)
+    round_to_nearest_even(monkeypatch)
+
+
+def inputs(*shape, dtype=torch.float32):
+    x = (2 * torch.randn(shape, device=DEVICE) + 0.5).to(dtype)
+    return x, torch.randn(shape[-1], device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 192), (2, 63, 48), (1, 3, 1536)])
+def test_norm_and_gradients_agree_with_the_reference(shape, dtype):
+    assert_op_matches(rms_norm, reference.rms_norm, inputs(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_are_rounded_before_the_weight_and_again_after_it(dtype):
+    x, weight = inputs(1, 12, 96, dtype=dtype)
+    found, expected = rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)
+    wide = x.float()
+    norm = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+    once = (norm * weight.float()).to(dtype)
+    # rows that differ at all differ by the last bit of rsqrt; rounding only once would differ in many more
+    assert (found != expected).sum() < 0.01 * found.numel() < (once != expected).sum()
+
+
+def test_programs_that_sum_over_several_tokens_leave_none_out(monkeypatch):
+    monkeypatch.setattr(rms_norm_file, "chunk_tokens_of", lambda rows: 4)
+    assert_op_matches(rms_norm, reference.rms_norm, inputs(2, 7, 24))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, ::2],
+        lambda x: x.transpose(0, 1),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.unsqueeze(1).transpose(0, 2),
+        lambda x: x[0],
+        lambda x: x[0, 0],
+    ],
+    ids=["every other row", "axes swapped", "last axis not contiguous", "four axes", "two axes", "one axis"],
+)
+def test_any_layout_agrees_with_the_reference(view):
+    x, weight = inputs(2, 6, 48)
+    assert_op_matches(rms_norm, reference.rms_norm, (view(x), weight))
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 2), st.integers(1, 5), st.integers(2, 70))
+def test_any_shape_agrees_with_the_reference(batch, tokens, dim):
+    torch.manual_seed(0)
+    x, weight = inputs(batch, tokens, dim)
+    truth = reference.rms_norm(x.double(), weight.double(), 1e-6)
+    found, expected = rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)
+    assert_within_reference_error("norm", found, expected, truth)
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match="x is torch.float64; the norm kernels serve"):
+        rms_norm(*inputs(1, 2, 8, dtype=torch.float64), 1e-6)
+
+
+def test_torch_sees_the_ops_as_it_must():
+    x, weight = inputs(2, 4, 16)
+    torch.library.opcheck(rms_norm, (x.requires_grad_(), weight.requires_grad_(), 1e-6))
+    torch.library.opcheck(
+        rms_norm_backward, (x.detach(), weight.detach(), torch.randn_like(x.detach()), 1e-6)
+    )
