@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rfengine import reference
+from rfengine import native, reference
 
 # File in kernels/ of every op that has a Triton form; an op that is not here runs on the reference.
 _TRITON_FILES = {
@@ -27,6 +27,7 @@ _TRITON_FILES = {
     "evict_and_rephase": "evict_and_rephase",
     "flow_step": "flow_step",
 }
+_NATIVE_OPS = ("evict_and_rephase",)
 _ATTENTION_OPS = ("sink_window_attention", "clip_attention")
 
 
@@ -37,6 +38,7 @@ def backend_reasons(device: torch.device | str) -> dict[str, str]:
     return {
         "reference": "",
         "triton": _triton_absence(on_cuda),
+        "native": native.absence(device),
         "cudnn": needs_cuda or _cudnn_absence(),
         "flash": needs_cuda or _flash_absence(),
     }
@@ -46,6 +48,8 @@ def has_backend(op: str, backend: str) -> bool:
     """Whether `op` has a form for `backend`."""
     if backend == "triton":
         return op in _TRITON_FILES
+    if backend == "native":
+        return op in _NATIVE_OPS
     return backend == "reference" or op in _ATTENTION_OPS
 
 
@@ -53,6 +57,8 @@ def implementation(op: str, backend: str) -> Callable:
     """The function that runs `op` on `backend`, with the signature of the op in reference.py."""
     if backend == "reference":
         return getattr(reference, op)
+    if backend == "native":
+        return getattr(native, op)
     if backend in ("cudnn", "flash"):
         return _library_attention(op, _cudnn_attention if backend == "cudnn" else _flash_attention)
     kernel = getattr(importlib.import_module(f"rfengine.kernels.{_TRITON_FILES[op]}"), op)

@@ -1,9 +1,8 @@
-"""The kernels of csrc/: finds the fatbin, loads it through PyCUDA or cuda.core, and launches on torch's
-stream.
+"""The kernels of csrc/: finds the fatbin, loads it through PyCUDA or cuda.core, launches on torch's stream.
 
 Both loaders work on the primary context of the device, the one torch uses, so pointers of tensors are valid
-as they are, and a launch is captured by a CUDA graph like any other. Importing this needs torch alone.
-Shapes: L layers, B batch, S arena tokens, N sink tokens, T frames, H heads (or rows of pixels), E head dim,
+as they are, and a launch is captured by a CUDA graph like any other once its kernel has run before. Importing
+this needs torch alone. Shapes: L layers, B batch, S tokens, H heads, E head dim; of pixels: T frames, H rows,
 W columns.
 """
 
@@ -39,8 +38,10 @@ class Driver(Protocol):
     device: torch.device
 
     def launch(self, kernel: str, grid: tuple[int, int], block: int, arguments: tuple[generic, ...]) -> None:
-        """Queue a kernel on torch's current stream. arguments: numpy scalars of the width the kernel
-        declares."""
+        """Queue a kernel on torch's current stream.
+
+        arguments: numpy scalars, each of the width that the kernel declares.
+        """
 
 
 class PyCudaDriver:
@@ -63,8 +64,7 @@ class PyCudaDriver:
         self._streams: dict[int, tuple[Any, torch.cuda.Stream]] = {}
 
     def _in_context(self, action: Callable[[], Any]) -> Any:
-        """PyCUDA's stack of contexts is its own, one for each thread: ours is on it only for as long as
-        needed."""
+        """Keep our context on PyCUDA's own stack, one for each thread, only for as long as `action` runs."""
         self._context.push()
         try:
             return action()
@@ -78,8 +78,7 @@ class PyCudaDriver:
         return self._functions[kernel]
 
     def _beside(self, current: torch.cuda.Stream) -> tuple[Any, torch.cuda.Stream]:
-        """A stream of PyCUDA's for one of torch's: never shared by two, or one capture would reach into
-        another."""
+        """PyCUDA's stream for one of torch's; shared by two, it would carry one capture into another."""
         handle = current.cuda_stream
         if handle not in self._streams:
             own = self._in_context(lambda: self._cuda.Stream(_NON_BLOCKING))
@@ -164,80 +163,71 @@ def absence(device: torch.device | str = "cuda", fatbin: Path = FATBIN) -> str:
 
 def load_driver(device: torch.device | str = "cuda") -> Driver:
     """The driver for a CUDA device, loaded once. Raises RuntimeError with the reason where it cannot be."""
-    reason = absence(device)
-    if reason:
-        raise RuntimeError(f"the native kernels cannot run: {reason}")
-    index = torch.device(device).index
-    return _load(torch.cuda.current_device() if index is None else index)
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _load(device)
 
 
 @cache
-def _load(index: int) -> Driver:
+def _load(device: torch.device) -> Driver:
+    reason = absence(device)
+    if reason:
+        raise RuntimeError(f"the native kernels cannot run: {reason}")
     driver, _ = _loader()
-    assert driver is not None, "absence() is asked first"
-    return driver(FATBIN.read_bytes(), torch.device("cuda", index))
+    assert driver is not None, "absence() has tried it"
+    return driver(FATBIN.read_bytes(), device)
 
 
 def evict_and_rephase(
-    keys: Tensor,
+    raw: Tensor,
+    rotated: Tensor,
     values: Tensor,
-    raw_keys: Tensor,
-    low: tuple[Tensor, Tensor] | None,
+    low_keys: Tensor | None,
+    low_values: Tensor | None,
     rotation: Tensor,
     sink_tokens: int,
-    leaving_start: int,
+    leaving: int,
     alpha: float,
     driver: Driver | None = None,
 ) -> None:
-    """reference.ema_evict of the chunk that leaves, then reference.rephase_keys of all that stays, in one
-    launch.
+    """reference.evict_and_rephase in one launch, bit for bit.
 
-    keys, values, raw_keys: arenas [L, B, S, H, E], changed in place: the first sink_tokens of values and
-    raw_keys are averaged with the sink_tokens from leaving_start on, and keys become the rotated raw keys.
-    Those of the leaving chunk stay as they are: its slot is overwritten next. low: what rounding took from
-    the sink's keys and values, [L, B, N, H, E] each, changed in place; None without split precision.
-    rotation: [2, tokens filled, E / 2], float32. Bit for bit the reference. Raises ValueError for tensors
-    that the kernel's 16-byte accesses cannot serve.
+    Raises ValueError for what its 16-byte accesses cannot serve: the last three axes of an arena must be
+    contiguous, the arenas alike in shape, dtype and strides, their addresses multiples of 16 bytes.
     """
-    driver = driver or load_driver(keys.device)
-    suffix = _suffix(keys)
-    layers, batch, tokens, heads, head_dim = _arena("keys", keys)
-    for name, arena in (("values", values), ("raw_keys", raw_keys)):
-        _check(arena.shape == keys.shape and arena.dtype == keys.dtype and arena.stride() == keys.stride(),
-               f"{name} is {_layout(arena)} and keys {_layout(keys)}; they must be alike")  # fmt: skip
-    filled = rotation.shape[1]
+    driver = driver or load_driver(raw.device)
+    suffix = _suffix(raw)
+    layers, batch, tokens, heads, head_dim = _arena("raw", raw)
+    for name, arena in (("rotated", rotated), ("values", values)):
+        _check_alike("raw", raw, name, arena)
     _check(
-        rotation.shape == (2, filled, head_dim // 2) and rotation.dtype == torch.float32 and filled <= tokens,
-        f"rotation is {_layout(rotation)}; it must be float32 [2, up to {tokens}, {head_dim // 2}]",
+        0 < sink_tokens <= leaving <= tokens - sink_tokens,
+        f"the chunk that leaves starts at token {leaving}; it lies from {sink_tokens} to "
+        f"{tokens - sink_tokens}",
     )
-    _check(rotation.is_contiguous(), f"rotation is {_layout(rotation)}; pass it contiguous")
+    expected = (2, tokens, head_dim // 2)
     _check(
-        0 < sink_tokens <= leaving_start <= filled - sink_tokens,
-        f"a chunk of {sink_tokens} tokens cannot leave from token {leaving_start}; it must lie behind the "
-        f"sink, within the {filled} tokens filled",
+        rotation.shape == expected and rotation.dtype == torch.float32 and rotation.is_contiguous(),
+        f"rotation is {_layout(rotation)}; it must be contiguous float32 {expected}",
     )
-    low_keys, low_values = low or (None, None)
+    low_strides = (0, 0)
     if low_keys is not None and low_values is not None:
-        _arena("the remainder", low_keys)
+        _check_alike("low_keys", low_keys, "low_values", low_values)
         expected = (layers, batch, sink_tokens, heads, head_dim)
-        same = low_keys.shape == low_values.shape == expected and low_keys.stride() == low_values.stride()
         _check(
-            same and low_keys.dtype == low_values.dtype == keys.dtype,
-            f"the sink's remainders are {_layout(low_keys)} and {_layout(low_values)}; they must be alike, "
-            f"{keys.dtype} {expected}",
+            _arena("low_keys", low_keys) == expected and low_keys.dtype == raw.dtype,
+            f"low_keys is {_layout(low_keys)}; it must be {raw.dtype} {expected}",
         )
-    tensors = (keys, values, raw_keys, low_keys, low_values, rotation)
+        low_strides = low_keys.stride()[:2]
+    else:
+        _check(low_keys is low_values, "low_keys and low_values must both be given, or both be None")
+    tensors = (raw, rotated, values, low_keys, low_values, rotation)
     _check_addresses(driver, tensors)
-    strides = (*keys.stride()[:2], *(low_keys.stride()[:2] if low_keys is not None else (0, 0)))
-    sizes = (layers, batch, heads, head_dim, sink_tokens, leaving_start, filled)
-    arguments = _arguments(tensors, strides, sizes, (alpha, 1 - alpha))
-    columns = head_dim * keys.element_size() // VECTOR_BYTES
-    driver.launch(
-        f"evict_and_rephase_{suffix}",
-        _grid((filled - sink_tokens) * columns, layers * batch),
-        THREADS,
-        arguments,
-    )
+    sizes = (layers, batch, tokens, heads, head_dim, sink_tokens, leaving)
+    arguments = _arguments(tensors, (*raw.stride()[:2], *low_strides), sizes, (alpha, 1 - alpha))
+    columns = head_dim * raw.element_size() // VECTOR_BYTES
+    driver.launch(f"evict_and_rephase_{suffix}", _grid(tokens * columns, layers * batch), THREADS, arguments)
 
 
 def frame_pack(pixels: Tensor, driver: Driver | None = None) -> Tensor:
@@ -312,6 +302,11 @@ def _check(condition: bool, message: str) -> None:
 
 def _layout(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
+
+
+def _check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    alike = (tensor.shape, tensor.dtype, tensor.stride()) == (other.shape, other.dtype, other.stride())
+    _check(alike, f"{other_name} is {_layout(other)} and {name} {_layout(tensor)}; they must be alike")
 
 
 def _suffix(tensor: Tensor) -> str:

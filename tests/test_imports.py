@@ -46,7 +46,7 @@ NEVER_INTO = {
 }
 # heavy or optional packages: imported inside the function that needs them, wherever that is
 ONLY_INSIDE_FUNCTIONS = {
-    "av", "diffusers", "fastapi", "flash_attn", "ftfy", "onnx", "onnxruntime", "pycuda", "tensorrt",
+    "av", "cuda", "diffusers", "fastapi", "flash_attn", "ftfy", "onnx", "onnxruntime", "pycuda", "tensorrt",
     "transformers", "triton",
 }  # fmt: skip
 
