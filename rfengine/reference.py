@@ -69,6 +69,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * weight).to(x.dtype)
 
 
+def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] in e4m3 with one scale for each row: (values, scale [..., 1] in float32), x = values *
+    scale.
+
+    scale = max |row| / 448, or 1 for a row of zeros; values are rounded to nearest and saturate at 448. The
+    FP8 forms of the norms give row_fp8 of what the norm itself gives.
+    """
+    scale = x.float().abs().amax(-1, keepdim=True) / 448
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate interleaved pairs (2j, 2j + 1): (a, b) -> (a cos - b sin, a sin + b cos) (spec 1.5).
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from kernels.against_reference import assert_op_matches
-from kernels.interpreter_rounding import round_to_nearest_even
+from kernel_checks.against_reference import assert_op_matches
+from kernel_checks.interpreter_rounding import round_to_nearest_even
 from rfengine import reference
 from rfengine.kernels.affine_layer_norm import affine_layer_norm
 

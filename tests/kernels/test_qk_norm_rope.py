@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.against_reference import assert_op_matches
-from kernels.bits import DEVICE, DTYPES, angles, assert_same_bits, values
-from kernels.interpreter_rounding import round_to_nearest_even
-from kernels.tolerance import assert_within_reference_error
+from kernel_checks.against_reference import assert_op_matches
+from kernel_checks.bits import DEVICE, DTYPES, angles, assert_same_bits, values
+from kernel_checks.interpreter_rounding import round_to_nearest_even
+from kernel_checks.tolerance import assert_within_reference_error
 from rfengine import reference
 from rfengine.kernels import qk_norm_rope as qk_norm_rope_file
 from rfengine.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_write

@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.against_reference import assert_op_matches
-from kernels.interpreter_rounding import round_to_nearest_even
-from kernels.tolerance import assert_within_reference_error
+from kernel_checks.against_reference import assert_op_matches
+from kernel_checks.interpreter_rounding import round_to_nearest_even
+from kernel_checks.tolerance import assert_within_reference_error
 from rfengine import reference
 from rfengine.kernels import rms_norm as rms_norm_file
 from rfengine.kernels.rms_norm import rms_norm, rms_norm_backward

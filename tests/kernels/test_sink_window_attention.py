@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.tolerance import assert_within_reference_error
+from kernel_checks.tolerance import assert_within_reference_error
 from rfengine import reference
 from rfengine.kernels import sink_window_attention_descriptor as descriptor
 from rfengine.kernels.sink_window_attention import (

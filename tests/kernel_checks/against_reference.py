@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kernels.tolerance import assert_within_reference_error
+from kernel_checks.tolerance import assert_within_reference_error
 
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -39,10 +39,3 @@ def _run(
     grads = torch.autograd.grad(outputs, given, cotangents)
     results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
     return results | {f"gradient {index}": grad for index, grad in enumerate(grads)}
-
-
-def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in e4m3 and their scales [..., 1]: amax / 448, or 1 where that is zero."""
-    scale = x.float().abs().amax(-1, keepdim=True) / 448
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale

@@ -1,0 +1,107 @@
+"""flow_step against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernel_checks.bits import DTYPES, assert_same_bits, values
+from kernel_checks.interpreter_rounding import round_to_nearest_even
+from rfengine import reference
+from rfengine.kernels.flow_step import flow_step
+
+
+@pytest.fixture(autouse=True)
+def gpu_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    round_to_nearest_even(monkeypatch)
+
+
+SIGMAS = (0.9375456, 0.5882, 1.0, 0.001)
+# batch, channels, frames, rows and columns of tokens, patch
+SIZES = [(1, 16, 3, 2, 3, 2), (2, 4, 1, 5, 37, 2), (1, 3, 2, 3, 5, 1), (2, 5, 2, 2, 30, 3)]
+
+
+def inputs(size: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    batch, channels, frames, rows, columns, patch = size
+    tokens = values(batch, frames * rows * columns, patch * patch * channels, seed=1, dtype=dtype)
+    x, noise = (
+        values(batch, channels, frames, rows * patch, columns * patch, seed=seed, dtype=dtype)
+        for seed in (2, 3)
+    )
+    return tokens, x, noise
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_clean_latents_are_those_of_the_reference_bit_for_bit(
+    size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    tokens, x, _ = inputs(size, dtype)
+    for sigma in SIGMAS:
+        expected = reference.flow_step(tokens, x, sigma, None, 0.0)
+        assert_same_bits(f"x0 at sigma {sigma}", flow_step(tokens, x, sigma, None, 0.0), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_renoised_latents_are_those_of_the_reference_bit_for_bit(
+    size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    tokens, x, noise = inputs(size, dtype)
+    for sigma, following in zip(SIGMAS, SIGMAS[1:], strict=False):
+        expected = reference.flow_step(tokens, x, sigma, noise, following)
+        assert_same_bits("the noisy latents", flow_step(tokens, x, sigma, noise, following), expected)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    size=st.tuples(*(st.integers(1, limit) for limit in (2, 7, 3, 4, 9, 3))),
+    sigma=st.floats(0.0, 1.0),
+    following=st.floats(0.0, 1.0),
+)
+def test_any_shape_and_sigma_agree(size: tuple[int, ...], sigma: float, following: float) -> None:
+    tokens, x, noise = inputs(size, torch.float32)
+    expected = reference.flow_step(tokens, x, sigma, noise, following)
+    assert_same_bits("the noisy latents", flow_step(tokens, x, sigma, noise, following), expected)
+
+
+@pytest.mark.parametrize(
+    ("tokens_dtype", "dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_result_has_the_dtype_of_the_latents(tokens_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    tokens, x, noise = inputs(SIZES[0], dtype)
+    tokens = tokens.to(tokens_dtype)
+    expected = reference.flow_step(tokens, x, 0.7, noise, 0.3)
+    assert_same_bits("the noisy latents", flow_step(tokens, x, 0.7, noise, 0.3), expected)
+
+
+def test_views_are_read_where_they_lie() -> None:
+    tokens, x, noise = inputs((2, 4, 3, 2, 5, 2), torch.float32)
+    wide = torch.cat((tokens, tokens), dim=2)[:, :, : tokens.shape[2]]
+    late = x.transpose(1, 2).contiguous().transpose(1, 2)  # channels behind frames in memory
+    turned = noise.transpose(3, 4).contiguous().transpose(3, 4)  # last axis not contiguous
+    expected = reference.flow_step(tokens, x, 0.7, noise, 0.3)
+    assert_same_bits("the noisy latents", flow_step(wide, late, 0.7, turned, 0.3), expected)
+
+
+@pytest.mark.parametrize("with_noise", [True, False])
+def test_flow_step_is_a_well_formed_op(with_noise: bool) -> None:
+    tokens, x, noise = inputs(SIZES[0], torch.float32)
+    torch.library.opcheck(flow_step, (tokens, x, 0.7, noise if with_noise else None, 0.3))
+
+
+def test_tokens_that_do_not_fit_the_latents_are_refused() -> None:
+    tokens, x, noise = inputs(SIZES[0], torch.float32)
+    with pytest.raises(ValueError, match="tokens are"):
+        flow_step(tokens[:, :-1], x, 0.7, noise, 0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunk_of_the_engine_is_the_same_bit_for_bit_on_the_gpu(dtype: torch.dtype) -> None:
+    tokens, x, noise = inputs((1, 16, 3, 30, 52, 2), dtype)
+    for sigma, following in zip(SIGMAS, SIGMAS[1:], strict=False):
+        expected = reference.flow_step(tokens, x, sigma, noise, following)
+        assert_same_bits("the noisy latents", flow_step(tokens, x, sigma, noise, following), expected)
