@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from inputs import GRID, SMALL, small_cache
 from rfengine.cache.kv_cache import EMPTY, StreamingKVCache
 from rfengine.config import CacheConfig
-from inputs import GRID, SMALL, small_cache
 
 FRAMES = GRID.frame_tokens
 

@@ -1,4 +1,4 @@
-"""Kernels run under Triton's interpreter where there is no GPU; it has to be chosen before triton is imported."""
+"""Kernels run in Triton's interpreter where there is no GPU; it is chosen before triton is imported."""
 
 import os
 
