@@ -26,6 +26,7 @@ from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, DTypeName, EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.vae import WanVAE
+from rfengine.ops import choose_ops
 
 MIB = 2**20
 _REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "tqdm", "tyro", "ftfy")
@@ -110,7 +111,9 @@ def examine(
         "gpus": _gpus() if on_cuda else [],
         "packages": {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)},
         "h264": _h264(),
-        "backends": {"device": device, "reasons": backend_reasons(device)},
+        "backends": {
+            "device": device, "reasons": backend_reasons(device), "auto": choose_ops("auto", device).choice,
+        },
         "memory": {
             "model": config.name, "height": grid.height, "width": grid.width, "dtype": name, "device": device,
             "needs": {**dataclasses.asdict(needs), "total": needs.total}, "free": _free_memory(on_cuda),
@@ -219,6 +222,12 @@ def _backend_lines(report: dict[str, Any]) -> list[str]:
     lines = [f"backends on {backends['device']}"]
     for name, reason in backends["reasons"].items():
         lines.append(f"  {name:<13} {f'off: {reason}' if reason else 'on'}")
+    chosen = backends["auto"]
+    for name in sorted(set(chosen.values())):
+        taken = [op for op, backend in chosen.items() if backend == name]
+        lines.append(
+            f"  auto takes {name} for {'every op' if len(taken) == len(chosen) else ', '.join(taken)}"
+        )
     return lines
 
 

@@ -64,6 +64,7 @@ def test_report_is_json_and_names_every_part() -> None:
     assert report["rfengine"] == __version__
     assert report["torch"]["version"] == torch.__version__
     assert report["backends"]["reasons"]["reference"] == ""
+    assert report["backends"]["auto"]["unpatchify"] == "reference"
     assert report["packages"]["torch"] == importlib.metadata.version("torch")
     assert report["h264"]["libx264"] is True and "libavcodec" in report["h264"]["libraries"]
     memory = report["memory"]
