@@ -6,7 +6,7 @@ VENV    := .venv
 PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 INPUTS  := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-gpu lint format bench clean
 .NOTPARALLEL:  # one pip at a time in one environment
 
 demo: $(VENV)/.core  ## eight seconds of video from a prompt, on any machine
@@ -14,6 +14,10 @@ demo: $(VENV)/.core  ## eight seconds of video from a prompt, on any machine
 
 test: $(VENV)/.dev  ## all tests; those that need a GPU skip themselves where there is none
 	$(VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.dev  ## the kernel tests and all that need a GPU, on the GPU that is here
+	$(VENV)/bin/python -m pytest -n $(WORKERS) tests/kernels $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) -m gpu $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint  ## what pre-commit and CI check
 	$(VENV)/bin/ruff check .

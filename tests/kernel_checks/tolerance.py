@@ -9,8 +9,10 @@ from torch import Tensor
 def assert_within_reference_error(
     name: str, kernel: Tensor, reference: Tensor, truth: Tensor, factor: float = 2.0
 ) -> None:
-    """The kernel's error against float64 truth is at most `factor` times the reference's own, plus a sixteenth
-    of the dtype's epsilon of the truth's norm (where the reference happens to be exact)."""
+    """The kernel's error against float64 truth is at most `factor` times the reference's own.
+
+    A sixteenth of the dtype's epsilon of the truth's norm is added, for where the reference happens to be exact.
+    """
     assert kernel.shape == truth.shape, f"{name} is {tuple(kernel.shape)}, not {tuple(truth.shape)}"
     assert kernel.isfinite().all(), f"{name} has values that were never written or overflowed"
     scale = truth.double().norm()

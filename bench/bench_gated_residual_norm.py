@@ -1,0 +1,14 @@
+"""kernels/gated_residual_norm.py beside PyTorch, eager and compiled.
+
+Run: pytest bench/bench_gated_residual_norm.py
+"""
+
+from collections.abc import Callable
+
+import pytest
+from kernel_cases import KernelCase, cases_of
+
+
+@pytest.mark.parametrize("case", cases_of("gated_residual_norm"), ids=str)
+def test_gated_residual_norm(case: KernelCase, measure: Callable[[KernelCase], None]) -> None:
+    measure(case)

@@ -1,0 +1,266 @@
+"""What the compiler makes of every kernel at the engine's real shapes, for GPUs that need not be here.
+
+    python bench/compile_report.py --arch sm_90 sm_80 --json
+
+Each op is called as the engine calls it, with tensors on the CPU; its launches are compiled for the
+architecture in question, with the launch parameters the kernel files choose, and not run. Registers are those
+of a thread at launch, spills the local-memory instructions in the machine code, products the matrix
+instructions (on sm_90 HGMMA, by where their first factor lies, shared memory + registers: in attention the
+first product and the second), TMA the loads and stores of the tensor memory accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+
+import torch
+import triton
+from engine_shapes import Draw, Shapes
+from kernel_cases import CASES, KernelCase
+from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
+from triton.runtime import driver
+from triton.runtime.errors import PTXASError
+from triton.runtime.jit import JITFunction
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+REGISTERS = 65536  # of one multiprocessor, on every architecture here
+KILO = 1024
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Limits of one multiprocessor, and how many of them the largest GPU of the kind has."""
+
+    capability: int
+    shared_bytes: int  # of a multiprocessor; a block can have all but 1 KB, which is taken for every block
+    warps: int
+    blocks: int
+    processors: int
+
+
+# CUDA C++ Programming Guide, technical specifications for each compute capability
+ARCHITECTURES = {
+    "sm_80": Architecture(80, 164 * KILO, 64, 32, 108),
+    "sm_90": Architecture(90, 228 * KILO, 64, 32, 132),
+    "sm_100": Architecture(100, 228 * KILO, 64, 32, 148),
+    "sm_120": Architecture(120, 100 * KILO, 48, 24, 188),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel compiled for one launch."""
+
+    arch: str
+    case: str
+    kernel: str
+    grid: tuple[int, ...]
+    warps: int  # those of the block, with what warp specialisation adds
+    registers: int
+    stack_bytes: int
+    spills: int
+    shared_bytes: int
+    products: tuple[int, int]  # HGMMA with the first factor in shared memory, in registers
+    other_products: dict[str, int]  # matrix instructions of other generations
+    tensor_copies: int  # instructions of the tensor memory accelerator, loads and stores
+    blocks: int  # resident on one multiprocessor
+    occupancy: float  # share of its warps
+
+
+class AbsentGPU:
+    """Stands in for Triton's driver: names the architecture to compile for.
+
+    The device index, by which Triton keeps compiled kernels, is the architecture.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.capability = architecture.capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextlib.contextmanager
+def recorded_launches(architecture: Architecture) -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
+    """Inside, a launch is compiled for the architecture and recorded (name, grid, kernel), not run."""
+    recorded: list[tuple[str, tuple[int, ...], Any]] = []
+    compile_or_run = JITFunction.run
+
+    def record(
+        kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any
+    ) -> Any:
+        compiled = compile_or_run(kernel, *arguments, grid=grid, warmup=True, **options)
+        recorded.append((kernel.fn.__name__, tuple(grid), compiled))
+        return compiled
+
+    before = driver._active  # asking for driver.active would look for a GPU
+    driver.set_active(AbsentGPU(architecture))
+    try:
+        with mock.patch.object(JITFunction, "run", record):
+            yield recorded
+    finally:
+        driver.set_active(before)
+
+
+@contextlib.contextmanager
+def seen_architecture(architecture: Architecture) -> Iterator[None]:
+    """Inside, the attention chooses its form and its share of the work as on a GPU of the architecture."""
+    from rfengine.kernels import sink_window_attention, sink_window_attention_descriptor
+
+    with (
+        mock.patch.object(
+            sink_window_attention, "_capability", lambda _: divmod(architecture.capability, 10)
+        ),
+        mock.patch.object(
+            sink_window_attention_descriptor, "_count_processors", lambda _: architecture.processors
+        ),
+    ):
+        yield
+
+
+def compile_case(case: KernelCase, arch: str, shapes: Shapes) -> list[Launch]:
+    """Every kernel that one case launches on `arch`."""
+    architecture = ARCHITECTURES[arch]
+    kernel = case.kernel()
+    seen = seen_architecture(architecture) if "attention" in case.file else contextlib.nullcontext()
+    with recorded_launches(architecture) as recorded, seen, torch.no_grad():
+        kernel(*case.inputs(shapes, Draw()))
+    return [describe(case, arch, *launch) for launch in recorded]
+
+
+def describe(case: KernelCase, arch: str, kernel: str, grid: tuple[int, ...], compiled: Any) -> Launch:
+    """Resources and instructions of one compiled kernel."""
+    architecture = ARCHITECTURES[arch]
+    threads = int(re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])[1])
+    warps = threads // 32
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
+        binary.write(compiled.asm["cubin"])
+        binary.flush()
+        usage = _run("cuobjdump", "-res-usage", binary.name)
+        code = _run("nvdisasm", "-c", binary.name)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    instructions = re.findall(
+        r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", code, re.MULTILINE
+    )
+    names = [name.split(".")[0] for name, _ in instructions]
+    first_factors = [
+        operands.split(",")[1].strip() for name, operands in instructions if name.startswith("HGMMA")
+    ]
+    in_shared = sum(factor.startswith("gdesc") for factor in first_factors)
+    others = {name for name in names if "MMA" in name and name != "HGMMA"}
+    blocks = resident_blocks(architecture, registers, warps, compiled.metadata.shared)
+    return Launch(
+        arch=arch,
+        case=case.name,
+        kernel=kernel,
+        grid=grid,
+        warps=warps,
+        registers=registers,
+        stack_bytes=stack,
+        spills=sum(name in ("LDL", "STL") for name in names),
+        shared_bytes=compiled.metadata.shared,
+        products=(in_shared, len(first_factors) - in_shared),
+        other_products={name: names.count(name) for name in sorted(others)},
+        tensor_copies=sum(name in ("UTMALDG", "UTMASTG", "UTMAREDG") for name in names),
+        blocks=blocks,
+        occupancy=blocks * warps / architecture.warps,
+    )
+
+
+def resident_blocks(architecture: Architecture, registers: int, warps: int, shared_bytes: int) -> int:
+    """Blocks of `warps` warps that one multiprocessor holds at once; 0 when one alone does not fit."""
+    # registers are given out to a warp in units of 256, shared memory with 1 KB more for each block
+    warp_registers = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS // (warp_registers * warps)
+    by_shared = architecture.shared_bytes // (shared_bytes + KILO)
+    return min(by_registers, by_shared, architecture.warps // warps, architecture.blocks)
+
+
+def _run(program: str, *arguments: str) -> str:
+    finished = subprocess.run([BINARIES / program, *arguments], capture_output=True, text=True, check=True)
+    return finished.stdout
+
+
+def render(launches: list[Launch]) -> str:
+    """One line for each launch, under a heading for each architecture."""
+    lines = []
+    for arch in dict.fromkeys(launch.arch for launch in launches):
+        lines += [f"{arch}, Triton {triton.__version__}", HEADING]
+        lines += [_line(launch) for launch in launches if launch.arch == arch]
+    return "\n".join(lines)
+
+
+HEADING = (
+    f"{'case: kernel':<74} {'warps':>5} {'regs':>4} {'spills':>6} {'shared KB':>9} {'products':>10} "
+    f"{'TMA':>3} {'blocks':>6} {'occupancy':>9}"
+)
+
+
+def _line(launch: Launch) -> str:
+    products = "+".join(map(str, launch.products)) if any(launch.products) else "-"
+    for name, count in launch.other_products.items():
+        products = f"{count} {name}"
+    name = f"{launch.case}: {launch.kernel}"
+    return (
+        f"{name:<74} {launch.warps:>5} {launch.registers:>4} {launch.spills:>6} "
+        f"{launch.shared_bytes / KILO:>9.1f} {products:>10} {launch.tensor_copies:>3} {launch.blocks:>6} "
+        f"{launch.occupancy:>9.0%}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=["sm_90"])
+    parser.add_argument("--case", nargs="+", choices=[case.name for case in CASES], help="only these")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET is set, so nothing is compiled; unset it")
+    warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
+    shapes = Shapes()
+    chosen = [case for case in CASES if not options.case or case.name in options.case]
+    launches, failures = [], []
+    for arch in options.arch:
+        for case in chosen:
+            if case.minimum_capability <= ARCHITECTURES[arch].capability:
+                try:
+                    launches += compile_case(case, arch, shapes)
+                except (CompilationError, PTXASError, RuntimeError) as error:
+                    last_line = str(error).strip().splitlines()[-1]
+                    failures.append({"arch": arch, "case": case.name, "error": last_line})
+    if options.json:
+        rows = [asdict(launch) for launch in launches]
+        print(json.dumps({"triton": triton.__version__, "launches": rows, "failures": failures}))
+    else:
+        print(render(launches))
+        for failure in failures:
+            print("{arch}, {case}: not compiled: {error}".format_map(failure))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
