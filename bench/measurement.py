@@ -20,6 +20,8 @@ from kernel_inputs import Arguments
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rfengine import native
+
 RUNS = 60
 CHECKED_LAYERS = 2  # an arena of all layers in float64 would not fit beside its copies
 ABSENT = "no CUDA device here: nothing is measured"
@@ -172,9 +174,11 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def contenders(case: KernelCase) -> Iterator[tuple[str, Callable[..., object]]]:
-    """Functions of the case's arguments by name: ours first, then what PyTorch and FlashAttention have."""
+    """Functions of the case's arguments by name: ours first, then what csrc/, PyTorch and FlashAttention have."""
     yield OURS, case.kernel()
     yield from case.rivals.items()
+    if hasattr(native, case.op):  # where the fatbin cannot run, the row says why
+        yield "native", getattr(native, case.op)
     if case.op != "sink_window_attention":
         yield "eager", case.meaning()
     elif case.op == case.name:  # once for all its forms

@@ -11,7 +11,7 @@ def assert_within_reference_error(
 ) -> None:
     """The kernel's error against float64 truth is at most `factor` times the reference's own.
 
-    A sixteenth of the dtype's epsilon of the truth's norm is added, for where the reference happens to be exact.
+    A sixteenth of the epsilon of the truth's norm is added, for where the reference happens to be exact.
     """
     assert kernel.shape == truth.shape, f"{name} is {tuple(kernel.shape)}, not {tuple(truth.shape)}"
     assert kernel.isfinite().all(), f"{name} has values that were never written or overflowed"

@@ -1,0 +1,30 @@
+import torch
+
+from rfengine.config import PRESETS
+from rfengine.training.caption_encoder import LABELS, scene_labels, text_states, train_caption_encoder
+from rfengine.training.toy_world import Scene, SceneObject, WorldConfig, caption, sample_scenes
+
+
+def test_labels_name_every_attribute_and_the_missing_second_object():
+    scene = Scene((SceneObject("blue", "square", "large"),), "turning", "fast", None, "dotted wall")
+    names = {name: LABELS[name][index] for name, index in scene_labels(scene).items()}
+    assert names == {
+        "background": "dotted wall", "motion": "turning", "speed": "fast", "direction": "none",
+        "colour_0": "blue", "shape_0": "square", "size_0": "large",
+        "colour_1": "none", "shape_1": "none", "size_1": "none",
+    }  # fmt: skip
+
+
+def test_labels_are_equal_exactly_when_captions_are():
+    scenes = sample_scenes(300, 5, WorldConfig(motion_weights=(1, 1, 1, 1), pair_share=0.5))
+    by_caption = {caption(scene): tuple(scene_labels(scene).values()) for scene in scenes}
+    assert len(set(by_caption.values())) == len(by_caption)
+
+
+def test_a_short_training_gives_a_frozen_encoder_with_zero_padding(tmp_path):
+    model = train_caption_encoder(PRESETS["tiny"], tmp_path, 0.002, 0)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    states = text_states(model, ["a small red circle", "a large blue square"], 32)
+    assert states.shape == (2, 32, 96)
+    assert not states[0, len("a small red circle") + 1 :].any() and states[0, len("a small red circle")].any()
+    assert torch.isfinite(states).all()
