@@ -174,7 +174,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def contenders(case: KernelCase) -> Iterator[tuple[str, Callable[..., object]]]:
-    """Functions of the case's arguments by name: ours first, then what csrc/, PyTorch and FlashAttention have."""
+    """Functions of the arguments by name: ours first, then those of csrc/, PyTorch and FlashAttention."""
     yield OURS, case.kernel()
     yield from case.rivals.items()
     if hasattr(native, case.op):  # where the fatbin cannot run, the row says why

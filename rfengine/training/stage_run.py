@@ -1,0 +1,102 @@
+"""One training stage with a budget of minutes: its clock, its JSON-lines log and its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SAVE_SECONDS = 60.0
+_LOG_STEPS = 25
+
+
+class StageRun:
+    """Counts the steps and the seconds of a stage over any number of restarts.
+
+    `directory` receives `<stage>.jsonl`, one line every 25 steps, and `<stage>.pt`, the state to go on from.
+    """
+
+    def __init__(self, directory: Path, stage: str, minutes: float) -> None:
+        if minutes <= 0:
+            raise ValueError(f"minutes is {minutes}; give the stage a positive budget")
+        directory.mkdir(parents=True, exist_ok=True)
+        self.stage = stage
+        self.seconds = minutes * 60
+        self.step = 0
+        self.elapsed = 0.0
+        self._log_path = directory / f"{stage}.jsonl"
+        self._state_path = directory / f"{stage}.pt"
+        self._last_tick = time.monotonic()
+        self._last_save = time.monotonic()
+
+    @property
+    def progress(self) -> float:
+        """Part of the budget that is used, from 0 to 1."""
+        return min(1.0, self.elapsed / self.seconds)
+
+    def learning_rate(self, peak: float, warm_up_steps: int = 100, warm_down: float = 0.5) -> float:
+        """Linear warm-up, `peak`, then a linear fall to a fiftieth of it over the last `warm_down` of the
+        budget."""
+        fall = min(1.0, (1.0 - self.progress) / warm_down)
+        return peak * min(1.0, (self.step + 1) / warm_up_steps) * max(0.02, fall)
+
+    def tick(self, quiet: bool = False, **figures: float) -> None:
+        """Count one step and, unless `quiet`, log its figures when it is time to."""
+        now = time.monotonic()
+        self.elapsed += now - self._last_tick
+        self._last_tick = now
+        self.step += 1
+        if self.step % _LOG_STEPS == 0 and not quiet:
+            self.log(**figures)
+
+    def log(self, **figures: Any) -> None:
+        """Append one line: step, seconds and the figures."""
+        entry = {"step": self.step, "seconds": round(self.elapsed, 1)}
+        entry |= {
+            name: round(value, 5) if isinstance(value, float) else value for name, value in figures.items()
+        }
+        with self._log_path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def wants_save(self) -> bool:
+        return time.monotonic() - self._last_save > _SAVE_SECONDS
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint with `state` and the counters, atomically."""
+        partial = self._state_path.with_suffix(".partial")
+        torch.save(state | {"step": self.step, "elapsed": self.elapsed}, partial)
+        partial.rename(self._state_path)
+        self._last_save = time.monotonic()
+
+    def resume(self) -> dict[str, Any] | None:
+        """The state of an earlier run, whose counters go on; None on a fresh start."""
+        if not self._state_path.exists():
+            return None
+        state = torch.load(self._state_path, weights_only=True)
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self._last_tick = time.monotonic()
+        return state
+
+
+class WeightAverage:
+    """Exponential moving average of a module's parameters, in float32."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Blend the parameters in; early on the average follows faster, so that it forgets the start."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        values = module.state_dict()
+        torch._foreach_lerp_(
+            list(self.values.values()), [values[name].detach() for name in self.values], weight
+        )
+
+    def load(self, values: dict[str, Tensor]) -> None:
+        self.values = {name: value.clone() for name, value in values.items()}

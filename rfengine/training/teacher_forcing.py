@@ -1,0 +1,215 @@
+"""Trains the transformer by flow matching on [clean | noisy] chunks in one pass, under the mask of the cache.
+
+Every layout below lists chunks with the time index they have in the window of nine latent frames, so that all
+that is attended to lies where the streaming cache would have it.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rfengine.config import EngineConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.dit import WanDiT
+from rfengine.training.chunked_attention import ChunkedAttentionOps
+from rfengine.training.latent_dataset import LatentDataset, load_dataset
+from rfengine.training.muon import Muon
+from rfengine.training.parallel import average_over_workers
+from rfengine.training.stage_run import StageRun, WeightAverage
+
+_ADAM_RATE = 1.5e-3
+_MUON_RATE = 0.015
+_FOREGROUND_WEIGHT = 3.0
+_CONTEXT_NOISE = 0.12  # largest sigma of the noise on clean chunks, which the model takes for clean
+_FULL_NOISE_SHARE = 0.2  # of the noisy chunks start from pure noise, as every chunk does in a stream
+_LEAST_UNIFORM = 0.08  # before the shift; the sampler never goes below its last step
+_GATE_START = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One chunk in a layout: which chunk of the video, its first time index, noisy or clean, whom it attends
+    to.
+
+    `chunk` counts from the start of the video if it is 0 or more and from a late chunk drawn at random if
+    below.
+    """
+
+    chunk: int
+    time: int
+    noisy: bool
+    attends: tuple[int, ...]
+
+
+# The first chunk alone, four times with other noise.
+START = tuple(Segment(0, 0, True, (index,)) for index in range(4))
+# The first three chunks: two clean ones, three noisy ones.
+OPENING = (
+    Segment(0, 0, False, (0,)),
+    Segment(1, 3, False, (0, 1)),
+    Segment(0, 0, True, (2,)),
+    Segment(1, 3, True, (0, 3)),
+    Segment(2, 6, True, (0, 1, 4)),
+)
+# A late chunk, twice with other noise: it sees the sink and the chunk before it, which saw the sink and one
+# more.
+# The sink is there twice, since it lies six latent frames before the chunk that is denoised, at either time.
+LATE = (
+    Segment(0, 0, False, (0,)),
+    Segment(0, 3, False, (1,)),
+    Segment(-3, 3, False, (0, 2)),
+    Segment(-2, 6, False, (0, 2, 3)),
+    Segment(-1, 9, True, (1, 3, 4)),
+    Segment(-1, 9, True, (1, 3, 5)),
+)
+LAYOUTS = (START, OPENING, LATE)
+
+
+def layout_mask(layout: tuple[Segment, ...], chunk_tokens: int) -> Tensor:
+    """bool [T, T]: True where a token (row) of the layout may attend."""
+    chunks = torch.zeros(len(layout), len(layout), dtype=torch.bool)
+    for row, segment in enumerate(layout):
+        chunks[row, list(segment.attends)] = True
+    return chunks.repeat_interleave(chunk_tokens, 0).repeat_interleave(chunk_tokens, 1)
+
+
+def layout_weights(progress: float) -> tuple[float, float, float]:
+    """How often each of LAYOUTS is drawn at this part of the training: the first chunk first, late ones
+    later."""
+    return (0.6, 0.35, 0.05) if progress < 0.15 else (0.3, 0.4, 0.3)
+
+
+def train_transformer(
+    rank: int, config: EngineConfig, directory: Path, minutes: float, seed: int, batch: int
+) -> None:
+    """Train, or go on training, a transformer for `minutes` in all, `batch` videos of
+    `directory`/videos.pt a step.
+
+    The first chunk alone is learnt on the many more videos of starts.pt, since it has to follow the text.
+    Every worker of run_workers calls this with its own rank; rank 0 leaves the averaged weights in
+    dit_weights.pt.
+    """
+    torch.manual_seed(seed)
+    videos, starts = load_dataset(directory / "videos.pt"), load_dataset(directory / "starts.pt")
+    model = _fresh_model(config)
+    optimizers = _build_optimizers(model)
+    average = WeightAverage(model, decay=0.998)
+    run = StageRun(directory, "dit", minutes)
+    if (state := run.resume()) is not None:
+        model.load_state_dict(state["model"])
+        average.load(state["average"])
+        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
+    while run.progress < 1:
+        drawn = random.Random(seed * 1_000_003 + run.step).choices(LAYOUTS, layout_weights(run.progress))[0]
+        torch.manual_seed((seed * 1_000_003 + run.step) * 64 + rank)
+        dataset = starts if drawn is START else videos
+        loss = _loss(model, config, dataset, torch.randint(len(dataset.latents), (batch,)), drawn)
+        _update(model, optimizers, loss, run)
+        average.update(model, run.step)
+        run.tick(quiet=rank > 0, layout=LAYOUTS.index(drawn), loss=float(loss.detach()))
+        if rank == 0 and (run.wants_save() or run.progress >= 1):
+            values = [optimizer.state_dict() for optimizer in optimizers]
+            run.save({"model": model.state_dict(), "average": average.values, "optimizers": values})
+    if rank == 0:
+        torch.save(average.values, directory / "dit_weights.pt")
+
+
+def _update(
+    model: WanDiT, optimizers: tuple[torch.optim.Optimizer, ...], loss: Tensor, run: StageRun
+) -> None:
+    """One step of all optimizers on the gradients of all workers, who agree on the clock as well."""
+    for optimizer, peak in zip(optimizers, (_MUON_RATE, _ADAM_RATE), strict=True):
+        optimizer.zero_grad(set_to_none=False)
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate(peak)
+    loss.backward()
+    clock = torch.tensor([run.elapsed])
+    average_over_workers([clock, *(value.grad for value in model.parameters() if value.grad is not None)])
+    run.elapsed = float(clock)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def _fresh_model(config: EngineConfig) -> WanDiT:
+    tokens = config.cache.chunk_frames * LatentGrid.of(config).frame_tokens
+    model = WanDiT(config.model, ChunkedAttentionOps(tokens))
+    with torch.no_grad():
+        model.head.head.weight.zero_()
+        model.head.head.bias.zero_()
+        for block in model.blocks:
+            block.modulation[:, [2, 5]] += _GATE_START
+    return model
+
+
+def _build_optimizers(model: WanDiT) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
+    inside = {id(value) for value in matrices}
+    others = [value for value in model.parameters() if id(value) not in inside]
+    return (
+        Muon(matrices, lr=_MUON_RATE, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=_ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    )
+
+
+def _loss(
+    model: nn.Module, config: EngineConfig, dataset: LatentDataset, rows: Tensor, layout: tuple[Segment, ...]
+) -> Tensor:
+    """Weighted squared error of the flow over the noisy chunks of the layout, on the videos `rows` of the
+    dataset."""
+    size = config.cache.chunk_frames
+    clean, weight = _gather(dataset, rows, layout, size)
+    noisy = torch.tensor([segment.noisy for segment in layout])
+    sigma = torch.where(
+        noisy,
+        _noisy_sigmas(len(rows), len(layout), config),
+        _CONTEXT_NOISE * torch.rand(len(rows), len(layout)),
+    )
+    sigma = sigma.repeat_interleave(size, 1)
+    noisy = noisy.repeat_interleave(size)
+    broadcast = sigma[:, None, :, None, None]
+    noise = torch.randn_like(clean)
+    latents = (1 - broadcast) * clean + broadcast * noise
+    times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)])
+    patch = config.model.patch_size[1]
+    tokens = size * (clean.shape[3] // patch) * (clean.shape[4] // patch)
+    with torch.autocast("cpu", torch.bfloat16):
+        flow = model.forward_clip(
+            latents,
+            config.schedule.num_train_timesteps * sigma * noisy,
+            dataset.texts[dataset.text_rows[rows]].float(),
+            time_indices=times,
+            mask=layout_mask(layout, tokens),
+        )
+    error = (flow.float() - (noise - clean))[:, :, noisy].square().mean(1)
+    return (error * weight[:, noisy]).mean()
+
+
+def _gather(
+    dataset: LatentDataset, rows: Tensor, layout: tuple[Segment, ...], size: int
+) -> tuple[Tensor, Tensor]:
+    """Clean latents [B, C, F, h, w] of the layout and the weights [B, F, h, w] of their cells."""
+    chunks = dataset.latents.shape[2] // size
+    # one past the chunk that is denoised, from the third on; a layout without late chunks never reads it
+    late = torch.randint(3, max(3, chunks) + 1, (len(rows),))
+    clean, weight = [], []
+    for row, end in zip(rows.tolist(), late.tolist(), strict=True):
+        places = [segment.chunk if segment.chunk >= 0 else end + segment.chunk for segment in layout]
+        frames = torch.tensor([place * size + frame for place in places for frame in range(size)])
+        clean.append(dataset.latents[row][:, frames].float())
+        weight.append(1 + (_FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float())
+    return torch.stack(clean), torch.stack(weight)
+
+
+def _noisy_sigmas(batch: int, segments: int, config: EngineConfig) -> Tensor:
+    """Sigmas [batch, segments] by the shifted law the sampler's own steps follow, some of them exactly 1."""
+    shift = config.schedule.shift
+    uniform = _LEAST_UNIFORM + (1 - _LEAST_UNIFORM) * torch.rand(batch, segments)
+    sigma = shift * uniform / (1 + (shift - 1) * uniform)
+    return torch.where(torch.rand(batch, segments) < _FULL_NOISE_SHARE, 1.0, sigma)

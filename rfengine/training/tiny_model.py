@@ -1,0 +1,168 @@
+"""Trains the shipped `tiny` checkpoint on the toy world, stage by stage.
+
+`python -m rfengine.training.tiny_model --stage vae`, then text, videos, starts, dit, evaluate and export;
+docs/tiny_training holds the logs of the run that made the shipped weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from rfengine.checkpoint.loader import save_weights, write_config
+from rfengine.config import PRESETS, EngineConfig, VAEConfig, from_dict, to_dict
+from rfengine.models.dit import WanDiT
+from rfengine.models.text_encoder import build_umt5
+from rfengine.models.vae import WanVAE
+from rfengine.training.autoencoder import evaluate_autoencoder, train_autoencoder, with_measured_statistics
+from rfengine.training.caption_encoder import train_caption_encoder
+from rfengine.training.latent_dataset import encode_dataset, save_dataset
+from rfengine.training.parallel import run_workers
+from rfengine.training.stage_run import StageRun
+from rfengine.training.teacher_forcing import train_transformer
+from rfengine.training.toy_report import report_accuracy, report_stream
+
+Stage = Literal["vae", "text", "videos", "starts", "dit", "evaluate", "export"]
+EIGHT_STEPS = (1000, 875, 750, 625, 500, 375, 250, 125)
+
+_MINUTES: dict[str, float] = {"vae": 40.0, "text": 8.0, "videos": 4.0, "starts": 3.0, "dit": 41.0}
+_VIDEO_CHUNKS = 5  # 57 frames: a slow shape has nearly crossed the whole picture
+
+
+@dataclass(frozen=True)
+class Options:
+    """`minutes` is the budget of a training stage; a stage that was interrupted goes on where it was."""
+
+    stage: Stage
+    directory: Path = Path("runs/tiny")
+    minutes: float | None = None
+    seed: int = 0
+    threads: int = 2  # the vae and dit stages run as many processes of one thread instead
+    batch: int = 16  # videos a step of the dit stage, over all processes
+    videos: int = 208  # of the evaluate stage
+    stream_chunks: int = 81  # of the evaluate stage; 81 are a minute
+    output: Path = Path("rfengine/weights/tiny")  # of the export stage
+
+
+def run_stage(options: Options) -> None:
+    """Run one stage; each leaves its result in `directory`, where the next finds it."""
+    torch.set_num_threads(options.threads)
+    minutes = options.minutes or _MINUTES.get(options.stage, 1.0)
+    directory, seed, preset = options.directory, options.seed, PRESETS["tiny"]
+    if options.stage == "vae":
+        run_workers(train_autoencoder, options.threads, preset.vae, directory, minutes, seed, options.threads)
+        _measure_vae(preset.vae, directory, seed)
+    elif options.stage == "text":
+        model = train_caption_encoder(preset, directory, minutes, seed)
+        torch.save(model.state_dict(), directory / "text_weights.pt")
+    elif options.stage in ("videos", "starts"):
+        _encode_videos(options, minutes)
+    elif options.stage == "dit":
+        batch = options.batch // options.threads
+        run_workers(train_transformer, options.threads, preset, directory, minutes, seed, batch)
+    elif options.stage == "evaluate":
+        _evaluate(options, load_config(directory))
+    else:
+        export(load_config(directory), directory, options.output)
+
+
+def _measure_vae(config: VAEConfig, directory: Path, seed: int) -> None:
+    """Write the configuration with the statistics of the trained latents; log how well it reconstructs."""
+    vae = WanVAE(config)
+    vae.load_state_dict(torch.load(directory / "vae_weights.pt", weights_only=True))
+    vae = with_measured_statistics(vae.eval(), seed)
+    (directory / "vae.json").write_text(json.dumps(to_dict(vae.config)))
+    StageRun(directory, "vae", 1.0).log(evaluation=_rounded(evaluate_autoencoder(vae, seed)))
+
+
+def _encode_videos(options: Options, minutes: float) -> None:
+    """Write videos.pt, five chunks each, or starts.pt, the first chunk of other videos."""
+    directory, config = options.directory, load_config(options.directory)
+    chunks, seed = (_VIDEO_CHUNKS, options.seed) if options.stage == "videos" else (1, options.seed + 1)
+    dataset = encode_dataset(
+        load_vae(directory),
+        load_text_model(config, directory),
+        config.model.text_len,
+        chunks * config.cache.chunk_frames,
+        StageRun(directory, options.stage, minutes),
+        seed,
+    )
+    save_dataset(dataset, directory / f"{options.stage}.pt")
+
+
+def _evaluate(options: Options, config: EngineConfig) -> None:
+    """Accuracies at the configured steps and at eight, then a long stream; logged in evaluate.jsonl."""
+    directory = options.directory
+    vae, text = load_vae(directory), load_text_model(config, directory)
+    model = load_transformer(config, directory)
+    run = StageRun(directory, "evaluate", 1.0)
+    for steps in (config.schedule.denoising_steps, EIGHT_STEPS):
+        schedule = dataclasses.replace(config.schedule, denoising_steps=steps)
+        stepped = dataclasses.replace(config, schedule=schedule)
+        accuracies = report_accuracy(model, vae, text, stepped, options.videos, options.seed + 29)
+        run.log(steps=len(steps), videos=options.videos, accuracy=_rounded(accuracies))
+    for part in report_stream(model, vae, text, config, options.stream_chunks, options.seed + 31):
+        run.log(stream=_rounded(part))
+
+
+def export(config: EngineConfig, directory: Path, output: Path) -> None:
+    """Write the checkpoint that Pipeline loads, its weights rounded to float16."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_config(output, config)
+    parts: dict[str, nn.Module] = {
+        "transformer": load_transformer(config, directory),
+        "vae": load_vae(directory),
+        "text_encoder": load_text_model(config, directory),
+    }
+    for name, module in parts.items():
+        tensors = {key: value.half() for key, value in module.state_dict().items()}
+        save_weights(output / f"{name}.safetensors", tensors)
+
+
+def load_config(directory: Path) -> EngineConfig:
+    """The tiny preset with the latent statistics that were measured on the trained VAE."""
+    vae = from_dict(VAEConfig, json.loads((directory / "vae.json").read_text()))
+    return dataclasses.replace(PRESETS["tiny"], vae=vae)
+
+
+def load_vae(directory: Path) -> WanVAE:
+    vae = WanVAE(from_dict(VAEConfig, json.loads((directory / "vae.json").read_text())))
+    vae.load_state_dict(torch.load(directory / "vae_weights.pt", weights_only=True))
+    return vae.eval().requires_grad_(False)
+
+
+def load_text_model(config: EngineConfig, directory: Path) -> nn.Module:
+    model = build_umt5(config.text)
+    model.load_state_dict(torch.load(directory / "text_weights.pt", weights_only=True))
+    return model.requires_grad_(False)
+
+
+def load_transformer(config: EngineConfig, directory: Path) -> WanDiT:
+    """The finished transformer, or the averaged weights of a run that goes on."""
+    model = WanDiT(config.model)
+    finished = directory / "dit_weights.pt"
+    if finished.exists():
+        model.load_state_dict(torch.load(finished, weights_only=True))
+    else:
+        model.load_state_dict(torch.load(directory / "dit.pt", weights_only=True)["average"])
+    return model.eval().requires_grad_(False)
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def main() -> None:
+    import tyro
+
+    run_stage(tyro.cli(Options))
+
+
+if __name__ == "__main__":
+    main()

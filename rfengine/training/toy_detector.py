@@ -1,0 +1,250 @@
+"""Exact measurements on videos of the toy world, from their pixels alone.
+
+Foreground is what has colour; objects are told apart by hue; the place of a shape is the circular mean of its
+pixels, so that borders need no special case; shape, radius and angle are those of the template that fits best
+once centred.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rfengine.training.toy_world import (
+    BACKGROUNDS,
+    DIRECTIONS,
+    PALETTE,
+    PULSE,
+    PULSE_FRAMES,
+    RADII,
+    SHAPES,
+    SPEEDS,
+    TURN_DEGREES,
+    ObjectTrack,
+    Scene,
+    WorldConfig,
+    background_image,
+    shape_coverage,
+)
+
+ATTRIBUTES = ("colour", "shape", "size", "background", "motion", "direction", "speed")
+
+_MIN_CHROMA = 0.25
+_MIN_AREA = 60.0  # pixels at 64: half a triangle of the smallest radius the world draws is 100
+_STILL = 0.3  # pixels a frame at 64: slower than this is standing
+_LAG = 4  # frames between two positions whose distance is measured, so that whole pixels do not matter
+_RETURN = 0.2  # of the path: a shape that goes this far back bounces
+_MIN_GROWTH = 3.0  # pixels at 64 between the smallest and the largest radius of a growing shape
+_TURN_STEP = 15  # degrees between two templates
+_PERIODS = {"circle": _TURN_STEP, "square": 90, "triangle": 120}  # degrees after which a shape looks the same
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectDetection:
+    """One object as measured over T frames; None where nothing could be measured.
+
+    `speed_value` is the mean distance in pixels a frame (per 64 pixels of the shorter side), `velocity` its
+    mean vector.
+    """
+
+    colour: str
+    shape: str
+    size: str
+    motion: str
+    direction: str | None
+    speed: str
+    speed_value: float
+    velocity: tuple[float, float]
+    presence: Tensor  # [T] bool, the object is there
+    position: Tensor  # [T, 2], (x, y) in pixels; NaN where it is not
+    radius: Tensor  # [T] pixels
+    angle: Tensor  # [T] degrees, within the symmetry of the shape
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """All objects, the one with most pixels first, and the background."""
+
+    objects: tuple[ObjectDetection, ...]
+    background: str
+
+
+def detect(frames: Tensor, config: WorldConfig | None = None) -> Detection:
+    """Measure a video [T, H, W, 3], uint8 or float from 0 to 1, with T >= 2.
+
+    Raises ValueError when its size is not the one of `config`.
+    """
+    config = config or WorldConfig()
+    if frames.ndim != 4 or frames.shape[1:] != (config.height, config.width, 3) or frames.shape[0] < 2:
+        raise ValueError(
+            f"frames is {tuple(frames.shape)}; give [T >= 2, {config.height}, {config.width}, 3]"
+        )
+    pixels = frames.float() / 255 if frames.dtype == torch.uint8 else frames.float()
+    high, low = pixels.amax(-1), pixels.amin(-1)
+    foreground = (high - low) > _MIN_CHROMA
+    nearest = _nearest_colour(pixels, low)
+    objects = []
+    for index, colour in enumerate(PALETTE):
+        mask = (foreground & (nearest == index)).float()
+        area = mask.sum((1, 2))
+        if float(area.median()) >= _MIN_AREA * config.scale**2:
+            objects.append((float(area.sum()), _detect_object(colour, mask, config)))
+    objects.sort(key=lambda entry: -entry[0])
+    return Detection(tuple(entry for _, entry in objects), _detect_background(pixels, foreground, config))
+
+
+def _nearest_colour(pixels: Tensor, low: Tensor) -> Tensor:
+    """Index into PALETTE of the hue nearest to every pixel, whatever its brightness and saturation."""
+    palette = torch.tensor(list(PALETTE.values()))
+    palette = palette - palette.amin(-1, keepdim=True)
+    hue = pixels - low[..., None]
+    return (
+        torch.nn.functional.normalize(hue, dim=-1) @ torch.nn.functional.normalize(palette, dim=-1).T
+    ).argmax(-1)
+
+
+def _detect_background(pixels: Tensor, foreground: Tensor, config: WorldConfig) -> str:
+    visible = (~foreground)[..., None].float()
+    errors = []
+    for name in BACKGROUNDS:
+        image = background_image(name, config)
+        errors.append(float(((pixels - image).square() * visible).sum()))
+    return BACKGROUNDS[errors.index(min(errors))]
+
+
+def _detect_object(colour: str, mask: Tensor, config: WorldConfig) -> ObjectDetection:
+    presence = mask.sum((1, 2)) >= _MIN_AREA * config.scale**2
+    position, centred = _centre(mask)
+    shape, radius, angle = _fit_templates(centred[presence], config)
+    position = torch.where(presence[:, None], position, torch.nan)
+    lag = min(_LAG, len(mask) - 1)
+    extent = torch.tensor((config.width, config.height))
+    steps = (position[lag:] - position[:-lag])[presence[lag:] & presence[:-lag]]
+    steps = ((steps + extent / 2) % extent - extent / 2) / (config.scale * lag)
+    motion, direction, value = _classify_motion(shape, steps, radius / config.scale, angle)
+    mean_radius = float(radius.mean()) / config.scale
+    velocity = steps.mean(0).tolist() if len(steps) else (0.0, 0.0)
+    return ObjectDetection(
+        colour=colour,
+        shape=shape,
+        size=min(RADII, key=lambda name: abs(RADII[name] - mean_radius)),
+        motion=motion,
+        direction=direction,
+        speed=min(SPEEDS, key=lambda name: abs(SPEEDS[name] - value)),
+        speed_value=value,
+        velocity=(velocity[0], velocity[1]),
+        presence=presence,
+        position=position,
+        radius=radius,
+        angle=angle,
+    )
+
+
+def _centre(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Circular mean [T, 2] (x, y) of every mask [T, H, W], and the masks centred on it."""
+    spectrum = torch.fft.fft2(mask)
+    height, width = mask.shape[1:]
+    x = (-torch.angle(spectrum[:, 0, 1]) / (2 * math.pi) * width + 0.5) % width
+    y = (-torch.angle(spectrum[:, 1, 0]) / (2 * math.pi) * height + 0.5) % height
+    frequency_x = torch.fft.fftfreq(width)[None, None, :] * (width / 2 - x)[:, None, None]
+    frequency_y = torch.fft.fftfreq(height)[None, :, None] * (height / 2 - y)[:, None, None]
+    moved = torch.fft.ifft2(spectrum * torch.exp(-2j * math.pi * (frequency_x + frequency_y))).real
+    return torch.stack((x, y), dim=-1), moved
+
+
+@functools.lru_cache(maxsize=4)
+def _templates(config: WorldConfig) -> tuple[Tensor, tuple[tuple[str, float, float], ...]]:
+    """Centred masks [N, H * W] of every shape, radius and angle, and what each of them is."""
+    masks, names = [], []
+    middle = torch.tensor([[config.width / 2, config.height / 2]])
+    for shape in SHAPES:
+        for radius in range(8, 24):
+            for degrees in range(0, _PERIODS[shape], _TURN_STEP):
+                track = ObjectTrack(
+                    middle.double(),
+                    torch.tensor([radius * config.scale], dtype=torch.float64),
+                    torch.tensor([math.radians(degrees)], dtype=torch.float64),
+                )
+                masks.append(shape_coverage(shape, track, config))
+                names.append((shape, radius * config.scale, float(degrees)))
+    return _centre(torch.cat(masks))[1].flatten(1), tuple(names)
+
+
+def _fit_templates(centred: Tensor, config: WorldConfig) -> tuple[str, Tensor, Tensor]:
+    """The shape that fits all masks [T, H, W] best, and per mask its radius and its angle in degrees."""
+    templates, names = _templates(config)
+    masks = centred.flatten(1)
+    shared = masks @ templates.T
+    fit = 2 * shared / (masks.square().sum(-1, keepdim=True) + templates.square().sum(-1))
+    best: dict[str, tuple[float, Tensor, Tensor]] = {}
+    for shape in SHAPES:
+        members = [index for index, name in enumerate(names) if name[0] == shape]
+        quality, choice = fit[:, members].max(-1)
+        radius = torch.tensor([names[index][1] for index in members])[choice]
+        angle = torch.tensor([names[index][2] for index in members])[choice]
+        best[shape] = (float(quality.mean()), radius, angle)
+    shape = max(best, key=lambda name: best[name][0])
+    return shape, best[shape][1], best[shape][2]
+
+
+def _classify_motion(
+    shape: str, steps: Tensor, radius: Tensor, angle: Tensor
+) -> tuple[str, str | None, float]:
+    """Motion, direction, speed (pixels a frame at 64) from steps [S, 2], radii [T], angles [T] in degrees."""
+    if not len(steps):
+        return "moving", None, 0.0
+    lengths = steps.norm(dim=-1)
+    if float(lengths.median()) < _STILL:
+        if float(radius.max() - radius.min()) >= _MIN_GROWTH:
+            growth = float((radius[1:] - radius[:-1]).abs().mean() / radius.mean())
+            return "growing", None, growth * PULSE_FRAMES / (4 * PULSE)
+        period = _PERIODS[shape]
+        turned = (angle[1:] - angle[:-1] + period / 2) % period - period / 2
+        return "turning", None, abs(float(turned.mean())) / TURN_DEGREES
+    axis = int(steps.abs().mean(0).argmax())
+    along = steps[:, axis]
+    forward, back = float(along.clamp(min=0).sum()), float(along.clamp(max=0).abs().sum())
+    if min(forward, back) > _RETURN * (forward + back):
+        return "bouncing", ("right", "down")[axis], float(lengths.quantile(0.75))
+    vectors = torch.tensor(list(DIRECTIONS.values()), dtype=steps.dtype)
+    return "moving", list(DIRECTIONS)[int((vectors @ steps.mean(0)).argmax())], float(steps.mean(0).norm())
+
+
+def score(scene: Scene, detection: Detection) -> dict[str, bool]:
+    """Whether each of ATTRIBUTES was measured as the scene says; of a pair, both objects must agree.
+
+    An attribute the motion leaves open (the direction of turning) counts as right with the motion.
+    """
+    found = {entry.colour: entry for entry in detection.objects}
+    pairs = [(entry, found.get(entry.colour)) for entry in scene.objects]
+    complete = all(seen is not None for _, seen in pairs) and len(found) == len(pairs)
+    if not complete and len(pairs) == 1 and detection.objects:
+        pairs = [(scene.objects[0], detection.objects[0])]
+    result = {"colour": complete, "background": detection.background == scene.background}
+    for name in ("shape", "size"):
+        result[name] = all(
+            seen is not None and getattr(seen, name) == getattr(true, name) for true, seen in pairs
+        )
+    for name in ("motion", "direction", "speed"):
+        result[name] = all(
+            seen is not None and getattr(seen, name) == getattr(scene, name) for _, seen in pairs
+        )
+    return {name: result[name] for name in ATTRIBUTES}
+
+
+def accuracy(
+    scenes: Sequence[Scene], clips: Sequence[Tensor], config: WorldConfig | None = None
+) -> dict[str, float]:
+    """Share of clips [T, H, W, 3] measured as their scenes say, for each of ATTRIBUTES and for `all`."""
+    if not scenes or len(scenes) != len(clips):
+        raise ValueError(
+            f"{len(scenes)} scenes and {len(clips)} clips were given; give as many of each, at least one"
+        )
+    scores = [score(scene, detect(clip, config)) for scene, clip in zip(scenes, clips, strict=True)]
+    result = {name: sum(entry[name] for entry in scores) / len(scores) for name in ATTRIBUTES}
+    return result | {"all": sum(all(entry.values()) for entry in scores) / len(scores)}
