@@ -31,9 +31,13 @@ from rfengine.ops import choose_ops
 MIB = 2**20
 _REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "tqdm", "tyro", "ftfy")
 _OPTIONAL = (
-    "triton", "flash-attn", "pycuda", "nvtx", "tensorrt", "onnx", "onnxruntime", "fastapi", "uvicorn",
+    "triton", "flash-attn", "pycuda", "cuda-core", "nvtx", "tensorrt", "onnx", "onnxruntime", "fastapi", "uvicorn",
     "websockets", "torchvision",
 )  # fmt: skip
+_HOW_TO_GET = {
+    "pycuda": "it has no wheel: build its source archive without cuRAND (README), or take cuda-core",
+    "cuda-core": "pip install cuda-core cuda-bindings",
+}  # others: pip install NAME
 _DRIVER_TIMEOUT = 10.0  # seconds that nvidia-smi gets
 
 
@@ -208,7 +212,8 @@ def render(report: dict[str, Any]) -> str:
 def _package_lines(report: dict[str, Any]) -> list[str]:
     lines = ["packages"]
     for name, version in report["packages"].items():
-        lines.append(f"  {name:<13} {version or f'absent: pip install {name}'}")
+        how = f"pip install {name}"
+        lines.append(f"  {name:<13} {version or f'absent: {_HOW_TO_GET.get(name, how)}'}")
     h264 = report["h264"]
     libraries = ", ".join(f"{name} {version}" for name, version in h264.get("libraries", {}).items())
     lines.append(

@@ -91,6 +91,7 @@ def test_text_says_what_is_on_what_is_absent_and_how_to_get_it(monkeypatch: pyte
     text = render(examine())
     assert "reference     on" in text and "native        off: no GPU here" in text
     assert "triton        absent: pip install triton" in text
+    assert "pycuda        absent: it has no wheel: build its source archive" in text
     assert f"torch         {torch.__version__}" in text
 
 
