@@ -31,8 +31,8 @@ from rfengine.ops import choose_ops
 MIB = 2**20
 _REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "tqdm", "tyro", "ftfy")
 _OPTIONAL = (
-    "triton", "flash-attn", "pycuda", "cuda-core", "nvtx", "tensorrt", "onnx", "onnxruntime", "fastapi", "uvicorn",
-    "websockets", "torchvision",
+    "triton", "flash-attn", "pycuda", "cuda-core", "nvtx", "tensorrt", "onnx", "onnxruntime",
+    "fastapi", "uvicorn", "websockets", "torchvision",
 )  # fmt: skip
 _HOW_TO_GET = {
     "pycuda": "it has no wheel: build its source archive without cuRAND (README), or take cuda-core",

@@ -12,7 +12,7 @@ from rfengine.training.autoencoder import as_clips
 from rfengine.training.caption_encoder import text_states
 from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.toy_detector import accuracy, detect, score
-from rfengine.training.toy_world import Scene, WorldConfig, caption, sample_scenes
+from rfengine.training.toy_world import SPEEDS, Scene, WorldConfig, caption, sample_scenes
 
 _BATCH = 16
 _PART_SECONDS = 10
@@ -64,8 +64,7 @@ def _part_report(scenes: list[Scene], pixels: torch.Tensor, index: int) -> dict[
         scores.append(score(scene, detection))
         seen = [entry for entry in detection.objects if entry.colour == scene.objects[0].colour]
         presence.append(float(seen[0].presence.float().mean()) if seen else 0.0)
-        wanted = {"slowly": 1.0, "fast": 2.0}[scene.speed]
-        speeds.append(seen[0].speed_value / wanted if seen else 0.0)
+        speeds.append(seen[0].speed_value / SPEEDS[scene.speed] if seen else 0.0)
     means = {name: sum(entry[name] for entry in scores) / len(scores) for name in scores[0]}
     stacked = torch.stack(clips)
     return {

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from rfengine.training.teacher_forcing import (
     OPENING,
     START,
     Segment,
+    _loss,
     layout_mask,
     layout_weights,
     train_transformer,
@@ -141,11 +141,15 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path):
     for name in ("videos.pt", "starts.pt"):
         save_dataset(dataset, tmp_path / name)
     config: EngineConfig = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
-    run_workers(train_transformer, 1, config, tmp_path, 0.12, 0, 4)
+    run_workers(train_transformer, 1, config, tmp_path, 0.1, 0, 4)
     first = torch.load(tmp_path / "dit.pt", weights_only=True)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "dit.jsonl").read_text().splitlines()]
+    model = WanDiT(config.model)
+    model.load_state_dict(first["model"])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        loss = _loss(model, config, dataset, torch.arange(videos), OPENING)
     untrained = 1 + float(dataset.latents.float().square().mean())  # of a model whose head is zero
-    assert losses[-1] < 0.75 * untrained
-    run_workers(train_transformer, 1, config, tmp_path, 0.13, 0, 4)
+    assert float(loss) < 0.9 * untrained
+    run_workers(train_transformer, 1, config, tmp_path, 0.11, 0, 4)
     second = torch.load(tmp_path / "dit.pt", weights_only=True)
-    assert second["step"] > first["step"] and second["elapsed"] >= 0.13 * 60
+    assert second["step"] > first["step"] and second["elapsed"] >= 0.11 * 60

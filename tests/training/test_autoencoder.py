@@ -1,0 +1,69 @@
+import dataclasses
+
+import torch
+
+from rfengine.config import PRESETS
+from rfengine.models.vae import WanVAE
+from rfengine.training.autoencoder import (
+    _states_after,
+    as_clips,
+    as_model_pixels,
+    evaluate_autoencoder,
+    sample_clips,
+    train_autoencoder,
+    with_measured_statistics,
+)
+from rfengine.training.toy_world import is_held_out
+
+CONFIG = dataclasses.replace(PRESETS["tiny"].vae, base_dim=4, dim_mult=(1, 1, 1, 1))
+
+
+def test_sampled_clips_are_reproducible_training_scenes_in_model_range():
+    scenes, pixels = sample_clips(3, 5, seed=4)
+    assert pixels.shape == (3, 3, 5, 64, 64) and float(pixels.min()) >= -1 and float(pixels.max()) <= 1
+    assert not any(is_held_out(scene) for scene in scenes)
+    assert torch.equal(pixels, sample_clips(3, 5, seed=4)[1])
+
+
+def test_model_pixels_and_clips_are_inverse():
+    clips = [torch.rand(3, 16, 32, 3) for _ in range(2)]
+    for one, other in zip(as_clips(as_model_pixels(clips)), clips, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_clip_behind_causal_state_is_the_end_of_the_whole_clip():
+    torch.manual_seed(0)
+    vae = WanVAE(CONFIG).eval()
+    pixels = torch.rand(2, 3, 25, 16, 32) * 2 - 1
+    with torch.no_grad():
+        states, seen = _states_after(vae, pixels, past=3)
+        assert seen == 9
+        latents = vae.encode_moments(pixels[:, :, seen:], states[0])[0]
+        whole = vae.encode_moments(pixels)[0]
+        torch.testing.assert_close(latents, whole[:, :, 3:], atol=1e-5, rtol=0)
+        decoded = vae.decode(latents, states[1])
+        torch.testing.assert_close(decoded, vae.decode(whole)[:, :, seen:], atol=1e-5, rtol=0)
+
+
+def test_without_a_past_there_is_no_state():
+    assert _states_after(WanVAE(CONFIG), torch.zeros(1, 3, 5, 16, 16), past=0) == ((None, None), 0)
+
+
+def test_measured_statistics_make_latents_standard():
+    torch.manual_seed(0)
+    vae = with_measured_statistics(WanVAE(CONFIG).eval(), seed=1, clips=8)
+    with torch.no_grad():
+        latents = vae.encode(sample_clips(8, 33, seed=1)[1]).transpose(0, 1).flatten(1)
+    assert torch.allclose(latents.mean(1), torch.zeros(8), atol=1e-3)
+    assert torch.allclose(latents.std(1), torch.ones(8), atol=1e-3)
+
+
+def test_a_short_training_lowers_the_loss_and_leaves_finite_weights(tmp_path):
+    train_autoencoder(0, CONFIG, tmp_path, 0.02, 0, 1)
+    weights = torch.load(tmp_path / "vae_weights.pt", weights_only=True)
+    vae = WanVAE(CONFIG)
+    vae.load_state_dict(weights)
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    trained = evaluate_autoencoder(vae.eval(), seed=0, clips=2, frames=9)["psnr"]
+    torch.manual_seed(0)
+    assert trained > evaluate_autoencoder(WanVAE(CONFIG).eval(), seed=0, clips=2, frames=9)["psnr"]

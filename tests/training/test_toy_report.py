@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import rfengine
+from rfengine.checkpoint.loader import load_part, read_config
+from rfengine.models.dit import WanDiT
+from rfengine.models.text_encoder import build_umt5
+from rfengine.models.vae import WanVAE
+from rfengine.training.toy_report import report_accuracy, report_stream
+
+SHIPPED = Path(rfengine.__file__).parent / "weights" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    config = read_config(SHIPPED)
+    parts = {
+        "transformer": WanDiT(config.model),
+        "vae": WanVAE(config.vae),
+        "text_encoder": build_umt5(config.text),
+    }
+    for name, module in parts.items():
+        load_part(module, SHIPPED, name, torch.float32, "cpu")
+    return *(module.eval().requires_grad_(False) for module in parts.values()), config
+
+
+def test_shipped_weights_draw_what_held_out_captions_say(shipped):
+    accuracies = report_accuracy(*shipped, videos=16, seed=123)
+    for name in ("colour", "size", "background", "direction"):
+        assert accuracies[name] >= 0.9
+    assert accuracies["shape"] >= 0.7 and accuracies["speed"] >= 0.8
+
+
+def test_shipped_weights_hold_their_object_and_its_speed_for_twelve_seconds(shipped):
+    report = report_stream(*shipped, chunks=17, seed=5)
+    assert [part["from_second"] for part in report] == [0.0, 10.0]
+    for part in report:
+        assert part["presence"] > 0.95 and 0.85 < part["relative_speed"] < 1.15
+        assert part["colour"] >= 0.85 and part["direction"] >= 0.85
+        assert 0.4 < part["pixel_mean"] < 0.6 and 0.1 < part["pixel_deviation"] < 0.25
+
+
+def test_an_untrained_model_scores_low(shipped):
+    model, vae, text, config = shipped
+    torch.manual_seed(0)
+    assert report_accuracy(WanDiT(config.model).eval(), vae, text, config, videos=4, seed=123)["all"] == 0.0
