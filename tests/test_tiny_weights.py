@@ -1,0 +1,64 @@
+"""The shipped weights draw what the prompt says, measured by the toy world's detectors through the MP4."""
+
+from pathlib import Path
+
+import av
+import numpy
+import pytest
+import torch
+
+import rfengine
+from rfengine import Pipeline
+from rfengine.training.toy_detector import detect, score
+from rfengine.training.toy_world import Scene, WorldConfig, caption, sample_scenes
+
+MOVING = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("tiny", device="cpu")
+
+
+def frames_of_file(path: Path) -> numpy.ndarray:
+    with av.open(str(path)) as container:
+        return numpy.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def scores_of(scene: Scene, frames: numpy.ndarray) -> dict[str, bool]:
+    return score(scene, detect(torch.from_numpy(frames)))
+
+
+def test_the_weights_are_small_enough_to_ship():
+    folder = Path(rfengine.__file__).parent / "weights" / "tiny"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 16 * 2**20
+
+
+def test_held_out_prompts_give_their_colour_direction_and_shape_in_the_file(pipe, tmp_path):
+    scenes = sample_scenes(10, 77, MOVING, "held_out")
+    right = []
+    for seed, scene in enumerate(scenes):
+        pipe.generate(caption(scene), seconds=2.5, seed=seed).save(tmp_path / "out.mp4")
+        right.append(scores_of(scene, frames_of_file(tmp_path / "out.mp4")))
+    for attribute, least in {"colour": 10, "direction": 9, "shape": 8}.items():
+        assert sum(entry[attribute] for entry in right) >= least, attribute
+
+
+def test_a_stream_of_a_minute_neither_freezes_nor_explodes(pipe):
+    scene = sample_scenes(1, 5, MOVING, "held_out")[0]
+    stream = pipe.stream(caption(scene), seed=3)
+    chunks = [next(stream).frames for _ in range(81)]
+    last = numpy.concatenate(chunks[-4:])
+    right = scores_of(scene, last)
+    assert right["colour"] and right["direction"]
+    early, late = (numpy.concatenate(part).astype(float) for part in (chunks[1:5], chunks[-4:]))
+    assert numpy.abs(numpy.diff(late, axis=0)).mean() > 0.5 * numpy.abs(numpy.diff(early, axis=0)).mean()
+    assert abs(late.mean() - early.mean()) < 10 and abs(late.std() - early.std()) < 10
+
+
+def test_a_hard_switch_shows_the_new_prompt(pipe):
+    stream = pipe.stream("a large red circle moving fast to the right over a grey wall", seed=1)
+    next(stream)
+    stream.set_prompt("a large blue square moving fast to the left over a grey wall", "hard")
+    found = detect(torch.from_numpy(numpy.concatenate([next(stream).frames for _ in range(3)]))).objects[0]
+    assert (found.colour, found.shape, found.direction) == ("blue", "square", "left")
