@@ -60,8 +60,9 @@ class StreamingKVCache:
     """Keys and values of the sink and the window, for all layers.
 
     keys: rotated keys [L, B, S, H, E]; values: the same shape; raw_keys: keys after the norm and before
-    rotation, kept only with relative positions, where a slot's time index changes. Memory is fixed from the
-    start.
+    rotation, kept only with relative positions, where a slot's time index changes. rotation: cosines and
+    sines [2, S, E / 2] of every slot's present time index; query_rotation: [2, T, E / 2], those of the chunk
+    that has begun. filled_tokens: int32 [1], how much of S the chunk sees. Memory is fixed from the start.
     """
 
     def __init__(
@@ -91,6 +92,9 @@ class StreamingKVCache:
         self.raw_keys = torch.zeros_like(self.keys) if config.positions == "relative" else None
         self.policy = build_sink_policy(config, self.keys[:, :, : self.sink_tokens], ops)
         self.filled_tokens = torch.zeros(1, dtype=torch.int32, device=device)
+        self.rotation = torch.zeros(2, arena[2], model.head_dim // 2, device=device)
+        self.query_rotation = self.rotation[:, : self.chunk_tokens].clone()
+        self._shown_times = [EMPTY] * config.window_chunks  # time index that `rotation` holds for every slot
         self.slot_chunks = [EMPTY] * config.window_chunks
         self.next_chunk = 0
         self.begun_chunk = EMPTY  # the last chunk whose eviction and re-phasing were done
@@ -119,12 +123,20 @@ class StreamingKVCache:
         own."""
         chunks = self.slot_chunks[: slot + 1]
         plan = CachePlan(self.slot_chunks[slot], slot, False, slot + 1, self._slot_times(chunks))
-        self._show_filled(plan)
+        self._show(plan)
         return plan
 
-    def _show_filled(self, plan: CachePlan) -> None:
-        """Tell the device how many tokens the planned chunk sees: one number from the host for each chunk."""
+    def _show(self, plan: CachePlan) -> None:
+        """Bring what the device reads, the fill and the rotations, to the planned chunk's view."""
         self.filled_tokens.fill_(plan.filled_slots * self.chunk_tokens)
+        for slot, time in enumerate(plan.slot_times):
+            if time != self._shown_times[slot]:
+                frames = torch.arange(time, time + self.config.chunk_frames, device=self.rotation.device)
+                self.rotation[:, self.slot_tokens(slot)] = rotary_table(
+                    self.head_dim, frames, self.grid.token_rows, self.grid.token_columns
+                )
+                self._shown_times[slot] = time
+        self.query_rotation.copy_(self.rotation[:, self.slot_tokens(plan.slot)])
 
     def _slot_times(self, chunks: list[int]) -> tuple[int, ...]:
         """Time index of every filled slot: its place in the window (relative) or in the stream (absolute)."""
@@ -143,16 +155,10 @@ class StreamingKVCache:
             )
         if self.begun_chunk == plan.chunk:
             return
-        if plan.evicts:
-            filled = slice(0, plan.filled_slots * self.chunk_tokens)
-            self.policy.evict(
-                None if self.raw_keys is None else self.raw_keys[:, :, filled],
-                self.keys[:, :, filled],
-                self.values[:, :, filled],
-                self._rotation(plan.slot_times),
-                self.slot_tokens(plan.slot).start,
-            )
-        self._show_filled(plan)
+        self._show(plan)
+        if plan.evicts:  # then every slot is filled
+            leaving = self.slot_tokens(plan.slot).start
+            self.policy.evict(self.raw_keys, self.keys, self.values, self.rotation, leaving)
         self.begun_chunk = plan.chunk
 
     def commit(self, plan: CachePlan) -> None:
@@ -179,15 +185,6 @@ class StreamingKVCache:
             plan.filled_slots * self.chunk_tokens,
             self.filled_tokens,
         )
-
-    def query_rotation(self, plan: CachePlan) -> Tensor:
-        """Cosines and sines [2, T, E / 2] of the planned chunk's own tokens."""
-        return self._rotation((plan.query_time,))
-
-    def _rotation(self, slot_times: tuple[int, ...]) -> Tensor:
-        frames = [start + frame for start in slot_times for frame in range(self.config.chunk_frames)]
-        times = torch.tensor(frames, device=self.keys.device)
-        return rotary_table(self.head_dim, times, self.grid.token_rows, self.grid.token_columns)
 
     def chronological(self, arena: Tensor) -> Tensor:
         """The valid tokens of an arena [L, B, S, H, E] in the order sink, then oldest to newest; a copy."""

@@ -12,7 +12,7 @@ from rfengine.ops import Ops
 
 
 class SinkPolicy(Protocol):
-    """Decides what the sink keeps. Arenas are [L, B, S, H, E], S the filled tokens, the sink first."""
+    """Decides what the sink keeps. Arenas are [L, B, S, H, E], all slots filled, the sink first."""
 
     def evict(
         self, raw: Tensor | None, rotated: Tensor, values: Tensor, rotation: Tensor, leaving: int

@@ -207,10 +207,11 @@ class WanDiT(nn.Module):
 
         latents: [B, C, chunk_frames, h, w]. keep_raw stores the raw keys as well: the context pass does.
         """
-        rotation = cache.query_rotation(plan)
 
         def attend(layer: int) -> Callable[[SelfAttention, Tensor], Tensor]:
-            return lambda attention, x: attention.over_cache(x, rotation, cache.layer(layer, plan, keep_raw))
+            return lambda attention, x: attention.over_cache(
+                x, cache.query_rotation, cache.layer(layer, plan, keep_raw)
+            )
 
         return self._run_blocks(latents, modulation, text, attend)
 
