@@ -9,27 +9,28 @@ from rfengine.config import CacheConfig, WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import REFERENCE_OPS, choose_ops
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS_OF_64 = WanConfig(128, 96, 2, 2, text_dim=16, text_len=8, freq_dim=32, in_dim=4, out_dim=4)
 
 
 def on_triton(model: WanDiT) -> WanDiT:
-    copied = WanDiT(model.config, choose_ops("triton", "cpu")).eval()
+    copied = WanDiT(model.config, choose_ops("triton", DEVICE)).to(DEVICE).eval()
     copied.load_state_dict(model.state_dict())
     return copied
 
 
 def stream(model: WanDiT, config: CacheConfig, chunks: int) -> tuple[torch.Tensor, StreamingKVCache]:
-    cache = StreamingKVCache(model.config, config, GRID, ops=model.ops)
-    runner, text = small_runner(model), model.text_keys_values(text_states())
+    cache = StreamingKVCache(model.config, config, GRID, device=DEVICE, ops=model.ops)
+    runner, text = small_runner(model), model.text_keys_values(text_states().to(DEVICE))
     out = [
-        runner.advance(cache, cache.plan_chunk(), noise_of(chunk, config.chunk_frames), text)
+        runner.advance(cache, cache.plan_chunk(), noise_of(chunk, config.chunk_frames).to(DEVICE), text)
         for chunk in range(chunks)
     ]
     return torch.cat(out, dim=2), cache
 
 
 def test_triton_is_chosen_for_every_op_that_has_a_kernel():
-    choice = choose_ops("triton", "cpu").choice
+    choice = choose_ops("triton", DEVICE).choice
     assert {op for op, backend in choice.items() if backend == "reference"} == {
         "clip_attention",
         "unpatchify",
@@ -41,7 +42,7 @@ def test_triton_is_chosen_for_every_op_that_has_a_kernel():
     [CacheConfig(alpha=0.9), CacheConfig(sink="frozen", positions="absolute"), CacheConfig(1, 3, "none", 0)],
 )
 def test_a_stream_on_triton_equals_the_reference(config):
-    model = small_model(HEADS_OF_64)
+    model = small_model(HEADS_OF_64).to(DEVICE)
     expected, expected_cache = stream(model, config, 5)
     actual, cache = stream(on_triton(model), config, 5)
     assert relative_error(actual, expected) <= 3e-6
@@ -51,11 +52,13 @@ def test_a_stream_on_triton_equals_the_reference(config):
 
 
 def test_a_pass_over_a_clip_and_its_gradients_equal_the_reference():
-    model = small_model(HEADS_OF_64)
+    model = small_model(HEADS_OF_64).to(DEVICE)
     gradients = []
     for each in (model, on_triton(model)):
         each.train()
-        out = each.forward_clip(noise_of(0, 2)[0], torch.tensor([500.0]), text_states())
+        out = each.forward_clip(
+            noise_of(0, 2)[0].to(DEVICE), torch.tensor([500.0], device=DEVICE), text_states().to(DEVICE)
+        )
         out.square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in each.named_parameters()})
     for name, expected in gradients[0].items():
@@ -63,7 +66,7 @@ def test_a_pass_over_a_clip_and_its_gradients_equal_the_reference():
 
 
 def test_an_override_changes_one_op_only():
-    ops = choose_ops("reference", "cpu", {"rms_norm": "triton"})
+    ops = choose_ops("reference", DEVICE, {"rms_norm": "triton"})
     assert ops.choice == REFERENCE_OPS.choice | {"rms_norm": "triton"}
     with pytest.raises(ValueError, match="unpatchify has no form for backend 'triton'"):
-        choose_ops("reference", "cpu", {"unpatchify": "triton"})
+        choose_ops("reference", DEVICE, {"unpatchify": "triton"})
