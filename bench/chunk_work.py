@@ -1,0 +1,209 @@
+"""FLOPs and bytes of one chunk, part by part, from the configuration alone.
+
+Every part is counted as one kernel that reads its inputs once and writes its results once; biases, residual
+additions of the VAE and quantisation belong to the kernel before them. GELU is a pass of its own and history
+is copied in front of temporal convolutions, as the code does it now. Modulation is made when the model is
+loaded and is in no chunk. With FP8 linears their operands have one byte and their results two; with FP8
+throughout, so have the convolutions, and the attention multiplies in FP8 what the cache holds in bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from engine_shapes import Shapes
+from kernel_cases import CASES_BY_NAME, HALF
+from vae_work import VAEWork, decode_work
+
+Precision = Literal["bf16", "fp8-linears", "fp8"]
+GROUPS = (
+    "linears",
+    "self-attention",
+    "cross-attention",
+    "row kernels",
+    "eviction",
+    "VAE decode",
+    "copies",
+)
+PRODUCTS = ("linears", "self-attention", "cross-attention", "VAE decode")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Calls that share a name. flops: two for each multiply-add. is_fp8: they are done at the rate of FP8.
+    decodes: only a chunk that is decoded has it."""
+
+    group: str
+    name: str
+    flops: int = 0
+    bytes: int = 0
+    is_fp8: bool = False
+    decodes: bool = False
+
+
+@dataclass(frozen=True)
+class ChunkWork:
+    """One chunk of one configuration. index counts chunks from 0; steady ones are alike from first_steady on.
+
+    shapes.config holds the size in pixels.
+    """
+
+    shapes: Shapes
+    index: int
+    precision: Precision = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.index < 0:
+            raise ValueError(f"the chunk is {self.index}; chunks count from 0")
+
+    @classmethod
+    def steady(cls, shapes: Shapes, precision: Precision = "bf16") -> ChunkWork:
+        """The first chunk that evicts another."""
+        return cls(shapes, shapes.config.cache.window_chunks, precision)
+
+    @property
+    def passes(self) -> int:
+        """Runs of the transformer: every denoising step and the context pass."""
+        return len(self.shapes.config.schedule.denoising_steps) + 1
+
+    @property
+    def layer_calls(self) -> int:
+        return self.passes * self.shapes.layers
+
+    @property
+    def visible_tokens(self) -> int:
+        """Keys that a query of this chunk sees."""
+        return min(self.index + 1, self.shapes.config.cache.window_chunks) * self.shapes.tokens
+
+    @property
+    def evicts(self) -> bool:
+        return self.index >= self.shapes.config.cache.window_chunks
+
+    @property
+    def pixel_frames(self) -> int:
+        """Frames that this chunk shows."""
+        grid, frames = self.shapes.grid, self.shapes.frames
+        return grid.pixel_frames(frames) if self.index == 0 else frames * grid.temporal_stride
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of an operand of the blocks' linears."""
+        return HALF if self.precision == "bf16" else 1
+
+    def parts(self) -> list[Part]:
+        """All parts, in the order of GROUPS; a stage of the VAE is as many parts as it has layers."""
+        return [
+            *self._linears(),
+            *self._attention(),
+            *self._row_kernels(),
+            *self._eviction(),
+            *self._decoding(),
+        ]
+
+    @property
+    def block_linears(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linears of one block that run in every pass."""
+        dim, ffn_dim = self.shapes.dim, self.shapes.config.model.ffn_dim
+        return {
+            "self-attention q, k, v": (dim, 3 * dim),
+            "self-attention out": (dim, dim),
+            "cross-attention q": (dim, dim),
+            "cross-attention out": (dim, dim),
+            "feed-forward in": (dim, ffn_dim),
+            "feed-forward out": (ffn_dim, dim),
+        }
+
+    @property
+    def pass_weights(self) -> int:
+        """Parameters of the blocks' linears that one pass reads."""
+        return self.shapes.layers * sum(inputs * outputs for inputs, outputs in self.block_linears.values())
+
+    def _linears(self) -> Iterator[Part]:
+        model, tokens, dim = self.shapes.config.model, self.shapes.tokens, self.shapes.dim
+        patch = model.patch_size[1] * model.patch_size[2]
+        for name, (inputs, outputs) in self.block_linears.items():
+            size = (tokens, inputs, outputs)
+            yield _linear("linears", name, size, self.layer_calls, self.linear_bytes)
+        yield _linear("linears", "patch embedding", (tokens, patch * model.in_dim, dim), self.passes)
+        yield _linear("linears", "head", (tokens, dim, patch * model.out_dim), self.passes)
+
+    def _attention(self) -> Iterator[Part]:
+        text = self.shapes.config.model.text_len
+        pairs = (
+            ("self-attention", "sink_window_attention", self.visible_tokens),
+            ("cross-attention", "clip_attention", text),
+        )
+        for group, name, keys in pairs:
+            dim, tokens, calls = self.shapes.dim, self.shapes.tokens, self.layer_calls
+            moved = (HALF * (tokens + 2 * keys) + self.linear_bytes * tokens) * dim
+            yield Part(group, name, 4 * tokens * keys * dim * calls, moved * calls, self.precision == "fp8")
+
+    def _row_kernels(self) -> Iterator[Part]:
+        shapes, calls = self.shapes, self.layer_calls
+        fp8 = "" if self.precision == "bf16" else "_fp8"
+        keeps_raw = shapes.layers if shapes.config.cache.positions == "relative" else 0
+        for name, case, count in (
+            ("adaptive_layer_norm", f"adaptive_layer_norm{fp8}", self.passes),
+            ("qk_norm_rope_write", "qk_norm_rope_write", calls - keeps_raw),
+            ("qk_norm_rope_write, raw keys too", "qk_norm_rope_write_raw", keeps_raw),
+            # the FP8 forms of the gated norms move the same, adaptive or affine
+            ("gated_residual_affine_norm", f"gated_residual_adaptive_norm{fp8}", calls),
+            ("rms_norm", "rms_norm", calls),
+            ("gated_residual_adaptive_norm", f"gated_residual_adaptive_norm{fp8}", 2 * calls),
+        ):
+            if count:
+                yield Part("row kernels", name, bytes=CASES_BY_NAME[case].floor_bytes(shapes) * count)
+        elements = shapes.tokens * shapes.config.model.ffn_dim * calls
+        yield Part("row kernels", "GELU", bytes=elements * (HALF + self.linear_bytes))
+
+    def _eviction(self) -> Iterator[Part]:
+        cache = self.shapes.config.cache
+        if not self.evicts or cache.positions == "absolute":
+            return
+        name = "rephase_keys"
+        if cache.sink == "ema":
+            name = "evict_and_rephase" + ("" if cache.sink_precision == "split" else "_plain")
+        yield Part("eviction", name, bytes=CASES_BY_NAME[name].floor_bytes(self.shapes))
+
+    def _decoding(self) -> Iterator[Part]:
+        shapes, fp8 = self.shapes, self.precision == "fp8"
+        work = decode_work(shapes.config.vae, shapes.grid, shapes.frames, self.index == 0)
+        yield from _vae_parts(work, fp8)
+        flow = CASES_BY_NAME["flow_step"].floor_bytes(shapes)
+        yield Part("copies", "flow_step", bytes=flow * (self.passes - 1))
+        copied = HALF * work.copied_elements
+        yield Part("copies", "VAE history and upsampling", bytes=copied, decodes=True)
+        pixels = self.pixel_frames * shapes.grid.height * shapes.grid.width
+        packed = CASES_BY_NAME["frame_pack"].floor_bytes(shapes) * pixels // shapes.pixels
+        yield Part("copies", "frame_pack", bytes=packed, decodes=True)
+
+
+def prompt_parts(shapes: Shapes) -> list[Part]:
+    """What the transformer does once for each prompt: embed the text, project it to keys and values."""
+    model = shapes.config.model
+    rows, dim = model.text_len, model.dim
+    group = "once a prompt"
+    return [
+        _linear(group, "text embedding in", (rows, model.text_dim, dim), 1),
+        _linear(group, "text embedding out", (rows, dim, dim), 1),
+        _linear(group, "cross-attention k, v", (rows, dim, 2 * dim), shapes.layers),
+    ]
+
+
+def _linear(group: str, name: str, size: tuple[int, int, int], calls: int, operand_bytes: int = HALF) -> Part:
+    """size: rows, inputs, outputs."""
+    rows, inputs, outputs = size
+    moved = (rows + outputs) * inputs * operand_bytes + rows * outputs * HALF
+    return Part(group, name, 2 * rows * inputs * outputs * calls, moved * calls, operand_bytes < HALF)
+
+
+def _vae_parts(work: VAEWork, fp8: bool) -> Iterator[Part]:
+    operand = 1 if fp8 else HALF
+    for path, product in work.products.items():
+        moved = operand * product.read_elements + HALF * product.written_elements
+        yield Part("VAE decode", work.stages[path], product.flops, moved, fp8, decodes=True)
+    for path, elements in work.norm_elements.items():
+        moved = (HALF + operand) * elements
+        yield Part("VAE decode", f"{work.stages[path]}, norms", bytes=moved, decodes=True)

@@ -1,0 +1,217 @@
+"""FLOPs, bytes and floors of one chunk, part by part, from the configuration alone; no GPU is needed.
+
+    python bench/roofline.py --gpu h200 --chunk 0 --precision fp8-linears
+
+The floor of a part is the larger of FLOPs over the rate of products and bytes over the rate of the memory, as
+the data sheet has them; nothing here was measured. Floors of parts are added up, as if no two ran at once.
+"Products alone" takes the FLOPs at peak rate and no byte. What is counted and what is not stands at the head
+of chunk_work.py; the VAE is counted by running its code without data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+
+import tyro
+from chunk_work import GROUPS, PRODUCTS, ChunkWork, Part, Precision, prompt_parts
+from engine_shapes import Shapes
+
+from rfengine.checkpoint.loader import read_config
+from rfengine.config import PRESETS
+
+GPUName = Literal["a100", "h100", "h200", "rtx4090"]
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Rates of a data sheet: dense products, accumulated in float32; None where there are none."""
+
+    name: str
+    tb_per_s: float
+    bf16_tflop_per_s: float
+    fp8_tflop_per_s: float | None
+
+
+# NVIDIA's data sheets (A100, H100 SXM, H200) and the Ada white paper
+GPUS: dict[GPUName, GPU] = {
+    "a100": GPU("A100 SXM 80 GB", 2.039, 312, None),
+    "h100": GPU("H100 SXM", 3.35, 989, 1979),
+    "h200": GPU("H200 SXM", 4.8, 989, 1979),
+    "rtx4090": GPU("GeForce RTX 4090", 1.008, 165.2, 330.3),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """FLOPs, bytes and floors of one chunk, part by part, at the rates of a data sheet."""
+
+    gpu: GPUName = "h100"
+    """Whose data sheet."""
+    model: str = "wan-1.3b"
+    """A preset (tiny, wan-1.3b, wan-14b) or a checkpoint directory."""
+    height: int | None = None
+    """Pixels; the model's own size where nothing is given."""
+    width: int | None = None
+    """Pixels."""
+    chunk: int | Literal["steady"] = "steady"
+    """Which chunk of the video, from 0; steady is the first that evicts another."""
+    precision: Precision = "bf16"
+    """fp8-linears: linears of the blocks in FP8. fp8: attention and the VAE as well."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+
+def roofline(options: Options) -> dict[str, Any]:
+    """The report as JSON values: options, rates, rows of parts and of groups, totals.
+
+    Raises ValueError for a size, a chunk or a model that cannot be, and for FP8 on a GPU without it.
+    """
+    gpu = GPUS[options.gpu]
+    if options.precision != "bf16" and gpu.fp8_tflop_per_s is None:
+        raise ValueError(f"precision is {options.precision} but {gpu.name} has no FP8 products; use bf16")
+    work = _chunk_work(options)
+    parts = work.parts()
+    products = [part for part in parts if part.group in PRODUCTS]
+    groups = {group: [part for part in parts if part.group == group] for group in GROUPS}
+    return {
+        "model": work.shapes.config.name,
+        "height": work.shapes.grid.height,
+        "width": work.shapes.grid.width,
+        "chunk": work.index,
+        "is_steady": work.evicts,
+        "precision": options.precision,
+        "gpu": asdict(gpu),
+        "passes": work.passes,
+        "pixel_frames": work.pixel_frames,
+        "pass_weights": work.pass_weights,
+        "parts": _rows(parts, gpu),
+        "groups": [_row(group, "", members, gpu) for group, members in groups.items()],
+        "once_a_prompt": _rows(prompt_parts(work.shapes), gpu),
+        "totals": {
+            "without_vae": _total([part for part in parts if not part.decodes], work, gpu),
+            "with_vae": _total(parts, work, gpu),
+            "products_without_vae": _total([part for part in products if not part.decodes], work, gpu),
+            "products_with_vae": _total(products, work, gpu),
+        },
+    }
+
+
+def _chunk_work(options: Options) -> ChunkWork:
+    config = PRESETS[options.model] if options.model in PRESETS else read_config(Path(options.model))
+    height = config.height if options.height is None else options.height
+    width = config.width if options.width is None else options.width
+    shapes = Shapes(replace(config, height=height, width=width))
+    if options.chunk == "steady":
+        return ChunkWork.steady(shapes, options.precision)
+    return ChunkWork(shapes, options.chunk, options.precision)
+
+
+def _rows(parts: list[Part], gpu: GPU) -> list[dict[str, Any]]:
+    """A row for every name: a stage of the VAE sums its layers."""
+    named: dict[tuple[str, str], list[Part]] = {}
+    for part in parts:
+        named.setdefault((part.group, part.name), []).append(part)
+    return [_row(group, name, members, gpu) for (group, name), members in named.items()]
+
+
+def _row(group: str, name: str, members: list[Part], gpu: GPU) -> dict[str, Any]:
+    arithmetic_ms = sum(_arithmetic_ms(part, gpu) for part in members)
+    memory_ms = sum(_memory_ms(part, gpu) for part in members)
+    return {
+        "group": group,
+        "part": name,
+        "flops": sum(part.flops for part in members),
+        "bytes": sum(part.bytes for part in members),
+        "arithmetic_ms": arithmetic_ms,
+        "memory_ms": memory_ms,
+        "floor_ms": sum(_floor_ms(part, gpu) for part in members),
+        "bound": "arithmetic" if arithmetic_ms > memory_ms else "memory",
+    }
+
+
+def _total(parts: list[Part], work: ChunkWork, gpu: GPU) -> dict[str, float]:
+    """Sums of `parts`, and the frames per second of their floors and of their arithmetic alone."""
+    row = _row("", "", parts, gpu)
+    rates = {
+        f"{kind}_frames_per_s": work.pixel_frames / row[f"{kind}_ms"] * 1e3
+        for kind in ("floor", "arithmetic")
+    }
+    return {key: row[key] for key in ("flops", "bytes", "arithmetic_ms", "memory_ms", "floor_ms")} | rates
+
+
+def _arithmetic_ms(part: Part, gpu: GPU) -> float:
+    rate = gpu.fp8_tflop_per_s if part.is_fp8 else gpu.bf16_tflop_per_s
+    return part.flops / rate / 1e9 if part.flops else 0.0
+
+
+def _memory_ms(part: Part, gpu: GPU) -> float:
+    return part.bytes / gpu.tb_per_s / 1e9
+
+
+def _floor_ms(part: Part, gpu: GPU) -> float:
+    return max(_arithmetic_ms(part, gpu), _memory_ms(part, gpu))
+
+
+def render(report: dict[str, Any]) -> str:
+    gpu, totals = report["gpu"], report["totals"]
+    fp8 = f", {gpu['fp8_tflop_per_s']:g} FP8" if gpu["fp8_tflop_per_s"] else ""
+    lines = [
+        f"{report['model']} at {report['width']} x {report['height']}, chunk {report['chunk']}"
+        f"{' (steady)' if report['is_steady'] else ''}, {report['precision']}: {report['pixel_frames']} "
+        f"frames from {report['passes']} passes, {report['pass_weights'] / 1e9:.3f} G parameters each",
+        f"data sheet of {gpu['name']}: {gpu['tb_per_s']:g} TB/s, {gpu['bf16_tflop_per_s']:g} TFLOP/s bf16"
+        f"{fp8}; a multiply-add is two FLOPs",
+        "",
+        f"{'part':<40}{'GFLOP':>11}{'GB':>11}  {'bound':<10}{'floor, ms':>10}",
+    ]
+    for group in report["groups"]:
+        if not group["bytes"]:
+            continue
+        lines.append(_line(group["group"], group))
+        members = [row for row in report["parts"] if row["group"] == group["group"]]
+        lines.extend(_line(f"  {row['part']}", row) for row in members)
+    lines.append("")
+    for name, key, kind in (
+        ("all but the VAE", "without_vae", "floor"),
+        ("all", "with_vae", "floor"),
+        ("products alone, without the VAE", "products_without_vae", "arithmetic"),
+        ("products alone", "products_with_vae", "arithmetic"),
+    ):
+        total = totals[key]
+        moved = total["bytes"] if kind == "floor" else 0
+        row = {"flops": total["flops"], "bytes": moved, "floor_ms": total[f"{kind}_ms"]}
+        lines.append(f"{_line(name, row)}  {total[f'{kind}_frames_per_s']:,.1f} frames/s")
+    lines += ["", "once a prompt, in no chunk:"]
+    lines.extend(_line(f"  {row['part']}", row) for row in report["once_a_prompt"])
+    return "\n".join(lines)
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    amounts = f"{_billions(row['flops']):>11}{_billions(row['bytes']):>11}"
+    return f"{name:<40}{amounts}  {row.get('bound', ''):<10}{row['floor_ms']:>10.4f}"
+
+
+def _billions(amount: int) -> str:
+    if not amount:
+        return ""
+    value = amount / 1e9
+    return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    try:
+        report = roofline(options)
+    except ValueError as error:
+        sys.exit(f"roofline: {error}")
+    print(json.dumps(report, indent=2) if options.json else render(report))
+
+
+if __name__ == "__main__":
+    main()
