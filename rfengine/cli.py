@@ -23,7 +23,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from rfengine.config import Backend, DTypeName
-from rfengine.pipeline import Pipeline, checkpoint_directory
+from rfengine.pipeline import Pipeline, check_seed, checkpoint_directory
 from rfengine.video import VideoWriter, check_video_path
 
 CALLER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130  # exit statuses
@@ -145,8 +145,14 @@ def generate(options: GenerateOptions) -> int:
     jobs = _jobs(options)
     _check_request(options)
     pipeline = Pipeline.from_pretrained(options.model, _device(options.device), options.dtype)
-    for prompt, path in jobs:
-        _write_video(pipeline, prompt, path, options)
+    for done, (prompt, path) in enumerate(jobs):
+        try:
+            _write_video(pipeline, prompt, path, options)
+        except KeyboardInterrupt as error:
+            if not done:
+                raise
+            begun = str(error) or f"{path} was not begun"
+            raise KeyboardInterrupt(f"{begun}; {done} of {len(jobs)} videos are whole") from None
     return 0
 
 
@@ -203,6 +209,7 @@ def _check_request(options: GenerateOptions) -> None:
 
     if not math.isfinite(options.seconds) or options.seconds <= 0:
         raise ValueError(f"--seconds is {options.seconds}; give a positive length such as 5")
+    check_seed(options.seed)
     LatentGrid.of(read_config(checkpoint_directory(options.model)), options.height, options.width)
 
 
@@ -231,7 +238,7 @@ def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateO
         except KeyboardInterrupt:
             if not writer.frames_written:
                 raise
-            with _interrupt_waits():
+            with _interrupt_waits(then_raise=False):  # impatience must not cost the end of the file
                 writer.close()
             written = writer.frames_written
             raise KeyboardInterrupt(
@@ -245,7 +252,7 @@ def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateO
 
 
 @contextmanager
-def _interrupt_waits() -> Iterator[None]:
+def _interrupt_waits(then_raise: bool = True) -> Iterator[None]:
     """Hold Ctrl-C back until the block is done: half a write would spoil the file."""
     if threading.current_thread() is not threading.main_thread():  # others never get the signal
         yield
@@ -256,7 +263,7 @@ def _interrupt_waits() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-    if pending:
+    if pending and then_raise:
         raise KeyboardInterrupt
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Positions = Literal["relative", "absolute"]
 SinkKind = Literal["ema", "frozen", "none"]
@@ -37,6 +37,18 @@ class WanConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        for name in (
+            "dim",
+            "ffn_dim",
+            "num_heads",
+            "num_layers",
+            "text_dim",
+            "text_len",
+            "in_dim",
+            "out_dim",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.dim % self.num_heads:
             raise ValueError(
                 f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change one of them"
@@ -268,11 +280,24 @@ _NESTED = {
 def _field_value(kind: type, name: str, value: Any) -> Any:
     if kind is EngineConfig and name in _NESTED:
         return from_dict(_NESTED[name], value)
+    hint = get_type_hints(kind)[name]
     if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{kind.__name__}.{name} is {value}; it must be finite")
+        value = tuple(value)
+    if not _fits(value, hint):
+        wanted = "a finite number" if hint is float else getattr(hint, "__name__", hint)
+        raise ValueError(f"{kind.__name__}.{name} is {value!r}; it must be {wanted}")
     return value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is what the type of a field says; only the types that fields have."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 _WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)

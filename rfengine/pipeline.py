@@ -86,6 +86,10 @@ class Pipeline:
         from rfengine.checkpoint.loader import fingerprint, load_part, read_config
 
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if target.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(
+                f"device is {target} but torch {torch.__version__} sees no CUDA device; use 'cpu'"
+            )
         number = _dtype(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
         directory = checkpoint_directory(source)
         config = read_config(directory)
@@ -120,7 +124,7 @@ class Pipeline:
         start_frames: ndarray | None = None,
     ) -> VideoStream:
         """An endless stream of `prompt`. start_frames, uint8 [T, H, W, 3], is a clip it goes on from."""
-        _check_seed(seed)
+        check_seed(seed)
         grid = LatentGrid.of(self.config, height, width)
         stream = VideoStream(self._parts, grid, prompt, self._encode_text(prompt), seed)
         if start_frames is not None:
@@ -203,6 +207,8 @@ class Pipeline:
         if generator is not None and seed is not None:
             raise ValueError(f"seed is {seed} and a generator is given; give one of them")
         count = self.frame_count(num_frames=num_frames)
+        if not prompt:
+            raise ValueError(f"prompt is {prompt!r}; give a text or a list of texts")
         videos = []
         for text in [prompt] if isinstance(prompt, str) else prompt:
             number = _draw_seed(generator) if generator is not None else seed or 0
@@ -287,8 +293,9 @@ def _dtype(name: DTypeName | torch.dtype | None) -> torch.dtype | None:
     return known[name]
 
 
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed <= MAX_SEED:
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless `seed` is an integer that a stream takes."""
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed is {seed}; use an integer from 0 to {MAX_SEED}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.cache.kv_cache import EMPTY, StreamingKVCache
 from rfengine.config import to_dict
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 PromptMode = Literal["soft", "recache", "hard"]
 SNAPSHOT_FORMAT = 1
+_SNAPSHOT_INFO = (
+    "prompt", "seed", "height", "width", "index", "next_chunk", "slot_chunks", "decoded_frames"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +107,12 @@ class VideoStream:
     ) -> None:
         self.grid = grid
         self.seed = seed
-        self.prompt = prompt
         self.closed = False
         self.latents: Tensor | None = None  # clean latents [1, C, F, h, w] of the last chunk
         self._parts = parts
-        self._set_text(text_states)
+        self._set_text(prompt, text_states)
         self._index = 0
+        self._undecoded = False  # a chunk was computed whose latents the VAE has not seen
         self._start()
 
     def _start(self) -> None:
@@ -126,9 +131,9 @@ class VideoStream:
         self._window_latents: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def _set_text(self, text_states: Tensor) -> None:
-        self._text_states = text_states
-        self._text = self._parts.model.text_keys_values(text_states.to(self._parts.model.device))
+    def _set_text(self, prompt: str, text_states: Tensor) -> None:
+        text = self._parts.model.text_keys_values(text_states.to(self._parts.model.device))
+        self.prompt, self._text_states, self._text = prompt, text_states, text
 
     @property
     def num_steps(self) -> int:
@@ -142,12 +147,25 @@ class VideoStream:
         return self.advance()
 
     def advance(self, on_step: StepCallback | None = None, decode: bool = True) -> FrameChunk:
-        """Compute the next chunk; on_step is ChunkRunner.advance's. Without decode, frames are empty and only
-        the
-        latents advance: such a stream can not be decoded later."""
+        """Compute the next chunk; on_step is ChunkRunner.advance's.
+
+        Without decode, frames are empty and only the latents advance; such a stream can not be decoded later
+        (RuntimeError), since the VAE's state would lack what it has not seen.
+        """
         self._check_open()
-        try:
+        if decode and self._undecoded:
+            raise RuntimeError(
+                f"chunk {self._index - 1} was not decoded; decode every chunk of a stream or none"
+            )
+        self._undecoded = not decode
+        with self._closed_on_error():
             return self._advance(on_step, decode)
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """A step that fails half-way leaves a state that nothing may go on from."""
+        try:
+            yield
         except BaseException:
             self.closed = True
             raise
@@ -205,12 +223,13 @@ class VideoStream:
         if mode not in ("soft", "recache", "hard"):
             raise ValueError(f"mode is {mode!r}; use 'soft', 'recache' or 'hard'")
         self._check_open()
-        self._set_text(self._parts.encode_text(text))
-        self.prompt = text
-        if mode == "hard":
-            self._start()
-        elif mode == "recache":
-            self._parts.runner.recache(self._cache, self._window_latents, self._text)
+        text_states = self._parts.encode_text(text)
+        with self._closed_on_error():
+            self._set_text(text, text_states)
+            if mode == "hard":
+                self._start()
+            elif mode == "recache":
+                self._parts.runner.recache(self._cache, self._window_latents, self._text)
 
     @torch.no_grad()
     def continue_from(self, frames: ndarray) -> None:
@@ -242,12 +261,13 @@ class VideoStream:
         latent_frames = complete // chunk_frames * chunk_frames
         used = pixels[:, :, -self.grid.pixel_frames(latent_frames) :]
         latents = parts.vae.encode(used.to(device=parts.model.device, dtype=parts.model.dtype))
-        for piece in latents.split(chunk_frames, dim=2):
-            plan = self._cache.plan_chunk()
-            parts.runner.prefill(self._cache, plan, piece, self._text)
-            self._remember(plan.chunk, piece)
-            self._decode(piece)
-            self._index += 1
+        with self._closed_on_error():
+            for piece in latents.split(chunk_frames, dim=2):
+                plan = self._cache.plan_chunk()
+                parts.runner.prefill(self._cache, plan, piece, self._text)
+                self._remember(plan.chunk, piece)
+                self._decode(piece)
+                self._index += 1
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state between two chunks; Pipeline.restore continues it bit for bit."""
@@ -259,6 +279,7 @@ class VideoStream:
         info = {
             "format": SNAPSHOT_FORMAT,
             "fingerprint": self._parts.fingerprint,
+            "dtype": str(self._parts.model.dtype),
             "cache": to_dict(self._parts.cache_config),
             "denoising_timesteps": list(self._parts.runner.schedule.denoising_timesteps),
             "prompt": self.prompt,
@@ -280,6 +301,7 @@ class VideoStream:
         expected = {
             "format": SNAPSHOT_FORMAT,
             "fingerprint": parts.fingerprint,
+            "dtype": str(parts.model.dtype),
             "cache": json.loads(json.dumps(to_dict(parts.cache_config))),
             "denoising_timesteps": list(parts.runner.schedule.denoising_timesteps),
         }
@@ -289,6 +311,10 @@ class VideoStream:
                     f"the snapshot's {name} is {info.get(name)!r}, this pipeline's is {value!r}; "
                     "restore it with the model and settings it was taken with"
                 )
+        missing = [name for name in _SNAPSHOT_INFO if name not in info]
+        missing += ["text_states"] * ("text_states" not in snapshot.tensors)
+        if missing:
+            raise ValueError(f"the snapshot lacks {', '.join(missing)}; take it again")
         stream = cls(parts, grid, info["prompt"], snapshot.tensors["text_states"], info["seed"])
         stream._load(snapshot)
         return stream
@@ -308,3 +334,7 @@ class VideoStream:
             for chunk, latents in groups["window_latents"].items()
         }
         self._index = info["index"]
+        window = info["slot_chunks"][self._parts.cache_config.sink_chunks :]
+        lost = [chunk for chunk in window if chunk != EMPTY and chunk not in self._window_latents]
+        if lost:
+            raise ValueError(f"the snapshot lacks the latents of chunk {lost[0]}; take it again")

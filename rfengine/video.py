@@ -136,7 +136,8 @@ class VideoWriter:
         self._open = False
         with suppress(OSError, FFmpegError):  # a disk that is full refuses the end of the file as well
             self._container.close()
-        self._partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that has become read-only keeps it
+            self._partial.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
         return self

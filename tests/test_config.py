@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -162,5 +163,25 @@ def test_lists_of_json_become_tuples() -> None:
 
 
 def test_number_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(ValueError, match="ScheduleConfig.shift is inf; it must be finite"):
+    with pytest.raises(ValueError, match="ScheduleConfig.shift is inf; it must be a finite number"):
         from_dict(ScheduleConfig, {"shift": float("inf")})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ScheduleConfig, {"shift": "5"}, "ScheduleConfig.shift is '5'; it must be a finite number"),
+        (ScheduleConfig, {"denoising_steps": [1000, 2.5]}, "ScheduleConfig.denoising_steps is"),
+        (CacheConfig, {"window_frames": 9.0}, "CacheConfig.window_frames is 9.0; it must be int"),
+        (CacheConfig, {"chunk_frames": True}, "CacheConfig.chunk_frames is True; it must be int"),
+        (CacheConfig, {"sink": "melted"}, "CacheConfig.sink is 'melted'; it must be"),
+        (
+            WanConfig,
+            {"dim": 8, "ffn_dim": 8, "num_heads": 0, "num_layers": 1},
+            "num_heads is 0; it must be at",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_refused(kind, values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_dict(kind, values)

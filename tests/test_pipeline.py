@@ -178,3 +178,28 @@ def test_weights_of_another_size_are_refused_by_name(saved):
     save_weights(saved / "transformer.safetensors", {"patch_embedding.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match="patch_embedding.weight"):
         Pipeline.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_weights_that_are_not_finite_are_refused(saved, part):
+    from rfengine.checkpoint.loader import read_safetensors, save_weights
+
+    path = saved / f"{part}.safetensors"
+    tensors, _ = read_safetensors(path)
+    name = next(iter(tensors))
+    save_weights(path, tensors | {name: torch.full_like(tensors[name], float("nan"))})
+    with pytest.raises(ValueError, match=f"{name} has values that are not finite"):
+        Pipeline.from_pretrained(saved)
+
+
+def test_what_makes_no_request_is_refused(pipe):
+    with pytest.raises(ValueError, match="give a text or a list of texts"):
+        pipe([])
+    with pytest.raises(ValueError, match="seed is 1.5"):
+        pipe.stream("a circle", seed=1.5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_cuda_device_is_one_sentence():
+    with pytest.raises(RuntimeError, match="device is cuda but torch .* sees no CUDA device; use 'cpu'"):
+        Pipeline.from_pretrained("tiny", device="cuda")

@@ -191,3 +191,47 @@ def test_another_size_streams_too(pipe):
     assert next(pipe.stream("a circle", height=16, width=80)).frames.shape == (9, 16, 80, 3)
     with pytest.raises(ValueError, match="width is 50 pixels; it must be a multiple of 16, such as 48"):
         pipe.stream("a circle", width=50)
+
+
+@pytest.mark.parametrize("mode", ["soft", "recache"])
+def test_a_switch_that_fails_half_way_closes_the_stream(monkeypatch, mode):
+    pipe = small_pipeline()
+    stream = pipe.stream("a circle")
+    frames_of(stream, 6)
+    place = (pipe.model, "text_keys_values") if mode == "soft" else (pipe._parts.runner, "_context_pass")
+    monkeypatch.setattr(*place, lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stream.set_prompt("a green square", mode)
+    with pytest.raises(RuntimeError, match="the stream was closed"):
+        next(stream)
+
+
+def test_a_prompt_that_cannot_be_encoded_changes_nothing(pipe):
+    plain, stream = frames_of(pipe.stream("a circle"), 3), pipe.stream("a circle")
+    first = next(stream).frames
+    with pytest.raises(ValueError, match="empty"):
+        stream.set_prompt("  ", "recache")
+    assert numpy.array_equal(numpy.concatenate([first, frames_of(stream, 2)]), plain)
+
+
+def test_a_snapshot_of_another_precision_or_with_parts_missing_is_refused(pipe):
+    stream = pipe.stream("a circle")
+    frames_of(stream, 3)
+    snapshot = stream.snapshot()
+    with pytest.raises(ValueError, match="the snapshot's dtype is 'torch.bfloat16'"):
+        pipe.restore(dataclasses.replace(snapshot, info=snapshot.info | {"dtype": "torch.bfloat16"}))
+    info = {name: value for name, value in snapshot.info.items() if name not in ("seed", "index")}
+    with pytest.raises(ValueError, match="the snapshot lacks seed, index"):
+        pipe.restore(dataclasses.replace(snapshot, info=info))
+    tensors = {name: tensor for name, tensor in snapshot.tensors.items() if name != "window_latents.2"}
+    with pytest.raises(ValueError, match="the snapshot lacks the latents of chunk 2"):
+        pipe.restore(dataclasses.replace(snapshot, tensors=tensors))
+
+
+def test_a_stream_is_decoded_from_its_start_or_never(pipe):
+    stream = pipe.stream("a circle")
+    assert stream.advance(decode=False).frames.shape[0] == 0
+    assert stream.latents.shape[2] == 3
+    with pytest.raises(RuntimeError, match="chunk 0 was not decoded"):
+        next(stream)
+    assert stream.advance(decode=False).index == 1

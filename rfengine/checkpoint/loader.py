@@ -126,7 +126,7 @@ def load_part(
     found, stored = engine_names(open_safetensors(files))
     if found != part:
         raise ValueError(f"{files[0]} holds a {found}, not a {part}; the directory {directory} is mixed up")
-    _assign(module, stored, dtype, device, str(files[0]))
+    _assign(module, stored, dtype, device, str(files[0]), check_finite=True)
 
 
 def load_weights(

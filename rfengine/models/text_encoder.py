@@ -25,6 +25,7 @@ EOS_ID = 1
 UNKNOWN_ID = 2
 _SPECIAL_TOKENS = {"<pad>": PAD_ID, "</s>": EOS_ID, "<unk>": UNKNOWN_ID}
 _QUOTED_WORDS = 6  # how much of the dropped text a warning quotes
+_QUOTED_CHARACTERS = 60
 
 
 def clean_text(text: str) -> str:
@@ -77,7 +78,8 @@ class Tokenizer:
 
 def _warn_of_cut(row: int, tokens: int, limit: int, dropped: str) -> None:
     words = dropped.split()
-    quoted = " ".join(words[:_QUOTED_WORDS]) + (" ..." if len(words) > _QUOTED_WORDS else "")
+    quoted = " ".join(words[:_QUOTED_WORDS])[:_QUOTED_CHARACTERS]
+    quoted += " ..." if len(quoted) < len(" ".join(words)) else ""
     logger.warning(
         "prompt %d has %d tokens and the limit is %d; everything from %r on was dropped, shorten the prompt",
         row, tokens, limit, quoted,
