@@ -28,6 +28,7 @@ from rfengine.video import VideoWriter, check_video_path
 
 CALLER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130  # exit statuses
 _SLUG_LENGTH = 48
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _QUIET_INTERVAL = 15.0  # seconds between two lines of progress where no terminal shows them
 
 
@@ -130,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ParityOptions: parity,
         DoctorOptions: doctor,
     }
-    with _one_line_warnings():
+    with _one_line_warnings(), _termination_as_interrupt():
         try:
             return commands[type(options)](options)
         except ValueError as error:
@@ -138,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (RuntimeError, OSError) as error:
             return _fail(error, OTHER_ERROR)
         except KeyboardInterrupt as error:
+            if arguments is None:  # the process ends here: a second Ctrl-C must not break its last words
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             return _fail(f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED)
 
 
@@ -252,17 +255,35 @@ def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateO
 
 
 @contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: the file up to there plays, and nothing half-written stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def _interrupt_waits(then_raise: bool = True) -> Iterator[None]:
     """Hold Ctrl-C back until the block is done: half a write would spoil the file."""
     if threading.current_thread() is not threading.main_thread():  # others never get the signal
         yield
         return
     pending: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+
+    def note(number: int, frame: object) -> None:
+        pending.append(number)
+
+    previous = {number: signal.signal(number, note) for number in _STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if pending and then_raise:
         raise KeyboardInterrupt
 

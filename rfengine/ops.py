@@ -3,6 +3,7 @@ start."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from rfengine.backends import backend_reasons, has_backend, implementation
 from rfengine.config import Backend
+
+logger = logging.getLogger(__name__)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -216,7 +219,9 @@ def choose_ops(
             raise RuntimeError(f"backend {backend!r} cannot run on {device}: {reason}; use one of {known}")
     general = _best_backend(device, reasons) if requested == "auto" else requested
     fitting = {op: general if has_backend(op, general) else "reference" for op in OP_NAMES}
-    return Ops(fitting | overrides)
+    choice = fitting | overrides
+    logger.info("ops on %s: %s", device, choice)
+    return Ops(choice)
 
 
 def _best_backend(device: torch.device | str, reasons: Mapping[str, str]) -> str:

@@ -313,7 +313,10 @@ def test_interrupt_before_the_first_frames_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_process_exits_with_130_and_its_file_plays(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2])
+def test_interrupted_process_exits_with_130_and_its_file_plays(
+    model: Path, tmp_path: Path, signals: list[signal.Signals]
+) -> None:
     path = tmp_path / "a.mp4"
     arguments = ["generate", "a", "-o", str(path), "--model", str(model), "--seconds", "36000"]
     process = subprocess.Popen(
@@ -326,7 +329,9 @@ def test_interrupted_process_exits_with_130_and_its_file_plays(model: Path, tmp_
     while not any(entry.stat().st_size for entry in tmp_path.iterdir()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.01)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in errors
     last = errors.splitlines()[-1]
