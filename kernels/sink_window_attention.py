@@ -8,7 +8,7 @@ second time. kv_len is read from device memory: one compiled kernel, and one cap
 of the arena.
 
 q [B, Tq, H, D], keys and values [B, S, H, D], kv_len int32 [1]; out [B, Tq, H, D] contiguous.
-Bound: tensor cores, 4 B H Tq kv_len D FLOPs (404 GFLOP at 4680 x 14040 x 12 x 128) against 115 MB of inputs
+Bound: tensor cores, 4 B H Tq kv_len D FLOPs (404 GFLOP at the shipped size) against 115 MB of inputs
 and outputs.
 Forms: `pointer` (here) loads through pointers, on any GPU, in any dtype; `descriptor` and `specialised` are
 those of sink_window_attention_descriptor.py. Whole tiles of keys are loaded and weighed without mask; the
