@@ -113,15 +113,5 @@ def evict_and_rephase(
 
 
 @evict_and_rephase.register_fake
-def _(
-    raw: Tensor,
-    rotated: Tensor,
-    values: Tensor,
-    low_keys: Tensor | None,
-    low_values: Tensor | None,
-    rotation: Tensor,
-    sink_tokens: int,
-    leaving: int,
-    alpha: float,
-) -> None:
+def _(*_) -> None:
     return None

@@ -24,7 +24,7 @@ class FlowSchedule:
     def __init__(self, config: ScheduleConfig) -> None:
         count = config.num_train_timesteps
         uniform = torch.linspace(1.0, 0.0, count + 1)[:-1]
-        self.sigmas = config.shift * uniform / (1 + (config.shift - 1) * uniform)
+        self.sigmas = shifted(uniform, config.shift)
         self.timesteps = self.sigmas * count
         rows = [count - step for step in config.denoising_steps]
         self.denoising_timesteps = tuple(self.timesteps[rows].tolist())
@@ -36,6 +36,11 @@ class FlowSchedule:
         `timestep`."""
         distance = (self.timesteps.to(timestep.device) - timestep.float().unsqueeze(-1)).abs()
         return self.sigmas.to(timestep.device)[distance.argmin(dim=-1)]
+
+
+def shifted(uniform: Tensor, shift: float) -> Tensor:
+    """Sigmas for uniform values in [0, 1]: shift * u / (1 + (shift - 1) * u) (spec 3.1)."""
+    return shift * uniform / (1 + (shift - 1) * uniform)
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:

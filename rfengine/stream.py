@@ -176,7 +176,8 @@ class VideoStream:
         x0 = self._parts.runner.advance(self._cache, plan, self._noise(plan.chunk), self._text, on_step)
         self._remember(plan.chunk, x0)
         denoised = time.perf_counter()
-        pixels = self._decode(x0 if decode else x0[:, :, :0])
+        size = (self.grid.height, self.grid.width)
+        pixels = self._decode(x0) if decode else x0.new_zeros(1, 3, 0, *size)
         frames = frames_from_pixels(pixels)
         timings = ChunkTimings((denoised - started) * 1e3, (time.perf_counter() - denoised) * 1e3)
         chunk = FrameChunk(frames, self._index, timings)
@@ -185,8 +186,6 @@ class VideoStream:
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
-        if latents.shape[2] == 0:
-            return latents.new_zeros(1, 3, 0, self.grid.height, self.grid.width)
         return self._parts.vae.decode(latents, self._decoder_state)
 
     def _noise(self, chunk: int) -> Tensor:

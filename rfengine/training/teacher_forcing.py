@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
+from rfengine.schedule import add_noise, shifted
 from rfengine.training.chunked_attention import ChunkedAttentionOps
 from rfengine.training.latent_dataset import LatentDataset, load_dataset
 from rfengine.training.muon import Muon
@@ -175,7 +176,7 @@ def _loss(
     noisy = noisy.repeat_interleave(size)
     broadcast = sigma[:, None, :, None, None]
     noise = torch.randn_like(clean)
-    latents = (1 - broadcast) * clean + broadcast * noise
+    latents = add_noise(clean, noise, broadcast)
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)])
     patch = config.model.patch_size[1]
     tokens = size * (clean.shape[3] // patch) * (clean.shape[4] // patch)
@@ -209,7 +210,6 @@ def _gather(
 
 def _noisy_sigmas(batch: int, segments: int, config: EngineConfig) -> Tensor:
     """Sigmas [batch, segments] by the shifted law the sampler's own steps follow, some of them exactly 1."""
-    shift = config.schedule.shift
     uniform = _LEAST_UNIFORM + (1 - _LEAST_UNIFORM) * torch.rand(batch, segments)
-    sigma = shift * uniform / (1 + (shift - 1) * uniform)
+    sigma = shifted(uniform, config.schedule.shift)
     return torch.where(torch.rand(batch, segments) < _FULL_NOISE_SHARE, 1.0, sigma)
