@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 Positions = Literal["relative", "absolute"]
@@ -16,6 +17,7 @@ SinkKind = Literal["ema", "frozen", "none"]
 SinkPrecision = Literal["split", "bf16"]
 Backend = Literal["auto", "reference", "triton", "native", "cudnn", "flash"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+DecoderKind = Literal["full", "tensorrt", "tiny"]
 
 Config = TypeVar("Config")
 
@@ -212,6 +214,30 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """How the engine runs on a machine. None of it changes a result beyond rounding, but vae="tiny".
+
+    graphs: replay a chunk as one CUDA graph; None is on where the device is CUDA. merged_pass: run the
+    context pass of a chunk together with the first step of the next. overlap: decode a chunk beside the next
+    one; None is on where the device is CUDA. decode_device: where the VAE runs; the model's device where it
+    is None. autotune: time the backends at the engine's own shapes at start-up, and keep what won. vae:
+    "full" is the lossless decoder, "tensorrt" the same as an engine that `rfengine export-vae` built, "tiny"
+    a small decoder of lower quality.
+    """
+
+    graphs: bool | None = None
+    merged_pass: bool = False
+    overlap: bool | None = None
+    decode_device: str | None = None
+    autotune: bool = True
+    vae: DecoderKind = "full"
+
+    def __post_init__(self) -> None:
+        if self.vae not in get_args(DecoderKind):
+            raise ValueError(f"vae is {self.vae!r}; use {', '.join(map(repr, get_args(DecoderKind)))}")
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything a checkpoint directory says about itself; stored as its `rfengine.json`."""
 
@@ -225,6 +251,7 @@ class EngineConfig:
     width: int = 832
     fps: int = 16
     backend: Backend = "auto"
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
         if self.model.in_dim != self.vae.z_dim or self.model.out_dim != self.vae.z_dim:
@@ -274,6 +301,7 @@ _NESTED = {
     "text": TextConfig,
     "cache": CacheConfig,
     "schedule": ScheduleConfig,
+    "runtime": RuntimeConfig,
 }
 
 
@@ -293,6 +321,8 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a JSON value is what the type of a field says; only the types that fields have."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, option) for option in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
     if hint is float:
