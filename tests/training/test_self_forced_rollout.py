@@ -1,0 +1,259 @@
+"""The rollout a student learns from, against a plain unrolled one in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inputs import GRID, SMALL, small_model, text_states
+
+from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig
+from rfengine.models.embeddings import patchify, rotary_table
+from rfengine.reference import rms_norm, rotate, unpatchify
+from rfengine.schedule import FlowSchedule
+from rfengine.training.differentiable_ops import DifferentiableOps
+from rfengine.training.rollout import RolloutConfig, RolloutPlan, draw_plan, self_forced_rollout
+
+STEPS = (1000, 750, 500)
+BATCH = 2
+
+
+def engine_config(cache: CacheConfig) -> EngineConfig:
+    vae = VAEConfig(z_dim=4, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+    text = TextConfig(dim=16, attention_dim=16, num_heads=2)
+    return EngineConfig(
+        name="small",
+        model=SMALL,
+        vae=vae,
+        text=text,
+        cache=cache,
+        schedule=ScheduleConfig(denoising_steps=STEPS),
+        height=GRID.height,
+        width=GRID.width,
+    )
+
+
+def student():
+    model = small_model().double()
+    ops = DifferentiableOps(model.ops.choice)
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            module.ops = ops
+    return model
+
+
+def noise_of(chunk: int, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * chunk + step)
+    shape = (BATCH, SMALL.in_dim, 3, GRID.latent_height, GRID.latent_width)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def texts() -> torch.Tensor:
+    return torch.cat([text_states(0), text_states(1)]).double()
+
+
+def linear(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+    return x @ layer.weight.T + layer.bias
+
+
+def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    q, keys, values = (part.transpose(1, 2) for part in (q, keys, values))
+    return (torch.softmax(q @ keys.mT / q.shape[-1] ** 0.5, -1) @ values).transpose(1, 2).flatten(2)
+
+
+class Unrolled:
+    """The same computation with lists of keys and values and no cache: nothing is written in place."""
+
+    def __init__(self, model, config: EngineConfig, carry: bool) -> None:
+        self.model, self.config, self.carry = model, config, carry
+        self.past: list[list[tuple]] = []  # of every chunk in the window, of every layer: raw keys, values
+        self.exit_past: list[list[tuple] | None] = []
+        self.schedule = FlowSchedule(config.schedule)
+
+    def forward(self, x, timestep, text):
+        model, eps, frames = self.model, SMALL.eps, self.config.cache.chunk_frames
+        modulation = model.modulation(torch.tensor([[timestep]]))
+        tokens = F.linear(patchify(x, 2), model.patch_embedding.weight.flatten(1), model.patch_embedding.bias)
+        own = []
+        for index, block in enumerate(model.blocks):
+            shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = modulation.layers[index].unbind(2)
+            attention = block.self_attn
+            normed = F.layer_norm(tokens, tokens.shape[-1:], eps=eps) * (1 + scale) + shift
+            q = rms_norm(linear(normed, attention.q), attention.norm_q.weight, eps).unflatten(-1, (2, -1))
+            k = rms_norm(linear(normed, attention.k), attention.norm_k.weight, eps).unflatten(-1, (2, -1))
+            v = linear(normed, attention.v).unflatten(-1, (2, -1))
+            own.append((k, v))
+            pairs = [chunk[index] for chunk in self.past] + [(k, v)]
+            tables = [
+                rotary_table(SMALL.head_dim, torch.arange(place * frames, (place + 1) * frames), 2, 3)
+                for place in range(len(pairs))
+            ]
+            keys = torch.cat([rotate(pair[0], table) for pair, table in zip(pairs, tables, strict=True)], 1)
+            values = torch.cat([pair[1] for pair in pairs], 1)
+            tokens = tokens + gate * linear(attend(rotate(q, tables[-1]), keys, values), attention.o)
+            normed = F.layer_norm(tokens, tokens.shape[-1:], block.norm3.weight, block.norm3.bias, eps)
+            cross = block.cross_attn
+            q = rms_norm(linear(normed, cross.q), cross.norm_q.weight, eps).unflatten(-1, (2, -1))
+            tokens = tokens + linear(attend(q, text.keys[index], text.values[index]), cross.o)
+            normed = F.layer_norm(tokens, tokens.shape[-1:], eps=eps) * (1 + scale_ffn) + shift_ffn
+            hidden = F.gelu(linear(normed, block.ffn[0]), approximate="tanh")
+            tokens = tokens + gate_ffn * linear(hidden, block.ffn[2])
+        shift, scale = modulation.head.unbind(2)
+        normed = F.layer_norm(tokens, tokens.shape[-1:], eps=eps) * (1 + scale) + shift
+        return unpatchify(linear(normed, model.head.head), x), own
+
+    def evict(self) -> None:
+        cache = self.config.cache
+        if len(self.past) < cache.window_chunks:
+            return
+        leaving = 1 if cache.sink_chunks else 0
+        if cache.sink == "ema":
+            self.past[0] = [
+                tuple(
+                    cache.alpha * old + (1 - cache.alpha) * new for old, new in zip(sink, gone, strict=True)
+                )
+                for sink, gone in zip(self.past[0], self.past[leaving], strict=True)
+            ]
+            self.past[0] = [tuple(part.detach() for part in pair) for pair in self.past[0]]
+        del self.past[leaving]
+
+    def run(self, text, plan: RolloutPlan) -> torch.Tensor:
+        chunks = []
+        sigmas, timesteps = self.schedule.denoising_sigmas, self.schedule.denoising_timesteps
+        for chunk, exit_step in enumerate(plan.exits):
+            self.evict()
+            x = noise_of(chunk, 0)
+            with torch.no_grad():
+                for step in range(exit_step):
+                    x0 = x - sigmas[step] * self.forward(x, timesteps[step], text)[0]
+                    noised = (1 - sigmas[step + 1]) * x0.float()
+                    x = (noised + sigmas[step + 1] * noise_of(chunk, step + 1).float()).double()
+            flow, at_exit = self.forward(x, timesteps[exit_step], text)
+            x0 = x - sigmas[exit_step] * flow
+            with torch.no_grad():
+                clean = self.forward(x0.detach(), 0.0, text)[1]
+            if self.carry:
+                clean = [
+                    tuple(new + old - old.detach() for new, old in zip(pair, graph, strict=True))
+                    for pair, graph in zip(clean, at_exit, strict=True)
+                ]
+            self.past.append(clean)
+            if len(self.past) > self.config.cache.window_chunks:
+                raise AssertionError("a chunk too many in the window")
+            chunks.append(x0)
+        return torch.cat(chunks, 2)
+
+
+def compare(cache: CacheConfig, exits: tuple[int, ...], rollout: RolloutConfig) -> None:
+    model, config, plan = student(), engine_config(cache), RolloutPlan(len(exits), exits)
+    direction = torch.cat([noise_of(50 + chunk, 0) for chunk in range(len(exits))], dim=2)
+    direction[:, :, : 3 * (len(exits) - rollout.gradient_chunks)] = 0
+
+    result = self_forced_rollout(model, config, model.text_keys_values(texts()), noise_of, plan, rollout)
+    (result.latents * direction).sum().backward()
+    gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
+    model.zero_grad()
+
+    plain = Unrolled(model, config, rollout.carry_key_gradients).run(model.text_keys_values(texts()), plan)
+    (plain * direction).sum().backward()
+    torch.testing.assert_close(result.latents, plain, rtol=0, atol=1e-6)
+    for name, value in model.named_parameters():
+        scale = value.grad.abs().max()
+        assert scale > 0, f"{name} has no gradient"
+        error = (gradients[name] - value.grad).abs().max() / scale
+        assert error < 2e-6, f"{name}: {error:.1e}"
+
+
+EMA = CacheConfig(alpha=0.8)
+CACHES = {
+    "ema": EMA,
+    "frozen": dataclasses.replace(EMA, sink="frozen"),
+    "none": dataclasses.replace(EMA, sink="none", sink_frames=0),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_gradient_equals_that_of_plain_unrolled_implementation_beyond_the_window(name):
+    compare(CACHES[name], (1, 0, 2, 1, 2, 0), RolloutConfig(6, 6, 6))
+
+
+def test_only_the_last_chunks_carry_gradients():
+    rollout = RolloutConfig(5, 5, gradient_chunks=2)
+    compare(EMA, (1, 1, 1, 1, 1), rollout)
+    model, config = student(), engine_config(EMA)
+    text = model.text_keys_values(texts())
+    result = self_forced_rollout(model, config, text, noise_of, RolloutPlan(5, (1,) * 5), rollout)
+    assert result.first_gradient_frame == 9
+    grad = torch.autograd.grad(result.latents[:, :, :9].sum(), list(model.parameters()), allow_unused=True)
+    assert all(part is None or part.eq(0).all() for part in grad)
+
+
+def test_carried_gradients_reach_keys_and_values_of_earlier_chunks():
+    for sink in ("frozen", "ema"):
+        compare(CACHES[sink], (1, 0, 2), RolloutConfig(3, 3, 3, carry_key_gradients=True))
+
+
+def test_detached_and_carried_gradients_differ():
+    model, config, plan = student(), engine_config(EMA), RolloutPlan(3, (1, 0, 2))
+    gradients = []
+    for carry in (False, True):
+        rollout = RolloutConfig(3, 3, 3, carry_key_gradients=carry)
+        result = self_forced_rollout(model, config, model.text_keys_values(texts()), noise_of, plan, rollout)
+        result.latents.square().sum().backward()
+        gradients.append(model.blocks[0].self_attn.v.weight.grad.clone())
+        model.zero_grad()
+    detached, carried = gradients
+    assert (detached - carried).norm() > 1e-3 * carried.norm()
+
+
+def test_checkpointing_gives_the_same_gradients_while_the_cache_evicts():
+    compare(EMA, (1, 0, 2, 1, 2, 0), RolloutConfig(6, 6, 6, checkpointing=True))
+
+
+def test_rollout_without_gradients_is_the_same():
+    model, config, plan = student(), engine_config(EMA), RolloutPlan(5, (2, 1, 0, 1, 2))
+    text = model.text_keys_values(texts())
+    rollout = RolloutConfig(5, 5, 5)
+    with torch.no_grad():
+        still = self_forced_rollout(model, config, text, noise_of, plan, rollout)
+    assert not still.latents.requires_grad
+    learning = self_forced_rollout(model, config, text, noise_of, plan, rollout)
+    torch.testing.assert_close(still.latents, learning.latents.detach(), rtol=0, atol=1e-12)
+
+
+def test_plans_are_drawn_within_their_range_and_reproduced():
+    config = RolloutConfig(2, 5, 2)
+    plans = [draw_plan(config, 4, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    assert {plan.chunks for plan in plans} == {2, 3, 4, 5}
+    assert {step for plan in plans for step in plan.exits} == {0, 1, 2, 3}
+    assert all(len(set(plan.exits)) == 1 and len(plan.exits) == plan.chunks for plan in plans)
+    assert plans[7] == draw_plan(config, 4, torch.Generator().manual_seed(7))
+    own = dataclasses.replace(config, same_exit=False)
+    apart = [draw_plan(own, 4, torch.Generator().manual_seed(seed)) for seed in range(50)]
+    assert any(len(set(plan.exits)) > 1 for plan in apart)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 3, 1), "min_chunks is 0"),
+        ((4, 3, 1), "max_chunks 3"),
+        ((1, 3, 0), "gradient_chunks is 0"),
+        ((1, 3, 1, True, True, True), "no gradient can be carried"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RolloutConfig(*arguments)
+
+
+def test_carried_gradients_need_keys_before_rotation():
+    cache = CacheConfig(sink="frozen", positions="absolute")
+    model, config = student(), engine_config(cache)
+    with pytest.raises(ValueError, match="relative"):
+        self_forced_rollout(
+            model, config, model.text_keys_values(texts()), noise_of, RolloutPlan(1, (0,)),
+            RolloutConfig(1, 1, 1, carry_key_gradients=True),
+        )  # fmt: skip
