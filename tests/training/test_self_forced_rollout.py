@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import GRID, SMALL, small_model, text_states
 
+from inputs import GRID, SMALL, small_model, text_states
 from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig
 from rfengine.models.embeddings import patchify, rotary_table
 from rfengine.reference import rms_norm, rotate, unpatchify
