@@ -100,3 +100,9 @@ class WeightAverage:
 
     def load(self, values: dict[str, Tensor]) -> None:
         self.values = {name: value.clone() for name, value in values.items()}
+
+    @torch.no_grad()
+    def follow(self, module: nn.Module) -> None:
+        """Take the parameters as they are, before averaging begins."""
+        for name, value in module.state_dict().items():
+            self.values[name].copy_(value)

@@ -8,55 +8,18 @@ import dataclasses
 import pytest
 import torch
 
-from inputs import SMALL, small_model, text_states
-from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig
-from rfengine.models.vae import WanVAE
-from rfengine.training.differentiable_ops import DifferentiableOps
-from rfengine.training.distillation import (
-    Distillation,
-    DistillationConfig,
-    DistillationModels,
-    PromptBatch,
-)
+from inputs import text_states
+from rfengine.training.distillation import Distillation, DistillationConfig, PromptBatch
 from rfengine.training.re_dmd import reward_weights
 from rfengine.training.rollout import RolloutConfig
+from training_checks.small_distillation import ENGINE, PLAIN, distillation_models
 
-ENGINE = EngineConfig(
-    name="small",
-    model=SMALL,
-    vae=VAEConfig(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=(1, 1, 2, 2),
-        num_res_blocks=1,
-        latents_mean=(0.0,) * 4,
-        latents_std=(1.0,) * 4,
-    ),
-    text=TextConfig(dim=16, attention_dim=16, num_heads=2),
-    cache=CacheConfig(alpha=0.8),
-    schedule=ScheduleConfig(denoising_steps=(1000, 500)),
-    height=32,
-    width=48,
-)
 ROLLOUT = RolloutConfig(4, 4, 3)
-PLAIN = DistillationConfig(clip_frames=9, guidance=0.0, first_latent="given")
 PROMPTS = PromptBatch(
     ("a", "a", "b", "b"),
     torch.cat([text_states(0), text_states(0), text_states(1), text_states(1)]),
     torch.tensor([0, 0, 1, 1]),
 )
-
-
-def models() -> DistillationModels:
-    student = small_model(seed=0)
-    ops = DifferentiableOps(student.ops.choice)
-    for module in student.modules():
-        if hasattr(module, "ops"):
-            module.ops = ops
-    torch.manual_seed(0)
-    vae = WanVAE(ENGINE.vae).eval().requires_grad_(False)
-    teacher = small_model(seed=1).requires_grad_(False)
-    return DistillationModels(student, teacher, small_model(seed=2), vae, text_states(3))
 
 
 def generators(seed: int = 0) -> tuple[torch.Generator, torch.Generator]:
@@ -71,14 +34,14 @@ def brightness(frames: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
 
 
 def student_gradient(config: DistillationConfig, score=None, given=None, rollout=ROLLOUT):
-    parts = given or models()
+    parts = given or distillation_models()
     result = Distillation(ENGINE, parts, config, rollout, score).student_loss(PROMPTS, *generators())
     result.loss.backward()
     return result, {name: value.grad for name, value in parts.student.named_parameters()}
 
 
 def test_student_loss_reaches_every_weight_of_the_student_and_no_other():
-    parts = models()
+    parts = distillation_models()
     result, gradients = student_gradient(PLAIN, given=parts)
     assert all(value is not None and value.isfinite().all() for value in gradients.values())
     assert all(value.abs().max() > 0 for value in gradients.values())
@@ -88,7 +51,7 @@ def test_student_loss_reaches_every_weight_of_the_student_and_no_other():
 
 
 def test_critic_equal_to_the_teacher_gives_no_gradient():
-    parts = models()
+    parts = distillation_models()
     same = dataclasses.replace(parts, critic=copy.deepcopy(parts.teacher))
     result, gradients = student_gradient(PLAIN, given=same)
     assert result.distance == 0
@@ -98,7 +61,7 @@ def test_critic_equal_to_the_teacher_gives_no_gradient():
 def test_guidance_leads_away_from_the_negative_text():
     _, without = student_gradient(PLAIN)
     _, guided = student_gradient(dataclasses.replace(PLAIN, guidance=3.0))
-    parts = models()
+    parts = distillation_models()
     texts = dataclasses.replace(parts, negative_states=PROMPTS.states[:1])
     only_a = PromptBatch(("a",), PROMPTS.states[:1], torch.tensor([0]))
     config = dataclasses.replace(PLAIN, guidance=3.0)
@@ -129,7 +92,7 @@ def test_rewards_weigh_the_samples_of_each_prompt():
 
 def test_late_clip_begins_with_the_encoded_frame_and_learns_nothing_from_its_chunk():
     encoded = dataclasses.replace(PLAIN, first_latent="encoded")
-    parts = models()
+    parts = distillation_models()
     seen = []
 
     def watched(x, *arguments):
@@ -147,7 +110,7 @@ def test_late_clip_begins_with_the_encoded_frame_and_learns_nothing_from_its_chu
 
 
 def test_critic_learns_and_the_student_does_not():
-    parts = models()
+    parts = distillation_models()
     loss = Distillation(ENGINE, parts, PLAIN, ROLLOUT).critic_loss(PROMPTS, *generators())
     loss.backward()
     assert all(value.grad is not None for value in parts.critic.parameters())
@@ -162,7 +125,7 @@ def test_the_same_draws_give_the_same_losses():
 
 
 def test_critic_follows_the_student_while_both_train():
-    parts = models()
+    parts = distillation_models()
     distillation = Distillation(ENGINE, parts, PLAIN, RolloutConfig(3, 3, 3))
     student = torch.optim.AdamW(parts.student.parameters(), lr=2e-3, betas=(0.0, 0.999))
     critic = torch.optim.AdamW(parts.critic.parameters(), lr=2e-3, betas=(0.0, 0.999))
@@ -190,4 +153,4 @@ def test_critic_follows_the_student_while_both_train():
 )
 def test_settings_that_contradict_each_other_are_refused(config, score, rollout, message):
     with pytest.raises(ValueError, match=message):
-        Distillation(ENGINE, models(), config, rollout, score)
+        Distillation(ENGINE, distillation_models(), config, rollout, score)

@@ -1,0 +1,262 @@
+"""What one step of each stage of training does: draw, accumulate, average over ranks, clip, update, average
+weights.
+
+Every draw is keyed by (seed, step, pass, rank), so a run that stops and resumes goes on as if it had not
+stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rfengine.models.dit import WanDiT
+from rfengine.schedule import FlowSchedule, add_noise, shifted
+from rfengine.training.distillation import Distillation, PromptBatch, StudentLoss
+from rfengine.training.parallel import Ranks
+from rfengine.training.stage_run import WeightAverage
+from rfengine.training.train_config import AdamConfig, TrainConfig
+
+Figures = dict[str, float]
+
+
+class Prompts(Protocol):
+    """A source of prompts."""
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
+        """`count` texts and their states [count, L, D]."""
+
+
+class Clips(Protocol):
+    """A source of training videos as latents."""
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Clean latents [count, C, F, h, w] and text states [count, L, D]; a text may be the empty one."""
+
+
+class Trajectories(Protocol):
+    """A source of the teacher's trajectories."""
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """States [count, steps + 1, C, F, h, w], the last one clean, and text states [count, L, D]."""
+
+
+class TrainingStage(Protocol):
+    """One stage: what it trains, and one step of it."""
+
+    models: Mapping[str, nn.Module]
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    averages: Mapping[str, WeightAverage]
+
+    def update(self, step: int) -> Figures:
+        """Run step `step`, counted from 0; what to log of it."""
+
+
+def seeded(device: torch.device, *key: int | str) -> torch.Generator:
+    """A generator whose numbers follow from the key alone."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def build_optimizer(model: nn.Module, config: AdamConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that are trained."""
+    trained = [value for value in model.parameters() if value.requires_grad]
+    return torch.optim.AdamW(
+        trained, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps
+    )
+
+
+class _Learner:
+    """One model with its optimizer: accumulates the passes of a step, then takes it once."""
+
+    def __init__(
+        self, name: str, model: nn.Module, config: AdamConfig, accumulation: int, ranks: Ranks
+    ) -> None:
+        self.name, self.model, self.config, self.ranks = name, model, config, ranks
+        self.accumulation = accumulation
+        self.optimizer = build_optimizer(model, config)
+
+    def learn(self, update: int, loss_of: Callable[[int], Tensor]) -> Figures:
+        """Accumulate `loss_of(pass)`, average over the ranks, clip, step once. Returns loss and gradient
+        norm.
+
+        Raises RuntimeError when either is not finite, before anything is changed.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for index in range(self.accumulation):
+            loss = loss_of(index) / self.accumulation
+            loss.backward()
+            total += float(loss.detach())
+        parameters = [value for value in self.model.parameters() if value.grad is not None]
+        self.ranks.average_gradients(parameters)
+        norm = self.ranks.full(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip))
+        total = self.ranks.mean(total)
+        if not torch.isfinite(torch.tensor((total, norm))).all():
+            raise RuntimeError(
+                f"the {self.name}'s loss is {total} and its gradient's norm {norm} in its update {update}; "
+                "resume from the last checkpoint with a lower rate"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate_at(update)
+        self.optimizer.step()
+        return {f"{self.name}_loss": total, f"{self.name}_gradient_norm": norm}
+
+
+class DistillationStage:
+    """dmd and re-dmd: the critic learns in every step, the student in every critic_updates-th."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        distillation: Distillation,
+        prompts: Prompts,
+        ranks: Ranks,
+        watch: Callable[[StudentLoss, PromptBatch], Figures] | None = None,
+    ) -> None:
+        self.config, self.distillation, self.prompts, self.ranks = config, distillation, prompts, ranks
+        self._watch = watch
+        models = distillation.models
+        self._student = _Learner("student", models.student, config.optimizer, config.accumulation, ranks)
+        self._critic = _Learner("critic", models.critic, config.critic_optimizer, config.accumulation, ranks)
+        self.models = {"student": models.student, "critic": models.critic}
+        self.optimizers = {"student": self._student.optimizer, "critic": self._critic.optimizer}
+        self.averages = {"student": WeightAverage(models.student, config.average_decay)}
+
+    def update(self, step: int) -> Figures:
+        figures = self._critic.learn(step, lambda index: self._critic_loss(step, index))
+        if (step + 1) % self.config.critic_updates:
+            return figures
+        watched: Figures = {}
+        number = step // self.config.critic_updates
+
+        def student_loss(index: int) -> Tensor:
+            result = self._student_loss(step, index, watched)
+            return result.loss
+
+        figures |= self._student.learn(number, student_loss)
+        figures |= {name: self.ranks.mean(value) for name, value in watched.items()}
+        average = self.averages["student"]
+        if step >= self.config.average_start:
+            average.update(self._student.model, number)
+        else:
+            average.follow(self._student.model)
+        return figures
+
+    def _batch(
+        self, purpose: str, step: int, index: int
+    ) -> tuple[PromptBatch, torch.Generator, torch.Generator]:
+        """Prompts of this rank, the generator that all ranks share and this rank's own."""
+        config, device = self.config, self.distillation.models.student.device
+        own = seeded(device, config.seed, purpose, step, index, self.ranks.rank)
+        texts, states = self.prompts.draw(
+            config.batch // config.group,
+            seeded(torch.device("cpu"), config.seed, purpose, "prompts", step, index, self.ranks.rank),
+        )
+        groups = torch.arange(len(texts), device=device).repeat_interleave(config.group)
+        repeated = tuple(text for text in texts for _ in range(config.group))
+        batch = PromptBatch(repeated, states.to(device).repeat_interleave(config.group, 0), groups)
+        return batch, seeded(torch.device("cpu"), config.seed, purpose, "plan", step, index), own
+
+    def _critic_loss(self, step: int, index: int) -> Tensor:
+        return self.distillation.critic_loss(*self._batch("critic", step, index))
+
+    def _student_loss(self, step: int, index: int, watched: Figures) -> StudentLoss:
+        batch, shared, own = self._batch("student", step, index)
+        result = self.distillation.student_loss(batch, shared, own)
+        figures = {"distance": float(result.distance)}
+        if result.scores is not None:
+            figures |= {"score": float(result.scores.mean()), "largest_weight": float(result.weights.max())}
+        if self._watch is not None:
+            figures |= self._watch(result, batch)
+        for name, value in figures.items():
+            watched[name] = watched.get(name, 0.0) + value / self.config.accumulation
+        return result
+
+
+class TeacherStage:
+    """teacher: flow matching of a bidirectional model on whole clips, one noise level a clip."""
+
+    def __init__(self, config: TrainConfig, model: WanDiT, clips: Clips, ranks: Ranks) -> None:
+        self.config, self.model, self.clips, self.ranks = config, model, clips, ranks
+        self._learner = _Learner("teacher", model, config.optimizer, config.accumulation, ranks)
+        self.models, self.optimizers = {"teacher": model}, {"teacher": self._learner.optimizer}
+        self.averages = {"teacher": WeightAverage(model, config.average_decay)}
+
+    def update(self, step: int) -> Figures:
+        figures = self._learner.learn(step, lambda index: self._loss(step, index))
+        self.averages["teacher"].update(self.model, step)
+        return figures
+
+    def _loss(self, step: int, index: int) -> Tensor:
+        config, device = self.config, self.model.device
+        own = seeded(torch.device("cpu"), config.seed, "teacher", step, index, self.ranks.rank)
+        clean, states = (part.to(device) for part in self.clips.draw(config.batch, own))
+        uniform = torch.rand(config.batch, generator=own)
+        sigma = shifted(uniform, config.engine.schedule.shift).to(device)
+        noise = torch.randn(clean.shape, generator=own).to(device)
+        x_t = add_noise(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        with casting(device, config):
+            timesteps = config.engine.schedule.num_train_timesteps * sigma
+            flow = self.model.forward_clip(x_t, timesteps, states)
+        return (flow.float() - (noise - clean)).square().mean()
+
+
+class TrajectoryStage:
+    """ode-init: the causal student learns where the teacher's trajectory ends from each of its own steps.
+
+    Each chunk of a clip is given at a step of its own; chunks see the noisy chunks before them under the
+    causal mask (spec 7.8). The labels are the student's own timesteps, and the trajectories must have been
+    made by the same schedule.
+    """
+
+    def __init__(self, config: TrainConfig, model: WanDiT, trajectories: Trajectories, ranks: Ranks) -> None:
+        self.config, self.model, self.trajectories, self.ranks = config, model, trajectories, ranks
+        self._schedule = FlowSchedule(config.engine.schedule)
+        self._learner = _Learner("student", model, config.optimizer, config.accumulation, ranks)
+        self.models, self.optimizers = {"student": model}, {"student": self._learner.optimizer}
+        self.averages = {"student": WeightAverage(model, config.average_decay)}
+
+    def update(self, step: int) -> Figures:
+        figures = self._learner.learn(step, lambda index: self._loss(step, index))
+        self.averages["student"].update(self.model, step)
+        return figures
+
+    def _loss(self, step: int, index: int) -> Tensor:
+        config, device = self.config, self.model.device
+        own = seeded(torch.device("cpu"), config.seed, "ode-init", step, index, self.ranks.rank)
+        states, texts = (part.to(device) for part in self.trajectories.draw(config.batch, own))
+        size, steps = config.engine.cache.chunk_frames, len(self._schedule.denoising_timesteps)
+        chunks = states.shape[3] // size
+        drawn = torch.randint(steps, (config.batch, chunks), generator=own).to(device)
+        rows = drawn.repeat_interleave(size, 1)
+        x_t = states.gather(1, rows[:, None, None, :, None, None].expand(-1, 1, *states.shape[2:])).squeeze(1)
+        sigma = torch.tensor(self._schedule.denoising_sigmas, device=device)[rows]
+        timesteps = torch.tensor(self._schedule.denoising_timesteps, device=device)[rows]
+        with casting(device, config):
+            flow = self.model.forward_clip(x_t, timesteps, texts, mask=causal_mask(chunks, x_t, config))
+        x0 = x_t - sigma[:, None, :, None, None] * flow.float()
+        return (x0 - states[:, -1]).square().mean()
+
+
+def causal_mask(chunks: int, latents: Tensor, config: TrainConfig) -> Tensor:
+    """bool [T, T]: every chunk sees itself, the sink and the chunks of its window before it."""
+    cache = config.engine.cache
+    patch = config.engine.model.patch_size[1]
+    tokens = cache.chunk_frames * (latents.shape[3] // patch) * (latents.shape[4] // patch)
+    own, seen = torch.arange(chunks)[:, None], torch.arange(chunks)[None, :]
+    recent = own - seen < cache.window_chunks - cache.sink_chunks
+    visible = (seen <= own) & (recent | (seen < cache.sink_chunks))
+    return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(latents.device)
+
+
+def casting(device: torch.device, config: TrainConfig) -> AbstractContextManager:
+    """bfloat16 arithmetic on float32 weights where the precision asks for it."""
+    if config.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -1,0 +1,146 @@
+"""Trainer: runs the steps of a stage, and logs, samples, saves and resumes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rfengine.config import to_dict
+from rfengine.training.parallel import Ranks
+from rfengine.training.stages import Figures, TrainingStage
+from rfengine.training.train_config import TrainConfig
+from rfengine.training.train_state import CheckpointDirectory, TrainState
+
+logger = logging.getLogger(__name__)
+_MAY_DIFFER = ("steps", "save_every", "sample_every", "keep", "parallel", "offload_teacher")
+
+
+class Trainer:
+    """One training in one directory: `log.jsonl`, `tensorboard/`, `samples/` and `checkpoints/`.
+
+    sample(step, directory) writes videos of the moving average, in rank 0. on_step(step, figures) sees what
+    was logged; when it returns a sentence the run is saved and stops with it (a reward guard does that).
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        stage: TrainingStage,
+        directory: Path,
+        ranks: Ranks,
+        sample: Callable[[int, Path], None] | None = None,
+        on_step: Callable[[int, Figures], str | None] | None = None,
+    ) -> None:
+        self.config, self.stage, self.directory, self.ranks = config, stage, directory, ranks
+        self._sample, self._on_step = sample, on_step
+        self.state = TrainState(stage.models, stage.optimizers, stage.averages)
+        identity = {name: value for name, value in to_dict(config).items() if name not in _MAY_DIFFER}
+        self.checkpoints = CheckpointDirectory(directory, identity, config.keep)
+        self._stop = ""
+
+    def run(self) -> str:
+        """Train to the configured step, from the newest checkpoint where there is one.
+
+        Returns why it ended: "" when all steps are done; after SIGTERM or SIGINT, or when on_step says so, a
+        sentence, and a checkpoint of the last whole step is there to resume from.
+        """
+        if self.checkpoints.restore(self.state):
+            logger.info("resumed at step %d of %d", self.state.step, self.config.steps)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self._signals(), _Log(self.directory, self.ranks.rank == 0, self.config, self.state.step) as log:
+            while self.state.step < self.config.steps and not self._stop:
+                self._step(log)
+            self.checkpoints.save(self.state, wait=True)
+        return self._stop
+
+    def _step(self, log: _Log) -> None:
+        started = time.perf_counter()
+        figures = self.stage.update(self.state.step)
+        self.state.step += 1
+        step = self.state.step
+        log.write(step, figures | {"seconds": time.perf_counter() - started})
+        told = self._on_step(step, figures) if self._on_step is not None else None
+        self._stop = self.ranks.agreed(told or self._stop)
+        if step % self.config.save_every == 0 and step < self.config.steps:
+            self.checkpoints.save(self.state)
+        every = self.config.sample_every
+        if self._sample is not None and every and step % every == 0 and self.ranks.rank == 0:
+            self._sample(step, self.directory / "samples")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the step that is being made."""
+
+        def stop(number: int, _: FrameType | None) -> None:
+            self._stop = f"stopped by {signal.Signals(number).name}; resume to go on"
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Log:
+    """A line of JSON a step, the same to TensorBoard where it is installed, and a progress bar."""
+
+    def __init__(self, directory: Path, writes: bool, config: TrainConfig, step: int) -> None:
+        self._writes = writes
+        if not writes:
+            return
+        from tqdm import tqdm
+
+        _drop_lines_after(directory / "log.jsonl", step)
+        self._file = (directory / "log.jsonl").open("a")
+        self._board = _tensorboard(directory / "tensorboard", step)
+        self._bar = tqdm(total=config.steps, initial=step, desc=config.name, unit="step", disable=None)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writes:
+            self._file.close()
+            self._bar.close()
+            if self._board is not None:
+                self._board.close()
+
+    def write(self, step: int, figures: Figures) -> None:
+        if not self._writes:
+            return
+        rounded = {name: round(value, 6) for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step} | rounded) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+        self._bar.update()
+        losses = {name: f"{value:.3g}" for name, value in figures.items() if name.endswith("loss")}
+        self._bar.set_postfix(losses)
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """What an earlier run logged beyond its last checkpoint is about to be made again."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _tensorboard(directory: Path, step: int) -> Any:
+    """A writer that drops what lies beyond `step`, or None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory), purge_step=step or None)

@@ -1,0 +1,300 @@
+"""Trainings of a small model: resumed, stopped, killed while saving, and with a full disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from inputs import small_model, text_states
+from rfengine.training.distillation import Distillation
+from rfengine.training.parallel import Ranks
+from rfengine.training.rollout import RolloutConfig
+from rfengine.training.stages import DistillationStage, TeacherStage, TrajectoryStage, seeded
+from rfengine.training.train_config import AdamConfig, TrainConfig
+from rfengine.training.train_state import CheckpointDirectory, TrainState
+from rfengine.training.trainer import Trainer
+from training_checks.small_distillation import ENGINE, PLAIN, distillation_models
+
+ROLLOUT = RolloutConfig(2, 4, 3)
+ADAM = AdamConfig(1e-3)
+DMD = TrainConfig(
+    name="small",
+    stage="dmd",
+    engine=ENGINE,
+    steps=7,
+    batch=2,
+    optimizer=ADAM,
+    data="",
+    critic_optimizer=ADAM,
+    critic_updates=2,
+    accumulation=2,
+    distillation=PLAIN,
+    rollout=ROLLOUT,
+    average_start=3,
+    save_every=3,
+)
+
+
+class DrawnPrompts:
+    def draw(self, count, generator):
+        numbers = torch.randint(5, (count,), generator=generator).tolist()
+        return [f"prompt {number}" for number in numbers], torch.cat([text_states(n) for n in numbers])
+
+
+class DrawnClips:
+    def draw(self, count, generator):
+        shape = (count, ENGINE.model.in_dim, 9, 4, 6)
+        return torch.randn(shape, generator=generator), text_states(1).expand(count, -1, -1)
+
+
+class DrawnTrajectories:
+    """Trajectories that end in zeros."""
+
+    def draw(self, count, generator):
+        states = torch.randn(count, 3, ENGINE.model.in_dim, 9, 4, 6, generator=generator)
+        states[:, -1] = 0
+        return states, text_states(1).expand(count, -1, -1)
+
+
+def dmd_trainer(directory, config: TrainConfig = DMD, **options) -> Trainer:
+    distillation = Distillation(ENGINE, distillation_models(), config.distillation, config.rollout)
+    stage = DistillationStage(config, distillation, DrawnPrompts(), Ranks())
+    return Trainer(config, stage, directory, Ranks(), **options)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, model in trainer.state.models.items():
+        found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
+        moments = trainer.state.optimizers[name].state_dict()["state"]
+        found |= {f"{name}.{i}.{key}": torch.as_tensor(v) for i, s in moments.items() for key, v in s.items()}
+    for name, average in trainer.state.averages.items():
+        found |= {f"{name}_average.{key}": value for key, value in average.values.items()}
+    return found
+
+
+def assert_equal(one: Trainer, other: Trainer) -> None:
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    differing = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not differing
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    trainer = dmd_trainer(tmp_path_factory.mktemp("whole"))
+    assert trainer.run() == ""
+    return trainer
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_run_stopped_by_sigterm_and_resumed_equals_one_that_never_stopped(tmp_path, whole_run, stop_after):
+    def stop(step, figures):
+        if step == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first = dmd_trainer(tmp_path, on_step=stop)
+    assert "SIGTERM" in first.run()
+    assert first.state.step == stop_after
+    resumed = dmd_trainer(tmp_path)
+    assert resumed.run() == ""
+    assert_equal(resumed, whole_run)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_crash_after_a_save_goes_on_from_it(tmp_path, whole_run):
+    class Crash(Exception):
+        pass
+
+    def crash(step, figures):
+        if step == 5:
+            raise Crash
+
+    with pytest.raises(Crash):
+        dmd_trainer(tmp_path, on_step=crash).run()
+    resumed = dmd_trainer(tmp_path)
+    resumed.run()
+    assert_equal(resumed, whole_run)
+
+
+def test_checkpoint_holds_the_weights_of_its_step_although_training_goes_on(tmp_path, whole_run):
+    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3))
+    trainer.run()
+    at_three = {name: value.clone() for name, value in weights(trainer).items()}
+    longer = dmd_trainer(tmp_path / "other", dataclasses.replace(DMD, keep=9))
+    longer.run()
+    shutil.rmtree(longer.checkpoints.latest())
+    shutil.rmtree(longer.checkpoints.latest())
+    restored = dmd_trainer(tmp_path / "other", dataclasses.replace(DMD, keep=9))
+    assert restored.checkpoints.restore(restored.state)
+    assert restored.state.step == 3
+    found = weights(restored)
+    assert all(torch.equal(found[name], value) for name, value in at_three.items())
+
+
+def test_killed_save_leaves_the_checkpoint_before_it(tmp_path):
+    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3))
+    trainer.run()
+    partial = trainer.checkpoints.path / "step_00000006.partial"
+    shutil.copytree(trainer.checkpoints.latest(), partial)
+    (partial / ".metadata").unlink()
+    again = dmd_trainer(tmp_path)
+    assert again.checkpoints.restore(again.state)
+    assert again.state.step == 3
+    assert again.run() == ""
+    assert again.state.step == 7
+
+
+def test_full_disk_is_told_and_loses_no_checkpoint(tmp_path, monkeypatch):
+    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3))
+    trainer.run()
+    whole = trainer.checkpoints.latest()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", full)
+    trainer.state.step = 4
+    with pytest.raises(OSError, match="was not written .*No space left.*make room"):
+        trainer.checkpoints.save(trainer.state, wait=True)
+    assert trainer.checkpoints.latest() == whole
+    assert not list(trainer.checkpoints.path.glob("*.partial"))
+    monkeypatch.undo()
+    assert dmd_trainer(tmp_path).checkpoints.restore(trainer.state)
+
+
+def test_checkpoint_of_another_recipe_is_refused(tmp_path):
+    dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=1)).run()
+    other = dmd_trainer(tmp_path, dataclasses.replace(DMD, seed=1))
+    with pytest.raises(ValueError, match="seed 0, this run has 1"):
+        other.run()
+    longer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=2))
+    assert longer.run() == "", "more steps are the same run"
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, save_every=1, steps=5))
+    trainer.run()
+    assert sorted(path.name for path in trainer.checkpoints.path.iterdir()) == [
+        "step_00000004",
+        "step_00000005",
+    ]
+
+
+def test_student_learns_in_every_second_step_and_its_average_follows(whole_run, tmp_path):
+    lines = [json.loads(line) for line in (whole_run.directory / "log.jsonl").read_text().splitlines()]
+    assert [("student_loss" in line) for line in lines] == [False, True, False, True, False, True, False]
+    assert all("critic_loss" in line for line in lines)
+    assert all("distance" in line for line in lines if "student_loss" in line)
+    student = whole_run.state.models["student"].state_dict()
+    average = whole_run.state.averages["student"].values
+    assert any(not torch.equal(student[name], average[name]) for name in student)
+
+
+def test_accumulated_passes_make_one_step(tmp_path):
+    calls = []
+    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=1))
+    optimizer = trainer.stage.optimizers["critic"]
+    step, zero = optimizer.step, optimizer.zero_grad
+    optimizer.step = lambda: (calls.append("step"), step())
+    optimizer.zero_grad = lambda **options: (calls.append("zero"), zero(**options))
+    trainer.stage.update(0)
+    assert calls == ["zero", "step"]
+
+
+def test_loss_that_is_not_finite_stops_before_anything_changes(tmp_path):
+    trainer = dmd_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.stage.models["critic"].head.head.bias.fill_(torch.nan)
+    before = {name: value.clone() for name, value in weights(trainer).items()}
+    with pytest.raises(RuntimeError, match="critic's loss is nan"):
+        trainer.run()
+    after = weights(trainer)
+    assert all(torch.equal(after[name].nan_to_num(), value.nan_to_num()) for name, value in before.items())
+
+
+def test_on_step_ends_the_run_with_its_sentence(tmp_path):
+    trainer = dmd_trainer(tmp_path, on_step=lambda step, figures: "enough" if step == 2 else None)
+    assert trainer.run() == "enough"
+    assert trainer.checkpoints.latest().name == "step_00000002"
+
+
+def test_samples_are_written_on_their_steps(tmp_path):
+    seen = []
+    config = dataclasses.replace(DMD, steps=4, sample_every=2)
+    dmd_trainer(tmp_path, config, sample=lambda step, directory: seen.append((step, directory.name))).run()
+    assert seen == [(2, "samples"), (4, "samples")]
+
+
+@pytest.mark.parametrize("stage", ["teacher", "ode-init"])
+def test_model_learns_in_the_other_stages(tmp_path, stage):
+    config = TrainConfig(
+        name=stage, stage=stage, engine=ENGINE, steps=40, batch=4, optimizer=AdamConfig(2e-3), data=""
+    )
+    model, ranks = small_model(), Ranks()
+    if stage == "teacher":
+        built = TeacherStage(config, model, DrawnClips(), ranks)
+    else:
+        built = TrajectoryStage(config, model, DrawnTrajectories(), ranks)
+    trainer = Trainer(config, built, tmp_path, ranks)
+    trainer.run()
+    name = "teacher_loss" if stage == "teacher" else "student_loss"
+    losses = [json.loads(line)[name] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_keys_of_draws_do_not_meet():
+    device = torch.device("cpu")
+    draws = {
+        torch.rand((), generator=seeded(device, *key)).item()
+        for key in ((0, "a", 1, 2), (0, "a", 12), (0, "a", 1, 3), (1, "a", 1, 2), (0, "b", 1, 2))
+    }
+    assert len(draws) == 5
+
+
+def test_state_is_the_same_whether_saved_before_the_first_student_step_or_not(tmp_path):
+    saved, unsaved = dmd_trainer(tmp_path), dmd_trainer(tmp_path / "other")
+    CheckpointDirectory(tmp_path / "extra", {}, 1).save(saved.state, wait=True)
+    for step in range(2):
+        saved.stage.update(step)
+        unsaved.stage.update(step)
+    assert_equal(saved, unsaved)
+
+
+def test_damaged_run_record_is_told(tmp_path):
+    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=1))
+    trainer.run()
+    (trainer.checkpoints.latest() / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="no readable run.json"):
+        dmd_trainer(tmp_path).run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"batch": 3, "group": 2}, "whole groups"),
+        ({"average_decay": 1.0}, "average_decay is 1.0"),
+        ({"rollout": None}, "needs distillation, rollout"),
+        ({"stage": "re-dmd"}, "beta is None"),
+        ({"stage": "redmd"}, "use one of"),
+        ({"stage": "re-dmd", "distillation": dataclasses.replace(PLAIN, beta=1.0)}, "at least 2 samples"),
+    ],
+)
+def test_configs_that_can_not_be_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(DMD, **change)
+
+
+def test_state_restores_only_into_the_models_it_was_saved_from(tmp_path):
+    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=1))
+    trainer.run()
+    assert isinstance(trainer.state, TrainState)
+    assert not CheckpointDirectory(tmp_path / "nothing", {}, 1).restore(trainer.state)
