@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,15 @@ from rfengine.models.vae import WanVAE
 from rfengine.training.autoencoder import as_model_pixels
 from rfengine.training.caption_encoder import text_states
 from rfengine.training.stage_run import StageRun
-from rfengine.training.toy_world import Scene, WorldConfig, background_image, caption, render, sample_scenes
+from rfengine.training.toy_world import (
+    Scene,
+    WorldConfig,
+    background_image,
+    caption,
+    open_caption,
+    render,
+    sample_scenes,
+)
 
 _BATCH = 8
 _MIN_CHANGE = (
@@ -25,13 +34,15 @@ _MIN_CHANGE = (
 class LatentDataset:
     """N videos from their first frame on.
 
-    latents: normalised, float16 [N, C, F, h, w]. foreground: bool [N, F, h, w], where a shape is.
-    texts: float16 [K, text_len, dim], one for each caption. text_rows: [N], row of `texts` of each video.
+    latents: normalised, float16 [N, C, F, h, w]. foreground: bool [N, F, h, w], where a shape is. texts:
+    float16 [K, text_len, dim], one for each caption; open_texts: the same of the captions without their
+    speed. text_rows: [N], row of both of each video.
     """
 
     latents: Tensor
     foreground: Tensor
     texts: Tensor
+    open_texts: Tensor
     text_rows: Tensor
 
 
@@ -50,14 +61,23 @@ def encode_dataset(
         foreground += [foreground_cells(scene, clip, vae) for scene, clip in zip(drawn, clips, strict=True)]
         scenes += drawn
         run.tick(videos=float(len(scenes)))
-    captions = [caption(scene) for scene in scenes]
-    rows = {text: index for index, text in enumerate(sorted(set(captions)))}
-    run.log(videos=len(scenes), captions=len(rows))
+    run.log(videos=len(scenes))
     return LatentDataset(
-        latents=torch.cat(latents),
-        foreground=torch.stack(foreground),
-        texts=text_states(text_model, list(rows), text_len).half(),
-        text_rows=torch.tensor([rows[text] for text in captions]),
+        torch.cat(latents), torch.stack(foreground), *encode_captions(scenes, text_model, text_len)
+    )
+
+
+def encode_captions(
+    scenes: Sequence[Scene], text_model: nn.Module, text_len: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """texts, open_texts and text_rows of a LatentDataset of these scenes."""
+    by_caption = {caption(scene): open_caption(scene) for scene in scenes}
+    texts = sorted(by_caption)
+    rows = {text: index for index, text in enumerate(texts)}
+    return (
+        text_states(text_model, texts, text_len).half(),
+        text_states(text_model, [by_caption[text] for text in texts], text_len).half(),
+        torch.tensor([rows[caption(scene)] for scene in scenes]),
     )
 
 

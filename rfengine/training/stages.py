@@ -75,10 +75,16 @@ class _Learner:
     """One model with its optimizer: accumulates the passes of a step, then takes it once."""
 
     def __init__(
-        self, name: str, model: nn.Module, config: AdamConfig, accumulation: int, ranks: Ranks
+        self,
+        name: str,
+        model: nn.Module,
+        config: AdamConfig,
+        updates: int,
+        accumulation: int,
+        ranks: Ranks,
     ) -> None:
         self.name, self.model, self.config, self.ranks = name, model, config, ranks
-        self.accumulation = accumulation
+        self.updates, self.accumulation = updates, accumulation
         self.optimizer = build_optimizer(model, config)
 
     def learn(self, update: int, loss_of: Callable[[int], Tensor]) -> Figures:
@@ -103,7 +109,7 @@ class _Learner:
                 "resume from the last checkpoint with a lower rate"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate_at(update)
+            group["lr"] = self.config.rate_at(update, self.updates)
         self.optimizer.step()
         return {f"{self.name}_loss": total, f"{self.name}_gradient_norm": norm}
 
@@ -122,8 +128,9 @@ class DistillationStage:
         self.config, self.distillation, self.prompts, self.ranks = config, distillation, prompts, ranks
         self._watch = watch
         models = distillation.models
-        self._student = _Learner("student", models.student, config.optimizer, config.accumulation, ranks)
-        self._critic = _Learner("critic", models.critic, config.critic_optimizer, config.accumulation, ranks)
+        updates, passes = max(1, config.steps // config.critic_updates), config.accumulation
+        self._student = _Learner("student", models.student, config.optimizer, updates, passes, ranks)
+        self._critic = _Learner("critic", models.critic, config.critic_optimizer, config.steps, passes, ranks)
         self.models = {"student": models.student, "critic": models.critic}
         self.optimizers = {"student": self._student.optimizer, "critic": self._critic.optimizer}
         self.averages = {"student": WeightAverage(models.student, config.average_decay)}
@@ -184,7 +191,7 @@ class TeacherStage:
 
     def __init__(self, config: TrainConfig, model: WanDiT, clips: Clips, ranks: Ranks) -> None:
         self.config, self.model, self.clips, self.ranks = config, model, clips, ranks
-        self._learner = _Learner("teacher", model, config.optimizer, config.accumulation, ranks)
+        self._learner = _Learner("teacher", model, config.optimizer, config.steps, config.accumulation, ranks)
         self.models, self.optimizers = {"teacher": model}, {"teacher": self._learner.optimizer}
         self.averages = {"teacher": WeightAverage(model, config.average_decay)}
 
@@ -218,7 +225,7 @@ class TrajectoryStage:
     def __init__(self, config: TrainConfig, model: WanDiT, trajectories: Trajectories, ranks: Ranks) -> None:
         self.config, self.model, self.trajectories, self.ranks = config, model, trajectories, ranks
         self._schedule = FlowSchedule(config.engine.schedule)
-        self._learner = _Learner("student", model, config.optimizer, config.accumulation, ranks)
+        self._learner = _Learner("student", model, config.optimizer, config.steps, config.accumulation, ranks)
         self.models, self.optimizers = {"student": model}, {"student": self._learner.optimizer}
         self.averages = {"student": WeightAverage(model, config.average_decay)}
 

@@ -148,6 +148,11 @@ def caption(scene: Scene) -> str:
     return f"{subject} {action} over a {scene.background}"
 
 
+def open_caption(scene: Scene) -> str:
+    """The caption without its speed: slow and fast videos are equally likely under it."""
+    return caption(scene).replace(f" {scene.speed}", "", 1)
+
+
 def is_held_out(scene: Scene) -> bool:
     """Whether the caption belongs to the tenth that training never sees; stable across processes."""
     return hashlib.sha256(caption(scene).encode()).digest()[0] % 10 == 0

@@ -16,7 +16,8 @@ Parallelism = Literal["replicated", "sharded"]
 
 @dataclass(frozen=True, slots=True)
 class AdamConfig:
-    """AdamW of one model. clip: the largest norm of its gradient. warm_up: steps of a linear rise."""
+    """AdamW of one model. clip: the largest norm of its gradient. warm_up: steps of a linear rise; fall: the
+    part of the training, at its end, over which the rate falls linearly to a fiftieth."""
 
     rate: float
     betas: tuple[float, float] = (0.0, 0.999)
@@ -24,16 +25,20 @@ class AdamConfig:
     eps: float = 1e-8
     clip: float = 10.0
     warm_up: int = 0
+    fall: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.fall <= 1:
+            raise ValueError(f"fall is {self.fall}; it is a part of the training, from 0 to 1")
         if not self.rate > 0:
             raise ValueError(f"rate is {self.rate}; a learning rate is positive")
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; the norm a gradient is cut to is positive")
 
-    def rate_at(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0."""
-        return self.rate * min(1.0, (step + 1) / max(1, self.warm_up))
+    def rate_at(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` of `steps`, counted from 0."""
+        left = (1 - step / steps) / self.fall if self.fall else 1.0
+        return self.rate * min(1.0, (step + 1) / max(1, self.warm_up)) * max(0.02, min(1.0, left))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ class TrainConfig:
     batch: int
     optimizer: AdamConfig
     data: str
+    clip_frames: int = 21
     student: str = ""
     teacher: str = ""
     critic: str = ""

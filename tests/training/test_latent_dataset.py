@@ -30,7 +30,7 @@ def test_dataset_is_read_back_as_it_was_encoded(tmp_path):
     written = encode_dataset(WanVAE(VAE_CONFIG).eval(), text_model, 128, 4, run, 0)
     save_dataset(written, tmp_path / "videos.pt")
     read = load_dataset(tmp_path / "videos.pt")
-    for name in ("latents", "foreground", "texts", "text_rows"):
+    for name in ("latents", "foreground", "texts", "open_texts", "text_rows"):
         assert torch.equal(getattr(read, name), getattr(written, name))
     count = len(read.latents)
     assert read.latents.shape == (count, 8, 4, 8, 8) and read.foreground.shape == (count, 4, 8, 8)

@@ -1,0 +1,78 @@
+"""Rewards of the toy world on true clips of every kind of scene."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rfengine.training.toy_reward import ToyReward, parse_caption
+from rfengine.training.toy_world import (
+    SPEEDS,
+    Scene,
+    SceneObject,
+    WorldConfig,
+    caption,
+    open_caption,
+    render,
+    sample_scenes,
+)
+
+EVERY_KIND = WorldConfig(motion_weights=(1, 1, 1, 1), pair_share=0.4)
+
+
+def moving(speed: str, colour: str = "red") -> Scene:
+    return Scene((SceneObject(colour, "circle", "large"),), "moving", speed, "right", "grey wall")
+
+
+def test_caption_is_parsed_back_into_its_scene():
+    for scene in sample_scenes(300, 0, EVERY_KIND):
+        facts = parse_caption(caption(scene))
+        assert facts.objects == tuple((o.size, o.colour, o.shape) for o in scene.objects)
+        assert (facts.motion, facts.direction) == (scene.motion, scene.direction)
+        assert (facts.speed, facts.background) == (scene.speed, scene.background)
+
+
+def test_open_caption_says_all_but_the_speed():
+    for scene in sample_scenes(300, 1, EVERY_KIND):
+        text = open_caption(scene)
+        assert not any(speed in text for speed in SPEEDS)
+        opened, closed = parse_caption(text), parse_caption(caption(scene))
+        assert opened.speed is None
+        assert (opened.objects, opened.motion, opened.direction) == (
+            closed.objects, closed.motion, closed.direction
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["", "a dog", "a large red circle over a grey wall", "moving fast"])
+def test_other_texts_are_refused(text):
+    with pytest.raises(ValueError, match="no caption of the toy world"):
+        parse_caption(text)
+
+
+def test_motion_is_the_speed_of_what_was_named():
+    clips = torch.stack([render(moving(speed), 33) for speed in ("slowly", "fast")])
+    scores = ToyReward()(clips, [open_caption(moving("fast"))] * 2)
+    torch.testing.assert_close(scores["motion"], torch.tensor([0.5, 1.0]), atol=0.03, rtol=0)
+    assert scores["agreement"].tolist() == [1.0, 1.0]
+
+
+def test_motion_of_something_else_or_of_nothing_earns_nothing():
+    still = render(moving("fast"), 1).expand(33, -1, -1, -1)
+    clips = torch.stack([render(moving("fast", "blue"), 33), still])
+    scores = ToyReward()(clips, [caption(moving("fast"))] * 2)
+    assert scores["motion"][0] == 0
+    assert scores["motion"][1] < 0.05
+    assert scores["agreement"].max() < 1
+
+
+def test_true_clips_agree_with_their_captions_as_bytes_too():
+    scenes = sample_scenes(24, 2, EVERY_KIND)
+    clips = (torch.stack([render(scene, 33) for scene in scenes]) * 255).round().to(torch.uint8)
+    scores = ToyReward()(clips, [caption(scene) for scene in scenes])
+    assert scores["agreement"].mean() > 0.97
+    assert scores["motion"].min() > 0
+
+
+def test_another_number_of_prompts_is_an_error():
+    with pytest.raises(ValueError, match="shorter|longer"):
+        ToyReward()(torch.zeros(2, 9, 64, 64, 3), ["a large red circle moving upwards over a grey wall"])
