@@ -136,6 +136,7 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path):
         latents=torch.randn(videos, 8, 1, 1, 1).expand(-1, -1, frames, 4, 6).half(),
         foreground=torch.zeros(videos, frames, 4, 6, dtype=torch.bool),
         texts=torch.randn(2, 16, 96).half(),
+        open_texts=torch.randn(2, 16, 96).half(),
         text_rows=torch.tensor([0, 1] * 3),
     )
     for name in ("videos.pt", "starts.pt"):
