@@ -125,7 +125,7 @@ def self_forced_rollout(
             x0 = _exit_step(model, cache, place, text, schedule, x, exit_step, rollout, carried)
         with torch.no_grad():
             context = _modulation(model, schedule.context_timestep)
-            model.forward_chunk(x0.detach(), context, text, cache, place, keep_raw=True)
+            model.context_pass(x0.detach(), context, text, cache, place)
         cache.commit(place)
         chunks.append(x0)
     return Rollout(torch.cat(chunks, dim=2), first_gradient * config.cache.chunk_frames)
@@ -275,7 +275,7 @@ def roll_out(
             fresh = None if step + 1 == steps else torch.randn(latents.shape, generator=generator)
             latents = _denoise(model, cache, place, text, schedule, latents, step, fresh)
         context = _modulation(model, schedule.context_timestep)
-        model.forward_chunk(latents, context, text, cache, place, keep_raw=True)
+        model.context_pass(latents, context, text, cache, place)
         cache.commit(place)
         yield latents
 
