@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rfengine import native
+from rfengine.runtime.timing import capture_calls, count_cold_sets
 
 RUNS = 60
 CHECKED_LAYERS = 2  # an arena of all layers in float64 would not fit beside its copies
@@ -87,20 +88,9 @@ class Row:
 def time_calls(run: Callable[..., object], sets: Sequence[Arguments], runs: int = RUNS) -> Timing:
     """Time `run` over the sets of arguments in turn, as one CUDA graph; between CUDA events, after warm-up.
 
-    A graph, since a launch from Python takes longer than most of these kernels run, and since the engine runs
-    them in one. The sets together are larger than the L2 cache, so that it serves nothing (see input_sets).
+    The sets together are larger than the L2 cache, so that it serves nothing (see input_sets).
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for arguments in (*sets[:2], sets[0]):
-            run(*arguments)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for arguments in sets:
-            run(*arguments)
+    graph = capture_calls(run, sets)
     for _ in range(3):
         graph.replay()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
@@ -115,8 +105,7 @@ def time_calls(run: Callable[..., object], sets: Sequence[Arguments], runs: int 
 
 def input_sets(make: Callable[[], Arguments], set_bytes: int) -> list[Arguments]:
     """As many sets of arguments as it takes to make the L2 cache forget the first; at most 64."""
-    cache_bytes = torch.cuda.get_device_properties().L2_cache_size
-    return [make() for _ in range(min(64, 2 + 2 * cache_bytes // set_bytes))]
+    return [make() for _ in range(count_cold_sets("cuda", set_bytes))]
 
 
 @cache

@@ -1,0 +1,223 @@
+"""Autotune: which backend runs each op at the engine's own shapes, measured at start-up and kept in a file.
+
+Rule: the fastest contender wins, by the median of its samples; the contenders are sampled in turn, so that a
+change of the clock meets all of them alike. The default stays unless the gain is above the noise: 2 % of the
+default's median, or the larger of the two interquartile spreads, whichever is more. A contender that fails,
+or whose results are further from float64 than twice the reference's own error, is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rfengine.config import Backend, EngineConfig
+from rfengine.grid import LatentGrid
+from rfengine.ops import op_of
+from rfengine.runtime.contests import FOLDED, FOLDS_GATE, Contest, Site, backend_contests, gate_contest
+from rfengine.runtime.timing import Arguments, Sampler, Timer, count_cold_sets, graph_sampler
+from rfengine.runtime.tuning_cache import Decision, Subject, TuningCache, default_cache_path, describe_machine
+
+logger = logging.getLogger(__name__)
+SAMPLES = 15
+WARM_UP_SAMPLES = 3
+NOISE_SHARE = 0.02
+ERROR_FACTOR = 2.0  # times the error of the reference in the same dtype
+SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What choose_ops is called with: choose_ops("auto", device, choice.overrides, choice.folds_gate)."""
+
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        """Backend by op, or by op and shape of the weight."""
+        return {each.subject.key: each.backend for each in self.decisions if each.subject.key != FOLDS_GATE}
+
+    @property
+    def folds_gate(self) -> bool:
+        return any(each.subject.key == FOLDS_GATE and each.backend == FOLDED for each in self.decisions)
+
+
+def tune(
+    config: EngineConfig,
+    grid: LatentGrid,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    requested: Backend = "auto",
+    forced: Mapping[str, str] | None = None,
+    cache_path: str | Path | None = None,
+    timer: Timer | None = None,
+) -> Choice:
+    """Decide what runs a stream of `config` at `grid`, from the cache file where it knows, else by measuring.
+
+    requested: any backend but "auto" is a choice already: nothing is measured. forced: backend by key of
+    Ops.choice, or "folds_gate" with "folded" or "apart"; an op stands for all its shapes. cache_path: the
+    file, by default autotune.json in the user's cache directory. timer: replaces the CUDA clock; without it
+    nothing is measured on any other device. Raises RuntimeError where every contender of an op fails or is
+    wrong.
+    """
+    device = torch.device(device)
+    decisions = [Decision(Subject(key), backend, "forced") for key, backend in (forced or {}).items()]
+    if requested == "auto" and (device.type == "cuda" or timer is not None):
+        site = Site(config, grid, dtype, device)
+        cache = TuningCache(Path(cache_path or default_cache_path()), describe_machine(device))
+        decisions += _hold(backend_contests(site), decisions, cache, timer)
+        decisions += _hold([gate_contest(site, Choice(tuple(decisions)).overrides)], decisions, cache, timer)
+    for decision in decisions:
+        logger.info("autotune: %s", decision)
+    return Choice(tuple(decisions))
+
+
+def cached_decisions(device: torch.device | str, cache_path: str | Path | None = None) -> list[Decision]:
+    """What the cache file holds for this machine, for a report; str() of one is a line."""
+    return TuningCache(Path(cache_path or default_cache_path()), describe_machine(device)).decisions()
+
+
+def _hold(
+    contests: Sequence[Contest], made: Sequence[Decision], cache: TuningCache, timer: Timer | None
+) -> list[Decision]:
+    """Decisions of the contests that nothing in `made` settles; new measurements go into the cache."""
+    settled = {decision.subject.key for decision in made}
+    decisions, measured = [], []
+    for contest in contests:
+        key = contest.subject.key
+        if key in settled or op_of(key) in settled:
+            continue
+        if len(contest.contenders) == 1:
+            decisions.append(Decision(contest.subject, contest.default, "the only one that runs here"))
+            continue
+        decision = cache.find(contest.subject)
+        if decision is None:
+            decision = decide(contest, timer)
+            measured.append(decision)
+        decisions.append(decision)
+    if measured:
+        cache.store(measured)
+    return decisions
+
+
+def decide(contest: Contest, timer: Timer | None = None) -> Decision:
+    """Check and time the contenders of one contest, and choose. timer: replaces the CUDA clock.
+
+    Raises RuntimeError where all of them fail or are wrong.
+    """
+    device = contest.device
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        samplers, refused = _prepare(contest, timer or graph_sampler)
+        times = _sample(samplers)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not times:
+        raise RuntimeError(
+            f"every backend of {contest.subject} fails: {refused}; turn autotune off and choose one by name"
+        )
+    backend, reason = choose(times, contest.default)
+    notes = [reason, *(f"{name} refused: {problem}" for name, problem in refused.items())]
+    return Decision(contest.subject, backend, "; ".join(notes), times, refused)
+
+
+def _prepare(contest: Contest, timer: Timer) -> tuple[dict[str, Sampler], dict[str, str]]:
+    """What samples each contender that is right, and why the others are refused."""
+    generator = torch.Generator(contest.device).manual_seed(SEED)
+    on_cuda = contest.device.type == "cuda"
+    count = count_cold_sets(contest.device, contest.set_bytes) if on_cuda else 1
+    sets = [contest.make_inputs(generator) for _ in range(count)]
+    samplers, refused = {}, {}
+    failures = _failures()
+    for name, run in contest.contenders.items():
+        try:
+            problem = _error_of(contest, run, contest.make_inputs(generator))
+            if problem:
+                refused[name] = problem
+            else:
+                samplers[name] = timer(run, sets)
+        except failures as error:
+            refused[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    return samplers, refused
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a backend that does not serve a shape or a GPU raises."""
+    known = (RuntimeError, ValueError, ImportError)
+    if importlib.util.find_spec("triton") is None:
+        return known
+    from triton.errors import TritonError
+
+    return (*known, TritonError)
+
+
+def _sample(samplers: Mapping[str, Sampler]) -> dict[str, tuple[float, float]]:
+    """Median and interquartile spread by contender; every round samples all, each round the other way."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for round_index in range(WARM_UP_SAMPLES + SAMPLES):
+        order = list(samplers) if round_index % 2 else list(reversed(samplers))
+        for name in order:
+            milliseconds = samplers[name]()
+            if round_index >= WARM_UP_SAMPLES:
+                samples[name].append(milliseconds)
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float]) -> tuple[float, float]:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, high - low
+
+
+def choose(times: Mapping[str, tuple[float, float]], default: str) -> tuple[str, str]:
+    """The winner and why, from median and spread by contender (the rule is at the top)."""
+    ranked = sorted(times, key=lambda name: times[name][0])
+    listed = ", ".join(f"{name} {times[name][0]:.4f} ms (spread {times[name][1]:.4f})" for name in ranked)
+    best = ranked[0]
+    if default not in times:
+        return best, f"{listed}; the default {default} is out"
+    if best == default:
+        return default, listed
+    (usual, usual_spread), (least, spread) = times[default], times[best]
+    if usual - least > max(NOISE_SHARE * usual, usual_spread, spread):
+        return best, f"{listed}; {1 - least / usual:.1%} below the default {default}"
+    return default, f"{listed}; within the noise, so the default stays"
+
+
+def _error_of(contest: Contest, run: Callable[..., object], arguments: Arguments) -> str:
+    """Why the results of `run` are wrong, or "" where they are right: against the reference in float64."""
+    part = contest.part(arguments)  # before the call, which may write into its arguments
+    expected = _results(contest, contest.meaning, _map(Tensor.clone, part))
+    truth = _results(contest, contest.meaning, _map(_widened, part))
+    found = _results(contest, run, arguments)
+    for index, (ours, plain, exact) in enumerate(zip(found, expected, truth, strict=True)):
+        if ours.shape != exact.shape:
+            return f"result {index} is {tuple(ours.shape)}, not {tuple(exact.shape)}"
+        error, usual = (_distance(result, exact) for result in (ours, plain))
+        limit = ERROR_FACTOR * usual + torch.finfo(plain.dtype).eps / 16
+        if not error <= limit:  # a NaN is refused as well
+            return f"result {index} is {error:.2e} from float64, the limit is {limit:.2e}"
+    return ""
+
+
+def _results(contest: Contest, run: Callable[..., object], arguments: Arguments) -> tuple[Tensor, ...]:
+    return contest.results(arguments, run(*arguments))
+
+
+def _distance(result: Tensor, exact: Tensor) -> float:
+    return ((result.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def _map(change: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
+    return tuple(change(item) if isinstance(item, Tensor) else item for item in arguments)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()

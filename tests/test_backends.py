@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from kernel_checks.tolerance import assert_within_reference_error
+from rfengine import reference
+from rfengine.backends import backend_reasons, has_backend, implementation
+from rfengine.ops import OP_NAMES
+
+
+def layer(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 21, 64), (96, 64), (96,))
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    return [tensor.to(device, dtype) for tensor in (x, weight / 8, bias)]
+
+
+def test_cublaslt_runs_the_two_products_that_end_in_a_bias_and_nothing_else():
+    assert {op for op in OP_NAMES if has_backend(op, "cublaslt")} == {"linear", "linear_gelu"}
+    assert "needs a CUDA device" in backend_reasons("cpu")["cublaslt"]
+
+
+def test_a_product_with_its_bias_equals_the_reference():
+    case = layer(torch.float32, "cpu")
+    torch.testing.assert_close(implementation("linear", "cublaslt")(*case), reference.linear(*case))
+
+
+def test_gelu_in_the_epilogue_gives_way_where_a_gradient_is_recorded():
+    case = [tensor.requires_grad_() for tensor in layer(torch.float32, "cpu")]
+    found = implementation("linear_gelu", "cublaslt")(*case)
+    assert torch.equal(found, reference.linear_gelu(*case))
+    assert all(grad is not None for grad in torch.autograd.grad(found.sum(), case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("op", ["linear", "linear_gelu"])
+def test_cublaslt_agrees_with_the_reference_on_a_gpu(op, dtype):
+    case = layer(dtype, "cuda")
+    truth = getattr(reference, op)(*(tensor.double() for tensor in case))
+    found = implementation(op, "cublaslt")(*case)
+    assert_within_reference_error(op, found, getattr(reference, op)(*case), truth)
