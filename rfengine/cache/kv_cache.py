@@ -7,7 +7,7 @@ Shapes: L layers, B batch, S arena tokens, T tokens of a chunk, H heads, E head 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,23 @@ class CachePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class TextKeysValues:
+    """Cross-attention keys and values of one prompt for every layer: [L, B, text_len, H, E] each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PendingContext:
+    """A context pass that is still to run: the chunk's plan, its clean latents [B, C, F, h, w], its text."""
+
+    plan: CachePlan
+    latents: Tensor
+    text: TextKeysValues
+
+
+@dataclass(frozen=True, slots=True)
 class LayerCache:
     """One layer's views for one chunk: the arena to read, [B, S, H, E], and the chunk's slot to write, [B, T,
     H, E]."""
@@ -63,6 +80,10 @@ class StreamingKVCache:
     rotation, kept only with relative positions, where a slot's time index changes. rotation: cosines and
     sines [2, S, E / 2] of every slot's present time index; query_rotation: [2, T, E / 2], those of the chunk
     that has begun. filled_tokens: int32 [1], how much of S the chunk sees. Memory is fixed from the start.
+
+    pending: the context pass of the last committed chunk where it has not run yet (merged passes). Until then
+    that chunk's slot holds the keys and values of its last denoising step; context_rotation and
+    context_filled_tokens are its query_rotation and filled_tokens while the next chunk is shown.
     """
 
     def __init__(
@@ -94,10 +115,29 @@ class StreamingKVCache:
         self.filled_tokens = torch.zeros(1, dtype=torch.int32, device=device)
         self.rotation = torch.zeros(2, arena[2], model.head_dim // 2, device=device)
         self.query_rotation = self.rotation[:, : self.chunk_tokens].clone()
+        self.context_rotation = torch.zeros_like(self.query_rotation)
+        self.context_filled_tokens = torch.zeros_like(self.filled_tokens)
+        places = range(config.window_frames) if config.positions == "relative" else range(0)
+        self._place_rotation = self._rotation_of(places)  # relative positions use these time indices only
         self._shown_times = [EMPTY] * config.window_chunks  # time index that `rotation` holds for every slot
-        self.slot_chunks = [EMPTY] * config.window_chunks
-        self.next_chunk = 0
-        self.begun_chunk = EMPTY  # the last chunk whose eviction and re-phasing were done
+        self._start()
+
+    def _start(self) -> None:
+        self.slot_chunks = [EMPTY] * self.config.window_chunks
+        self._stand_before(0)
+
+    def _stand_before(self, chunk: int) -> None:
+        self.next_chunk = chunk
+        self.begun_chunk = chunk - 1  # the last chunk whose eviction and re-phasing were done
+        self.pending: PendingContext | None = None
+        self._torn = False  # a merged pass began and did not end
+
+    def reset(self) -> None:
+        """Back to the start of a video, in place: every address stays, and the state is that of a new
+        cache."""
+        for tensor in self._state().values():
+            tensor.zero_()
+        self._start()
 
     @property
     def sink_tokens(self) -> int:
@@ -123,20 +163,34 @@ class StreamingKVCache:
         own."""
         chunks = self.slot_chunks[: slot + 1]
         plan = CachePlan(self.slot_chunks[slot], slot, False, slot + 1, self._slot_times(chunks))
-        self._show(plan)
+        self.show(plan)
         return plan
 
-    def _show(self, plan: CachePlan) -> None:
-        """Bring what the device reads, the fill and the rotations, to the planned chunk's view."""
+    def show(self, plan: CachePlan) -> None:
+        """Bring what the device reads, the fill and the rotations, to the view of `plan`; keys stay as they
+        are."""
+        if self._torn:
+            raise RuntimeError(
+                f"chunk {self.next_chunk} failed inside a merged pass and left the cache half-way; "
+                "reset it or load a saved state"
+            )
         self.filled_tokens.fill_(plan.filled_slots * self.chunk_tokens)
         for slot, time in enumerate(plan.slot_times):
             if time != self._shown_times[slot]:
-                frames = torch.arange(time, time + self.config.chunk_frames, device=self.rotation.device)
-                self.rotation[:, self.slot_tokens(slot)] = rotary_table(
-                    self.head_dim, frames, self.grid.token_rows, self.grid.token_columns
-                )
+                self.rotation[:, self.slot_tokens(slot)] = self._chunk_rotation(time)
                 self._shown_times[slot] = time
         self.query_rotation.copy_(self.rotation[:, self.slot_tokens(plan.slot)])
+
+    def _chunk_rotation(self, time: int) -> Tensor:
+        """[2, T, E / 2] of a chunk whose first latent frame has the index `time`."""
+        if self.config.positions == "absolute":
+            return self._rotation_of(range(time, time + self.config.chunk_frames))
+        start = time * self.grid.frame_tokens
+        return self._place_rotation[:, start : start + self.chunk_tokens]
+
+    def _rotation_of(self, frames: range) -> Tensor:
+        indices = torch.arange(frames.start, frames.stop, device=self.rotation.device)
+        return rotary_table(self.head_dim, indices, self.grid.token_rows, self.grid.token_columns)
 
     def _slot_times(self, chunks: list[int]) -> tuple[int, ...]:
         """Time index of every filled slot: its place in the window (relative) or in the stream (absolute)."""
@@ -146,27 +200,55 @@ class StreamingKVCache:
         order = {chunk: place for place, chunk in enumerate(sorted(chunks))}
         return tuple(order[chunk] * frames for chunk in chunks)
 
-    def begin_chunk(self, plan: CachePlan) -> None:
-        """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes
-        nothing."""
+    def open_chunk(self, plan: CachePlan) -> CachePlan:
+        """Show the next chunk's view, and beside it that of a pending context pass. Returns the plan, without
+        its eviction where that was done already."""
         if plan.chunk != self.next_chunk:
             raise RuntimeError(
                 f"the plan is for chunk {plan.chunk} but chunk {self.next_chunk} is next; plan again"
             )
-        if self.begun_chunk == plan.chunk:
-            return
-        self._show(plan)
+        self.show(plan)
+        if self.pending is not None:
+            self.context_filled_tokens.fill_(self.pending.plan.filled_slots * self.chunk_tokens)
+            self.context_rotation.copy_(self._chunk_rotation(self.pending.plan.query_time))
+        return replace(plan, evicts=False) if self.begun_chunk == plan.chunk else plan
+
+    def begin_chunk(self, plan: CachePlan) -> None:
+        """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes
+        nothing."""
+        self.evict(self.open_chunk(plan))
+        self.mark_begun(plan)
+
+    def evict(self, plan: CachePlan) -> None:
+        """The device's part of begin_chunk, for all layers; the host's state stays."""
         if plan.evicts:  # then every slot is filled
             leaving = self.slot_tokens(plan.slot).start
             self.policy.evict(self.raw_keys, self.keys, self.values, self.rotation, leaving)
-        self.begun_chunk = plan.chunk
 
-    def commit(self, plan: CachePlan) -> None:
-        """The chunk's final keys and values are in its slot: go on to the next chunk."""
+    def evict_layer(self, index: int, plan: CachePlan) -> None:
+        """evict for one layer."""
+        if plan.evicts:
+            one, leaving = slice(index, index + 1), self.slot_tokens(plan.slot).start
+            raw = None if self.raw_keys is None else self.raw_keys[one]
+            policy = self.policy.layer(index)
+            policy.evict(raw, self.keys[one], self.values[one], self.rotation, leaving)
+
+    def mark_torn(self) -> None:
+        """A merged pass starts: it evicts layer by layer, so it can not be repeated until mark_begun."""
+        self._torn = True
+
+    def mark_begun(self, plan: CachePlan) -> None:
+        """The planned chunk's eviction and re-phasing are done, and with them any pending context pass."""
+        self.begun_chunk, self.pending, self._torn = plan.chunk, None, False
+
+    def commit(self, plan: CachePlan, pending: PendingContext | None = None) -> None:
+        """The chunk's final keys and values are in its slot, or will be by `pending`: go on to the next
+        chunk."""
         if plan.chunk != self.next_chunk or self.begun_chunk != plan.chunk:
             raise RuntimeError(f"chunk {plan.chunk} has not begun; call begin_chunk before commit")
         self.slot_chunks[plan.slot] = plan.chunk
         self.next_chunk += 1
+        self.pending = pending
 
     def slot_tokens(self, slot: int) -> slice:
         return slice(slot * self.chunk_tokens, (slot + 1) * self.chunk_tokens)
@@ -186,6 +268,10 @@ class StreamingKVCache:
             self.filled_tokens,
         )
 
+    def context_layer(self, index: int, plan: CachePlan) -> LayerCache:
+        """The views of one layer for a pending context pass beside the next chunk."""
+        return replace(self.layer(index, plan, keep_raw=True), filled_tokens=self.context_filled_tokens)
+
     def chronological(self, arena: Tensor) -> Tensor:
         """The valid tokens of an arena [L, B, S, H, E] in the order sink, then oldest to newest; a copy."""
         filled = [slot for slot, chunk in enumerate(self.slot_chunks) if chunk != EMPTY]
@@ -194,6 +280,13 @@ class StreamingKVCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, not copied; the integers are slot_chunks and next_chunk."""
+        if self.pending is not None:
+            raise RuntimeError(
+                f"the context pass of chunk {self.pending.plan.chunk} is pending; call ChunkRunner.flush"
+            )
+        return self._state()
+
+    def _state(self) -> dict[str, Tensor]:
         raw = {} if self.raw_keys is None else {"raw_keys": self.raw_keys}
         return {"keys": self.keys, "values": self.values, **raw, **self.policy.tensors()}
 
@@ -203,7 +296,7 @@ class StreamingKVCache:
         Raises ValueError when a tensor is missing or its shape differs: the state is of another model, size
         or cache configuration.
         """
-        for name, own in self.tensors().items():
+        for name, own in self._state().items():
             saved = tensors.get(name)
             if saved is None or saved.shape != own.shape:
                 found = "missing" if saved is None else str(tuple(saved.shape))
@@ -214,8 +307,7 @@ class StreamingKVCache:
             raise ValueError(
                 f"the saved cache has {len(slot_chunks)} slots; this stream has {len(self.slot_chunks)}"
             )
-        for name, own in self.tensors().items():
+        for name, own in self._state().items():
             own.copy_(tensors[name])
         self.slot_chunks = list(slot_chunks)
-        self.next_chunk = next_chunk
-        self.begun_chunk = next_chunk - 1
+        self._stand_before(next_chunk)

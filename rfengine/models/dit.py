@@ -7,14 +7,15 @@ tokens, D model dim, H heads, E head dim, L layers, C latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfengine.cache.kv_cache import CachePlan, LayerCache, StreamingKVCache
+from rfengine.cache.kv_cache import CachePlan, LayerCache, StreamingKVCache, TextKeysValues
 from rfengine.config import WanConfig
 from rfengine.models.embeddings import patchify, rotary_table, timestep_sinusoid
 from rfengine.ops import REFERENCE_OPS, Ops
@@ -33,58 +34,146 @@ class Modulation:
     head: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class TextKeysValues:
-    """Cross-attention keys and values of one prompt for every layer: [L, B, text_len, H, E] each."""
+class Linear(nn.Linear):
+    """y = x W^T + b on the model's ops."""
 
-    keys: Tensor
-    values: Tensor
+    def __init__(self, in_features: int, out_features: int, ops: Ops) -> None:
+        super().__init__(in_features, out_features)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
 
 
-class SelfAttention(nn.Module):
+class LinearGELU(Linear):
+    """GELU (tanh form) of x W^T + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear_gelu(x, self.weight, self.bias)
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of x: apart, or by one product where pack_weights laid the weights together.
+
+    The weights stay parameters of their own names in either case. What moves them apart again (`.to()`,
+    copying the model, state loaded with assign=True) is seen at the next call, as is a recorded gradient: the
+    layers are then called one by one.
+    """
+
     def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
         self.ops, self.num_heads, self.eps = ops, config.num_heads, config.eps
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, ops) for _ in range(4))
         self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
+        self.is_packed = False
+
+    @torch.no_grad()
+    def pack(self, *layers: nn.Linear) -> None:
+        """Lay the weights of `layers` one after another in one memory, and their biases; needs no more."""
+        for name in ("weight", "bias"):
+            parts = [getattr(layer, name) for layer in layers]
+            joined = torch.cat([part.data for part in parts])
+            for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+                part.data = piece
+        self.is_packed = True
+
+    def project(self, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+        """Every layer of x [B, T, D]: [B, T, D] each, views of one [B, T, len(layers) * D] where packed."""
+        if self.is_packed and not torch.is_grad_enabled():
+            weight = joined_view([layer.weight for layer in layers])
+            bias = joined_view([layer.bias for layer in layers])
+            if weight is not None and bias is not None:
+                return self.ops.linear(x, weight, bias).chunk(len(layers), dim=-1)
+        return tuple(layer(x) for layer in layers)
+
+
+def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
+    """One view of tensors that lie one after another in one storage, without gradient; None where they do
+    not."""
+    first = parts[0].detach()
+    place = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != place or not part.is_contiguous() or part.dtype != first.dtype:
+            return None
+        place += part.nbytes
+    storage = first.untyped_storage()
+    if place > storage.data_ptr() + storage.nbytes():  # neighbours by chance, in memory of their own
+        return None
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+class SelfAttention(Projections):
+    """Both ways give the attention [B, T, D] before its output projection `o`, which the block applies."""
+
+    def pack_weights(self) -> None:
+        self.pack(self.q, self.k, self.v)
 
     def over_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> Tensor:
         """Write this chunk's slot of one layer and attend to the window; x [B, T, D], rotation [2, T, E /
         2]."""
-        q = self.ops.qk_norm_rope_write(
-            self.q(x), self.k(x), self.v(x), self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
-            cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
-        )  # fmt: skip
-        return self.o(
-            self.ops.sink_window_attention(
-                q, cache.keys, cache.values, cache.kv_len, cache.filled_tokens
-            ).flatten(2)
-        )
+        return self._write_and_attend(self.project(x, self.q, self.k, self.v), rotation, cache)
 
     def over_clip(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """Attend among all tokens of x [B, T, D] where mask [T, T] allows it."""
+        q, k, v = self.project(x, self.q, self.k, self.v)
         q, k = self.ops.qk_norm_rope(
-            self.q(x), self.k(x), self.norm_q.weight, self.norm_k.weight, rotation, self.num_heads, self.eps
+            q, k, self.norm_q.weight, self.norm_k.weight, rotation, self.num_heads, self.eps
         )
-        v = self.v(x).unflatten(-1, (self.num_heads, -1))
-        return self.o(self.ops.clip_attention(q, k, v, mask).flatten(2))
+        return self.ops.clip_attention(q, k, v.unflatten(-1, (self.num_heads, -1)), mask).flatten(2)
+
+    def write_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> None:
+        """Write this chunk's slot of one layer and attend to nothing: the same keys and values as
+        over_cache."""
+        k, v = self.project(x, self.k, self.v)
+        weight = self.norm_k.weight
+        # the op wants queries: the keys stand in for them, and what it returns is the keys again
+        self.ops.qk_norm_rope_write(
+            k, k, v, weight, weight, rotation, self.eps,
+            cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
+        )  # fmt: skip
+
+    def over_two_views(
+        self,
+        x: Tensor,
+        rotations: tuple[Tensor, Tensor],
+        views: tuple[LayerCache, LayerCache],
+        between: Callable[[], None],
+    ) -> Tensor:
+        """over_cache for both halves of x [B, 2 T, D], each over its own view, by one projection.
+
+        `between` is called when the first half has written its slot and attended, before the second does.
+        """
+        halves = zip(*(part.chunk(2, dim=1) for part in self.project(x, self.q, self.k, self.v)), strict=True)
+        first = self._write_and_attend(next(halves), rotations[0], views[0])
+        between()
+        return torch.cat((first, self._write_and_attend(next(halves), rotations[1], views[1])), dim=1)
+
+    def _write_and_attend(
+        self, projected: tuple[Tensor, ...], rotation: Tensor, cache: LayerCache
+    ) -> Tensor:
+        q = self.ops.qk_norm_rope_write(
+            *projected, self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
+            cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
+        )  # fmt: skip
+        return self.ops.sink_window_attention(
+            q, cache.keys, cache.values, cache.kv_len, cache.filled_tokens
+        ).flatten(2)
 
 
-class CrossAttention(nn.Module):
-    def __init__(self, config: WanConfig, ops: Ops) -> None:
-        super().__init__()
-        self.ops, self.num_heads, self.eps = ops, config.num_heads, config.eps
-        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
-        self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
+class CrossAttention(Projections):
+    def pack_weights(self) -> None:
+        self.pack(self.k, self.v)
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, text_len, H, E] of embedded text [B, text_len, D]."""
-        keys = self.ops.rms_norm(self.k(text), self.norm_k.weight, self.eps)
-        return keys.unflatten(-1, (self.num_heads, -1)), self.v(text).unflatten(-1, (self.num_heads, -1))
+        keys, values = self.project(text, self.k, self.v)
+        keys = self.ops.rms_norm(keys, self.norm_k.weight, self.eps)
+        return keys.unflatten(-1, (self.num_heads, -1)), values.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The attention [B, T, D] before its output projection `o`, which the block applies."""
         q = self.ops.rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
-        return self.o(self.ops.clip_attention(q, keys, values, None).flatten(2))
+        return self.ops.clip_attention(q, keys, values, None).flatten(2)
 
 
 class Scale(nn.Module):
@@ -97,7 +186,8 @@ class Scale(nn.Module):
 
 class Block(nn.Module):
     """One transformer block. It takes and gives the residual stream and its norm for the next reader, so that
-    every residual addition is fused with the norm that follows it."""
+    every residual addition is fused: with the norm that follows it, or (ops.folds_gate) with the product
+    before it."""
 
     def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
@@ -106,9 +196,9 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
         self.cross_attn = CrossAttention(config, ops)
         self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(config.ffn_dim, config.dim),
+            LinearGELU(config.dim, config.ffn_dim, ops),
+            nn.Identity(),  # the GELU of the checkpoints, which call the next layer ffn.2
+            Linear(config.ffn_dim, config.dim, ops),
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
@@ -122,17 +212,31 @@ class Block(nn.Module):
         attend: Callable[[SelfAttention, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """x, normed: [B, T, D]; rows: [B, F, 6, D] of this block; following: [B, F, 2, D], shift and scale
-        next."""
+        next. attend gives the self-attention before its output projection."""
         _, _, gate, shift, scale, gate_ffn = rows.unbind(2)
-        y = attend(self.self_attn, normed)
-        x, normed = self.ops.gated_residual_affine_norm(
-            x, y, gate, self.norm3.weight, self.norm3.bias, self.eps
+        x, normed = self._add_affine(x, attend(self.self_attn, normed), gate)
+        x, normed = self._add_adaptive(
+            x, self.cross_attn(normed, *text), self.cross_attn.o, None, shift, scale
         )
-        y = self.cross_attn(normed, *text)
-        x, normed = self.ops.gated_residual_adaptive_norm(x, y, None, shift, scale, self.eps)
-        return self.ops.gated_residual_adaptive_norm(
-            x, self.ffn(normed), gate_ffn, *following.unbind(2), self.eps
-        )
+        expand, _, contract = self.ffn
+        return self._add_adaptive(x, expand(normed), contract, gate_ffn, *following.unbind(2))
+
+    def _add_affine(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + gate * projection of y, its norm3); the caller gives x up."""
+        projection, weight, bias = self.self_attn.o, self.norm3.weight, self.norm3.bias
+        if self.ops.folds_gate:
+            x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
+            return x, self.ops.affine_layer_norm(x, weight, bias, self.eps)
+        return self.ops.gated_residual_affine_norm(x, projection(y), gate, weight, bias, self.eps)
+
+    def _add_adaptive(
+        self, x: Tensor, y: Tensor, projection: Linear, gate: Tensor | None, shift: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(x + gate * projection of y, its modulated norm); the caller gives x up."""
+        if self.ops.folds_gate:
+            x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
+            return x, self.ops.adaptive_layer_norm(x, shift, scale, self.eps)
+        return self.ops.gated_residual_adaptive_norm(x, projection(y), gate, shift, scale, self.eps)
 
 
 class Head(nn.Module):
@@ -207,13 +311,62 @@ class WanDiT(nn.Module):
 
         latents: [B, C, chunk_frames, h, w]. keep_raw stores the raw keys as well: the context pass does.
         """
+        attend = _over_cache(cache, plan, keep_raw)
+        _, normed = self._run_blocks(latents, modulation, text, attend, len(self.blocks))
+        return self.head.head(normed)
+
+    def context_pass(
+        self,
+        latents: Tensor,
+        modulation: Modulation,
+        text: TextKeysValues,
+        cache: StreamingKVCache,
+        plan: CachePlan,
+    ) -> None:
+        """forward_chunk with keep_raw for the keys and values it leaves: the last layer stops after its own.
+
+        latents: [B, C, chunk_frames, h, w], clean.
+        """
+        last = len(self.blocks) - 1
+        attend = _over_cache(cache, plan, keep_raw=True)
+        _, normed = self._run_blocks(latents, modulation, text, attend, last)
+        view = cache.layer(last, plan, keep_raw=True)
+        self.blocks[last].self_attn.write_cache(normed, cache.query_rotation, view)
+
+    def merged_pass(
+        self,
+        latents: Tensor,
+        modulation: Modulation,
+        text: TextKeysValues,
+        cache: StreamingKVCache,
+        plan: CachePlan,
+        context_plan: CachePlan,
+    ) -> Tensor:
+        """The context pass of one chunk and forward_chunk of the next in one; returns the next one's tokens.
+
+        latents: [B, C, 2 chunk_frames, h, w], the clean chunk, then the new one; modulation has a row for
+        each. In every layer the clean chunk's final keys and values are written and it attends to its own
+        view; then that layer evicts and re-phases; then the new chunk writes its slot and attends to its
+        view. A layer reads no keys but its own, so each of them sees just what it sees in a pass of its own.
+        """
 
         def attend(layer: int) -> Callable[[SelfAttention, Tensor], Tensor]:
-            return lambda attention, x: attention.over_cache(
-                x, cache.query_rotation, cache.layer(layer, plan, keep_raw)
+            rotations = (cache.context_rotation, cache.query_rotation)
+            views = (cache.context_layer(layer, context_plan), cache.layer(layer, plan, keep_raw=False))
+            return lambda attention, x: attention.over_two_views(
+                x, rotations, views, lambda: cache.evict_layer(layer, plan)
             )
 
-        return self._run_blocks(latents, modulation, text, attend)
+        last = len(self.blocks) - 1
+        x, normed = self._run_blocks(latents, modulation, text, attend, last)
+        (_, x), (clean, normed) = x.chunk(2, dim=1), normed.chunk(2, dim=1)
+        block, view = self.blocks[last], cache.context_layer(last, context_plan)
+        block.self_attn.write_cache(clean, cache.context_rotation, view)
+        cache.evict_layer(last, plan)
+        rows, following = modulation.layers[last, :, 1:], modulation.head[:, 1:]
+        keys_values, attend_last = (text.keys[last], text.values[last]), _over_cache(cache, plan, False)(last)
+        _, normed = block(x, normed, rows, following, keys_values, attend_last)
+        return self.head.head(normed)
 
     def forward_clip(
         self,
@@ -235,13 +388,14 @@ class WanDiT(nn.Module):
             time_indices = torch.arange(frames, device=latents.device)
         rotation = rotary_table(self.config.head_dim, time_indices, height // patch, width // patch)
         per_frame = timesteps if timesteps.ndim == 2 else timesteps.reshape(batch, 1)
-        tokens = self._run_blocks(
+        _, normed = self._run_blocks(
             latents,
             self.modulation(per_frame),
             self.text_keys_values(text_states),
             lambda layer: lambda attention, x: attention.over_clip(x, rotation, mask),
+            len(self.blocks),
         )
-        return self.ops.unpatchify(tokens, latents)
+        return self.ops.unpatchify(self.head.head(normed), latents)
 
     def _run_blocks(
         self,
@@ -249,14 +403,36 @@ class WanDiT(nn.Module):
         modulation: Modulation,
         text: TextKeysValues,
         attend: Callable[[int], Callable[[SelfAttention, Tensor], Tensor]],
-    ) -> Tensor:
+        count: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The first `count` blocks: the residual stream [B, T, D] and its norm for what comes next."""
         patches = patchify(latents.to(self.dtype), self.config.patch_size[1])
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         rows = modulation.layers
         following = [*rows[1:, :, :, :2], modulation.head]
         shift, scale = rows[0, :, :, :2].unbind(2)
         normed = self.ops.adaptive_layer_norm(x, shift, scale, self.config.eps)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(islice(self.blocks, count)):
             keys_values = (text.keys[layer], text.values[layer])
             x, normed = block(x, normed, rows[layer], following[layer], keys_values, attend(layer))
-        return self.head.head(normed)
+        return x, normed
+
+
+def _over_cache(
+    cache: StreamingKVCache, plan: CachePlan, keep_raw: bool
+) -> Callable[[int], Callable[[SelfAttention, Tensor], Tensor]]:
+    """For every layer, attention over the cache as the planned chunk sees it."""
+    return lambda layer: lambda attention, x: attention.over_cache(
+        x, cache.query_rotation, cache.layer(layer, plan, keep_raw)
+    )
+
+
+def pack_weights(model: WanDiT) -> None:
+    """Lay the query, key and value weights of every attention together, for inference: one product each.
+
+    In place, and without more memory once done. Call it when the weights are loaded, on their device and in
+    their dtype; training never needs it.
+    """
+    for block in model.blocks:
+        block.self_attn.pack_weights()
+        block.cross_attn.pack_weights()

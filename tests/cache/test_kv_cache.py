@@ -4,6 +4,7 @@ import torch
 from inputs import GRID, SMALL, small_cache
 from rfengine.cache.kv_cache import EMPTY, StreamingKVCache
 from rfengine.config import CacheConfig
+from rfengine.models.embeddings import rotary_table
 
 FRAMES = GRID.frame_tokens
 
@@ -106,6 +107,77 @@ def test_a_repeated_begin_folds_nothing_twice():
     cache.begin_chunk(plan)
     assert torch.equal(cache.values, once)
     assert once[0, 0, 0, 0, 0].item() == 1.5
+
+
+def test_eviction_on_the_device_leaves_the_hosts_state():
+    cache = small_cache(CacheConfig(alpha=0.5))
+    for _ in range(3):
+        advance_with_frame_numbers(cache)
+    plan = cache.open_chunk(cache.plan_chunk())
+    host = (list(cache.slot_chunks), cache.next_chunk, cache.begun_chunk)
+    cache.evict(plan)
+    assert cache.values[0, 0, 0, 0, 0].item() == 1.5
+    assert (cache.slot_chunks, cache.next_chunk, cache.begun_chunk) == host
+    assert cache.open_chunk(plan).evicts
+    cache.mark_begun(plan)
+    assert not cache.open_chunk(plan).evicts
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CacheConfig(alpha=0.5),
+        CacheConfig(alpha=0.5, sink_precision="bf16", window_frames=12),
+        CacheConfig(sink="frozen"),
+        CacheConfig(sink="none", sink_frames=0, positions="absolute"),
+    ],
+)
+def test_evicting_layer_by_layer_is_evicting(config):
+    whole, layered = small_cache(config, dtype=torch.bfloat16), small_cache(config, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    random = {
+        name: torch.randn(tensor.shape, generator=generator) for name, tensor in whole.tensors().items()
+    }
+    slots = config.window_chunks
+    for cache in (whole, layered):
+        cache.load(random, list(range(slots)), slots)
+    plan = whole.open_chunk(whole.plan_chunk())
+    whole.evict(plan)
+    layered.open_chunk(plan)
+    for layer in range(SMALL.num_layers):
+        layered.evict_layer(layer, plan)
+    for name, tensor in layered.tensors().items():
+        assert torch.equal(tensor, whole.tensors()[name]), name
+
+
+def test_a_reset_cache_is_a_new_one():
+    cache, new = small_cache(CacheConfig(alpha=0.5)), small_cache(CacheConfig(alpha=0.5))
+    for _ in range(5):
+        advance_with_frame_numbers(cache)
+    arena = cache.keys
+    for tensor in cache.tensors().values():
+        tensor.fill_(7)
+    cache.reset()
+    assert cache.keys is arena
+    for name, tensor in new.tensors().items():
+        assert torch.equal(cache.tensors()[name], tensor), name
+    for _ in range(6):
+        plan = advance_with_frame_numbers(cache)
+        assert plan == advance_with_frame_numbers(new)
+        filled = plan.filled_slots * cache.chunk_tokens
+        assert torch.equal(cache.rotation[:, :filled], new.rotation[:, :filled])
+        assert torch.equal(cache.query_rotation, new.query_rotation)
+        assert torch.equal(cache.values, new.values)
+
+
+@pytest.mark.parametrize("positions", ["relative", "absolute"])
+def test_every_slot_is_shown_the_rotation_of_its_time(positions):
+    cache = small_cache(CacheConfig(sink="frozen", positions=positions, window_frames=12))
+    for _ in range(7):
+        plan = advance_with_frame_numbers(cache)
+        for slot, time in enumerate(plan.slot_times):
+            expected = rotary_table(SMALL.head_dim, torch.arange(time, time + 3), 2, 3)
+            assert torch.equal(cache.rotation[:, cache.slot_tokens(slot)], expected)
 
 
 def test_planning_changes_nothing():

@@ -1,11 +1,18 @@
-"""What a captured chunk may not do, watched on the CPU: read a tensor on the host, or change what it runs."""
+"""What a recorded chunk may not do, watched on a CPU: read a tensor on the host, copy to or from it, keep new
+memory, or change what it runs."""
+
+import gc
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from inputs import noise_of, small_cache, small_model, small_runner, text_states
+from inputs import GRID, SMALL, noise_of, small_cache, small_model, small_runner, text_states
+from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig
+from rfengine.models.dit import TextKeysValues, WanDiT
+from rfengine.runtime import chunk_runner
 
 HOST_READS = {
     torch.ops.aten._local_scalar_dense.default,
@@ -14,35 +21,42 @@ HOST_READS = {
     torch.ops.aten.equal.default,
     torch.ops.aten.masked_select.default,
 }
+SETTINGS = [
+    CacheConfig(),
+    CacheConfig(window_frames=15),
+    CacheConfig(sink_precision="bf16"),
+    CacheConfig(sink="frozen", positions="absolute"),
+    CacheConfig(sink="none", sink_frames=0),
+]
 
 
 class Watch(TorchDispatchMode):
-    """Lists every op that runs, and fails on one that would wait for the device."""
+    """Lists every op that runs, and fails on one that would wait for the device or whose result lies on
+    another."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.ran: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in HOST_READS:
             raise AssertionError(f"{func} reads a tensor on the host inside a chunk")
+        if torch.Tag.dynamic_output_shape in func.tags:
+            raise AssertionError(f"{func} has a result whose shape depends on data")
         self.ran.append(str(func))
-        return func(*args, **(kwargs or {}))
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor) and result.device.type != self.device:
+                raise AssertionError(f"{func} gives a tensor on {result.device} inside a chunk")
+        return results
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        CacheConfig(),
-        CacheConfig(window_frames=15),
-        CacheConfig(sink_precision="bf16"),
-        CacheConfig(sink="frozen", positions="absolute"),
-        CacheConfig(sink="none", sink_frames=0),
-    ],
-)
-def test_a_chunk_reads_nothing_on_the_host_and_runs_the_same_ops_once_the_window_is_full(config):
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("config", SETTINGS)
+def test_a_chunk_reads_nothing_on_the_host_and_runs_the_same_ops_once_the_window_is_full(config, merged):
     model, cache = small_model(), small_cache(config)
-    runner, text = small_runner(model), model.text_keys_values(text_states())
+    runner, text = small_runner(model, merged_pass=merged), model.text_keys_values(text_states())
     ran = []
     for chunk in range(config.window_chunks + 4):
         noise = noise_of(chunk, config.chunk_frames)
@@ -54,17 +68,96 @@ def test_a_chunk_reads_nothing_on_the_host_and_runs_the_same_ops_once_the_window
     assert len(steady[0]) > 100
 
 
-def test_the_watch_sees_a_host_read():
-    with pytest.raises(AssertionError, match="reads a tensor on the host"), Watch():
-        torch.ones(1).item()
+def recorded_functions(monkeypatch, model, cache, merged: bool, text: TextKeysValues, device: str) -> list:
+    """The functions that the runner gives to CapturedCall, none of which has run yet."""
+    functions = []
+
+    class Given:
+        def __init__(self, function, *_):
+            functions.append(function)
+            self.function = function
+
+        def replay(self):
+            return self.function()
+
+    monkeypatch.setattr(chunk_runner, "CapturedCall", Given)
+    monkeypatch.setattr(chunk_runner, "graph_pool", object)
+    runner = small_runner(model, graphs=True, merged_pass=merged)
+    for chunk in range(3 * cache.config.window_chunks):
+        noise = noise_of(chunk, cache.config.chunk_frames).to(device)
+        runner.advance(cache, cache.plan_chunk(), noise, text)
+    return functions
 
 
-def test_memory_of_the_cache_stays_where_it_is():
+@torch.no_grad()
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("config", SETTINGS[2:4])
+def test_recorded_functions_stay_on_the_device(config, merged, monkeypatch):
+    """On the meta device there is no number to read, and the host's tensors are another device's."""
+    model = WanDiT(SMALL).to("meta").eval()
+    cache = StreamingKVCache(SMALL, config, GRID, device="meta")
+    text = model.text_keys_values(torch.empty(1, 8, SMALL.text_dim, device="meta"))
+    functions = recorded_functions(monkeypatch, model, cache, merged, text, "meta")
+    assert len(functions) == config.window_chunks - config.sink_chunks
+    ran = []
+    for function in functions:
+        with Watch("meta") as watch:
+            function()
+        ran.append(watch.ran)
+    assert all(ops == ran[0] for ops in ran)
+    assert len(ran[0]) > 100
+
+
+def live_memory() -> set[int]:
+    gc.collect()
+    tensors = (item for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merged", [False, True])
+def test_recorded_functions_keep_no_new_memory_and_no_host_state(merged, monkeypatch):
     model, cache = small_model(), small_cache(CacheConfig())
-    runner, text = small_runner(model), model.text_keys_values(text_states())
-    static = [*cache.tensors().values(), cache.rotation, cache.query_rotation, cache.filled_tokens]
-    places = [tensor.data_ptr() for tensor in static]
+    text = model.text_keys_values(text_states())
+    functions = recorded_functions(monkeypatch, model, cache, merged, text, "cpu")
+    before, host = live_memory(), dict(vars(cache))
+    for function in functions:
+        result = function()
+        del result
+    assert live_memory() == before
+    assert vars(cache) == host
+
+
+@pytest.mark.parametrize(
+    ("act", "complaint"),
+    [
+        (lambda: torch.ones(1).item(), "reads a tensor on the host"),
+        (lambda: torch.ones(3).unique(), "depends on data"),
+        (lambda: torch.ones(3, device="meta"), "tensor on meta"),
+    ],
+)
+def test_the_watch_sees_what_it_looks_for(act, complaint):
+    with pytest.raises(AssertionError, match=complaint), Watch():
+        act()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_memory_of_the_cache_stays_where_it_is(merged):
+    model, cache = small_model(), small_cache(CacheConfig())
+    runner, text = small_runner(model, merged_pass=merged), model.text_keys_values(text_states())
+
+    def places() -> dict[str, int]:
+        low = {f"low.{place}": low for place, low in enumerate(cache.policy.low)}
+        tensors = {
+            name: value for name, value in vars(cache).items() if isinstance(value, torch.Tensor)
+        } | low
+        return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+    before = places()
     for chunk in range(6):
         runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 3), text)
-    after = [*cache.tensors().values(), cache.rotation, cache.query_rotation, cache.filled_tokens]
-    assert [tensor.data_ptr() for tensor in after] == places
+    runner.flush(cache)
+    cache.load({name: value.clone() for name, value in cache.tensors().items()}, cache.slot_chunks, 6)
+    cache.reset()
+    assert places() == before
+    assert {"keys", "values", "raw_keys", "rotation", "filled_tokens", "low.0"} <= before.keys()
