@@ -26,9 +26,23 @@ _TRITON_FILES = {
     "ema_evict": "ema_evict",
     "evict_and_rephase": "evict_and_rephase",
     "flow_step": "flow_step",
+    "frame_pack": "frame_pack",
+    "frame_pack_nv12": "frame_pack",
+    "linear": "linear",
+    "linear_gelu": "linear",
+    "gated_linear": "linear",
+    "channel_norm_silu": "channel_norm_silu",
+    "causal_conv3d": "causal_conv3d",
+    "causal_conv3d_fp8": "causal_conv3d",
+    "phase_conv": "phase_conv",
+    "frame_attention": "frame_attention",
+    "conv_frame_pack": "conv_frame_pack",
+    "conv_frame_pack_nv12": "conv_frame_pack",
 }
 _NATIVE_OPS = ("evict_and_rephase",)
 _ATTENTION_OPS = ("sink_window_attention", "clip_attention")
+_CUBLASLT_OPS = ("linear", "linear_gelu")
+_CONVOLUTION_OPS = ("causal_conv3d", "phase_conv")
 
 
 def backend_reasons(device: torch.device | str) -> dict[str, str]:
@@ -41,6 +55,7 @@ def backend_reasons(device: torch.device | str) -> dict[str, str]:
         "native": native.absence(device),
         "cudnn": needs_cuda or _cudnn_absence(),
         "flash": needs_cuda or _flash_absence(),
+        "cublaslt": needs_cuda,
     }
 
 
@@ -50,6 +65,10 @@ def has_backend(op: str, backend: str) -> bool:
         return op in _TRITON_FILES
     if backend == "native":
         return op in _NATIVE_OPS
+    if backend == "cublaslt":
+        return op in _CUBLASLT_OPS
+    if backend == "cudnn" and op in _CONVOLUTION_OPS:
+        return True
     return backend == "reference" or op in _ATTENTION_OPS
 
 
@@ -59,6 +78,10 @@ def implementation(op: str, backend: str) -> Callable:
         return getattr(reference, op)
     if backend == "native":
         return getattr(native, op)
+    if backend == "cublaslt":
+        return _cublaslt_linear if op == "linear" else _cublaslt_linear_gelu
+    if backend == "cudnn" and op in _CONVOLUTION_OPS:
+        return _cudnn_causal_conv3d if op == "causal_conv3d" else reference.join_phases
     if backend in ("cudnn", "flash"):
         return _library_attention(op, _cudnn_attention if backend == "cudnn" else _flash_attention)
     kernel = getattr(importlib.import_module(f"rfengine.kernels.{_TRITON_FILES[op]}"), op)
@@ -112,9 +135,27 @@ def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
         return reference.clip_attention(q, k, v, mask)
 
 
+def _cudnn_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The op on torch's convolution of channels-last views, in the dtype of its inputs."""
+    result = reference.convolve_frames(x, weight, bias)
+    return result if out is None else out.copy_(result)
+
+
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         return reference.clip_attention(q, k, v, mask)
     from flash_attn import flash_attn_func
 
     return flash_attn_func(q, k, v)
+
+
+def _cublaslt_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+
+
+def _cublaslt_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU in the epilogue of the product, rounded once after it. torch has no gradient of that."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
+        return reference.linear_gelu(x, weight, bias)
+    product = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return product.unflatten(0, x.shape[:-1])

@@ -61,6 +61,25 @@ def gated_residual_affine_norm(
     return total, affine_layer_norm(total, weight, bias, eps)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b. x: [..., K]; weight: [N, K]; bias: [N]. Returns [..., N]."""
+    return F.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU, in its tanh form, of x W^T + b (spec 1.4). A backend rounds once, after the GELU; this one, as
+    the published model does, before it as well."""
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def gated_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * (y W^T + b). A backend rounds once, at the end; this one rounds y W^T + b as well.
+
+    x: [B, T, N]; y: [B, T, K]; gate: [B or 1, F or 1, N], one row for each latent frame, or None for 1.
+    """
+    return gated_residual(x, F.linear(y, weight, bias), gate)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight (spec
     1.4)."""
@@ -279,3 +298,157 @@ def frame_pack_nv12(pixels: Tensor) -> Tensor:
 def _luma(rgb: Tensor) -> Tensor:
     """BT.709 luma of [3, ...], in the range of its input."""
     return 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]
+
+
+def channel_norm_silu(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor,
+    out: Tensor,
+    out_scale: float = 1.0,
+) -> Tensor:
+    """silu(total / max(L2 norm over C, 1e-12) * sqrt(C) * gamma) / out_scale into `out`; returns total (spec
+    4.2).
+
+    total = x + bias + residual, rounded once to the dtype of x before the norm reads it; x itself without
+    both. x, residual: [T, H, W, C]; bias, gamma: [C]. out: a view of the shape of x, overwritten, rounded
+    once to its own dtype; float8_e4m3fn saturates at 448. out_scale: the size of the unit of out. The caller
+    gives x up: a backend may write the sum into it.
+    """
+    total = x
+    for term in (bias, residual):
+        total = total if term is None else _wide(total) + term
+    total = total.to(x.dtype)
+    wide = _wide(total)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
+    normed = out if out.dtype == wide.dtype else torch.empty_like(wide)
+    torch.mul(wide, x.shape[-1] ** 0.5 / norm, out=normed).mul_(gamma)
+    activated = F.silu(normed, inplace=True)
+    if out_scale != 1:
+        activated.div_(out_scale)
+    out.copy_(activated.clamp_(-448, 448) if out.dtype == torch.float8_e4m3fn else activated)
+    return total
+
+
+def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Convolution over time without padding and over height and width padded with zeros to their size.
+
+    x: [T + kt - 1, H, W, Cin], in front the kt - 1 frames before the chunk; weight: [Cout, Cin, kt, kh, kw],
+    any strides; bias: [Cout]. Returns `out` [T, H, W, Cout], overwritten, or a new tensor (spec 4.2).
+    """
+    result = convolve_frames(_wide(x), _wide(weight), None if bias is None else _wide(bias))
+    return result.to(x.dtype) if out is None else out.copy_(result)
+
+
+def causal_conv3d_fp8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """causal_conv3d of 8-bit values, both float8_e4m3fn: the float32 sums times scale [Cout], plus bias.
+
+    scale: float32, the unit of x times that of the channel's weights (channel_fp8). Returns `out` [T, H, W,
+    Cout], overwritten and rounded once to its dtype, or a new tensor in bfloat16.
+    """
+    sums = convolve_frames(x.float(), weight.float(), None).mul_(scale)
+    result = sums if bias is None else sums.add_(bias)
+    return result.to(torch.bfloat16) if out is None else out.copy_(result)
+
+
+def channel_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [Cout, ...] in e4m3 with one scale for each channel out: (values, scale [Cout] in float32).
+
+    As row_fp8: scale = max |weights of the channel| / 448, or 1 for zeros; values are rounded to nearest.
+    """
+    values, scale = row_fp8(weight.flatten(1))
+    return values.view(weight.shape), scale.flatten()
+
+
+def convolve_frames(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """causal_conv3d in the arithmetic of its inputs; height and width are padded by half of the kernel."""
+    padding, channels = tuple(size // 2 for size in weight.shape[3:]), weight.shape[0]
+    planes = weight.shape[2] == 1
+    if planes:
+        x, weight = x.permute(0, 3, 1, 2), weight.squeeze(2)
+    else:
+        x, weight, padding = x.permute(3, 0, 1, 2).unsqueeze(0), weight, (0, *padding)
+    plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    if plain and torch.backends.mkldnn.is_available():
+        result = _onednn_convolution(x, weight, bias, padding)
+    else:
+        result = (F.conv2d if planes else F.conv3d)(x, weight, bias, padding=padding)
+    result = result.permute(0, 2, 3, 1) if planes else result.squeeze(0).permute(1, 2, 3, 0)
+    return result.reshape(*result.shape[:2], -1, channels).contiguous()
+
+
+def _onednn_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
+    """Convolution of [B, C, ..., W]; F.conv3d sends a small batch of one to a far slower kernel.
+
+    Few output channels leave the lanes of a vector idle. A weight with itself moved one pixel to the right
+    beside it gives pixel pairs, [B, 2 * C_out, ..., W / 2], which with channels last is what was asked for.
+    """
+    channels, ones = weight.shape[0], (1,) * len(padding)
+    lanes = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    pixels = next((n for n in (4, 2) if n * channels <= lanes and x.shape[-1] % n == 0), 1)
+    if pixels > 1 and weight.shape[-1] % 2:
+        weight = torch.cat([F.pad(weight, (n, pixels - 1 - n)) for n in range(pixels)])
+        bias = None if bias is None else bias.repeat(pixels)
+    else:
+        pixels = 1
+    return torch.mkldnn_convolution(x, weight, bias, padding, (*ones[1:], pixels), ones, 1)
+
+
+def phase_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Doubles height and width: every phase of the output has a convolution of 2 x 2 of its own.
+
+    x: [T, H, W, Cin]; weight: [2, 2, Cout, Cin, 2, 2], phase (row a, column b) first; bias: [Cout]. Pixel
+    (2i + a, 2j + b) of [T, 2H, 2W, Cout] sums weight[a, b, :, :, r, s] @ x[i + a - 1 + r, j + b - 1 + s] over
+    r, s in {0, 1}, with zeros outside, plus bias. Weights of fold_upsample_weight: spec 4.2.
+    """
+    return join_phases(_wide(x), _wide(weight), None if bias is None else _wide(bias)).to(x.dtype)
+
+
+def join_phases(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """phase_conv in the arithmetic of its inputs: one convolution for the four phases, then their places."""
+    frames, height, width, _ = x.shape
+    every = convolve_frames(
+        x, weight.flatten(0, 2).unsqueeze(2), None if bias is None else bias.repeat(4)
+    ).unflatten(3, (2, 2, -1))
+    out = every.new_empty(frames, height, 2, width, 2, weight.shape[2])
+    for row in (0, 1):
+        for column in (0, 1):
+            phase = every[:, row : row + height, column : column + width, row, column]
+            out[:, :, row, :, column] = phase
+    return out.reshape(frames, 2 * height, 2 * width, -1)
+
+
+def fold_upsample_weight(weight: Tensor) -> Tensor:
+    """The weight [2, 2, Cout, Cin, 2, 2] of phase_conv that does nearest-2x, then weight [Cout, Cin, 3, 3].
+
+    Of the three taps, phase 0 has the last two on one input pixel and phase 1 the first two; the sums are
+    formed in float32 at least and rounded once. Memory is [2, 2, Cout, 2, 2, Cin].
+    """
+    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(_wide(weight))
+    folded = torch.einsum("arm,bsn,oimn->aborsi", taps, taps, _wide(weight)).to(weight.dtype)
+    return folded.contiguous().permute(0, 1, 2, 5, 3, 4)
+
+
+def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v inside each frame, one head (spec 4.2). All are [T, N, C]."""
+    return F.scaled_dot_product_attention(_wide(q), _wide(k), _wide(v)).to(q.dtype)
+
+
+def conv_frame_pack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """frame_pack of causal_conv3d, whose sum is not rounded in between: uint8 [T, H, W, 3].
+
+    x: [T + kt - 1, H, W, C], normed and activated; weight: [3, C, kt, kh, kw]; bias: [3].
+    """
+    return frame_pack(_wide_pixels(x, weight, bias))
+
+
+def conv_frame_pack_nv12(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """frame_pack_nv12 of causal_conv3d, otherwise as conv_frame_pack: uint8 [T, H * 3 / 2, W]."""
+    return frame_pack_nv12(_wide_pixels(x, weight, bias))
+
+
+def _wide_pixels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return causal_conv3d(_wide(x), weight, bias).permute(3, 0, 1, 2)

@@ -43,6 +43,21 @@ def test_every_op_has_the_signature_of_its_reference(name):
     [
         (lambda o: o.adaptive_layer_norm(torch.zeros(1, 5, 4), *[torch.zeros(1, 2, 4)] * 2, 0), "modulation"),
         (lambda o: o.rms_norm(torch.zeros(1, 4), torch.zeros(3), 1e-6), "weight is"),
+        (lambda o: o.frame_pack(torch.zeros(1, 2, 4, 4)), r"pixels are \(1, 2, 4, 4\)"),
+        (lambda o: o.frame_pack_nv12(torch.zeros(3, 2, 4, 5)), "frames are 4 x 5; NV12 needs an even"),
+        (
+            lambda o: o.gated_linear(
+                torch.zeros(1, 4, 2), torch.zeros(1, 3, 8), torch.zeros(2, 8), torch.zeros(2), None
+            ),
+            "x is",
+        ),
+        (
+            lambda o: o.gated_linear(
+                torch.zeros(1, 4, 2), torch.zeros(1, 4, 8), torch.zeros(2, 8), torch.zeros(2),
+                torch.zeros(1, 3, 2),
+            ),
+            "a modulation of",
+        ),
         (lambda o: o.sink_window_attention(*[torch.zeros(1, 4, 1, 8)] * 3, 5, None), "is 5"),
         (lambda o: o.sink_window_attention(*[torch.zeros(1, 4, 1, 8)] * 3, 0, None), "is 0"),
         (lambda o: o.rephase_keys(*[torch.zeros(1, 1, 4, 1, 8)] * 2, torch.zeros(2, 3, 4)), "rotation is"),
@@ -68,3 +83,39 @@ def test_every_op_has_the_signature_of_its_reference(name):
 def test_shapes_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(REFERENCE_OPS)
+
+
+FRAMES, KERNEL = torch.zeros(3, 2, 2, 4), torch.zeros(4, 4, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda o: o.channel_norm_silu(FRAMES, None, None, torch.ones(3), FRAMES), "gamma does not fit"),
+        (lambda o: o.channel_norm_silu(FRAMES, None, FRAMES[:1], torch.ones(4), FRAMES), "the residual is"),
+        (lambda o: o.channel_norm_silu(FRAMES, None, None, torch.ones(4), FRAMES[:1]), "out is"),
+        (lambda o: o.causal_conv3d(FRAMES, KERNEL[:, :3], None), "a weight of"),
+        (lambda o: o.causal_conv3d(FRAMES[:2], KERNEL, None), "a weight of"),
+        (lambda o: o.causal_conv3d(FRAMES, KERNEL, None, FRAMES), r"it must be \(1, 2, 2, 4\)"),
+        (lambda o: o.phase_conv(FRAMES, KERNEL, None), "a phase weight of"),
+        (lambda o: o.frame_attention(FRAMES, FRAMES, FRAMES), "it must be .frames, positions"),
+        (lambda o: o.conv_frame_pack(FRAMES, KERNEL, None), "gives 4 channels"),
+        (lambda o: o.conv_frame_pack_nv12(FRAMES[:, :1], KERNEL[:3], None), "frames are 1 x 2; NV12 needs"),
+    ],
+)
+def test_shapes_of_the_decoder_that_do_not_fit_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(REFERENCE_OPS)
+
+
+@torch.no_grad()
+def test_the_library_forms_of_the_convolutions_equal_the_reference():
+    x, weight, bias = torch.randn(4, 3, 5, 8), torch.randn(16, 8, 3, 3, 3), torch.randn(16)
+    library = Ops({"causal_conv3d": "cudnn", "phase_conv": "cudnn"})  # torch's own, which a CPU has too
+    out = torch.empty(2, 3, 5, 16)
+    expected = REFERENCE_OPS.causal_conv3d(x, weight, bias)
+    assert library.causal_conv3d(x, weight, bias, out) is out
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(library.causal_conv3d(x, weight, None), expected - bias, rtol=1e-4, atol=1e-4)
+    phases = reference.fold_upsample_weight(torch.randn(16, 8, 3, 3))
+    torch.testing.assert_close(library.phase_conv(x, phases, bias), REFERENCE_OPS.phase_conv(x, phases, bias))

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -138,3 +139,99 @@ def test_unpatchify_puts_channels_fastest():
     assert latents.shape == (1, 2, 1, 4, 6)
     assert latents[0, 1, 0, :2, :2].tolist() == [[0.0, 1.0], [2.0, 3.0]]
     assert latents[0, 0, 0, 2, 4].item() == tokens[0, 5, 0].item()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_channel_norm_reads_the_rounded_sum_and_writes_into_a_view(with_bias, with_residual):
+    x, residual = torch.randn(3, 2, 4, 8).bfloat16(), torch.randn(3, 2, 4, 8).bfloat16()
+    bias, gamma = torch.randn(8).bfloat16(), torch.randn(8).bfloat16()
+    exact = x.double() + (bias.double() if with_bias else 0) + (residual.double() if with_residual else 0)
+    halo = torch.zeros(5, 2, 4, 8, dtype=torch.bfloat16)
+    total = reference.channel_norm_silu(
+        x.clone(), bias if with_bias else None, residual if with_residual else None, gamma, halo[2:]
+    )
+    assert total.dtype == torch.bfloat16 and (total - exact).abs().max() <= 2**-7 * exact.abs().max()
+    wide = total.float()
+    normed = wide / wide.norm(dim=-1, keepdim=True) * 8**0.5 * gamma.float()
+    torch.testing.assert_close(halo[2:].float(), F.silu(normed), rtol=2**-8, atol=1e-6)
+    assert not halo[:2].any()
+
+
+def test_channel_norm_divides_by_the_floor_below_it():
+    x = torch.tensor([3e-13, -4e-13, 0.0, 0.0], dtype=torch.float64).view(1, 1, 1, 4)
+    out = torch.empty_like(x)
+    reference.channel_norm_silu(x, None, None, torch.ones(4, dtype=torch.float64), out)
+    torch.testing.assert_close(out, F.silu(x / 1e-12 * 2))
+    reference.channel_norm_silu(torch.zeros_like(x), None, None, torch.ones(4), out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 3), (3, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("channels", [3, 4, 8, 16])  # narrow ones take several pixels at once on oneDNN
+@pytest.mark.parametrize("width", [4, 6, 5])
+@torch.no_grad()
+def test_causal_convolution_is_padded_in_space_alone(kernel, channels, width):
+    x, bias = torch.randn(4 + kernel[0] - 1, 3, width, 6), torch.randn(channels)
+    weight = torch.randn(channels, 6, *kernel)
+    padding = (0, kernel[1] // 2, kernel[2] // 2)
+    expected = F.conv3d(
+        x.double().permute(3, 0, 1, 2)[None], weight.double(), bias.double(), padding=padding
+    )[0].permute(1, 2, 3, 0)
+    result = reference.causal_conv3d(x, weight, bias)
+    assert result.is_contiguous() and result.shape == (4, 3, width, channels)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+    pairs = torch.zeros(4, 2, 3, width, channels)
+    assert reference.causal_conv3d(x, weight, None, pairs[:, 1]).data_ptr() == pairs[:, 1].data_ptr()
+    torch.testing.assert_close((pairs[:, 1] + bias).double(), expected, rtol=1e-5, atol=1e-5)
+    assert not pairs[:, 0].any()
+
+
+def test_causal_convolution_rounds_its_float32_sum_once_and_has_gradients():
+    x, weight, bias = torch.randn(5, 4, 4, 8).bfloat16(), torch.randn(8, 8, 3, 3, 3).bfloat16(), torch.ones(8)
+    wide = reference.causal_conv3d(x.float(), weight.float(), bias)
+    assert torch.equal(reference.causal_conv3d(x, weight, bias.bfloat16()), wide.bfloat16())
+    leaf = x.float().requires_grad_()
+    reference.causal_conv3d(leaf, weight.float(), bias).sum().backward()
+    assert leaf.grad.any()
+
+
+def test_phases_are_convolutions_of_two_by_two():
+    x, weight = torch.randn(2, 3, 4, 5).double(), torch.randn(2, 2, 3, 5, 2, 2).double()
+    bias, padded = torch.randn(3).double(), F.pad(x, (0, 0, 1, 1, 1, 1))
+    expected = torch.zeros(2, 6, 8, 3).double()
+    for a, b, i, j in itertools.product((0, 1), (0, 1), range(3), range(4)):
+        seen = padded[:, i + a : i + a + 2, j + b : j + b + 2]
+        expected[:, 2 * i + a, 2 * j + b] = torch.einsum("trsc,ocrs->to", seen, weight[a, b]) + bias
+    torch.testing.assert_close(reference.phase_conv(x, weight, bias), expected)
+    torch.testing.assert_close(reference.phase_conv(x, weight, None), expected - bias)
+
+
+def test_folded_weight_is_nearest_upsampling_and_a_convolution_of_three_by_three():
+    x, weight, bias = torch.randn(2, 3, 5, 6), torch.randn(4, 6, 3, 3), torch.randn(4)
+    doubled = F.interpolate(x.double().permute(0, 3, 1, 2), scale_factor=2, mode="nearest")
+    expected = F.conv2d(doubled, weight.double(), bias.double(), padding=1).permute(0, 2, 3, 1)
+    folded = reference.fold_upsample_weight(weight)
+    assert folded.permute(0, 1, 2, 4, 5, 3).is_contiguous()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            reference.phase_conv(x, folded, bias).double(), expected, rtol=1e-5, atol=1e-5
+        )
+    exact = reference.fold_upsample_weight(weight.bfloat16().double())
+    assert torch.equal(reference.fold_upsample_weight(weight.bfloat16()), exact.bfloat16())
+
+
+def test_frame_attention_stays_inside_its_frame():
+    q, k, v = torch.randn(2, 5, 3 * 8).double().chunk(3, dim=-1)
+    scores = torch.einsum("tnc,tmc->tnm", q, k) / 8**0.5
+    torch.testing.assert_close(reference.frame_attention(q, k, v), scores.softmax(-1) @ v)
+
+
+def test_last_convolution_packs_its_unrounded_sum():
+    x, weight, bias = torch.randn(5, 4, 6, 8).bfloat16(), 0.05 * torch.randn(3, 8, 3, 3, 3).bfloat16(), None
+    pixels = reference.causal_conv3d(x.float(), weight.float(), bias).permute(3, 0, 1, 2)
+    assert torch.equal(reference.conv_frame_pack(x, weight, bias), reference.frame_pack(pixels))
+    nv12 = reference.conv_frame_pack_nv12(x, weight, bias)
+    assert torch.equal(nv12, reference.frame_pack_nv12(pixels)) and nv12.shape == (3, 6, 6)
+    rounded = reference.frame_pack(pixels.bfloat16())
+    assert (reference.conv_frame_pack(x, weight, bias) != rounded).any()

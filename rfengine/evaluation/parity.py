@@ -19,7 +19,9 @@ from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import Backend, CacheConfig, DTypeName, ScheduleConfig, VAEConfig
 from rfengine.evaluation.golden_file import GoldenFile
 from rfengine.grid import LatentGrid
+from rfengine.models.decoder import FrameDecoder
 from rfengine.models.dit import WanDiT
+from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops
@@ -207,7 +209,7 @@ def _cache_errors(golden: GoldenFile, cache: StreamingKVCache) -> dict[str, floa
     return errors
 
 
-def _replay_vae(golden: GoldenFile, _: Ops) -> dict[str, float]:
+def _replay_vae(golden: GoldenFile, ops: Ops) -> dict[str, float]:
     config, stored = golden.config_and_weights()
     vae = WanVAE(config)
     golden.load(vae, stored)
@@ -215,30 +217,23 @@ def _replay_vae(golden: GoldenFile, _: Ops) -> dict[str, float]:
     if "latents" in golden or "pixels" not in golden:
         latents, video = golden.input("latents", 5), golden.recorded("video", 5)
         errors["video_whole"] = relative_error(vae.decode(latents), video)
+        streaming = StreamingDecoder(vae, ops)
         for frames in _CALL_FRAMES:
             errors[f"video_by_{frames}"] = relative_error(_decode_by(vae, latents, frames), video)
+            each = [_decode_by(streaming, one, frames) for one in latents.split(1)]
+            errors[f"video_streamed_by_{frames}"] = relative_error(torch.cat(each), video)
     if "pixels" in golden:
         pixels, encoded = golden.input("pixels", 5), golden.recorded("encoded", 5)
         errors["encoded"] = relative_error(vae.encode(pixels), encoded)
         for frames in _CALL_FRAMES:
-            errors[f"encoded_by_{frames}"] = relative_error(_encode_by(vae, pixels, frames), encoded)
+            errors[f"encoded_by_{frames}"] = relative_error(vae.encode_in_groups(pixels, frames), encoded)
     return errors
 
 
-def _decode_by(vae: WanVAE, latents: Tensor, frames: int) -> Tensor:
+def _decode_by(vae: FrameDecoder, latents: Tensor, frames: int) -> Tensor:
     """Decode `frames` latent frames in each call, as a stream does."""
     state = vae.decoder_state(latents.shape[0], *latents.shape[3:], latents.dtype, latents.device)
     return torch.cat([vae.decode(piece, state) for piece in latents.split(frames, dim=2)], dim=2)
-
-
-def _encode_by(vae: WanVAE, pixels: Tensor, frames: int) -> Tensor:
-    """Encode `frames` latent frames in each call; the first latent frame of a video takes one pixel frame."""
-    stride, side = vae.config.temporal_stride, vae.config.spatial_stride
-    height, width = pixels.shape[3] // side, pixels.shape[4] // side
-    state = vae.encoder_state(pixels.shape[0], height, width, pixels.dtype, pixels.device)
-    start = 1 + (frames - 1) * stride
-    pieces = [pixels[:, :, :start], *pixels[:, :, start:].split(frames * stride, dim=2)]
-    return torch.cat([vae.encode(piece, state) for piece in pieces if piece.shape[2]], dim=2)
 
 
 def _replay_umt5(golden: GoldenFile, _: Ops) -> dict[str, float]:

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rfengine import reference
 from rfengine.config import VAEConfig
+from rfengine.models.decoder import FrameLayout
 
 RGB_CHANNELS = 3
 NORM_FLOOR = 1e-12  # smallest L2 norm over channels that is divided by
@@ -292,6 +294,23 @@ class WanVAE(nn.Module):
         shift, scale = self._statistics(mean.device)
         return ((mean.float() - shift) / scale).to(mean.dtype)
 
+    @torch.no_grad()
+    def encode_in_groups(self, pixels: Tensor, latent_frames: int = 3) -> Tensor:
+        """encode of a whole clip, `latent_frames` at a time: the memory of one group, and no gradients.
+
+        pixels: as encode takes them at the start of a video, on any device; a group is moved to the weights.
+        """
+        if latent_frames < 1:
+            raise ValueError(f"latent_frames is {latent_frames}; a group has at least one latent frame")
+        self._check_pixels(pixels, None)
+        side, group = self.config.spatial_stride, latent_frames * self.config.temporal_stride
+        sizes, weight = [size // side for size in pixels.shape[3:]], self.conv1.weight
+        state = self.encoder_state(pixels.shape[0], *sizes, weight.dtype, weight.device)
+        start = group - self.config.temporal_stride + 1  # the first latent frame is one pixel frame
+        groups = [pixels[:, :, :start], *pixels[:, :, start:].split(group, dim=2)]
+        latents = [self.encode(part.to(weight), state) for part in groups if part.shape[2]]
+        return torch.cat(latents, dim=2)
+
     def encode_moments(self, pixels: Tensor, state: EncoderState | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents, each [B, z, F, h, w], not normalised; otherwise as encode."""
         latent_frames = self._check_pixels(pixels, state)
@@ -320,6 +339,16 @@ class WanVAE(nn.Module):
         if state is not None:
             state.frames += latents.shape[2]
         return pixels
+
+    def decode_frames(
+        self, latents: Tensor, state: DecoderState | None = None, layout: FrameLayout = "rgb24"
+    ) -> Tensor:
+        """Frames of one video, latents [1, z, F, h, w], as decode but packed: uint8 [T, H, W, 3] for "rgb24",
+        [T, H * 3 / 2, W] for "nv12"."""
+        if latents.shape[0] != 1:
+            raise ValueError(f"latents are {tuple(latents.shape)}; frames are packed one video at a time")
+        pixels = self.decode(latents, state)[0]
+        return reference.frame_pack(pixels) if layout == "rgb24" else reference.frame_pack_nv12(pixels)
 
     def encoder_state(
         self,

@@ -5,9 +5,12 @@ import torch
 
 from inputs import GRID, noise_of, relative_error, small_model, small_runner, text_states
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.config import CacheConfig, WanConfig
+from rfengine.config import CacheConfig, VAEConfig, WanConfig
 from rfengine.models.dit import WanDiT
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, choose_ops
+from rfengine.reference import frame_pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS_OF_64 = WanConfig(128, 96, 2, 2, text_dim=16, text_len=8, freq_dim=32, in_dim=4, out_dim=4)
@@ -70,3 +73,26 @@ def test_an_override_changes_one_op_only():
     assert ops.choice == REFERENCE_OPS.choice | {"rms_norm": "triton"}
     with pytest.raises(ValueError, match="unpatchify has no form for backend 'triton'"):
         choose_ops("reference", DEVICE, {"unpatchify": "triton"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [[1, 1], [2]], ids=str)
+def test_the_streaming_decoder_on_triton_equals_the_plain_one(plan):
+    one_level = VAEConfig(16, 4, (1, 2), 1, (True,), (0.5,) * 4, (2.0,) * 4)
+    generator = torch.Generator().manual_seed(0)
+    vae = WanVAE(one_level)
+    for parameter in vae.parameters():
+        gamma = parameter.ndim > 1 and parameter[0].numel() == 1
+        scale = 0.3 if gamma or parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        parameter.data = gamma + scale * torch.randn(parameter.shape, generator=generator)
+    vae = vae.to(DEVICE)
+    latents = torch.randn(1, 4, 2, 1, 2, generator=generator).to(DEVICE)
+    decoder = StreamingDecoder(vae, choose_ops("triton", DEVICE))
+    states = [decoder.decoder_state(1, 1, 2, torch.float32, DEVICE) for _ in range(2)]
+    with torch.no_grad():
+        plain = vae.decode(latents)
+        video = torch.cat([decoder.decode(part, states[0]) for part in latents.split(plan, dim=2)], dim=2)
+        frames = torch.cat([decoder.decode_frames(part, states[1]) for part in latents.split(plan, dim=2)])
+    assert (video - plain).abs().max() <= 1e-5
+    expected = frame_pack(plain[0])
+    assert (frames.int() - expected.int()).abs().max() <= 1 and (frames != expected).float().mean() < 0.01

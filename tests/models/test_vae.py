@@ -156,6 +156,24 @@ def test_encoding_plan_does_not_change_the_latents(plan):
         assert relative_error(encode_in_calls(vae, pixels, plan), whole) <= 1e-6
 
 
+@pytest.mark.parametrize(("latent_frames", "calls"), [(1, [1, 4, 4]), (2, [5, 4]), (3, [9]), (4, [9])])
+def test_encoding_in_groups_gives_the_same_latents_a_group_at_a_time(latent_frames, calls, monkeypatch):
+    vae, pixels, seen = random_vae(), noise(2, 3, 9, 16, 24), []
+    with torch.no_grad():
+        whole = vae.encode(pixels)
+    encode = WanVAE.encode
+    monkeypatch.setattr(
+        WanVAE, "encode", lambda self, part, state: seen.append(part.shape[2]) or encode(self, part, state)
+    )
+    latents = vae.encode_in_groups(pixels, latent_frames)
+    assert relative_error(latents, whole) <= 1e-6 and not latents.requires_grad
+    assert seen == calls
+    with pytest.raises(ValueError, match="latent_frames is 0; a group has at least one"):
+        vae.encode_in_groups(pixels, 0)
+    with pytest.raises(ValueError, match="pixels have 8 frames; at the start of a video give 1"):
+        vae.encode_in_groups(pixels[:, :, :8], 1)
+
+
 def test_first_latent_gives_one_frame_and_later_ones_four():
     vae = random_vae()
     state = vae.decoder_state(1, 2, 2, torch.float32, "cpu")
@@ -304,6 +322,17 @@ def test_gradients_reach_every_parameter_and_the_input():
         if parameter.grad is None or not parameter.grad.any()
     ]
     assert silent == []
+
+
+def test_gradients_flow_within_a_group_that_continues_a_video():
+    vae, pixels = random_vae(), noise(1, 3, 9, 16, 16)
+    state = vae.encoder_state(1, 2, 2, torch.float32, "cpu")
+    vae.encode(pixels[:, :, :5], state)
+    group = pixels[:, :, 5:].clone().requires_grad_()
+    latents = vae.encode(group, state)
+    latents.sum().backward()
+    assert group.grad.any() and vae.encoder.conv1.weight.grad.any()
+    assert relative_error(latents.detach(), vae.encode(pixels).detach()[:, :, 2:]) <= 1e-6
 
 
 def test_decoder_trains_after_it_ran_in_inference_mode():
