@@ -21,12 +21,17 @@ from torch import Tensor
 import rfengine
 from rfengine.backends import backend_reasons
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.checkpoint.directories import part_files
 from rfengine.checkpoint.loader import read_config
 from rfengine.checkpoint.shapes import expected_shapes
-from rfengine.config import PRESETS, DTypeName, EngineConfig
+from rfengine.config import PRESETS, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.vae import WanVAE
 from rfengine.ops import choose_ops
+from rfengine.pipeline import VAE_TIERS, checkpoint_directory
+from rfengine.runtime.autotune import cached_decisions
+from rfengine.runtime.switches import runtime_switches
+from rfengine.runtime.tensorrt_api import import_tensorrt
 
 MIB = 2**20
 _REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "tqdm", "tyro", "ftfy")
@@ -37,6 +42,8 @@ _OPTIONAL = (
 _HOW_TO_GET = {
     "pycuda": "it has no wheel: build its source archive without cuRAND (README), or take cuda-core",
     "cuda-core": "pip install cuda-core cuda-bindings",
+    "nvtx": "pip install rfengine[native]",
+    **dict.fromkeys(("tensorrt", "onnx", "onnxruntime"), "pip install rfengine[tensorrt]"),
 }  # others: pip install NAME
 _DRIVER_TIMEOUT = 10.0  # seconds that nvidia-smi gets
 
@@ -118,11 +125,40 @@ def examine(
         "backends": {
             "device": device, "reasons": backend_reasons(device), "auto": choose_ops("auto", device).choice,
         },
+        "runtime": {
+            "device": device, "switches": _switches(config.runtime, device), "decoders": _decoders(model),
+            "autotuned": [str(decision) for decision in cached_decisions(device)],
+        },
         "memory": {
             "model": config.name, "height": grid.height, "width": grid.width, "dtype": name, "device": device,
             "needs": {**dataclasses.asdict(needs), "total": needs.total}, "free": _free_memory(on_cuda),
         },
     }  # fmt: skip
+
+
+def _switches(runtime: RuntimeConfig, device: str) -> dict[str, Any]:
+    """What of the runtime is on without options, and the ranges for a profiler, each with its reason."""
+    switches = runtime_switches(runtime, torch.device(device))
+    report = {name: dataclasses.asdict(switch) for name, switch in switches.items()}
+    absences = [
+        "ranges need a CUDA device" * (device != "cuda"),
+        f"absent: {_how_to_get('nvtx')}" * (_version("nvtx") is None),
+    ]
+    absence = "; ".join(filter(None, absences))
+    report["nvtx"] = {"on": not absence, "reason": absence or "a profiler shows the parts of each chunk"}
+    return report
+
+
+def _decoders(model: str) -> dict[str, Any]:
+    """Quality of every kind of decoder, and the reason why it cannot be used with `model`, or ""."""
+    reasons = {"full": "", "tiny": "", "tensorrt": ""}
+    if (model == "tiny" or model not in PRESETS) and not part_files(checkpoint_directory(model), "tiny_vae"):
+        reasons["tiny"] = f"{model} has no tiny_vae"
+    try:
+        import_tensorrt()
+    except RuntimeError as error:
+        reasons["tensorrt"] = str(error)
+    return {kind: {"tier": VAE_TIERS[kind], "reason": reason} for kind, reason in reasons.items()}
 
 
 def cpu_name() -> str:
@@ -162,6 +198,10 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _how_to_get(package: str) -> str:
+    return _HOW_TO_GET.get(package, f"pip install {package}")
 
 
 def _h264() -> dict[str, Any]:
@@ -205,15 +245,17 @@ def render(report: dict[str, Any]) -> str:
     if not report["gpus"]:
         lines.append("GPU      none that torch can use")
     return "\n".join(
-        [*lines, "", *_package_lines(report), "", *_backend_lines(report), "", *_memory_lines(report)]
-    )
+        [
+            *lines, "", *_package_lines(report), "", *_backend_lines(report), "", *_runtime_lines(report), "",
+            *_memory_lines(report),
+        ]
+    )  # fmt: skip
 
 
 def _package_lines(report: dict[str, Any]) -> list[str]:
     lines = ["packages"]
     for name, version in report["packages"].items():
-        how = f"pip install {name}"
-        lines.append(f"  {name:<13} {version or f'absent: {_HOW_TO_GET.get(name, how)}'}")
+        lines.append(f"  {name:<13} {version or f'absent: {_how_to_get(name)}'}")
     h264 = report["h264"]
     libraries = ", ".join(f"{name} {version}" for name, version in h264.get("libraries", {}).items())
     lines.append(
@@ -233,6 +275,19 @@ def _backend_lines(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"  auto takes {name} for {'every op' if len(taken) == len(chosen) else ', '.join(taken)}"
         )
+    return lines
+
+
+def _runtime_lines(report: dict[str, Any]) -> list[str]:
+    runtime = report["runtime"]
+    lines = [f"runtime on {runtime['device']}, where nothing else is asked for"]
+    for name, switch in runtime["switches"].items():
+        lines.append(f"  {name:<13} {'on' if switch['on'] else 'off'}: {switch['reason']}")
+    lines += [f"  autotuned: {decision}" for decision in runtime["autotuned"]]
+    lines.append("decoders")
+    for name, decoder in runtime["decoders"].items():
+        reason = decoder["reason"]
+        lines.append(f"  {name:<13} {decoder['tier']}, {f'off: {reason}' if reason else 'on'}")
     return lines
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,14 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig
+from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
-from rfengine.models.dit import WanDiT
+from rfengine.models.decoder import FrameDecoder
+from rfengine.models.dit import WanDiT, pack_weights
+from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
-from rfengine.ops import choose_ops
+from rfengine.ops import Ops, choose_ops
 from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.runtime.decode_worker import DecodeLane
+from rfengine.runtime.switches import decode_device, runtime_switches
 from rfengine.schedule import FlowSchedule
-from rfengine.stream import FrameChunk, Snapshot, StreamParts, VideoStream
+from rfengine.snapshot import Snapshot
+from rfengine.stream import FrameChunk, StreamParts, VideoStream
 from rfengine.video import Video
 
 if TYPE_CHECKING:
@@ -28,9 +34,11 @@ if TYPE_CHECKING:
     from rfengine.models.text_encoder import TextEncoder
 
 OutputType = Literal["np", "pt", "pil", "latent"]
+OpenDecoder = Callable[[LatentGrid], FrameDecoder]
 StepEndCallback = Callable[["Pipeline", int, float, dict[str, Tensor]], Any]
 DEFAULT_NUM_FRAMES = 81
 MAX_SEED = 2**63 - 1
+VAE_TIERS = {"full": "lossless", "tensorrt": "lossless", "tiny": "reduced"}  # quality of every decoder kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +51,40 @@ class PipelineOutput:
 class Pipeline:
     """The loaded models of one checkpoint and everything that can be made with them.
 
-    The models are shared by all streams; each stream has its own cache, VAE state and noise.
+    The models are shared by all streams; each stream has its own cache, decoder state and noise.
+    open_decoder gives the decoder of config.runtime.vae for one size; None is for the full one. A pipeline
+    and its streams are used from one thread at a time.
     """
 
     def __init__(
-        self, config: EngineConfig, model: WanDiT, vae: WanVAE, text_encoder: TextEncoder, fingerprint: str
+        self,
+        config: EngineConfig,
+        model: WanDiT,
+        vae: WanVAE,
+        text_encoder: TextEncoder,
+        fingerprint: str,
+        open_decoder: OpenDecoder | None = None,
     ) -> None:
+        switches = runtime_switches(config.runtime, model.device)
         self.config = config
         self.model = model
         self.vae = vae
         self.text_encoder = text_encoder
+        overlap = switches["overlap"].on
+        beside = overlap and model.device.type == "cuda"
         self._parts = StreamParts(
             model=model,
             vae=vae,
-            runner=ChunkRunner(model, FlowSchedule(config.schedule)),
+            open_decoder=open_decoder or _full_decoder(vae, model.ops),
+            decoder_kind=config.runtime.vae,
+            lane=DecodeLane(next(vae.parameters()).device, overlap, switches["graphs"].on),
+            runner=ChunkRunner(
+                model, FlowSchedule(config.schedule), switches["graphs"].on, config.runtime.merged_pass
+            ),
             cache_config=config.cache,
             encode_text=self._encode_text,
             fingerprint=fingerprint,
+            compute_stream=torch.cuda.Stream(model.device, priority=-1) if beside else None,
         )
 
     @classmethod
@@ -73,15 +98,16 @@ class Pipeline:
         text_cache: str | Path | None = None,
         cache: CacheConfig | None = None,
         backend: Backend | None = None,
+        runtime: RuntimeConfig | None = None,
     ) -> Pipeline:
         """Load "tiny", which comes with the package, or a checkpoint directory (README, published weights).
 
         device: "cuda" where there is one, else "cpu". dtype: bfloat16 on CUDA, else float32. text_device:
         where the text encoder runs; "cpu" keeps it off the GPU. text_cache: directory that keeps text states
         by prompt.
-        cache, backend: replace what the checkpoint says.
+        cache, backend, runtime: replace what the checkpoint says.
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs,
-        RuntimeError when the backend cannot run on the device.
+        RuntimeError when the backend or a part of the runtime cannot run on the device.
         """
         from rfengine.checkpoint.loader import fingerprint, load_part, read_config
 
@@ -90,26 +116,43 @@ class Pipeline:
             raise RuntimeError(
                 f"device is {target} but torch {torch.__version__} sees no CUDA device; use 'cpu'"
             )
+        target = _present(target)
         number = _dtype(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
         directory = checkpoint_directory(source)
         config = read_config(directory)
         if cache is not None:
             config = replace(config, cache=cache)
+        if runtime is not None:
+            config = replace(config, runtime=runtime)
+        if config.runtime.vae == "tensorrt":
+            from rfengine.runtime.tensorrt_api import import_tensorrt
+
+            import_tensorrt()  # refuse before the weights are read, which can take minutes
+        decoding = _present(decode_device(config.runtime, target))
+        ops = tuned_ops(config, backend or config.backend, number, target)
         with torch.device("meta"):
-            model = WanDiT(config.model, choose_ops(backend or config.backend, target))
+            model = WanDiT(config.model, ops)
             vae = WanVAE(config.vae)
         load_part(model, directory, "transformer", number, target)
-        load_part(vae, directory, "vae", number, target)
+        if target.type == "cuda":  # on a CPU one product is no faster than three
+            pack_weights(model)
+        load_part(vae, directory, "vae", number, decoding)
         mark = fingerprint(directory)
         encoder = _text_encoder(
             directory, config, torch.device(text_device or target), number, text_cache, mark
         )
-        return cls(config, model.eval(), vae.eval(), encoder, mark)
+        open_decoder = _decoder_opener(directory, config, vae.eval(), ops, number, decoding)
+        return cls(config, model.eval(), vae, encoder, mark, open_decoder)
 
     @property
     def backend(self) -> str:
         """The backends that run the model's ops."""
         return ", ".join(sorted(set(self.model.ops.choice.values())))
+
+    @property
+    def vae_tier(self) -> str:
+        """Quality of the frames: "lossless" with the full decoder (in TensorRT too), "reduced" with tiny."""
+        return VAE_TIERS[self.config.runtime.vae]
 
     def _encode_text(self, prompt: str) -> Tensor:
         return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
@@ -176,8 +219,7 @@ class Pipeline:
         count = self.frame_count(seconds, num_frames)
         stream = self.stream(prompt, seed=seed, height=height, width=width)
         pieces = []
-        for _ in range(self.chunk_count(count)):
-            chunk = next(stream)
+        for chunk in stream.take(self.chunk_count(count)):
             pieces.append(chunk.frames)
             if on_chunk is not None:
                 on_chunk(chunk)
@@ -223,9 +265,11 @@ class Pipeline:
         import numpy
 
         latents, frames = [], []
-        for chunk in range(self.chunk_count(count)):
+        num_chunks = self.chunk_count(count)
+        for chunk in range(num_chunks):
             on_step = None if callback is None else self._step_callback(callback, chunk * stream.num_steps)
-            frames.append(stream.advance(on_step, decode=not as_latents).frames)
+            ahead = chunk + 1 < num_chunks
+            frames.append(stream.advance(on_step, decode=not as_latents, ahead=ahead).frames)
             latents.append(stream.latents)
         if as_latents:
             return torch.cat(latents, dim=2)[0, :, : stream.grid.latent_frames(count)]
@@ -251,6 +295,60 @@ def checkpoint_directory(source: str | Path) -> Path:
             f"{source} is no directory; give 'tiny' or a checkpoint directory (see rfengine convert)"
         )
     return directory
+
+
+def _present(device: torch.device) -> torch.device:
+    """The device, with its number on CUDA. Raises RuntimeError where there is none of that number."""
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    number = torch.cuda.current_device() if device.index is None else device.index
+    if number >= count:
+        raise RuntimeError(f"device is {device} but torch finds {count} CUDA devices; use one of them")
+    return torch.device("cuda", number)
+
+
+def tuned_ops(config: EngineConfig, requested: Backend, dtype: torch.dtype, device: torch.device) -> Ops:
+    """The ops of the requested backend; for "auto", those that won where autotune is on."""
+    if not runtime_switches(config.runtime, device)["autotune"].on:
+        return choose_ops(requested, device)
+    from rfengine.runtime.autotune import tune
+
+    choice = tune(config, LatentGrid.of(config), dtype, device, requested=requested)
+    return choose_ops(requested, device, choice.overrides, choice.folds_gate)
+
+
+def _decoder_opener(
+    directory: Path, config: EngineConfig, vae: WanVAE, ops: Ops, dtype: torch.dtype, device: torch.device
+) -> OpenDecoder:
+    """What gives the decoder of config.runtime.vae for a size; a TensorRT engine is of one size alone."""
+    kind = config.runtime.vae
+    if kind == "tiny":
+        from rfengine.checkpoint.loader import load_part
+        from rfengine.models.tiny_vae import TinyVAE
+
+        with torch.device("meta"):
+            tiny = TinyVAE(config.tiny_vae, ops)
+        load_part(tiny, directory, "tiny_vae", dtype, device)
+        tiny.eval()
+        return lambda grid: tiny
+    if kind == "tensorrt":
+        from rfengine.runtime.tensorrt import TensorRTDecoder
+
+        chunk_frames = config.cache.chunk_frames
+        graphs = runtime_switches(config.runtime, device)["graphs"].on
+
+        @functools.cache
+        def open_engine(grid: LatentGrid) -> TensorRTDecoder:
+            return TensorRTDecoder.open(directory, config.vae, grid, dtype, device, chunk_frames, graphs)
+
+        return open_engine
+    return _full_decoder(vae, ops)
+
+
+def _full_decoder(vae: WanVAE, ops: Ops) -> OpenDecoder:
+    decoder = StreamingDecoder(vae, ops)
+    return lambda grid: decoder
 
 
 def _text_encoder(

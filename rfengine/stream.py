@@ -1,5 +1,5 @@
-"""VideoStream: one running video. It owns the cache, the VAE state, the noise and the prompt, and yields
-chunks."""
+"""VideoStream: one running video. It owns the cache, the decoder's state, the noise and the prompt, and
+yields chunks."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import EMPTY, StreamingKVCache
-from rfengine.config import to_dict
+from rfengine.config import DecoderKind, to_dict
 from rfengine.grid import LatentGrid
+from rfengine.models.decoder import FrameDecoder, reset_state
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.runtime.chunk_runner import ChunkRunner, StepCallback
+from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker, PendingFrames
 from rfengine.schedule import chunk_noise
-from rfengine.video import frames_from_pixels, pixels_from_frames
+from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot
+from rfengine.video import pixels_from_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,19 +33,20 @@ if TYPE_CHECKING:
     from rfengine.config import CacheConfig
 
 PromptMode = Literal["soft", "recache", "hard"]
-SNAPSHOT_FORMAT = 1
-_SNAPSHOT_INFO = (
-    "prompt", "seed", "height", "width", "index", "next_chunk", "slot_chunks", "decoded_frames"
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkTimings:
-    """Host milliseconds of one chunk. CUDA runs behind the host, so there the wait for both shows in
-    decode_ms."""
+    """Milliseconds of one chunk.
+
+    denoise_ms: the host in the chunk's denoising; CUDA runs behind it. decode_ms: the decoding where it ran;
+    without overlap it includes the wait for the denoising. call_ms: the whole call that gave the chunk; with
+    overlap this is what a chunk costs the caller, and the other two lie partly in the call before it.
+    """
 
     denoise_ms: float
     decode_ms: float
+    call_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,47 +59,58 @@ class FrameChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A stream between two chunks: tensors by name, and everything else as JSON values."""
-
-    tensors: dict[str, Tensor]
-    info: dict[str, Any]
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file whose metadata holds the JSON; it appears under its name when it is
-        whole."""
-        from rfengine.checkpoint.loader import save_weights
-
-        save_weights(Path(path), self.tensors, {"snapshot": json.dumps(self.info)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Snapshot:
-        """Read what save wrote. Raises ValueError when the file is none of ours or damaged."""
-        from rfengine.checkpoint.loader import read_safetensors
-
-        tensors, metadata = read_safetensors(Path(path))
-        if "snapshot" not in metadata:
-            raise ValueError(
-                f"{path} is a safetensors file but holds no stream; give one that Snapshot.save wrote"
-            )
-        return cls(tensors, json.loads(metadata["snapshot"]))
-
-
-@dataclass(frozen=True, slots=True)
 class StreamParts:
-    """What a stream uses and does not own: the loaded models, shared by all streams of a pipeline."""
+    """What a stream uses and does not own: the loaded models, shared by all streams of a pipeline.
+
+    open_decoder gives what makes the frames of one size, vae encodes; both are on the lane's device.
+    lane.overlap: streams go one chunk ahead. compute_stream: the CUDA stream that all denoising runs on then,
+    of a higher priority than the lane's.
+    """
 
     model: WanDiT
     vae: WanVAE
+    open_decoder: Callable[[LatentGrid], FrameDecoder]
+    decoder_kind: DecoderKind
+    lane: DecodeLane
     runner: ChunkRunner
     cache_config: CacheConfig
     encode_text: Callable[[str], Tensor]
     fingerprint: str
+    compute_stream: torch.cuda.Stream | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A chunk that is denoised, or on its way there, and not handed out. pending is None without decoding."""
+
+    latents: Tensor
+    pending: PendingFrames | None
+    denoise_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class _SavedFrames:
+    """PendingFrames of a snapshot: decoded before it was taken."""
+
+    frames: ndarray
+    milliseconds: float = 0.0
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> _SavedFrames:
+        return self
 
 
 class VideoStream:
     """An endless iterator of FrameChunk. One chunk is computed for each `next`; there is no length and no
     end.
+
+    With overlap (RuntimeConfig.overlap) the stream is one chunk ahead of its caller from the second chunk on:
+    before chunk c is handed out, chunk c + 1 is begun, so that c is decoded while c + 1 is denoised. Frames
+    are the same bit for bit and the first chunk comes no later. What a caller notices: a soft or recache
+    switch of the prompt shows one chunk later (see set_prompt), and the last call has begun a chunk that
+    nobody takes unless it says ahead=False, as `take` does. A snapshot holds the chunk that is ahead.
 
     After an error inside a chunk the stream is closed: its state could be half-way. Restore a snapshot to go
     on.
@@ -112,27 +126,35 @@ class VideoStream:
         self._parts = parts
         self._set_text(prompt, text_states)
         self._index = 0
-        self._undecoded = False  # a chunk was computed whose latents the VAE has not seen
-        self._start()
-
-    def _start(self) -> None:
-        parts, grid = self._parts, self.grid
-        self._cache = StreamingKVCache(
-            parts.model.config,
-            parts.cache_config,
-            grid,
-            dtype=parts.model.dtype,
-            device=parts.model.device,
-            ops=parts.model.ops,
-        )
-        self._decoder_state = parts.vae.decoder_state(
-            1, grid.latent_height, grid.latent_width, parts.model.dtype, parts.model.device
-        )
+        self._undecoded = False  # a chunk was computed whose latents the decoder has not seen
+        self._worker = DecodeWorker(parts.open_decoder(grid), parts.lane)
+        model = parts.model
+        with self._computing():
+            self._cache = StreamingKVCache(
+                model.config, parts.cache_config, grid, dtype=model.dtype, device=model.device, ops=model.ops
+            )
+        self._decoder_state = self._worker.new_state(1, grid.latent_height, grid.latent_width, model.dtype)
         self._window_latents: dict[int, Tensor] = {}
+        self._ahead: _Computed | None = None
+        self._handed_out = False  # a chunk, since the start of this video
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Launch on the denoising's CUDA stream, after and before all else that the caller launches."""
+        own = self._parts.compute_stream
+        if own is None:
+            yield
+            return
+        outer = torch.cuda.current_stream(own.device)
+        own.wait_stream(outer)
+        with torch.cuda.stream(own):
+            yield
+        outer.wait_stream(own)
 
     @torch.no_grad()
     def _set_text(self, prompt: str, text_states: Tensor) -> None:
-        text = self._parts.model.text_keys_values(text_states.to(self._parts.model.device))
+        with self._computing():
+            text = self._parts.model.text_keys_values(text_states.to(self._parts.model.device))
         self.prompt, self._text_states, self._text = prompt, text_states, text
 
     @property
@@ -146,20 +168,35 @@ class VideoStream:
     def __next__(self) -> FrameChunk:
         return self.advance()
 
-    def advance(self, on_step: StepCallback | None = None, decode: bool = True) -> FrameChunk:
-        """Compute the next chunk; on_step is ChunkRunner.advance's.
+    def take(self, count: int) -> Iterator[FrameChunk]:
+        """The next `count` chunks; none is begun after them."""
+        for number in range(count):
+            yield self.advance() if number + 1 < count else self.advance(ahead=False)
 
-        Without decode, frames are empty and only the latents advance; such a stream can not be decoded later
-        (RuntimeError), since the VAE's state would lack what it has not seen.
+    def advance(
+        self, on_step: StepCallback | None = None, decode: bool = True, ahead: bool = True
+    ) -> FrameChunk:
+        """Give the next chunk; on_step is ChunkRunner.advance's.
+
+        ahead: whether the chunk after it may be begun, where the stream overlaps; with on_step and without
+        decode it never is. Without decode, frames are empty and only the latents advance; such a stream can
+        not be decoded later (RuntimeError), since the decoder's state would lack what it has not seen.
+        RuntimeError also for on_step or not decode where this chunk was already begun by the call before.
         """
         self._check_open()
         if decode and self._undecoded:
             raise RuntimeError(
                 f"chunk {self._index - 1} was not decoded; decode every chunk of a stream or none"
             )
+        plain = on_step is None and decode
+        if self._ahead is not None and not plain:
+            raise RuntimeError(
+                f"chunk {self._index} was begun by the call before it; give that call ahead=False to watch "
+                "its steps or to leave it undecoded"
+            )
         self._undecoded = not decode
         with self._closed_on_error():
-            return self._advance(on_step, decode)
+            return self._advance(on_step, decode, ahead and plain)
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -167,37 +204,51 @@ class VideoStream:
         try:
             yield
         except BaseException:
-            self.closed = True
+            self.close()
             raise
 
-    def _advance(self, on_step: StepCallback | None, decode: bool) -> FrameChunk:
+    def _advance(self, on_step: StepCallback | None, decode: bool, ahead: bool) -> FrameChunk:
         started = time.perf_counter()
-        plan = self._cache.plan_chunk()
-        x0 = self._parts.runner.advance(self._cache, plan, self._noise(plan.chunk), self._text, on_step)
-        self._remember(plan.chunk, x0)
-        denoised = time.perf_counter()
-        size = (self.grid.height, self.grid.width)
-        pixels = self._decode(x0) if decode else x0.new_zeros(1, 3, 0, *size)
-        frames = frames_from_pixels(pixels)
-        timings = ChunkTimings((denoised - started) * 1e3, (time.perf_counter() - denoised) * 1e3)
-        chunk = FrameChunk(frames, self._index, timings)
+        current = self._ahead or self._compute(on_step, decode)
+        go_ahead = ahead and self._parts.lane.overlap and self._handed_out
+        self._ahead = self._compute(None, True) if go_ahead else None
+        frames, decode_ms = self._no_frames(), 0.0
+        if current.pending is not None:
+            decoded = current.pending.result()
+            frames, decode_ms = decoded.frames, decoded.milliseconds
+        self.latents = current.latents
+        call_ms = (time.perf_counter() - started) * 1e3
+        chunk = FrameChunk(frames, self._index, ChunkTimings(current.denoise_ms, decode_ms, call_ms))
         self._index += 1
+        self._handed_out = True
         return chunk
 
-    @torch.no_grad()
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self._parts.vae.decode(latents, self._decoder_state)
+    def _compute(self, on_step: StepCallback | None, decode: bool) -> _Computed:
+        """Denoise the next chunk and submit its latents to the decoder."""
+        started = time.perf_counter()
+        with self._computing():
+            plan = self._cache.plan_chunk()
+            x0 = self._parts.runner.advance(self._cache, plan, self._noise(plan.chunk), self._text, on_step)
+            self._remember(plan.chunk, x0)
+            denoise_ms = (time.perf_counter() - started) * 1e3
+            pending = self._worker.submit(x0, self._decoder_state) if decode else None
+        return _Computed(x0, pending, denoise_ms)
+
+    def _no_frames(self) -> ndarray:
+        return torch.zeros(0, self.grid.height, self.grid.width, 3, dtype=torch.uint8).numpy()
 
     def _noise(self, chunk: int) -> Tensor:
         """[num_steps, 1, C, F, h, w] of one chunk, from (seed, chunk, step) alone."""
         model, frames = self._parts.model, self._parts.cache_config.chunk_frames
         shape = (1, model.config.in_dim, frames, self.grid.latent_height, self.grid.latent_width)
         draws = [chunk_noise(self.seed, chunk, step, shape) for step in range(self.num_steps)]
-        return torch.stack(draws).to(device=model.device, dtype=model.dtype)
+        noise = torch.stack(draws).to(model.dtype)
+        if model.device.type == "cuda":  # from ordinary memory the copy would wait for the chunk before
+            noise = noise.pin_memory()
+        return noise.to(model.device, non_blocking=True)
 
     def _remember(self, chunk: int, latents: Tensor) -> None:
         """Keep the clean latents of the chunks in the window: a prompt switch may recompute them."""
-        self.latents = latents
         self._window_latents[chunk] = latents
         self._window_latents.pop(chunk - self._parts.cache_config.window_chunks, None)
 
@@ -210,25 +261,38 @@ class VideoStream:
     def close(self) -> None:
         """End the stream; every later call on it is an error."""
         self.closed = True
+        self._ahead = None
+        self._worker.close()
 
     def set_prompt(self, text: str, mode: PromptMode = "soft") -> None:
-        """Change the prompt from the next chunk on.
+        """Change the prompt from the next chunk on; where a chunk is ahead (class docstring), from the one
+        after it, since it is there already.
 
         "soft" changes the text only: the window still shows the old one. "recache" also recomputes the
         window's keys and values under the new text, from the clean latents kept for it (spec 2.7). "hard"
-        starts anew: what follows is what a new stream with this prompt and seed gives, and FrameChunk.index
-        goes on.
+        starts anew at once, and what was ahead is dropped: what follows is what a new stream with this prompt
+        and seed gives, and FrameChunk.index goes on.
         """
         if mode not in ("soft", "recache", "hard"):
             raise ValueError(f"mode is {mode!r}; use 'soft', 'recache' or 'hard'")
         self._check_open()
         text_states = self._parts.encode_text(text)
-        with self._closed_on_error():
-            self._set_text(text, text_states)
+        with self._closed_on_error(), self._computing():
             if mode == "hard":
-                self._start()
-            elif mode == "recache":
+                self._restart()
+            self._parts.runner.flush(self._cache)
+            self._set_text(text, text_states)
+            if mode == "recache":
                 self._parts.runner.recache(self._cache, self._window_latents, self._text)
+
+    def _restart(self) -> None:
+        """Go back to the start of a video in the memory that is there, which recorded graphs go on using."""
+        self._worker.wait()
+        self._ahead = None
+        self._handed_out = False
+        self._cache.reset()
+        reset_state(self._decoder_state)
+        self._window_latents = {}
 
     @torch.no_grad()
     def continue_from(self, frames: ndarray) -> None:
@@ -259,28 +323,32 @@ class VideoStream:
         complete = (pixels.shape[2] - 1) // self.grid.temporal_stride + 1
         latent_frames = complete // chunk_frames * chunk_frames
         used = pixels[:, :, -self.grid.pixel_frames(latent_frames) :]
-        latents = parts.vae.encode(used.to(device=parts.model.device, dtype=parts.model.dtype))
-        with self._closed_on_error():
-            for piece in latents.split(chunk_frames, dim=2):
+        latents = parts.vae.encode_in_groups(used, chunk_frames)
+        with self._closed_on_error(), self._computing():
+            for piece in latents.to(parts.model.device).split(chunk_frames, dim=2):
                 plan = self._cache.plan_chunk()
                 parts.runner.prefill(self._cache, plan, piece, self._text)
                 self._remember(plan.chunk, piece)
-                self._decode(piece)
+                self._worker.submit(piece, self._decoder_state)
                 self._index += 1
 
     def snapshot(self) -> Snapshot:
-        """A copy of the whole state between two chunks; Pipeline.restore continues it bit for bit."""
+        """A copy of the whole state between two chunks; Pipeline.restore continues it bit for bit, with or
+        without overlap."""
         self._check_open()
-        tensors = {f"cache.{name}": tensor for name, tensor in self._cache.tensors().items()}
-        tensors |= {f"decoder.{name}": tensor for name, tensor in self._decoder_state.tensors().items()}
-        tensors |= {f"window_latents.{chunk}": latents for chunk, latents in self._window_latents.items()}
-        tensors["text_states"] = self._text_states
+        with self._closed_on_error(), self._computing():
+            self._worker.wait()
+            self._parts.runner.flush(self._cache)
+            tensors = {f"cache.{name}": tensor for name, tensor in self._cache.tensors().items()}
+            tensors |= {f"decoder.{name}": tensor for name, tensor in self._decoder_state.tensors().items()}
+            tensors |= {f"window_latents.{chunk}": each for chunk, each in self._window_latents.items()}
+            if self._ahead is not None:
+                tensors["ahead.frames"] = torch.from_numpy(self._ahead.pending.result().frames)
+            tensors["text_states"] = self._text_states
+            copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         info = {
             "format": SNAPSHOT_FORMAT,
-            "fingerprint": self._parts.fingerprint,
-            "dtype": str(self._parts.model.dtype),
-            "cache": to_dict(self._parts.cache_config),
-            "denoising_timesteps": list(self._parts.runner.schedule.denoising_timesteps),
+            **_settings(self._parts),
             "prompt": self.prompt,
             "seed": self.seed,
             "height": self.grid.height,
@@ -290,50 +358,47 @@ class VideoStream:
             "slot_chunks": list(self._cache.slot_chunks),
             "decoded_frames": self._decoder_state.frames,
         }
-        return Snapshot({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, info)
+        return Snapshot(copies, info)
 
     @classmethod
     def from_snapshot(cls, parts: StreamParts, grid: LatentGrid, snapshot: Snapshot) -> VideoStream:
-        """The stream a snapshot was taken of. Raises ValueError when it is of another model, format or
-        setting."""
+        """The stream a snapshot was taken of. Raises ValueError when it is of another model, decoder, format
+        or setting."""
+        snapshot.check(_settings(parts))
         info = snapshot.info
-        expected = {
-            "format": SNAPSHOT_FORMAT,
-            "fingerprint": parts.fingerprint,
-            "dtype": str(parts.model.dtype),
-            "cache": json.loads(json.dumps(to_dict(parts.cache_config))),
-            "denoising_timesteps": list(parts.runner.schedule.denoising_timesteps),
-        }
-        for name, value in expected.items():
-            if info.get(name) != value:
-                raise ValueError(
-                    f"the snapshot's {name} is {info.get(name)!r}, this pipeline's is {value!r}; "
-                    "restore it with the model and settings it was taken with"
-                )
-        missing = [name for name in _SNAPSHOT_INFO if name not in info]
-        missing += ["text_states"] * ("text_states" not in snapshot.tensors)
-        if missing:
-            raise ValueError(f"the snapshot lacks {', '.join(missing)}; take it again")
         stream = cls(parts, grid, info["prompt"], snapshot.tensors["text_states"], info["seed"])
-        stream._load(snapshot)
+        with stream._computing():
+            stream._load(snapshot)
         return stream
 
     def _load(self, snapshot: Snapshot) -> None:
-        info = snapshot.info
-        groups: dict[str, dict[str, Tensor]] = {"cache": {}, "decoder": {}, "window_latents": {}}
-        for name, tensor in snapshot.tensors.items():
-            group, _, rest = name.partition(".")
-            if group in groups:
-                groups[group][rest] = tensor
-        model = self._parts.model
-        self._cache.load(groups["cache"], info["slot_chunks"], info["next_chunk"])
-        self._decoder_state.load(groups["decoder"], info["decoded_frames"])
+        info, model = snapshot.info, self._parts.model
+        self._cache.load(snapshot.group("cache"), info["slot_chunks"], info["next_chunk"])
+        self._decoder_state.load(snapshot.group("decoder"), info["decoded_frames"])
         self._window_latents = {
             int(chunk): latents.to(device=model.device, dtype=model.dtype)
-            for chunk, latents in groups["window_latents"].items()
+            for chunk, latents in snapshot.group("window_latents").items()
         }
         self._index = info["index"]
-        window = info["slot_chunks"][self._parts.cache_config.sink_chunks :]
-        lost = [chunk for chunk in window if chunk != EMPTY and chunk not in self._window_latents]
+        last, saved = info["next_chunk"] - 1, snapshot.tensors.get("ahead.frames")
+        needed = [
+            chunk for chunk in info["slot_chunks"][self._parts.cache_config.sink_chunks :] if chunk != EMPTY
+        ]
+        needed += [last] * (saved is not None)
+        lost = [chunk for chunk in needed if chunk not in self._window_latents]
         if lost:
             raise ValueError(f"the snapshot lacks the latents of chunk {lost[0]}; take it again")
+        if saved is not None:
+            frames = _SavedFrames(saved.numpy().copy())
+            self._ahead = _Computed(self._window_latents[last], frames, denoise_ms=0.0)
+
+
+def _settings(parts: StreamParts) -> dict[str, Any]:
+    """What a snapshot and the pipeline that restores it must agree on, as JSON values."""
+    return {
+        "fingerprint": parts.fingerprint,
+        "dtype": str(parts.model.dtype),
+        "decoder": parts.decoder_kind,
+        "cache": json.loads(json.dumps(to_dict(parts.cache_config))),
+        "denoising_timesteps": list(parts.runner.schedule.denoising_timesteps),
+    }

@@ -150,3 +150,35 @@ def test_gpu_is_reported_with_its_memory() -> None:
     gpu = report["gpus"][0]
     assert gpu["name"] == torch.cuda.get_device_name(0) and 0 < gpu["free"] <= gpu["total"]
     assert report["memory"]["device"] == "cuda" and report["memory"]["dtype"] == "bfloat16"
+
+
+def test_runtime_says_what_is_on_and_why() -> None:
+    report = json.loads(json.dumps(examine()))["runtime"]
+    on_cuda = torch.cuda.is_available()
+    assert report["switches"]["overlap"]["on"] is on_cuda
+    assert report["switches"]["overlap"]["reason"] == f"the default on {'cuda' if on_cuda else 'cpu'}"
+    assert {"graphs", "merged_pass", "autotune", "decode_device", "nvtx"} <= set(report["switches"])
+    tiers = {kind: decoder["tier"] for kind, decoder in report["decoders"].items()}
+    assert tiers == {"full": "lossless", "tensorrt": "lossless", "tiny": "reduced"}
+
+
+def test_absent_tensorrt_and_profiler_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_package(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    def no_tensorrt() -> None:
+        raise RuntimeError("TensorRT cannot be imported; get it there")
+
+    monkeypatch.setattr(importlib.metadata, "version", no_package)
+    monkeypatch.setattr(doctor, "import_tensorrt", no_tensorrt)
+    text = render(examine())
+    assert "tensorrt      absent: pip install rfengine[tensorrt]" in text
+    assert "onnxruntime   absent: pip install rfengine[tensorrt]" in text
+    assert "absent: pip install rfengine[native]" in text
+    assert "tensorrt      lossless, off: TensorRT cannot be imported; get it there" in text
+    assert "full          lossless, on" in text
+
+
+def test_a_checkpoint_without_a_tiny_decoder_says_so(tmp_path: Path) -> None:
+    write_config(tmp_path, small_pipeline().config)
+    assert examine(str(tmp_path))["runtime"]["decoders"]["tiny"]["reason"] == f"{tmp_path} has no tiny_vae"

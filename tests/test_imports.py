@@ -26,7 +26,7 @@ LAYERS = [
     {"ops"},
     {"models", "cache", "checkpoint"},
     {"runtime"},
-    {"pipeline", "stream"},
+    {"pipeline", "snapshot", "stream"},
     {"rfengine"},  # the names in rfengine/__init__.py
     {"serving", "training", "evaluation", "doctor"},
     {"cli"},

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy
 import pytest
 import torch
@@ -203,3 +205,110 @@ def test_what_makes_no_request_is_refused(pipe):
 def test_a_missing_cuda_device_is_one_sentence():
     with pytest.raises(RuntimeError, match="device is cuda but torch .* sees no CUDA device; use 'cpu'"):
         Pipeline.from_pretrained("tiny", device="cuda")
+
+
+def test_the_runtime_can_be_replaced(pipe, saved):
+    from rfengine.config import RuntimeConfig
+
+    runtime = RuntimeConfig(overlap=True, merged_pass=True)
+    loaded = Pipeline.from_pretrained(saved, runtime=runtime)
+    assert loaded.config.runtime == runtime and loaded.vae_tier == "lossless"
+    assert Pipeline.from_pretrained(saved).config.runtime == RuntimeConfig()
+    for wrong in (RuntimeConfig(graphs=True), RuntimeConfig(decode_device="cuda:1")):
+        with pytest.raises(RuntimeError, match="CUDA graphs need a CUDA device|decode_device is cuda:1"):
+            Pipeline.from_pretrained(saved, device="cpu", runtime=wrong)
+
+
+def test_the_tiny_decoder_makes_frames_of_a_lower_tier(saved):
+    from rfengine.checkpoint.loader import save_weights, write_config
+    from rfengine.config import EngineConfig, RuntimeConfig, TinyVAEConfig
+    from rfengine.models.tiny_vae import TinyVAE
+
+    runtime = RuntimeConfig(vae="tiny")
+    with pytest.raises(ValueError, match="z_dim of the tiny decoder is 16 and that of the VAE 4"):
+        Pipeline.from_pretrained(saved, runtime=runtime)
+    full = Pipeline.from_pretrained(saved)
+    tiny_config = TinyVAEConfig(4, (8, 8, 8, 8), 1)
+    config: EngineConfig = dataclasses.replace(full.config, tiny_vae=tiny_config)
+    write_config(saved, config)
+    with pytest.raises(ValueError, match="has no tiny_vae"):
+        Pipeline.from_pretrained(saved, runtime=runtime)
+    torch.manual_seed(0)
+    save_weights(saved / "tiny_vae.safetensors", TinyVAE(tiny_config).state_dict())
+    tiny = Pipeline.from_pretrained(saved, runtime=runtime)
+    assert tiny.vae_tier == "reduced" and full.vae_tier == "lossless"
+    frames = tiny.generate("a circle", num_frames=21).frames
+    assert frames.shape == (21, 32, 48, 3)
+    assert not numpy.array_equal(frames, full.generate("a circle", num_frames=21).frames)
+    stream = tiny.stream("a circle")
+    snapshot = [next(stream), stream.snapshot()][1]
+    assert numpy.array_equal(next(tiny.restore(snapshot)).frames, next(stream).frames)
+    with pytest.raises(ValueError, match="the snapshot's decoder is 'tiny', this pipeline's is 'full'"):
+        Pipeline.from_pretrained(saved).restore(snapshot)
+
+
+def test_ops_are_those_that_won_where_autotune_is_on(saved, monkeypatch):
+    from rfengine import pipeline
+    from rfengine.config import RuntimeConfig
+    from rfengine.runtime import autotune
+    from rfengine.runtime.switches import Switch, runtime_switches
+
+    asked = []
+
+    def tune(config, grid, dtype, device, requested):
+        asked.append((grid.height, grid.width, dtype, device, requested))
+        return autotune.Choice()
+
+    def tuning(runtime, device):
+        return runtime_switches(runtime, device) | {"autotune": Switch(runtime.autotune, "for the test")}
+
+    monkeypatch.setattr(autotune, "tune", tune)
+    monkeypatch.setattr(pipeline, "runtime_switches", tuning)
+    Pipeline.from_pretrained(saved, "cpu", "bfloat16")
+    assert asked == [(32, 48, torch.bfloat16, torch.device("cpu"), "auto")]
+    Pipeline.from_pretrained(saved, "cpu", runtime=RuntimeConfig(autotune=False))
+    assert len(asked) == 1
+    winners = {"rms_norm": "triton"}
+    monkeypatch.setattr(
+        autotune, "tune", lambda *_, **__: type("Won", (), {"overrides": winners, "folds_gate": True})
+    )
+    with pytest.raises(RuntimeError, match="'triton' cannot run on cpu"):
+        Pipeline.from_pretrained(saved, "cpu")
+
+
+def test_without_tensorrt_its_decoder_is_one_sentence_before_the_weights_are_read(saved, monkeypatch):
+    from rfengine.config import RuntimeConfig
+    from rfengine.runtime import tensorrt_api
+
+    def absent():
+        raise RuntimeError("TensorRT cannot be imported; pip install tensorrt")
+
+    monkeypatch.setattr(tensorrt_api, "import_tensorrt", absent)
+    (saved / "vae.safetensors").unlink()
+    with pytest.raises(RuntimeError, match="TensorRT cannot be imported; pip install"):
+        Pipeline.from_pretrained(saved, runtime=RuntimeConfig(vae="tensorrt"))
+
+
+def test_engines_are_opened_once_for_each_size(pipe, saved, monkeypatch):
+    from rfengine.config import RuntimeConfig
+    from rfengine.models.streaming_decoder import StreamingDecoder
+    from rfengine.runtime import tensorrt_api
+    from rfengine.runtime.tensorrt import TensorRTDecoder
+
+    opened = []
+
+    def open_engine(directory, config, grid, dtype, device, chunk_frames, graphs):
+        opened.append((directory, grid.height, grid.width, dtype, device, chunk_frames, graphs))
+        return StreamingDecoder(pipe.vae, pipe.model.ops)
+
+    monkeypatch.setattr(tensorrt_api, "import_tensorrt", lambda: None)
+    monkeypatch.setattr(TensorRTDecoder, "open", open_engine)
+    engined = Pipeline.from_pretrained(saved, device="cpu", runtime=RuntimeConfig(vae="tensorrt"))
+    assert opened == [] and engined.vae_tier == "lossless"
+    expected = pipe.generate("a circle", num_frames=9).frames
+    for _ in range(2):
+        assert numpy.array_equal(engined.generate("a circle", num_frames=9).frames, expected)
+    engined.stream("a circle", height=64)
+    assert opened == [
+        (saved, height, 48, torch.float32, torch.device("cpu"), 3, False) for height in (32, 64)
+    ]

@@ -26,7 +26,9 @@ def test_the_first_chunk_has_nine_frames_and_every_later_one_twelve(pipe):
     assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
     for chunk in chunks:
         assert chunk.frames.dtype == numpy.uint8 and chunk.frames.shape[1:] == (GRID.height, GRID.width, 3)
-        assert chunk.timings.denoise_ms > 0 and chunk.timings.decode_ms > 0
+        timings = chunk.timings
+        assert timings.denoise_ms > 0 and timings.decode_ms > 0
+        assert timings.call_ms >= timings.denoise_ms + timings.decode_ms
 
 
 def test_the_same_seed_gives_the_same_frames_whatever_ran_beside_it(pipe):
@@ -59,6 +61,23 @@ def test_the_same_prompt_again_changes_nothing_when_soft(pipe):
     before = frames_of(stream, 4)
     stream.set_prompt("a circle", "soft")
     assert numpy.array_equal(numpy.concatenate([before, frames_of(stream, 2)]), plain)
+
+
+def test_take_gives_so_many_chunks_and_the_stream_goes_on(pipe):
+    stream = pipe.stream("a circle")
+    assert [chunk.index for chunk in stream.take(2)] == [0, 1]
+    assert next(stream).index == 2
+
+
+def test_a_hard_switch_keeps_the_memory_that_graphs_were_recorded_with(pipe):
+    stream = pipe.stream("a circle")
+    frames_of(stream, 4)
+    tensors = stream._cache.tensors() | stream._decoder_state.tensors()
+    places = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    stream.set_prompt("a green square", "hard")
+    frames_of(stream, 2)
+    after = stream._cache.tensors() | stream._decoder_state.tensors()
+    assert {name: tensor.data_ptr() for name, tensor in after.items()} == places
 
 
 def test_a_hard_switch_equals_a_new_stream(pipe):
@@ -132,6 +151,8 @@ def test_a_snapshot_of_another_model_or_setting_is_refused(pipe):
         small_pipeline(seed=1).restore(snapshot)
     with pytest.raises(ValueError, match="the snapshot's cache is"):
         small_pipeline(CacheConfig(alpha=0.5)).restore(snapshot)
+    with pytest.raises(ValueError, match="the snapshot's decoder is 'tiny', this pipeline's is 'full'"):
+        pipe.restore(dataclasses.replace(snapshot, info=snapshot.info | {"decoder": "tiny"}))
     with pytest.raises(ValueError, match="the snapshot's format is 99"):
         pipe.restore(dataclasses.replace(snapshot, info=snapshot.info | {"format": 99}))
 

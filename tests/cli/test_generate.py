@@ -1,9 +1,7 @@
-"""The command line: its options, what it writes, and one clear sentence for each error."""
+"""generate: what it writes, and one clear sentence for each error."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import resource
 import signal
@@ -12,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import av
 import numpy
@@ -20,74 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inputs import small_pipeline
+from cli_checks.outcome import fails, frame_count
 from rfengine import Pipeline, VideoStream, cli
-from rfengine.checkpoint.loader import save_weights, write_config
-from rfengine.models.text_encoder import build_umt5
+from rfengine.config import RuntimeConfig
 from rfengine.stream import FrameChunk
 from rfengine.video import VideoWriter
-
-GOLDEN = Path(__file__).parent / "golden"
-FPS = 16
-OPTIONS = {
-    "generate": [
-        "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
-    ],
-    "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
-    "parity": ["files", "backend", "device", "dtype"],
-    "doctor": ["json", "model", "height", "width", "dtype"],
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint directory of random weights that makes videos of 32 x 48 pixels."""
-    directory = tmp_path_factory.mktemp("model")
-    pipeline = small_pipeline()
-    write_config(directory, pipeline.config)
-    parts = {
-        "transformer": pipeline.model,
-        "vae": pipeline.vae,
-        "text_encoder": build_umt5(pipeline.config.text),
-    }
-    for name, module in parts.items():
-        tensors = {key: value for key, value in module.state_dict().items() if "embed_tokens" not in key}
-        save_weights(directory / f"{name}.safetensors", tensors)
-    return directory
-
-
-def frame_count(path: Path) -> int:
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
-
-
-def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: object) -> str:
-    """Run a command that must fail with `status` and one sentence, and return the sentence."""
-    assert cli.main([str(argument) for argument in arguments]) == status
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if line.startswith("rfengine: error: ")]
-    assert len(errors) == 1 and "Traceback" not in "".join(lines), lines
-    return errors[0].removeprefix("rfengine: error: ")
-
-
-def test_commands_and_options_are_those_listed_here() -> None:
-    """A new option is a change of this list."""
-    commands = {}
-    for command in get_args(cli.Options):
-        options, settings = get_args(command)
-        commands[settings.name] = [field.name for field in dataclasses.fields(options)]
-    assert commands == OPTIONS
-
-
-def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        cli.main(["--help"])
-    assert left.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in OPTIONS)
-
-
-# generate
 
 
 def test_generate_writes_the_length_asked_for(
@@ -99,7 +33,7 @@ def test_generate_writes_the_length_asked_for(
     assert frame_count(path) == 24  # the last chunk gives 33 and is cropped
     shown = capsys.readouterr()
     assert f"{path}: 24 frames, 1.5 s of video; streams at " in shown.out
-    assert "frames/s" in shown.out and "times as fast as it plays" in shown.out
+    assert "frames/s" in shown.out and "times as fast as it plays; full decoder, lossless" in shown.out
     assert "3/3" in shown.err  # the bar
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.mp4"]
 
@@ -120,8 +54,8 @@ def test_size_and_dtype_are_those_asked_for(
 ) -> None:
     load, dtypes = Pipeline.from_pretrained, []
 
-    def watched(*arguments: object) -> Pipeline:
-        pipeline = load(*arguments)
+    def watched(*arguments: object, **options: object) -> Pipeline:
+        pipeline = load(*arguments, **options)
         dtypes.append(pipeline.model.dtype)
         return pipeline
 
@@ -133,6 +67,49 @@ def test_size_and_dtype_are_those_asked_for(
         stream = container.streams.video[0]
         assert (stream.height, stream.width) == (64, 32)
     assert dtypes == [torch.bfloat16]
+
+
+def test_runtime_options_reach_the_pipeline(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, runtimes = Pipeline.from_pretrained, []
+
+    def watched(*arguments: object, **options: object) -> Pipeline:
+        runtimes.append(options["runtime"])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", watched)
+    base = ["generate", "a circle", "--model", str(model), "--seconds", "0.6", "--device", "cpu"]
+    assert cli.main([*base, "-o", str(tmp_path / "a.mp4")]) == 0
+    options = ["--no-graphs", "--overlap", "--no-autotune", "--decode-device", "cpu", "--vae", "full"]
+    assert cli.main([*base, "-o", str(tmp_path / "b.mp4"), *options]) == 0
+    assert runtimes == [
+        RuntimeConfig(),
+        RuntimeConfig(graphs=False, overlap=True, autotune=False, decode_device="cpu"),
+    ]
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    ("status", "options", "told"),
+    [
+        (cli.CALLER_ERROR, ["--decode-device", "cuda:1"], "--decode-device is cuda:1 and torch finds 0 CUDA"),
+        (cli.CALLER_ERROR, ["--vae", "tiny"], "z_dim of the tiny decoder is 16"),
+        (cli.OTHER_ERROR, ["--graphs"], "graphs are asked for on cpu; CUDA graphs need a CUDA device"),
+    ],
+)
+def test_runtime_that_cannot_be_had_is_one_sentence(
+    status: int,
+    options: list[str],
+    told: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "a.mp4"
+    assert told in fails(capsys, status, "generate", "a", "-o", path, "--model", model, *options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_prompts_of_a_file_give_one_safely_named_video_each(model: Path, tmp_path: Path) -> None:
@@ -198,7 +175,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
 def test_wrong_size_is_refused_before_the_model_is_loaded(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
     path = tmp_path / "a.mp4"
     assert "multiple of 16" in fails(
         capsys, cli.CALLER_ERROR, "generate", "a", "-o", path, "--model", model, "--width", 50
@@ -271,8 +248,8 @@ def test_interrupted_generation_leaves_a_file_that_plays(
 ) -> None:
     advance = VideoStream.advance
 
-    def interrupted(self: VideoStream) -> FrameChunk:
-        chunk = advance(self)
+    def interrupted(self: VideoStream, ahead: bool = True) -> FrameChunk:
+        chunk = advance(self, ahead=ahead)
         if chunk.index == 2:
             raise KeyboardInterrupt
         return chunk
@@ -304,7 +281,7 @@ def test_interrupt_within_a_write_waits_for_its_end(
 def test_interrupt_before_the_first_frames_leaves_nothing(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: VideoStream) -> FrameChunk:
+    def interrupted(self: VideoStream, ahead: bool = True) -> FrameChunk:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(VideoStream, "advance", interrupted)
@@ -338,76 +315,3 @@ def test_interrupted_process_exits_with_130_and_its_file_plays(
     assert last.startswith(f"rfengine: error: interrupted; {path} holds the first ")
     assert f"({frame_count(path)} frames)" in last
     assert list(tmp_path.iterdir()) == [path]
-
-
-# convert, parity, doctor
-
-
-def test_converted_checkpoint_generates(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    converted = tmp_path / "converted"
-    assert cli.main(["convert", str(model), str(converted), "--dtype", "float16", "--no-use-ema"]) == 0
-    assert f"{converted}: converted from {model} in float16" in capsys.readouterr().out
-    path = tmp_path / "a.mp4"
-    assert cli.main(["generate", "a", "-o", str(path), "--model", str(converted), "--seconds", "0.2"]) == 0
-    assert frame_count(path) == 3
-
-
-def test_conversion_of_nothing_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = fails(capsys, cli.CALLER_ERROR, "convert", tmp_path / "no", tmp_path / "out")
-    assert "no does not exist" in told
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_parity_prints_one_json_line_for_each_file(capsys: pytest.CaptureFixture[str]) -> None:
-    files = [str(GOLDEN / name) for name in ("frozen_sink_absolute.safetensors", "vae.safetensors")]
-    assert cli.main(["parity", *files, "--device", "cpu", "--dtype", "float32", "--backend", "auto"]) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["file"] for line in lines] == files
-    assert [line["kind"] for line in lines] == ["causal", "vae"]
-    assert all(line["ok"] and line["max_rel_err"] == max(line["errors"].values()) < 3e-6 for line in lines)
-    assert {line["dtype"] for line in lines} == {"float32"}
-
-
-def test_parity_exits_with_1_when_one_file_is_off_or_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good, off = GOLDEN / "self_forcing_global.safetensors", tmp_path / "off.safetensors"
-    content = bytearray(good.read_bytes())
-    content[-1] ^= 0x40  # the exponent of the last value
-    off.write_bytes(content)
-    assert cli.main(["parity", str(off)]) == 1
-    assert json.loads(capsys.readouterr().out)["ok"] is False
-
-    told = fails(capsys, 1, "parity", Path(__file__), good)
-    assert str(Path(__file__)) in told
-
-
-def test_parity_still_replays_the_files_after_a_damaged_one(capsys: pytest.CaptureFixture[str]) -> None:
-    good = GOLDEN / "self_forcing_global.safetensors"
-    assert cli.main(["parity", str(GOLDEN / "no"), str(good)]) == 1
-    damaged, replayed = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert damaged["ok"] is False and damaged["max_rel_err"] is None and "does not exist" in damaged["error"]
-    assert replayed["ok"] is True and replayed["file"] == str(good)
-
-
-def test_parity_without_files_or_on_a_missing_backend_is_one_sentence(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert "0 files are given" in fails(capsys, cli.CALLER_ERROR, "parity")
-    assert "'native' cannot run on cpu" in fails(
-        capsys, cli.OTHER_ERROR, "parity", GOLDEN / "vae.safetensors", "--backend", "native"
-    )
-
-
-def test_doctor_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor"]) == 0
-    assert "backends on" in capsys.readouterr().out
-    assert cli.main(["doctor", "--json", "--model", "wan-1.3b", "--dtype", "bfloat16"]) == 0
-    assert json.loads(capsys.readouterr().out)["memory"]["model"] == "wan-1.3b"
-
-
-def test_doctor_refuses_a_wrong_size_and_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "height is 100 pixels" in fails(capsys, cli.CALLER_ERROR, "doctor", "--height", 100)
-    assert "wan-9b" in fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-9b")

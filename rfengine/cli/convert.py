@@ -1,0 +1,47 @@
+"""`rfengine convert`: a published checkpoint in the engine's own layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from rfengine.config import DTypeName
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """Convert a checkpoint of Wan2.1, Diffusers, Self-Forcing, LongLive or Reward Forcing for the engine."""
+
+    source: Positional[Path]
+    """A checkpoint directory, or one .pt or .safetensors file of a generator."""
+    destination: Positional[Path]
+    """The directory to make."""
+    base: Path | None = None
+    """A directory that gives the VAE, the text encoder and the tokenizer where SOURCE lacks them."""
+    lora: Path | None = None
+    """A LoRA to merge into the transformer."""
+    dtype: DTypeName = "bfloat16"
+    """Precision of the weights written."""
+    use_ema: bool = True
+    """Take the averaged weights where a file has both."""
+    kind: Literal["auto", "wan", "reward-forcing", "self-forcing", "longlive"] = "auto"
+    """Which cache the model was trained for; auto goes by the name of the source."""
+
+
+def run(options: ConvertOptions) -> int:
+    from rfengine.checkpoint.convert import convert
+
+    convert(
+        options.source,
+        options.destination,
+        base=options.base,
+        lora=options.lora,
+        dtype=options.dtype,
+        use_ema=options.use_ema,
+        kind=options.kind,
+    )
+    print(f"{options.destination}: converted from {options.source} in {options.dtype}")
+    return 0

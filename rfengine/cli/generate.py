@@ -1,0 +1,181 @@
+"""`rfengine generate`: a video from a prompt, or one from each line of a file."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import time
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from rfengine.cli.terminal import find_device, interrupt_waits
+from rfengine.config import DecoderKind, DTypeName, RuntimeConfig
+from rfengine.pipeline import Pipeline, check_seed, checkpoint_directory
+from rfengine.video import VideoWriter, check_video_path
+
+_SLUG_LENGTH = 48
+_QUIET_INTERVAL = 15.0  # seconds between two lines of progress where no terminal shows them
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Make a video from a prompt, or one from each line of a file."""
+
+    prompt: Positional[str | None] = None
+    """What the video shows."""
+    output: Annotated[Path, arg(aliases=("-o",))]
+    """The MP4 to write; with --prompts the directory that gets one MP4 for each prompt."""
+    prompts: Path | None = None
+    """A text file with one prompt per line, instead of PROMPT; empty lines are skipped."""
+    seconds: float = 5.0
+    """Length of each video."""
+    seed: int = 0
+    """The same seed, model and prompt give the same video."""
+    model: str = "tiny"
+    """A checkpoint directory, or tiny, which comes with the package."""
+    height: int | None = None
+    """Pixels, a multiple of 16; the size the model was trained at where nothing is given."""
+    width: int | None = None
+    """Pixels, a multiple of 16."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; cuda where there is one."""
+    dtype: DTypeName | None = None
+    """Precision of the weights; bfloat16 on CUDA, float32 on the CPU."""
+    vae: DecoderKind = "full"
+    """What makes the frames: full and tensorrt (an engine of rfengine export-vae) are lossless, tiny is
+    faster and of lower quality."""
+    graphs: bool | None = None
+    """Replay each chunk as one CUDA graph; on with CUDA."""
+    overlap: bool | None = None
+    """Decode a chunk beside the next one; on with CUDA."""
+    merged_pass: bool = False
+    """Run the context pass of a chunk together with the first step of the next."""
+    autotune: bool = True
+    """Time the backends at the start, once for each GPU and size."""
+    decode_device: str | None = None
+    """Where the frames are made, such as cuda:1; the model's device where nothing is given."""
+
+
+def run(options: GenerateOptions) -> int:
+    jobs = _jobs(options)
+    _check_request(options)
+    runtime = RuntimeConfig(
+        graphs=options.graphs,
+        merged_pass=options.merged_pass,
+        overlap=options.overlap,
+        decode_device=options.decode_device,
+        autotune=options.autotune,
+        vae=options.vae,
+    )
+    device = find_device(options.device)
+    find_device(options.decode_device, "--decode-device")
+    pipeline = Pipeline.from_pretrained(options.model, device, options.dtype, runtime=runtime)
+    for done, (prompt, path) in enumerate(jobs):
+        try:
+            _write_video(pipeline, prompt, path, options)
+        except KeyboardInterrupt as error:
+            if not done:
+                raise
+            begun = str(error) or f"{path} was not begun"
+            raise KeyboardInterrupt(f"{begun}; {done} of {len(jobs)} videos are whole") from None
+    return 0
+
+
+def _jobs(options: GenerateOptions) -> list[tuple[str, Path]]:
+    """Every prompt and the file its video goes to."""
+    if (options.prompt is None) == (options.prompts is None):
+        given = "neither" if options.prompt is None else "both"
+        raise ValueError(f"{given} of PROMPT and --prompts FILE is given; give one of them")
+    if options.prompt is not None:
+        _check_prompt(options.prompt)
+        check_video_path(options.output)
+        return [(options.prompt, options.output)]
+    prompts = _read_prompts(options.prompts)
+    if not options.output.is_dir():
+        raise ValueError(
+            f"{options.output} is no directory; create it first, --prompts writes its videos there"
+        )
+    return [(prompt, options.output / _file_name(number, prompt)) for number, prompt in enumerate(prompts, 1)]
+
+
+def _check_prompt(prompt: str) -> None:
+    from rfengine.models.text_encoder import clean_text
+
+    if not clean_text(prompt):
+        raise ValueError(f"the prompt {prompt!r} is empty; give it at least one word")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"the prompt file {path} does not exist; give a text file with one prompt per line")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} has 0 prompts; write one per line")
+    for prompt in prompts:
+        _check_prompt(prompt)
+    return prompts
+
+
+def _file_name(number: int, prompt: str) -> str:
+    """A name that any file system takes and no other prompt of the file has: 0001-a-red-circle.mp4."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:_SLUG_LENGTH].rstrip("-")
+    return f"{number:04}-{slug or 'prompt'}.mp4"
+
+
+def _check_request(options: GenerateOptions) -> None:
+    """Refuse before the model is loaded, which can take minutes, what would be refused after it."""
+    from rfengine.checkpoint.loader import read_config
+    from rfengine.grid import LatentGrid
+
+    if not math.isfinite(options.seconds) or options.seconds <= 0:
+        raise ValueError(f"--seconds is {options.seconds}; give a positive length such as 5")
+    check_seed(options.seed)
+    LatentGrid.of(read_config(checkpoint_directory(options.model)), options.height, options.width)
+
+
+def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateOptions) -> None:
+    from tqdm import tqdm
+
+    fps = pipeline.config.fps
+    count = pipeline.frame_count(seconds=options.seconds)
+    num_chunks = pipeline.chunk_count(count)
+    stream = pipeline.stream(prompt, seed=options.seed, height=options.height, width=options.width)
+    chunks, made, busy = stream.take(num_chunks), 0, 0.0
+    interval = 0.1 if sys.stderr.isatty() else _QUIET_INTERVAL
+    with (
+        VideoWriter(path, fps, stream.grid.height, stream.grid.width) as writer,
+        tqdm(total=num_chunks, desc=path.name, unit="chunk", mininterval=interval, file=sys.stderr) as bar,
+    ):
+        try:
+            for _ in range(num_chunks):
+                started = time.perf_counter()
+                frames = next(chunks).frames
+                busy += time.perf_counter() - started
+                made += len(frames)
+                with interrupt_waits():
+                    writer.write(frames[: count - writer.frames_written])
+                bar.update()
+        except KeyboardInterrupt:
+            if not writer.frames_written:
+                raise
+            with interrupt_waits(then_raise=False):  # impatience must not cost the end of the file
+                writer.close()
+            written = writer.frames_written
+            raise KeyboardInterrupt(
+                f"{path} holds the first {written / fps:.1f} of {count / fps:.1f} seconds ({written} frames)"
+            ) from None
+    rate = made / busy
+    print(
+        f"{path}: {count} frames, {count / fps:.1f} s of video; streams at {rate:.1f} frames/s, "
+        f"{rate / fps:.1f} times as fast as it plays; {options.vae} decoder, {pipeline.vae_tier}"
+    )

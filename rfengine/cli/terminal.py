@@ -1,0 +1,108 @@
+"""What every command shares with the terminal: exit statuses, one line for each error, signals, devices."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+CALLER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130  # exit statuses
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def find_device(name: str | None, option: str = "--device") -> torch.device | None:
+    """The device that `option` names, which is there; None for None. Raises ValueError for any other."""
+    if name is None:
+        return None
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise ValueError(f"{option} is {name!r}; use cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if name.startswith("cuda") else 0
+    if name != "cpu" and int(match[1] or 0) >= count:
+        raise ValueError(f"{option} is {name} and torch finds {count} CUDA devices; use {option} cpu")
+    return torch.device(name)
+
+
+def one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def fail(error: object, status: int) -> int:
+    print(f"rfengine: error: {one_line(error)}", file=sys.stderr)
+    return status
+
+
+class _OnceFilter(logging.Filter):
+    """Lets each message through once: the configuration is read before and while a model is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        fresh = message not in self.seen
+        self.seen.add(message)
+        return fresh
+
+
+@contextmanager
+def one_line_warnings() -> Iterator[None]:
+    """Show warnings of the engine and of libraries as one line on stderr, without their source location."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("rfengine: warning: %(message)s"))
+    handler.addFilter(_OnceFilter())
+    logger = logging.getLogger("rfengine")
+    logger.addHandler(handler)
+
+    def show(message: Warning | str, *place: object) -> None:
+        print(f"rfengine: warning: {one_line(message)}", file=sys.stderr)
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: the file up to there plays, and nothing half-written stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def interrupt_waits(then_raise: bool = True) -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done: half a write would spoil the file."""
+    if threading.current_thread() is not threading.main_thread():  # others never get the signal
+        yield
+        return
+    pending: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        pending.append(number)
+
+    previous = {number: signal.signal(number, note) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if pending and then_raise:
+        raise KeyboardInterrupt

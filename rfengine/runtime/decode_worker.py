@@ -1,0 +1,317 @@
+"""DecodeWorker: turns latents into frames in host memory, beside the denoising of the next chunk.
+
+On CUDA the host only launches: decoding has a stream of its own, on the model's device or another, and frames
+go to pinned buffers that are used again. On a CPU a thread decodes; torch releases the GIL meanwhile. Without
+overlap a chunk is decoded where it is submitted.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from rfengine.models.decoder import FrameDecoder, FrameDecoderState
+from rfengine.runtime.cuda_graph import CapturedCall
+from rfengine.runtime.nvtx_ranges import nvtx_range
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+DEPTH = 2  # decodes in flight: one that is awaited and one of the chunk begun ahead
+_NOT_FINITE = (
+    "the latents of a chunk hold values that are not finite; start a new stream or restore a snapshot"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedFrames:
+    """Frames uint8 [T, H, W, 3] in host memory, and the milliseconds that decoding took where it ran."""
+
+    frames: ndarray
+    milliseconds: float
+
+
+class PendingFrames(Protocol):
+    """Frames of one submit, finished or not."""
+
+    def done(self) -> bool:
+        """Whether result() would return, or raise, at once."""
+
+    def result(self) -> DecodedFrames:
+        """Wait for the frames; raises what decoding raised, at every call."""
+
+
+class DecodeLane:
+    """Where all decodes of one decoder run, one after the other, whichever stream they are for.
+
+    device: where the decoder's weights are. overlap: decode beside what the caller does next, on a CUDA
+    stream or on a thread. graphs: with overlap, replay as a CUDA graph what a FrameDecoder says can be.
+    The CUDA stream has the lowest priority, so the denoising of the next chunk is never behind. Latents of
+    another device are copied on copy_stream, since a copy between devices makes the streams of both wait for
+    each other, and the denoising must not wait.
+    """
+
+    def __init__(self, device: torch.device, overlap: bool = False, graphs: bool = False) -> None:
+        self.device = device
+        self.overlap = overlap
+        self.graphs = graphs
+        on_cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if overlap and on_cuda else None
+        self.thread = ThreadPoolExecutor(1, "rfengine-decode") if overlap and not on_cuda else None
+        self._copy_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def copy_stream(self, source: torch.device) -> torch.cuda.Stream:
+        if source not in self._copy_streams:
+            self._copy_streams[source] = torch.cuda.Stream(source)
+        return self._copy_streams[source]
+
+
+class DecodeWorker:
+    """Decodes the chunks of one stream in the order they are submitted, at most `depth` at a time.
+
+    Latents from another device than the lane's are copied there. Frames that nobody takes are kept in
+    ordinary memory, so a caller may take them late or never; nothing waits for him. An error of an overlapped
+    decode is raised by its result and by every later submit and result: a state that is half-way decodes
+    nothing more.
+    """
+
+    def __init__(self, decoder: FrameDecoder, lane: DecodeLane, depth: int = DEPTH) -> None:
+        if depth < 1:
+            raise ValueError(f"depth is {depth}; at least one decode is in flight")
+        self.decoder = decoder
+        self._lane = lane
+        self._depth = depth
+        self._pending: deque[PendingFrames] = deque()
+        self._closed = False
+        if lane.stream is not None:
+            self._decoding = _StreamDecoding(decoder, lane, depth)
+        else:
+            self._decoding = (_ThreadDecoding if lane.overlap else _CallerDecoding)(decoder, lane)
+
+    def new_state(
+        self, batch: int, latent_height: int, latent_width: int, dtype: torch.dtype
+    ) -> FrameDecoderState:
+        """A fresh state on the worker's device, in memory that is released in the order of its stream."""
+        lane = self._lane
+        with torch.cuda.stream(lane.stream):  # None, without a stream, changes nothing
+            state = self.decoder.decoder_state(batch, latent_height, latent_width, dtype, lane.device)
+        if lane.stream is not None:  # a snapshot may be loaded next, over the zeros
+            torch.cuda.current_stream(lane.device).wait_stream(lane.stream)
+        return state
+
+    def submit(self, latents: Tensor, state: FrameDecoderState) -> PendingFrames:
+        """Decode latents [1, z, F, h, w], which what the caller launched before still may write.
+
+        Waits while `depth` decodes run. Raises the error of an earlier decode, RuntimeError once closed.
+        """
+        if self._closed:
+            raise RuntimeError("the decode worker is closed; start a new stream")
+        if self._pending and self._pending[-1].done():
+            self._pending[-1].result()
+        while len(self._pending) >= self._depth:
+            self._pending[0].result()  # stays where it fails, so the next submit fails too
+            self._pending.popleft()
+        self._pending.append(self._decoding.start(latents, state))
+        return self._pending[-1]
+
+    def wait(self) -> None:
+        """Return once everything that was submitted is decoded; the state may then be read and changed."""
+        for pending in self._pending:
+            pending.result()
+
+    def close(self) -> None:
+        """Drop what has not begun and wait for what has. Frames that were finished can still be taken."""
+        if not self._closed:
+            self._closed = True
+            self._decoding.close()
+
+
+@torch.no_grad()
+def _decode(decoder: FrameDecoder, latents: Tensor, state: FrameDecoderState) -> tuple[Tensor, Tensor]:
+    """The frames on the decoder's device and whether their latents were finite, [1] of bool."""
+    with nvtx_range("decode"):
+        finite = latents.isfinite().all().view(1)
+        return decoder.decode_frames(latents, state), finite
+
+
+def _decode_to_host(
+    decoder: FrameDecoder, device: torch.device, latents: Tensor, state: FrameDecoderState
+) -> DecodedFrames:
+    started = time.perf_counter()
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # -1 changes nothing
+        frames, finite = _decode(decoder, latents.to(device), state)
+        if not finite.item():
+            raise RuntimeError(_NOT_FINITE)
+        host = frames.cpu().numpy()
+    return DecodedFrames(host, (time.perf_counter() - started) * 1e3)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """Frames that were decoded where they were submitted."""
+
+    decoded: DecodedFrames
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> DecodedFrames:
+        return self.decoded
+
+
+class _CallerDecoding:
+    """Decodes at once, on the caller's thread and stream."""
+
+    def __init__(self, decoder: FrameDecoder, lane: DecodeLane) -> None:
+        self._decoder, self._lane = decoder, lane
+
+    def start(self, latents: Tensor, state: FrameDecoderState) -> PendingFrames:
+        return _Finished(_decode_to_host(self._decoder, self._lane.device, latents, state))
+
+    def close(self) -> None: ...
+
+
+class _ThreadDecoding:
+    """Decodes on the lane's thread. A decode begins by asking for the result of the one before it, whose
+    error thus reaches all later ones."""
+
+    def __init__(self, decoder: FrameDecoder, lane: DecodeLane) -> None:
+        self._decoder, self._lane = decoder, lane
+        self._unfinished: deque[Future[DecodedFrames]] = deque()
+
+    def start(self, latents: Tensor, state: FrameDecoderState) -> PendingFrames:
+        last = self._unfinished[-1] if self._unfinished else None
+        while self._unfinished and self._unfinished[0].done():
+            self._unfinished.popleft()
+        self._unfinished.append(self._lane.thread.submit(self._run, last, latents, state))
+        return self._unfinished[-1]
+
+    def _run(
+        self, last: Future[DecodedFrames] | None, latents: Tensor, state: FrameDecoderState
+    ) -> DecodedFrames:
+        if last is not None:
+            last.result()
+        return _decode_to_host(self._decoder, self._lane.device, latents, state)
+
+    def close(self) -> None:
+        wait([future for future in self._unfinished if not future.cancel()])
+
+
+class _StreamDecoding:
+    """Decodes on the lane's CUDA stream, after all that the caller's stream was given so far; a result waits
+    on the host for the decode's event."""
+
+    def __init__(self, decoder: FrameDecoder, lane: DecodeLane, depth: int) -> None:
+        self._decoder, self._lane = decoder, lane
+        self._captured: _CapturedDecode | None = None
+        self._seen_latents = 0  # latents of the last call that was the steady work and ran op by op
+        self._buffers: deque[Tensor] = deque([_pinned(0)] * depth)
+        weakref.finalize(self, lane.stream.synchronize)  # a graph must not be dropped while it runs
+
+    def start(self, latents: Tensor, state: FrameDecoderState) -> PendingFrames:
+        stream = self._lane.stream
+        stream.wait_stream(torch.cuda.current_stream(self._lane.device))
+        brought = self._bring(latents)
+        started, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(stream):
+            started.record(stream)
+            frames, finite = self._run(brought, state)
+            host = self._buffer(frames.numel() + 1)
+            host[:-1].view(frames.shape).copy_(frames, non_blocking=True)
+            host[-1:].copy_(finite.view(torch.uint8), non_blocking=True)
+            done.record(stream)
+        return _StreamPending(host, tuple(frames.shape), started, done)
+
+    def _bring(self, latents: Tensor) -> Tensor:
+        """The latents on the lane's device, in memory that stays theirs until the lane has read it."""
+        stream = self._lane.stream
+        if latents.device == self._lane.device:
+            latents.record_stream(stream)
+            return latents
+        copying = self._lane.copy_stream(latents.device)
+        copying.wait_stream(torch.cuda.current_stream(latents.device))
+        latents.record_stream(copying)
+        with torch.cuda.stream(copying), torch.cuda.stream(stream):
+            return _moved(latents, self._lane.device, non_blocking=True)
+
+    def _run(self, latents: Tensor, state: FrameDecoderState) -> tuple[Tensor, Tensor]:
+        """Op by op, or from the second call of steady work on as a graph: the first builds its kernels."""
+        count = latents.shape[2]
+        steady = state.frames > 0 and getattr(self._decoder, "capturable_frames", 0) == count
+        if not (self._lane.graphs and steady):
+            return _decode(self._decoder, latents, state)
+        if self._seen_latents != count:
+            self._seen_latents = count
+            return _decode(self._decoder, latents, state)
+        if self._captured is None or self._captured.state is not state:
+            self._captured = _CapturedDecode(self._decoder, latents, state, self._lane.device)
+        return self._captured.replay(latents)
+
+    def _buffer(self, size: int) -> Tensor:
+        """The first `size` bytes of the buffer that was used longest ago, whose frames were taken out."""
+        buffer = self._buffers.popleft()
+        if buffer.numel() < size:
+            buffer = _pinned(size)
+        self._buffers.append(buffer)
+        return buffer[:size]
+
+    def close(self) -> None:
+        self._lane.stream.synchronize()
+        self._captured = None
+
+
+def _moved(latents: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
+    return latents.to(device, non_blocking=non_blocking)
+
+
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
+
+
+class _StreamPending:
+    """Frames on their way to a pinned buffer; its last byte says whether the latents were finite."""
+
+    def __init__(
+        self, host: Tensor, shape: tuple[int, ...], started: torch.cuda.Event, done: torch.cuda.Event
+    ) -> None:
+        self._host, self._shape = host, shape
+        self._started, self._done = started, done
+        self._decoded: DecodedFrames | None = None
+
+    def done(self) -> bool:
+        return self._decoded is not None or self._done.query()
+
+    def result(self) -> DecodedFrames:
+        if self._decoded is None:
+            self._done.synchronize()
+            if not self._host[-1].item():
+                raise RuntimeError(_NOT_FINITE)
+            frames = self._host[:-1].view(self._shape).numpy().copy()
+            self._decoded = DecodedFrames(frames, self._started.elapsed_time(self._done))
+        return self._decoded
+
+
+class _CapturedDecode:
+    """A chunk's decoding on one state, recorded; it has run before in these shapes."""
+
+    def __init__(
+        self, decoder: FrameDecoder, latents: Tensor, state: FrameDecoderState, device: torch.device
+    ) -> None:
+        self.state = state
+        self._latents = static = latents.clone()
+        seen = state.frames
+        self._call = CapturedCall(lambda: _decode(decoder, static, state), None, device)
+        state.frames = seen  # recording counted its latents but ran nothing
+
+    def replay(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        self._latents.copy_(latents)
+        results = self._call.replay()
+        self.state.frames += latents.shape[2]
+        return results

@@ -1,0 +1,42 @@
+"""The command line as a whole: its commands and their options."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args
+
+import pytest
+
+from rfengine import cli
+
+OPTIONS = {
+    "generate": [
+        "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
+        "vae", "graphs", "overlap", "merged_pass", "autotune", "decode_device",
+    ],
+    "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
+    "parity": ["files", "backend", "device", "dtype"],
+    "doctor": ["json", "model", "height", "width", "dtype"],
+    "bench": [
+        "model", "height", "width", "chunks", "backend", "dtype", "vae", "graphs", "overlap", "merged_pass",
+        "autotune", "compare", "threads", "device", "json", "plot",
+    ],
+    "export-vae": ["directory", "height", "width", "latents", "precision", "onnx_only", "force"],
+}  # fmt: skip
+
+
+def test_commands_and_options_are_those_listed_here() -> None:
+    """A new option is a change of this list."""
+    commands = {}
+    for command in get_args(cli.Options):
+        options, settings = get_args(command)
+        commands[settings.name] = [field.name for field in dataclasses.fields(options)]
+    assert commands == OPTIONS
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in OPTIONS)

@@ -1,0 +1,54 @@
+"""parity: one JSON line for each file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli_checks.outcome import fails
+from rfengine import cli
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def test_parity_prints_one_json_line_for_each_file(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(GOLDEN / name) for name in ("frozen_sink_absolute.safetensors", "vae.safetensors")]
+    assert cli.main(["parity", *files, "--device", "cpu", "--dtype", "float32", "--backend", "auto"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == files
+    assert [line["kind"] for line in lines] == ["causal", "vae"]
+    assert all(line["ok"] and line["max_rel_err"] == max(line["errors"].values()) < 3e-6 for line in lines)
+    assert {line["dtype"] for line in lines} == {"float32"}
+
+
+def test_parity_exits_with_1_when_one_file_is_off_or_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, off = GOLDEN / "self_forcing_global.safetensors", tmp_path / "off.safetensors"
+    content = bytearray(good.read_bytes())
+    content[-1] ^= 0x40  # the exponent of the last value
+    off.write_bytes(content)
+    assert cli.main(["parity", str(off)]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+    told = fails(capsys, 1, "parity", Path(__file__), good)
+    assert str(Path(__file__)) in told
+
+
+def test_parity_still_replays_the_files_after_a_damaged_one(capsys: pytest.CaptureFixture[str]) -> None:
+    good = GOLDEN / "self_forcing_global.safetensors"
+    assert cli.main(["parity", str(GOLDEN / "no"), str(good)]) == 1
+    damaged, replayed = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert damaged["ok"] is False and damaged["max_rel_err"] is None and "does not exist" in damaged["error"]
+    assert replayed["ok"] is True and replayed["file"] == str(good)
+
+
+def test_parity_without_files_or_on_a_missing_backend_is_one_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "0 files are given" in fails(capsys, cli.CALLER_ERROR, "parity")
+    assert "'native' cannot run on cpu" in fails(
+        capsys, cli.OTHER_ERROR, "parity", GOLDEN / "vae.safetensors", "--backend", "native"
+    )

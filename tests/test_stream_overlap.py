@@ -1,0 +1,259 @@
+"""A stream that decodes a chunk beside the next one gives what a stream without overlap gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+
+import numpy
+import pytest
+import torch
+
+from inputs import small_pipeline
+from rfengine import Pipeline, VideoStream
+from rfengine.config import RuntimeConfig
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.runtime.chunk_runner import ChunkRunner
+
+WAIT = 20.0  # seconds that a test waits for another thread at most
+
+
+@pytest.fixture(scope="module")
+def plain() -> Pipeline:
+    return small_pipeline()
+
+
+@pytest.fixture(scope="module")
+def overlapped(plain: Pipeline) -> Pipeline:
+    return with_runtime(plain, RuntimeConfig(overlap=True))
+
+
+def with_runtime(pipe: Pipeline, runtime: RuntimeConfig) -> Pipeline:
+    """The same models under another runtime."""
+    config = dataclasses.replace(pipe.config, runtime=runtime)
+    return Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, "small-0")
+
+
+def frames_of(stream: VideoStream, chunks: int) -> numpy.ndarray:
+    return numpy.concatenate([chunk.frames for chunk in itertools.islice(stream, chunks)])
+
+
+@pytest.mark.slow
+def test_ten_chunks_of_the_shipped_model_are_the_same_bit_for_bit() -> None:
+    expected, overlapped = (
+        Pipeline.from_pretrained("tiny", "cpu", runtime=RuntimeConfig(overlap=overlap)).stream(
+            "a red circle", seed=3
+        )
+        for overlap in (False, True)
+    )
+    for chunk, other in zip(expected.take(10), overlapped.take(10), strict=True):
+        assert chunk.index == other.index
+        assert numpy.array_equal(chunk.frames, other.frames)
+        assert torch.equal(expected.latents, overlapped.latents)
+
+
+def test_generate_and_call_are_the_same(plain: Pipeline, overlapped: Pipeline) -> None:
+    expected = plain.generate("a circle", num_frames=40, seed=2).frames
+    assert numpy.array_equal(overlapped.generate("a circle", num_frames=40, seed=2).frames, expected)
+    for output in ("np", "latent"):
+        expected = plain("a circle", num_frames=21, seed=2, output_type=output).frames
+        assert numpy.array_equal(
+            overlapped("a circle", num_frames=21, seed=2, output_type=output).frames, expected
+        )
+
+
+@pytest.mark.parametrize("mode", ["soft", "recache"])
+def test_a_switch_shows_one_chunk_later(plain: Pipeline, overlapped: Pipeline, mode: str) -> None:
+    expected, stream = plain.stream("a circle"), overlapped.stream("a circle")
+    wanted, frames = [frames_of(expected, 5)], [frames_of(stream, 4)]  # its fifth chunk is there already
+    for each in (expected, stream):
+        each.set_prompt("a green square", mode)
+    wanted.append(frames_of(expected, 5))
+    frames.append(frames_of(stream, 6))
+    assert numpy.array_equal(numpy.concatenate(frames), numpy.concatenate(wanted))
+
+
+def test_a_hard_switch_drops_the_chunk_ahead(plain: Pipeline, overlapped: Pipeline) -> None:
+    stream = overlapped.stream("a circle", seed=3)
+    frames_of(stream, 4)
+    stream.set_prompt("a green square", "hard")
+    chunks = list(itertools.islice(stream, 4))
+    assert [chunk.index for chunk in chunks] == [4, 5, 6, 7]
+    expected = frames_of(plain.stream("a green square", seed=3), 4)
+    assert numpy.array_equal(numpy.concatenate([chunk.frames for chunk in chunks]), expected)
+
+
+@pytest.mark.parametrize("taken_after", [1, 2, 5])
+def test_a_snapshot_holds_the_chunk_ahead_and_restores_with_and_without_overlap(
+    plain: Pipeline, overlapped: Pipeline, taken_after: int
+) -> None:
+    expected = frames_of(plain.stream("a circle", seed=5), taken_after + 4)
+    stream = overlapped.stream("a circle", seed=5)
+    frames_of(stream, taken_after)
+    snapshot = stream.snapshot()
+    assert ("ahead.frames" in snapshot.tensors) == (taken_after > 1)
+    tail = frames_of(stream, 4)
+    assert numpy.array_equal(tail, expected[-len(tail) :])
+    for pipe in (plain, overlapped, overlapped):
+        restored = pipe.restore(snapshot)
+        chunk = next(restored)
+        assert chunk.index == taken_after and restored.latents is not None
+        frames = chunk.frames.copy()
+        chunk.frames[:] = 0  # what a caller does to his frames stays his
+        assert numpy.array_equal(numpy.concatenate([frames, frames_of(restored, 3)]), tail)
+
+
+def test_a_snapshot_without_the_latents_of_the_chunk_ahead_is_refused(overlapped: Pipeline) -> None:
+    stream = overlapped.stream("a circle")
+    frames_of(stream, 2)
+    snapshot = stream.snapshot()
+    tensors = {name: tensor for name, tensor in snapshot.tensors.items() if name != "window_latents.2"}
+    with pytest.raises(ValueError, match="the snapshot lacks the latents of chunk 2"):
+        overlapped.restore(dataclasses.replace(snapshot, tensors=tensors))
+
+
+def test_a_clip_is_continued_the_same(plain: Pipeline, overlapped: Pipeline) -> None:
+    clip = frames_of(plain.stream("a circle"), 3)
+    expected = frames_of(plain.stream("a circle", start_frames=clip), 3)
+    assert numpy.array_equal(frames_of(overlapped.stream("a circle", start_frames=clip), 3), expected)
+
+
+def test_streams_beside_each_other_are_the_same(plain: Pipeline, overlapped: Pipeline) -> None:
+    expected = [frames_of(plain.stream("a circle", seed=seed), 4) for seed in (1, 2)]
+    streams = [overlapped.stream("a circle", seed=seed) for seed in (1, 2)]
+    pieces = [[next(stream).frames for stream in streams] for _ in range(4)]
+    for number, frames in enumerate(expected):
+        assert numpy.array_equal(numpy.concatenate([piece[number] for piece in pieces]), frames)
+
+
+def test_a_chunk_is_decoded_while_the_next_is_denoised(
+    plain: Pipeline, overlapped: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding chunk 1 waits for the start of chunk 2, which only an overlapped stream comes to."""
+    third_begun = threading.Event()
+    decode, denoise = StreamingDecoder.decode_frames, ChunkRunner.advance
+
+    def decode_frames(self, latents, state, *layout):
+        if state.frames == latents.shape[2]:
+            assert third_begun.wait(WAIT)
+        return decode(self, latents, state, *layout)
+
+    def advance(self, cache, plan, *inputs):
+        if plan.chunk == 2:
+            third_begun.set()
+        return denoise(self, cache, plan, *inputs)
+
+    expected = frames_of(plain.stream("a circle"), 3)
+    monkeypatch.setattr(StreamingDecoder, "decode_frames", decode_frames)
+    monkeypatch.setattr(ChunkRunner, "advance", advance)
+    assert numpy.array_equal(frames_of(overlapped.stream("a circle"), 3), expected)
+
+
+def begun_by(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The chunks whose denoising is begun from now on."""
+    begun, denoise = [], ChunkRunner.advance
+
+    def advance(self, cache, plan, *inputs):
+        begun.append(plan.chunk)
+        return denoise(self, cache, plan, *inputs)
+
+    monkeypatch.setattr(ChunkRunner, "advance", advance)
+    return begun
+
+
+def test_the_first_chunk_waits_for_no_other(overlapped: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, stream = begun_by(monkeypatch), overlapped.stream("a circle")
+    next(stream)
+    assert begun == [0]
+    next(stream)
+    assert begun == [0, 1, 2]
+    stream.set_prompt("a square", "hard")
+    next(stream)
+    assert begun == [0, 1, 2, 0]
+
+
+def test_a_finished_video_has_begun_nothing_more(
+    overlapped: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begun_by(monkeypatch)
+    overlapped.generate("a circle", num_frames=33)
+    overlapped("a circle", num_frames=33)
+    assert begun == [0, 1, 2, 0, 1, 2]
+
+
+def test_steps_of_a_chunk_that_was_begun_cannot_be_watched(plain: Pipeline, overlapped: Pipeline) -> None:
+    expected, stream = frames_of(plain.stream("a circle"), 4), overlapped.stream("a circle")
+    frames = [next(stream).frames, next(stream).frames]
+    for options in ({"on_step": lambda *_: None}, {"decode": False}):
+        with pytest.raises(RuntimeError, match="chunk 2 was begun by the call before it; give that call"):
+            stream.advance(**options)
+    frames.append(stream.advance(ahead=False).frames)
+    steps = []
+    frames.append(stream.advance(on_step=lambda step, *_: steps.append(step)).frames)
+    assert steps == [0, 1] and numpy.array_equal(numpy.concatenate(frames), expected)
+
+
+def test_a_closed_stream_leaves_the_others_running(plain: Pipeline, overlapped: Pipeline) -> None:
+    expected = frames_of(plain.stream("a circle"), 4)
+    closed, other = overlapped.stream("a square"), overlapped.stream("a circle")
+    frames = [next(other).frames, next(other).frames]
+    frames_of(closed, 3)
+    closed.close()
+    closed.close()
+    with pytest.raises(RuntimeError, match="the stream was closed in chunk 3"):
+        next(closed)
+    frames.append(frames_of(other, 2))
+    assert numpy.array_equal(numpy.concatenate(frames), expected)
+
+
+def test_an_error_of_the_decoder_is_raised_as_it_is_and_closes_the_stream(
+    overlapped: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = StreamingDecoder.decode_frames
+
+    def failing(self, latents, state, *layout):
+        return decode(self, latents, state, *layout) if state.frames < 9 else 1 / 0
+
+    monkeypatch.setattr(StreamingDecoder, "decode_frames", failing)
+    stream = overlapped.stream("a circle")
+    with pytest.raises(ZeroDivisionError):
+        for _ in range(4):
+            next(stream)
+    for call in (lambda: next(stream), stream.snapshot, lambda: stream.set_prompt("a square")):
+        with pytest.raises(RuntimeError, match="the stream was closed in chunk"):
+            call()
+
+
+def test_timings_say_what_a_chunk_cost_the_caller(overlapped: Pipeline) -> None:
+    for chunk in overlapped.stream("a circle").take(3):
+        timings = chunk.timings
+        assert timings.denoise_ms > 0 and timings.decode_ms > 0
+        assert timings.call_ms > 0
+
+
+@pytest.mark.parametrize("mode", ["soft", "recache", "hard"])
+def test_a_merged_pass_changes_rounding_alone(plain: Pipeline, mode: str) -> None:
+    runtime = RuntimeConfig(overlap=True, merged_pass=True)
+    streams = plain.stream("a circle"), with_runtime(plain, runtime).stream("a circle")
+    latents = []
+    for stream, before in zip(streams, (5, 5 if mode == "hard" else 4), strict=True):
+        frames_of(stream, before)
+        stream.set_prompt("a green square", mode)
+        frames_of(stream, 9 - before)
+        latents.append(stream.latents)
+    assert torch.allclose(*latents, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_overlap_on_a_gpu_is_the_same_bit_for_bit(graphs: bool) -> None:
+    frames = []
+    for overlap in (False, True):
+        runtime = RuntimeConfig(graphs=graphs, overlap=overlap, autotune=False)
+        pipe = Pipeline.from_pretrained("tiny", device="cuda", runtime=runtime)
+        stream = pipe.stream("a red circle", seed=3)
+        frames.append(frames_of(stream, 8))
+        snapshot = stream.snapshot()
+        frames[-1] = numpy.concatenate([frames[-1], frames_of(pipe.restore(snapshot), 2)])
+    assert numpy.array_equal(*frames)
