@@ -18,6 +18,7 @@ SinkPrecision = Literal["split", "bf16"]
 Backend = Literal["auto", "reference", "triton", "native", "cudnn", "flash"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 DecoderKind = Literal["full", "tensorrt", "tiny"]
+VAEPrecision = Literal["default", "fp8"]
 
 Config = TypeVar("Config")
 
@@ -104,6 +105,50 @@ class VAEConfig:
     def temporal_stride(self) -> int:
         """Pixel frames per latent frame, after the first."""
         return 2 ** sum(self.temporal_downsample)
+
+
+@dataclass(frozen=True, slots=True)
+class TinyVAEConfig:
+    """Shape of the tiny decoder; the defaults are the published taew2_1 (spec 4.9)."""
+
+    z_dim: int = 16
+    widths: tuple[int, ...] = (256, 128, 64, 64)  # of the levels with memory blocks, then of the last one
+    memory_blocks: int = 3  # of each level
+    time_factors: tuple[int, ...] = (1, 2, 2)  # frames that come of one, after each level
+
+    def __post_init__(self) -> None:
+        if len(self.time_factors) != len(self.widths) - 1 or not self.time_factors:
+            raise ValueError(
+                f"time_factors has {len(self.time_factors)} entries for {len(self.widths)} widths; give one "
+                "for every step between two widths, at least one"
+            )
+        for name in ("z_dim", "memory_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("widths", "time_factors"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; each entry must be at least 1")
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent, along height and along width."""
+        return 2 ** len(self.time_factors)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Pixel frames per latent frame, after the first."""
+        return math.prod(self.time_factors)
+
+
+def require_same_latents(tiny_vae: TinyVAEConfig, vae: VAEConfig) -> None:
+    """Raises ValueError unless the tiny decoder takes the latents of `vae` to videos of the same size."""
+    for name in ("z_dim", "spatial_stride", "temporal_stride"):
+        given, wanted = getattr(tiny_vae, name), getattr(vae, name)
+        if given != wanted:
+            raise ValueError(
+                f"{name} of the tiny decoder is {given} and that of the VAE {wanted}; use a tiny decoder "
+                "that was trained for this VAE"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,14 +260,16 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """How the engine runs on a machine. None of it changes a result beyond rounding, but vae="tiny".
+    """How the engine runs on a machine. None of it changes a result beyond rounding, but vae="tiny" and
+    vae_precision="fp8".
 
     graphs: replay a chunk as one CUDA graph; None is on where the device is CUDA. merged_pass: run the
     context pass of a chunk together with the first step of the next. overlap: decode a chunk beside the next
     one; None is on where the device is CUDA. decode_device: where the VAE runs; the model's device where it
     is None. autotune: time the backends at the engine's own shapes at start-up, and keep what won. vae:
     "full" is the lossless decoder, "tensorrt" the same as an engine that `rfengine export-vae` built, "tiny"
-    a small decoder of lower quality.
+    a small decoder of lower quality. vae_precision: "fp8" runs the large convolutions of the full decoder in
+    FP8, and is refused where its frames are further than 45 dB from those in float32.
     """
 
     graphs: bool | None = None
@@ -231,10 +278,16 @@ class RuntimeConfig:
     decode_device: str | None = None
     autotune: bool = True
     vae: DecoderKind = "full"
+    vae_precision: VAEPrecision = "default"
 
     def __post_init__(self) -> None:
-        if self.vae not in get_args(DecoderKind):
-            raise ValueError(f"vae is {self.vae!r}; use {', '.join(map(repr, get_args(DecoderKind)))}")
+        for name, kind in (("vae", DecoderKind), ("vae_precision", VAEPrecision)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; use {', '.join(map(repr, get_args(kind)))}"
+                )
+        if self.vae_precision == "fp8" and self.vae != "full":
+            raise ValueError(f"vae_precision is 'fp8' and vae is {self.vae!r}; FP8 is for vae='full'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +305,7 @@ class EngineConfig:
     fps: int = 16
     backend: Backend = "auto"
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    tiny_vae: TinyVAEConfig = field(default_factory=TinyVAEConfig)
 
     def __post_init__(self) -> None:
         if self.model.in_dim != self.vae.z_dim or self.model.out_dim != self.vae.z_dim:
@@ -263,6 +317,8 @@ class EngineConfig:
             raise ValueError(
                 f"text_dim of the model is {self.model.text_dim}, the text encoder gives {self.text.dim}"
             )
+        if self.runtime.vae == "tiny":
+            require_same_latents(self.tiny_vae, self.vae)
         if self.fps < 1:
             raise ValueError(f"fps is {self.fps}; it must be at least 1")
 
@@ -298,6 +354,7 @@ def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
 _NESTED = {
     "model": WanConfig,
     "vae": VAEConfig,
+    "tiny_vae": TinyVAEConfig,
     "text": TextConfig,
     "cache": CacheConfig,
     "schedule": ScheduleConfig,
@@ -345,6 +402,7 @@ PRESETS: dict[str, EngineConfig] = {
             base_dim=8, z_dim=_TINY_Z_DIM, dim_mult=(1, 2, 4, 8), num_res_blocks=1,
             latents_mean=(0.0,) * _TINY_Z_DIM, latents_std=(1.0,) * _TINY_Z_DIM,
         ),
+        tiny_vae=TinyVAEConfig(z_dim=_TINY_Z_DIM, widths=(32, 24, 16, 16)),
         text=TextConfig(
             vocab_size=259, dim=96, attention_dim=96, ffn_dim=256, num_heads=3, num_layers=2,
             tokenizer="bytes",

@@ -12,6 +12,7 @@ from rfengine.config import (
     EngineConfig,
     ScheduleConfig,
     TextConfig,
+    TinyVAEConfig,
     VAEConfig,
     WanConfig,
     from_dict,
@@ -185,3 +186,35 @@ def test_number_that_is_not_finite_is_refused() -> None:
 def test_a_value_of_another_type_is_refused(kind, values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         from_dict(kind, values)
+
+
+def test_a_tiny_decoder_has_the_strides_of_its_vae_in_every_preset() -> None:
+    for config in PRESETS.values():
+        tiny, vae = config.tiny_vae, config.vae
+        assert (tiny.z_dim, tiny.spatial_stride, tiny.temporal_stride) == (
+            vae.z_dim, vae.spatial_stride, vae.temporal_stride
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"time_factors": (1, 2)}, "time_factors has 2 entries for 4 widths"),
+        ({"widths": (8,), "time_factors": ()}, "at least one"),
+        ({"memory_blocks": 0}, "memory_blocks is 0; it must be at least 1"),
+        ({"widths": (8, 0, 8, 8)}, r"widths is \(8, 0, 8, 8\); each entry must be at least 1"),
+    ],
+)
+def test_a_tiny_decoder_of_no_shape_is_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TinyVAEConfig(**values)
+
+
+def test_only_a_tiny_decoder_that_is_used_must_fit_the_vae() -> None:
+    config = dataclasses.replace(PRESETS["tiny"], tiny_vae=TinyVAEConfig())
+    runtime = dataclasses.replace(config.runtime, vae="tiny")
+    with pytest.raises(ValueError, match="z_dim of the tiny decoder is 16 and that of the VAE 8; use a tiny"):
+        dataclasses.replace(config, runtime=runtime)
+    other = dataclasses.replace(PRESETS["tiny"].tiny_vae, time_factors=(2, 2, 2))
+    with pytest.raises(ValueError, match="temporal_stride of the tiny decoder is 8"):
+        dataclasses.replace(config, tiny_vae=other, runtime=runtime)

@@ -9,6 +9,7 @@ import torch
 
 import rfengine
 from rfengine import Pipeline
+from rfengine.config import RuntimeConfig
 from rfengine.training.toy_detector import detect, score
 from rfengine.training.toy_world import Scene, WorldConfig, caption, sample_scenes
 
@@ -62,3 +63,19 @@ def test_a_hard_switch_shows_the_new_prompt(pipe):
     stream.set_prompt("a large blue square moving fast to the left over a grey wall", "hard")
     found = detect(torch.from_numpy(numpy.concatenate([next(stream).frames for _ in range(3)]))).objects[0]
     assert (found.colour, found.shape, found.direction) == ("blue", "square", "left")
+
+
+def test_the_tiny_decoder_draws_the_same_stream_with_less_work(pipe):
+    tiny = Pipeline.from_pretrained("tiny", device="cpu", runtime=RuntimeConfig(vae="tiny"))
+    assert (tiny.vae_tier, pipe.vae_tier) == ("reduced", "lossless")
+    scenes = sample_scenes(6, 91, MOVING, "held_out")
+    right, errors = [], []
+    for seed, scene in enumerate(scenes):
+        streams = [part.stream(caption(scene), seed=seed) for part in (pipe, tiny)]
+        full, small = (numpy.concatenate([next(stream).frames for _ in range(3)]) for stream in streams)
+        assert full.shape == small.shape == (33, 64, 64, 3)
+        errors.append((full.astype(float) - small.astype(float)) / 255)
+        right.append(scores_of(scene, small))
+    assert -10 * numpy.log10(numpy.square(numpy.stack(errors)).mean()) > 28
+    for attribute, least in {"colour": 6, "direction": 6, "shape": 5}.items():
+        assert sum(entry[attribute] for entry in right) >= least, attribute

@@ -1,7 +1,8 @@
 """`rfengine convert`: any known checkpoint into a directory of the engine's own, tensor by tensor (spec 6).
 
 DST holds rfengine.json, transformer.safetensors and, where the source or the base has them, vae.safetensors,
-text_encoder.safetensors and tokenizer/.
+text_encoder.safetensors, tokenizer/ and tiny_vae.safetensors. Of a tiny decoder without a base DST holds that
+last file alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Literal, get_args
 import torch
 
 from rfengine.checkpoint.directories import (
+    MODEL_PARTS,
     PARTS,
     PICKLE_SUFFIXES,
     directory_layout,
@@ -32,7 +34,7 @@ from rfengine.checkpoint.lora import add_lora
 from rfengine.checkpoint.pickle_file import LORA_KEYS, MODEL_KEYS, open_pickle
 from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, expected_shapes, infer_config
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors, write_safetensors
-from rfengine.config import CacheConfig, DTypeName, EngineConfig
+from rfengine.config import CacheConfig, DTypeName, EngineConfig, VAEConfig, require_same_latents
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ _KINDS_IN_NAMES = {
 class _Checkpoint:
     """What was found so far: tensors by engine name and the configuration of each part."""
 
+    generator: Path  # the source, or the base of a lone tiny decoder
     tensors: dict[Part, dict[str, StoredTensor]]
     configs: dict[Part, PartConfig]
     own_config: EngineConfig | None = None  # of a source or base that is in the engine's layout already
@@ -74,7 +77,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint into `destination`, which appears whole or not at all.
 
-    source: a Wan2.1, Diffusers or rfengine directory, or one .pt or .safetensors file of a generator.
+    source: a Wan2.1, Diffusers or rfengine directory, or one .pt or .safetensors file of a generator or of a
+    tiny decoder (taew2_1).
     base: a directory that gives the parts the source lacks; without it they are left out, with a warning.
     lora: merged into the transformer in float32; its scale is 1 unless the file has alphas.
     dtype: of every floating-point tensor written; none is kept wider.
@@ -89,11 +93,16 @@ def convert(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ValueError(f"{destination} exists and is not an empty directory; choose another or remove it")
     checkpoint = _open_source(source, Path(base) if base is not None else None, use_ema)
-    kind = _resolve_kind(kind, source)
+    complete = "transformer" in checkpoint.tensors
+    kind = _resolve_kind(kind, checkpoint.generator) if complete else ""
     if lora is not None:
+        if not complete:
+            raise ValueError(
+                f"{source} holds a tiny decoder, which takes no LoRA; give lora with a generator"
+            )
         add_lora(checkpoint.tensors["transformer"], _open_file(Path(lora), LORA_KEYS), str(lora))
     _check_tensors(checkpoint)
-    config = _target_config(checkpoint, kind)
+    config = _target_config(checkpoint, kind) if complete else None
     _warn(kind, checkpoint, lora)
     with _new_directory(destination) as directory:
         for part, tensors in checkpoint.tensors.items():
@@ -101,11 +110,12 @@ def convert(
             write_safetensors(directory / f"{part}.safetensors", cast, show_progress=True)
         if checkpoint.tokenizer is not None:
             shutil.copytree(checkpoint.tokenizer, directory / "tokenizer")
-        write_config(directory, config)
+        if config is not None:
+            write_config(directory, config)
 
 
 def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
-    checkpoint = _Checkpoint({}, {})
+    checkpoint = _Checkpoint(source, {}, {})
     if not source.exists():
         raise ValueError(f"{source} does not exist; check the path")
     keys = MODEL_KEYS if use_ema else tuple(key for key in MODEL_KEYS if key != "generator_ema")
@@ -113,12 +123,17 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
         _take_parts(checkpoint, source, keys)
     else:
         part, tensors = engine_names(_open_file(source, keys))
-        if part != "transformer":
+        if part not in ("transformer", "tiny_vae"):
             raise ValueError(
                 f"{source} holds a {part}; give the transformer's file as the source, and a directory "
                 f"with the {part} as base"
             )
         checkpoint.tensors[part] = tensors
+        if part == "tiny_vae":
+            checkpoint.configs[part] = infer_config(part, _shapes(tensors))
+            if base is None:
+                return checkpoint
+            checkpoint.generator = base
     if base is not None:
         _take_parts(checkpoint, base, keys)
     if "transformer" not in checkpoint.tensors:
@@ -159,7 +174,12 @@ def _take_parts(checkpoint: _Checkpoint, directory: Path, keys: tuple[str, ...])
 
 
 def _part_configs(config: EngineConfig) -> dict[Part, PartConfig]:
-    return {"transformer": config.model, "vae": config.vae, "text_encoder": config.text}
+    return {
+        "transformer": config.model,
+        "vae": config.vae,
+        "text_encoder": config.text,
+        "tiny_vae": config.tiny_vae,
+    }
 
 
 def _base_heads(base: Path | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -217,6 +237,8 @@ def _check_tensors(checkpoint: _Checkpoint) -> None:
 def _target_config(checkpoint: _Checkpoint, kind: str) -> EngineConfig:
     own = checkpoint.own_config
     configs = {**(_part_configs(own) if own else {}), **checkpoint.configs}
+    if "tiny_vae" in checkpoint.tensors:
+        require_same_latents(configs["tiny_vae"], configs.get("vae", VAEConfig()))
     model = configs["transformer"]
     try:
         inferred = engine_config(configs, kind)
@@ -226,13 +248,18 @@ def _target_config(checkpoint: _Checkpoint, kind: str) -> EngineConfig:
         ) from error
     if own is None:
         return replace(inferred, cache=CACHES[kind])
-    kept = replace(own, model=model, vae=inferred.vae, text=inferred.text)
+    kept = replace(own, model=model, vae=inferred.vae, tiny_vae=inferred.tiny_vae, text=inferred.text)
     return replace(kept, name=inferred.name, cache=CACHES[kind]) if kind else kept
 
 
 def _warn(kind: str, checkpoint: _Checkpoint, lora: Path | str | None) -> None:
-    absent = [part for part in PARTS if part not in checkpoint.tensors]
-    if absent:
+    absent = [part for part in MODEL_PARTS if part not in checkpoint.tensors]
+    if "transformer" in absent:
+        logger.warning(
+            "only a tiny decoder was given: copy it into a directory of the engine, or convert again with "
+            "that directory as base"
+        )
+    elif absent:
         logger.warning(
             "no %s was found and none is written; convert again with a base that has it", " or ".join(absent)
         )

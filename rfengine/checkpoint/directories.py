@@ -12,7 +12,8 @@ from rfengine.checkpoint.layouts import Part
 DirectoryLayout = Literal["rfengine", "wan", "diffusers"]
 
 CONFIG_FILE = "rfengine.json"
-PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")
+MODEL_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")  # what a whole checkpoint has
+PARTS: tuple[Part, ...] = (*MODEL_PARTS, "tiny_vae")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 # Stem of the safetensors file (or of its shards) of each part, then of the pickle that may stand in its
@@ -23,11 +24,13 @@ _FILES: dict[DirectoryLayout, dict[Part, tuple[str, str]]] = {
         "transformer": ("diffusion_pytorch_model", "diffusion_pytorch_model.bin"),
         "vae": ("Wan2.1_VAE", "Wan2.1_VAE.pth"),
         "text_encoder": ("models_t5_umt5-xxl-enc-bf16", "models_t5_umt5-xxl-enc-bf16.pth"),
+        "tiny_vae": ("taew2_1", "taew2_1.pth"),
     },
     "diffusers": {
         "transformer": ("transformer/diffusion_pytorch_model", "transformer/diffusion_pytorch_model.bin"),
         "vae": ("vae/diffusion_pytorch_model", "vae/diffusion_pytorch_model.bin"),
         "text_encoder": ("text_encoder/model", "text_encoder/pytorch_model.bin"),
+        "tiny_vae": ("tiny_vae/diffusion_pytorch_model", "tiny_vae/taew2_1.pth"),
     },
 }
 _TOKENIZERS: dict[DirectoryLayout, str] = {
@@ -45,7 +48,7 @@ def directory_layout(directory: Path) -> DirectoryLayout:
     if (directory / CONFIG_FILE).is_file():
         return "rfengine"
     for layout in ("diffusers", "wan"):
-        if any(_files_of(directory, layout, part) for part in PARTS):
+        if any(_files_of(directory, layout, part) for part in MODEL_PARTS):
             return layout
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
     held = f" (it holds {', '.join(pickles)}: give that file itself to `rfengine convert`)" if pickles else ""
@@ -96,6 +99,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _files_of(directory: Path, layout: DirectoryLayout, part: Part) -> tuple[Path, ...]:
     stem, pickle = _FILES[layout][part]
     files = _safetensors_files(directory / stem)
+    if not files and part == "tiny_vae":  # a folder of that name holds it under whatever name it came
+        files = tuple(sorted((directory / part).glob("*.safetensors")))
     if files or not pickle:
         return files
     return (directory / pickle,) if (directory / pickle).is_file() else ()

@@ -1,19 +1,23 @@
 """Tensor names of the known checkpoint layouts and their mapping to the engine's; pure functions of names.
 
-The engine keeps the original Wan2.1 names for the transformer (spec 1.2) and the VAE (spec 4), and the names
-of transformers' UMT5EncoderModel for the text encoder (spec 5.3).
+The engine keeps the original Wan2.1 names for the transformer (spec 1.2) and the VAE (spec 4), the names of
+transformers' UMT5EncoderModel for the text encoder (spec 5.3) and TAEHV's for the tiny decoder (spec 4.9).
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar
 
-Part = Literal["transformer", "vae", "text_encoder"]
+logger = logging.getLogger(__name__)
+
+Part = Literal["transformer", "vae", "text_encoder", "tiny_vae"]
 Layout = Literal[
-    "wan_transformer", "diffusers_transformer", "wan_vae", "diffusers_vae", "wan_text", "transformers_text"
-]
+    "wan_transformer", "diffusers_transformer", "wan_vae", "diffusers_vae", "wan_text", "transformers_text",
+    "taehv",
+]  # fmt: skip
 
 PART_OF_LAYOUT: dict[Layout, Part] = {
     "wan_transformer": "transformer",
@@ -22,6 +26,7 @@ PART_OF_LAYOUT: dict[Layout, Part] = {
     "diffusers_vae": "vae",
     "wan_text": "text_encoder",
     "transformers_text": "text_encoder",
+    "taehv": "tiny_vae",
 }
 SHOWN_NAMES = 8  # how many names an error lists before it only counts
 
@@ -192,25 +197,29 @@ def detect_layout(names: Iterable[str]) -> Layout:
         "wan_vae": (".downsamples.", ".upsamples."),
         "transformers_text": ("encoder.block.",),
         "wan_text": (".pos_embedding.embedding.", "token_embedding."),
+        "taehv": ("decoder.3.conv.",),  # the first memory block (spec 4.9)
     }
     for layout, known in marks.items():
         if any(mark in joined for mark in known):
             return layout
     raise ValueError(
         f"names such as {list_names(names) or 'none at all'} belong to no known layout; give a transformer, "
-        "VAE or text encoder with the names of Wan2.1, Diffusers or transformers"
+        "VAE, text encoder or tiny decoder with the names of Wan2.1, Diffusers, transformers or TAEHV"
     )
 
 
 def engine_names(tensors: Mapping[str, _Value]) -> tuple[Part, dict[str, _Value]]:
     """The part that a file of any known layout and prefix holds, and its tensors by the engine's names.
 
-    A name of no known layout is kept, so that the check against the model lists it as unexpected.
+    A name of no known layout is kept, so that the check against the model lists it as unexpected. The encoder
+    beside a tiny decoder is left out: the engine encodes with the full VAE.
     Raises ValueError for an unknown layout and when two tensors come to have one name.
     """
     layout = detect_layout(map(strip_prefixes, tensors))
     if layout == "transformers_text" and any(strip_prefixes(name) == "shared.weight" for name in tensors):
         tensors = {name: value for name, value in tensors.items() if strip_prefixes(name) != _TIED_TEXT_NAME}
+    if layout == "taehv":
+        tensors = _without_encoder(tensors)
     renamed: dict[str, _Value] = {}
     res_blocks = _count_res_blocks(tensors) if layout == "diffusers_vae" else 0
     for stored_name, value in tensors.items():
@@ -221,6 +230,15 @@ def engine_names(tensors: Mapping[str, _Value]) -> tuple[Part, dict[str, _Value]
             )
         renamed[name] = value
     return PART_OF_LAYOUT[layout], renamed
+
+
+def _without_encoder(tensors: Mapping[str, _Value]) -> dict[str, _Value]:
+    kept = {name: value for name, value in tensors.items() if not strip_prefixes(name).startswith("encoder.")}
+    if len(kept) < len(tensors):
+        logger.info(
+            "%d tensors of the tiny encoder are left out; the full VAE encodes", len(tensors) - len(kept)
+        )
+    return kept
 
 
 def _engine_name(layout: Layout, name: str, res_blocks: int) -> str:

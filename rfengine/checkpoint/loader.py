@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rfengine.checkpoint.directories import (
     CONFIG_FILE,
+    MODEL_PARTS,
     PARTS,
     PICKLE_SUFFIXES,
     directory_layout,
@@ -33,11 +34,21 @@ from rfengine.checkpoint.tensor_file import (
     read_header,
     write_safetensors,
 )
-from rfengine.config import PRESETS, EngineConfig, TextConfig, VAEConfig, WanConfig, from_dict, to_dict
+from rfengine.config import (
+    PRESETS,
+    EngineConfig,
+    TextConfig,
+    TinyVAEConfig,
+    VAEConfig,
+    WanConfig,
+    from_dict,
+    to_dict,
+)
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FORMAT = 1
+_SINGLE_FILES: dict[Part, str] = {"tiny_vae": "taew2_1.pth"}  # a part that comes in a file of its own
 _SAMPLES = 16  # elements of each tensor that a fingerprint reads, evenly spread
 
 
@@ -71,7 +82,7 @@ def write_config(directory: Path, config: EngineConfig) -> None:
 
 
 def engine_config(configs: Mapping[Part, PartConfig], name: str = "") -> EngineConfig:
-    """The EngineConfig of inferred parts; the published VAE and text encoder stand in for absent ones.
+    """The EngineConfig of inferred parts; the published VAEs and text encoder stand in for absent ones.
 
     name: how the checkpoint is called; the size goes behind it. Raises ValueError when parts do not fit.
     """
@@ -80,7 +91,8 @@ def engine_config(configs: Mapping[Part, PartConfig], name: str = "") -> EngineC
     published = {preset.model: key.removeprefix("wan-") for key, preset in PRESETS.items()}
     size = published.get(model, f"dim{model.dim}-layers{model.num_layers}")
     vae, text = configs.get("vae", VAEConfig()), configs.get("text_encoder", TextConfig())
-    return EngineConfig(name=f"{name or 'wan'}-{size}", model=model, vae=vae, text=text)
+    tiny_vae = configs.get("tiny_vae", TinyVAEConfig())
+    return EngineConfig(name=f"{name or 'wan'}-{size}", model=model, vae=vae, tiny_vae=tiny_vae, text=text)
 
 
 def _infer_engine_config(directory: Path) -> EngineConfig:
@@ -110,7 +122,8 @@ def load_part(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Load the transformer, VAE or text encoder of a checkpoint directory of any layout onto `module`.
+    """Load the transformer, VAE, text encoder or tiny VAE of a checkpoint directory of any layout onto
+    `module`.
 
     `module` is changed in place, as by load_weights. Raises ValueError when the directory lacks the part, has
     it only as a pickle, or has it for another model.
@@ -118,10 +131,11 @@ def load_part(
     directory = Path(directory)
     files = part_files(directory, part)
     if not files:
-        raise ValueError(
-            f"{directory} has no {part}; run `rfengine convert SRC DST --base WAN` where WAN is a directory "
-            "that has it"
-        )
+        if part in _SINGLE_FILES:
+            way = f"run `rfengine convert {_SINGLE_FILES[part]} DST --base {directory}` and load DST"
+        else:
+            way = "run `rfengine convert SRC DST --base WAN` where WAN is a directory that has it"
+        raise ValueError(f"{directory} has no {part}; {way}")
     _refuse_pickles(files, directory)
     found, stored = engine_names(open_safetensors(files))
     if found != part:
@@ -236,13 +250,13 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
     return {name: stored.read() for name, stored in open_safetensors(Path(path)).items()}, metadata
 
 
-def fingerprint(source: Path | str | nn.Module) -> str:
+def fingerprint(source: Path | str | nn.Module, parts: Iterable[Part] = PARTS) -> str:
     """A sha256 that tells apart the weights of two checkpoint directories, or of two modules.
 
     It covers every name, shape and dtype and 16 evenly spread elements of each tensor, not the whole content:
     training and casting change it, an edit between the sampled elements does not. A directory and the module
-    loaded from it have different fingerprints. Raises ValueError for a directory without checkpoint or with
-    pickles in it.
+    loaded from it have different fingerprints. parts: those of a directory that count. Raises ValueError for
+    a directory without checkpoint or with pickles in it.
     """
     digest = hashlib.sha256()
     if isinstance(source, nn.Module):
@@ -252,8 +266,10 @@ def fingerprint(source: Path | str | nn.Module) -> str:
             sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].contiguous().cpu()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-    for part in PARTS:
+    for part in parts:
         files = part_files(Path(source), part)
+        if part not in MODEL_PARTS and any(map(_is_pickle, files)):
+            continue  # one that is never loaded
         _refuse_pickles(files, Path(source))
         for path in files:
             _hash_file(digest, part, path, read_header(path)[0])

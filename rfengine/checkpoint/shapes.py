@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rfengine.checkpoint.layouts import Part, list_names
-from rfengine.config import TextConfig, VAEConfig, WanConfig
+from rfengine.config import TextConfig, TinyVAEConfig, VAEConfig, WanConfig
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
-PartConfig = WanConfig | VAEConfig | TextConfig
+PartConfig = WanConfig | VAEConfig | TextConfig | TinyVAEConfig
 
 PUBLISHED_HEAD_DIM = 128  # of every published Wan2.1 transformer (spec 1.1)
 
@@ -125,10 +125,35 @@ def infer_text_config(shapes: Shapes, settings: Mapping[str, Any] | None = None)
     )
 
 
+def infer_tiny_vae_config(shapes: Shapes) -> TinyVAEConfig:
+    """The tiny decoder's configuration, from its tensors: layers are numbered through (spec 4.9).
+
+    Raises ValueError when a tensor that tells a size is absent.
+    """
+    width, z_dim = _shape(shapes, "decoder.1.weight", 4)[:2]
+    widths, factors, blocks, index = [width], [], [], 3
+    while f"decoder.{index}.conv.0.weight" in shapes:
+        first = index
+        while f"decoder.{index}.conv.0.weight" in shapes:
+            index += 1
+        blocks.append(index - first)
+        grown, channels = _shape(shapes, f"decoder.{index + 1}.conv.weight", 4)[:2]
+        factors.append(grown // max(1, channels))
+        widths.append(_shape(shapes, f"decoder.{index + 2}.weight", 4)[0])
+        index += 3
+    if len(set(blocks)) != 1:
+        raise ValueError(
+            f"the levels of the tiny decoder have {blocks} memory blocks; it is incomplete, or no TAEHV"
+        )
+    return TinyVAEConfig(z_dim, tuple(widths), blocks[0], tuple(factors))
+
+
 def infer_config(part: Part, shapes: Shapes, settings: Mapping[str, Any] | None = None) -> PartConfig:
     """The configuration of whichever part the shapes belong to."""
     if part == "transformer":
         return infer_wan_config(shapes, settings)
+    if part == "tiny_vae":
+        return infer_tiny_vae_config(shapes)
     return infer_vae_config(shapes, settings) if part == "vae" else infer_text_config(shapes, settings)
 
 
@@ -232,10 +257,29 @@ def expected_text_shapes(config: TextConfig) -> dict[str, Shape]:
     return shapes
 
 
+def expected_tiny_vae_shapes(config: TinyVAEConfig) -> dict[str, Shape]:
+    """Every tensor of the tiny decoder by its published name (spec 4.9)."""
+    widths = config.widths
+    shapes = _conv("decoder.1", widths[0], config.z_dim, 3, 3)
+    index = 3
+    for channels, outputs, factor in zip(widths, widths[1:], config.time_factors, strict=False):
+        for block in range(index, index + config.memory_blocks):
+            shapes |= _conv(f"decoder.{block}.conv.0", channels, 2 * channels, 3, 3)
+            shapes |= _conv(f"decoder.{block}.conv.2", channels, channels, 3, 3)
+            shapes |= _conv(f"decoder.{block}.conv.4", channels, channels, 3, 3)
+        index += config.memory_blocks
+        shapes[f"decoder.{index + 1}.conv.weight"] = (channels * factor, channels, 1, 1)
+        shapes[f"decoder.{index + 2}.weight"] = (outputs, channels, 3, 3)
+        index += 3
+    return shapes | _conv(f"decoder.{index + 1}", RGB_CHANNELS, widths[-1], 3, 3)
+
+
 def expected_shapes(config: PartConfig) -> dict[str, Shape]:
     """Every tensor of the part that `config` describes."""
     if isinstance(config, WanConfig):
         return expected_transformer_shapes(config)
+    if isinstance(config, TinyVAEConfig):
+        return expected_tiny_vae_shapes(config)
     return expected_vae_shapes(config) if isinstance(config, VAEConfig) else expected_text_shapes(config)
 
 

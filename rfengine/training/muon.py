@@ -13,7 +13,7 @@ _ITERATIONS = 5
 
 class Muon(torch.optim.Optimizer):
     """For the matrices inside the blocks; everything else wants AdamW. Matrices of one shape are updated
-    together."""
+    together; the weight of a convolution is the matrix [C_out, C_in * kernel]."""
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -39,7 +39,8 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
             directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
-        updates = orthogonalise(torch.stack(directions))
+        stacked = torch.stack(directions)
+        updates = orthogonalise(stacked.flatten(2)).view_as(stacked)
         scale = max(1.0, parameters[0].shape[0] / parameters[0].shape[1]) ** 0.5
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)

@@ -1,6 +1,7 @@
 """Trains the shipped `tiny` checkpoint on the toy world, stage by stage.
 
-`python -m rfengine.training.tiny_model --stage vae`, then text, videos, starts, dit, evaluate and export;
+`python -m rfengine.training.tiny_model --stage vae`, then text, videos, starts, dit, evaluate, export and, on
+the exported checkpoint, tiny_decoder;
 docs/tiny_training holds the logs of the run that made the shipped weights.
 """
 
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rfengine.checkpoint.loader import save_weights, write_config
+from rfengine.checkpoint.loader import read_config, save_weights, write_config
 from rfengine.config import PRESETS, EngineConfig, VAEConfig, from_dict, to_dict
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
@@ -26,12 +27,15 @@ from rfengine.training.latent_dataset import encode_dataset, save_dataset
 from rfengine.training.parallel import run_workers
 from rfengine.training.stage_run import StageRun
 from rfengine.training.teacher_forcing import train_transformer
+from rfengine.training.tiny_decoder import Teacher, evaluate_tiny_decoder, train_tiny_decoder
 from rfengine.training.toy_report import report_accuracy, report_stream
 
-Stage = Literal["vae", "text", "videos", "starts", "dit", "evaluate", "export"]
+Stage = Literal["vae", "text", "videos", "starts", "dit", "evaluate", "export", "tiny_decoder"]
 EIGHT_STEPS = (1000, 875, 750, 625, 500, 375, 250, 125)
 
-_MINUTES: dict[str, float] = {"vae": 40.5, "text": 8.0, "videos": 4.0, "starts": 3.5, "dit": 42.0}
+_MINUTES: dict[str, float] = {
+    "vae": 40.5, "text": 8.0, "videos": 4.0, "starts": 3.5, "dit": 42.0, "tiny_decoder": 24.0,
+}  # fmt: skip
 _VIDEO_CHUNKS = 5  # 57 frames: a slow shape has nearly crossed the whole picture
 
 
@@ -45,9 +49,9 @@ class Options:
     seed: int = 0
     threads: int = 2  # the vae and dit stages run as many processes of one thread instead
     batch: int = 16  # videos a step of the dit stage, over all processes
-    videos: int = 208  # of the evaluate stage
+    videos: int = 208  # of the evaluate stage and of the evaluation of the tiny decoder
     stream_chunks: int = 81  # of the evaluate stage; 81 are a minute
-    output: Path = Path("rfengine/weights/tiny")  # of the export stage
+    output: Path = Path("rfengine/weights/tiny")  # of the export stage; tiny_decoder adds to it
 
 
 def run_stage(options: Options) -> None:
@@ -68,6 +72,8 @@ def run_stage(options: Options) -> None:
         run_workers(train_transformer, options.threads, preset, directory, minutes, seed, batch)
     elif options.stage == "evaluate":
         _evaluate(options, load_config(directory))
+    elif options.stage == "tiny_decoder":
+        _add_tiny_decoder(options, minutes)
     else:
         export(load_config(directory), directory, options.output)
 
@@ -123,6 +129,20 @@ def export(config: EngineConfig, directory: Path, output: Path) -> None:
     for name, module in parts.items():
         tensors = {key: value.half() for key, value in module.state_dict().items()}
         save_weights(output / f"{name}.safetensors", tensors)
+
+
+def _add_tiny_decoder(options: Options, minutes: float) -> None:
+    """Train the tiny decoder of the exported checkpoint and put it there, in float16; log how it does."""
+    config = dataclasses.replace(read_config(options.output), tiny_vae=PRESETS["tiny"].tiny_vae)
+    teacher = Teacher.load(options.output, config)
+    decoder = train_tiny_decoder(teacher, config.tiny_vae, options.directory, minutes, options.seed)
+    decoder = decoder.half().float()
+    figures = evaluate_tiny_decoder(teacher, decoder, options.videos, options.seed + 29)
+    run = StageRun(options.directory, "tiny_decoder", 1.0)
+    run.log(videos=options.videos, evaluation=_rounded(figures))
+    write_config(options.output, config)
+    tensors = {key: value.half() for key, value in decoder.state_dict().items()}
+    save_weights(options.output / "tiny_vae.safetensors", tensors)
 
 
 def load_config(directory: Path) -> EngineConfig:

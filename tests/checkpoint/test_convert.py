@@ -14,9 +14,14 @@ from torch import Tensor
 from rfengine.checkpoint.convert import CACHES, convert
 from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
 from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
-from rfengine.checkpoint.shapes import expected_shapes, expected_transformer_shapes
-from rfengine.config import PRESETS, CacheConfig, VAEConfig, WanConfig
+from rfengine.checkpoint.shapes import (
+    expected_shapes,
+    expected_tiny_vae_shapes,
+    expected_transformer_shapes,
+)
+from rfengine.config import PRESETS, CacheConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.models.dit import WanDiT
+from rfengine.models.tiny_vae import TinyVAE
 
 Tensors = dict[str, Tensor]
 Parts = dict[str, Tensors]
@@ -340,3 +345,78 @@ def test_config_that_contradicts_the_tensors_is_refused(wan_directory: Path, tmp
     (source / "config.json").write_text(json.dumps({"num_heads": 1, "dim": 1536}))
     with pytest.raises(ValueError, match="config.json states dim 1536 and the tensors have 128"):
         convert(source, tmp_path / "out")
+
+
+TINY_VAE = TinyVAEConfig(widths=(8, 6, 4, 4))
+
+
+def tiny_decoder(config: TinyVAEConfig = TINY_VAE) -> Tensors:
+    return {name: torch.randn(shape) for name, shape in expected_tiny_vae_shapes(config).items()}
+
+
+def published_tiny_file(path: Path, tensors: Tensors) -> Path:
+    """A file as taew2_1.pth is: the decoder, and the encoder that the engine does without."""
+    torch.save({"encoder.0.weight": torch.zeros(4, 3, 3, 3), **tensors}, path)
+    return path
+
+
+def test_a_tiny_decoder_alone_becomes_one_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tensors = tiny_decoder()
+    with caplog.at_level(logging.INFO):
+        convert(published_tiny_file(tmp_path / "taew2_1.pth", tensors), tmp_path / "out", dtype="float16")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tiny_vae.safetensors"}
+    assert_holds(tmp_path / "out", "tiny_vae", tensors, torch.float16)
+    assert "1 tensors of the tiny encoder are left out; the full VAE encodes" in caplog.text
+    assert "only a tiny decoder was given: copy it" in caplog.text
+
+
+def test_a_tiny_decoder_is_added_to_its_base_and_loads_by_name(
+    tmp_path: Path, wan_directory: Path, parts: Parts
+) -> None:
+    tensors = tiny_decoder()
+    source = published_tiny_file(tmp_path / "taew2_1.pth", tensors)
+    convert(source, tmp_path / "out", base=wan_directory)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | {"tiny_vae.safetensors"}
+    for part in parts:
+        assert_holds(tmp_path / "out", part, parts[part])
+    config = read_config(tmp_path / "out")
+    assert (config.tiny_vae, config.cache) == (TINY_VAE, CACHES["wan"])
+    with torch.device("meta"):
+        decoder = TinyVAE(config.tiny_vae)
+    load_part(decoder, tmp_path / "out", "tiny_vae", torch.float32)
+    for name, value in decoder.state_dict().items():
+        assert torch.equal(value, tensors[name].bfloat16().float())
+
+
+def test_a_tiny_decoder_in_a_base_comes_along(tmp_path: Path, wan_directory: Path, parts: Parts) -> None:
+    base = tmp_path / "Wan2.1-T2V-1.3B"
+    shutil.copytree(wan_directory, base)
+    published_tiny_file(base / "taew2_1.pth", tensors := tiny_decoder())
+    torch.save(prefixed(parts["transformer"]), tmp_path / "rewardforcing.pt")
+    convert(tmp_path / "rewardforcing.pt", tmp_path / "out", base=base)
+    assert_holds(tmp_path / "out", "tiny_vae", tensors)
+    assert read_config(tmp_path / "out").cache == CACHES["reward-forcing"]
+    convert(tmp_path / "out", tmp_path / "again")
+    assert read_config(tmp_path / "again") == read_config(tmp_path / "out")
+    assert_holds(tmp_path / "again", "tiny_vae", tensors)
+
+
+def test_a_tiny_decoder_of_other_latents_or_with_a_lora_is_refused(
+    tmp_path: Path, wan_directory: Path
+) -> None:
+    other = TinyVAEConfig(z_dim=12, widths=(8, 6, 4, 4))
+    source = published_tiny_file(tmp_path / "tae.pth", tiny_decoder(other))
+    with pytest.raises(ValueError, match="z_dim of the tiny decoder is 12 and that of the VAE 16"):
+        convert(source, tmp_path / "out", base=wan_directory)
+    with pytest.raises(ValueError, match="which takes no LoRA"):
+        convert(source, tmp_path / "out", lora=tmp_path / "lora.pt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_incomplete_tiny_decoder_is_refused(tmp_path: Path) -> None:
+    tensors = tiny_decoder()
+    del tensors["decoder.16.conv.2.bias"]
+    with pytest.raises(
+        ValueError, match="the tiny_vae is not that of Wan2.1: 1 missing: decoder.16.conv.2.bias"
+    ):
+        convert(published_tiny_file(tmp_path / "tae.pth", tensors), tmp_path / "out")

@@ -25,6 +25,7 @@ def test_original_directory_is_read(wan_directory: Path) -> None:
         "transformer": ["diffusion_pytorch_model.safetensors"],
         "vae": ["Wan2.1_VAE.pth"],
         "text_encoder": ["models_t5_umt5-xxl-enc-bf16.pth"],
+        "tiny_vae": [],
     }
     assert tokenizer_directory(wan_directory) == wan_directory / "google" / "umt5-xxl"
     assert part_settings(wan_directory, "transformer")["model_type"] == "t2v"
@@ -37,6 +38,7 @@ def test_diffusers_directory_is_read(diffusers_directory: Path) -> None:
         "transformer": [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)],
         "vae": ["diffusion_pytorch_model.safetensors"],
         "text_encoder": ["model.safetensors"],
+        "tiny_vae": [],
     }
     assert tokenizer_directory(diffusers_directory) == diffusers_directory / "tokenizer"
     assert "latents_mean" in part_settings(diffusers_directory, "vae")
@@ -45,8 +47,32 @@ def test_diffusers_directory_is_read(diffusers_directory: Path) -> None:
 def test_parts_of_a_directory_without_transformer_are_found(tmp_path: Path) -> None:
     (tmp_path / "Wan2.1_VAE.pth").touch()
     assert directory_layout(tmp_path) == "wan"
-    assert names_of(tmp_path) == {"transformer": [], "vae": ["Wan2.1_VAE.pth"], "text_encoder": []}
+    assert names_of(tmp_path) == {
+        "transformer": [], "vae": ["Wan2.1_VAE.pth"], "text_encoder": [], "tiny_vae": []
+    }  # fmt: skip
     assert tokenizer_directory(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "other", ["rfengine.json", "Wan2.1_VAE.pth", "vae/diffusion_pytorch_model.safetensors"]
+)
+def test_a_folder_named_tiny_vae_holds_the_tiny_decoder_in_every_layout(tmp_path: Path, other: str) -> None:
+    for name in (other, "tiny_vae/taew2_1.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert names_of(tmp_path)["tiny_vae"] == ["taew2_1.safetensors"]
+
+
+def test_a_tiny_decoder_beside_the_original_files_is_found(tmp_path: Path) -> None:
+    for name in ("Wan2.1_VAE.pth", "taew2_1.pth"):
+        (tmp_path / name).touch()
+    assert names_of(tmp_path)["tiny_vae"] == ["taew2_1.pth"]
+
+
+def test_a_tiny_decoder_alone_makes_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "taew2_1.pth").touch()
+    with pytest.raises(ValueError, match="it holds taew2_1.pth: give that file itself to `rfengine convert`"):
+        directory_layout(tmp_path)
 
 
 def test_safetensors_go_before_a_pickle(tmp_path: Path) -> None:

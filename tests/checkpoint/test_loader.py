@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,9 +26,10 @@ from rfengine.checkpoint.loader import (
     write_config,
 )
 from rfengine.checkpoint.shapes import expected_transformer_shapes
-from rfengine.config import PRESETS, VAEConfig, WanConfig
+from rfengine.config import PRESETS, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
+from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 
 SMALL = WanConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, text_dim=16, freq_dim=8, in_dim=4, out_dim=4)
@@ -252,6 +255,45 @@ def test_absent_part_says_how_to_add_it(tmp_path: Path) -> None:
     (tmp_path / "Wan2.1_VAE.safetensors").touch()
     with pytest.raises(ValueError, match="has no transformer; give the directory that has it"):
         read_config(tmp_path)
+
+
+def test_an_absent_tiny_decoder_says_how_to_add_it(tmp_path: Path) -> None:
+    write_config(tmp_path, PRESETS["tiny"])
+    way = re.escape(f"has no tiny_vae; run `rfengine convert taew2_1.pth DST --base {tmp_path}` and load DST")
+    with pytest.raises(ValueError, match=way):
+        load_part(nn.Linear(1, 1), tmp_path, "tiny_vae", torch.float32)
+
+
+def test_a_tiny_decoder_in_its_folder_is_loaded_and_its_size_inferred(
+    diffusers_directory: Path, tmp_path: Path, write_file: Callable[[Path, dict[str, Tensor]], Path]
+) -> None:
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(diffusers_directory, directory)
+    torch.manual_seed(0)
+    config = TinyVAEConfig(widths=(8, 6, 4, 4))
+    tensors = TinyVAE(config).state_dict()
+    encoder = {"encoder.0.weight": torch.zeros(4, 3, 3, 3)}
+    write_file(directory / "tiny_vae" / "taew2_1.safetensors", encoder | tensors)
+    assert read_config(directory).tiny_vae == config
+    with torch.device("meta"):
+        decoder = TinyVAE(config)
+    load_part(decoder, directory, "tiny_vae", torch.float32)
+    assert all(torch.equal(value, tensors[name]) for name, value in decoder.state_dict().items())
+    with torch.device("meta"):
+        other = TinyVAE(TinyVAEConfig(widths=(8, 6, 4, 5)))
+    with pytest.raises(ValueError, match=r"2 mis-shaped: decoder.20.weight \(4, 4, 3, 3\) instead of \(5, 4"):
+        load_part(other, directory, "tiny_vae", torch.float32)
+
+
+def test_a_pickled_tiny_decoder_stands_in_nobodys_way(diffusers_directory: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(diffusers_directory, directory)
+    (directory / "tiny_vae").mkdir()
+    (directory / "tiny_vae" / "taew2_1.pth").touch()
+    assert fingerprint(directory) == fingerprint(diffusers_directory)
+    assert read_config(directory) == read_config(diffusers_directory)
+    with pytest.raises(ValueError, match=r"taew2_1.pth is a pickle, .* run `rfengine convert"):
+        load_part(nn.Linear(1, 1), directory, "tiny_vae", torch.float32)
 
 
 def test_part_in_the_wrong_file_is_refused(

@@ -9,15 +9,18 @@ from rfengine.checkpoint.shapes import (
     describe_mismatch,
     expected_shapes,
     expected_text_shapes,
+    expected_tiny_vae_shapes,
     expected_transformer_shapes,
     expected_vae_shapes,
     infer_config,
     infer_text_config,
+    infer_tiny_vae_config,
     infer_vae_config,
     infer_wan_config,
 )
-from rfengine.config import PRESETS, TextConfig, VAEConfig, WanConfig
+from rfengine.config import PRESETS, TextConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.models.dit import WanDiT
+from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 
 
@@ -26,17 +29,20 @@ def count(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def test_published_tensor_and_parameter_counts() -> None:
-    """The counts of spec 1.1, 4 and 5.1."""
+    """The counts of spec 1.1, 4, 4.9 and 5.1."""
     assert count(expected_transformer_shapes(PRESETS["wan-1.3b"].model)) == (825, 1_418_996_800)
     assert count(expected_transformer_shapes(PRESETS["wan-14b"].model)) == (1095, 14_288_491_584)
     assert count(expected_vae_shapes(VAEConfig())) == (194, 126_892_531)
     assert count(expected_text_shapes(TextConfig())) == (242, 5_680_910_336)
+    assert count(expected_tiny_vae_shapes(TinyVAEConfig())) == (64, 9_844_611)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_modules_have_exactly_the_expected_tensors(name: str) -> None:
     with torch.device("meta"):
-        modules = (WanDiT(PRESETS[name].model), WanVAE(PRESETS[name].vae))
+        modules = (
+            WanDiT(PRESETS[name].model), WanVAE(PRESETS[name].vae), TinyVAE(PRESETS[name].tiny_vae)
+        )  # fmt: skip
     for module in modules:
         theirs = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
         assert theirs == expected_shapes(module.config)
@@ -112,3 +118,35 @@ def test_mismatch_of_another_size_says_both_sizes() -> None:
     problem = describe_mismatch(small, large)
     assert "the checkpoint has dim 5120 in 40 layers and the model has dim 1536 in 30 layers" in problem
     assert "270 unexpected: " in problem and "and 262 more" in problem
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TinyVAEConfig(),
+        PRESETS["tiny"].tiny_vae,
+        TinyVAEConfig(z_dim=4, widths=(6, 5), memory_blocks=1, time_factors=(3,)),
+    ],
+)
+def test_a_tiny_decoder_is_inferred_from_its_own_shapes(config: TinyVAEConfig) -> None:
+    assert infer_tiny_vae_config(expected_tiny_vae_shapes(config)) == config
+    assert infer_config("tiny_vae", expected_tiny_vae_shapes(config)) == config
+
+
+def test_a_tiny_decoder_without_some_of_its_layers_is_refused() -> None:
+    shapes = expected_tiny_vae_shapes(TinyVAEConfig())
+    with pytest.raises(ValueError, match=r"have \[3, 2, 3\] memory blocks; it is incomplete"):
+        infer_tiny_vae_config(_renumbered_without_block_11(shapes))
+    with pytest.raises(ValueError, match="has no decoder.13.conv.weight, from which sizes are read"):
+        infer_tiny_vae_config({key: value for key, value in shapes.items() if "13.conv" not in key})
+    with pytest.raises(ValueError, match=r"have \[\] memory blocks"):
+        infer_tiny_vae_config({"decoder.1.weight": (8, 4, 3, 3)})
+
+
+def _renumbered_without_block_11(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    kept = {}
+    for name, shape in shapes.items():
+        _, number, rest = name.split(".", 2)
+        if number != "11":
+            kept[f"decoder.{int(number) - (int(number) > 11)}.{rest}"] = shape
+    return kept

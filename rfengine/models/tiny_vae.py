@@ -1,0 +1,208 @@
+"""Tiny decoder of video latents (TAEHV, spec 4.9): convolutions over single frames, one frame of memory.
+
+About a twenty-fifth of the work of the full decoder, at a lower quality. Sub-modules carry the names of the
+published weights, which number every layer of the decoder, those without parameters too. Activations are
+[B, T, H, W, C], contiguous, so that a convolution sees channels-last frames and nothing is laid out anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from rfengine.config import TinyVAEConfig
+from rfengine.models.decoder import FrameLayout
+from rfengine.models.vae import RGB_CHANNELS, CausalState
+from rfengine.ops import REFERENCE_OPS, Ops
+
+_SOFT_LIMIT = 3.0  # of the latents: tanh(x / 3) * 3
+
+
+class TinyDecoderState(CausalState):
+    """State of TinyVAE.decode; TinyVAE.decoder_state makes one. A slot is the last input frame [B, H, W, C]
+    of a memory block."""
+
+
+class MemoryBlock(nn.Module):
+    """Residual block that sees each frame and the one before it: the input of this block, not its output."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.slot = ""  # path inside the decoder
+        self.conv = nn.ModuleDict(
+            {
+                "0": nn.Conv2d(2 * channels, channels, 3, padding=1),
+                "2": nn.Conv2d(channels, channels, 3, padding=1),
+                "4": nn.Conv2d(channels, channels, 3, padding=1),
+            }
+        )
+
+    def forward(self, x: Tensor, state: TinyDecoderState | None) -> Tensor:
+        """[B, T, H, W, C] -> the same; the last frame goes into the state's slot, in place."""
+        pair = x.new_empty(*x.shape[:-1], 2 * self.channels)
+        previous = pair[..., self.channels :]
+        pair[..., : self.channels] = x
+        previous[:, 1:] = x[:, :-1]
+        if state is None:
+            previous[:, 0] = 0
+        else:
+            slot = state.slots[self.slot]
+            previous[:, 0] = slot
+            slot.copy_(x[:, -1].detach())
+        hidden = torch.relu_(_convolve(self.conv["0"], pair))
+        hidden = torch.relu_(_convolve(self.conv["2"], hidden))
+        return torch.relu_(_convolve(self.conv["4"], hidden) + x)
+
+
+class TemporalGrow(nn.Module):
+    """One frame becomes `factor` frames, each a product of its channels; then height and width double.
+
+    The published order is the other way round; a product of the channels of one pixel does not mind.
+    """
+
+    def __init__(self, channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.conv = nn.Conv2d(channels, channels * factor, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H, W, C] -> [B, T * factor, 2H, 2W, C]"""
+        batch, frames, height, width, channels = x.shape
+        grown = _convolve(self.conv, x).unflatten(-1, (self.factor, channels)).movedim(4, 2)
+        doubled = grown[:, :, :, :, None, :, None].expand(-1, -1, -1, -1, 2, -1, 2, -1)
+        return doubled.reshape(batch, frames * self.factor, 2 * height, 2 * width, channels)
+
+
+class TinyVAE(nn.Module):
+    """The tiny decoder, for whole clips and streams alike: faster and of lower quality than the full one.
+
+    Without a state the latents are a whole video from its start, nothing is kept and gradients flow. With one
+    they continue the video the state has seen, and the state is updated in place, outside the autograd graph.
+    It is a FrameDecoder. tier: the quality of the frames. capturable_frames: the latents of the last call.
+    """
+
+    tier = "reduced"
+
+    def __init__(self, config: TinyVAEConfig, ops: Ops = REFERENCE_OPS) -> None:
+        super().__init__()
+        self.config = config
+        self.ops = ops
+        self.capturable_frames = 0
+        widths = config.widths
+        layers: dict[str, nn.Module] = {"1": nn.Conv2d(config.z_dim, widths[0], 3, padding=1)}
+        index = 3  # 0 limits the latents, 2 is a ReLU
+        for channels, next_channels, factor in zip(widths, widths[1:], config.time_factors, strict=False):
+            for _ in range(config.memory_blocks):
+                layers[str(index)] = block = MemoryBlock(channels)
+                block.slot = str(index)
+                index += 1
+            layers[str(index + 1)] = TemporalGrow(channels, factor)  # `index` itself doubles the size
+            layers[str(index + 2)] = nn.Conv2d(channels, next_channels, 3, padding=1, bias=False)
+            index += 3
+        layers[str(index + 1)] = nn.Conv2d(widths[-1], RGB_CHANNELS, 3, padding=1)
+        self.decoder = nn.ModuleDict(layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder["1"].weight.dtype
+
+    def decode(self, latents: Tensor, state: TinyDecoderState | None = None) -> Tensor:
+        """Pixels [B, 3, T, H, W] around [-1, 1], not clamped, of normalised latents [B, z, F, h, w].
+
+        The first latent of a video gives one pixel frame, each later one config.temporal_stride. Updates
+        `state` in place. Raises ValueError for latents of another layout and for a state of another size.
+        """
+        self._check(latents, state)
+        limited = torch.tanh(latents.float() / _SOFT_LIMIT) * _SOFT_LIMIT
+        x = limited.to(self.dtype).permute(0, 2, 3, 4, 1).contiguous()
+        first, *body, last = self.decoder.values()
+        x = torch.relu_(_convolve(first, x))
+        for layer in body:
+            if isinstance(layer, MemoryBlock):
+                x = layer(x, state)
+            else:
+                x = layer(x) if isinstance(layer, TemporalGrow) else _convolve(layer, x)
+        pixels = (_convolve(last, torch.relu_(x)) * 2 - 1).permute(0, 4, 1, 2, 3)
+        if state is None or state.frames == 0:
+            pixels = pixels[:, :, self.config.temporal_stride - 1 :]
+        if state is not None:
+            state.frames += latents.shape[2]
+            self.capturable_frames = latents.shape[2]
+        return pixels
+
+    def decode_frames(
+        self, latents: Tensor, state: TinyDecoderState | None, layout: FrameLayout = "rgb24"
+    ) -> Tensor:
+        """decode of one video, as bytes: uint8 [T, H, W, 3] for "rgb24", [T, H * 3 / 2, W] for "nv12".
+
+        Raises ValueError as decode does, for more than one video and for another layout.
+        """
+        if layout not in get_args(FrameLayout):
+            raise ValueError(f"layout is {layout!r}; use 'rgb24' or 'nv12'")
+        if latents.shape[0] != 1:
+            raise ValueError(f"latents are {tuple(latents.shape)}; frames are packed of one video at a time")
+        pixels = self.decode(latents, state)[0].contiguous()  # rows of planes, which is what kernels pack
+        return self.ops.frame_pack(pixels) if layout == "rgb24" else self.ops.frame_pack_nv12(pixels)
+
+    def decoder_state(
+        self,
+        batch: int,
+        latent_height: int,
+        latent_width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> TinyDecoderState:
+        """A fresh state for decoding `batch` videos of latent_height x latent_width latents.
+
+        The weights go into the memory layout of the activations, once.
+        """
+        shapes = self._slot_shapes(batch, latent_height, latent_width)
+        with torch.inference_mode(False):  # such a state serves calls inside and outside of inference mode
+            self.to(memory_format=torch.channels_last)
+            return TinyDecoderState(
+                {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes}
+            )
+
+    def _slot_shapes(self, batch: int, height: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Path and shape of each memory block's slot, in execution order."""
+        for layer in self.decoder.values():
+            if isinstance(layer, MemoryBlock):
+                yield layer.slot, (batch, height, width, layer.channels)
+            elif isinstance(layer, TemporalGrow):
+                height, width = 2 * height, 2 * width
+
+    def _check(self, latents: Tensor, state: TinyDecoderState | None) -> None:
+        channels = self.config.z_dim
+        if latents.ndim != 5 or latents.shape[1] != channels or latents.shape[2] < 1:
+            raise ValueError(
+                f"latents are {tuple(latents.shape)}; give [batch, {channels}, frames, height, width] "
+                "with at least one frame"
+            )
+        if state is None:
+            return
+        if not isinstance(state, TinyDecoderState):
+            raise ValueError(f"state is a {type(state).__name__}; this call needs a TinyDecoderState")
+        asked = dict(self._slot_shapes(latents.shape[0], *latents.shape[3:]))
+        if asked.keys() != state.slots.keys():
+            raise ValueError(
+                f"the state has slots {', '.join(state.slots)} and the decoder {', '.join(asked)}; "
+                "make the state with this decoder"
+            )
+        for name, slot in state.slots.items():
+            held = (*slot.shape, slot.dtype, slot.device)
+            wanted = (*asked[name], self.dtype, latents.device)
+            if held != wanted:
+                raise ValueError(
+                    f"slot {name!r} of the state is {held}, the input and the weights ask for {wanted}; "
+                    "make the state for this batch, size, dtype and device"
+                )
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution of every frame: [B, T, H, W, C] -> [B, T, H, W, C_out], channels-last in memory."""
+    frames = conv(x.flatten(0, 1).permute(0, 3, 1, 2))
+    return frames.permute(0, 2, 3, 1).unflatten(0, x.shape[:2])

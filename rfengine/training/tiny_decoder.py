@@ -1,0 +1,225 @@
+"""Trains the tiny decoder of the toy model to give the pixels of the full one, from the same latents.
+
+Half of the latents are those of true videos, half those of streams that the model makes itself: at use every
+latent is a generated one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rfengine.checkpoint.loader import load_part
+from rfengine.config import EngineConfig, TinyVAEConfig
+from rfengine.models.dit import WanDiT
+from rfengine.models.text_encoder import build_umt5
+from rfengine.models.tiny_vae import TinyVAE
+from rfengine.models.vae import WanVAE
+from rfengine.training.autoencoder import WORLD, as_clips, as_model_pixels
+from rfengine.training.caption_encoder import text_states
+from rfengine.training.muon import Muon
+from rfengine.training.rollout import roll_out
+from rfengine.training.stage_run import StageRun, WeightAverage
+from rfengine.training.toy_detector import accuracy
+from rfengine.training.toy_world import Scene, WorldConfig, caption, render, sample_scenes
+
+_CLIPS = 160  # of each kind
+_CHUNKS = 5  # of each clip
+_GENERATED_BATCH = 32
+_RENDERED_BATCH = 8
+_MUON_RATE = 4e-3
+_ADAM_RATE = 2e-3
+_BATCH = 2
+_WINDOW = 9  # latents of one training clip
+_CONTEXT = 3  # the first latents of a clip from inside a video, whose memory starts too late
+_START_SHARE = 0.25  # of the clips that start with their video
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """The frozen models of a checkpoint: whose latents are decoded, and the decoder that is imitated."""
+
+    config: EngineConfig
+    model: WanDiT
+    vae: WanVAE
+    text_model: nn.Module
+
+    @classmethod
+    def load(cls, checkpoint: Path, config: EngineConfig) -> Teacher:
+        with torch.device("meta"):
+            model, vae, text_model = WanDiT(config.model), WanVAE(config.vae), build_umt5(config.text)
+        load_part(model, checkpoint, "transformer", torch.float32)
+        load_part(vae, checkpoint, "vae", torch.float32)
+        load_part(text_model, checkpoint, "text_encoder", torch.float32)
+        return cls(config, *(part.eval().requires_grad_(False) for part in (model, vae, text_model)))
+
+    @torch.inference_mode()
+    def generated_latents(self, scenes: list[Scene], chunks: int, seed: int) -> Tensor:
+        """Latents [B, z, F, h, w] of streams of the scenes' captions."""
+        texts = text_states(self.text_model, [caption(scene) for scene in scenes], self.config.model.text_len)
+        return torch.cat(list(roll_out(self.model, self.config, texts, chunks, seed)), dim=2)
+
+    @torch.inference_mode()
+    def encoded_latents(self, scenes: list[Scene], chunks: int) -> Tensor:
+        """Latents [B, z, F, h, w] of the true videos of the scenes."""
+        latent_frames = chunks * self.config.cache.chunk_frames
+        frames = 1 + self.vae.config.temporal_stride * (latent_frames - 1)
+        return self.vae.encode(as_model_pixels([render(scene, frames) for scene in scenes]))
+
+    @torch.inference_mode()
+    def pixels(self, latents: Tensor) -> Tensor:
+        """What the full decoder gives, clamped: [B, 3, T, H, W]."""
+        return torch.cat([self.vae.decode(part) for part in latents.split(_RENDERED_BATCH)]).clamp(-1, 1)
+
+
+def train_tiny_decoder(
+    teacher: Teacher, config: TinyVAEConfig, directory: Path, minutes: float, seed: int, clips: int = _CLIPS
+) -> TinyVAE:
+    """Train, or go on training, a tiny decoder for `minutes` in all; its averaged weights, frozen.
+
+    The training clips, `clips` of each kind, are made at the first call and kept in tiny_decoder_clips.pt.
+    """
+    latents, pixels = _training_clips(teacher, directory / "tiny_decoder_clips.pt", clips, seed)
+    torch.manual_seed(seed)
+    model = TinyVAE(config)
+    average = WeightAverage(model, decay=0.99)
+    optimizers = _optimizers(model)
+    run = StageRun(directory, "tiny_decoder", minutes)
+    if (state := run.resume()) is not None:
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        average.load(state["average"])
+    while run.progress < 1:
+        drawn = _draw(latents, pixels, config.temporal_stride, random.Random(seed * 1_000_003 + run.step))
+        for optimizer, peak in zip(optimizers, (_MUON_RATE, _ADAM_RATE), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = run.learning_rate(peak, warm_up_steps=25)
+        figures = _step(model, optimizers, *drawn)
+        average.update(model, run.step)
+        run.tick(**figures)
+        if run.wants_save() or run.progress >= 1:
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            run.save({"model": model.state_dict(), "optimizers": states, "average": average.values})
+    model.load_state_dict(average.values)
+    return model.eval().requires_grad_(False)
+
+
+def _optimizers(model: TinyVAE) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the convolutions between the first and the last, AdamW for those and for the biases."""
+    ends = {
+        id(parameter)
+        for name in ("1", list(model.decoder)[-1])
+        for parameter in model.decoder[name].parameters()
+    }
+    inner = [value for value in model.parameters() if value.ndim == 4 and id(value) not in ends]
+    chosen = {id(value) for value in inner}
+    others = [value for value in model.parameters() if id(value) not in chosen]
+    return Muon(inner, lr=_MUON_RATE), torch.optim.AdamW(
+        others, lr=_ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0
+    )
+
+
+def _training_clips(teacher: Teacher, path: Path, clips: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Latents [2 * clips, z, F, h, w] and the teacher's pixels [2 * clips, 3, T, H, W], both float16."""
+    if path.exists():
+        stored = torch.load(path, weights_only=True)
+        return stored["latents"], stored["pixels"]
+    parts = []
+    for first in range(0, clips, _GENERATED_BATCH):
+        count = min(_GENERATED_BATCH, clips - first)
+        scenes = sample_scenes(count, seed * 1_000_003 + first, WORLD, "train")
+        parts.append(teacher.generated_latents(scenes, _CHUNKS, seed + first))
+    scenes = sample_scenes(clips, seed * 1_000_003 + clips, WORLD, "train")
+    for first in range(0, clips, _RENDERED_BATCH):
+        parts.append(teacher.encoded_latents(scenes[first : first + _RENDERED_BATCH], _CHUNKS))
+    latents = torch.cat(parts).half()
+    pixels = teacher.pixels(latents.float()).half()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"latents": latents, "pixels": pixels}, path)
+    return latents, pixels
+
+
+def _draw(latents: Tensor, pixels: Tensor, stride: int, generator: random.Random) -> tuple[Tensor, Tensor]:
+    """A batch of windows of latents, and the pixels [B, 3, T, H, W] of their last frames.
+
+    A window that does not start with its video gives pixels for the latents behind its context only.
+    """
+    rows = [generator.randrange(len(latents)) for _ in range(_BATCH)]
+    window = min(_WINDOW, latents.shape[2])
+    last = latents.shape[2] - window
+    from_start = last == 0 or generator.random() < _START_SHARE
+    starts = [0 if from_start else generator.randint(1, last) for _ in rows]
+    drawn = torch.stack([latents[row, :, at : at + window] for row, at in zip(rows, starts, strict=True)])
+    skipped = 0 if from_start else _CONTEXT
+    frames = 1 + stride * (window - 1 - skipped)
+    wanted = [
+        pixels[row, :, (first := stride * (at + skipped)) : first + frames]
+        for row, at in zip(rows, starts, strict=True)
+    ]
+    return drawn.float(), torch.stack(wanted).float()
+
+
+def _step(
+    model: TinyVAE, optimizers: tuple[torch.optim.Optimizer, ...], latents: Tensor, pixels: Tensor
+) -> dict[str, float]:
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded = model.decode(latents)
+    error = decoded[:, :, -pixels.shape[2] :].float() - pixels
+    loss = (error.abs() + error.square()).mean()
+    model.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return {"loss": float(loss.detach()), "psnr": _decibels(error.detach())}
+
+
+def evaluate_tiny_decoder(teacher: Teacher, tiny: TinyVAE, videos: int, seed: int) -> dict[str, float]:
+    """The tiny decoder against the full one on held-out captions, three chunks each.
+
+    psnr_generated, psnr_encoded: decibels between the two, on latents of streams and of true videos.
+    full_*, tiny_*: accuracies of the toy detectors on what each makes of the generated latents.
+    full_ms, tiny_ms: median milliseconds that each takes for a chunk of one stream; speed: their ratio.
+    """
+    scenes = sample_scenes(videos, seed, WorldConfig(), "held_out")
+    figures: dict[str, float] = {}
+    generated = torch.cat(
+        [
+            teacher.generated_latents(scenes[first : first + _GENERATED_BATCH], 3, seed + first)
+            for first in range(0, videos, _GENERATED_BATCH)
+        ]
+    )
+    for kind, latents in (("generated", generated), ("encoded", teacher.encoded_latents(scenes, 3))):
+        full, small = teacher.pixels(latents), tiny.decode(latents).clamp(-1, 1)
+        figures[f"psnr_{kind}"] = _decibels(small - full)
+        if kind == "generated":
+            for name, pixels in (("full", full), ("tiny", small)):
+                measured = accuracy(scenes, as_clips(pixels))
+                figures |= {f"{name}_{key}": value for key, value in measured.items()}
+    chunk = generated[:1, :, : teacher.config.cache.chunk_frames]
+    figures |= {"full_ms": _median_ms(teacher.vae, chunk), "tiny_ms": _median_ms(tiny, chunk)}
+    return figures | {"speed": figures["full_ms"] / figures["tiny_ms"]}
+
+
+@torch.inference_mode()
+def _median_ms(decoder: WanVAE | TinyVAE, chunk: Tensor, calls: int = 15) -> float:
+    state = decoder.decoder_state(1, *chunk.shape[3:], torch.float32, "cpu")
+    decoder.decode(chunk, state)
+    times = []
+    for _ in itertools.repeat(None, calls):
+        start = time.perf_counter()
+        decoder.decode(chunk, state)
+        times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times)[calls // 2]
+
+
+def _decibels(error: Tensor) -> float:
+    """Peak signal to noise of an error of pixels from -1 to 1."""
+    return float(-10 * torch.log10(error.square().mean() / 4))
