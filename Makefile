@@ -27,8 +27,8 @@ format: $(VENV)/.lint  ## mend what lint can mend
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.core  ## the real-time factor of this machine, end to end
-	$(VENV)/bin/python bench/throughput.py
+bench: $(VENV)/.core  ## frames per second of this machine, end to end and part by part
+	$(VENV)/bin/python bench/throughput.py $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -14,57 +14,36 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-import tyro
 from chunk_work import GROUPS, PRODUCTS, ChunkWork, Part, Precision, prompt_parts
+from command_line import parse_options
 from engine_shapes import Shapes
+from gpu_rates import GPU, GPUS, GPUName, arithmetic_ms, floor_ms, memory_ms
+from typing_extensions import Doc
 
 from rfengine.checkpoint.loader import read_config
 from rfengine.config import PRESETS
-
-GPUName = Literal["a100", "h100", "h200", "rtx4090"]
-
-
-@dataclass(frozen=True)
-class GPU:
-    """Rates of a data sheet: dense products, accumulated in float32; None where there are none."""
-
-    name: str
-    tb_per_s: float
-    bf16_tflop_per_s: float
-    fp8_tflop_per_s: float | None
-
-
-# NVIDIA's data sheets (A100, H100 SXM, H200) and the Ada white paper
-GPUS: dict[GPUName, GPU] = {
-    "a100": GPU("A100 SXM 80 GB", 2.039, 312, None),
-    "h100": GPU("H100 SXM", 3.35, 989, 1979),
-    "h200": GPU("H200 SXM", 4.8, 989, 1979),
-    "rtx4090": GPU("GeForce RTX 4090", 1.008, 165.2, 330.3),
-}
 
 
 @dataclass(frozen=True)
 class Options:
     """FLOPs, bytes and floors of one chunk, part by part, at the rates of a data sheet."""
 
-    gpu: GPUName = "h100"
-    """Whose data sheet."""
-    model: str = "wan-1.3b"
-    """A preset (tiny, wan-1.3b, wan-14b) or a checkpoint directory."""
-    height: int | None = None
-    """Pixels; the model's own size where nothing is given."""
-    width: int | None = None
-    """Pixels."""
-    chunk: int | Literal["steady"] = "steady"
-    """Which chunk of the video, from 0; steady is the first that evicts another."""
-    precision: Precision = "bf16"
-    """fp8-linears: linears of the blocks in FP8. fp8: attention and the VAE as well."""
-    json: bool = False
-    """Print JSON instead of text."""
+    gpu: Annotated[GPUName, Doc("Whose data sheet.")] = "h100"
+    model: Annotated[str, Doc("A preset (tiny, wan-1.3b, wan-14b) or a checkpoint directory.")] = "wan-1.3b"
+    height: Annotated[int | None, Doc("Pixels; the model's own size where nothing is given.")] = None
+    width: Annotated[int | None, Doc("Pixels.")] = None
+    chunk: Annotated[
+        int | Literal["steady"],
+        Doc("Which chunk of the video, from 0; steady is the first that evicts another."),
+    ] = "steady"
+    precision: Annotated[
+        Precision, Doc("fp8-linears: linears of the blocks in FP8. fp8: attention and the VAE as well.")
+    ] = "bf16"
+    json: Annotated[bool, Doc("Print JSON instead of text.")] = False
 
 
 def roofline(options: Options) -> dict[str, Any]:
@@ -121,17 +100,17 @@ def _rows(parts: list[Part], gpu: GPU) -> list[dict[str, Any]]:
 
 
 def _row(group: str, name: str, members: list[Part], gpu: GPU) -> dict[str, Any]:
-    arithmetic_ms = sum(_arithmetic_ms(part, gpu) for part in members)
-    memory_ms = sum(_memory_ms(part, gpu) for part in members)
+    arithmetic = sum(arithmetic_ms(part, gpu) for part in members)
+    memory = sum(memory_ms(part, gpu) for part in members)
     return {
         "group": group,
         "part": name,
         "flops": sum(part.flops for part in members),
         "bytes": sum(part.bytes for part in members),
-        "arithmetic_ms": arithmetic_ms,
-        "memory_ms": memory_ms,
-        "floor_ms": sum(_floor_ms(part, gpu) for part in members),
-        "bound": "arithmetic" if arithmetic_ms > memory_ms else "memory",
+        "arithmetic_ms": arithmetic,
+        "memory_ms": memory,
+        "floor_ms": sum(floor_ms(part, gpu) for part in members),
+        "bound": "arithmetic" if arithmetic > memory else "memory",
     }
 
 
@@ -143,19 +122,6 @@ def _total(parts: list[Part], work: ChunkWork, gpu: GPU) -> dict[str, float]:
         for kind in ("floor", "arithmetic")
     }
     return {key: row[key] for key in ("flops", "bytes", "arithmetic_ms", "memory_ms", "floor_ms")} | rates
-
-
-def _arithmetic_ms(part: Part, gpu: GPU) -> float:
-    rate = gpu.fp8_tflop_per_s if part.is_fp8 else gpu.bf16_tflop_per_s
-    return part.flops / rate / 1e9 if part.flops else 0.0
-
-
-def _memory_ms(part: Part, gpu: GPU) -> float:
-    return part.bytes / gpu.tb_per_s / 1e9
-
-
-def _floor_ms(part: Part, gpu: GPU) -> float:
-    return max(_arithmetic_ms(part, gpu), _memory_ms(part, gpu))
 
 
 def render(report: dict[str, Any]) -> str:
@@ -205,7 +171,7 @@ def _billions(amount: int) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options)
+    options = parse_options(Options)
     try:
         report = roofline(options)
     except ValueError as error:

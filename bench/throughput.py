@@ -1,134 +1,213 @@
-"""Throughput of one stream on this machine, end to end: noise in, uint8 frames in host memory out.
+"""Throughput of one stream on this machine, end to end: text states in, uint8 frames in host memory out.
 
-    python bench/throughput.py --model tiny --chunks 20 --threads 2 --json
+    python bench/throughput.py --json figures.json --compare baseline
 
-The model is loaded and two chunks are made before the clock starts; writing a file is not part of it. The
-time to the first frames is that of a new stream in a warm process: text encoder, noise, first chunk.
+First the engine is held against the reference (agreement.py); one that is wrong is not timed. The window is
+full before the clock starts; writing a file is not part of it. The first frame is that of a new stream in a
+warm process, from the text states on. A preset has random weights, which cost the same as the published ones.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import math
-import statistics
+import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+
 import torch
-import tyro
+from agreement import check_agreement
+from chunk_times import ChunkTimes, frames_of, latents_of, recorded_chunks, time_chunks
+from command_line import parse_options
+from comparison import compare
+from conditions import device_name, state, versions
+from gpu_rates import GPU, gpu_of, measured_cpu
+from measured_engine import Engine
+from part_times import PartTime, measure_parts, part_floors, steady_flops
+from throughput_plot import check_plot, draw
+from throughput_table import render
 
-from rfengine import Pipeline, VideoStream, __version__
-from rfengine.config import DTypeName
-from rfengine.doctor import cpu_name
+from rfengine.evaluation.throughput_options import ThroughputOptions
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.runtime.switches import runtime_switches
 
-PROMPT = "a red circle moves right"
-WARM_UP_CHUNKS = 2
-
-
-@dataclass(frozen=True)
-class Options:
-    """Measure frames per second with and without the VAE, and how long a chunk and the first frames take."""
-
-    model: str = "tiny"
-    """A checkpoint directory, or tiny."""
-    chunks: int = 20
-    """Chunks to measure, after two to warm up."""
-    threads: int | None = None
-    """CPU threads of torch; its own choice where nothing is given."""
-    height: int | None = None
-    """Pixels; the model's own size where nothing is given."""
-    width: int | None = None
-    """Pixels."""
-    device: str | None = None
-    """cpu or cuda; cuda where there is one."""
-    dtype: DTypeName | None = None
-    """bfloat16 on CUDA, float32 on the CPU where nothing is given."""
-    json: bool = False
-    """Print JSON instead of text."""
+PROFILED_CHUNKS = 3
+CHUNKS_A_ROUND = 5
+CALLER_ERROR, OTHER_ERROR = 2, 1  # exit statuses; a wrong engine is the second
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """Figures and the circumstances they were measured under."""
-    if options.chunks < 1:
-        raise ValueError(f"--chunks is {options.chunks}; measure at least 1")
+def measure(options: ThroughputOptions) -> dict[str, Any]:
+    """Figures and the circumstances they were measured under. Raises WrongEngineError, ValueError."""
+    for name, value in (("chunks", options.chunks), ("threads", options.threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; give at least 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    pipeline = Pipeline.from_pretrained(options.model, options.device, options.dtype)
-    stream = _stream(pipeline, options)
-    whole, frames = _time_chunks(stream, options.chunks, decode=True)
-    latents_only, _ = _time_chunks(_stream(pipeline, options), options.chunks, decode=False)
-    started = time.perf_counter()
-    next(_stream(pipeline, options))
-    first_frames_ms = (time.perf_counter() - started) * 1e3
+    engine = Engine.load(options)
+    device = engine.device
+    # FP8 frames are held to a PSNR when the decoder is opened
+    held = engine.decoder if options.vae_precision == "default" else None
+    agreements = check_agreement(engine.pipeline, engine.grid, held)
+    gpu = gpu_of(device_name(device)) if device.type == "cuda" else measured_cpu(engine.pipeline.model.dtype)
+    before = state(device)
+    _reset_peak_memory(device)
+    whole, first_ms = _time_whole(engine, options.chunks) if engine.decodes else (None, None)
+    latents_only = _time_latents(engine, options.chunks)
+    peak, after = _peak_memory(device), state(device)
+    parts = _time_parts(options, gpu)
+    figures = {
+        **_setting(engine, options),
+        "versions": versions(device),
+        "before": before,
+        "after": after,
+        "agreement": [agreement.to_dict() for agreement in agreements],
+        **_rates(engine, whole or latents_only, latents_only),
+        "first_frame_ms": first_ms,
+        "peak_memory_bytes": peak,
+        "ceilings": None if gpu is None else {"name": gpu.name, "tb_per_s": gpu.tb_per_s,
+                                              "tflop_per_s": gpu.bf16_tflop_per_s},
+        **_utilisation(engine, gpu, whole, latents_only),
+        "parts": [part.to_dict() for part in parts],
+    }  # fmt: skip
+    if options.compare is not None:
+        rounds = min(CHUNKS_A_ROUND, options.chunks)
+        figures["comparison"] = compare(engine.pipeline, engine.grid, rounds, engine.decodes)
+    return figures
 
-    fps = pipeline.config.fps
-    rate = frames / sum(whole)
+
+def _setting(engine: Engine, options: ThroughputOptions) -> dict[str, Any]:
+    config, model = engine.pipeline.config, engine.pipeline.model
+    switches = runtime_switches(config.runtime, engine.device)
     return {
-        "model": pipeline.config.name,
-        "height": stream.grid.height,
-        "width": stream.grid.width,
-        "denoising_steps": stream.num_steps,
-        "window_frames": pipeline.config.cache.window_frames,
-        "dtype": str(pipeline.model.dtype).removeprefix("torch."),
-        "device": _device_name(pipeline.model.device),
+        "model": config.name,
+        "weights": engine.weights,
+        "height": engine.grid.height,
+        "width": engine.grid.width,
+        "denoising_steps": len(config.schedule.denoising_steps),
+        "window_frames": config.cache.window_frames,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "backend": engine.pipeline.backend,
+        "ops": model.ops.choice,
+        "vae": options.vae,
+        "vae_precision": options.vae_precision,
+        **{name: switches[name].on for name in ("graphs", "overlap", "merged_pass", "autotune")},
+        "device": device_name(engine.device),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "rfengine": __version__,
         "chunks": options.chunks,
-        "frames_per_s": rate,
-        "real_time_factor": rate / fps,
-        "frames_per_s_without_vae": frames / sum(latents_only),
-        "chunk_ms_p50": statistics.median(whole) * 1e3,
-        "chunk_ms_p95": _percentile(whole, 0.95) * 1e3,
-        "first_frames_ms": first_frames_ms,
     }
 
 
-def _stream(pipeline: Pipeline, options: Options) -> VideoStream:
-    return pipeline.stream(PROMPT, seed=7, height=options.height, width=options.width)
+def _time_whole(engine: Engine, chunks: int) -> tuple[ChunkTimes, float]:
+    """Times of chunks as frames, and ms from the text states to the first frames of a new stream."""
+    _warm(engine, frames_of(engine.stream()), waits=False)
+    started = time.perf_counter()
+    advance = frames_of(engine.stream())
+    advance()
+    first_ms = (time.perf_counter() - started) * 1e3
+    _warm(engine, advance, waits=False)
+    return time_chunks(advance, chunks, engine.device, waits=False), first_ms
 
 
-def _time_chunks(stream: VideoStream, count: int, decode: bool) -> tuple[list[float], int]:
-    """Seconds of each of `count` chunks after the warm-up, and the frames they gave."""
-    for _ in range(WARM_UP_CHUNKS):
-        stream.advance(decode=decode)
-    seconds, frames = [], 0
-    for _ in range(count):
-        started = time.perf_counter()
-        frames += len(stream.advance(decode=decode).frames)
-        if stream.latents.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return seconds, frames
+def _time_latents(engine: Engine, chunks: int) -> ChunkTimes:
+    advance = latents_of(engine.stream(), engine.pipeline.config.cache.chunk_frames)
+    _warm(engine, advance, waits=True)
+    return time_chunks(advance, chunks, engine.device, waits=True)
 
 
-def _percentile(values: list[float], share: float) -> float:
-    """The smallest value that at least `share` of all do not exceed."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
+def _warm(engine: Engine, advance: Any, waits: bool) -> None:
+    """Until the window is full and all graphs are recorded."""
+    time_chunks(advance, recorded_chunks(engine.pipeline.config.cache), engine.device, waits)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+def _time_parts(options: ThroughputOptions, gpu: GPU | None) -> list[PartTime]:
+    """Of the same engine without graphs and without overlap, which is what a profiler can see into."""
+    engine = Engine.load(replace(options, graphs="off", overlap="off"))
+    frames = engine.pipeline.config.cache.chunk_frames
+    advance = frames_of(engine.stream()) if engine.decodes else latents_of(engine.stream(), frames)
+    _warm(engine, advance, waits=True)
+    decoder = StreamingDecoder if options.vae in ("full", "none") else type(engine.decoder)
+    model = engine.pipeline.model
+    times = measure_parts(advance, model.ops, decoder, PROFILED_CHUNKS, engine.device)
+    floors = part_floors(engine.shapes, gpu, model.dtype, engine.decodes)
+    return [PartTime(part, ms, floors[part]) for part, ms in times.items()]
 
 
-def render(figures: dict[str, Any]) -> str:
-    size = f"{figures['height']} x {figures['width']}"
-    return (
-        f"{figures['model']} at {size}, {figures['denoising_steps']} steps, {figures['dtype']}, "
-        f"{figures['device']}, {figures['threads']} threads, torch {figures['torch']}\n"
-        f"{figures['frames_per_s']:.1f} frames/s end to end, {figures['real_time_factor']:.1f} times as fast "
-        f"as it plays; {figures['frames_per_s_without_vae']:.1f} frames/s without the VAE\n"
-        f"chunk {figures['chunk_ms_p50']:.1f} ms (p95 {figures['chunk_ms_p95']:.1f} ms), first frames "
-        f"{figures['first_frames_ms']:.1f} ms after the prompt, {figures['chunks']} chunks measured"
-    )
+def _rates(engine: Engine, times: ChunkTimes, latents_only: ChunkTimes) -> dict[str, Any]:
+    return {
+        "frames_per_s": times.frames_per_s if engine.decodes else None,
+        "real_time_factor": times.frames_per_s / engine.pipeline.config.fps,
+        "frames_per_s_without_vae": latents_only.frames_per_s,
+        "chunk_ms_p50": times.percentile_ms(0.5),
+        "chunk_ms_p95": times.percentile_ms(0.95),
+        "chunk_ms_p99": times.percentile_ms(0.99),
+        "chunk_ms_without_vae_p50": latents_only.percentile_ms(0.5),
+        "jitter_ms": times.jitter_ms,
+    }
 
 
-def main() -> None:
-    options = tyro.cli(Options)
+def _utilisation(
+    engine: Engine, gpu: GPU | None, whole: ChunkTimes | None, latents_only: ChunkTimes
+) -> dict[str, float | None]:
+    """FLOPs of the model in a chunk over its median time and the rate of products."""
+
+    def share(times: ChunkTimes | None, decodes: bool) -> float | None:
+        if gpu is None or times is None:
+            return None
+        rate = steady_flops(engine.shapes, decodes) / times.percentile_ms(0.5) / 1e9
+        return rate / gpu.bf16_tflop_per_s
+
+    return {
+        "flop_utilisation": share(whole, True),
+        "flop_utilisation_without_vae": share(latents_only, False),
+    }
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    gc.collect()  # what the agreement needed is no part of the engine
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes that torch held at most since the reset; on a CPU of the whole process, where it is known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def run(options: ThroughputOptions) -> int:
+    """Measure, then print the table; JSON goes to a file, or takes its place. Returns the exit status."""
+    if options.plot is not None:
+        check_plot(options.plot)
     figures = measure(options)
-    print(json.dumps(figures, indent=2) if options.json else render(figures))
+    if options.plot is not None:
+        draw(figures, options.plot)
+    text = json.dumps(figures, indent=2)
+    to_terminal = str(options.json) == "-"
+    if options.json is not None and not to_terminal:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n")
+    print(text if to_terminal else render(figures))
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return run(parse_options(ThroughputOptions, arguments))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"throughput: {' '.join(str(error).split())}", file=sys.stderr)
+        return CALLER_ERROR if isinstance(error, ValueError) else OTHER_ERROR
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,7 +14,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from rfengine.cli.terminal import find_device, interrupt_waits
-from rfengine.config import DecoderKind, DTypeName, RuntimeConfig
+from rfengine.config import DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
 from rfengine.pipeline import Pipeline, check_seed, checkpoint_directory
 from rfengine.video import VideoWriter, check_video_path
 
@@ -49,6 +49,8 @@ class GenerateOptions:
     vae: DecoderKind = "full"
     """What makes the frames: full and tensorrt (an engine of rfengine export-vae) are lossless, tiny is
     faster and of lower quality."""
+    vae_precision: VAEPrecision = "default"
+    """fp8 runs the large convolutions of the full decoder in FP8, where that is within 45 dB of float32."""
     graphs: bool | None = None
     """Replay each chunk as one CUDA graph; on with CUDA."""
     overlap: bool | None = None
@@ -71,6 +73,7 @@ def run(options: GenerateOptions) -> int:
         decode_device=options.decode_device,
         autotune=options.autotune,
         vae=options.vae,
+        vae_precision=options.vae_precision,
     )
     device = find_device(options.device)
     find_device(options.decode_device, "--decode-device")

@@ -12,14 +12,14 @@ from rfengine import cli
 OPTIONS = {
     "generate": [
         "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
-        "vae", "graphs", "overlap", "merged_pass", "autotune", "decode_device",
+        "vae", "vae_precision", "graphs", "overlap", "merged_pass", "autotune", "decode_device",
     ],
     "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
     "parity": ["files", "backend", "device", "dtype"],
     "doctor": ["json", "model", "height", "width", "dtype"],
     "bench": [
-        "model", "height", "width", "chunks", "backend", "dtype", "vae", "graphs", "overlap", "merged_pass",
-        "autotune", "compare", "threads", "device", "json", "plot",
+        "model", "height", "width", "chunks", "backend", "dtype", "vae", "vae_precision", "graphs", "overlap",
+        "merged_pass", "autotune", "compare", "threads", "device", "json", "plot",
     ],
     "export-vae": ["directory", "height", "width", "latents", "precision", "onnx_only", "force"],
 }  # fmt: skip

@@ -1,0 +1,87 @@
+"""How long chunks take, one after another, and how evenly they come."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rfengine.config import CacheConfig
+from rfengine.stream import VideoStream
+
+Advance = Callable[[], int]  # makes one chunk and returns its frames
+
+
+@dataclass(frozen=True)
+class ChunkTimes:
+    """Seconds of each chunk, and the frames that all gave together."""
+
+    seconds: tuple[float, ...]
+    frames: int
+
+    @property
+    def frames_per_s(self) -> float:
+        return self.frames / sum(self.seconds)
+
+    def percentile_ms(self, share: float) -> float:
+        """The smallest time that at least `share` of all do not exceed."""
+        return sorted(self.seconds)[math.ceil(share * len(self.seconds)) - 1] * 1e3
+
+    @property
+    def jitter_ms(self) -> float:
+        """Mean difference, either way, between a chunk and the one before it; 0 for a single chunk."""
+        pairs = zip(self.seconds, self.seconds[1:], strict=False)
+        return statistics.fmean([abs(later - earlier) for earlier, later in pairs] or [0.0]) * 1e3
+
+
+def recorded_chunks(cache: CacheConfig) -> int:
+    """Chunks from the start of a video until each graph was replayed once, where graphs are on.
+
+    The window is full first; then every slot of it is written op by op, and recorded the next time.
+    """
+    return cache.window_chunks + 2 * (cache.window_chunks - cache.sink_chunks)
+
+
+def time_chunks(advance: Advance, count: int, device: torch.device, waits: bool) -> ChunkTimes:
+    """Times of `count` chunks, the device idle before the first and after the last.
+
+    waits: for the device after each chunk, where `advance` does not itself: frames in host memory have
+    waited, latents have not.
+    """
+    seconds, frames = [], 0
+    synchronize(device)
+    for place in range(count):
+        started = time.perf_counter()
+        frames += advance()
+        if waits or place + 1 == count:
+            synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return ChunkTimes(tuple(seconds), frames)
+
+
+def frames_of(stream: VideoStream) -> Advance:
+    """Chunks of `stream` as frames in host memory."""
+    return lambda: len(stream.advance().frames)
+
+
+def latents_of(stream: VideoStream, chunk_frames: int) -> Advance:
+    """Chunks of `stream` as latents; counted as the pixel frames they would give."""
+
+    def advance() -> int:
+        stream.advance(decode=False)
+        return chunk_frames * stream.grid.temporal_stride
+
+    return advance
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}

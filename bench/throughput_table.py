@@ -1,0 +1,121 @@
+"""The figures of throughput.py as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GIB = 2**30
+
+
+def render(figures: dict[str, Any]) -> str:
+    return "\n".join([*_head(figures), "", *_rates(figures), "", *_parts(figures), *_comparison(figures)])
+
+
+def _head(figures: dict[str, Any]) -> list[str]:
+    versions = figures["versions"]
+    known = (
+        f"{name} {versions[name]}"
+        for name in ("torch", "triton", "cuda", "cudnn", "driver")
+        if versions[name] is not None
+    )
+    agreement = ", ".join(
+        f"{result['what']} {result['error']:.1e} (allowed {result['allowed']:.1e})"
+        for result in figures["agreement"]
+    )
+    return [
+        f"{figures['model']} at {figures['width']} x {figures['height']}, {figures['denoising_steps']} "
+        f"steps, window {figures['window_frames']}, {figures['dtype']}, VAE {figures['vae']}; "
+        f"weights: {figures['weights']}",
+        f"backend {figures['backend']}, graphs {_on(figures['graphs'])}, "
+        f"overlap {_on(figures['overlap'])}, "
+        f"merged pass {_on(figures['merged_pass'])}, autotune {_on(figures['autotune'])}",
+        f"{figures['device']}, {figures['threads']} threads; commit {versions['commit']}, {', '.join(known)}",
+        f"before: {_state(figures['before'])}",
+        f"after: {_state(figures['after'])}",
+        f"against the reference, first {figures['agreement'][0]['chunks']} chunks: {agreement}",
+    ]
+
+
+def _on(switch: bool) -> str:
+    return "on" if switch else "off"
+
+
+def _state(state: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_short(value)}" for name, value in state.items())
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _rates(figures: dict[str, Any]) -> list[str]:
+    without = f"{figures['frames_per_s_without_vae']:.1f} frames/s without the VAE"
+    if figures["frames_per_s"] is None:
+        lines = [without]
+    else:
+        lines = [
+            f"{figures['frames_per_s']:.1f} frames/s end to end, {figures['real_time_factor']:.1f} times as "
+            f"fast as it plays; {without}"
+        ]
+    first = figures["first_frame_ms"]
+    lines.append(
+        f"chunk {figures['chunk_ms_p50']:.1f} ms (p95 {figures['chunk_ms_p95']:.1f}, p99 "
+        f"{figures['chunk_ms_p99']:.1f}, jitter {figures['jitter_ms']:.1f}; without the VAE "
+        f"{figures['chunk_ms_without_vae_p50']:.1f}), {figures['chunks']} chunks measured"
+        + ("" if first is None else f"; first frame {first:.1f} ms after the text states")
+    )
+    memory = figures["peak_memory_bytes"]
+    lines.append(
+        f"peak memory {'unknown' if memory is None else f'{memory / GIB:.2f} GiB'}; model FLOP utilisation "
+        f"{_percent(figures['flop_utilisation'])} end to end, "
+        f"{_percent(figures['flop_utilisation_without_vae'])} without the VAE"
+    )
+    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.1%}"
+
+
+def _parts(figures: dict[str, Any]) -> list[str]:
+    ceilings = figures["ceilings"]
+    rates = "of no data sheet here"
+    if ceilings is not None:
+        rates = f"{ceilings['name']}: {ceilings['tb_per_s']:.3g} TB/s, {ceilings['tflop_per_s']:.3g} TFLOP/s"
+    lines = [
+        f"parts of a chunk under the profiler, without graphs; floors at the rates {rates}",
+        f"{'part':<18}{'ms':>10}{'floor, ms':>12}{'share':>8}",
+    ]
+    for row in figures["parts"]:
+        floor, share = row["floor_ms"], row["share_of_floor"]
+        lines.append(
+            f"{row['part']:<18}{row['ms']:>10.3f}{'' if floor is None else f'{floor:.3f}':>12}"
+            f"{'' if share is None else f'{share:.0%}':>8}"
+        )
+    together = sum(row["ms"] for row in figures["parts"])
+    lines.append(
+        f"{'together':<18}{together:>10.3f}  a chunk takes {figures['chunk_ms_p50']:.3f} ms unprofiled"
+    )
+    return lines
+
+
+def _comparison(figures: dict[str, Any]) -> list[str]:
+    comparison = figures.get("comparison")
+    if comparison is None:
+        return []
+    lines = [
+        "",
+        f"the field's usual way in the same process, in turn ({comparison['rounds']} rounds of "
+        f"{comparison['chunks_a_round']} chunks; its attention: {comparison['attention']}, "
+        f"its VAE: {comparison['vae']})",
+    ]
+    for name, told in (("end_to_end", "end to end"), ("without_vae", "without the VAE")):
+        if name in comparison:
+            rows = comparison[name]
+            ratio = rows["ratio"]
+            lines.append(
+                f"{told}: {ratio['median']:.2f} times as fast ({ratio['min']:.2f} to {ratio['max']:.2f}); "
+                f"chunk {rows['engine_chunk_ms']['median']:.1f} ms against "
+                f"{rows['baseline_chunk_ms']['median']:.1f} ms"
+            )
+    return lines
