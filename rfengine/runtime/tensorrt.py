@@ -1,0 +1,341 @@
+"""TensorRTDecoder: the lossless decoder of WanVAE as engines that `rfengine export-vae` built.
+
+The state of a stream is two sets of buffers: a call reads one and writes the other, and the next call has
+them the other way round, so that no state is ever copied. Each of the two directions is recorded as a CUDA
+graph when it is first run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rfengine.checkpoint.loader import read_config
+from rfengine.config import VAEConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.decoder import FrameLayout
+from rfengine.models.decoder_graphs import LATENTS, PIXELS, DecoderGraph, state_input, state_output
+from rfengine.models.vae import DecoderState, WanVAE
+from rfengine.ops import choose_ops
+from rfengine.runtime.cuda_graph import CapturedCall
+from rfengine.runtime.onnx_export import DTYPES, STAGES, ExportSpec, Precision, Stage, vae_fingerprint
+from rfengine.runtime.tensorrt_api import (
+    CudaEngine,
+    ExecutionContext,
+    TensorRT,
+    import_tensorrt,
+    make_logger,
+    torch_dtypes,
+)
+from rfengine.runtime.tensorrt_engine import EngineTarget, read_engine
+
+logger = logging.getLogger(__name__)
+
+EXPORT_FOLDER = "tensorrt"  # inside the checkpoint directory
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Bindings:
+    """Names and shapes of what an engine reads and writes, in the order of its graph."""
+
+    latents: Shape
+    pixels: Shape
+    slots_in: dict[str, Shape]
+    slots_out: dict[str, Shape]
+    dtype: torch.dtype  # of all but the latents, which are float32
+
+    @classmethod
+    def of(cls, graph: DecoderGraph, vae: VAEConfig) -> Bindings:
+        _, _, latents, height, width = graph.latents_shape
+        stride = vae.temporal_stride
+        frames = 1 + stride * (latents - 1) if graph.first else stride * latents
+        size = (height * vae.spatial_stride, width * vae.spatial_stride)
+        slots = graph.slot_shapes
+        written = {name: shape for name, shape in slots.items() if state_output(name) in graph.output_names}
+        return cls(
+            graph.latents_shape, (1, 3, frames, *size), {} if graph.first else slots, written, graph.dtype
+        )
+
+    def inputs(self) -> dict[str, tuple[Shape, torch.dtype]]:
+        slots = {state_input(name): (shape, self.dtype) for name, shape in self.slots_in.items()}
+        return {LATENTS: (self.latents, torch.float32), **slots}
+
+    def outputs(self) -> dict[str, tuple[Shape, torch.dtype]]:
+        slots = {state_output(name): (shape, self.dtype) for name, shape in self.slots_out.items()}
+        return {PIXELS: (self.pixels, self.dtype), **slots}
+
+
+class TensorRTState:
+    """What a TensorRT decoder remembers of one video; TensorRTDecoder.decoder_state makes one.
+
+    Names and values of the slots are those of DecoderState. `frames` counts the latent frames seen.
+    """
+
+    def __init__(self, decoder: TensorRTDecoder) -> None:
+        self.frames = 0
+        self.decoder = decoder
+        device, dtype = decoder.device, decoder.bindings["steady"].dtype
+        shapes = decoder.bindings["steady"].slots_in
+        with torch.inference_mode(False):  # such a state serves calls inside and outside of inference mode
+            self._sides = [
+                {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+                for _ in range(2)
+            ]
+            self._latents = torch.zeros(decoder.bindings["steady"].latents, device=device)
+            self._pixels = {
+                stage: torch.zeros(bindings.pixels, dtype=dtype, device=device)
+                for stage, bindings in decoder.bindings.items()
+            }
+            size = max(engine.device_memory_size_v2 for engine in decoder.engines.values())
+            self._activations = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
+        self._side = 0  # the set that holds the state; a call writes the other
+        self._contexts = {stage: self._context(stage) for stage in STAGES}
+        self._captured: dict[int, CapturedCall[None]] = {}
+        self._capture = decoder.graphs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live slots by name; a call overwrites those of two calls ago, so copy them to keep them."""
+        return dict(self._sides[self._side])
+
+    def load(self, tensors: Mapping[str, Tensor], frames: int) -> None:
+        """Copy a snapshot of any decoder of the same VAE and size into the slots, cast to the engine's dtype.
+
+        Raises ValueError where names or shapes do not fit; then nothing is changed.
+        """
+        DecoderState(self._sides[self._side]).load(dict(tensors), frames)
+        self.frames = frames
+
+    def clone(self) -> TensorRTState:
+        """An independent copy, with contexts and graphs of its own."""
+        copy = TensorRTState(self.decoder)
+        copy.load(self.tensors(), self.frames)
+        return copy
+
+    def run(self, latents: Tensor) -> Tensor:
+        """The pixels of the next chunk, in a buffer that the next call overwrites; the state goes on."""
+        stage: Stage = "steady" if self.frames else "first"
+        self._latents.copy_(latents)
+        if stage == "first":  # slots that the first call leaves out start from zero
+            for name in self._sides[0].keys() - self.decoder.bindings["first"].slots_out.keys():
+                self._sides[1 - self._side][name].zero_()
+        if stage == "steady" and self._capture and self._side not in self._captured:
+            self._record(self._side)
+        if stage == "steady" and self._side in self._captured:
+            self._captured[self._side].replay()
+        else:
+            self._enqueue(stage, self._side)
+        self._side = 1 - self._side
+        self.frames += latents.shape[2]
+        return self._pixels[stage]
+
+    def _context(self, stage: Stage) -> ExecutionContext:
+        """A context whose activations lie in the state's own memory; the two stages never run together."""
+        trt, engine = self.decoder.trt, self.decoder.engines[stage]
+        with torch.cuda.device(self.decoder.device):
+            context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if context is None:
+                raise RuntimeError(
+                    f"TensorRT makes no context for the {stage} engine ({self.decoder.reason()}); free memory"
+                )
+            context.set_device_memory(self._activations.data_ptr(), self._activations.numel())
+        return context
+
+    def _enqueue(self, stage: Stage, side: int) -> None:
+        """Queue a call on torch's current stream: from the buffers of `side` into the others."""
+        bindings, context = self.decoder.bindings[stage], self._contexts[stage]
+        tensors = {LATENTS: self._latents, PIXELS: self._pixels[stage]}
+        tensors |= {state_input(name): self._sides[side][name] for name in bindings.slots_in}
+        tensors |= {state_output(name): self._sides[1 - side][name] for name in bindings.slots_out}
+        for name, tensor in tensors.items():
+            if not context.set_tensor_address(name, tensor.data_ptr()):
+                raise RuntimeError(f"TensorRT refuses the address of {name} ({self.decoder.reason()})")
+        stream = torch.cuda.current_stream(self.decoder.device)
+        if not context.execute_async_v3(stream.cuda_stream):
+            raise RuntimeError(f"TensorRT cannot run the {stage} engine ({self.decoder.reason()})")
+
+    def _record(self, side: int) -> None:
+        """Record a call as a CUDA graph. It reads one set and writes the other, so it can be repeated."""
+        try:
+            self._captured[side] = CapturedCall(
+                lambda: self._enqueue("steady", side), restore=lambda: None, device=self.decoder.device
+            )
+        except RuntimeError as error:
+            self._capture = False
+            logger.warning("the TensorRT decoder runs without CUDA graphs: %s", error)
+
+
+class TensorRTDecoder:
+    """Decodes streams of one size and chunk length through the engines of a checkpoint's VAE.
+
+    Each state has buffers and contexts of its own; calls with one state are queued on torch's current stream
+    and must not overlap. graphs: replay the steady call as a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        trt: TensorRT,
+        engines: Mapping[Stage, bytes],
+        bindings: Mapping[Stage, Bindings],
+        device: torch.device,
+        graphs: bool = True,
+    ) -> None:
+        """Raises RuntimeError for an engine that TensorRT cannot load or whose bindings are others."""
+        self.trt = trt
+        self.bindings = dict(bindings)
+        self.device = device
+        self.graphs = graphs
+        self._log = make_logger(trt)
+        self._pack = choose_ops("auto", device)
+        with torch.cuda.device(device):
+            self._runtime = trt.Runtime(self._log)  # must outlive its engines
+            self.engines: dict[Stage, CudaEngine] = {}
+            for stage, content in engines.items():
+                engine = self._runtime.deserialize_cuda_engine(content)
+                if engine is None:
+                    raise RuntimeError(
+                        f"TensorRT {trt.__version__} cannot load the {stage} engine ({self.reason()}); build "
+                        "it again with `rfengine export-vae DIR --force`"
+                    )
+                self._check_bindings(stage, engine)
+                self.engines[stage] = engine
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path | str,
+        vae_config: VAEConfig,
+        grid: LatentGrid,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        chunk_frames: int | None = None,
+        graphs: bool = True,
+    ) -> TensorRTDecoder:
+        """The decoder from the engines that `rfengine export-vae` left in a checkpoint directory.
+
+        dtype: of the model. float16 and bfloat16 serve each other: an engine of the other one is taken where
+        there is none of its own. chunk_frames: latent frames of every call; those of the checkpoint's cache
+        where it is None. graphs: replay the steady call as a CUDA graph.
+        Raises RuntimeError when TensorRT is missing, and ValueError, which names the command that builds it,
+        when there is no engine for this VAE, size, GPU and version, or a damaged one.
+        """
+        directory, device = Path(directory), _indexed(device)
+        trt = import_tensorrt()
+        target = EngineTarget.of(trt, device)
+        latents = chunk_frames or read_config(directory).cache.chunk_frames
+        mark = vae_fingerprint(directory, vae_config)
+        specs = [
+            ExportSpec(mark, grid.height, grid.width, latents, precision) for precision in _precisions(dtype)
+        ]
+        folder = directory / EXPORT_FOLDER
+        there = (spec for spec in specs if target.engine_file(folder, spec, "steady").is_file())
+        spec = next(there, specs[0])
+        size = f"--height {grid.height} --width {grid.width} --latents {latents}"
+        rebuild = f"rfengine export-vae {directory} {size} --precision {spec.precision}"
+        engines = {stage: read_engine(folder, spec, stage, target, rebuild) for stage in STAGES}
+        logger.info("the decoder is TensorRT %s in %s", target.tensorrt, spec.precision)
+        with torch.device("meta"):
+            vae = WanVAE(vae_config).to(DTYPES[spec.precision])
+        bindings = {}
+        for stage in STAGES:
+            graph = DecoderGraph(vae, latents, grid.latent_height, grid.latent_width, stage == "first")
+            bindings[stage] = Bindings.of(graph, vae_config)
+        return cls(trt, engines, bindings, device, graphs)
+
+    def decoder_state(
+        self,
+        batch: int,
+        latent_height: int,
+        latent_width: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> TensorRTState:
+        """A fresh state, in the dtype of the engines whatever `dtype` is.
+
+        Raises ValueError for another size or device than that of the engines.
+        """
+        given, held = (batch, latent_height, latent_width), self._size()
+        if given != held or _indexed(device) != self.device:
+            raise ValueError(
+                f"batch, height and width are {given} on {device}; these engines decode latents of {held} on "
+                f"{self.device}; build others with `rfengine export-vae`"
+            )
+        return TensorRTState(self)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, state: TensorRTState) -> Tensor:
+        """Pixels [1, 3, T, H, W], not clamped, of the next chunk; updates `state` in place.
+
+        Raises ValueError for latents of another shape and for the state of another decoder.
+        """
+        return self._run(latents, state).clone()
+
+    @torch.no_grad()
+    def decode_frames(self, latents: Tensor, state: TensorRTState, layout: FrameLayout = "rgb24") -> Tensor:
+        """Frames of the next chunk, uint8 on the device: [T, H, W, 3], or NV12 [T, H * 3 / 2, W]."""
+        pack = {"rgb24": self._pack.frame_pack, "nv12": self._pack.frame_pack_nv12}
+        if layout not in pack:
+            raise ValueError(f"layout is {layout!r}; use {' or '.join(map(repr, pack))}")
+        return pack[layout](self._run(latents, state)[0])
+
+    def reason(self) -> str:
+        """What TensorRT last said of an error."""
+        return self._log.reason()
+
+    def _size(self) -> tuple[int, int, int]:
+        batch, _, _, height, width = self.bindings["steady"].latents
+        return batch, height, width
+
+    def _run(self, latents: Tensor, state: TensorRTState) -> Tensor:
+        wanted = self.bindings["steady"].latents
+        if tuple(latents.shape) != wanted:
+            raise ValueError(f"latents are {tuple(latents.shape)}; these engines decode {wanted}")
+        if not isinstance(state, TensorRTState) or state.decoder is not self:
+            raise ValueError("the state is of another decoder; make one with decoder_state of this one")
+        return state.run(latents)
+
+    def _check_bindings(self, stage: Stage, engine: CudaEngine) -> None:
+        """Hold names, directions, shapes and types of the engine against those that the state binds."""
+        modes, dtypes = self.trt.TensorIOMode, torch_dtypes(self.trt)
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        found = {
+            name: (
+                engine.get_tensor_mode(name) == modes.INPUT,
+                tuple(engine.get_tensor_shape(name)),
+                dtypes.get(engine.get_tensor_dtype(name)),
+            )
+            for name in names
+        }
+        bindings = self.bindings[stage]
+        wanted = {name: (True, *binding) for name, binding in bindings.inputs().items()}
+        wanted |= {name: (False, *binding) for name, binding in bindings.outputs().items()}
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                raise RuntimeError(
+                    f"{name} of the {stage} engine is {found.get(name)} where {wanted.get(name)} is needed "
+                    "(input, shape, type); build it again with `rfengine export-vae DIR --force`"
+                )
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """The device with its number, as a tensor on it would tell."""
+    device = torch.device(device)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _precisions(dtype: torch.dtype) -> list[Precision]:
+    """The precisions that serve a model of `dtype`, the best first. Raises ValueError for any other dtype."""
+    own: list[Precision] = [name for name, kind in DTYPES.items() if kind == dtype]
+    if not own:
+        raise ValueError(
+            f"dtype is {dtype}; a TensorRT decoder serves {', '.join(map(str, DTYPES.values()))}"
+        )
+    halves: list[Precision] = [name for name, kind in DTYPES.items() if kind.itemsize == dtype.itemsize]
+    return own + [name for name in halves if name not in own]
