@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -126,17 +127,20 @@ def recorded_launches(architecture: Architecture) -> Iterator[list[tuple[str, tu
 
 @contextlib.contextmanager
 def seen_architecture(architecture: Architecture) -> Iterator[None]:
-    """Inside, the attention chooses its form and its share of the work as on a GPU of the architecture."""
-    from rfengine.kernels import sink_window_attention, sink_window_attention_descriptor
-
-    with (
-        mock.patch.object(
-            sink_window_attention, "_capability", lambda _: divmod(architecture.capability, 10)
-        ),
-        mock.patch.object(
-            sink_window_attention_descriptor, "_count_processors", lambda _: architecture.processors
-        ),
-    ):
+    """Inside, kernels choose their form and their share of the work as on a GPU of the architecture."""
+    files = (
+        "sink_window_attention", "sink_window_attention_descriptor", "convolution_tile", "frame_attention",
+        "linear_tile",
+    )  # fmt: skip
+    capability = divmod(architecture.capability, 10)
+    answers = {"capability_of": capability, "_capability": capability}
+    answers |= dict.fromkeys(("count_processors", "_count_processors"), architecture.processors)
+    with contextlib.ExitStack() as patches:
+        for file in files:
+            module = importlib.import_module(f"rfengine.kernels.{file}")
+            for name in answers.keys() & vars(module).keys():
+                answer = answers[name]
+                patches.enter_context(mock.patch.object(module, name, lambda _, answer=answer: answer))
         yield
 
 
@@ -144,8 +148,7 @@ def compile_case(case: KernelCase, arch: str, shapes: Shapes) -> list[Launch]:
     """Every kernel that one case launches on `arch`."""
     architecture = ARCHITECTURES[arch]
     kernel = case.kernel()
-    seen = seen_architecture(architecture) if "attention" in case.file else contextlib.nullcontext()
-    with recorded_launches(architecture) as recorded, seen, torch.no_grad():
+    with recorded_launches(architecture) as recorded, seen_architecture(architecture), torch.no_grad():
         kernel(*case.inputs(shapes, Draw()))
     return [describe(case, arch, *launch) for launch in recorded]
 

@@ -12,6 +12,20 @@ from rfengine.grid import LatentGrid
 
 
 @dataclass(frozen=True)
+class VaeLevel:
+    """Sizes of a chunk in the residual blocks of one level of the VAE's decoder; 0 is that of the latents."""
+
+    frames: int
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def pixels(self) -> int:
+        return self.frames * self.height * self.width
+
+
+@dataclass(frozen=True)
 class Shapes:
     """Sizes of a chunk in the steady state, at the resolution of the preset."""
 
@@ -67,6 +81,18 @@ class Shapes:
         """Pixels of a chunk in the steady state."""
         return self.frames * self.grid.temporal_stride * self.grid.height * self.grid.width
 
+    @property
+    def vae_levels(self) -> list[VaeLevel]:
+        """The levels of the VAE's decoder, from that of the latents to that of the pixels."""
+        vae, grid = self.config.vae, self.grid
+        doublings = [1, *(2 if temporal else 1 for temporal in reversed(vae.temporal_downsample))]
+        levels, frames = [], self.frames
+        for level, (doubling, factor) in enumerate(zip(doublings, reversed(vae.dim_mult), strict=True)):
+            frames *= doubling
+            height, width = grid.latent_height << level, grid.latent_width << level
+            levels.append(VaeLevel(frames, height, width, vae.base_dim * factor))
+        return levels
+
     def with_layers(self, layers: int) -> Shapes:
         return Shapes(replace(self.config, model=replace(self.config.model, num_layers=layers)))
 
@@ -89,6 +115,12 @@ class Draw:
     def table(self, *shape: int) -> Tensor:
         """Normal values in float32."""
         return replace(self, dtype=torch.float32).rows(*shape, scale=0.2)
+
+    def e4m3(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal values rounded to e4m3; `scale` should keep them below 448."""
+        if self.generator is None:
+            return replace(self, dtype=torch.float8_e4m3fn).rows(*shape)
+        return self.rows(*shape, scale=scale).to(torch.float8_e4m3fn)
 
     def angles(self, tokens: int, head_dim: int) -> Tensor:
         """Cosines and sines [2, tokens, E / 2]."""

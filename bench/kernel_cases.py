@@ -158,6 +158,88 @@ def _flow_bytes(shapes: Shapes) -> int:
     return 4 * HALF * shapes.config.model.out_dim * shapes.frames * grid.latent_height * grid.latent_width
 
 
+def _ffn_dim(shapes: Shapes) -> int:
+    return shapes.config.model.ffn_dim
+
+
+def _product_flops(outputs: Callable[[Shapes], int]) -> Callable[[Shapes], int]:
+    """Of a product between D and `outputs` numbers, either way."""
+    return lambda s: 2 * s.tokens * s.dim * outputs(s)
+
+
+def _product_bytes(outputs: Callable[[Shapes], int], rows_of_dim: int = 1) -> Callable[[Shapes], int]:
+    """Rows in and out and the weight; rows_of_dim: how many rows of D numbers are read or written."""
+    return lambda s: HALF * (rows_of_dim * s.chunk + (s.tokens + s.dim) * outputs(s))
+
+
+def _cublaslt_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch._addmm_activation(bias, x[0], weight.t(), use_gelu=True)
+
+
+def _conv_flops(level: int) -> Callable[[Shapes], int]:
+    return lambda s: 2 * 27 * s.vae_levels[level].channels ** 2 * s.vae_levels[level].pixels
+
+
+def _conv_bytes(level: int, bytes_in: int = HALF) -> Callable[[Shapes], int]:
+    """The halo in and the result out."""
+
+    def moved(shapes: Shapes) -> int:
+        size = shapes.vae_levels[level]
+        halo = size.pixels * (size.frames + 2) // size.frames
+        return size.channels * (halo * bytes_in + size.pixels * HALF)
+
+    return moved
+
+
+def _time_conv_bytes(shapes: Shapes) -> int:
+    """Twice the channels come out."""
+    return _conv_bytes(0)(shapes) + HALF * shapes.vae_levels[0].channels * shapes.vae_levels[0].pixels
+
+
+def _phase_flops(level: int) -> Callable[[Shapes], int]:
+    """Four taps of C channels for each of the C / 2 channels of every pixel."""
+    return lambda s: 8 * s.vae_levels[level - 1].channels ** 2 // 2 * s.vae_levels[level].pixels
+
+
+def _phase_bytes(level: int) -> Callable[[Shapes], int]:
+    return lambda s: HALF * s.vae_levels[level - 1].channels * 3 * s.vae_levels[level].pixels // 4
+
+
+def _norm_bytes(level: int) -> Callable[[Shapes], int]:
+    """x and the residual read, their sum and the result written."""
+    return lambda s: 4 * HALF * s.vae_levels[level].channels * s.vae_levels[level].pixels
+
+
+def _frame_attention_flops(shapes: Shapes) -> int:
+    size = shapes.vae_levels[0]
+    return 4 * size.channels * size.pixels * size.height * size.width
+
+
+def _pack_bytes(bytes_out: float) -> Callable[[Shapes], int]:
+    return lambda s: _conv_bytes(-1)(s) + int((bytes_out - HALF * s.vae_levels[-1].channels) * s.pixels)
+
+
+def _pack_flops(shapes: Shapes) -> int:
+    return 2 * 27 * 3 * shapes.vae_levels[-1].channels * shapes.pixels
+
+
+def _total_and_normed(arguments: Arguments, total: Tensor) -> tuple[Tensor, ...]:
+    return total, arguments[-1]
+
+
+def _conv_reference(x: Tensor, weight: Tensor, bias: Tensor, *_: object) -> Tensor:
+    return reference.causal_conv3d(x, weight, bias)
+
+
+def _conv_fp8_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Exact products of the 8-bit values, rounded once to bf16; in float64, the truth, not rounded."""
+    is_truth = x.dtype == torch.float64
+    wide = torch.float64 if is_truth else torch.float32
+    scaled = weight.to(wide) * scale.to(wide)[:, None, None, None, None]
+    result = reference.causal_conv3d(x.to(wide), scaled, bias.to(wide))
+    return result if is_truth else result.to(torch.bfloat16)
+
+
 CASES: tuple[KernelCase, ...] = (
     KernelCase(
         "sink_window_attention", "sink_window_attention", inputs.attention(), _attention_bytes,
@@ -248,6 +330,72 @@ CASES: tuple[KernelCase, ...] = (
     KernelCase(
         "frame_pack_nv12", "frame_pack", inputs.pixels, lambda s: s.pixels * 15 // 2,
         results=_bytes_as_numbers
+    ),
+    *(
+        KernelCase(
+            f"linear_{name}", "linear", inputs.linear(outputs), _product_bytes(outputs),
+            _product_flops(outputs), call="linear",
+        )
+        for name, outputs in (("qkv", lambda s: 3 * s.dim), ("out", lambda s: s.dim))
+    ),
+    KernelCase(
+        "linear_gelu", "linear", inputs.linear(_ffn_dim), _product_bytes(_ffn_dim), _product_flops(_ffn_dim),
+        rivals={"cuBLASLt": _cublaslt_gelu},
+    ),
+    *(
+        KernelCase(
+            f"gated_linear_{name}", "linear", inputs.gated_linear(inner), _product_bytes(inner, 2),
+            _product_flops(inner), call="gated_linear",
+        )
+        for name, inner in (("out", lambda s: s.dim), ("ffn", _ffn_dim))
+    ),
+    *(
+        KernelCase(
+            f"channel_norm_silu_level_{level}", "channel_norm_silu", inputs.channel_norm_silu(level),
+            _norm_bytes(level), call="channel_norm_silu", results=_total_and_normed,
+        )
+        for level in (2, 3)
+    ),
+    *(
+        KernelCase(
+            f"causal_conv3d_level_{level}", "causal_conv3d", inputs.causal_conv3d(level), _conv_bytes(level),
+            _conv_flops(level), call="causal_conv3d", reference=_conv_reference,
+        )
+        for level in range(4)
+    ),
+    KernelCase(
+        "causal_conv3d_pointer", "causal_conv3d", inputs.causal_conv3d(2, "pointer"), _conv_bytes(2),
+        _conv_flops(2), call="causal_conv3d", reference=_conv_reference,
+    ),
+    KernelCase(
+        "causal_conv3d_time", "causal_conv3d", inputs.time_conv, _time_conv_bytes,
+        lambda s: 2 * _conv_flops(0)(s) // 9, call="causal_conv3d", reference=_conv_reference,
+    ),
+    *(
+        KernelCase(
+            f"causal_conv3d_fp8_level_{level}", "causal_conv3d", inputs.causal_conv3d_fp8(level),
+            _conv_bytes(level, 1), _conv_flops(level), call="causal_conv3d_fp8",
+            reference=_conv_fp8_reference, minimum_capability=89,
+        )
+        for level in (2, 3)
+    ),
+    KernelCase(
+        "frame_attention", "frame_attention", inputs.frame_attention,
+        lambda s: 4 * HALF * s.vae_levels[0].channels * s.vae_levels[0].pixels, _frame_attention_flops,
+    ),
+    *(
+        KernelCase(
+            name, "conv_frame_pack", inputs.conv_frame_pack, _pack_bytes(bytes_out), _pack_flops,
+            results=_bytes_as_numbers,
+        )
+        for name, bytes_out in (("conv_frame_pack", 3), ("conv_frame_pack_nv12", 1.5))
+    ),
+    *(
+        KernelCase(
+            f"phase_conv_to_level_{level}", "phase_conv", inputs.phase_conv(level), _phase_bytes(level),
+            _phase_flops(level), call="phase_conv",
+        )
+        for level in (1, 2, 3)
     ),
 )  # fmt: skip
 CASES_BY_NAME = {case.name: case for case in CASES}

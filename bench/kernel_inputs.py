@@ -5,10 +5,11 @@ Shapes: L layers, B batch (1), T tokens of a chunk, S tokens of the window, H he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
-from engine_shapes import Draw, Shapes
+from engine_shapes import Draw, Shapes, VaeLevel
 from torch import Tensor
 
 Arguments = tuple[Tensor | float | int | bool | str | None, ...]
@@ -172,3 +173,95 @@ def flow_step(shapes: Shapes, draw: Draw) -> Arguments:
 def pixels(shapes: Shapes, draw: Draw) -> Arguments:
     frames = shapes.frames * shapes.grid.temporal_stride
     return (draw.rows(3, frames, shapes.grid.height, shapes.grid.width, scale=0.6),)
+
+
+def linear(outputs: Callable[[Shapes], int]) -> Callable[[Shapes, Draw], Arguments]:
+    """The product of a chunk's rows [1, T, D]."""
+
+    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
+        size = outputs(shapes), shapes.dim
+        weight = draw.rows(*size, scale=shapes.dim**-0.5)
+        return draw.rows(1, shapes.tokens, shapes.dim), weight, draw.rows(size[0])
+
+    return inputs
+
+
+def gated_linear(inner: Callable[[Shapes], int]) -> Callable[[Shapes, Draw], Arguments]:
+    """The product that leads back to the residual stream, with one gate for the chunk."""
+
+    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
+        x, y = draw.rows(1, shapes.tokens, shapes.dim), draw.rows(1, shapes.tokens, inner(shapes))
+        weight = draw.rows(shapes.dim, inner(shapes), scale=inner(shapes) ** -0.5)
+        return x, y, weight, draw.rows(shapes.dim), _modulated(shapes, draw)[0]
+
+    return inputs
+
+
+def _weight(draw: Draw, channels_out: int, channels: int, *kernel: int) -> Tensor:
+    """A convolution's weight [Cout, Cin, *kernel], in memory [Cout, *kernel, Cin]."""
+    fan_in = channels * math.prod(kernel)
+    return draw.rows(channels_out, *kernel, channels, scale=fan_in**-0.5).movedim(-1, 1)
+
+
+def _halo(level: VaeLevel, draw: Draw, before: int = 2) -> Tensor:
+    return draw.rows(level.frames + before, level.height, level.width, level.channels)
+
+
+def causal_conv3d(level: int, form: str | None = None) -> Callable[[Shapes, Draw], Arguments]:
+    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
+        size = shapes.vae_levels[level]
+        weight = _weight(draw, size.channels, size.channels, 3, 3, 3)
+        return _halo(size, draw), weight, draw.rows(size.channels), None, form
+
+    return inputs
+
+
+def causal_conv3d_fp8(level: int) -> Callable[[Shapes, Draw], Arguments]:
+    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
+        size = shapes.vae_levels[level]
+        x = draw.e4m3(size.frames + 2, size.height, size.width, size.channels)
+        weight = draw.e4m3(size.channels, 3, 3, 3, size.channels).movedim(-1, 1)
+        return x, weight, draw.table(size.channels).abs(), draw.rows(size.channels)
+
+    return inputs
+
+
+def time_conv(shapes: Shapes, draw: Draw) -> Arguments:
+    """The temporal doubling after the level of the latents, into the even and the odd frames."""
+    size = shapes.vae_levels[0]
+    weight = _weight(draw, 2 * size.channels, size.channels, 3, 1, 1)
+    return _halo(size, draw), weight, draw.rows(2 * size.channels)
+
+
+def phase_conv(level: int) -> Callable[[Shapes, Draw], Arguments]:
+    """The upsampling in front of a level, which halves the channels."""
+
+    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
+        before, after = shapes.vae_levels[level - 1 : level + 1]
+        channels = before.channels
+        x = draw.rows(after.frames, before.height, before.width, channels)
+        weight = draw.rows(2, 2, channels // 2, 2, 2, channels, scale=(4 * channels) ** -0.5)
+        return x, weight.permute(0, 1, 2, 5, 3, 4), draw.rows(channels // 2)
+
+    return inputs
+
+
+def channel_norm_silu(level: int) -> Callable[[Shapes, Draw], Arguments]:
+    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
+        size = shapes.vae_levels[level]
+        x, residual = (_halo(size, draw, before=0) for _ in range(2))
+        gamma = draw.rows(size.channels, scale=0.1, mean=1.0)
+        return x, draw.rows(size.channels), residual, gamma, _halo(size, draw)[2:]
+
+    return inputs
+
+
+def frame_attention(shapes: Shapes, draw: Draw) -> Arguments:
+    size = shapes.vae_levels[0]
+    qkv = draw.rows(size.frames, size.height * size.width, 3 * size.channels)
+    return qkv.chunk(3, dim=-1)
+
+
+def conv_frame_pack(shapes: Shapes, draw: Draw) -> Arguments:
+    size = shapes.vae_levels[-1]
+    return _halo(size, draw), _weight(draw, 3, size.channels, 3, 3, 3), draw.rows(3, scale=0.1)

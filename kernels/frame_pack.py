@@ -28,13 +28,13 @@ def _load_clamped(at, mask):
 
 
 @triton.jit
-def _round_to_byte(x):
+def round_to_byte(x):
     """Ties to even: from 2^23 on float32 has no fractions, so adding it rounds. 0 <= x <= 255."""
     return ((x + 8388608.0) - 8388608.0).to(tl.uint8)
 
 
 @triton.jit
-def _luma(red, green, blue):
+def luma_of(red, green, blue):
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
@@ -45,7 +45,7 @@ def _frame_pack_kernel(pixels, packed, channel_stride, frame_stride, frame_pixel
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = byte < 3 * frame_pixels.to(tl.int64)
     x = _load_clamped(pixels + frame * frame_stride + (byte % 3) * channel_stride + byte // 3, mask)
-    tl.store(packed + frame * 3 * frame_pixels + byte, _round_to_byte((x + 1.0) * 127.5), mask=mask)
+    tl.store(packed + frame * 3 * frame_pixels + byte, round_to_byte((x + 1.0) * 127.5), mask=mask)
 
 
 @triton.jit
@@ -66,15 +66,15 @@ def _frame_pack_nv12_kernel(
 
     frame_start = packed + frame * (height // 2 * 3) * width
     luma = frame_start + 2 * pair * width + column
-    tl.store(luma, _round_to_byte(_luma(red_top, green_top, blue_top) * 109.5 + 125.5), mask=mask)
-    luma_bottom = _luma(red_bottom, green_bottom, blue_bottom)
-    tl.store(luma + width, _round_to_byte(luma_bottom * 109.5 + 125.5), mask=mask)
+    tl.store(luma, round_to_byte(luma_of(red_top, green_top, blue_top) * 109.5 + 125.5), mask=mask)
+    luma_bottom = luma_of(red_bottom, green_bottom, blue_bottom)
+    tl.store(luma + width, round_to_byte(luma_bottom * 109.5 + 125.5), mask=mask)
 
     red_mean = _mean(red_top, red_bottom, BLOCK)
     blue_mean = _mean(blue_top, blue_bottom, BLOCK)
-    mean_luma = _luma(red_mean, _mean(green_top, green_bottom, BLOCK), blue_mean)
-    blueness = _round_to_byte((blue_mean - mean_luma) * BLUE + 128.0)
-    redness = _round_to_byte((red_mean - mean_luma) * RED + 128.0)
+    mean_luma = luma_of(red_mean, _mean(green_top, green_bottom, BLOCK), blue_mean)
+    blueness = round_to_byte((blue_mean - mean_luma) * BLUE + 128.0)
+    redness = round_to_byte((red_mean - mean_luma) * RED + 128.0)
     chroma = tl.reshape(tl.join(blueness, redness), (BLOCK,))
     tl.store(frame_start + (height + pair) * width + column, chroma, mask=mask)
 

@@ -72,6 +72,21 @@ def test_the_attention_of_hopper_copies_tiles_by_descriptor(launches: list[dict[
 
 
 @pytest.mark.slow
+def test_the_convolutions_of_hopper_run_on_warp_groups_from_descriptors(
+    launches: list[dict[str, Any]],
+) -> None:
+    kernels = ("_causal_conv3d_kernel", "_conv_frame_pack_kernel")
+    convolutions = [launch for launch in launches if launch["kernel"] in kernels]
+    assert len(convolutions) >= 12
+    for launch in convolutions:
+        in_shared, in_registers = launch["products"]
+        fp8 = launch["other_products"].get("QGMMA", 0)
+        # weights and pixels both straight from shared memory, which is what keeps products in flight
+        assert in_shared + fp8 > 0 and in_registers == 0, launch["case"]
+        assert launch["tensor_copies"] >= 2 or launch["case"] == "causal_conv3d_pointer", launch["case"]
+
+
+@pytest.mark.slow
 def test_every_kernel_fits_shared_memory(launches: list[dict[str, Any]]) -> None:
     assert max(launch["shared_bytes"] for launch in launches) <= 227 * KILO
 

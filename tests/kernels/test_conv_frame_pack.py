@@ -1,0 +1,73 @@
+"""The last convolution and the packing of its pixels: the bytes of the two reference functions in turn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from rfengine import reference  # noqa: E402
+from rfengine.kernels import conv_frame_pack as kernels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FORMS = ("pointer", "descriptor")
+NAMES = ("conv_frame_pack", "conv_frame_pack_nv12")
+
+
+def exact_inputs(frames, height, width, channels, dtype):
+    """Small whole numbers and weights in units of 1 / 128, whose sums float32 holds exactly, in the
+    middle of frames full of NaN; some pixels lie outside [-1, 1]."""
+    generator = torch.Generator().manual_seed(0)
+
+    def whole(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator).float()
+
+    outside = torch.full((frames + 4, height + 2, width + 2, channels), float("nan"))
+    outside[1:-1, 1:-1, 1:-1] = whole(-3, 4, frames + 2, height, width, channels)
+    weight = (whole(-4, 5, 3, 3, 3, 3, channels) / 128).to(DEVICE, dtype).permute(0, 4, 1, 2, 3)
+    return outside.to(DEVICE, dtype)[1:-1, 1:-1, 1:-1], weight, (whole(-16, 16, 3) / 128).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 8), (2, 4, 18, 16), (1, 10, 4, 48)], ids=str)
+def test_bytes_of_exact_sums_are_those_of_the_reference(form, name, dtype, sizes):
+    arguments = exact_inputs(*sizes, dtype)
+    packed = getattr(kernels, name)(*arguments, form)
+    assert torch.equal(packed, getattr(reference, name)(*arguments))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rgb24_serves_odd_sizes(form):
+    arguments = exact_inputs(3, 5, 7, 16, torch.float16)
+    assert torch.equal(kernels.conv_frame_pack(*arguments, form), reference.conv_frame_pack(*arguments))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_of_any_sums_are_at_most_one_apart(name):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, 6, 8, 16, generator=generator).to(DEVICE)
+    weight = (0.03 * torch.randn(3, 16, 3, 3, 3, generator=generator)).to(DEVICE)
+    packed, expected = getattr(kernels, name)(x, weight, None), getattr(reference, name)(x, weight, None)
+    apart = (packed.int() - expected.int()).abs()
+    # sums in another order may turn a tie, and nothing else
+    assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01
+
+
+def test_nv12_of_an_odd_height_is_refused():
+    with pytest.raises(ValueError, match="even sides"):
+        kernels.conv_frame_pack_nv12(*exact_inputs(1, 3, 4, 8, torch.float32))
+
+
+def test_a_weight_of_other_channels_is_an_error():
+    x, weight, bias = exact_inputs(1, 4, 4, 8, torch.float32)
+    with pytest.raises(ValueError, match=r"weight \[3, C"):
+        kernels.conv_frame_pack(x, weight[:2], bias)
+
+
+@pytest.mark.parametrize("nv12", [False, True])
+def test_operator_passes_opcheck(nv12):
+    x, weight, bias = exact_inputs(1, 2, 4, 8, torch.float32)
+    torch.library.opcheck(torch.ops.rfengine.conv_frame_pack, (x.contiguous(), weight, bias, nv12, None))
