@@ -1,216 +1,156 @@
-"""All that has to be seen on a GPU, in one command of less than nine minutes, without internet.
+"""All that has to be seen on a GPU, in one command within the time given, without internet.
 
-    python bench/gpu_gate.py --out bench/results/2026-11-20-h200.json
+    python bench/gpu_gate.py --minutes 8 --out bench/results/2026-11-20-h200.json
 
-In turn: the ceilings of the device, the golden files through every backend, the kernel tests and those that
-need a GPU, and every kernel checked, timed beside PyTorch and held against its goal. Each part is a process
-of its own with a time limit, and the file is written after every result, so that a part that hangs or breaks
-costs its own results alone. Needs torch and triton; pytest for the tests. Exits with 1 when a test, a golden
-file or a goal fails, and with 0 where there is no GPU.
+In this order: what the device and the libraries reach at the engine's shapes, the tests of the kernels and
+those marked gpu, the golden files through every backend, graphs against op by op, throughput with its
+comparisons, a long run of chunks, every kernel and the VAE. Each part is processes of its own with a share of
+the time, what one leaves goes to the next, and the file is written after every result, so that a part that
+hangs or breaks costs its own results alone. Needs torch, triton, numpy, safetensors and transformers; pytest
+for the tests. Exits with 1 when something failed or a goal was missed; what was not measured is told. The
+thousand chunks of the flatness goal take longer than their share: --parts flatness --minutes 9.
+
+Without a GPU, or with --self-check, every part runs in small on the CPU, so that what is broken in the gate
+shows before a GPU is there; no figure of that counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import os
-import re
-import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import torch
-from gate_summary import Result, summarise
-from kernel_cases import CASES
+from conditions import commit, device_name, state, versions
+from gate.processes import run_part
+from gate.record import Record
+from gate.summary import summarise
 from measurement import ABSENT
 
-ROOT = Path(__file__).resolve().parents[1]
-PART_SECONDS = {"device": 50, "parity": 80, "native": 60, "tests": 170, "kernels": 300}
-TOTAL_SECONDS = 520
-WORKERS = 8  # pytest processes: it is compiling that takes the time
-OUTCOME = re.compile(
-    r"(?P<first>\S+::.*?)?\s*\b(?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b\s*(?P<second>\S+::.*)?"
-)
+BENCH = Path(__file__).resolve().parent
+MINUTES, SELF_CHECK_MINUTES = 8.0, 5.0
+LAST_SECONDS = 5.0  # kept for the summary
+WORKERS = 8  # processes that share the tests: on a GPU it is compiling that takes the time
+CALLER_ERROR = 2
 
 
-class Record:
-    """The results so far, in a file that is whole at every moment."""
+@dataclass(frozen=True)
+class Part:
+    """share: of the time, beside the other parts'. silent_share: of its own time that it may say nothing."""
 
-    def __init__(self, path: Path) -> None:
-        import triton
-
-        self.path = path
-        self.started = time.monotonic()
-        self.results: Result = {
-            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            "commit": _told_by("git", "rev-parse", "HEAD"),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "driver_and_clocks": _told_by(
-                "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit",
-                "--format=csv,noheader",
-            ),
-            "parts": {},
-        }  # fmt: skip
-
-    def seconds_for(self, part: str) -> float:
-        return min(PART_SECONDS[part], TOTAL_SECONDS - (time.monotonic() - self.started))
-
-    def part(self, name: str) -> list[Result]:
-        return self.results["parts"].setdefault(name, [])
-
-    def add(self, part: str, result: Result) -> None:
-        self.part(part).append(result)
-        self.save()
-
-    def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(self.results, indent=1) + "\n")
-        unfinished.replace(self.path)
+    share: float
+    silent_share: float = 0.6
 
 
-def _told_by(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
+# most important first
+PARTS = {
+    "device": Part(40),
+    "tests": Part(80),
+    "parity": Part(25),
+    "graphs": Part(60, 0.9),
+    "throughput": Part(190, 0.9),
+    "flatness": Part(45, 0.9),
+    "kernels": Part(50),
+    "vae": Part(30, 0.9),
+}
+SELF_CHECK = "a self-check of the gate in small on the CPU: no figure of it counts"
 
 
-def stream_lines(command: list[str], limit_s: float) -> Iterator[str]:
-    """Lines that a command prints, as they come; when it ends badly, a last one that starts with failed."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
-        assert process.stdout is not None
-        timed_out = threading.Event()
-
-        def end() -> None:
-            timed_out.set()
-            os.killpg(process.pid, signal.SIGKILL)
-
-        timer = threading.Timer(max(1.0, limit_s), end)
-        timer.start()
-        try:
-            yield from (line.rstrip("\n") for line in process.stdout)
-            code = process.wait()
-        finally:
-            timer.cancel()
-        if timed_out.is_set():
-            yield f"failed: stopped after {limit_s:.0f} s"
-        elif code:
-            errors.seek(0)
-            yield f"failed: exit {code}: " + " | ".join(errors.read().strip().splitlines()[-4:])
+def part_names(text: str) -> list[str]:
+    """Names between commas, in the order of PARTS."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    return [name for name in PARTS if name in names]
 
 
-def run_part(record: Record, part: str, *arguments: str) -> list[Result]:
-    """Run a part of gate_parts.py; returns its own results, the last of which says what it failed with."""
-    before = len(record.part(part))
-    command = [sys.executable, str(ROOT / "bench" / "gate_parts.py"), part, *arguments]
-    for line in stream_lines(command, record.seconds_for(part)):
-        if line.startswith("{"):
-            record.add(part, json.loads(line))
-        elif line.startswith("failed: "):
-            record.add(part, {"failed": line.removeprefix("failed: ")})
-    return record.part(part)[before:]
+def run_gate(record: Record, names: list[str], seconds: float, small: bool) -> None:
+    """Run the parts; each may use its share of what the ones before it left."""
+    stop = time.monotonic() + seconds - LAST_SECONDS
+    for place, name in enumerate(names):
+        share = PARTS[name].share / sum(PARTS[later].share for later in names[place:])
+        started = time.monotonic()
+        limit = max(0.0, share * (stop - started))
+        print(f"{name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
+        _run(record, name, started + limit, small)
+        record.part(name)["seconds"] = round(time.monotonic() - started, 1)
+    record.note()
 
 
-def build_native(record: Record) -> None:
-    """Compile csrc/ for this GPU where nvcc and cmake are and nobody has, so that its tests run."""
-    fatbin = ROOT / "rfengine" / "_native.fatbin"
-    if fatbin.exists() or not (shutil.which("nvcc") and shutil.which("cmake")):
-        return
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}{'a' if major >= 9 else ''}"
-    with tempfile.TemporaryDirectory() as build:
-        for command in (
-            ["cmake", "-S", str(ROOT), "-B", build, f"-DRFENGINE_CUDA_ARCHS={arch}"],
-            ["cmake", "--build", build],
-        ):
-            for line in stream_lines(command, record.seconds_for("native")):
-                if line.startswith("failed: "):
-                    record.add("native", {"failed": line.removeprefix("failed: ")})
+def _run(record: Record, name: str, stop: float, small: bool) -> None:
+    """The processes of a part: several for the tests, else one."""
+    shards = min(WORKERS, max(1, (os.cpu_count() or 1) // 2)) if name == "tests" and not small else 1
+    threads = [
+        threading.Thread(target=_run_shard, args=(record, name, stop, small, (shard, shards)))
+        for shard in range(shards)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
-def run_tests(record: Record) -> None:
-    """The kernel tests, then all others that are marked gpu; the outcome of every test as it comes."""
-    if importlib.util.find_spec("pytest") is None:
-        record.add("tests", {"failed": "pytest is not installed; each kernel is checked before it is timed"})
-        return
-    spread = ["-n", str(WORKERS)] if importlib.util.find_spec("xdist") else []
-    stop = time.monotonic() + record.seconds_for("tests")
-    others = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
-    # by file: a test that needs no GPU may import what is not installed here
-    for chosen in (["tests/kernels"], ["-m", "gpu", *(path for path in others if "/kernels/" not in path)]):
-        left = stop - time.monotonic()
-        if left < 5:
-            record.add("tests", {"failed": f"no time was left for pytest {' '.join(chosen)}"})
-            continue
-        go_on = "--continue-on-collection-errors"
-        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", go_on, *spread, *chosen]
-        for line in stream_lines(command, left):
-            outcome = read_outcome(line)
-            if outcome is not None:
-                record.add("tests", outcome)
-            elif line.startswith("E  "):
-                record.add("tests", {"told": line[:300]})
-            elif line.startswith("failed: ") and not line.startswith("failed: exit 1:"):  # 1: tests failed
-                record.add("tests", {"failed": line.removeprefix("failed: ")})
+def _run_shard(record: Record, name: str, stop: float, small: bool, shard: tuple[int, int]) -> None:
+    seconds = max(0.0, stop - time.monotonic())
+    command = [
+        sys.executable, str(BENCH / "gate_parts.py"), name, "--record", str(record.path.resolve()),
+        "--seconds", f"{seconds:.1f}", "--shard", *map(str, shard), *(["--small"] if small else []),
+    ]  # fmt: skip
+    small_environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run_part(record, name, command, stop, PARTS[name].silent_share, small_environment if small else None)
 
 
-def read_outcome(line: str) -> Result | None:
-    """The test and its outcome on a line of pytest -v, with xdist or without; None on other lines."""
-    found = OUTCOME.match(re.sub(r"^\[gw\d+\]\s*\[\s*\d+%\]\s*", "", line))
-    test = found and (found["first"] or found["second"])
-    return {"test": test.strip(), "outcome": found["outcome"]} if found and test else None
-
-
-def time_kernels(record: Record) -> None:
-    """Run the kernels part, and again for the cases behind one that broke the process."""
-    found = [json.dumps(result["ceilings"]) for result in record.part("device") if "ceilings" in result]
-    given = ["--ceilings", found[0]] if found else []
-    major, minor = torch.cuda.get_device_capability()
-    able = (case for case in CASES if case.minimum_capability <= 10 * major + minor)
-    names = [case.name for case in able if case.is_forward]
-    while names and record.seconds_for("kernels") > 20:
-        results = run_part(record, "kernels", *given, "--cases", *names)
-        begun = [result["case"] for result in results if result.get("begun")]
-        if not begun or "failed" not in results[-1]:
-            return
-        names = names[names.index(begun[-1]) + 1 :]
+def head_of(small: bool, minutes: float, given_commit: str | None) -> dict[str, object]:
+    device = torch.device("cpu" if small else "cuda")
+    return {
+        "self_check": small,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "minutes": minutes,
+        "device": device_name(device),
+        "before": state(device),
+        **versions(device),
+        "commit": given_commit or commit(),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--out", type=Path, help="JSON file of the results; a self-check needs none")
+    parser.add_argument(
+        "--minutes", type=float, help=f"time for all; {MINUTES:g}, or {SELF_CHECK_MINUTES:g} for a self-check"
+    )
+    parser.add_argument(
+        "--parts", type=part_names, default=list(PARTS), help=f"names between commas: {','.join(PARTS)}"
+    )
+    parser.add_argument("--self-check", action="store_true", help="in small on the CPU, whatever is here")
+    parser.add_argument("--commit", help="what the results are of, where there is no git")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print(ABSENT)
-        return 0
-    record = Record(options.out)
-    run_part(record, "device")
-    run_part(record, "parity")
-    build_native(record)
-    run_tests(record)
-    time_kernels(record)
-    text, well = summarise(record.results)
-    record.results |= {"seconds": time.monotonic() - record.started, "well": well}
-    record.save()
-    print(text)
+    small = options.self_check or not torch.cuda.is_available()
+    minutes = options.minutes or (SELF_CHECK_MINUTES if small else MINUTES)
+    if options.out is None and not small:
+        print("gpu_gate: give --out FILE for the results", file=sys.stderr)
+        return CALLER_ERROR
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.monotonic()
+        record = Record(options.out or Path(folder) / "gate.json", head_of(small, minutes, options.commit))
+        if small:
+            print(SELF_CHECK if options.self_check else f"{ABSENT}; {SELF_CHECK}")
+        run_gate(record, options.parts, 60 * minutes, small)
+        after = state(torch.device("cpu" if small else "cuda"))
+        record.note(after=after, seconds=round(time.monotonic() - started, 1))
+        text, well = summarise(record.results)
+        record.note(well=well)
+        print(text)
     return 0 if well else 1
 
 

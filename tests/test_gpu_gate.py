@@ -1,95 +1,209 @@
-"""The gate and the benchmarks where there is no GPU, and what they decide: goals, outcomes, wrong kernels."""
+"""The gate without a GPU: its self-check on a bare image, the items of its parts, and its tests part."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import gpu_gate
 import pytest
 import torch
 from engine_shapes import Shapes
-from gate_summary import judge, summarise
-from gpu_gate import read_outcome, stream_lines
+from gate import graphs, kernels, parity, speed, suite
+from gate.device import check_corners
+from gate.part import AbsentError, Item, Setting, run_items
+from gate.record import Record
 from kernel_cases import CASES, CASES_BY_NAME
 from measurement import ABSENT, check, seeded_draw
 
 from rfengine import reference
 from rfengine.config import PRESETS
+from rfengine.evaluation.throughput_options import ThroughputOptions
 
 ROOT = Path(__file__).resolve().parents[1]
+WHOLE_BENCHES = {"vae"}  # of a model, not of one kernel file
+BARE_IMAGE = """
+import functools, importlib.machinery, sys
+ABSENT = "av diffusers ftfy hypothesis matplotlib nvtx onnx onnxruntime pytest_benchmark tyro xdist".split()
+def find_spec(real, name, path=None, target=None):
+    if name.split(".")[0] in ABSENT:
+        path = [one for one in (sys.path if path is None else path) if "stand_ins" in one]
+    return real(name, path, target)
+finder = importlib.machinery.PathFinder
+finder.find_spec = functools.partial(find_spec, finder.find_spec)
+"""
 
 
-def row(case: str, contender: str, milliseconds: float, share: float | None = None) -> dict[str, Any]:
-    timing = {"median_ms": milliseconds, "p95_ms": milliseconds, "runs": 60}
-    shares = {"share_of_copy": share, "share_of_product": 0.5}
-    return {"case": case, "contender": contender, "timing": timing, **shares}
+def run_told(items: list[Item], setting: Setting) -> list[dict[str, Any]]:
+    told: list[dict[str, Any]] = []
+    run_items(items, setting, told.append)
+    return told
 
 
-def goals_met(*rows: dict[str, Any]) -> dict[str, bool]:
-    return {goal["goal"].split(",")[0]: goal["met"] for goal in judge({"kernels": list(rows)})}
+def small_setting(tmp_path: Path, seconds: float = 60.0) -> Setting:
+    return Setting("part", True, time.monotonic() + seconds, tmp_path / "none.json")
 
 
-@pytest.mark.parametrize(("own", "met"), [(0.9, True), (1.06, False)])
-def test_attention_is_held_against_the_faster_of_its_rivals(own: float, met: bool) -> None:
-    rivals = (
-        row("sink_window_attention", name, ms)
-        for name, ms in (("SDPA cuDNN", 1.5), ("FlashAttention-3", 1.0))
-    )
-    slow = row("sink_window_attention", "SDPA efficient", 0.1)  # no rival of this goal
-    assert goals_met(row("sink_window_attention", "rfengine", own), *rivals, slow)["attention"] is met
+def test_an_item_that_fails_or_lacks_something_does_not_stop_the_next(tmp_path: Path) -> None:
+    def fail() -> Any:
+        yield {"ms": 1}
+        raise ValueError("it is off")
+
+    def lack() -> Any:
+        raise AbsentError("nothing to run it with")
+
+    items = [
+        Item("fails", fail),
+        Item("lacks", lack),
+        Item("long", lambda: [{}], 1e6),
+        Item("runs", lambda: [{}]),
+    ]
+    told = run_told(items, small_setting(tmp_path))
+    states = {result["ended"]: result["state"] for result in told if "ended" in result}
+    assert states == {"fails": "failed", "lacks": "not run", "long": "not run", "runs": "done"}
+    assert {"item": "fails", "ms": 1} in told
+    assert {"item": "fails", "failed": "ValueError: it is off"} in told
+    assert {"item": "lacks", "not_run": "nothing to run it with"} in told
 
 
-def test_row_kernel_is_held_against_a_large_copy() -> None:
-    assert goals_met(row("rms_norm", "rfengine", 0.01, 0.85))["rms_norm"]
-    assert not goals_met(row("rms_norm", "rfengine", 0.01, 0.84))["rms_norm"]
+def test_an_item_that_an_earlier_process_began_is_not_begun_again(tmp_path: Path) -> None:
+    record = Record(tmp_path / "gate.json", {})
+    record.mark("part", "first", "broken")
+    setting = Setting("part", True, time.monotonic() + 60, record.path)
+    told = run_told([Item("first", lambda: [{}]), Item("second", lambda: [{}])], setting)
+    assert [result["begun"] for result in told if "begun" in result] == ["second"]
 
 
-def test_eviction_and_rotation_are_held_against_their_goal_together() -> None:
-    rephase, goal = row("rephase_keys", "rfengine", 0.7), "ema_evict and rephase_keys"
-    assert goals_met(row("ema_evict", "rfengine", 0.8), rephase)[goal]
-    assert not goals_met(row("ema_evict", "rfengine", 0.81), rephase)[goal]
-    assert not goals_met(rephase)[goal]
-    assert goals_met(rephase, row("evict_and_rephase", "rfengine", 1.4))[goal]
+def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> list[dict[str, Any]]:
+    """What the tests part tells of test files, run inside this process' pytest."""
+    for name, text in files.items():
+        path = tmp_path / "kernels" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(suite, "pytest_settings", lambda: "[pytest]\nmarkers = gpu: x\n")
+    monkeypatch.setattr(suite, "files_of", lambda _: sorted(tmp_path.rglob("test_*.py")))
+    monkeypatch.setattr(suite, "SMALL_COUNT", 100)
+    told: list[dict[str, Any]] = []
+    suite.run_tests(small_setting(tmp_path), told.append)
+    return told
 
 
-def test_summary_tells_of_a_failed_test_and_of_a_wrong_kernel() -> None:
-    parts = {
-        "tests": [{"test": "a::b", "outcome": "FAILED"}, {"test": "a::c", "outcome": "PASSED"}],
-        "kernels": [{"case": "rms_norm", "wrong": "AssertionError: far off"}],
-        "parity": [{"file": "vae", "backend": "triton", "dtype": "float32", "ok": False, "max_rel_err": 0.5}],
-    }
-    text, well = summarise({"torch": "2", "triton": "3", "parts": parts})
-    assert not well
-    assert "FAILED a::b" in text and "WRONG rms_norm" in text and "APART vae triton float32: 0.5" in text
-    assert "1 passed, 1 failed" in text
+def test_every_test_is_told_of_with_its_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+import pytest
+def test_passes(): pass
+def test_fails(): assert 1 == 2
+def test_lacks_a_package(): import no_such_package
+@pytest.mark.skip(reason="not today")
+def test_skipped(): pass
+@pytest.fixture
+def broken(): raise RuntimeError("no fixture")
+def test_errs(broken): pass
+"""
+    unreadable = {"test_lacks.py": "import no_such_package", "test_wrong.py": "1 / 0"}
+    told = run_suite(tmp_path, monkeypatch, {"test_a.py": text} | unreadable)
+    assert {"chosen": 5} in told
+    states = {result["ended"].split("::")[-1]: result["state"] for result in told if "ended" in result}
+    assert states == {
+        "test_passes": "passed", "test_fails": "failed", "test_lacks_a_package": "not run",
+        "test_skipped": "skipped", "test_errs": "failed", "kernels/test_lacks.py": "not run",
+        "kernels/test_wrong.py": "failed",
+    }  # fmt: skip
+    reasons = {result["item"].split("::")[-1]: result for result in told if "item" in result}
+    assert "assert 1 == 2" in reasons["test_fails"]["failed"]
+    assert reasons["test_lacks_a_package"]["not_run"] == "no_such_package is not installed"
+    assert "not today" in reasons["test_skipped"]["skipped"]
 
 
-@pytest.mark.parametrize(
-    ("line", "test", "outcome"),
-    [
-        (
-            "tests/kernels/test_x.py::test_y[1-2] PASSED [ 3%]",
-            "tests/kernels/test_x.py::test_y[1-2]",
-            "PASSED",
-        ),
-        ("[gw3] [ 12%] FAILED tests/test_x.py::test_y[a b] ", "tests/test_x.py::test_y[a b]", "FAILED"),
-        ("tests/test_x.py::test_y SKIPPED (needs a CUDA device)", "tests/test_x.py::test_y", "SKIPPED"),
-    ],
-)
-def test_outcomes_are_read_with_one_process_and_with_many(line: str, test: str, outcome: str) -> None:
-    assert read_outcome(line) == {"test": test, "outcome": outcome}
-    assert read_outcome(test) is None
+def test_shards_share_all_tests_and_those_for_a_gpu_come_first() -> None:
+    class Test:
+        def __init__(self, nodeid: str, keywords: tuple[str, ...]) -> None:
+            self.nodeid, self.keywords, self.path = nodeid, keywords, Path("tests/kernels/test_x.py")
+
+    class BigSetting:
+        small, taken = False, frozenset({"2"})
+
+        def __init__(self, shard: int) -> None:
+            self.shard = (shard, 3)
+
+    tests = [Test(str(number), ("gpu",) if number > 5 else ()) for number in range(8)]
+    chosen = []
+    for shard in range(3):
+        items = list(tests)
+        suite.Reporter(BigSetting(shard), lambda _: None).pytest_collection_modifyitems(None, items)
+        assert items[0].nodeid in "670"
+        chosen += [item.nodeid for item in items]
+    assert sorted(chosen) == ["0", "1", "3", "4", "5", "6", "7"]
 
 
-def test_a_part_that_hangs_or_breaks_keeps_what_it_told() -> None:
-    told = "import time, sys; print('told', flush=True); "
-    hung = list(stream_lines([sys.executable, "-c", told + "time.sleep(60)"], 2.0))
-    assert hung == ["told", "failed: stopped after 2 s"]
-    broken = list(stream_lines([sys.executable, "-c", told + "sys.exit('out of luck')"], 60.0))
-    assert broken == ["told", "failed: exit 1: out of luck"]
+def test_pytest_is_not_asked_for_a_version() -> None:
+    text = suite.pytest_settings()
+    assert "minversion" not in text
+    assert "--import-mode=importlib" in text and str(ROOT / "tests") in text and "gpu:" in text
+
+
+def test_all_files_with_tests_for_a_gpu_are_chosen(tmp_path: Path) -> None:
+    setting = Setting("tests", False, time.monotonic() + 60, tmp_path / "none.json")
+    names = {path.name for path in suite.files_of(setting)}
+    assert {"test_chunk_graphs.py", "test_rms_norm.py", "test_native.py"} <= names
+    assert "test_grid.py" not in names
+
+
+def test_a_story_is_told_apart_by_one_value() -> None:
+    latents, frames = torch.zeros(1, 2, 3), torch.zeros(2, 4, dtype=torch.uint8)
+    one, other = graphs.Told("here", latents, frames), graphs.Told("there", latents, frames.clone())
+    assert graphs.difference(one, other) is None
+    other.frames[1, 3] = 9
+    assert graphs.difference(one, other) == "there: the frames are up to 9 apart"
+    bad = graphs.Told("here", latents / 0, frames)
+    assert graphs.difference(bad, bad) == "here: the latents are not finite"
+
+
+def test_a_wrong_convolution_is_refused() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 4, 5, 24, 30), torch.randn(3, 4, 3, 3, 3)
+    found = torch.nn.functional.conv3d(x, weight, padding=(0, 1, 1))
+    check_corners(found, x, weight)
+    found[:, :, -1, -5:, -5:] += 2
+    with pytest.raises(RuntimeError, match="the convolution is wrong"):
+        check_corners(found, x, weight)
+
+
+def test_items_of_every_part_are_found_before_a_gpu_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernels, "measured_ceilings", lambda: None)
+    monkeypatch.setattr(parity, "backend_reasons", lambda _: dict.fromkeys(parity.BACKENDS, ""))
+    setting = Setting("device", False, time.monotonic() + 60, tmp_path / "none.json")
+    from gate_parts import ITEMS
+
+    names = {part: [item.name for item in items(setting)] for part, items in ITEMS.items()}
+    assert set(names) | {"tests"} == set(gpu_gate.PARTS)
+    for part, found in names.items():
+        assert len(found) == len(set(found)), part
+    assert len(names["parity"]) == 5 * 3 * 2 + 5 * 2
+    assert "linear FP8, FFN up" in names["device"] and "attention SDPA cuDNN, 14040 keys" in names["device"]
+    assert names["throughput"] == ["frames", "baseline", "engine", *speed.VARIANTS]
+    assert sum("shipped" in name for name in names["graphs"]) == 2
+
+
+def test_options_of_every_variant_are_options_of_throughput(tmp_path: Path) -> None:
+    for changes in speed.VARIANTS.values():
+        assert ThroughputOptions(**changes)
+
+
+@pytest.mark.parametrize(("last", "growth"), [(1.0, 0.0), (1.5, 0.5)])
+def test_growth_is_that_of_the_last_tenth_over_the_first(last: float, growth: float) -> None:
+    assert speed.time_growth([1.0] * 90 + [last] * 10) == pytest.approx(growth)
+    assert speed.time_growth([1.0] * 5) is None
 
 
 def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,23 +220,69 @@ def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_kernel_file_with_a_forward_case_has_a_benchmark() -> None:
     timed = {case.file for case in CASES if case.is_forward}
-    assert timed == {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
+    benches = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
+    assert timed == benches - WHOLE_BENCHES
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would time the kernel")
+def test_a_benchmark_without_a_gpu_says_so_and_gives_no_figure() -> None:
+    finished = run_python("-m", "pytest", "-p", "no:cacheprovider", "bench/bench_rms_norm.py")
+    assert finished.returncode == 0, finished.stderr
+    assert ABSENT in finished.stdout
+
+
+def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(filter(None, (variables.pop("PYTHONPATH", ""), str(ROOT))))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.slow
+def test_the_self_check_passes_with_what_a_bare_cuda_image_has(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BARE_IMAGE)
+    out = tmp_path / "gate.json"
+    finished = run_python(
+        "bench/gpu_gate.py", "--self-check", "--out", str(out), "--commit", "abc",
+        PYTHONPATH=str(tmp_path), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    results = json.loads(out.read_text())
+    assert results["self_check"] and results["commit"] == "abc" and results["well"]
+    assert list(results["parts"]) == list(gpu_gate.PARTS)
+    states = {name: set(part["items"].values()) for name, part in results["parts"].items()}
+    assert states.pop("tests") == {"passed"} and len(results["parts"]["tests"]["items"]) == suite.SMALL_COUNT
+    assert states.pop("device") <= {"done", "not run"}
+    assert all(found == {"done"} for found in states.values()), states
+    (compared,) = results["parts"]["graphs"]["results"]
+    assert compared["equal"] and compared["chunks"] >= 20
+    told = results["parts"]["throughput"]["results"]
+    assert [set(result) - {"item"} for result in told[:3]] == [{"frames"}, {"comparison"}, {"throughput"}]
+    assert told[2]["throughput"]["model"] == "tiny" and math.isfinite(told[0]["frames"]["frames_per_s"])
+
+
+def test_the_bare_image_of_these_tests_lacks_what_it_says(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BARE_IMAGE)
+    finished = run_python("-c", "import rfengine; import hypothesis", PYTHONPATH=str(tmp_path))
+    assert "No module named 'hypothesis'" in finished.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run the gate")
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("bench/gpu_gate.py", "--out", "gate.json"),
-        ("-m", "pytest", "-p", "no:cacheprovider", "bench/bench_rms_norm.py"),
-    ],
-    ids=["gate", "benchmark"],
-)
-def test_without_a_gpu_it_says_so_and_gives_no_figure(command: tuple[str, ...]) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment
+def test_results_of_a_gpu_need_a_file() -> None:
+    finished = run_python(
+        "-c",
+        """
+import sys; sys.path.insert(0, "bench")
+import torch, gpu_gate
+torch.cuda.is_available = lambda: True
+sys.argv = ["gpu_gate.py"]
+sys.exit(gpu_gate.main())
+""",
     )
-    assert finished.returncode == 0, finished.stderr
-    assert ABSENT in finished.stdout
-    assert not (ROOT / "gate.json").exists()
+    assert finished.returncode == 2 and finished.stderr.strip() == "gpu_gate: give --out FILE for the results"
+
+
+def test_an_unknown_part_is_refused() -> None:
+    finished = run_python("bench/gpu_gate.py", "--parts", "device,speed")
+    assert finished.returncode == 2 and "there is no part 'speed'" in finished.stderr
+    assert gpu_gate.part_names("vae,device") == ["device", "vae"]

@@ -1,0 +1,121 @@
+"""What a part is inside its process: items that run one after another and tell their results."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from gate.record import Result, read_line
+
+# what an item may fail with while the next ones go on; after anything else the process is started again
+FAILURES: tuple[type[Exception], ...] = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
+NOT_RUN = "not run"
+TOLD_CHARACTERS = 400
+
+
+class AbsentError(Exception):
+    """What an item needs is not here; this is no failure."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to find out; `run` yields results. It is not begun with less than least_s left."""
+
+    name: str
+    run: Callable[[], Iterable[Result]]
+    least_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a part is to run. small: the self-check, on a CPU. stop: the time.monotonic() of its end."""
+
+    part: str
+    small: bool
+    stop: float
+    record_path: Path
+    shard: tuple[int, int] = (0, 1)
+
+    @property
+    def seconds_left(self) -> float:
+        return self.stop - time.monotonic()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.small else "cuda")
+
+    @cached_property
+    def _record(self) -> Result:
+        if not self.record_path.exists():
+            return {}
+        return read_line(self.record_path.read_text()) or {}
+
+    def results(self, part: str) -> list[Result]:
+        """What was found out before this process started."""
+        return self._record.get("parts", {}).get(part, {}).get("results", [])
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """Items that an earlier process of this part began."""
+        return frozenset(self._record.get("parts", {}).get(self.part, {}).get("items", {}))
+
+
+class Teller:
+    """Prints results as lines of the pipe that the process was started with, and sends all else that it
+    prints, libraries included, to the standard error."""
+
+    def __init__(self) -> None:
+        self._pipe = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def __call__(self, result: Result) -> None:
+        self._pipe.write(json.dumps(result) + "\n")
+        self._pipe.flush()
+
+
+def run_items(items: Sequence[Item], setting: Setting, tell: Callable[[Result], None]) -> None:
+    """Run the items that no earlier process began. Raises RuntimeError when the device is lost, so that a
+    fresh process goes on."""
+    failures = (*FAILURES, *_triton_errors())
+    taken = setting.taken
+    for item in items:
+        if item.name in taken:
+            continue
+        tell({"begun": item.name})
+        if setting.seconds_left < item.least_s:
+            tell({"item": item.name, "not_run": f"it takes {item.least_s:.0f} s and less were left"})
+            tell({"ended": item.name, "state": NOT_RUN})
+            continue
+        state = "done"
+        started = time.monotonic()
+        try:
+            for result in item.run():
+                tell({"item": item.name} | result)
+        except AbsentError as absence:
+            state = NOT_RUN
+            tell({"item": item.name, "not_run": str(absence)})
+        except failures as error:
+            state = "failed"
+            told = " ".join(str(error).split())[:TOLD_CHARACTERS]
+            tell({"item": item.name, "failed": f"{type(error).__name__}: {told}"})
+        tell({"ended": item.name, "state": state, "seconds": round(time.monotonic() - started, 3)})
+        if not setting.small:
+            torch.cuda.synchronize()  # raises for ever after an illegal access
+            torch.cuda.empty_cache()
+
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)

@@ -1,0 +1,172 @@
+"""Part vae: milliseconds of the decoders per chunk, and how near bfloat16 comes to float32.
+
+Weights are random: a chunk costs the same, and the PSNR is that of random weights. Then bench/bench_vae.py,
+layer by layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from gate.part import AbsentError, Item, Setting
+from gate.record import Result
+from random_weights import fill
+from torch import Tensor
+
+from rfengine.backends import backend_reasons
+from rfengine.config import PRESETS, EngineConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.decoder import FrameDecoder, FrameDecoderState
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.tiny_vae import TinyVAE
+from rfengine.models.vae import WanVAE
+from rfengine.ops import choose_ops
+from rfengine.runtime.timing import capture_calls
+
+BENCH = Path(__file__).resolve().parents[1]
+RUNS = 20
+SEED = 5
+CONVOLUTIONS = ("causal_conv3d", "phase_conv")
+PSNR_CHUNKS = 2
+FP8_CAPABILITY = (8, 9)
+
+
+def items(setting: Setting) -> list[Item]:
+    bench = Item("bench_vae", lambda: _bench_vae(setting), least_s=20)
+    if setting.small:
+        return [Item("reference", _timed(setting, "reference")), bench]
+    names = ("cudnn", "triton", "fp8", "tiny", "plain")
+    psnr = [Item(f"PSNR {name}", _psnr(setting, name), least_s=8) for name in ("cudnn", "triton", "fp8")]
+    return [*(Item(name, _timed(setting, name), least_s=5) for name in names), *psnr, bench]
+
+
+def _config(setting: Setting) -> EngineConfig:
+    if setting.small:
+        return replace(PRESETS["tiny"], height=32, width=32)
+    return PRESETS["wan-1.3b"]
+
+
+@cache
+def _vae(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> WanVAE:
+    with torch.device("meta"):
+        vae = WanVAE(config.vae)
+    return _filled(vae, device, dtype)
+
+
+def _filled(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """The same values in every dtype, up to rounding."""
+    module.to_empty(device=device)
+    fill(module, torch.Generator(device).manual_seed(SEED))
+    return module.to(dtype).requires_grad_(False).eval()
+
+
+def _decoder(setting: Setting, name: str, dtype: torch.dtype) -> FrameDecoder:
+    config, device = _config(setting), setting.device
+    if name == "plain":
+        return _vae(config, device, dtype)
+    if name == "tiny":
+        with torch.device("meta"):
+            tiny = TinyVAE(config.tiny_vae, choose_ops("auto", device))
+        return _filled(tiny, device, dtype)
+    if name == "fp8":
+        if not setting.small and torch.cuda.get_device_capability() < FP8_CAPABILITY:
+            raise AbsentError("the GPU has no FP8")
+        return StreamingDecoder(_vae(config, device, dtype), choose_ops("auto", device), "fp8")
+    reason = backend_reasons(device)[name]
+    if reason:
+        raise AbsentError(reason)
+    overrides = dict.fromkeys(CONVOLUTIONS, name)
+    return StreamingDecoder(_vae(config, device, dtype), choose_ops("auto", device, overrides))
+
+
+def _dtype(setting: Setting) -> torch.dtype:
+    return torch.float32 if setting.small else torch.bfloat16
+
+
+def _latents(setting: Setting, dtype: torch.dtype, chunk: int) -> Tensor:
+    config = _config(setting)
+    grid = LatentGrid.of(config)
+    shape = (1, config.vae.z_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width)
+    generator = torch.Generator().manual_seed(SEED + chunk)
+    return torch.randn(shape, generator=generator).to(setting.device, dtype)
+
+
+def _fresh_state(setting: Setting, decoder: FrameDecoder, dtype: torch.dtype) -> FrameDecoderState:
+    grid = LatentGrid.of(_config(setting))
+    return decoder.decoder_state(1, grid.latent_height, grid.latent_width, dtype, setting.device)
+
+
+def _timed(setting: Setting, name: str) -> Callable[[], Iterator[Result]]:
+    @torch.no_grad()
+    def run() -> Iterator[Result]:
+        dtype = _dtype(setting)
+        decoder = _decoder(setting, name, dtype)
+        state, latents = _fresh_state(setting, decoder, dtype), _latents(setting, dtype, 0)
+        for _ in range(2):
+            frames = decoder.decode_frames(latents, state)
+        result = {"decoder": name, "frames": frames.shape[0], "weights": "random"}
+        if setting.small:
+            yield result
+            return
+        yield result | {"ms": _median_ms(lambda: decoder.decode_frames(latents, state)), "graph": False}
+        if isinstance(decoder, StreamingDecoder):
+            graph = capture_calls(lambda given: decoder.run(given, state, "rgb24"), [(latents,)])
+            yield result | {"ms": _median_ms(graph.replay), "graph": True}
+
+    return run
+
+
+def _median_ms(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(RUNS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times)
+
+
+def _psnr(setting: Setting, name: str) -> Callable[[], Iterator[Result]]:
+    @torch.no_grad()
+    def run() -> Iterator[Result]:
+        videos = []
+        for kind, dtype in (("plain", torch.float32), (name, _dtype(setting))):
+            decoder = _decoder(setting, kind, dtype)
+            state = _fresh_state(setting, decoder, dtype)
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                pieces = [
+                    decoder.decode(_latents(setting, dtype, chunk), state).float().clamp(-1, 1)
+                    for chunk in range(PSNR_CHUNKS)
+                ]
+            videos.append(torch.cat(pieces, dim=2))
+        expected, found = videos
+        mean_square = float((found - expected).square().mean())
+        largest = float((found - expected).abs().max())
+        psnr = 10 * math.log10(4 / mean_square) if mean_square else math.inf
+        yield {"psnr_db": psnr, "largest_error": largest, "decoder": name, "weights": "random"}
+
+    return run
+
+
+def _bench_vae(setting: Setting) -> Iterator[Result]:
+    small = ["--device", "cpu", "--height", "32", "--width", "32", "--chunks", "1", "--threads", "1"]
+    chosen = [*small, "--diffusers", "off"] if setting.small else ["--chunks", "20", "--compile", "off"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vae.json"
+        command = [sys.executable, str(BENCH / "bench_vae.py"), "--json", str(path), *chosen]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=setting.seconds_left)
+        if done.returncode:
+            raise RuntimeError(f"exit {done.returncode}: {done.stderr.strip()[-300:]}")
+        yield {"bench_vae": json.loads(path.read_text())}
