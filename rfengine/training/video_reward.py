@@ -1,0 +1,246 @@
+"""VideoReward: VideoAlign's judge of videos, Qwen2-VL-2B with a linear head (spec 8).
+
+The model reads sampled frames and a fixed questionnaire around the prompt, and the hidden states at the
+questionnaire's three special tokens go through the head: visual quality, motion quality, text alignment. Its
+language model was trained with plain positions 0, 1, 2, ... on all three rotary axes, and is run so.
+
+Differences from the published use in training (spec 8.5), which fed the model what it was not trained on:
+- frames are sampled at 2 a second; the published call has the sub-sampling commented out and gives all 81;
+- frames are in [0, 1] before they are normalised; the published call leaves them in [-1, 1];
+- frames are resized and normalised in float32, where the published ones are bfloat16 already;
+- all videos are scored, each by itself and without padding; the published loss scores the first of a batch;
+- all three scores are given, where the published loss uses motion quality alone: WeightedSum chooses.
+Frames are not rounded to bytes after they are resized, as they are where videos are read from files.
+
+H, W pixels of a frame; n frames that the model sees; S tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rfengine.training.video_reward_weights import (
+    HEAD,
+    QUALITIES,
+    VideoRewardSettings,
+    fill,
+    read_settings,
+    read_weights,
+)
+
+# VideoAlign's DETAILED_PROMPT_WITH_SPECIAL_TOKEN in UTF-8, the placeholder {text_prompt} in place (spec 8.4)
+PROMPT_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
+PROMPT_FILE = "prompt.txt"
+SPECIAL_TOKENS = tuple(f"<|{quality}_reward|>" for quality in QUALITIES)
+SCORES = ("visual_quality", "motion_quality", "text_alignment")
+
+_PLACEHOLDER = "{text_prompt}"
+_VIDEO = "<|video_pad|>"
+# one turn of Qwen2-VL's chat, with its default system message and the assistant's turn opened
+_CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{video}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+)
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_LEAST_FRAMES, _MOST_FRAMES = 4, 768
+
+
+class VideoReward:
+    """visual_quality, motion_quality and text_alignment of videos, normalised by the checkpoint's constants.
+
+    directory: a VideoAlign checkpoint with model_config.json, checkpoint-N/ and prompt.txt, which the user
+    puts there (it is data of VideoAlign, and verified by its sha256). fps: of the videos that are scored.
+    base: directory of Qwen2-VL-2B-Instruct, `base` in the checkpoint's unless given: config.json,
+    tokenizer.json, and its weights where the checkpoint has only the adapter. Raises ValueError, in one sentence, for files that are absent
+    or do not fit each other.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        device: torch.device,
+        dtype: torch.dtype = torch.bfloat16,
+        fps: float = 16.0,
+        base: Path | None = None,
+        prompt_sha256: str = PROMPT_SHA256,
+    ) -> None:
+        if not fps > 0:
+            raise ValueError(f"fps is {fps}; give the videos' frames a second")
+        base = base or directory / "base"
+        self.settings, self.fps = read_settings(directory), fps
+        self._template = read_template(directory / PROMPT_FILE, prompt_sha256)
+        self._tokenizer = _tokenizer(base / "tokenizer.json")
+        self._special = [self._tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
+        weights = read_weights(directory, base, self.settings)
+        if HEAD not in weights:
+            raise ValueError(f"{directory} has no {HEAD}; it is no reward model")
+        head = weights.pop(HEAD).read()
+        self._model = _language_model(base, self._tokenizer.get_vocab_size())
+        self._head = _checked_head(head, self._model, self.settings).to(device, dtype)
+        fill(self._model, weights, dtype, device)
+        self._model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Frames [B, T, H, W, 3], uint8 or float from 0 to 1, and B prompts to float32 [B] each.
+
+        Raises ValueError for frames out of range, and for a prompt that holds a token of the questionnaire.
+        """
+        if (
+            frames.is_floating_point()
+            and frames.numel()
+            and not (frames.min() >= -0.01 and frames.max() <= 1.01)
+        ):
+            raise ValueError(
+                f"frames go from {frames.min():.3g} to {frames.max():.3g}; give uint8 or floats from 0 to 1"
+            )
+        rows = [self._score(clip, text) for clip, text in zip(frames, prompts, strict=True)]
+        table = torch.stack(rows) if rows else frames.new_zeros(0, len(SCORES), dtype=torch.float32)
+        return dict(zip(SCORES, table.to(frames.device).unbind(1), strict=True))
+
+    def _score(self, clip: Tensor, text: str) -> Tensor:
+        """One video [T, H, W, 3] to its normalised scores, float32 [3]."""
+        vision, device = self._model.config.vision_config, self._head.device
+        pixels = prepare_frames(
+            clip.to(device), self.fps, self.settings, vision.patch_size * vision.spatial_merge_size
+        )
+        patches, grid = to_patches(
+            pixels, vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size
+        )
+        tokens = math.prod(grid) // vision.spatial_merge_size**2
+        ids = torch.tensor(self._tokens(text, tokens), device=device)
+        positions = torch.arange(len(ids), device=device)
+        hidden = self._model(
+            input_ids=ids[None],
+            position_ids=positions.expand(3, 1, -1),
+            pixel_values_videos=patches.to(self._head.dtype),
+            video_grid_thw=torch.tensor([grid], device=device),
+            use_cache=False,
+        ).last_hidden_state[0]
+        places = torch.stack([positions[ids == token][0] for token in self._special])
+        logits = functional.linear(hidden[places], self._head).float()
+        raw = logits.diagonal() if logits.shape[1] == len(SCORES) else logits[:, 0]
+        return (raw - raw.new_tensor(self.settings.mean)) / raw.new_tensor(self.settings.std)
+
+    def _tokens(self, text: str, video_tokens: int) -> list[int]:
+        message = _CHAT.replace("{video}", _VIDEO * video_tokens)
+        message = message.replace("{text}", self._template).replace(_PLACEHOLDER, text)
+        ids = self._tokenizer.encode(message, add_special_tokens=False).ids
+        counts = [ids.count(token) for token in self._special]
+        if counts != [1, 1, 1] or ids.count(self._tokenizer.token_to_id(_VIDEO)) != video_tokens:
+            raise ValueError(f"the prompt {text!r} holds a special token of the reward model; take it out")
+        return ids
+
+
+def read_template(path: Path, sha256: str = PROMPT_SHA256) -> str:
+    """The questionnaire. Raises ValueError where the file is absent or another one, or lacks its places."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist; put VideoAlign's DETAILED_PROMPT_WITH_SPECIAL_TOKEN there, as UTF-8 and "
+            "without a newline of the editor's at its end"
+        )
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path} has the sha256 {found}, not {sha256}; put the text there verbatim")
+    template = data.decode()
+    missing = [part for part in (*SPECIAL_TOKENS, _PLACEHOLDER) if template.count(part) != 1]
+    if missing:
+        raise ValueError(
+            f"{path} does not hold {missing[0]} exactly once; it is no prompt of the reward model"
+        )
+    return template
+
+
+def _tokenizer(path: Path) -> Any:
+    """The base model's tokenizer with the three special tokens behind its own, in the order of training."""
+    from tokenizers import AddedToken, Tokenizer
+
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the directory of the base model, Qwen2-VL-2B-Instruct")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    missing = [token for token in (_VIDEO, *SPECIAL_TOKENS) if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise ValueError(f"{path} has no token {missing[0]}; it is not the tokenizer of a Qwen2-VL model")
+    return tokenizer
+
+
+def _language_model(base: Path, vocabulary: int) -> nn.Module:
+    """Qwen2-VL without weights and without its language head; what is no weight is computed already."""
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+
+    if not (base / "config.json").is_file():
+        raise ValueError(f"{base / 'config.json'} does not exist; give the directory of Qwen2-VL-2B-Instruct")
+    config = Qwen2VLConfig.from_pretrained(str(base), local_files_only=True)
+    config.text_config.vocab_size = vocabulary
+    with torch.device("meta"):
+        model = Qwen2VLModel(config)
+    rotary = model.language_model.rotary_emb, model.visual.rotary_pos_emb
+    model.language_model.rotary_emb = type(rotary[0])(config.text_config)
+    model.visual.rotary_pos_emb = type(rotary[1])(config.vision_config)
+    return model.eval().requires_grad_(False)
+
+
+def _checked_head(head: Tensor, model: nn.Module, settings: VideoRewardSettings) -> Tensor:
+    width = model.config.text_config.hidden_size
+    outputs = settings.output_dim or (head.shape[0] if head.ndim == 2 else 0)
+    if tuple(head.shape) != (outputs, width) or outputs not in (1, len(SCORES)):
+        raise ValueError(
+            f"{HEAD} is {tuple(head.shape)}; it has to be (1 or {len(SCORES)}, {width}), and as high as "
+            f"output_dim in model_config.json, which is {settings.output_dim}"
+        )
+    return head
+
+
+def prepare_frames(clip: Tensor, fps: float, settings: VideoRewardSettings, factor: int) -> Tensor:
+    """Frames [T, H, W, 3] to the n that the model sees, resized and normalised: float32 [n, 3, H', W'].
+
+    Evenly spaced from first to last at settings.fps, an even number, at least 4 where there are as many;
+    sides are multiples of factor, the patch size times the merge size, within settings.max_pixels (spec 8.5).
+    """
+    if clip.ndim != 4 or clip.shape[-1] != 3 or len(clip) < 2:
+        raise ValueError(f"a video has shape {tuple(clip.shape)}; give [T, H, W, 3] with two frames or more")
+    count = 2 * round(len(clip) / fps * settings.fps / 2)
+    count = max(_LEAST_FRAMES, min(count, _MOST_FRAMES))
+    count = min(count, len(clip) // 2 * 2)
+    rows = torch.linspace(0, len(clip) - 1, count).round().long().to(clip.device)
+    scale = 255.0 if clip.dtype == torch.uint8 else 1.0
+    chosen = clip[rows].permute(0, 3, 1, 2).float() / scale
+    size = fitted_size(clip.shape[1], clip.shape[2], factor, settings.max_pixels)
+    if size != tuple(chosen.shape[-2:]):
+        chosen = functional.interpolate(chosen, size, mode="bicubic", antialias=True).clamp(0, 1)
+    mean, std = (chosen.new_tensor(part)[:, None, None] for part in (_CLIP_MEAN, _CLIP_STD))
+    return (chosen - mean) / std
+
+
+def fitted_size(height: int, width: int, factor: int, max_pixels: int) -> tuple[int, int]:
+    """The nearest multiples of factor, or, where their area is above max_pixels, those just below the sides
+    of the largest picture of the same shape."""
+    near = tuple(max(factor, round(side / factor) * factor) for side in (height, width))
+    if math.prod(near) <= max_pixels:
+        return near
+    shrink = math.sqrt(height * width / max_pixels)
+    return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+
+
+def to_patches(pixels: Tensor, patch: int, temporal: int, merge: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """Frames [n, 3, H, W] to patches [t * h * w, 3 * temporal * patch * patch] and their grid (t, h, w).
+
+    The patches that are merged to one token follow each other. n is a multiple of `temporal`.
+    """
+    count, channels, height, width = pixels.shape
+    grid = count // temporal, height // patch, width // patch
+    parts = pixels.reshape(
+        grid[0], temporal, channels, grid[1] // merge, merge, patch, grid[2] // merge, merge, patch
+    )
+    return parts.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(math.prod(grid), -1), grid
