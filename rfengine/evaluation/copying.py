@@ -1,0 +1,75 @@
+"""Copying of the first frames: late frames that look like the frames the sink began with.
+
+Frames are compared where things are (small pictures, each channel normalised). Videos of one kind are alike
+without any copying, so that what counts is the likeness to the video's own first chunk beyond that to the
+first chunks of other, independent videos; best of the same prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rfengine.evaluation.video_frames import ChunkGrid, NotMeasurableError, as_video, layout_features
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+_MOST_LATE_FRAMES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SinkTrace:
+    """What is kept of a video to tell copying: features of length 1, of its first chunk [S, D] and of frames
+    spread over its second half [L, D]."""
+
+    first: Tensor
+    late: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """likeness: of late frames to the nearest frame of the first chunk, from -1 to 1; baseline: to the first
+    chunks of other videos; excess: the first minus the second, 0 without copying."""
+
+    likeness: float
+    baseline: float
+
+    @property
+    def excess(self) -> float:
+        return self.likeness - self.baseline
+
+
+def trace_sink(frames: Tensor | ndarray, grid: ChunkGrid | None = None) -> SinkTrace:
+    """The trace of frames uint8 [T, H, W, 3].
+
+    Raises NotMeasurableError unless at least a chunk lies between the first chunk and the second half.
+    """
+    video, grid = as_video(frames), grid or ChunkGrid()
+    half, least = len(video) // 2, 2 * (grid.first_frames + grid.frames)
+    if len(video) < least:
+        raise NotMeasurableError(f"{len(video)} frames are too few; copying needs {least}")
+    spread = torch.linspace(half, len(video) - 1, min(_MOST_LATE_FRAMES, len(video) - half)).round().long()
+    kept = video[torch.cat((torch.arange(grid.first_frames), spread))]
+    features = functional.normalize(layout_features(kept), dim=1)
+    return SinkTrace(features[: grid.first_frames], features[grid.first_frames :])
+
+
+def measure_copying(trace: SinkTrace, others: Sequence[SinkTrace]) -> Copying:
+    """Copying in one video, measured against the first chunks of `others`, at least one.
+
+    Raises NotMeasurableError when there is none.
+    """
+    if not others:
+        raise NotMeasurableError("there is no other video to compare with; copying needs two videos or more")
+    baseline = sum(_likeness(trace.late, other.first) for other in others) / len(others)
+    return Copying(_likeness(trace.late, trace.first), baseline)
+
+
+def _likeness(late: Tensor, first: Tensor) -> float:
+    return float((late @ first.T).amax(1).mean())

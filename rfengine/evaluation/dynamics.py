@@ -1,0 +1,110 @@
+"""How much moves in a video. A change of light or colour is no motion; a result always holds the drift."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rfengine.evaluation.drift import Drift, measure_drift
+from rfengine.evaluation.optical_flow import moving_speed, optical_flow
+from rfengine.evaluation.video_frames import ChunkGrid, NotMeasurableError, as_video, picture_batches
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+_RUN_PAIRS = 8  # neighbouring pairs of frames measured together
+_FREEZE_SIDE = 64  # pixels: noise of the coding is gone at this size, motion is not
+_FREEZE_FRAMES = 64  # compared together
+_FREEZE_CHANGE = 2 / 255  # 99% of the pixels of a frozen frame change by less
+
+
+@dataclass(frozen=True, slots=True)
+class Dynamics:
+    """Motion of one video, with the drift without which it says nothing: a drifting picture seems to move.
+
+    speed: how fast what moves is (the fastest 5% of the picture), mean_flow: the mean over the whole picture,
+    both in per cent of the shorter side a frame. freeze_fraction: the share of frames that repeat the one
+    before, light and colour aside. pair_speeds [P]: the speed at pair_frames [P], the pairs measured.
+    """
+
+    speed: float
+    mean_flow: float
+    freeze_fraction: float
+    pair_speeds: Tensor
+    pair_frames: Tensor
+    drift: Drift
+
+
+def measure_dynamics(
+    frames: Tensor | ndarray, grid: ChunkGrid | None = None, most_pairs: int = 96
+) -> Dynamics:
+    """Dynamics and drift of frames uint8 [T, H, W, 3].
+
+    most_pairs: pairs of neighbouring frames whose flow is measured; of a longer video they are taken in runs
+    of eight, spread evenly. The flow evens out light and colour around every pixel, so that neither exposure
+    nor colour that changes moves anything; noise hides motion, and the drift of sharpness shows it.
+    Raises NotMeasurableError for a video without a second chunk, whose drift cannot be told.
+    """
+    video = as_video(frames)
+    if most_pairs < 1:
+        raise ValueError(f"most_pairs is {most_pairs}; measure at least one pair of frames")
+    drift = measure_drift(video, grid)
+    percent = 100 / min(video.shape[1:3])
+    speeds, means, places = [], [], []
+    for start, end in _runs(len(video) - 1, most_pairs):
+        flow = optical_flow(video[start : end + 1])
+        speeds.append(moving_speed(flow) * percent)
+        lengths = torch.where(flow.mask, flow.vectors.norm(dim=-1), 0.0)
+        means.append(lengths.flatten(1).mean(1) * percent)
+        places.append(torch.arange(start, end))
+    speed = torch.cat(speeds)
+    return Dynamics(
+        speed=float(speed.mean()),
+        mean_flow=float(torch.cat(means).mean()),
+        freeze_fraction=freeze_fraction(video),
+        pair_speeds=speed,
+        pair_frames=torch.cat(places),
+        drift=drift,
+    )
+
+
+def freeze_fraction(frames: Tensor | ndarray) -> float:
+    """The share of pairs of neighbouring frames that show the same once light and colour are matched.
+
+    Frames uint8 [T, H, W, 3]. Each channel of a frame is given the mean and the deviation that it had in the
+    frame before. Raises NotMeasurableError for a single frame.
+    """
+    video = as_video(frames)
+    if len(video) < 2:
+        raise NotMeasurableError("1 frame is no pair of frames; freezing needs two")
+    changes = [
+        _matched_change(
+            torch.cat(list(picture_batches(video[start : start + _FREEZE_FRAMES + 1], _FREEZE_SIDE)))
+        )
+        for start in range(0, len(video) - 1, _FREEZE_FRAMES)
+    ]
+    return float((torch.cat(changes) < _FREEZE_CHANGE).float().mean())
+
+
+def _matched_change(pictures: Tensor) -> Tensor:
+    """What 99% of the pixels of each picture [T, 3, h, w] have changed by at most since the one before:
+    [T - 1]."""
+    values = pictures.flatten(2)
+    mean, deviation = values.mean(-1, keepdim=True), values.std(-1, keepdim=True, correction=0)
+    gain = (deviation[:-1] + 1e-3) / (deviation[1:] + 1e-3)
+    matched = (values[1:] - mean[1:]) * gain + mean[:-1]
+    change = (matched - values[:-1]).abs().amax(1).sort(dim=-1).values
+    return change[:, min(change.shape[1] - 1, round(0.99 * change.shape[1]))]
+
+
+def _runs(pairs: int, most: int) -> list[tuple[int, int]]:
+    """Runs (first pair, one past the last) of at most `most` pairs in all, spread over `pairs`."""
+    if pairs <= most:
+        return [(0, pairs)]
+    length = min(_RUN_PAIRS, most)
+    count = most // length
+    spread = torch.linspace(0, pairs - length, count).round().int().tolist() if count > 1 else [0]
+    return [(start, start + length) for start in spread]

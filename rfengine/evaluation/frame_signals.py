@@ -1,0 +1,69 @@
+"""What every frame is like as a whole: light, colour, sharpness. Drift and flicker are read off these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rfengine.evaluation.video_frames import picture_batches
+
+_LUMA = (0.299, 0.587, 0.114)  # BT.601
+_CLIPPED = (2.5 / 255, 252.5 / 255)  # at or beyond these a value says no more than that it is an end
+_FLOOR = 0.5 / 255  # of contrast and detail: below half a step of 8 bits there is none
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSignals:
+    """One value a frame, float32.
+
+    luma, contrast [T]: mean and deviation of the brightness, from 0 to 1. colour [T, 4]: means and deviations
+    of both chroma axes. sharpness [T]: log2 of the deviation of the Laplacian over that of the brightness, so
+    that it does not follow exposure. clipped [T]: the share of values at either end of the range.
+    """
+
+    luma: Tensor
+    contrast: Tensor
+    colour: Tensor
+    sharpness: Tensor
+    clipped: Tensor
+
+
+def luma_and_chroma(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Brightness [B, H, W] from 0 to 1 and chroma [B, 2, H, W] from -0.5 to 0.5 of pictures [B, 3, H, W]."""
+    weights = pictures.new_tensor(_LUMA)
+    luma = torch.einsum("bchw,c->bhw", pictures, weights)
+    red, blue = pictures[:, 0] - luma, pictures[:, 2] - luma
+    chroma = torch.stack((blue / (2 * (1 - weights[2])), red / (2 * (1 - weights[0]))), dim=1)
+    return luma, chroma
+
+
+def frame_signals(video: Tensor) -> FrameSignals:
+    """The signals of uint8 frames [T, H, W, 3], at full size."""
+    columns: dict[str, list[Tensor]] = {
+        "luma": [],
+        "contrast": [],
+        "colour": [],
+        "sharpness": [],
+        "clipped": [],
+    }
+    for pictures in picture_batches(video):
+        luma, chroma = luma_and_chroma(pictures)
+        contrast = luma.std((1, 2), correction=0)
+        columns["luma"].append(luma.mean((1, 2)))
+        columns["contrast"].append(contrast)
+        columns["colour"].append(torch.cat((chroma.mean((2, 3)), chroma.std((2, 3), correction=0)), dim=1))
+        columns["sharpness"].append(torch.log2((_detail(luma) + _FLOOR) / (contrast + _FLOOR)))
+        ends = (pictures < _CLIPPED[0]) | (pictures > _CLIPPED[1])
+        columns["clipped"].append(ends.float().mean((1, 2, 3)))
+    return FrameSignals(**{name: torch.cat(parts) for name, parts in columns.items()})
+
+
+def _detail(luma: Tensor) -> Tensor:
+    """The deviation of the Laplacian, [B]; 0 for pictures too small to have one."""
+    if min(luma.shape[1:]) < 3:
+        return luma.new_zeros(len(luma))
+    middle = luma[:, 1:-1, 1:-1]
+    around = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:]
+    return (middle - around / 4).square().mean((1, 2)).sqrt()

@@ -1,0 +1,79 @@
+"""Loops: late windows of a video that are earlier windows over again.
+
+A moving scene may come back to where it was, but then it passes at its own pace: the nearest earlier window
+may be half a frame's motion away. A loop is nearer than that. The unit of every distance is therefore how far
+a window is from itself one frame later; a still window is no repetition, since nothing left it. A world that
+is itself exactly periodic (a shape that wraps around a border in whole frames) does repeat, and counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rfengine.evaluation.video_frames import NotMeasurableError, as_video, layout_features
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+_LEAST_WINDOWS = 4
+_MOST_WINDOWS = 64
+_MOTION = 0.5  # of a frame's motion: a match nearer than this is not explained by passing the same place
+_FLOOR = 0.02  # distance of features, standard deviations of a picture: coding noise
+
+
+@dataclass(frozen=True, slots=True)
+class Repetition:
+    """score: mean over late windows of 1 - (best match / half a frame's motion), from 0 to 1. repeated: the
+    share of late windows above 0.5. lag: the median of the frames back to their match; None without any."""
+
+    score: float
+    repeated: float
+    lag: int | None
+
+
+def measure_repetition(frames: Tensor | ndarray, window_frames: int = 12) -> Repetition:
+    """Repetition in frames uint8 [T, H, W, 3]: windows of the second half against those two windows earlier.
+
+    Raises NotMeasurableError for a video of less than four windows.
+    """
+    video = as_video(frames)
+    count = len(video)
+    if count < _LEAST_WINDOWS * window_frames + 1:
+        raise NotMeasurableError(
+            f"{count} frames are too few; repetition needs {_LEAST_WINDOWS * window_frames + 1}"
+        )
+    features = layout_features(video)
+    starts = torch.arange(count // 2, count - window_frames)
+    if len(starts) > _MOST_WINDOWS:
+        starts = starts[torch.linspace(0, len(starts) - 1, _MOST_WINDOWS).round().long()]
+    scores, lags = [], []
+    for start in starts.tolist():
+        window = features[start : start + window_frames]
+        step = _distance(window, features[start + 1 : start + 1 + window_frames])
+        best, place = _best_match(window, features[: start - window_frames])
+        scores.append(max(0.0, 1 - best / (_MOTION * step)))
+        lags.append(start - place)
+    score = torch.tensor(scores)
+    found = torch.tensor(lags)[score > 0.5]
+    return Repetition(
+        score=float(score.mean()),
+        repeated=float((score > 0.5).float().mean()),
+        lag=int(found.median()) if len(found) else None,
+    )
+
+
+def _distance(first: Tensor, second: Tensor) -> float:
+    return float(((first - second).square().mean() + _FLOOR**2).sqrt())
+
+
+def _best_match(window: Tensor, earlier: Tensor) -> tuple[float, int]:
+    """The least distance of a window [N, D] to N frames in a row of `earlier` [T, D], and where they are."""
+    squares = torch.cdist(window, earlier).square() / window.shape[1]
+    places = squares.shape[1] - len(window) + 1
+    rows = torch.stack([squares[row, row : row + places] for row in range(len(window))]).mean(0)
+    place = int(rows.argmin())
+    return float((rows[place] + _FLOOR**2).sqrt()), place

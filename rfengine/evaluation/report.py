@@ -1,0 +1,118 @@
+"""The report on a set of videos: means with intervals, a table to read and JSON to keep."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rfengine.evaluation.confidence import Interval, bootstrap_mean
+from rfengine.evaluation.video_report import VideoReport
+
+# in the order of the table; the drift stands right below the motion that means nothing without it
+METRICS = {
+    "speed": "% of the shorter side a frame, fastest 5% of the picture",
+    "mean_flow": "% of the shorter side a frame, whole picture",
+    "freeze_fraction": "share of frames that repeat the one before",
+    "exposure_drift": "of 1, last quarter against the first chunk",
+    "contrast_drift": "of 1",
+    "colour_drift": "of 1",
+    "sharpness_drift": "octaves",
+    "clipped_drift": "share of values",
+    "latent_drift": "nats",
+    "consistency_near": "likeness one chunk apart",
+    "consistency_far": "likeness half a video apart",
+    "brightness_flicker": "of 1, at the chunk period",
+    "colour_flicker": "of 1",
+    "sharpness_flicker": "octaves",
+    "flicker_ratio": "power at the chunk period over that beside it",
+    "repetition": "0 none, 1 a loop",
+    "repeated": "share of late windows",
+    "repetition_lag": "frames, where something repeats",
+    "copying_likeness": "of late frames to the first chunk",
+    "copying_baseline": "to the first chunks of other videos",
+    "copying_excess": "difference of both",
+    "switch_delay": "frames until the new prompt wins for good",
+    "switch_failures": "share of switches never done",
+    "toy_colour": "share right",
+    "toy_shape": "share right",
+    "toy_size": "share right",
+    "toy_background": "share right",
+    "toy_motion": "share right",
+    "toy_direction": "share right",
+    "toy_speed": "share right",
+    "toy_permanence": "share of frames with every object",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationReport:
+    """The videos, and over them the mean of each metric that some of them have, in the order of METRICS.
+
+    settings: what the numbers depend on, as the caller records it; it must be JSON. vbench: scores of VBench
+    over all videos, where it was asked.
+    """
+
+    videos: tuple[VideoReport, ...]
+    means: dict[str, Interval]
+    settings: dict[str, Any]
+    vbench: dict[str, float]
+
+    def to_json(self) -> str:
+        """One JSON object; a number that is not finite becomes null."""
+        return json.dumps(_finite(asdict(self)), indent=2)
+
+    def table(self) -> str:
+        """A table of the means, and below it one line for each metric that is absent."""
+        head = ("metric", "mean", "95% interval", "videos", "unit")
+        rows = [head] + [_row(name, interval) for name, interval in self.means.items()]
+        count = str(len(self.videos))
+        rows += [(f"vbench {name}", f"{score:.4g}", "-", count, "") for name, score in self.vbench.items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+        lines = [
+            "  ".join([cell.ljust(width) for cell, width in zip(row, widths, strict=False)] + [row[-1]])
+            for row in rows
+        ]
+        absent: dict[tuple[str, str], list[str]] = {}
+        for video in self.videos:
+            for group, reason in video.absent.items():
+                absent.setdefault((group, reason), []).append(video.name)
+        for (group, reason), names in absent.items():
+            lines.append(f"no {group} for {_listed(names)}: {reason}")
+        return "\n".join(lines)
+
+
+def summarise(
+    videos: Sequence[VideoReport],
+    settings: dict[str, Any] | None = None,
+    vbench: dict[str, float] | None = None,
+) -> EvaluationReport:
+    """Means over videos with bootstrap intervals. Raises ValueError without a video."""
+    if not videos:
+        raise ValueError("0 videos were measured; give at least one")
+    means = {}
+    for name in METRICS:
+        values = [video.values[name] for video in videos if name in video.values]
+        if values:
+            means[name] = bootstrap_mean(values)
+    return EvaluationReport(tuple(videos), means, settings or {}, vbench or {})
+
+
+def _row(name: str, interval: Interval) -> tuple[str, ...]:
+    between = "-" if interval.low is None else f"{interval.low:.4g} to {interval.high:.4g}"
+    return name, f"{interval.mean:.4g}", between, str(interval.count), METRICS[name]
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,57 @@
+"""Repetition: loops are found with their lag; stillness, pulses, drift and passing by again are none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evaluation_checks.distortions import CLIPS, as_frames, distorted, loop, noise_ramp, pulse, textured_clip
+from rfengine.evaluation.repetition import measure_repetition
+from rfengine.evaluation.video_frames import NotMeasurableError
+from rfengine.training.toy_world import Scene, SceneObject, render
+
+clips = pytest.mark.parametrize("clip", CLIPS)
+
+
+@clips
+def test_only_the_loop_repeats(clip: str) -> None:
+    others = ("true", "frozen", "blur", "gamma", "tint", "noise", "pulse")
+    found = {name: measure_repetition(distorted(clip, name)) for name in (*others, "loop")}
+    assert found["loop"].score > 0.7 and found["loop"].repeated == 1 and found["loop"].lag == 31
+    assert all(found[name].score < 0.05 and found[name].lag is None for name in others), found
+
+
+@clips
+def test_a_loop_is_found_under_a_pulse_and_fades_with_noise(clip: str) -> None:
+    looped = loop(distorted(clip, "true"))
+    assert measure_repetition(pulse(looped)).repeated > 0.9
+    found = [measure_repetition(noise_ramp(looped, amount)).score for amount in (0.0, 0.1, 0.4)]
+    assert found[0] > found[1] > found[2]
+
+
+def test_a_pulse_on_a_still_video_is_no_repetition() -> None:
+    assert measure_repetition(pulse(distorted("textured", "frozen"))).score < 0.05
+
+
+def test_the_way_back_is_no_repetition_of_the_way_there() -> None:
+    there = textured_clip(50, 0.37)
+    assert measure_repetition(torch.cat((there, there.flip(0)))).repeated < 0.2
+
+
+def test_passing_the_same_places_at_its_own_pace_repeats_less_than_a_loop() -> None:
+    once = textured_clip(70)
+    again = torch.cat((once[:35], textured_clip(70, 1.0)[:35]))
+    between = torch.cat((once[:35], textured_clip(141, 0.5)[1:71:2]))  # half a frame further on
+    exact, near = measure_repetition(again), measure_repetition(between)
+    assert exact.repeated > 0.5 and near.repeated == 0 and near.score < 0.3 * exact.score
+
+
+def test_an_exactly_periodic_world_repeats() -> None:
+    scene = Scene((SceneObject("red", "square", "small"),), "bouncing", "fast", "right", "grey wall")
+    found = measure_repetition(as_frames(render(scene, 69)))
+    assert found.repeated == 1 and found.lag is not None and found.lag % 16 == 0
+
+
+def test_a_video_of_three_windows_is_too_short() -> None:
+    with pytest.raises(NotMeasurableError, match="48 frames are too few; repetition needs 49"):
+        measure_repetition(textured_clip(48))

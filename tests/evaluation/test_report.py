@@ -1,0 +1,44 @@
+"""The table and the JSON of a report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rfengine.evaluation.report import METRICS, summarise
+from rfengine.evaluation.video_report import VideoReport
+
+
+def video(name: str, values: dict[str, float], absent: dict[str, str] | None = None) -> VideoReport:
+    return VideoReport(name, 30, 48, 64, (), values, {"speed": ((0, 1.0),)}, absent or {})
+
+
+def test_means_are_over_the_videos_that_have_the_metric() -> None:
+    report = summarise([video("a", {"speed": 1.0, "repetition": 0.5}), video("b", {"speed": 3.0})])
+    assert report.means["speed"].mean == 2 and report.means["speed"].count == 2
+    assert report.means["repetition"].count == 1 and list(report.means) == ["speed", "repetition"]
+
+
+def test_table_has_a_row_for_each_metric_and_a_line_for_each_reason() -> None:
+    short = [video(f"v{index}", {"speed": 1.0}, {"flicker": "30 frames are too few"}) for index in range(5)]
+    lines = summarise(short, vbench={"dynamic_degree": 0.5}).table().splitlines()
+    assert lines[0].split() == ["metric", "mean", "95%", "interval", "videos", "unit"]
+    assert lines[1].startswith("speed") and "1 to 1" in lines[1] and METRICS["speed"] in lines[1]
+    assert lines[2].split()[:3] == ["vbench", "dynamic_degree", "0.5"]
+    assert lines[3:] == ["no flicker for v0, v1, v2 and 2 more: 30 frames are too few"]
+
+
+def test_json_holds_videos_means_and_settings_and_no_nan() -> None:
+    report = summarise(
+        [video("a", {"speed": float("nan")}), video("b", {"speed": 2.0})], {"chunk_frames": 12}
+    )
+    found = json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert found["settings"] == {"chunk_frames": 12} and found["means"]["speed"]["mean"] is None
+    assert found["videos"][1]["values"] == {"speed": 2.0}
+    assert found["videos"][0]["curves"]["speed"] == [[0, 1.0]]
+
+
+def test_no_video_is_an_error() -> None:
+    with pytest.raises(ValueError, match="0 videos were measured"):
+        summarise([])
