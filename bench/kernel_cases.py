@@ -227,6 +227,10 @@ def _total_and_normed(arguments: Arguments, total: Tensor) -> tuple[Tensor, ...]
     return total, arguments[-1]
 
 
+def _total_and_eights(arguments: Arguments, total: Tensor) -> tuple[Tensor, ...]:
+    return total, arguments[-2].double()
+
+
 def _conv_reference(x: Tensor, weight: Tensor, bias: Tensor, *_: object) -> Tensor:
     return reference.causal_conv3d(x, weight, bias)
 
@@ -356,6 +360,11 @@ CASES: tuple[KernelCase, ...] = (
         )
         for level in (2, 3)
     ),
+    KernelCase(
+        "channel_norm_silu_fp8", "channel_norm_silu", inputs.channel_norm_silu_fp8(3),
+        lambda s: 7 * _norm_bytes(3)(s) // 8, call="channel_norm_silu", results=_total_and_eights,
+        minimum_capability=89,
+    ),
     *(
         KernelCase(
             f"causal_conv3d_level_{level}", "causal_conv3d", inputs.causal_conv3d(level), _conv_bytes(level),
@@ -377,7 +386,7 @@ CASES: tuple[KernelCase, ...] = (
             _conv_bytes(level, 1), _conv_flops(level), call="causal_conv3d_fp8",
             reference=_conv_fp8_reference, minimum_capability=89,
         )
-        for level in (2, 3)
+        for level in (1, 2, 3)
     ),
     KernelCase(
         "frame_attention", "frame_attention", inputs.frame_attention,

@@ -53,7 +53,6 @@ OP_PARTS = {
     "channel_norm_silu": VAE,
     "causal_conv3d": VAE,
     "causal_conv3d_fp8": VAE,
-    "causal_conv3d_fp8": VAE,
     "phase_conv": VAE,
     "frame_attention": VAE,
     "conv_frame_pack": VAE,

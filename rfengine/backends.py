@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ _TRITON_FILES = {
     "qk_norm_rope": "qk_norm_rope",
     "qk_norm_rope_write": "qk_norm_rope",
     "sink_window_attention": "sink_window_attention",
+    "clip_attention": "sink_window_attention",
     "rephase_keys": "rephase_keys",
     "ema_evict": "ema_evict",
     "evict_and_rephase": "evict_and_rephase",
@@ -84,7 +85,10 @@ def implementation(op: str, backend: str) -> Callable:
         return _cudnn_causal_conv3d if op == "causal_conv3d" else reference.join_phases
     if backend in ("cudnn", "flash"):
         return _library_attention(op, _cudnn_attention if backend == "cudnn" else _flash_attention)
-    kernel = getattr(importlib.import_module(f"rfengine.kernels.{_TRITON_FILES[op]}"), op)
+    module = importlib.import_module(f"rfengine.kernels.{_TRITON_FILES[op]}")
+    if op == "clip_attention":
+        return _triton_clip_attention(module.sink_window_attention, module.HEAD_DIMS)
+    kernel = getattr(module, op)
     if op != "sink_window_attention":
         return kernel
 
@@ -94,6 +98,18 @@ def implementation(op: str, backend: str) -> Callable:
         return kernel(q, keys, values, filled_tokens)
 
     return window_attention
+
+
+def _triton_clip_attention(attend: Callable[..., Tensor], head_dims: Sequence[int]) -> Callable:
+    """The attention of the window over a whole clip: all its keys are filled. With a mask, or a head the
+    kernel is not made for, the reference."""
+
+    def clip_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None or q.shape[-1] not in head_dims:
+            return reference.clip_attention(q, k, v, mask)
+        return attend(q, k, v, torch.full((1,), k.shape[1], dtype=torch.int32, device=q.device))
+
+    return clip_attention
 
 
 def _triton_absence(on_cuda: bool) -> str:

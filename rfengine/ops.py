@@ -383,7 +383,7 @@ def choose_ops(
 def default_choice(device: torch.device | str) -> dict[str, str]:
     """Backend by op that "auto" stands for on `device`, before anything is measured."""
     reasons = backend_reasons(device)
-    choice = _fitting(_best_backend(device, reasons))
+    choice = _fitting(_best_backend(device, reasons)) | {"clip_attention": "reference"}  # torch's own
     if not reasons["cublaslt"]:  # before Triton's, which nobody has timed
         choice |= {op: "cublaslt" for op in LINEAR_OPS if has_backend(op, "cublaslt")}
     return choice

@@ -17,11 +17,12 @@ from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, Runti
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder
 from rfengine.models.dit import WanDiT, pack_weights
-from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeLane
+from rfengine.runtime.full_decoder import open_full_decoder, require_psnr
 from rfengine.runtime.switches import decode_device, runtime_switches
 from rfengine.schedule import FlowSchedule
 from rfengine.snapshot import Snapshot
@@ -75,7 +76,7 @@ class Pipeline:
         self._parts = StreamParts(
             model=model,
             vae=vae,
-            open_decoder=open_decoder or _full_decoder(vae, model.ops),
+            open_decoder=open_decoder or _full_decoder(config, vae, model.ops),
             decoder_kind=config.runtime.vae,
             lane=DecodeLane(next(vae.parameters()).device, overlap, switches["graphs"].on),
             runner=ChunkRunner(
@@ -129,7 +130,8 @@ class Pipeline:
 
             import_tensorrt()  # refuse before the weights are read, which can take minutes
         decoding = _present(decode_device(config.runtime, target))
-        ops = tuned_ops(config, backend or config.backend, number, target)
+        wanted = backend or config.backend
+        ops = tuned_ops(config, wanted, number, target)
         with torch.device("meta"):
             model = WanDiT(config.model, ops)
             vae = WanVAE(config.vae)
@@ -141,7 +143,7 @@ class Pipeline:
         encoder = _text_encoder(
             directory, config, torch.device(text_device or target), number, text_cache, mark
         )
-        open_decoder = _decoder_opener(directory, config, vae.eval(), ops, number, decoding)
+        open_decoder = _decoder_opener(directory, config, vae.eval(), wanted, number, decoding)
         return cls(config, model.eval(), vae, encoder, mark, open_decoder)
 
     @property
@@ -151,8 +153,10 @@ class Pipeline:
 
     @property
     def vae_tier(self) -> str:
-        """Quality of the frames: "lossless" with the full decoder (in TensorRT too), "reduced" with tiny."""
-        return VAE_TIERS[self.config.runtime.vae]
+        """Quality of the frames: "lossless" with the full decoder (in TensorRT too), "near-lossless" where
+        it has FP8 convolutions, "reduced" with tiny."""
+        runtime = self.config.runtime
+        return FP8_TIER if runtime.vae_precision == "fp8" else VAE_TIERS[runtime.vae]
 
     def _encode_text(self, prompt: str) -> Tensor:
         return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
@@ -319,7 +323,12 @@ def tuned_ops(config: EngineConfig, requested: Backend, dtype: torch.dtype, devi
 
 
 def _decoder_opener(
-    directory: Path, config: EngineConfig, vae: WanVAE, ops: Ops, dtype: torch.dtype, device: torch.device
+    directory: Path,
+    config: EngineConfig,
+    vae: WanVAE,
+    requested: Backend,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> OpenDecoder:
     """What gives the decoder of config.runtime.vae for a size; a TensorRT engine is of one size alone."""
     kind = config.runtime.vae
@@ -328,7 +337,7 @@ def _decoder_opener(
         from rfengine.models.tiny_vae import TinyVAE
 
         with torch.device("meta"):
-            tiny = TinyVAE(config.tiny_vae, ops)
+            tiny = TinyVAE(config.tiny_vae, choose_ops(requested, device))
         load_part(tiny, directory, "tiny_vae", dtype, device)
         tiny.eval()
         return lambda grid: tiny
@@ -343,11 +352,14 @@ def _decoder_opener(
             return TensorRTDecoder.open(directory, config.vae, grid, dtype, device, chunk_frames, graphs)
 
         return open_engine
-    return _full_decoder(vae, ops)
+    return open_full_decoder(config, vae, requested, dtype, device)
 
 
-def _full_decoder(vae: WanVAE, ops: Ops) -> OpenDecoder:
-    decoder = StreamingDecoder(vae, ops)
+def _full_decoder(config: EngineConfig, vae: WanVAE, ops: Ops) -> OpenDecoder:
+    precision = config.runtime.vae_precision
+    decoder = StreamingDecoder(vae, ops, precision)
+    if precision == "fp8":
+        require_psnr(vae, decoder, next(vae.parameters()).dtype)
     return lambda grid: decoder
 
 

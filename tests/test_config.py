@@ -10,6 +10,7 @@ from rfengine.config import (
     PRESETS,
     CacheConfig,
     EngineConfig,
+    RuntimeConfig,
     ScheduleConfig,
     TextConfig,
     TinyVAEConfig,
@@ -218,3 +219,16 @@ def test_only_a_tiny_decoder_that_is_used_must_fit_the_vae() -> None:
     other = dataclasses.replace(PRESETS["tiny"].tiny_vae, time_factors=(2, 2, 2))
     with pytest.raises(ValueError, match="temporal_stride of the tiny decoder is 8"):
         dataclasses.replace(config, tiny_vae=other, runtime=runtime)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"vae_precision": "int8"}, "vae_precision is 'int8'; use 'default', 'fp8'"),
+        ({"vae_precision": "fp8", "vae": "tiny"}, "vae_precision is 'fp8' and vae is 'tiny'; FP8 is for"),
+    ],
+)
+def test_fp8_is_for_the_full_decoder(given, message):
+    assert RuntimeConfig(vae_precision="fp8").vae == "full"
+    with pytest.raises(ValueError, match=message):
+        RuntimeConfig(**given)

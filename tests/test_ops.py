@@ -86,6 +86,7 @@ def test_shapes_that_do_not_fit_are_refused(call, message):
 
 
 FRAMES, KERNEL = torch.zeros(3, 2, 2, 4), torch.zeros(4, 4, 3, 3, 3)
+EIGHTS = FRAMES.to(torch.float8_e4m3fn), KERNEL.to(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,10 @@ FRAMES, KERNEL = torch.zeros(3, 2, 2, 4), torch.zeros(4, 4, 3, 3, 3)
         (lambda o: o.causal_conv3d(FRAMES, KERNEL[:, :3], None), "a weight of"),
         (lambda o: o.causal_conv3d(FRAMES[:2], KERNEL, None), "a weight of"),
         (lambda o: o.causal_conv3d(FRAMES, KERNEL, None, FRAMES), r"it must be \(1, 2, 2, 4\)"),
+        (lambda o: o.channel_norm_silu(FRAMES, None, None, torch.ones(4), FRAMES, 0.0), "out_scale is 0.0"),
+        (lambda o: o.causal_conv3d_fp8(FRAMES, KERNEL, torch.ones(4), None), "must be torch.float8_e4m3fn"),
+        (lambda o: o.causal_conv3d_fp8(*EIGHTS, torch.ones(3), None), "scale is"),
+        (lambda o: o.causal_conv3d_fp8(*EIGHTS, torch.ones(4), None, FRAMES), r"it must be \(1, 2, 2, 4\)"),
         (lambda o: o.phase_conv(FRAMES, KERNEL, None), "a phase weight of"),
         (lambda o: o.frame_attention(FRAMES, FRAMES, FRAMES), "it must be .frames, positions"),
         (lambda o: o.conv_frame_pack(FRAMES, KERNEL, None), "gives 4 channels"),

@@ -196,6 +196,33 @@ def test_causal_convolution_rounds_its_float32_sum_once_and_has_gradients():
     assert leaf.grad.any()
 
 
+@torch.no_grad()
+def test_convolution_in_fp8_is_that_of_what_the_values_stand_for():
+    x, weight, bias = torch.randn(4, 3, 5, 8), torch.randn(6, 8, 3, 3, 3), torch.randn(6)
+    weight[2] *= 100
+    weight[3] = 0
+    values, scale = reference.channel_fp8(weight)
+    assert values.dtype == torch.float8_e4m3fn and values.shape == weight.shape and scale[3] == 1
+    stood_for = values.float() * scale[:, None, None, None, None]
+    torch.testing.assert_close(stood_for, weight, rtol=2**-4, atol=2**-10 * weight[2].abs().max() / 448)
+    eights = (x / 0.25).to(torch.float8_e4m3fn)
+    out = torch.empty(2, 3, 5, 6)
+    expected = reference.causal_conv3d(0.25 * eights.float(), stood_for, bias)
+    assert reference.causal_conv3d_fp8(eights, values, 0.25 * scale, bias, out) is out
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    assert reference.causal_conv3d_fp8(eights, values, 0.25 * scale, bias).dtype == torch.bfloat16
+
+
+def test_channel_norm_writes_fp8_in_its_unit_and_saturates():
+    x, gamma = torch.randn(2, 3, 4, 16), torch.rand(16) + 0.5
+    plain, eights = torch.empty_like(x), torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+    reference.channel_norm_silu(x, None, None, gamma, plain)
+    reference.channel_norm_silu(x, None, None, gamma, eights, 0.125)
+    assert torch.equal(eights, (plain / 0.125).to(torch.float8_e4m3fn))
+    reference.channel_norm_silu(x, None, None, gamma, eights, 1e-3)
+    assert eights.float().max() == 448 and torch.isfinite(eights.float()).all()
+
+
 def test_phases_are_convolutions_of_two_by_two():
     x, weight = torch.randn(2, 3, 4, 5).double(), torch.randn(2, 2, 3, 5, 2, 2).double()
     bias, padded = torch.randn(3).double(), F.pad(x, (0, 0, 1, 1, 1, 1))

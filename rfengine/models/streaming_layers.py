@@ -81,8 +81,10 @@ def activation_unit(gamma: Tensor) -> float:
     A channel over the L2 norm is at most 1, so its norm is at most sqrt(C) * max |gamma| and its SiLU is no
     larger. e4m3 is a floating-point format, so room that is not used costs no precision, only the smallest
     values. A power of two, so that its product with e4m3 values is exact in bfloat16: a slot gives back the
-    very values that were kept.
+    very values that were kept. 1 on the meta device, which has no values.
     """
+    if gamma.is_meta:
+        return 1.0
     bound = gamma.numel() ** 0.5 * gamma.abs().max().item()
     return 2.0 ** math.ceil(math.log2(bound / LARGEST_E4M3)) if bound > 0 else 1.0
 

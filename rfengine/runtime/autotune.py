@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rfengine.config import Backend, EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import op_of
 from rfengine.runtime.contests import FOLDED, FOLDS_GATE, Contest, Site, backend_contests, gate_contest
+from rfengine.runtime.decoder_contests import decoder_contests
 from rfengine.runtime.timing import Arguments, Sampler, Timer, count_cold_sets, graph_sampler
 from rfengine.runtime.tuning_cache import Decision, Subject, TuningCache, default_cache_path, describe_machine
 
@@ -81,6 +82,58 @@ def tune(
     return Choice(tuple(decisions))
 
 
+def tune_decoder(
+    config: EngineConfig,
+    grid: LatentGrid,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    *,
+    requested: Backend = "auto",
+    forced: Mapping[str, str] | None = None,
+    cache_path: str | Path | None = None,
+    timer: Timer | None = None,
+) -> Choice:
+    """tune, for the convolutions of the decoder: a choice for each of their shapes at `grid`.
+
+    A cuDNN that was asked for, by `requested` or by `forced`, is checked at every shape that it would run.
+    Raises RuntimeError as tune does, and where such a check fails.
+    """
+    device = torch.device(device)
+    forced = dict(forced or {})
+    decisions = [Decision(Subject(key), backend, "forced") for key, backend in forced.items()]
+    if device.type == "cuda" or timer is not None:
+        contests = decoder_contests(Site(config, grid, dtype, device))
+        cache = TuningCache(Path(cache_path or default_cache_path()), describe_machine(device))
+        for contest in contests:
+            key = contest.subject.key
+            if forced.get(key, forced.get(op_of(key), requested)) == "cudnn":
+                _require_right(contest, "cudnn", cache)
+        if requested == "auto":
+            decisions += _hold(contests, decisions, cache, timer)
+    for decision in decisions:
+        logger.info("autotune: %s", decision)
+    return Choice(tuple(decisions))
+
+
+def _require_right(contest: Contest, backend: str, cache: TuningCache) -> None:
+    """RuntimeError where `backend` is wrong or fails; the cache keeps what was found. Where it cannot run
+    here at all, choose_ops says so."""
+    if backend not in contest.contenders:
+        return
+    alone = replace(contest.subject, contenders=(backend,))
+    known = cache.find(alone) or cache.find(contest.subject)
+    if known is None:
+        with torch.no_grad(), _current(contest.device):
+            problem = _problem(contest, backend, torch.Generator(contest.device).manual_seed(SEED))
+        known = Decision(alone, backend, problem or "right", refused={backend: problem} if problem else {})
+        cache.store([known])
+    if backend in known.refused:
+        raise RuntimeError(
+            f"backend {backend!r} is asked for and refused for {contest.subject}: {known.refused[backend]}; "
+            "use 'auto', which leaves it out there"
+        )
+
+
 def cached_decisions(device: torch.device | str, cache_path: str | Path | None = None) -> list[Decision]:
     """What the cache file holds for this machine, for a report; str() of one is a line."""
     return TuningCache(Path(cache_path or default_cache_path()), describe_machine(device)).decisions()
@@ -115,7 +168,7 @@ def decide(contest: Contest, timer: Timer | None = None) -> Decision:
     Raises RuntimeError where all of them fail or are wrong.
     """
     device = contest.device
-    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with torch.no_grad(), _current(device):
         samplers, refused = _prepare(contest, timer or graph_sampler)
         times = _sample(samplers)
     if device.type == "cuda":
@@ -129,6 +182,10 @@ def decide(contest: Contest, timer: Timer | None = None) -> Decision:
     return Decision(contest.subject, backend, "; ".join(notes), times, refused)
 
 
+def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _prepare(contest: Contest, timer: Timer) -> tuple[dict[str, Sampler], dict[str, str]]:
     """What samples each contender that is right, and why the others are refused."""
     generator = torch.Generator(contest.device).manual_seed(SEED)
@@ -136,17 +193,28 @@ def _prepare(contest: Contest, timer: Timer) -> tuple[dict[str, Sampler], dict[s
     count = count_cold_sets(contest.device, contest.set_bytes) if on_cuda else 1
     sets = [contest.make_inputs(generator) for _ in range(count)]
     samplers, refused = {}, {}
-    failures = _failures()
     for name, run in contest.contenders.items():
-        try:
-            problem = _error_of(contest, run, contest.make_inputs(generator))
-            if problem:
-                refused[name] = problem
-            else:
+        problem = _problem(contest, name, generator)
+        if not problem:
+            try:
                 samplers[name] = timer(run, sets)
-        except failures as error:
-            refused[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+            except _failures() as error:
+                problem = _described(error)
+        if problem:
+            refused[name] = problem
     return samplers, refused
+
+
+def _problem(contest: Contest, name: str, generator: torch.Generator) -> str:
+    """Why a contender is refused, or ""."""
+    try:
+        return _error_of(contest, contest.contenders[name], contest.make_inputs(generator))
+    except _failures() as error:
+        return _described(error)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()[:200]}"
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -193,6 +261,8 @@ def choose(times: Mapping[str, tuple[float, float]], default: str) -> tuple[str,
 
 def _error_of(contest: Contest, run: Callable[..., object], arguments: Arguments) -> str:
     """Why the results of `run` are wrong, or "" where they are right: against the reference in float64."""
+    if contest.check is not None:
+        return contest.check(run, arguments)
     part = contest.part(arguments)  # before the call, which may write into its arguments
     expected = _results(contest, contest.meaning, _map(Tensor.clone, part))
     truth = _results(contest, contest.meaning, _map(_widened, part))

@@ -28,6 +28,8 @@ _CANDIDATES = {
     "linear": ("cublaslt", "triton"),
     "linear_gelu": ("cublaslt", "triton"),
     "evict_and_rephase": ("triton", "native"),
+    "causal_conv3d": ("triton", "cudnn"),
+    "phase_conv": ("triton", "cudnn"),
 }
 
 
@@ -37,7 +39,8 @@ class Contest:
 
     contenders: functions by the names in the subject, the default first. meaning: the op in plain PyTorch.
     results: the tensors to check, from the arguments after a call and what it returned; with the arguments of
-    `part` in place of all, the same tensors from less work.
+    `part` in place of all, the same tensors from less work. check: why the results of a contender on some
+    arguments are wrong, or "", in place of that comparison with `meaning` in float64.
     """
 
     subject: Subject
@@ -48,6 +51,7 @@ class Contest:
     meaning: Callable[..., object]
     part: Callable[[Arguments], Arguments]
     results: Callable[[Arguments, object], tuple[Tensor, ...]]
+    check: Callable[[Callable[..., object], Arguments], str] | None = None
 
     @property
     def default(self) -> str:

@@ -1,0 +1,126 @@
+"""The full decoder as a stream gets it: on the backends that won at its size, in FP8 where that is near
+enough."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rfengine.config import Backend, EngineConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.decoder import FrameDecoder
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.vae import RGB_CHANNELS, WanVAE
+from rfengine.ops import Ops, choose_ops
+from rfengine.runtime.switches import runtime_switches
+
+logger = logging.getLogger(__name__)
+LEAST_PSNR_DB = 45.0
+FP8_CAPABILITY = (8, 9)
+_SIDE, _CHUNK, _CHUNKS = 8, 3, 2  # latents of the FP8 check: height and width, of one call, calls
+_SEED = 0
+
+
+def open_full_decoder(
+    config: EngineConfig, vae: WanVAE, requested: Backend, dtype: torch.dtype, device: torch.device
+) -> Callable[[LatentGrid], StreamingDecoder]:
+    """What gives the decoder for a size; its backends are chosen when a size is first asked for.
+
+    Raises RuntimeError for runtime.vae_precision "fp8" on a GPU without FP8, and where it does not hold
+    LEAST_PSNR_DB with these weights; decoder_ops raises for a size.
+    """
+    fp8 = config.runtime.vae_precision == "fp8"
+    if fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise RuntimeError(
+            f"vae_precision is 'fp8' and {torch.cuda.get_device_name(device)} has no FP8 products, which "
+            "come with compute capability 8.9; use 'default'"
+        )
+    ops = choose_ops(requested, device, _fp8_override(config, requested, device))
+    decoder = StreamingDecoder(vae, ops, config.runtime.vae_precision)
+    if fp8:
+        require_psnr(vae, decoder, dtype)
+
+    @functools.cache
+    def open_decoder(grid: LatentGrid) -> StreamingDecoder:
+        return decoder.on(decoder_ops(config, grid, requested, dtype, device))
+
+    return open_decoder
+
+
+def decoder_ops(
+    config: EngineConfig, grid: LatentGrid, requested: Backend, dtype: torch.dtype, device: torch.device
+) -> Ops:
+    """The ops of the requested backend; for "auto", those that won at `grid` where autotune is on.
+
+    Raises RuntimeError for a cuDNN that was asked for and is wrong at one of the shapes.
+    """
+    overrides = _fp8_override(config, requested, device)
+    measures = requested == "auto" and runtime_switches(config.runtime, device)["autotune"].on
+    if device.type == "cuda" and (measures or requested == "cudnn"):
+        from rfengine.runtime.autotune import tune_decoder
+
+        overrides |= tune_decoder(config, grid, dtype, device, requested=requested).overrides
+    return choose_ops(requested, device, overrides)
+
+
+def _fp8_override(config: EngineConfig, requested: Backend, device: torch.device) -> dict[str, str]:
+    """Triton alone multiplies in FP8; what the reference does is the same, many times slower."""
+    asked = config.runtime.vae_precision == "fp8" and device.type == "cuda" and requested != "reference"
+    return {"causal_conv3d_fp8": "triton"} if asked else {}
+
+
+def require_psnr(vae: WanVAE, decoder: FrameDecoder, dtype: torch.dtype) -> float:
+    """decoded_psnr in dB. Raises RuntimeError where it is below LEAST_PSNR_DB."""
+    psnr = decoded_psnr(vae, decoder, dtype)
+    if not psnr >= LEAST_PSNR_DB:  # a NaN is refused as well
+        raise RuntimeError(
+            f"vae_precision is 'fp8' and with these weights its frames are {psnr:.1f} dB (PSNR) from "
+            f"float32; at least {LEAST_PSNR_DB:g} dB is asked, use 'default'"
+        )
+    logger.info("FP8 convolutions of the decoder: %.1f dB (PSNR) from float32", psnr)
+    return psnr
+
+
+@torch.no_grad()
+def decoded_psnr(vae: WanVAE, decoder: FrameDecoder, dtype: torch.dtype) -> float:
+    """PSNR in dB of `decoder` in `dtype` against `vae` in float32, of frames in [-1, 1] (a peak of 2).
+
+    Over two sets of latents, the lower one: a drawn clip that the VAE itself encodes, and normal noise, which
+    has the statistics of latents by definition.
+    """
+    exact = copy.deepcopy(vae).float()
+    device = next(exact.parameters()).device
+    shape = (1, vae.config.z_dim, _CHUNKS * _CHUNK, _SIDE, _SIDE)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED))
+    frames = 1 + (_CHUNKS * _CHUNK - 1) * vae.config.temporal_stride
+    psnrs = []
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        clip = drawn_clip(frames, *(_SIDE * vae.config.spatial_stride,) * 2).to(device)
+        for latents in (exact.encode(clip), noise.to(device)):
+            state = decoder.decoder_state(1, _SIDE, _SIDE, dtype, device)
+            calls = latents.to(dtype).split(_CHUNK, dim=2)
+            found = torch.cat([decoder.decode(part, state) for part in calls], dim=2)
+            psnrs.append(psnr_db(found, exact.decode(latents)))
+    return min(psnrs)
+
+
+def psnr_db(found: Tensor, exact: Tensor) -> float:
+    """Of pixels that are clamped to [-1, 1], in dB; infinite where they are equal."""
+    error = (found.double().clamp(-1, 1) - exact.double().clamp(-1, 1)).square().mean().item()
+    return 10 * math.log10(4 / error) if error else math.inf
+
+
+def drawn_clip(frames: int, height: int, width: int) -> Tensor:
+    """[1, 3, frames, height, width] in [-1, 1]: coloured waves that drift, and a disc that crosses them."""
+    time = torch.arange(frames).view(1, -1, 1, 1) / frames
+    y, x = torch.linspace(0, 1, height).view(1, 1, -1, 1), torch.linspace(0, 1, width).view(1, 1, 1, -1)
+    colour = torch.arange(RGB_CHANNELS).view(-1, 1, 1, 1).float()
+    waves = 0.6 * torch.sin(2 * math.pi * ((1 + colour) * x + y + time) + colour)
+    is_disc = (x - 0.2 - 0.6 * time).square() + (y - 0.5).square() < 0.03
+    return torch.where(is_disc, 0.9 - 0.8 * colour, waves).clamp(-1, 1).unsqueeze(0)
