@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from rfengine.cli import bench, convert, doctor, export_vae, generate, parity
+from rfengine.cli import bench, convert, doctor, export_vae, generate, parity, train
+from rfengine.cli import eval as evaluate
 from rfengine.cli.terminal import (
     CALLER_ERROR,
     INTERRUPTED,
@@ -26,6 +27,8 @@ Options = (
     | Annotated[doctor.DoctorOptions, tyro.conf.subcommand("doctor")]
     | Annotated[ThroughputOptions, tyro.conf.subcommand("bench")]
     | Annotated[export_vae.ExportVAEOptions, tyro.conf.subcommand("export-vae")]
+    | Annotated[train.TrainOptions, tyro.conf.subcommand("train")]
+    | Annotated[evaluate.EvalOptions, tyro.conf.subcommand("eval")]
 )
 
 
@@ -45,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         doctor.DoctorOptions: doctor.run,
         ThroughputOptions: bench.run,
         export_vae.ExportVAEOptions: export_vae.run,
+        train.TrainOptions: train.run,
+        evaluate.EvalOptions: evaluate.run,
     }
     with one_line_warnings(), termination_as_interrupt():
         try:

@@ -1,119 +1,205 @@
-"""From a TrainConfig to its stage: loads what it starts from; and from weights to a checkpoint directory."""
+"""From a TrainConfig to its stage: models, data and reward, loaded and placed."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
-from importlib import resources
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
-from rfengine.config import EngineConfig, WanConfig
+from rfengine.config import WanConfig
+from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
-from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
-from rfengine.models.vae import WanVAE
-from rfengine.ops import Ops, choose_ops
+from rfengine.ops import Ops, choose_ops, default_choice
+from rfengine.training.checkpoint_parts import Encode, load_transformer, load_vae, text_states_of
 from rfengine.training.differentiable_ops import DifferentiableOps
-from rfengine.training.distillation import Distillation, DistillationModels
+from rfengine.training.distillation import (
+    Distillation,
+    DistillationModels,
+    PromptBatch,
+    StudentLoss,
+)
 from rfengine.training.latent_dataset import load_dataset
-from rfengine.training.parallel import Ranks
-from rfengine.training.stages import DistillationStage, TeacherStage, TrainingStage
+from rfengine.training.lora_layers import add_adapters
+from rfengine.training.memory_savers import recompute_blocks
+from rfengine.training.parallel import Ranks, shard
+from rfengine.training.reward import MotionReward, WeightedSum
+from rfengine.training.stages import (
+    Clips,
+    DistillationStage,
+    Figures,
+    Prompts,
+    TeacherStage,
+    TrainingStage,
+    Trajectories,
+    TrajectoryStage,
+    casting,
+    seeded,
+)
 from rfengine.training.toy_data import ToyClips, ToyPrompts, negative_states
 from rfengine.training.toy_reward import ToyReward
 from rfengine.training.train_config import TrainConfig
+from rfengine.training.training_data import FilePrompts, LatentClips, read_prompts
+from rfengine.training.trajectories import TrajectoryFile, follow_flow, make_trajectories
+from rfengine.training.video_reward import VideoReward
+
+_TRAJECTORIES = 512  # of the file that ode-init makes for itself
 
 
-def source_directory(source: str) -> Path:
-    """Where the checkpoint `source` lies; "tiny" is in the package. Raises ValueError for no directory."""
-    if source == "tiny":
-        return Path(str(resources.files("rfengine"))) / "weights" / "tiny"
-    directory = Path(source)
-    if not directory.is_dir():
-        raise ValueError(f"{source} is no directory; give 'tiny' or a checkpoint directory")
-    return directory
+def build_stage(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainingStage:
+    """The stage of `config` on `device`, everything loaded."""
+    encode = text_states_of(config.base, config.engine, device)
+    if config.stage == "teacher":
+        model = _trained(config, config.student, config.engine.model, device)
+        return TeacherStage(config, model, _clips(config, encode, device), ranks)
+    if config.stage == "ode-init":
+        model = _trained(config, config.student, config.engine.model, device)
+        return TrajectoryStage(config, model, _trajectories(config, encode, device, ranks), ranks)
+    models = DistillationModels(
+        student=_trained(config, config.student, config.engine.model, device, differentiable=True),
+        teacher=_teacher(config, device),
+        critic=_trained(config, config.critic, config.critic_model or config.engine.model, device),
+        vae=load_vae(config.base, config.engine, device),
+        negative_states=_negative_states(config, encode).to(device),
+    )
+    reward = build_reward(config, device) if config.stage == "re-dmd" else None
+    autocast = torch.bfloat16 if config.precision == "bfloat16" else None
+    distillation = Distillation(config.engine, models, config.distillation, config.rollout, reward, autocast)
+
+    def scores(result: StudentLoss, batch: PromptBatch) -> Figures:
+        return {} if reward is None else {name: float(part.mean()) for name, part in reward.parts.items()}
+
+    return DistillationStage(config, distillation, _prompts(config, encode), ranks, scores)
 
 
-def load_transformer(source: str, config: WanConfig, ops: Ops, device: torch.device) -> WanDiT:
-    """A transformer in float32 from a checkpoint directory, or with fresh weights where source is ""."""
-    if not source:
-        with torch.device(device):
-            return WanDiT(config, ops)
-    with torch.device("meta"):
-        model = WanDiT(config, ops)
-    load_part(model, source_directory(source), "transformer", torch.float32, device)
+def _trained(
+    config: TrainConfig, source: str, shape: WanConfig, device: torch.device, differentiable: bool = False
+) -> WanDiT:
+    """A model that learns: float32 weights, sharded, adapted and recomputed as the config says."""
+    ops = training_ops(device)
+    if differentiable:
+        ops = DifferentiableOps(ops.choice)
+    model = load_transformer(source, shape, ops, torch.device("cpu") if _shards(config) else device)
+    if config.lora_rank is not None:
+        add_adapters(model, config.lora_rank, config.seed)
+    if config.checkpointing and not differentiable:  # the student's rollout has its own
+        recompute_blocks(model)
+    if _shards(config):
+        shard(model, device.type, _compute_dtype(config, device))
     return model
 
 
-def build_toy_stage(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainingStage:
-    """A stage over the toy world, whose VAE and text encoder are those of the shipped model."""
-    engine, plain = config.engine, choose_ops("auto", device)
-    if config.stage == "teacher":
-        model = load_transformer(config.student, engine.model, plain, device)
-        clips = ToyClips(load_dataset(Path(config.data)), config.clip_frames, engine.cache.chunk_frames)
-        return TeacherStage(config, model, clips, ranks)
-    models = DistillationModels(
-        student=load_transformer(config.student, engine.model, DifferentiableOps(plain.choice), device),
-        teacher=load_transformer(config.teacher, engine.model, plain, device).requires_grad_(False),
-        critic=load_transformer(config.critic, engine.model, plain, device),
-        vae=toy_vae(engine, device),
-        negative_states=negative_states(engine.model.text_len, engine.model.text_dim).to(device),
-    )
-    reward = ToyReward()
-
-    def motion(frames: Tensor, prompts: tuple[str, ...]) -> Tensor:
-        return reward(frames, prompts)["motion"].to(frames.device)
-
-    score = motion if config.stage == "re-dmd" else None
-    autocast = torch.bfloat16 if config.precision == "bfloat16" else None
-    distillation = Distillation(engine, models, config.distillation, config.rollout, score, autocast)
-    return DistillationStage(config, distillation, ToyPrompts(toy_text_encoder(engine)), ranks)
+def _teacher(config: TrainConfig, device: torch.device) -> WanDiT:
+    """The frozen model: in the arithmetic's precision on CUDA, on the CPU between its uses where asked."""
+    shape, dtype = config.teacher_model or config.engine.model, _compute_dtype(config, device)
+    place = torch.device("cpu") if _shards(config) or config.offload_teacher else device
+    ops = training_ops(device)
+    model = load_transformer(config.teacher, shape, ops, place, dtype or torch.float32).requires_grad_(False)
+    if _shards(config):
+        shard(model, device.type, dtype, offload=config.offload_teacher)
+    return model
 
 
-def toy_vae(engine: EngineConfig, device: torch.device) -> WanVAE:
-    with torch.device("meta"):
-        vae = WanVAE(engine.vae)
-    load_part(vae, source_directory("tiny"), "vae", torch.float32, device)
-    return vae.eval().requires_grad_(False)
+def training_ops(device: torch.device) -> Ops:
+    """The ops of a model in training: those of inference, and attention over clips by the kernel where Triton
+    is."""
+    on_triton = "triton" in default_choice(device).values()
+    return choose_ops("auto", device, {"clip_attention": "triton"} if on_triton else None)
 
 
-def toy_text_encoder(engine: EngineConfig) -> Callable[[list[str]], Tensor]:
-    """Texts to states [N, L, D]; what was encoded once is kept."""
-
-    def load() -> nn.Module:
-        with torch.device("meta"):
-            umt5 = build_umt5(engine.text)
-        load_part(umt5, source_directory("tiny"), "text_encoder", torch.float32, torch.device("cpu"))
-        return umt5
-
-    encoder = TextEncoder(load(), ByteTokenizer(), engine.model.text_len)
-    known: dict[str, Tensor] = {}
-
-    def encode(texts: list[str]) -> Tensor:
-        missing = sorted({text for text in texts if text not in known})
-        if missing:
-            known.update(zip(missing, encoder.encode(missing), strict=True))
-        return torch.stack([known[text] for text in texts])
-
-    return encode
+def _shards(config: TrainConfig) -> bool:
+    return config.parallel == "sharded" and torch.distributed.is_initialized()
 
 
-def toy_engine() -> EngineConfig:
-    """The configuration of the shipped model, with the statistics of its latents."""
-    return read_config(source_directory("tiny"))
+def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """What weights are cast to before they are used; None where they stay as they are."""
+    return torch.bfloat16 if config.precision == "bfloat16" and device.type == "cuda" else None
 
 
-def export_checkpoint(
-    weights: Mapping[str, Tensor], engine: EngineConfig, base: str, destination: Path
-) -> None:
-    """Write a directory that Pipeline and load_transformer read: `weights` in float16 as the transformer, and
-    the VAE and the text encoder of `base`."""
-    destination.mkdir(parents=True, exist_ok=True)
-    for path in source_directory(base).iterdir():
-        if path.is_file() and not path.name.startswith("transformer"):
-            shutil.copyfile(path, destination / path.name)
-    write_config(destination, engine)
-    halves = {name: value.detach().half().contiguous() for name, value in weights.items()}
-    save_weights(destination / "transformer.safetensors", halves)
+def _prompts(config: TrainConfig, encode: Encode) -> Prompts:
+    if config.data == "toy":
+        return ToyPrompts(encode)
+    return FilePrompts(read_prompts(Path(config.data)), encode)
+
+
+def _clips(config: TrainConfig, encode: Encode, device: torch.device) -> Clips:
+    path = Path(config.data)
+    if path.is_dir():
+        negative = _negative_states(config, encode)
+        return LatentClips(path, config.clip_frames, _latent_size(config), encode, negative)
+    if not path.is_file():
+        raise ValueError(
+            f"the clips {path} do not exist; give the toy world's file, which `python -m "
+            "rfengine.training.tiny_model --stage videos` makes, or a directory of latents"
+        )
+    return ToyClips(load_dataset(path), config.clip_frames, config.engine.cache.chunk_frames)
+
+
+def _trajectories(config: TrainConfig, encode: Encode, device: torch.device, ranks: Ranks) -> Trajectories:
+    """Those of the file config.data, which the first rank makes where it is absent."""
+    path, engine = Path(config.data), config.engine
+    if not path.exists() and engine.text.tokenizer != "bytes":
+        raise ValueError(
+            f"the trajectories {path} do not exist, and only those of the toy world are made here; write the "
+            "file with trajectories.make_trajectories"
+        )
+    if not path.exists() and ranks.rank == 0:
+        own = seeded(torch.device("cpu"), config.seed, "trajectories")
+        teacher = load_transformer(
+            config.teacher, config.teacher_model or engine.model, training_ops(device), device
+        )
+        channels, *sides = _latent_size(config)
+        prompts, negative = _prompts(replace(config, data="toy"), encode), _negative_states(config, encode)
+
+        def draw(count: int) -> tuple[Tensor, Tensor]:
+            _, states = prompts.draw(count, own)
+            return torch.randn(count, channels, config.clip_frames, *sides, generator=own), states
+
+        def follow(noise: Tensor, states: Tensor) -> Tensor:
+            with casting(device, config):
+                return follow_flow(
+                    teacher,
+                    engine.schedule,
+                    noise.to(device),
+                    states.to(device),
+                    negative.to(device),
+                    config.distillation.guidance,
+                )
+
+        make_trajectories(path, _TRAJECTORIES, draw, follow, engine.schedule, config.batch)
+    ranks.meet()
+    return TrajectoryFile(path, engine)
+
+
+def _latent_size(config: TrainConfig) -> tuple[int, int, int]:
+    """Channels, height and width of the latents."""
+    grid = LatentGrid.of(config.engine)
+    return config.engine.model.in_dim, grid.latent_height, grid.latent_width
+
+
+def _negative_states(config: TrainConfig, encode: Encode) -> Tensor:
+    if config.negative_prompt:
+        return encode([config.negative_prompt])
+    return negative_states(config.engine.model.text_len, config.engine.model.text_dim)
+
+
+def build_reward(config: TrainConfig, device: torch.device) -> WeightedSum:
+    """What the student's samples are weighted by: motion, as the toy world, the flow or a VideoReward has it.
+
+    The other scores are computed as well, and logged for a RewardGuard (see held_out_score).
+    """
+    if config.reward == "toy":
+        return WeightedSum({"toy": ToyReward()}, {"toy.motion": 1.0})
+    if config.reward == "flow":
+        return WeightedSum({"flow": MotionReward(fps=config.engine.fps)}, {"flow.motion": 1.0})
+    directory = Path(config.reward)
+    if not directory.is_dir():
+        raise ValueError(f"the reward {config.reward} is no directory; give 'toy', 'flow' or a VideoReward")
+    video = VideoReward(directory, device, fps=config.engine.fps)
+    return WeightedSum({"video": video}, {"video.motion_quality": 1.0})
+
+
+def held_out_score(config: TrainConfig) -> str:
+    """The figure that must not fall while the reward rises; "" where the reward has no second score."""
+    return {"toy": "toy.agreement", "flow": ""}.get(config.reward, "video.text_alignment")

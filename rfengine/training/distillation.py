@@ -18,6 +18,7 @@ from rfengine.config import EngineConfig
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.schedule import add_noise
+from rfengine.training.memory_savers import on_device
 from rfengine.training.re_dmd import (
     critic_loss,
     distribution_loss,
@@ -51,7 +52,8 @@ class PromptBatch:
 
 @dataclass(frozen=True, slots=True)
 class DistillationModels:
-    """student: causal, with DifferentiableOps; teacher: frozen; critic: trained beside the student.
+    """student: causal, with DifferentiableOps; teacher: frozen, on the student's device or on the CPU, from
+    where it comes for each use; critic: trained beside the student.
 
     negative_states: [1, L, D], the text that guidance leads away from. vae is frozen and only decodes for a
     reward, and re-encodes the frame before a late window.
@@ -174,7 +176,7 @@ class Distillation:
         def noise(chunk: int, step: int) -> Tensor:
             return torch.randn(shape, generator=own, device=student.device)
 
-        with self._casting(student):
+        with self._casting():
             text = student.text_keys_values(prompts.states)
             return self_forced_rollout(student, engine, text, noise, plan, self.rollout)
 
@@ -207,14 +209,15 @@ class Distillation:
         def predicted(model: WanDiT, text: Tensor) -> Tensor:
             return x0_from_flow(x_t, self._flow(model, x_t, sigma, text), sigma)
 
-        teacher = predicted(models.teacher, states)
-        if self.config.guidance:
-            unconditional = predicted(models.teacher, models.negative_states.expand(len(states), -1, -1))
-            teacher = guided(teacher, unconditional, self.config.guidance)
+        with on_device(models.teacher, clip.device):
+            teacher = predicted(models.teacher, states)
+            if self.config.guidance:
+                unconditional = predicted(models.teacher, models.negative_states.expand(len(states), -1, -1))
+                teacher = guided(teacher, unconditional, self.config.guidance)
         return dmd_gradient(clip, predicted(models.critic, states), teacher)
 
     def _flow(self, model: WanDiT, x_t: Tensor, sigma: Tensor, states: Tensor) -> Tensor:
-        with self._casting(model):
+        with self._casting():
             return model.forward_clip(x_t, self.engine.schedule.num_train_timesteps * sigma, states)
 
     def _reward(
@@ -232,7 +235,7 @@ class Distillation:
         weights = reward_weights(scores, prompts.groups, self.config.beta, self.config.reward_limit)
         return frames, scores, weights
 
-    def _casting(self, model: WanDiT) -> AbstractContextManager:
+    def _casting(self) -> AbstractContextManager:
         if self._autocast is None:
             return nullcontext()
-        return torch.autocast(model.device.type, self._autocast)
+        return torch.autocast(self.models.student.device.type, self._autocast)

@@ -1,17 +1,32 @@
-"""Data parallelism over processes of one machine: one thread each is faster on a few cores than threads in
-one."""
+"""Data parallelism over processes, from outside the model: replicated, or sharded by FSDP2.
+
+torchrun starts the processes, or run_workers on one machine: one thread each is faster on a few cores than
+threads in one.
+"""
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
+
+from rfengine.models.dit import WanDiT
 
 
 def run_workers(function: Callable[..., None], workers: int, *arguments: Any) -> None:
@@ -58,19 +73,27 @@ class Ranks:
         self.rank = distributed.get_rank() if grouped else 0
         self.count = distributed.get_world_size() if grouped else 1
 
+    def passes(self, accumulation: int) -> range:
+        """The passes of a step, counted over all ranks, that this rank makes. Raises ValueError for a count
+        that the ranks cannot share out evenly."""
+        if accumulation % self.count:
+            raise ValueError(
+                f"accumulation is {accumulation} for {self.count} ranks; give a multiple of the ranks, or "
+                "use fewer"
+            )
+        return range(self.rank, accumulation, self.count)
+
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace replicated gradients by their mean over the ranks; sharded ones are averaged already."""
         average_over_workers(value.grad for value in parameters if not isinstance(value.grad, DTensor))
 
     def mean(self, value: float) -> float:
         """The mean of a number over the ranks."""
-        tensor = torch.tensor(value, dtype=torch.float64)
+        if self.count == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=_group_device())
         average_over_workers([tensor])
         return float(tensor)
-
-    def full(self, value: Tensor) -> float:
-        """A norm as a number, of all shards together."""
-        return float(value.full_tensor() if isinstance(value, DTensor) else value)
 
     def agreed(self, reason: str) -> str:
         """The first rank's reason that is not empty, on every rank: all stop after the same step."""
@@ -79,3 +102,74 @@ class Ranks:
         reasons: list[str] = [""] * self.count
         distributed.all_gather_object(reasons, reason)
         return next(filter(None, reasons), "")
+
+    def meet(self) -> None:
+        """Wait until every rank is here."""
+        if self.count > 1:
+            distributed.barrier()
+
+
+def full(value: Tensor) -> float:
+    """A norm as a number, of all shards together."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
+def full_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of shards, on every rank, which all have to call it; whole ones as they are."""
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in values.items()
+    }
+
+
+@contextmanager
+def ranks_from_environment(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+    """The ranks that torchrun started, and this one's device; one rank on `device` where it did not.
+
+    NCCL joins CUDA devices, one for each rank of a machine, and gloo the CPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(), device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        distributed.init_process_group("nccl", device_id=device)
+    else:
+        distributed.init_process_group("gloo")
+    try:
+        yield Ranks(), device
+    finally:
+        distributed.destroy_process_group()
+
+
+def shard(
+    model: WanDiT, device_type: str, compute_dtype: torch.dtype | None = None, offload: bool = False
+) -> None:
+    """Give every rank a share of each parameter on its device, gathered when a block runs (FSDP2); in place.
+
+    compute_dtype: what gathered weights are cast to; gradients are reduced in float32. offload: shares stay
+    on the CPU until they are gathered. A model on the CPU goes to its device block by block.
+
+    The products of a block are gathered in three groups, each of which always runs whole: a context pass ends
+    with the keys and values of the last block, and those of the text run once for a prompt. What other
+    methods of the model read, the modulation tables and the norms, goes with the root.
+    """
+    mesh = init_device_mesh(device_type, (distributed.get_world_size(),))
+    offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy()
+    if compute_dtype is not None:
+        policy = MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    for block in model.blocks:
+        attention, text = block.self_attn, block.cross_attn
+        products = [attention.q, attention.o, text.q, text.o, block.ffn[0], block.ffn[2]]
+        for group in (products, [attention.k, attention.v], [text.k, text.v]):
+            fully_shard(group, mesh=mesh, mp_policy=policy, offload_policy=offloading)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offloading, reshard_after_forward=False)
+    for method in ("forward_chunk", "context_pass", "forward_clip", "text_keys_values", "modulation"):
+        register_fsdp_forward_method(model, method)
+
+
+def _group_device() -> torch.device:
+    return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rfengine.config import PRESETS, EngineConfig
 from rfengine.training.distillation import DistillationConfig
 from rfengine.training.rollout import RolloutConfig
 from rfengine.training.train_config import AdamConfig, TrainConfig
 
 _TOY_FRAMES = 9  # latent frames of the toy teacher's clips: three chunks, 33 pixel frames from the start
+_TOY_TEACHER = "runs/toy_study/teacher"
+# What Wan2.1 leads away from: loud colours, overexposure, stillness, blur, subtitles, artefacts, deformed
+# hands and faces, crowds, walking backwards (spec 7.2).
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
 
 
 def toy_teacher(engine: EngineConfig | None = None, data: str = "runs/toy_study/clips.pt") -> TrainConfig:
@@ -28,7 +38,26 @@ def toy_teacher(engine: EngineConfig | None = None, data: str = "runs/toy_study/
     )
 
 
-def toy_dmd(engine: EngineConfig | None = None, teacher: str = "runs/toy_study/teacher") -> TrainConfig:
+def toy_ode_init(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> TrainConfig:
+    """The toy student's first weights: the ends of the teacher's trajectories from each of its own steps."""
+    return TrainConfig(
+        name="toy_ode_init",
+        stage="ode-init",
+        engine=engine or PRESETS["tiny"],
+        steps=600,
+        batch=16,
+        optimizer=AdamConfig(5e-4, betas=(0.9, 0.98), clip=1.0, warm_up=50, fall=0.5),
+        data="runs/toy_ode_init/trajectories.safetensors",
+        clip_frames=_TOY_FRAMES,
+        student="tiny",
+        teacher=teacher,
+        distillation=DistillationConfig(clip_frames=_TOY_FRAMES, guidance=1.0),
+        average_decay=0.99,
+        precision="bfloat16",
+    )
+
+
+def toy_dmd(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> TrainConfig:
     """The toy student by plain DMD: rollouts of three to six chunks, so that up to three leave the window."""
     adam = AdamConfig(2e-4, clip=1.0, warm_up=5)
     return TrainConfig(
@@ -50,4 +79,82 @@ def toy_dmd(engine: EngineConfig | None = None, teacher: str = "runs/toy_study/t
         average_start=200,
         precision="bfloat16",
         save_every=50,
+    )
+
+
+def toy_re_dmd(
+    engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER, beta: float = 0.5
+) -> TrainConfig:
+    """toy_dmd with the world's exact motion reward at temperature `beta`, and nothing else changed."""
+    plain = toy_dmd(engine, teacher)
+    return replace(
+        plain, name="toy_re_dmd", stage="re-dmd", distillation=replace(plain.distillation, beta=beta)
+    )
+
+
+def toy_re_dmd_no_eviction(
+    engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER, beta: float = 0.5
+) -> TrainConfig:
+    """toy_re_dmd with rollouts of three chunks, which just fill the window: nothing is ever averaged into the
+    sink, as in the published training."""
+    evicting = toy_re_dmd(engine, teacher, beta)
+    return replace(evicting, name="toy_re_dmd_no_eviction", rollout=RolloutConfig(3, 3, 3))
+
+
+def wan_1_3b_reward_forcing(
+    student: str = "checkpoints/ode_init",
+    teacher: str = "checkpoints/wan-14b",
+    critic: str = "checkpoints/wan-1.3b",
+    reward: str = "checkpoints/videoreward",
+    data: str = "prompts.txt",
+) -> TrainConfig:
+    """Reward Forcing of the 1.3B model as the paper means it: teacher 14B, critic 1.3B (spec 7.1, 7.2).
+
+    As published: rates, betas, decay and clips of both optimizers, guidance 3, 600 critic updates with one of
+    the student to every five, a global batch of 64, moving average 0.99 from update 200 on, 21 frames in 7
+    chunks, one exit step for all, noise levels from 0.02 to 0.98. Otherwise (spec 7.3 to 7.7):
+
+    - passes are accumulated, clipped and stepped once; the released loop steps the critic nine times in eight
+      passes on a growing gradient, and the student twice on one;
+    - 600 updates end in a checkpoint; the released settings never save one;
+    - chunks leave the window of nine frames and are averaged into the sink in training too; the released
+      training cache never evicts;
+    - the context pass sees the clean chunk at t = 0; the released one adds noise of 0.005;
+    - one shift of 5 for every model; the released critic and teacher convert by a shift of 8;
+    - the reward's weight is exp(r / beta) with beta 0.5 for every sample, divided by its prompt's mean over
+      a group of two; the released one is exp(2 r) of the first sample, rounded to bfloat16, for all;
+    - the reward sees values from 0 to 1 at two frames a second; the released one all frames from -1 to 1;
+    - a gradient that is not finite stops the run; the released code sets it to zero;
+    - keys and values of earlier chunks carry no gradient; in the released code some of it leaks;
+    - the text projections learn with and without activation checkpointing; the released ones only with it.
+    """
+    return TrainConfig(
+        name="wan_1_3b_reward_forcing",
+        stage="re-dmd",
+        engine=PRESETS["wan-1.3b"],
+        steps=600,
+        batch=4,
+        group=4,
+        accumulation=16,
+        optimizer=AdamConfig(2e-6),
+        critic_optimizer=AdamConfig(4e-7),
+        data=data,
+        clip_frames=21,
+        student=student,
+        teacher=teacher,
+        critic=critic,
+        base=critic,
+        reward=reward,
+        negative_prompt=WAN_NEGATIVE_PROMPT,
+        teacher_model=PRESETS["wan-14b"].model,
+        critic_model=PRESETS["wan-1.3b"].model,
+        distillation=DistillationConfig(clip_frames=21, guidance=3.0, beta=0.5),
+        rollout=RolloutConfig(7, 7, 7, checkpointing=True),
+        average_decay=0.99,
+        average_start=200,
+        precision="bfloat16",
+        parallel="sharded",
+        checkpointing=True,
+        save_every=50,
+        sample_every=50,
     )

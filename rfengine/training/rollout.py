@@ -106,7 +106,7 @@ def self_forced_rollout(
     schedule = FlowSchedule(config.schedule)
     batch = text.keys.shape[1]
     cache = StreamingKVCache(
-        config.model, config.cache, LatentGrid.of(config), batch, model.dtype, model.device, model.ops
+        config.model, config.cache, LatentGrid.of(config), batch, _arithmetic(model), model.device, model.ops
     )
     carried = _CarriedKeys(cache) if rollout.carry_key_gradients else None
     first_gradient = max(0, plan.chunks - rollout.gradient_chunks)
@@ -129,6 +129,12 @@ def self_forced_rollout(
         cache.commit(place)
         chunks.append(x0)
     return Rollout(torch.cat(chunks, dim=2), first_gradient * config.cache.chunk_frames)
+
+
+def _arithmetic(model: WanDiT) -> torch.dtype:
+    """The dtype of keys and values as the model computes them."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
 def _modulation(model: WanDiT, timestep: float) -> Modulation:
@@ -262,17 +268,23 @@ def roll_out(
     """
     grid = LatentGrid.of(config)
     schedule = FlowSchedule(config.schedule)
-    cache = StreamingKVCache(config.model, config.cache, grid, len(text_states), model.dtype)
+    cache = StreamingKVCache(
+        config.model, config.cache, grid, len(text_states), model.dtype, model.device, model.ops
+    )
     text = model.text_keys_values(text_states)
     generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> Tensor:
+        return torch.randn(len(text_states), *size, generator=generator).to(model.device)
+
     size = (config.model.in_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width)
     steps = len(schedule.denoising_timesteps)
     for _ in range(chunks):
         place = cache.plan_chunk()
         cache.begin_chunk(place)
-        latents = torch.randn(len(text_states), *size, generator=generator)
+        latents = draw()
         for step in range(steps):
-            fresh = None if step + 1 == steps else torch.randn(latents.shape, generator=generator)
+            fresh = None if step + 1 == steps else draw()
             latents = _denoise(model, cache, place, text, schedule, latents, step, fresh)
         context = _modulation(model, schedule.context_timestep)
         model.context_pass(latents, context, text, cache, place)

@@ -1,8 +1,9 @@
 """What one step of each stage of training does: draw, accumulate, average over ranks, clip, update, average
 weights.
 
-Every draw is keyed by (seed, step, pass, rank), so a run that stops and resumes goes on as if it had not
-stopped.
+Every draw is keyed by (seed, step, pass), the passes of a step being counted over all ranks. So a run that
+stops and resumes goes on as if it had not stopped, and any number of ranks that shares out the passes evenly
+makes the same steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule, add_noise, shifted
 from rfengine.training.distillation import Distillation, PromptBatch, StudentLoss
-from rfengine.training.parallel import Ranks
+from rfengine.training.parallel import Ranks, full
 from rfengine.training.stage_run import WeightAverage
 from rfengine.training.train_config import AdamConfig, TrainConfig
 
@@ -84,24 +85,24 @@ class _Learner:
         ranks: Ranks,
     ) -> None:
         self.name, self.model, self.config, self.ranks = name, model, config, ranks
-        self.updates, self.accumulation = updates, accumulation
+        self.updates, self.passes = updates, ranks.passes(accumulation)
         self.optimizer = build_optimizer(model, config)
 
     def learn(self, update: int, loss_of: Callable[[int], Tensor]) -> Figures:
-        """Accumulate `loss_of(pass)`, average over the ranks, clip, step once. Returns loss and gradient
-        norm.
+        """Accumulate `loss_of(pass)` over this rank's passes, average over the ranks, clip, step once.
+        Returns loss and gradient norm.
 
         Raises RuntimeError when either is not finite, before anything is changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for index in range(self.accumulation):
-            loss = loss_of(index) / self.accumulation
+        for index in self.passes:
+            loss = loss_of(index) / len(self.passes)
             loss.backward()
             total += float(loss.detach())
         parameters = [value for value in self.model.parameters() if value.grad is not None]
         self.ranks.average_gradients(parameters)
-        norm = self.ranks.full(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip))
+        norm = full(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip))
         total = self.ranks.mean(total)
         if not torch.isfinite(torch.tensor((total, norm))).all():
             raise RuntimeError(
@@ -158,17 +159,17 @@ class DistillationStage:
     def _batch(
         self, purpose: str, step: int, index: int
     ) -> tuple[PromptBatch, torch.Generator, torch.Generator]:
-        """Prompts of this rank, the generator that all ranks share and this rank's own."""
+        """Prompts of one pass, the generator that all passes of a step share and the pass's own."""
         config, device = self.config, self.distillation.models.student.device
-        own = seeded(device, config.seed, purpose, step, index, self.ranks.rank)
+        own = seeded(device, config.seed, purpose, step, index)
         texts, states = self.prompts.draw(
             config.batch // config.group,
-            seeded(torch.device("cpu"), config.seed, purpose, "prompts", step, index, self.ranks.rank),
+            seeded(torch.device("cpu"), config.seed, purpose, "prompts", step, index),
         )
         groups = torch.arange(len(texts), device=device).repeat_interleave(config.group)
         repeated = tuple(text for text in texts for _ in range(config.group))
         batch = PromptBatch(repeated, states.to(device).repeat_interleave(config.group, 0), groups)
-        return batch, seeded(torch.device("cpu"), config.seed, purpose, "plan", step, index), own
+        return batch, seeded(torch.device("cpu"), config.seed, purpose, "plan", step), own
 
     def _critic_loss(self, step: int, index: int) -> Tensor:
         return self.distillation.critic_loss(*self._batch("critic", step, index))
@@ -182,7 +183,7 @@ class DistillationStage:
         if self._watch is not None:
             figures |= self._watch(result, batch)
         for name, value in figures.items():
-            watched[name] = watched.get(name, 0.0) + value / self.config.accumulation
+            watched[name] = watched.get(name, 0.0) + value / len(self._student.passes)
         return result
 
 
@@ -202,7 +203,7 @@ class TeacherStage:
 
     def _loss(self, step: int, index: int) -> Tensor:
         config, device = self.config, self.model.device
-        own = seeded(torch.device("cpu"), config.seed, "teacher", step, index, self.ranks.rank)
+        own = seeded(torch.device("cpu"), config.seed, "teacher", step, index)
         clean, states = (part.to(device) for part in self.clips.draw(config.batch, own))
         uniform = torch.rand(config.batch, generator=own)
         sigma = shifted(uniform, config.engine.schedule.shift).to(device)
@@ -236,7 +237,7 @@ class TrajectoryStage:
 
     def _loss(self, step: int, index: int) -> Tensor:
         config, device = self.config, self.model.device
-        own = seeded(torch.device("cpu"), config.seed, "ode-init", step, index, self.ranks.rank)
+        own = seeded(torch.device("cpu"), config.seed, "ode-init", step, index)
         states, texts = (part.to(device) for part in self.trajectories.draw(config.batch, own))
         size, steps = config.engine.cache.chunk_frames, len(self._schedule.denoising_timesteps)
         chunks = states.shape[3] // size

@@ -46,12 +46,18 @@ class TrainConfig:
     """One stage of training.
 
     steps: optimizer steps of the model; of the critic in dmd and re-dmd, where the student takes one step for
-    every critic_updates of them. batch: samples of one rank in one pass, `group` of each prompt;
-    accumulation: passes before a step. average_decay, average_start: the moving average of the trained
-    weights, which is what the training gives, and the step from which it averages. student, teacher, critic:
-    checkpoint directories or "tiny" to start from; "" for fresh weights. data: what the stage reads (see
-    recipes.py). lora_rank: train adapters of that rank in place of the weights. parallel: every rank holds
-    all ("replicated") or a share ("sharded", FSDP). keep: finished checkpoints that stay on disk.
+    every critic_updates of them. batch: samples of one pass, `group` of each prompt. accumulation: passes of
+    a step, which the ranks share out, so that a training is the same on one rank and on many. average_decay,
+    average_start: the moving average of the trained weights, which is what the training gives, and the step
+    from which it averages. student, teacher, critic: checkpoint directories or "tiny" to start from; "" for
+    fresh weights. base: the checkpoint directory whose VAE, text encoder and tokenizer are used. data: what
+    the stage reads: "toy" or a prompt file; for the teacher the toy world's clips or a directory of latents
+    (training_data.py); for ode-init the file of trajectories, made where it is absent. reward: "toy", "flow"
+    (MotionReward) or the directory of a VideoReward. negative_prompt: what guidance leads away from; "" are
+    states of zeros. lora_rank: train adapters of that rank in place of the weights. parallel: every rank
+    holds all ("replicated") or a share ("sharded", FSDP). offload_teacher: it lies on the CPU between its
+    uses. checkpointing: blocks over whole clips are computed once more in backward (RolloutConfig has its
+    own). keep: finished checkpoints that stay on disk.
     """
 
     name: str
@@ -65,6 +71,9 @@ class TrainConfig:
     student: str = ""
     teacher: str = ""
     critic: str = ""
+    base: str = "tiny"
+    reward: str = "toy"
+    negative_prompt: str = ""
     teacher_model: WanConfig | None = None
     critic_model: WanConfig | None = None
     critic_optimizer: AdamConfig | None = None
@@ -79,6 +88,7 @@ class TrainConfig:
     lora_rank: int | None = None
     parallel: Parallelism = "replicated"
     offload_teacher: bool = False
+    checkpointing: bool = False
     save_every: int = 100
     sample_every: int = 0
     keep: int = 2
@@ -109,4 +119,8 @@ class TrainConfig:
         if self.stage == "re-dmd" and self.group < 2:
             raise ValueError(
                 f"group is {self.group}; the normaliser of the reward needs at least 2 samples of a prompt"
+            )
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(
+                f"lora_rank is {self.lora_rank}; use at least 1, or None to train the weights themselves"
             )

@@ -79,11 +79,18 @@ class CheckpointDirectory:
         self.identity = {"format": _FORMAT, **json.loads(json.dumps(identity))}
         self.keep = keep
         self._saving: tuple[Future, Path] | None = None
+        # ranks talk while they save, beside the training: in a group of their own, or the two would mix
+        self._group = distributed.new_group(backend="gloo") if distributed.is_initialized() else None
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
         found = sorted(path for path in self.path.glob("step_*") if _NAME.fullmatch(path.name))
         return found[-1] if found else None
+
+    def latest_step(self) -> int:
+        """The step of the newest complete checkpoint; 0 where there is none."""
+        newest = self.latest()
+        return 0 if newest is None else int(_NAME.fullmatch(newest.name)[1])
 
     def save(self, state: TrainState, wait: bool = False) -> None:
         """Begin to save; the one before is finished first. With `wait` it is complete on return.
@@ -100,7 +107,9 @@ class CheckpointDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         _meet()
         alone = not distributed.is_initialized()
-        saving = checkpoint.async_save(state.tensors(), checkpoint_id=partial, no_dist=alone)
+        saving = checkpoint.async_save(
+            state.tensors(), checkpoint_id=partial, no_dist=alone, process_group=self._group
+        )
         self._saving = (saving, final)
         if wait:
             self.finish()

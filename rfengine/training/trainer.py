@@ -19,14 +19,15 @@ from rfengine.training.train_config import TrainConfig
 from rfengine.training.train_state import CheckpointDirectory, TrainState
 
 logger = logging.getLogger(__name__)
-_MAY_DIFFER = ("steps", "save_every", "sample_every", "keep", "parallel", "offload_teacher")
+_MAY_DIFFER = ("steps", "save_every", "sample_every", "keep", "parallel", "offload_teacher", "checkpointing")
 
 
 class Trainer:
     """One training in one directory: `log.jsonl`, `tensorboard/`, `samples/` and `checkpoints/`.
 
-    sample(step, directory) writes videos of the moving average, in rank 0. on_step(step, figures) sees what
-    was logged; when it returns a sentence the run is saved and stops with it (a reward guard does that).
+    sample(step, directory) writes videos of the moving average; every rank calls it, since each may hold a
+    share of the weights. on_step(step, figures) sees what was logged; when it returns a sentence the run is
+    saved and stops with it (a reward guard does that).
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class Trainer:
         on_step: Callable[[int, Figures], str | None] | None = None,
     ) -> None:
         self.config, self.stage, self.directory, self.ranks = config, stage, directory, ranks
-        self._sample, self._on_step = sample, on_step
+        self._sample, self.on_step = sample, on_step
         self.state = TrainState(stage.models, stage.optimizers, stage.averages)
         identity = {name: value for name, value in to_dict(config).items() if name not in _MAY_DIFFER}
         self.checkpoints = CheckpointDirectory(directory, identity, config.keep)
         self._stop = ""
+        self.interrupted = False  # by a signal, once run() has returned
 
     def run(self) -> str:
         """Train to the configured step, from the newest checkpoint where there is one.
@@ -66,12 +68,12 @@ class Trainer:
         self.state.step += 1
         step = self.state.step
         log.write(step, figures | {"seconds": time.perf_counter() - started})
-        told = self._on_step(step, figures) if self._on_step is not None else None
+        told = self.on_step(step, figures) if self.on_step is not None else None
         self._stop = self.ranks.agreed(told or self._stop)
         if step % self.config.save_every == 0 and step < self.config.steps:
             self.checkpoints.save(self.state)
         every = self.config.sample_every
-        if self._sample is not None and every and step % every == 0 and self.ranks.rank == 0:
+        if self._sample is not None and every and step % every == 0:
             self._sample(step, self.directory / "samples")
 
     @contextmanager
@@ -79,6 +81,7 @@ class Trainer:
         """SIGTERM and SIGINT end the run after the step that is being made."""
 
         def stop(number: int, _: FrameType | None) -> None:
+            self.interrupted = True
             self._stop = f"stopped by {signal.Signals(number).name}; resume to go on"
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -60,8 +60,8 @@ class VideoReward:
     directory: a VideoAlign checkpoint with model_config.json, checkpoint-N/ and prompt.txt, which the user
     puts there (it is data of VideoAlign, and verified by its sha256). fps: of the videos that are scored.
     base: directory of Qwen2-VL-2B-Instruct, `base` in the checkpoint's unless given: config.json,
-    tokenizer.json, and its weights where the checkpoint has only the adapter. Raises ValueError, in one sentence, for files that are absent
-    or do not fit each other.
+    tokenizer.json, and its weights where the checkpoint has only the adapter. Raises ValueError, in one
+    sentence, for files that are absent or do not fit each other.
     """
 
     def __init__(

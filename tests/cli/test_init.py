@@ -22,6 +22,15 @@ OPTIONS = {
         "merged_pass", "autotune", "compare", "threads", "device", "json", "plot",
     ],
     "export-vae": ["directory", "height", "width", "latents", "precision", "onnx_only", "force"],
+    "eval": [
+        "paths", "out", "captions", "baseline", "first_chunk_frames", "chunk_frames", "flow_pairs", "plots",
+        "vbench",
+    ],
+    "train": [
+        "recipe", "directory", "resume", "device", "plan", "steps", "batch", "accumulation", "data",
+        "student", "teacher", "critic", "base", "reward", "guard", "beta", "lora_rank", "parallel",
+        "offload_teacher", "save_every", "sample_every", "seed",
+    ],
 }  # fmt: skip
 
 

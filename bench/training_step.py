@@ -1,0 +1,163 @@
+"""Time of a training step, against the floor that its FLOPs set and by what it is spent on.
+
+    python bench/training_step.py --recipe toy_re_dmd --batch 16 --cycles 3
+
+The floor is the plan's FLOPs (rfengine/training/resources.py) at the rate of the fastest matrix product that
+is measured on the same device, threads and precision. A cycle is critic_updates steps, so that every kind of
+update is in it; the first is not counted. "model" is time inside the transformers' forward passes and
+backward, "VAE" inside its decoder, "rest" all else: draws, scores, optimizers, averages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+
+import torch
+from command_line import parse_options
+from typing_extensions import Doc
+
+from rfengine.cli.train import TrainOptions, train_config
+from rfengine.models.dit import WanDiT
+from rfengine.models.vae import WanVAE
+from rfengine.training.build import build_stage
+from rfengine.training.parallel import Ranks
+from rfengine.training.resources import plan_resources
+from rfengine.training.train_config import TrainConfig
+
+_PASSES = ("forward_chunk", "context_pass", "forward_clip", "text_keys_values", "modulation")
+_SIDE = 2048  # of the matrices whose product gives the rate
+_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time of a training step, its floor, and what it is spent on."""
+
+    recipe: Annotated[str, Doc("As for rfengine train.")] = "toy_re_dmd"
+    batch: Annotated[int | None, Doc("Samples of one pass; the recipe's where nothing is given.")] = None
+    teacher: Annotated[str, Doc("A checkpoint directory; it starts the critic as well.")] = "tiny"
+    cycles: Annotated[int, Doc("How many cycles of critic_updates steps are timed.")] = 3
+    device: Annotated[str, Doc("cpu, cuda or cuda:N.")] = "cpu"
+    threads: Annotated[int, Doc("Of torch, on the CPU.")] = 1
+
+
+class Clock:
+    """Seconds by name, of the outermost of the timed calls."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device, self._inside = device, False
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        if self._inside:
+            yield
+            return
+        self._inside, started = True, self.now()
+        try:
+            yield
+        finally:
+            self._inside = False
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
+
+    def now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def watch(self, owner: type, method: str, name: str) -> Callable[..., Any]:
+        """Time every call of a method; returns what was there before."""
+        plain = getattr(owner, method)
+
+        @wraps(plain)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            with self.timing(name):
+                return plain(*arguments, **options)
+
+        setattr(owner, method, timed)
+        return plain
+
+
+@contextmanager
+def watched(clock: Clock) -> Iterator[None]:
+    places = [(WanDiT, method, "model") for method in _PASSES]
+    places += [(torch.Tensor, "backward", "model"), (WanVAE, "decode", "VAE")]
+    before = [(owner, method, clock.watch(owner, method, name)) for owner, method, name in places]
+    try:
+        yield
+    finally:
+        for owner, method, plain in before:
+            setattr(owner, method, plain)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of several products of square matrices."""
+    a, b = (torch.randn(_SIDE, _SIDE, device=device, dtype=dtype) for _ in range(2))
+    clock, best = Clock(device), float("inf")
+    for _ in range(_TRIES):
+        started = clock.now()
+        torch.mm(a, b)
+        best = min(best, clock.now() - started)
+    return 2 * _SIDE**3 / best
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """The report as JSON values."""
+    torch.set_num_threads(options.threads)
+    device, config = torch.device(options.device), _config(options)
+    stage = build_stage(config, device, Ranks())
+    cycle = config.critic_updates if config.stage in ("dmd", "re-dmd") else 1
+    for step in range(cycle):
+        stage.update(step)
+    clock = Clock(device)
+    started, steps = clock.now(), cycle * options.cycles
+    with watched(clock):
+        for step in range(cycle, cycle + steps):
+            stage.update(step)
+    seconds = (clock.now() - started) / steps
+    parts = {name: spent / steps for name, spent in clock.seconds.items()}
+    rest = seconds - sum(parts.values())
+    flops = plan_resources(config, 1, device.type).step_flops
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    rate = product_rate(device, dtype)
+    return {
+        "recipe": config.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": options.threads,
+        "batch": config.batch,
+        "steps": steps,
+        "seconds_per_step": round(seconds, 4),
+        "gflop_per_step": round(flops / 1e9, 2),
+        "gflop_per_s_of_a_product": round(rate / 1e9, 1),
+        "floor_seconds": round(flops / rate, 4),
+        "times_the_floor": round(seconds * rate / flops, 2),
+        "parts": {name: round(spent, 4) for name, spent in (parts | {"rest": rest}).items()},
+        "outside_forward_and_backward": round(rest / seconds, 4),
+    }
+
+
+def _config(options: Options) -> TrainConfig:
+    config = train_config(TrainOptions(recipe=options.recipe, batch=options.batch))
+    return replace(config, teacher=options.teacher, critic=options.teacher, average_start=0)
+
+
+def main() -> None:
+    try:
+        report = measure(parse_options(Options))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"training_step: {error}")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""`rfengine train`: one recipe in one directory, alone or on the ranks of torchrun."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from tyro.conf import Positional
+
+from rfengine.cli.terminal import find_device
+from rfengine.training import recipes
+from rfengine.training.parallel import Ranks, ranks_from_environment
+from rfengine.training.train_config import Parallelism, TrainConfig
+
+if TYPE_CHECKING:
+    from rfengine.training.reward import RewardGuard
+    from rfengine.training.trainer import Trainer
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "toy_teacher": recipes.toy_teacher,
+    "toy_ode_init": recipes.toy_ode_init,
+    "toy_dmd": recipes.toy_dmd,
+    "toy_re_dmd": recipes.toy_re_dmd,
+    "toy_re_dmd_no_eviction": recipes.toy_re_dmd_no_eviction,
+    "wan_1_3b_reward_forcing": recipes.wan_1_3b_reward_forcing,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train by a recipe. Under torchrun every rank runs the same command."""
+
+    recipe: Positional[str]
+    """toy_teacher, toy_ode_init, toy_dmd, toy_re_dmd, toy_re_dmd_no_eviction or wan_1_3b_reward_forcing."""
+    directory: Path | None = None
+    """Where log, samples, checkpoints and the result go; runs/RECIPE where nothing is given."""
+    resume: Path | None = None
+    """The directory of a run that stopped, to go on with it."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; cuda where there is one."""
+    plan: bool = False
+    """Print the plan of memory and work, and stop."""
+    steps: int | None = None
+    """Optimizer steps; of the critic where there is one."""
+    batch: int | None = None
+    """Samples of one pass."""
+    accumulation: int | None = None
+    """Passes of a step, which the ranks share out."""
+    data: str | None = None
+    """What the recipe reads: a prompt file, or clips of the teacher stage."""
+    student: str | None = None
+    """The checkpoint directory that the trained model starts from."""
+    teacher: str | None = None
+    """The teacher's checkpoint directory."""
+    critic: str | None = None
+    """The checkpoint directory that the critic starts from."""
+    base: str | None = None
+    """The checkpoint directory that gives VAE, text encoder and tokenizer."""
+    reward: str | None = None
+    """toy, flow (optical flow), or the directory of a reward model."""
+    guard: Literal["warn", "stop"] = "warn"
+    """What to do when the reward rises while a held-out score falls or the teacher gets further away."""
+    beta: float | None = None
+    """Temperature of the reward."""
+    lora_rank: int | None = None
+    """Train adapters of this rank in place of the weights."""
+    parallel: Parallelism | None = None
+    """replicated: every rank holds all; sharded: a share."""
+    offload_teacher: bool | None = None
+    """Keep the teacher on the CPU between its uses."""
+    save_every: int | None = None
+    """Steps between two checkpoints."""
+    sample_every: int | None = None
+    """Steps between two sets of sample videos; 0 for none."""
+    seed: int | None = None
+    """The same seed and recipe make the same training."""
+
+
+def run(options: TrainOptions) -> int:
+    config = train_config(options)
+    directory = _run_directory(options)
+    device = find_device(options.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # torch tells each save and load of one process that it takes it for one process
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views that nothing changes
+    with ranks_from_environment(device) as (ranks, own_device):
+        _train(config, directory, own_device, ranks, options)
+    return 0
+
+
+def train_config(options: TrainOptions) -> TrainConfig:
+    """The recipe with what the options change of it. Raises ValueError for a recipe that is not there."""
+    if options.recipe not in RECIPES:
+        raise ValueError(f"the recipe is {options.recipe!r}; use one of {', '.join(RECIPES)}")
+    config = RECIPES[options.recipe]()
+    names = {field.name for field in fields(TrainConfig)} & {field.name for field in fields(TrainOptions)}
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.beta is not None:
+        if config.distillation is None:
+            raise ValueError(f"--beta is {options.beta}, but {options.recipe} has no reward; leave it away")
+        given["distillation"] = replace(config.distillation, beta=options.beta)
+    config = replace(config, **given)
+    if config.engine.name != "tiny":
+        return config
+    from rfengine.training.checkpoint_parts import base_engine
+
+    return replace(config, engine=base_engine(config.base))  # with the statistics of its latents
+
+
+def _run_directory(options: TrainOptions) -> Path:
+    if options.resume is not None:
+        if options.directory not in (None, options.resume):
+            raise ValueError(
+                f"--resume is {options.resume} and --directory {options.directory}; give --resume alone"
+            )
+        if not any(options.resume.glob("checkpoints/step_*")):
+            raise ValueError(f"{options.resume} has no checkpoint to resume from; leave --resume away")
+        return options.resume
+    directory = options.directory or Path("runs") / options.recipe
+    if any(directory.glob("checkpoints/step_*")):
+        raise ValueError(
+            f"{directory} holds a run already; add --resume {directory} to go on with it, or choose another "
+            "--directory"
+        )
+    return directory
+
+
+def _train(
+    config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, options: TrainOptions
+) -> None:
+    from rfengine.checkpoint.loader import save_weights
+    from rfengine.training.build import build_stage
+    from rfengine.training.checkpoint_parts import export_checkpoint
+    from rfengine.training.lora_layers import lora_weights, merged_weights
+    from rfengine.training.resources import plan_resources
+    from rfengine.training.samples import SampleWriter, averaged_state
+    from rfengine.training.trainer import Trainer
+
+    plan = plan_resources(config, ranks.count, device.type)
+    if ranks.rank == 0:
+        print(plan.render(), flush=True)
+    if options.plan:
+        return
+    free = _free_memory(device)
+    if free is not None:
+        plan.check(free, str(device) if device.type == "cuda" else "this machine")
+    stage = build_stage(config, device, ranks)
+    trainer = Trainer(config, stage, directory, ranks, SampleWriter(config, stage, device, ranks))
+    if config.stage == "re-dmd":
+        trainer.on_step = _guard(config, trainer, options.guard == "stop").on_step
+    reason = trainer.run()
+    if reason:
+        told = f"{reason} with --resume {directory}, at step {trainer.state.step} of {config.steps}"
+        raise KeyboardInterrupt(told) if trainer.interrupted else RuntimeError(told)
+    state = averaged_state(stage)
+    if ranks.rank == 0:
+        export_checkpoint(merged_weights(state), config.engine, config.base, directory / "checkpoint")
+        if config.lora_rank is not None:
+            save_weights(directory / "lora.safetensors", lora_weights(state))
+        print(f"{directory / 'checkpoint'}: the model of step {config.steps}; rfengine generate takes it")
+    ranks.meet()
+
+
+def _guard(config: TrainConfig, trainer: Trainer, stops: bool) -> RewardGuard:
+    """The guard of the run, as it was at the checkpoint that the run goes on from."""
+    from rfengine.training.build import held_out_score
+    from rfengine.training.reward import GuardConfig, RewardGuard
+
+    settings = GuardConfig(held_out=held_out_score(config), stops=stops)
+    return RewardGuard.from_log(trainer.directory / "log.jsonl", trainer.checkpoints.latest_step(), settings)
+
+
+def _free_memory(device: torch.device) -> float | None:
+    """Free bytes of the device; None where nothing tells."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,106 @@
+"""What a training reads from checkpoint directories, and the directory it leaves."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rfengine.checkpoint.directories import part_files, tokenizer_directory
+from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
+from rfengine.config import EngineConfig, WanConfig
+from rfengine.models.dit import WanDiT
+from rfengine.models.text_encoder import ByteTokenizer, SentencePieceTokenizer, TextEncoder, build_umt5
+from rfengine.models.vae import WanVAE
+from rfengine.ops import Ops
+
+Encode = Callable[[list[str]], Tensor]  # texts to states [N, L, D]
+_KEPT_STATES = 1 << 28  # numbers of text states that stay in memory
+
+
+def source_directory(source: str) -> Path:
+    """Where the checkpoint `source` lies; "tiny" is in the package. Raises ValueError for no directory."""
+    if source == "tiny":
+        return Path(str(resources.files("rfengine"))) / "weights" / "tiny"
+    directory = Path(source)
+    if not directory.is_dir():
+        raise ValueError(f"{source} is no directory; give 'tiny' or a checkpoint directory")
+    return directory
+
+
+def load_transformer(
+    source: str, config: WanConfig, ops: Ops, device: torch.device, dtype: torch.dtype = torch.float32
+) -> WanDiT:
+    """A transformer from a checkpoint directory, or with fresh weights where source is ""."""
+    if not source:
+        with torch.device(device):
+            return WanDiT(config, ops).to(dtype)
+    with torch.device("meta"):
+        model = WanDiT(config, ops)
+    load_part(model, source_directory(source), "transformer", dtype, device)
+    return model
+
+
+def load_vae(base: str, engine: EngineConfig, device: torch.device) -> WanVAE:
+    """The frozen VAE: bfloat16 on CUDA, as in inference, else float32."""
+    with torch.device("meta"):
+        vae = WanVAE(engine.vae)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    load_part(vae, source_directory(base), "vae", dtype, device)
+    return vae.eval().requires_grad_(False)
+
+
+def text_states_of(base: str, engine: EngineConfig, device: torch.device) -> Encode:
+    """Texts to states [N, L, D] on the CPU, by the text encoder of `base`; the last ones are kept.
+
+    Raises ValueError where `base` has no text encoder or no tokenizer.
+    """
+    directory = source_directory(base)
+    folder, by_bytes = tokenizer_directory(directory), engine.text.tokenizer == "bytes"
+    if not part_files(directory, "text_encoder") or (folder is None and not by_bytes):
+        raise ValueError(
+            f"{base} has no text encoder or no tokenizer; give a base that rfengine convert made"
+        )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def load() -> nn.Module:
+        with torch.device("meta"):
+            umt5 = build_umt5(engine.text)
+        load_part(umt5, directory, "text_encoder", dtype, device)
+        return umt5
+
+    tokenizer = ByteTokenizer() if by_bytes else SentencePieceTokenizer(folder)
+    encoder = TextEncoder(load, tokenizer, engine.model.text_len, device, dtype)
+    limit = max(1, _KEPT_STATES // (engine.model.text_len * engine.model.text_dim))
+
+    @lru_cache(maxsize=limit)
+    def states(text: str) -> Tensor:
+        return encoder.encode([text], "cpu", torch.float32)[0]
+
+    return lambda texts: torch.stack([states(text) for text in texts])
+
+
+def base_engine(base: str = "tiny") -> EngineConfig:
+    """The configuration of a checkpoint directory, with the statistics of its latents."""
+    return read_config(source_directory(base))
+
+
+def export_checkpoint(
+    weights: Mapping[str, Tensor], engine: EngineConfig, base: str, destination: Path
+) -> None:
+    """Write a directory that Pipeline and load_transformer read: `weights` in float16 as the transformer, and
+    the VAE, the text encoder and the tokenizer of `base`."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for path in source_directory(base).iterdir():
+        if path.is_file() and not path.name.startswith("transformer"):
+            shutil.copyfile(path, destination / path.name)
+        elif path.is_dir() and path.name == "tokenizer":
+            shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
+    write_config(destination, engine)
+    halves = {name: value.detach().half().contiguous() for name, value in weights.items()}
+    save_weights(destination / "transformer.safetensors", halves)

@@ -1,0 +1,74 @@
+"""LoRA adapters that a student or a critic is trained by, in place of its weights.
+
+They sit on the ten linears of every block that LongLive's LoRA covers: q, k, v and o of both attentions and
+both of the feed-forward (spec 6.2), each y = W x + b + up down x, scale 1. The matrices are parametrizations
+of the weights, so every op reads the merged weight W + up @ down and none knows of them. B batch.
+
+While it trains a model's state holds, for each of those weights, `<layer>.parametrizations.weight.original`,
+`<layer>.parametrizations.weight.0.down` [rank, in] and `.0.up` [out, rank]. merged_weights gives the plain
+names again; lora_weights those of a PEFT file, which `rfengine convert --lora` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from rfengine.checkpoint.lora import merge_lora
+from rfengine.models.dit import WanDiT
+
+_ORIGINAL = ".parametrizations.weight.original"
+_DOWN, _UP = ".parametrizations.weight.0.down", ".parametrizations.weight.0.up"
+
+
+class LowRank(nn.Module):
+    """weight + up @ down: a parametrization of a linear's weight [out, in]."""
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        drawn = torch.randn(rank, weight.shape[1], generator=generator) * weight.shape[1] ** -0.5
+        self.down = nn.Parameter(drawn.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.addmm(weight, self.up, self.down)
+
+
+def add_adapters(model: WanDiT, rank: int, seed: int) -> None:
+    """Freeze `model` and put an adapter on the linears of its blocks, in place; it computes the same at
+    first."""
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for layer in adapted_layers(block):
+            adapter = LowRank(layer.weight, rank, generator)
+            parametrize.register_parametrization(layer, "weight", adapter, unsafe=True)
+
+
+def adapted_layers(block: nn.Module) -> list[nn.Linear]:
+    """The ten linears of a block, in the order of its modules."""
+    return [module for module in block.modules() if isinstance(module, nn.Linear)]
+
+
+def merged_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state with adapters under the plain names, the adapters merged; one without them as it is."""
+    merged = {name: value for name, value in state.items() if ".parametrizations." not in name}
+    for name, original in state.items():
+        if name.endswith(_ORIGINAL):
+            layer = name.removesuffix(_ORIGINAL)
+            merged[f"{layer}.weight"] = merge_lora(original, state[layer + _DOWN], state[layer + _UP])
+    return merged
+
+
+def lora_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters of a state alone, by their names in a PEFT file."""
+    sides = {_DOWN: "lora_A", _UP: "lora_B"}
+    return {
+        f"base_model.model.{name.removesuffix(suffix)}.{side}.weight": value.detach().contiguous()
+        for name, value in state.items()
+        for suffix, side in sides.items()
+        if name.endswith(suffix)
+    }

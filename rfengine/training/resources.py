@@ -1,0 +1,303 @@
+"""What a training needs, from its TrainConfig alone: memory of one rank and FLOPs of one step.
+
+Nothing is loaded or allocated: weights are counted from shapes, and the VAE by running its code without data.
+A multiply-add is two FLOPs; norms, rotations and the optimizer are not counted. What autograd keeps of a
+block is an estimate: 18 tensors of the model's width and two of the feed-forward's for every token.
+D model dim, T tokens, S keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.dit import WanDiT
+from rfengine.models.vae import WanVAE
+from rfengine.training.train_config import TrainConfig
+
+_KEPT_OF_WIDTH, _KEPT_OF_FFN = 18, 2  # tensors of a block that backward reads
+_ARENAS = 3  # raw keys, rotated keys, values
+_VAE_LIVE = 4  # tensors of full resolution that the decoder has at once
+_REWARD_PARAMETERS = 2.2e9  # of the published reward model, vision tower included
+_REWARD_TOKENS = 2300  # of its video and its prompt text, at two frames a second
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """Bytes of one model on one rank."""
+
+    name: str
+    parameters: int
+    weights: float
+    gradients: float = 0.0
+    moments: float = 0.0
+    average: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.moments + self.average
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcePlan:
+    """models: what stays for the whole training. phases: by name, the further bytes at the worst moment of a
+    part of a step. flops: by name, of one step on average, over all ranks."""
+
+    name: str
+    ranks: int
+    models: tuple[ModelMemory, ...]
+    phases: dict[str, dict[str, float]]
+    flops: dict[str, float]
+
+    @property
+    def resident(self) -> float:
+        return sum(model.total for model in self.models)
+
+    @property
+    def peak(self) -> float:
+        """Bytes of one rank at the worst moment."""
+        return self.resident + max(sum(phase.values()) for phase in self.phases.values())
+
+    @property
+    def step_flops(self) -> float:
+        return sum(self.flops.values())
+
+    def render(self) -> str:
+        lines = [f"{self.name}: memory of one of {self.ranks} rank(s), GiB"]
+        lines.append(f"  {'':<26}{'weights':>9}{'gradients':>11}{'moments':>9}{'average':>9}")
+        for model in self.models:
+            lines.append(
+                f"  {model.name:<14}{model.parameters / 1e9:>10.3f} G {model.weights / _GIB:>8.2f}"
+                f"{model.gradients / _GIB:>11.2f}{model.moments / _GIB:>9.2f}{model.average / _GIB:>9.2f}"
+            )
+        for name, phase in self.phases.items():
+            parts = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in phase.items())
+            lines.append(f"  {name}: {sum(phase.values()) / _GIB:.2f} ({parts})")
+        lines.append(f"  most at once: {self.peak / _GIB:.2f}")
+        lines.append(f"work of one step, TFLOP, all ranks: {self.step_flops / 1e12:.3f}")
+        lines += [f"  {name:<26}{count / 1e12:>12.3f}" for name, count in self.flops.items()]
+        return "\n".join(lines)
+
+    def check(self, available: float, place: str) -> None:
+        """Raises RuntimeError, with the numbers, when the plan is more than the memory there is."""
+        if self.peak > available:
+            raise RuntimeError(
+                f"{self.name} needs {self.peak / _GIB:.1f} GiB on a rank and {place} has "
+                f"{available / _GIB:.1f} GiB; use more ranks with --parallel sharded, a smaller --batch, "
+                "--offload-teacher or --lora-rank"
+            )
+
+
+def plan_resources(config: TrainConfig, ranks: int, device_type: str) -> ResourcePlan:
+    """The plan of `config` shared by `ranks` on devices of this type."""
+    shapes = {"student": config.engine.model}
+    if config.stage in ("dmd", "re-dmd"):
+        shapes |= {
+            "critic": config.critic_model or config.engine.model,
+            "teacher": config.teacher_model or config.engine.model,
+        }
+    sizes = _Sizes(config, device_type)
+    share = ranks if config.parallel == "sharded" else 1
+    models = [_model_memory(name, shape, config, sizes, share) for name, shape in shapes.items()]
+    decoder = vae_parameters(config.engine.vae)
+    text = text_parameters(config.engine.text)
+    models.append(ModelMemory("VAE", decoder, float(sizes.halved * decoder)))
+    models.append(ModelMemory("text encoder", text, float(sizes.halved * text)))
+    if config.stage == "re-dmd" and config.reward != "toy":
+        models.append(ModelMemory("reward", int(_REWARD_PARAMETERS), 2.0 * _REWARD_PARAMETERS))
+    if config.stage in ("dmd", "re-dmd"):
+        return ResourcePlan(
+            config.name,
+            ranks,
+            tuple(models),
+            _distillation_phases(config, sizes),
+            _distillation_flops(config),
+        )
+    clip = {"activations": _clip_activations(config.engine.model, config, sizes)}
+    work = (
+        config.batch
+        * config.accumulation
+        * clip_flops(config.engine, config.engine.model, config.clip_frames)
+    )
+    flops = {"forward": work, "backward": (3 if config.checkpointing else 2) * work}
+    return ResourcePlan(config.name, ranks, tuple(models), {"update": clip}, flops)
+
+
+class _Sizes:
+    """Bytes of a number: weights of the teacher, of the VAE and the text encoder, and activations."""
+
+    def __init__(self, config: TrainConfig, device_type: str) -> None:
+        halves = config.precision == "bfloat16"
+        self.frozen = 2 if halves and device_type == "cuda" else 4
+        self.halved = 2 if device_type == "cuda" else 4
+        self.active = 2 if halves else 4
+
+
+@lru_cache(maxsize=8)
+def transformer_parameters(shape: WanConfig) -> int:
+    with torch.device("meta"):
+        return sum(value.numel() for value in WanDiT(shape).parameters())
+
+
+@lru_cache(maxsize=8)
+def vae_parameters(shape: VAEConfig) -> int:
+    with torch.device("meta"):
+        return sum(value.numel() for value in WanVAE(shape).parameters())
+
+
+def text_parameters(text: TextConfig) -> int:
+    """Of the encoder: embedding, projections of attention and of the gated feed-forward; norms left out."""
+    layer = 4 * text.dim * text.attention_dim + 3 * text.dim * text.ffn_dim
+    return text.vocab_size * text.dim + text.num_layers * layer
+
+
+def adapter_parameters(shape: WanConfig, rank: int) -> int:
+    attention, ffn = 8 * 2 * shape.dim, 2 * (shape.dim + shape.ffn_dim)
+    return shape.num_layers * rank * (attention + ffn)
+
+
+def _model_memory(name: str, shape: WanConfig, config: TrainConfig, sizes: _Sizes, share: int) -> ModelMemory:
+    count = transformer_parameters(shape)
+    if name == "teacher":
+        on_device = 0.0 if config.offload_teacher else sizes.frozen * count / share
+        return ModelMemory(name, count, on_device)
+    adapters = 0 if config.lora_rank is None else adapter_parameters(shape, config.lora_rank)
+    trained = adapters or count
+    whole = 4.0 * (count + adapters) / share
+    average = 0.0 if name == "critic" else whole
+    return ModelMemory(name, count, whole, 4.0 * trained / share, 8.0 * trained / share, average)
+
+
+def _block_activations(shape: WanConfig, tokens: int, size: int) -> float:
+    return float(size * tokens * (_KEPT_OF_WIDTH * shape.dim + _KEPT_OF_FFN * shape.ffn_dim))
+
+
+def _clip_activations(shape: WanConfig, config: TrainConfig, sizes: _Sizes) -> float:
+    """What a pass with gradient over whole clips keeps."""
+    tokens = config.batch * config.clip_frames * LatentGrid.of(config.engine).frame_tokens
+    block = _block_activations(shape, tokens, sizes.active)
+    if config.checkpointing:
+        return block + shape.num_layers * 2.0 * sizes.active * tokens * shape.dim
+    return shape.num_layers * block
+
+
+def _distillation_phases(config: TrainConfig, sizes: _Sizes) -> dict[str, dict[str, float]]:
+    engine, shape = config.engine, config.engine.model
+    grid, cache = LatentGrid.of(engine), engine.cache
+    chunk = config.batch * cache.chunk_frames * grid.frame_tokens
+    window = config.batch * cache.window_frames * grid.frame_tokens
+    arena = float(sizes.active * shape.num_layers * window * shape.dim)
+    learned = min(config.rollout.gradient_chunks, config.rollout.max_chunks)
+    activations = shape.num_layers * _block_activations(shape, chunk, sizes.active) + 2 * arena
+    kept = 1 if config.rollout.checkpointing else learned
+    pixels = config.batch * cache.chunk_frames * engine.vae.temporal_stride * engine.height * engine.width
+    decode = (
+        float(sizes.halved) * _VAE_LIVE * engine.vae.base_dim * pixels if config.stage == "re-dmd" else 0.0
+    )
+    rollout = {"cache": _ARENAS * arena}
+    cast = 0.0 if sizes.active == 4 or config.parallel == "sharded" else 2.0 * transformer_parameters(shape)
+    offloaded = 0.0
+    if config.offload_teacher and config.parallel == "replicated":
+        offloaded = float(sizes.frozen * transformer_parameters(config.teacher_model or shape))
+    critic = config.critic_model or shape
+    return {
+        "student update": rollout
+        | {
+            "windows kept": 2 * arena * learned,
+            "activations": kept * activations,
+            "weights cast": cast,
+            "decoding": decode,
+            "teacher": offloaded,
+        },
+        "critic update": {"activations": _clip_activations(critic, config, sizes), "weights cast": cast},
+    }
+
+
+def pass_flops(shape: WanConfig, tokens: int, keys: int) -> float:
+    """A forward of `tokens` that attend to `keys` tokens each: products of the blocks, patches and head."""
+    linears = 12 * shape.dim**2 + 4 * shape.dim * shape.ffn_dim
+    attention = 4 * shape.dim * (keys + shape.text_len)
+    patch = shape.patch_size[0] * shape.patch_size[1] * shape.patch_size[2]
+    ends = 2 * shape.dim * patch * (shape.in_dim + shape.out_dim)
+    return float(tokens * (shape.num_layers * (linears + attention) + ends))
+
+
+def text_flops(shape: WanConfig) -> float:
+    """Keys and values of one prompt, for every layer."""
+    embedding = 2 * shape.dim * (shape.text_dim + shape.dim)
+    return float(shape.text_len * (embedding + shape.num_layers * 4 * shape.dim**2))
+
+
+def clip_flops(engine: EngineConfig, shape: WanConfig, frames: int) -> float:
+    """A forward over a whole clip of one sample, its text included."""
+    tokens = frames * LatentGrid.of(engine).frame_tokens
+    return pass_flops(shape, tokens, tokens) + text_flops(shape)
+
+
+@lru_cache(maxsize=8)
+def decode_flops(vae: VAEConfig, height: int, width: int, frames: int, chunk_frames: int) -> float:
+    """Decoding `frames` latent frames of one video of height x width pixels, chunk by chunk."""
+    with torch.device("meta"):
+        decoder = WanVAE(vae)
+    sides = height // vae.spatial_stride, width // vae.spatial_stride
+    state = decoder.decoder_state(1, *sides, torch.float32, "meta")
+    costs = []
+    for _ in range(min(2, frames // chunk_frames)):  # the first chunk is shorter, all others are alike
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            decoder.decode(torch.empty(1, vae.z_dim, chunk_frames, *sides, device="meta"), state)
+        costs.append(counter.get_total_flops())
+    return float(costs[0] + (frames // chunk_frames - 1) * costs[-1])
+
+
+def _distillation_flops(config: TrainConfig) -> dict[str, float]:
+    engine, shape, rollout = config.engine, config.engine.model, config.rollout
+    samples = config.batch * config.accumulation
+    students = samples / config.critic_updates  # the student's share of a step
+    lengths = range(rollout.min_chunks, rollout.max_chunks + 1)
+    free, learning = (
+        sum(_rollout_flops(config, chunks, gradient) for chunks in lengths) / len(lengths)
+        for gradient in (False, True)
+    )
+    critic = clip_flops(engine, config.critic_model or shape, config.clip_frames)
+    teacher = clip_flops(engine, config.teacher_model or shape, config.clip_frames)
+    flops = {
+        "rollouts of the critic": samples * free,
+        "critic, both ways": samples * critic * (4 if config.checkpointing else 3),
+        "rollouts of the student": students * learning,
+        "teacher": students * teacher * (2 if config.distillation.guidance else 1),
+        "critic's score": students * critic,
+    }
+    if config.stage == "re-dmd":
+        size = engine.cache.chunk_frames
+        flops["VAE decode"] = (
+            students
+            * sum(
+                decode_flops(engine.vae, engine.height, engine.width, chunks * size, size)
+                for chunks in lengths
+            )
+            / len(lengths)
+        )
+        if config.reward != "toy":
+            flops["reward"] = students * 2 * _REWARD_PARAMETERS * _REWARD_TOKENS
+    return flops
+
+
+def _rollout_flops(config: TrainConfig, chunks: int, gradient: bool) -> float:
+    """One sample's rollout: on average half of the steps, and the context pass; backward of the chunks that
+    learn."""
+    engine, shape, cache = config.engine, config.engine.model, config.engine.cache
+    tokens = cache.chunk_frames * LatentGrid.of(engine).frame_tokens
+    steps = (len(engine.schedule.denoising_steps) + 1) / 2
+    backward = 3 if config.rollout.checkpointing else 2
+    total = text_flops(shape) * (3 if gradient else 1)
+    for chunk in range(chunks):
+        one = pass_flops(shape, tokens, min(chunk + 1, cache.window_chunks) * tokens)
+        learns = gradient and chunk >= chunks - config.rollout.gradient_chunks
+        total += one * (steps + 1 + (backward if learns else 0))
+    return total

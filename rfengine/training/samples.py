@@ -1,0 +1,102 @@
+"""Videos of a training's moving average, as MP4 files beside its log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rfengine.ops import choose_ops
+from rfengine.training.checkpoint_parts import load_transformer, load_vae, text_states_of
+from rfengine.training.lora_layers import merged_weights
+from rfengine.training.parallel import Ranks, full_tensors
+from rfengine.training.rollout import decode_chunks, roll_out
+from rfengine.training.stages import TrainingStage, seeded
+from rfengine.training.toy_data import negative_states
+from rfengine.training.toy_world import WorldConfig, caption, sample_scenes
+from rfengine.training.train_config import TrainConfig
+from rfengine.training.training_data import latent_prompt, read_prompts
+from rfengine.training.trajectories import follow_flow
+from rfengine.video import VideoWriter, frames_from_pixels
+
+_VIDEOS = 4
+_MOST_CHUNKS = 9
+_SCENE_SEED = 17
+
+
+def averaged_state(stage: TrainingStage) -> dict[str, Tensor]:
+    """The whole state that a training gives, with adapters apart (lora_layers.py); every rank has to call
+    it."""
+    average = next(iter(stage.averages.values()))
+    return full_tensors(average.values)
+
+
+class SampleWriter:
+    """Trainer's `sample`: four videos of the same prompts and noise each time, step_00000100_0.mp4 and so
+    on.
+
+    A student streams chunks as it will; a teacher's clip comes from its probability flow.
+    """
+
+    def __init__(self, config: TrainConfig, stage: TrainingStage, device: torch.device, ranks: Ranks) -> None:
+        self.config, self.stage, self.device, self.ranks = config, stage, device, ranks
+        self._states: Tensor | None = None
+
+    def __call__(self, step: int, directory: Path) -> None:
+        weights = merged_weights(averaged_state(self.stage))
+        if self.ranks.rank:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        engine = self.config.engine
+        paths = [directory / f"step_{step:08d}_{number}.mp4" for number in range(_VIDEOS)]
+        writers = [VideoWriter(path, engine.fps, engine.height, engine.width) for path in paths]
+        try:
+            for pixels in self._pixels(weights):
+                for writer, video in zip(writers, pixels.split(1), strict=True):
+                    writer.write(frames_from_pixels(video))
+            for writer in writers:
+                writer.close()
+        finally:
+            for writer in writers:
+                writer.abort()
+
+    def _pixels(self, weights: dict[str, Tensor]) -> Iterator[Tensor]:
+        config, engine = self.config, self.config.engine
+        ops = choose_ops("auto", self.device)
+        model = load_transformer("", engine.model, ops, self.device).requires_grad_(False).eval()
+        model.load_state_dict(weights)
+        vae = load_vae(config.base, engine, self.device)
+        states = self._text_states().to(self.device)
+        if config.stage != "teacher":
+            chunks = min(_MOST_CHUNKS, config.rollout.max_chunks if config.rollout else _MOST_CHUNKS)
+            return decode_chunks(vae, roll_out(model, engine, states, chunks, config.seed))
+        stride = engine.vae.spatial_stride
+        size = (engine.model.in_dim, config.clip_frames, engine.height // stride, engine.width // stride)
+        own = seeded(torch.device("cpu"), config.seed, "samples")
+        noise = torch.randn(len(states), *size, generator=own).to(self.device)
+        empty = negative_states(engine.model.text_len, engine.model.text_dim).to(self.device)
+        clip = follow_flow(model, engine.schedule, noise, states, empty, guidance=1.0)[:, -1]
+        return decode_chunks(vae, iter(clip.split(engine.cache.chunk_frames, dim=2)))
+
+    def _text_states(self) -> Tensor:
+        if self._states is None:
+            config = self.config
+            encode = text_states_of(config.base, config.engine, self.device)
+            self._states = encode(_sample_prompts(config))
+        return self._states
+
+
+def _sample_prompts(config: TrainConfig) -> list[str]:
+    """The first of what the training reads, again from its start where it is short; captions of held-out
+    scenes in the toy world."""
+    path = Path(config.data)
+    if config.stage == "teacher" and path.is_dir():
+        texts = [latent_prompt(file) for file in sorted(path.glob("*.safetensors"))[:_VIDEOS]]
+    elif config.stage in ("dmd", "re-dmd") and config.data != "toy":
+        texts = list(read_prompts(path))
+    else:
+        scenes = sample_scenes(_VIDEOS, _SCENE_SEED, WorldConfig(), "held_out")
+        texts = [caption(scene) for scene in scenes]
+    return [texts[number % len(texts)] for number in range(_VIDEOS)]

@@ -1,0 +1,104 @@
+"""Prompts from a file and real videos as latents: what trainings outside the toy world read.
+
+A prompt file is UTF-8 text with one prompt per line. A directory of latents holds one safetensors file for
+each video: the tensor `latents` [C, F, h, w], encoded by the VAE of the checkpoint from the video's first
+frame on and normalised as WanVAE.encode gives them, and the metadata `prompt`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rfengine.checkpoint.loader import read_safetensors
+from rfengine.checkpoint.tensor_file import read_header
+from rfengine.training.checkpoint_parts import Encode
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a file, one for each line.
+
+    Raises ValueError for a file that is absent, empty or not UTF-8, and for an empty line, with its number.
+    """
+    if not path.is_file():
+        raise ValueError(f"the prompt file {path} does not exist; give a text file with one prompt per line")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from error
+    if not lines:
+        raise ValueError(f"{path} has 0 prompts; write one per line")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ValueError(f"{path} has an empty line {number}; every line is a prompt, remove it")
+    return tuple(line.strip() for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class FilePrompts:
+    """Prompts of a file, drawn evenly; a prompt may come again."""
+
+    texts: tuple[str, ...]
+    encode: Encode
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
+        rows = torch.randint(len(self.texts), (count,), generator=generator).tolist()
+        texts = [self.texts[row] for row in rows]
+        return texts, self.encode(texts)
+
+
+class LatentClips:
+    """The first `frames` latent frames of the videos of a directory of latents, with their prompts.
+
+    empty_share of the draws get `negative`, states [1, L, D], in place of their prompt's, for guidance.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        frames: int,
+        size: tuple[int, int, int],
+        encode: Encode,
+        negative: Tensor,
+        empty_share: float = 0.1,
+    ) -> None:
+        """size: C, h, w of the latents. Raises ValueError for a directory without files, and for a file of
+        another form."""
+        self.paths = sorted(directory.glob("*.safetensors"))
+        if not self.paths:
+            raise ValueError(f"{directory} has no *.safetensors file; give a directory of encoded videos")
+        for path in self.paths:
+            _check_latents(path, frames, size)
+        self.frames, self.encode, self.negative, self.empty_share = frames, encode, negative, empty_share
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(self.paths), (count,), generator=generator).tolist()
+        empty = torch.rand(count, generator=generator) < self.empty_share
+        found = [read_safetensors(self.paths[row]) for row in rows]
+        clips = [tensors["latents"][:, : self.frames].float() for tensors, _ in found]
+        states = self.encode([metadata["prompt"] for _, metadata in found])
+        return torch.stack(clips), torch.where(empty[:, None, None], self.negative.to(states), states)
+
+
+def latent_prompt(path: Path) -> str:
+    """The prompt of one file of latents."""
+    return read_header(path)[1].get("prompt", "").strip()
+
+
+def _check_latents(path: Path, frames: int, size: tuple[int, int, int]) -> None:
+    entries, metadata = read_header(path)
+    shape = entries["latents"].shape if "latents" in entries else None
+    if shape is None or len(shape) != 4:
+        raise ValueError(f"{path} has latents of {shape}; it must hold one tensor latents [C, F, h, w]")
+    if shape[1] < frames:
+        raise ValueError(f"{path} has {shape[1]} latent frames; clips of this training have {frames}")
+    channels, *sides = size
+    if shape[0] != channels or list(shape[2:]) != sides:
+        raise ValueError(
+            f"{path} has latents of {tuple(shape)}; this training has [{channels}, F, {sides[0]}, {sides[1]}]"
+        )
+    if not metadata.get("prompt", "").strip():
+        raise ValueError(f"{path} has no prompt in its metadata; write it there under 'prompt'")

@@ -1,0 +1,184 @@
+"""train: a run, a resumed one, what it leaves, and what cannot be trained as one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli_checks.outcome import fails, frame_count
+from rfengine import cli
+from rfengine.checkpoint.loader import read_safetensors, save_weights
+from rfengine.pipeline import Pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["--device", "cpu", "--batch", "4", "--steps", "5", "--save-every", "5"]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\na dog\n")
+    return path
+
+
+def arguments(recipe: str, model: Path, prompts: Path) -> list[str]:
+    sources = [f"--{name}={model}" for name in ("student", "teacher", "critic", "base")]
+    return ["train", recipe, *sources, *SHORT, "--data", str(prompts)]
+
+
+def test_run_leaves_log_samples_checkpoint_and_a_model_that_streams(model, prompts, tmp_path, capsys):
+    directory = tmp_path / "run"
+    command = [*arguments("toy_dmd", model, prompts), "--sample-every", "5"]
+    assert cli.main([*command, "--directory", str(directory)]) == 0
+    printed = capsys.readouterr()
+    assert "the model of step 5" in printed.out and "torch.distributed" not in printed.err
+    assert len((directory / "log.jsonl").read_text().splitlines()) == 5
+    videos = sorted((directory / "samples").iterdir())
+    assert [path.name for path in videos] == [f"step_00000005_{number}.mp4" for number in range(4)]
+    assert frame_count(videos[0]) == 9 + 5 * 12  # six chunks, the longest rollout of the recipe
+    pipeline = Pipeline.from_pretrained(directory / "checkpoint", "cpu")
+    assert pipeline.generate("a cat", num_frames=9).frames.shape == (9, 32, 48, 3)
+
+
+def test_resumed_run_goes_on_to_more_steps(model, prompts, tmp_path):
+    directory = tmp_path / "run"
+    command = arguments("toy_dmd", model, prompts)
+    assert cli.main([*command, "--directory", str(directory)]) == 0
+    command[command.index("--steps") + 1] = "7"
+    assert cli.main([*command, "--resume", str(directory)]) == 0
+    steps = [json.loads(line)["step"] for line in (directory / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 8))
+
+
+def test_directory_that_holds_a_run_is_not_begun_anew(model, prompts, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
+    command = [*arguments("toy_dmd", model, prompts), "--directory", str(tmp_path / "run")]
+    assert "add --resume" in fails(capsys, 2, *command)
+
+
+def test_checkpoint_of_another_recipe_is_refused(model, prompts, tmp_path, capsys):
+    directory = tmp_path / "run"
+    assert cli.main([*arguments("toy_dmd", model, prompts), "--directory", str(directory)]) == 0
+    command = [*arguments("toy_dmd", model, prompts), "--seed", "1", "--resume", str(directory)]
+    capsys.readouterr()
+    assert "seed 0, this run has 1" in fails(capsys, 2, *command)
+
+
+def test_prompt_file_with_an_empty_line_is_refused(model, prompts, tmp_path, capsys):
+    prompts.write_text("a cat\n\na dog\n")
+    command = [*arguments("toy_dmd", model, prompts), "--directory", str(tmp_path / "run")]
+    assert "empty line 2" in fails(capsys, 2, *command)
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (["toy"], "use one of toy_teacher"),
+        (["toy_teacher", "--beta", "2"], "has no reward"),
+        (["toy_dmd", "--beta", "2"], "dmd none"),
+        (["toy_dmd", "--resume", "nowhere"], "no checkpoint to resume from"),
+        (["toy_dmd", "--resume", "nowhere", "--directory", "elsewhere"], "give --resume alone"),
+        (["toy_dmd", "--teacher", "nowhere", "--device", "cpu", "--directory", "elsewhere"], "no directory"),
+        (
+            ["toy_teacher", "--data", "nowhere", "--device", "cpu", "--directory", "elsewhere"],
+            "clips nowhere",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_told(extra, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in fails(capsys, 2, "train", *extra)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trajectories_are_made_once_and_then_read(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("rfengine.training.build._TRAJECTORIES", 4)
+    data = tmp_path / "paths.safetensors"
+    command = arguments("toy_ode_init", model, data)
+    assert cli.main([*command, "--directory", str(tmp_path / "one")]) == 0
+    made = data.stat().st_mtime_ns
+    assert cli.main([*command, "--directory", str(tmp_path / "two")]) == 0
+    assert data.stat().st_mtime_ns == made
+    first, second = (
+        [
+            json.loads(line)["student_loss"]
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("one", "two")
+    )
+    assert first == second
+
+
+def test_plan_comes_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "wan_1_3b_reward_forcing", "--plan", "--device", "cpu"]) == 0
+    assert "14.288 G" in capsys.readouterr().out
+    command = [
+        "train",
+        "wan_1_3b_reward_forcing",
+        "--device",
+        "cpu",
+        "--batch",
+        "200",
+        "--parallel",
+        "replicated",
+    ]
+    assert "GiB on a rank and this machine has" in fails(capsys, 1, *command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_are_exported_merged_and_as_a_lora_that_convert_reads(model, prompts, tmp_path):
+    directory, converted = tmp_path / "run", tmp_path / "converted"
+    command = [*arguments("toy_dmd", model, prompts), "--lora-rank", "2"]
+    assert cli.main([*command, "--directory", str(directory), "--sample-every", "5"]) == 0
+    lora = ["--lora", str(directory / "lora.safetensors"), "--dtype", "float32"]
+    assert cli.main(["convert", str(model), str(converted), *lora]) == 0
+    found, _ = read_safetensors(converted / "transformer.safetensors")
+    exported, _ = read_safetensors(directory / "checkpoint" / "transformer.safetensors")
+    base, _ = read_safetensors(model / "transformer.safetensors")
+    name = "blocks.0.self_attn.q.weight"
+    assert not torch.equal(found[name], base[name])
+    for key, value in found.items():
+        torch.testing.assert_close(exported[key].float(), value, atol=2e-3, rtol=2e-3)
+
+
+def test_teacher_learns_from_a_directory_of_latents(model, tmp_path):
+    data, directory = tmp_path / "latents", tmp_path / "run"
+    data.mkdir()
+    clip = {"latents": torch.randn(4, 9, 4, 6, generator=torch.Generator().manual_seed(0)).half()}
+    save_weights(data / "one.safetensors", clip, {"prompt": "a cat"})
+    command = [*arguments("toy_teacher", model, data), "--sample-every", "5"]
+    assert cli.main([*command, "--directory", str(directory)]) == 0
+    assert frame_count(directory / "samples" / "step_00000005_0.mp4") == 33
+    assert (directory / "checkpoint" / "transformer.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_make_the_run_of_one(model, prompts, tmp_path):
+    losses = []
+    for ranks in (1, 2):
+        directory = tmp_path / str(ranks)
+        command = [*arguments("toy_dmd", model, prompts), "--accumulation", "2", "--parallel", "sharded"]
+        command += ["--directory", str(directory), "--sample-every", "5"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={ranks}",
+            "--standalone",
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(
+            [*launcher, "-m", "rfengine.cli", *command],
+            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert finished.returncode == 0, finished.stderr
+        assert len(list((directory / "samples").iterdir())) == 4
+        losses.append([json.loads(line)["critic_loss"] for line in (directory / "log.jsonl").open()])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

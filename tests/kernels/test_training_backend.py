@@ -1,0 +1,52 @@
+"""A self-forced rollout with its gradients on the kernels, as training runs it on CUDA."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from inputs import relative_error, small_model, text_states
+from rfengine.config import WanConfig
+from rfengine.models.dit import WanDiT
+from rfengine.ops import Ops, choose_ops
+from rfengine.training.differentiable_ops import DifferentiableOps
+from rfengine.training.rollout import RolloutConfig, RolloutPlan, self_forced_rollout
+from training_checks.small_distillation import ENGINE
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HEADS_OF_64 = WanConfig(
+    dim=128, ffn_dim=64, num_heads=2, num_layers=1, text_dim=16, text_len=8, in_dim=4, out_dim=4
+)
+CONFIG = dataclasses.replace(ENGINE, model=HEADS_OF_64)
+
+
+def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Latents of four chunks, one of which leaves the window, and the gradient of every weight."""
+    model = WanDiT(HEADS_OF_64, DifferentiableOps(ops.choice)).to(DEVICE)
+    model.load_state_dict(small_model(HEADS_OF_64).state_dict())
+    generator = torch.Generator().manual_seed(5)
+    noise = {
+        (chunk, step): torch.randn(1, 4, 3, 4, 6, generator=generator)
+        for chunk in range(4)
+        for step in (0, 1)
+    }
+    text = model.text_keys_values(text_states().to(DEVICE))
+    plan = RolloutPlan(4, (1, 0, 1, 1))
+    result = self_forced_rollout(
+        model, CONFIG, text, lambda chunk, step: noise[chunk, step].to(DEVICE), plan, rollout
+    )
+    result.latents[:, :, result.first_gradient_frame :].square().mean().backward()
+    return result.latents, {name: value.grad for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_rollout_and_its_gradients_on_triton_equal_the_reference(checkpointing):
+    rollout = RolloutConfig(4, 4, 2, same_exit=False, checkpointing=checkpointing)
+    expected, expected_gradients = learned(choose_ops("reference", DEVICE), rollout)
+    found, gradients = learned(choose_ops("triton", DEVICE), rollout)
+    assert relative_error(found, expected) <= 1e-5
+    for name, gradient in expected_gradients.items():
+        assert gradient.abs().max() > 0, name
+        assert relative_error(gradients[name], gradient) <= 1e-4, name

@@ -1,0 +1,47 @@
+"""The recipes: what each says, and that what a student trains on is what the published one meant."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from rfengine.config import PRESETS
+from rfengine.training import recipes
+
+
+def test_re_dmd_differs_from_dmd_by_its_reward_alone():
+    plain, rewarded = recipes.toy_dmd(), recipes.toy_re_dmd(beta=0.25)
+    assert rewarded.distillation.beta == 0.25 and plain.distillation.beta is None
+    for name in ("optimizer", "critic_optimizer", "rollout", "batch", "group", "steps", "seed", "teacher"):
+        assert getattr(plain, name) == getattr(rewarded, name)
+
+
+def test_only_the_recipe_without_eviction_never_leaves_the_window():
+    window = PRESETS["tiny"].cache.window_chunks
+    assert recipes.toy_re_dmd_no_eviction().rollout.max_chunks == window
+    assert recipes.toy_re_dmd().rollout.max_chunks > window
+    wan = recipes.wan_1_3b_reward_forcing()
+    assert wan.rollout.min_chunks > wan.engine.cache.window_chunks
+
+
+def test_wan_recipe_has_the_published_numbers():
+    config = recipes.wan_1_3b_reward_forcing()
+    assert config.batch * config.accumulation == 64
+    assert (config.steps, config.critic_updates, config.average_start) == (600, 5, 200)
+    assert (config.optimizer.rate, config.critic_optimizer.rate) == (2e-6, 4e-7)
+    assert config.optimizer.betas == config.critic_optimizer.betas == (0.0, 0.999)
+    assert config.rollout.max_chunks * config.engine.cache.chunk_frames == config.clip_frames == 21
+    assert config.teacher_model.num_layers == 40 and config.critic_model.num_layers == 30
+
+
+def test_negative_prompt_is_the_published_one():
+    text = recipes.WAN_NEGATIVE_PROMPT
+    digest = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+    assert len(text) == 137 and hashlib.sha256(text.encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("recipe", [recipes.toy_teacher, recipes.toy_ode_init])
+def test_toy_clips_are_whole_chunks(recipe):
+    config = recipe()
+    assert config.clip_frames % config.engine.cache.chunk_frames == 0
