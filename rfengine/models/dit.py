@@ -148,9 +148,7 @@ class SelfAttention(Projections):
         between()
         return torch.cat((first, self._write_and_attend(next(halves), rotations[1], views[1])), dim=1)
 
-    def _write_and_attend(
-        self, projected: tuple[Tensor, ...], rotation: Tensor, cache: LayerCache
-    ) -> Tensor:
+    def _write_and_attend(self, projected: tuple[Tensor, ...], rotation: Tensor, cache: LayerCache) -> Tensor:
         q = self.ops.qk_norm_rope_write(
             *projected, self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
             cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
@@ -422,8 +420,8 @@ def _over_cache(
     cache: StreamingKVCache, plan: CachePlan, keep_raw: bool
 ) -> Callable[[int], Callable[[SelfAttention, Tensor], Tensor]]:
     """For every layer, attention over the cache as the planned chunk sees it."""
-    return lambda layer: lambda attention, x: attention.over_cache(
-        x, cache.query_rotation, cache.layer(layer, plan, keep_raw)
+    return lambda layer: (
+        lambda attention, x: attention.over_cache(x, cache.query_rotation, cache.layer(layer, plan, keep_raw))
     )
 
 
