@@ -269,6 +269,7 @@ def test_ops_are_those_that_won_where_autotune_is_on(saved, monkeypatch):
     Pipeline.from_pretrained(saved, "cpu", runtime=RuntimeConfig(autotune=False))
     assert len(asked) == 1
     winners = {"rms_norm": "triton"}
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # a test of a kernel in the same process has set it
     monkeypatch.setattr(
         autotune, "tune", lambda *_, **__: type("Won", (), {"overrides": winners, "folds_gate": True})
     )
