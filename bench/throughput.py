@@ -3,8 +3,9 @@
     python bench/throughput.py --json figures.json --compare baseline
 
 First the engine is held against the reference (agreement.py); one that is wrong is not timed. The window is
-full before the clock starts; writing a file is not part of it. The first frame is that of a new stream in a
-warm process, from the text states on. A preset has random weights, which cost the same as the published ones.
+full and chunks follow one another before the clock starts; writing a file is not part of it. The first frame
+is that of a new stream in a warm process, from the text states on. A preset has random weights, which cost
+the same as the published ones.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import torch
-from agreement import check_agreement
-from chunk_times import ChunkTimes, frames_of, latents_of, recorded_chunks, time_chunks
+from agreement import Agreement, check_agreement
+from chunk_times import ChunkTimes, frames_of, latents_of, recorded_chunks, time_chunks, time_flow
 from command_line import parse_options
 from comparison import compare
 from conditions import device_name, state, versions
@@ -41,8 +42,11 @@ CHUNKS_A_ROUND = 5
 CALLER_ERROR, OTHER_ERROR = 2, 1  # exit statuses; a wrong engine is the second
 
 
-def measure(options: ThroughputOptions) -> dict[str, Any]:
-    """Figures and the circumstances they were measured under. Raises WrongEngineError, ValueError."""
+def measure(options: ThroughputOptions, agreements: list[Agreement] | None = None) -> dict[str, Any]:
+    """Figures and the circumstances they were measured under. Raises WrongEngineError, ValueError.
+
+    agreements: what check_agreement found for an engine of these options; it is asked where this is None.
+    """
     for name, value in (("chunks", options.chunks), ("threads", options.threads)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; give at least 1")
@@ -50,9 +54,10 @@ def measure(options: ThroughputOptions) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     engine = Engine.load(options)
     device = engine.device
-    # FP8 frames are held to a PSNR when the decoder is opened
-    held = engine.decoder if options.vae_precision == "default" else None
-    agreements = check_agreement(engine.pipeline, engine.grid, held)
+    if agreements is None:
+        # FP8 frames are held to a PSNR when the decoder is opened
+        held = engine.decoder if options.vae_precision == "default" else None
+        agreements = check_agreement(engine.pipeline, engine.grid, held)
     gpu = gpu_of(device_name(device)) if device.type == "cuda" else measured_cpu(engine.pipeline.model.dtype)
     before = state(device)
     _reset_peak_memory(device)
@@ -95,6 +100,7 @@ def _setting(engine: Engine, options: ThroughputOptions) -> dict[str, Any]:
         "ops": model.ops.choice,
         "vae": options.vae,
         "vae_precision": options.vae_precision,
+        "vae_tier": engine.pipeline.vae_tier if engine.decodes else None,
         **{name: switches[name].on for name in ("graphs", "overlap", "merged_pass", "autotune")},
         "device": device_name(engine.device),
         "threads": torch.get_num_threads(),
@@ -110,7 +116,7 @@ def _time_whole(engine: Engine, chunks: int) -> tuple[ChunkTimes, float]:
     advance()
     first_ms = (time.perf_counter() - started) * 1e3
     _warm(engine, advance, waits=False)
-    return time_chunks(advance, chunks, engine.device, waits=False), first_ms
+    return time_flow(advance, chunks), first_ms
 
 
 def _time_latents(engine: Engine, chunks: int) -> ChunkTimes:

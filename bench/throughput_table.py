@@ -13,6 +13,7 @@ def render(figures: dict[str, Any]) -> str:
 
 def _head(figures: dict[str, Any]) -> list[str]:
     versions = figures["versions"]
+    tier = f" ({figures['vae_tier']})" if figures.get("vae_tier") else ""
     known = (
         f"{name} {versions[name]}"
         for name in ("torch", "triton", "cuda", "cudnn", "driver")
@@ -24,7 +25,7 @@ def _head(figures: dict[str, Any]) -> list[str]:
     )
     return [
         f"{figures['model']} at {figures['width']} x {figures['height']}, {figures['denoising_steps']} "
-        f"steps, window {figures['window_frames']}, {figures['dtype']}, VAE {figures['vae']}; "
+        f"steps, window {figures['window_frames']}, {figures['dtype']}, VAE {figures['vae']}{tier}; "
         f"weights: {figures['weights']}",
         f"backend {figures['backend']}, graphs {_on(figures['graphs'])}, "
         f"overlap {_on(figures['overlap'])}, "

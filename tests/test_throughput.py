@@ -18,7 +18,7 @@ import pytest
 import throughput
 import torch
 from agreement import WrongEngineError, check_agreement
-from chunk_times import ChunkTimes, time_chunks
+from chunk_times import ChunkTimes, time_chunks, time_flow
 from part_times import PARTS, UNASSIGNED
 from throughput_plot import check_plot, draw
 from throughput_table import render
@@ -173,6 +173,15 @@ def test_without_a_vae_only_latents_are_measured() -> None:
     assert [result["what"] for result in figures["agreement"]] == ["latents"]
     assert {row["part"]: row for row in figures["parts"]}["VAE"]["ms"] == 0
     assert "frames/s without the VAE" in render(figures)
+    assert figures["vae_tier"] is None and "VAE none; weights" in render(figures)
+
+
+def test_the_quality_of_the_frames_is_named(figures: dict[str, Any]) -> None:
+    assert "VAE full (lossless); weights" in render(figures)
+    options = ThroughputOptions(**{**vars_of(SMALLEST), "vae": "tiny", "chunks": 1})
+    assert "VAE tiny (reduced); weights" in render(throughput.measure(options))
+    eights = {**figures, "vae_tier": "near-lossless"}
+    assert "VAE full (near-lossless); weights" in render(eights)
 
 
 def test_a_preset_runs_with_random_weights_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +278,29 @@ def test_the_device_is_idle_before_and_after_and_waited_for_as_asked(
     times = time_chunks(advance, 3, torch.device("cpu"), waits)
     assert "".join(seen) == expected
     assert len(times.seconds) == 3 and times.frames == 36
+
+
+def test_an_even_stream_that_goes_one_ahead_has_even_times_in_a_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that takes 1 s for each chunk, under way while the one before it is handed out. With the
+    device idle at both ends the first chunk would take no time and the last that of two."""
+    clock, ready = [0.0], [0.0]
+
+    def advance() -> int:
+        awaited = ready[0]  # of the chunk that the call before began
+        ready[0] = max(ready[0], clock[0]) + 1.0
+        clock[0] = max(clock[0], awaited)
+        return 12
+
+    def wait(device: torch.device) -> None:
+        clock[0] = max(clock[0], ready[0])
+
+    monkeypatch.setattr(chunk_times, "synchronize", wait)
+    monkeypatch.setattr(chunk_times.time, "perf_counter", lambda: clock[0])
+    whole = time_chunks(advance, 10, torch.device("cpu"), waits=False)
+    assert whole.seconds[0] == 0 and whole.seconds[-1] == 2
+    flow = time_flow(advance, 10)
+    assert flow.seconds == (1.0,) * 10 and flow.frames_per_s == whole.frames_per_s == 12
+    assert time_flow(advance, 5, lead_in=0).seconds == (1.0,) * 5
 
 
 def test_what_nvidia_smi_does_not_tell_is_unknown() -> None:

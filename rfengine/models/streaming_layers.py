@@ -50,6 +50,7 @@ class Pending(NamedTuple):
 class Convolution:
     """Weights of a temporal convolution, channels last; its slot; the frames per latent it works on.
 
+    `of` lays the module's own weight out so as well: there is one copy of it, whichever decoder runs.
     Where the weight is float8_e4m3fn, so is its halo, in units of `unit`, and `scale` [Cout] is what the sums
     are multiplied by. A slot holds the frames themselves, whatever the unit.
     """
@@ -63,7 +64,9 @@ class Convolution:
 
     @classmethod
     def of(cls, module: CausalConv, rate: int) -> Convolution:
-        weight = module.weight.detach().contiguous(memory_format=torch.channels_last_3d)
+        with torch.inference_mode(False):  # the module may be trained later
+            weight = module.weight.detach().contiguous(memory_format=torch.channels_last_3d)
+            module.weight.data = weight
         return cls(module.slot, weight, module.bias.detach(), rate)
 
     @classmethod

@@ -411,13 +411,15 @@ class WanVAE(nn.Module):
             return
         if not isinstance(state, kind):
             raise ValueError(f"state is a {type(state).__name__}; this call needs a {kind.__name__}")
-        slot = next(iter(state.slots.values()))
-        held = (*slot.shape, slot.dtype, slot.device)
-        asked = (*x.shape[:2], CausalConv.slot_frames, *x.shape[3:], self.conv2.weight.dtype, x.device)
+        half, weight = self.decoder if kind is DecoderState else self.encoder, self.conv2.weight
+        shapes = _slot_shapes(half, x.shape[0], *x.shape[3:])
+        asked = {name: (*shape, weight.dtype, x.device) for name, shape in shapes}
+        held = {name: (*slot.shape, slot.dtype, slot.device) for name, slot in state.slots.items()}
         if held != asked:
+            name = next(name for name in (*asked, *held) if held.get(name) != asked.get(name))
             raise ValueError(
-                f"the first slot of the state is {held}, the input and the weights ask for {asked}; "
-                "make the state for this batch, size, dtype and device"
+                f"slot {name!r} of the state is {held.get(name)}, the input and the weights ask for "
+                f"{asked.get(name)}; make the state for this model, batch, size, dtype and device"
             )
 
 

@@ -25,6 +25,7 @@ LEAST_PSNR_DB = 45.0
 FP8_CAPABILITY = (8, 9)
 _SIDE, _CHUNK, _CHUNKS = 8, 3, 2  # latents of the FP8 check: height and width, of one call, calls
 _SEED = 0
+_KEPT_SIZES = 2  # a decoder's buffers are 1.9 GB at 832x480
 
 
 def open_full_decoder(
@@ -32,6 +33,8 @@ def open_full_decoder(
 ) -> Callable[[LatentGrid], StreamingDecoder]:
     """What gives the decoder for a size; its backends are chosen when a size is first asked for.
 
+    Those of the last _KEPT_SIZES sizes are kept, with their buffers; an older one lives while a stream has
+    it.
     Raises RuntimeError for runtime.vae_precision "fp8" on a GPU without FP8, and where it does not hold
     LEAST_PSNR_DB with these weights; decoder_ops raises for a size.
     """
@@ -44,9 +47,10 @@ def open_full_decoder(
     ops = choose_ops(requested, device, _fp8_override(config, requested, device))
     decoder = StreamingDecoder(vae, ops, config.runtime.vae_precision)
     if fp8:
-        require_psnr(vae, decoder, dtype)
+        with torch.cuda.device(device if device.type == "cuda" else -1):  # kernels run on the current device
+            require_psnr(vae, decoder, dtype)
 
-    @functools.cache
+    @functools.lru_cache(_KEPT_SIZES)
     def open_decoder(grid: LatentGrid) -> StreamingDecoder:
         return decoder.on(decoder_ops(config, grid, requested, dtype, device))
 

@@ -14,7 +14,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -178,7 +178,8 @@ def write_whole(path: Path, content: bytes) -> None:
             f"cannot write {path} of {len(content)} bytes ({error.strerror}); free space or change its rights"
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that is none has nothing to remove
+            beside.unlink()
 
 
 def _drop_traces(program: ONNXProgram) -> None:

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from rfengine.config import VAEConfig
 from rfengine.models.streaming_decoder import StreamingDecoder
-from rfengine.models.vae import WanVAE
+from rfengine.models.streaming_layers import Residual, TimeDoubling
+from rfengine.models.vae import CausalConv, WanVAE
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.reference import frame_pack, frame_pack_nv12
 
@@ -224,6 +225,23 @@ def test_weights_of_the_plain_decoder_stay_as_they_are():
     assert all(
         isinstance(parameter, nn.Parameter) and parameter.requires_grad for parameter in vae.parameters()
     )
+
+
+def test_large_weights_are_kept_once_for_the_plain_and_the_streaming_decoder():
+    vae = random_vae(NARROW)
+    held = {layer.slot: layer.weight for layer in vae.decoder.modules() if isinstance(layer, CausalConv)}
+    decoder, twin = StreamingDecoder(vae, REFERENCE_OPS), StreamingDecoder(vae, REFERENCE_OPS)
+    convolutions = [decoder._first, decoder._last]
+    for layer in decoder._layers:
+        if isinstance(layer, Residual):
+            convolutions += [layer.first, layer.second]
+        elif isinstance(layer, TimeDoubling):
+            convolutions.append(layer.convolution)
+    assert {convolution.slot for convolution in convolutions} == held.keys()
+    for convolution in convolutions:
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last_3d)
+        assert convolution.weight.data_ptr() == held[convolution.slot].data_ptr()
+    assert twin._first.weight.data_ptr() == decoder._first.weight.data_ptr()
 
 
 def test_decoder_serves_calls_inside_and_outside_of_inference_mode():

@@ -399,10 +399,21 @@ def test_latents_of_another_layout_are_an_error(shape):
 )
 def test_state_of_another_size_or_dtype_is_an_error(batch, height, width, dtype):
     vae = random_vae()
-    with pytest.raises(ValueError, match="first slot of the state"):
+    with pytest.raises(ValueError, match="slot 'conv1' of the state is"):
         vae.decode(torch.zeros(1, 4, 1, 2, 2), vae.decoder_state(batch, height, width, dtype, "cpu"))
-    with pytest.raises(ValueError, match="first slot of the state"):
+    with pytest.raises(ValueError, match="slot 'conv1' of the state is"):
         vae.encode(torch.zeros(1, 3, 1, 16, 16), vae.encoder_state(batch, height, width, dtype, "cpu"))
+
+
+def test_state_of_another_model_is_an_error_and_changes_nothing():
+    vae, wider = random_vae(), WanVAE(dataclasses.replace(SMALL, base_dim=2 * SMALL.base_dim))
+    for call, shape, state in (
+        (vae.decode, (1, 4, 1, 2, 2), wider.decoder_state(1, 2, 2, torch.float32, "cpu")),
+        (vae.encode, (1, 3, 1, 16, 16), wider.encoder_state(1, 2, 2, torch.float32, "cpu")),
+    ):
+        with pytest.raises(ValueError, match=r"slot '.+' of the state is .* make the state for this model"):
+            call(torch.ones(shape), state)
+        assert state.frames == 0 and not any(slot.any() for slot in state.slots.values())
 
 
 def test_state_of_the_other_half_is_an_error():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -90,6 +93,36 @@ def test_a_gpu_without_fp8_is_refused(monkeypatch, tiny):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     with pytest.raises(RuntimeError, match="NVIDIA A100 has no FP8 products, .* capability 8.9"):
         open_full_decoder(config, vae, "auto", torch.bfloat16, CUDA)
+
+
+def test_fp8_is_checked_with_the_decoder_s_gpu_as_the_current_one(monkeypatch, tiny):
+    config, vae = tiny
+    device, current = torch.device("cuda", 1), []
+
+    @contextlib.contextmanager
+    def make_current(chosen):
+        current.append(chosen)
+        yield
+        current.pop()
+
+    checked = []
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(full_decoder, "choose_ops", lambda *_: REFERENCE_OPS)
+    monkeypatch.setattr(full_decoder, "require_psnr", lambda *_: checked.append(list(current)))
+    open_full_decoder(config, vae, "auto", torch.bfloat16, device)
+    assert checked == [[device]] and current == []
+
+
+def test_buffers_of_a_size_that_no_stream_uses_are_given_up():
+    pipeline = small_pipeline()
+    opener = open_full_decoder(pipeline.config, pipeline.vae, "auto", torch.float32, CPU)
+    forgotten = weakref.ref(opener(LatentGrid(32, 32)))
+    kept = opener(GRID)
+    for side in (48, 64):
+        opener(LatentGrid(side, 80))
+    gc.collect()
+    assert forgotten() is None and kept is not None
 
 
 def test_each_size_has_a_decoder_of_its_own_with_the_same_weights():

@@ -125,6 +125,13 @@ def test_write_whole_makes_the_folder(tmp_path) -> None:
     assert (tmp_path / "new" / "file").read_bytes() == b"content"
 
 
+def test_write_into_a_file_that_stands_for_the_folder_is_one_sentence(tmp_path) -> None:
+    (tmp_path / "tensorrt").write_text("no folder")
+    with pytest.raises(RuntimeError, match=r"cannot write .*tensorrt/a.onnx of 7 bytes \("):
+        write_whole(tmp_path / "tensorrt" / "a.onnx", b"content")
+    assert (tmp_path / "tensorrt").read_text() == "no folder"
+
+
 def test_missing_exporter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_export, "_EXPORTER", ("onnx", "no_such_package"))
     with pytest.raises(
