@@ -14,6 +14,7 @@ from rfengine.config import CacheConfig
 from rfengine.stream import VideoStream
 
 Advance = Callable[[], int]  # makes one chunk and returns its frames
+LEAD_IN = 2  # chunks until a stream that goes one ahead is in its stride
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,23 @@ def time_chunks(advance: Advance, count: int, device: torch.device, waits: bool)
         frames += advance()
         if waits or place + 1 == count:
             synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return ChunkTimes(tuple(seconds), frames)
+
+
+def time_flow(advance: Advance, count: int, lead_in: int = LEAD_IN) -> ChunkTimes:
+    """Times from one chunk to the next, `count` of them, of an `advance` that gives frames in host memory.
+
+    The device is never waited for otherwise: a stream that goes one chunk ahead has as much under way after
+    the last as before the first, after lead_in chunks that do not count. Under time_chunks the first of its
+    chunks would be there already and the last would take the time of two, which no percentile survives.
+    """
+    for _ in range(lead_in):
+        advance()
+    seconds, frames = [], 0
+    for _ in range(count):
+        started = time.perf_counter()
+        frames += advance()
         seconds.append(time.perf_counter() - started)
     return ChunkTimes(tuple(seconds), frames)
 

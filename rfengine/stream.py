@@ -136,14 +136,18 @@ class VideoStream:
         self._decoder_state = self._worker.new_state(1, grid.latent_height, grid.latent_width, model.dtype)
         self._window_latents: dict[int, Tensor] = {}
         self._ahead: _Computed | None = None
+        self._drawn: tuple[int, Tensor] | None = None  # a chunk and its noise on the host
         self._handed_out = False  # a chunk, since the start of this video
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """Launch on the denoising's CUDA stream, after and before all else that the caller launches."""
+        """Launch on the model's device, which may not be the current one, and on the denoising's CUDA stream,
+        after and before all else that the caller launches."""
         own = self._parts.compute_stream
         if own is None:
-            yield
+            device = self._parts.model.device
+            with torch.cuda.device(device if device.type == "cuda" else -1):  # -1 changes nothing
+                yield
             return
         outer = torch.cuda.current_stream(own.device)
         own.wait_stream(outer)
@@ -232,6 +236,8 @@ class VideoStream:
             self._remember(plan.chunk, x0)
             denoise_ms = (time.perf_counter() - started) * 1e3
             pending = self._worker.submit(x0, self._decoder_state) if decode else None
+            if self._parts.compute_stream is not None:  # the device works meanwhile
+                self._drawn = (plan.chunk + 1, self._draw_noise(plan.chunk + 1))
         return _Computed(x0, pending, denoise_ms)
 
     def _no_frames(self) -> ndarray:
@@ -239,13 +245,20 @@ class VideoStream:
 
     def _noise(self, chunk: int) -> Tensor:
         """[num_steps, 1, C, F, h, w] of one chunk, from (seed, chunk, step) alone."""
+        drawn = self._drawn
+        noise = drawn[1] if drawn is not None and drawn[0] == chunk else self._draw_noise(chunk)
+        self._drawn = None
+        return noise.to(self._parts.model.device, non_blocking=True)
+
+    def _draw_noise(self, chunk: int) -> Tensor:
+        """_noise in host memory; at a large size the host takes a while."""
         model, frames = self._parts.model, self._parts.cache_config.chunk_frames
         shape = (1, model.config.in_dim, frames, self.grid.latent_height, self.grid.latent_width)
         draws = [chunk_noise(self.seed, chunk, step, shape) for step in range(self.num_steps)]
         noise = torch.stack(draws).to(model.dtype)
         if model.device.type == "cuda":  # from ordinary memory the copy would wait for the chunk before
             noise = noise.pin_memory()
-        return noise.to(model.device, non_blocking=True)
+        return noise
 
     def _remember(self, chunk: int, latents: Tensor) -> None:
         """Keep the clean latents of the chunks in the window: a prompt switch may recompute them."""

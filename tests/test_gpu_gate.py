@@ -191,7 +191,7 @@ def test_items_of_every_part_are_found_before_a_gpu_is_touched(
         assert len(found) == len(set(found)), part
     assert len(names["parity"]) == 5 * 3 * 2 + 5 * 2
     assert "linear FP8, FFN up" in names["device"] and "attention SDPA cuDNN, 14040 keys" in names["device"]
-    assert names["throughput"] == ["frames", "baseline", "engine", *speed.VARIANTS]
+    assert names["throughput"] == ["load", "agreement", "frames", "baseline", "engine", *speed.VARIANTS]
     assert sum("shipped" in name for name in names["graphs"]) == 2
 
 
@@ -257,8 +257,10 @@ def test_the_self_check_passes_with_what_a_bare_cuda_image_has(tmp_path: Path) -
     (compared,) = results["parts"]["graphs"]["results"]
     assert compared["equal"] and compared["chunks"] >= 20
     told = results["parts"]["throughput"]["results"]
-    assert [set(result) - {"item"} for result in told[:3]] == [{"frames"}, {"comparison"}, {"throughput"}]
-    assert told[2]["throughput"]["model"] == "tiny" and math.isfinite(told[0]["frames"]["frames_per_s"])
+    kinds = ["choice", "agreement", "frames", "comparison", "throughput"]
+    assert [set(result) - {"item"} for result in told[:5]] == [{kind} for kind in kinds]
+    assert told[4]["throughput"]["model"] == "tiny" and math.isfinite(told[2]["frames"]["frames_per_s"])
+    assert told[4]["throughput"]["agreement"] == told[1]["agreement"]
 
 
 def test_the_bare_image_of_these_tests_lacks_what_it_says(tmp_path: Path) -> None:

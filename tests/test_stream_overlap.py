@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -15,6 +20,7 @@ from rfengine import Pipeline, VideoStream
 from rfengine.config import RuntimeConfig
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.schedule import chunk_noise
 
 WAIT = 20.0  # seconds that a test waits for another thread at most
 
@@ -125,6 +131,110 @@ def test_streams_beside_each_other_are_the_same(plain: Pipeline, overlapped: Pip
     pieces = [[next(stream).frames for stream in streams] for _ in range(4)]
     for number, frames in enumerate(expected):
         assert numpy.array_equal(numpy.concatenate([piece[number] for piece in pieces]), frames)
+
+
+@pytest.mark.slow
+def test_an_endless_stream_keeps_nothing_of_what_it_gave(overlapped: Pipeline) -> None:
+    """Memory and Python objects are the same after 2,000 chunks as after 500."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("this system does not tell what memory a process has")
+
+    def measured() -> tuple[int, int]:
+        resident = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        return int(resident.split()[1]) * 1024, len(gc.get_objects())
+
+    stream = overlapped.stream("a circle", seed=1)
+    for _ in itertools.islice(stream, 500):
+        pass
+    resident, objects = measured()
+    for _ in itertools.islice(stream, 1500):
+        pass
+    later_resident, later_objects = measured()
+    stream.close()
+    assert later_resident - resident < 2**23  # the frames given meanwhile are ten times that
+    assert abs(later_objects - objects) < 500  # of each chunk at least one would be a tensor more
+
+
+class FakeStream:
+    """A CUDA stream of which the waits are recorded."""
+
+    device = torch.device("cuda", 1)
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def own_stream(overlapped: Pipeline, monkeypatch: pytest.MonkeyPatch) -> tuple[Pipeline, list[str]]:
+    """A pipeline that denoises on a CUDA stream of its own, and the log of what it does there."""
+    log: list[str] = []
+    caller = FakeStream("caller", log)
+    denoise = ChunkRunner.advance
+
+    @contextmanager
+    def entered(stream: FakeStream | None) -> Iterator[None]:
+        yield
+
+    def advance(self, cache, plan, *others):
+        log.append(f"denoise {plan.chunk}")
+        return denoise(self, cache, plan, *others)
+
+    def noise_of(seed: int, chunk: int, step: int, shape) -> torch.Tensor:
+        if step == 0:
+            log.append(f"draw {chunk}")
+        return chunk_noise(seed, chunk, step, shape)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(ChunkRunner, "advance", advance)
+    monkeypatch.setattr("rfengine.stream.chunk_noise", noise_of)
+    pipe = with_runtime(overlapped, RuntimeConfig(overlap=True))
+    pipe._parts = dataclasses.replace(pipe._parts, compute_stream=FakeStream("own", log))
+    return pipe, log
+
+
+def test_the_denoising_stream_comes_after_and_before_what_the_caller_launches(own_stream) -> None:
+    pipe, log = own_stream
+    stream = pipe.stream("a circle", seed=3)
+    log.clear()
+    next(stream)
+    assert log == ["own waits for caller", "draw 0", "denoise 0", "draw 1", "caller waits for own"]
+
+
+def test_noise_is_drawn_while_the_device_works_and_once(plain: Pipeline, own_stream) -> None:
+    pipe, log = own_stream
+    stream = pipe.stream("a circle", seed=3)
+    frames = frames_of(stream, 3)
+    drawn = [event for event in log if not event.endswith(("own", "caller"))]
+    assert drawn == [
+        "draw 0", "denoise 0", "draw 1", "denoise 1", "draw 2", "denoise 2", "draw 3", "denoise 3", "draw 4",
+    ]  # fmt: skip
+    stream.set_prompt("a green square", "hard")
+    anew = frames_of(stream, 2)
+    stream.close()
+    assert numpy.array_equal(frames, frames_of(plain.stream("a circle", seed=3), 3))
+    assert numpy.array_equal(anew, frames_of(plain.stream("a green square", seed=3), 2))
+
+
+def test_without_a_stream_of_its_own_the_models_device_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, wherever the tensors are."""
+    entered: list[object] = []
+
+    @contextmanager
+    def on_device(device: object) -> Iterator[None]:
+        entered.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device", on_device)
+    for device in (torch.device("cuda", 1), torch.device("cpu")):
+        parts = SimpleNamespace(compute_stream=None, model=SimpleNamespace(device=device))
+        with VideoStream._computing(SimpleNamespace(_parts=parts)):
+            pass
+    assert entered == [torch.device("cuda", 1), -1]
 
 
 def test_a_chunk_is_decoded_while_the_next_is_denoised(

@@ -11,8 +11,17 @@ from typing import Any
 
 import throughput
 import torch
-from agreement import check_agreement, engine_latents
-from chunk_times import Advance, ChunkTimes, frames_of, latents_of, recorded_chunks, time_chunks
+from agreement import Agreement, WrongEngineError, check_agreement, engine_latents
+from chunk_times import (
+    LEAD_IN,
+    Advance,
+    ChunkTimes,
+    frames_of,
+    latents_of,
+    recorded_chunks,
+    time_chunks,
+    time_flow,
+)
 from comparison import compare
 from gate.part import Item, Setting
 from gate.record import Result
@@ -44,24 +53,36 @@ def options_of(setting: Setting) -> ThroughputOptions:
 
 @dataclass
 class Measured:
-    """The engine that all items of a process measure, once it was found right."""
+    """The engine that all items of a process measure, once it was found right.
+
+    agreements: what its first chunks were found to be; None before, and where an earlier process looked.
+    """
 
     setting: Setting
+    agreements: list[Agreement] | None = None
     _engine: Engine | None = None
     _latents: list[Tensor] = field(default_factory=list)
-    right: bool = False
+    _wrong: WrongEngineError | None = None
+
+    def loaded(self) -> Engine:
+        """The engine, tuned, of which nothing is known yet."""
+        if self._engine is None:
+            self._engine = Engine.load(options_of(self.setting))
+        return self._engine
 
     def engine(self) -> Engine:
-        """Raises WrongEngineError; an engine that an earlier item found right is not looked at again."""
-        if self._engine is None:
-            engine = Engine.load(options_of(self.setting))
-            earlier = self.setting.results("throughput")
-            self.right = self.right or any("frames" in told for told in earlier)
-            if not self.right:
-                check_agreement(engine.pipeline, engine.grid, engine.decoder)
-                self.right = True
-            self._engine = engine
-        return self._engine
+        """Raises WrongEngineError; an engine that an earlier process found right is not looked at again."""
+        engine = self.loaded()
+        if self._wrong is not None:
+            raise self._wrong
+        earlier = (told for part in ("throughput", "flatness") for told in self.setting.results(part))
+        if self.agreements is None and not any("agreement" in told for told in earlier):
+            try:
+                self.agreements = check_agreement(engine.pipeline, engine.grid, engine.decoder)
+            except WrongEngineError as error:
+                self._wrong = error
+                raise
+        return engine
 
     def latents(self) -> list[Tensor]:
         engine = self.engine()
@@ -73,8 +94,10 @@ class Measured:
 def throughput_items(setting: Setting) -> list[Item]:
     measured = Measured(setting)
     variants = ["no VAE"] if setting.small else list(VARIANTS)
-    least_s = (0, 0) if setting.small else (30, 15)
+    least_s = (0, 0) if setting.small else (45, 30)
     return [
+        Item("load", lambda: _loaded(measured)),
+        Item("agreement", lambda: _agreement(measured)),
         Item("frames", lambda: _frames(measured)),
         Item("baseline", lambda: _against_baseline(measured), least_s[1]),
         Item("engine", lambda: _whole(measured), least_s[0]),
@@ -84,6 +107,16 @@ def throughput_items(setting: Setting) -> list[Item]:
 
 def flatness_items(setting: Setting) -> list[Item]:
     return [Item("chunks in a row", lambda: flat_run(Measured(setting), setting), least_s=10)]
+
+
+def _loaded(measured: Measured) -> Iterator[Result]:
+    """Loading, which compiles the kernels and tunes, takes long: what it took is told by itself."""
+    yield {"choice": measured.loaded().pipeline.model.ops.choice}
+
+
+def _agreement(measured: Measured) -> Iterator[Result]:
+    measured.engine()
+    yield {"agreement": [agreement.to_dict() for agreement in measured.agreements or ()]}
 
 
 def _frames(measured: Measured) -> Iterator[Result]:
@@ -96,13 +129,14 @@ def _frames(measured: Measured) -> Iterator[Result]:
     advance()
     first_ms = (time.perf_counter() - started) * 1e3
     time_chunks(advance, warm_up, engine.device, False)
-    times = time_chunks(advance, options_of(measured.setting).chunks, engine.device, False)
+    times = time_flow(advance, options_of(measured.setting).chunks)
     yield {"frames": _figures(times) | {"first_frame_ms": first_ms, "weights": engine.weights}}
 
 
 def _whole(measured: Measured) -> Iterator[Result]:
     """The table of bench/throughput.py: parts against their floors, utilisation, memory."""
-    yield {"throughput": throughput.measure(options_of(measured.setting))}
+    measured.engine()
+    yield {"throughput": throughput.measure(options_of(measured.setting), measured.agreements)}
 
 
 def _against_baseline(measured: Measured) -> Iterator[Result]:
@@ -122,7 +156,10 @@ def _variant(measured: Measured, name: str) -> Callable[[], Iterator[Result]]:
         warm_up = recorded_chunks(engine.pipeline.config.cache)
         time_chunks(advance, warm_up, engine.device, not engine.decodes)
         chunks = 1 if setting.small else VARIANT_CHUNKS
-        times = time_chunks(advance, chunks, engine.device, not engine.decodes)
+        if engine.decodes:
+            times = time_flow(advance, chunks)
+        else:
+            times = time_chunks(advance, chunks, engine.device, waits=True)
         yield {"variant": name, "latents_apart": apart, **_figures(times)}
 
     return run
@@ -158,7 +195,7 @@ def flat_run(measured: Measured, setting: Setting) -> Iterator[Result]:
     frames, before = 0, memory_bytes(device)
     longest = 0.0
     while len(seconds) < most and (setting.small or setting.seconds_left > 2 + 1.5 * longest):
-        times = time_chunks(advance, min(TOLD_EVERY, most - len(seconds)), device, False)
+        times = time_flow(advance, min(TOLD_EVERY, most - len(seconds)), 0 if seconds else LEAD_IN)
         longest = max(longest, sum(times.seconds))
         seconds += times.seconds
         frames += times.frames

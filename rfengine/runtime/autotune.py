@@ -33,6 +33,7 @@ WARM_UP_SAMPLES = 3
 NOISE_SHARE = 0.02
 ERROR_FACTOR = 2.0  # times the error of the reference in the same dtype
 SEED = 0
+_PATIENCE = "autotune builds and times the backends on %s, once for each size; this can take minutes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +143,11 @@ def cached_decisions(device: torch.device | str, cache_path: str | Path | None =
 def _hold(
     contests: Sequence[Contest], made: Sequence[Decision], cache: TuningCache, timer: Timer | None
 ) -> list[Decision]:
-    """Decisions of the contests that nothing in `made` settles; new measurements go into the cache."""
+    """Decisions of the contests that nothing in `made` settles; each new one goes into the cache at once, so
+    that a start which is broken off need not begin anew."""
     settled = {decision.subject.key for decision in made}
-    decisions, measured = [], []
+    decisions = []
+    is_told = timer is not None
     for contest in contests:
         key = contest.subject.key
         if key in settled or op_of(key) in settled:
@@ -154,11 +157,12 @@ def _hold(
             continue
         decision = cache.find(contest.subject)
         if decision is None:
+            if not is_told:
+                logger.warning(_PATIENCE, contest.device)
+                is_told = True
             decision = decide(contest, timer)
-            measured.append(decision)
+            cache.store([decision])
         decisions.append(decision)
-    if measured:
-        cache.store(measured)
     return decisions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from threading import Lock
 from typing import Generic, TypeVar
@@ -28,10 +29,13 @@ class CapturedCall(Generic[Result]):
     """`function` without arguments, recorded once; `result` is what it returned, which replays overwrite.
 
     All that the function reads and writes must stay where it is: tensors that are filled before a replay. It
-    is run WARM_UP_CALLS times on a side stream before it is recorded, so a function that changes state in
-    place needs it put back: `restore` is called after the warm-up. None stands for a function that has run
-    before in these shapes on this device: it is recorded at once. The capture itself runs nothing on the
-    device, and the function is not kept. Other threads may use the device meanwhile.
+    is run WARM_UP_CALLS times before it is recorded, so a function that changes state in place needs it put
+    back: `restore` is called after the warm-up. None stands for a function that has run before in these
+    shapes on this device: it is recorded at once. The capture itself runs nothing on the device, and the
+    function is not kept. Other threads may use the device meanwhile.
+    It is recorded on the current stream, or on one of the device that stands for the default stream, which
+    nothing can be recorded on: torch keeps the free memory of a pool and the workspaces of its libraries
+    apart by stream, so graphs of one pool share memory only where they are recorded on one stream.
     Raises RuntimeError, as torch does, when the function reads a value on the host or cannot be captured; the
     device's state is then as it was before.
     """
@@ -44,10 +48,9 @@ class CapturedCall(Generic[Result]):
         pool: GraphPool | None = None,
     ) -> None:
         with torch.cuda.device(device), _one_capture_at_a_time:
-            # of this device, where torch's own capture stream is of the first one, and of the caller's
-            # priority, which the recorded kernels keep
-            priority = torch.cuda.current_stream(device).priority
-            side = torch.cuda.Stream(device, priority=priority)
+            current = torch.cuda.current_stream(device)
+            on_default = current == torch.cuda.default_stream(device)
+            side = _side_stream(current.device) if on_default else current
             if restore is not None:
                 _warm_up(function, side)
                 restore()
@@ -62,6 +65,12 @@ class CapturedCall(Generic[Result]):
         """Run the recorded work on the current stream; returns `result`, valid until the next replay."""
         self._graph.replay()
         return self.result
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """What stands for the default stream of a device; torch's own capture stream is of the first one used."""
+    return torch.cuda.Stream(device)
 
 
 def _warm_up(function: Callable[[], object], side: torch.cuda.Stream) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
-from rfengine.runtime.cuda_graph import CapturedCall
+from rfengine.runtime.cuda_graph import CapturedCall, GraphPool, graph_pool
 from rfengine.runtime.nvtx_ranges import nvtx_range
 
 if TYPE_CHECKING:
@@ -66,11 +66,22 @@ class DecodeLane:
         self.stream = torch.cuda.Stream(device) if overlap and on_cuda else None
         self.thread = ThreadPoolExecutor(1, "rfengine-decode") if overlap and not on_cuda else None
         self._copy_streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._pool: GraphPool | None = None
+        self._captured: weakref.WeakSet[_CapturedDecode] = weakref.WeakSet()
 
     def copy_stream(self, source: torch.device) -> torch.cuda.Stream:
         if source not in self._copy_streams:
             self._copy_streams[source] = torch.cuda.Stream(source)
         return self._copy_streams[source]
+
+    def capture(self, decoder: FrameDecoder, latents: Tensor, state: FrameDecoderState) -> _CapturedDecode:
+        """A recorded decode. All of them share the memory of what they compute, since one runs at a time; the
+        pool is a new one where no graph is left that holds the old one open."""
+        if not self._captured:
+            self._pool = graph_pool()
+        made = _CapturedDecode(decoder, latents, state, self.device, self._pool)
+        self._captured.add(made)
+        return made
 
 
 class DecodeWorker:
@@ -251,7 +262,7 @@ class _StreamDecoding:
             self._seen_latents = count
             return _decode(self._decoder, latents, state)
         if self._captured is None or self._captured.state is not state:
-            self._captured = _CapturedDecode(self._decoder, latents, state, self._lane.device)
+            self._captured = self._lane.capture(self._decoder, latents, state)
         return self._captured.replay(latents)
 
     def _buffer(self, size: int) -> Tensor:
@@ -302,12 +313,17 @@ class _CapturedDecode:
     """A chunk's decoding on one state, recorded; it has run before in these shapes."""
 
     def __init__(
-        self, decoder: FrameDecoder, latents: Tensor, state: FrameDecoderState, device: torch.device
+        self,
+        decoder: FrameDecoder,
+        latents: Tensor,
+        state: FrameDecoderState,
+        device: torch.device,
+        pool: GraphPool | None,
     ) -> None:
         self.state = state
         self._latents = static = latents.clone()
         seen = state.frames
-        self._call = CapturedCall(lambda: _decode(decoder, static, state), None, device)
+        self._call = CapturedCall(lambda: _decode(decoder, static, state), None, device, pool)
         state.frames = seen  # recording counted its latents but ran nothing
 
     def replay(self, latents: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ def capture_calls(run: Callable[..., object], sets: Sequence[Arguments]) -> torc
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):  # torch's own stream is of the device that was first
         for arguments in sets:
             run(*arguments)
     return graph

@@ -100,6 +100,7 @@ class TuningCache:
         self.path = path
         self.machine = dict(machine)
         self._entries = _read(path)
+        self._is_told = False  # that the file cannot be written
 
     def decisions(self) -> list[Decision]:
         """Those of this machine."""
@@ -109,10 +110,12 @@ class TuningCache:
         return next((decision for decision in self.decisions() if decision.subject == subject), None)
 
     def store(self, decisions: Iterable[Decision]) -> None:
-        """Add `decisions` to the file, in place of older ones of the same machine and subject.
+        """Add `decisions` to the file, in place of older ones of the same machine and subject; what another
+        process has added since it was read stays.
 
         The file is replaced as a whole. Where it cannot be written, a warning says so: nothing else is lost.
         """
+        self._entries = _read(self.path, warns=False) or self._entries
         new = {decision.subject: decision for decision in decisions}
         kept = [
             (machine, decision)
@@ -128,12 +131,14 @@ class TuningCache:
                 file.write(text)
             os.replace(file.name, self.path)
         except OSError as error:
-            logger.warning(
-                "autotune: %s is not written, so the next start measures again: %s", self.path, error
-            )
+            logger.log(
+                logging.DEBUG if self._is_told else logging.WARNING,
+                "autotune: %s is not written, so the next start measures again: %s", self.path, error,
+            )  # fmt: skip
+            self._is_told = True
 
 
-def _read(path: Path) -> list[tuple[dict[str, str], Decision]]:
+def _read(path: Path, warns: bool = True) -> list[tuple[dict[str, str], Decision]]:
     try:
         stored = json.loads(path.read_text())
         if stored["format"] != FORMAT:
@@ -142,9 +147,10 @@ def _read(path: Path) -> list[tuple[dict[str, str], Decision]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning(
-            "autotune: %s is ignored and all is measured again: %s: %s", path, type(error).__name__, error
-        )
+        logger.log(
+            logging.WARNING if warns else logging.DEBUG,
+            "autotune: %s is ignored and all is measured again: %s: %s", path, type(error).__name__, error,
+        )  # fmt: skip
         return []
 
 

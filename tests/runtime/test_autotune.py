@@ -148,6 +148,35 @@ def test_an_answer_is_kept_and_nothing_is_timed_again(held, tmp_path, caplog):
     assert [str(each) for each in cached_decisions(CPU, path)] == [str(first.decisions[0])]
 
 
+def test_what_was_measured_before_a_start_broke_off_is_kept(tmp_path):
+    path = tmp_path / "autotune.json"
+    cache = tuning_cache.TuningCache(path, tuning_cache.describe_machine(CPU))
+    asked = [contest(plain=plain, other=other), contest("linear@4x4", plain=broken, other=wrong)]
+    with pytest.raises(RuntimeError, match="every backend"):
+        autotune._hold(asked, [], cache, Clock(plain=2.0, other=1.0))
+    assert [decision.backend for decision in cached_decisions(CPU, path)] == ["other"]
+
+
+def test_who_waits_for_a_measurement_is_told_once_what_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(autotune, "graph_sampler", Clock(plain=2.0, other=1.0))
+    asked = [contest(key, plain=plain, other=other) for key in ("rms_norm", "linear@4x4")]
+    for expected in (1, 0):  # nothing is measured the second time
+        caplog.clear()
+        cache = tuning_cache.TuningCache(tmp_path / "a.json", tuning_cache.describe_machine(CPU))
+        autotune._hold(asked, [], cache, None)
+        told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert ["times the backends on cpu" in message for message in told] == [True] * expected
+
+
+def test_two_processes_that_tune_at_once_keep_what_both_found(tmp_path):
+    path = tmp_path / "autotune.json"
+    one, two = (tuning_cache.TuningCache(path, tuning_cache.describe_machine(CPU)) for _ in range(2))
+    for cache, key in ((one, "rms_norm"), (two, "linear@4x4"), (one, "linear@8x8")):
+        cache.store([decide(contest(key, plain=plain, other=other), Clock(plain=2.0, other=1.0))])
+    found = {decision.subject.key for decision in cached_decisions(CPU, path)}
+    assert found == {"rms_norm", "linear@4x4", "linear@8x8"}
+
+
 def test_another_shape_or_another_set_of_contenders_is_measured(held, tmp_path):
     path, clock = tmp_path / "autotune.json", Clock(plain=2.0, other=1.0)
     held(contest(plain=plain, other=other), timer=clock, cache_path=path)
@@ -197,6 +226,11 @@ def test_a_file_that_cannot_be_written_costs_only_a_warning(held, tmp_path, capl
     path = tmp_path / "file" / "autotune.json"
     choice = held(contest(plain=plain, other=other), timer=Clock(plain=2.0, other=1.0), cache_path=path)
     assert choice.overrides == {"rms_norm": "other"} and "is not written" in caplog.text
+    cache = tuning_cache.TuningCache(path, tuning_cache.describe_machine(CPU))
+    caplog.clear()
+    for _ in range(3):  # one for each contest would bury what else is told
+        cache.store(choice.decisions)
+    assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
 
 
 def test_a_failed_write_leaves_the_old_file_whole(held, tmp_path, monkeypatch, caplog):

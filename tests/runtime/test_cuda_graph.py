@@ -1,26 +1,30 @@
 """The order in which a call is warmed up, recorded and replayed, with torch.cuda replaced by a record."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+from rfengine.runtime import cuda_graph
 from rfengine.runtime.cuda_graph import WARM_UP_CALLS, CapturedCall, graph_pool
 
 
 class FakeStream:
-    def __init__(self, events: list, name: str, priority: int) -> None:
-        self.events, self.name, self.priority, self.device = events, name, priority, "device"
+    def __init__(self, events: list, name: str, device: str = "device") -> None:
+        self.events, self.name, self.device = events, name, device
 
     def wait_stream(self, other: "FakeStream") -> None:
         self.events.append(f"{self.name} waits for {other.name}")
 
 
 @pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What was done, in order; a recorded function shows as one too."""
     seen: list[str] = []
-    streams = [FakeStream(seen, "current", -1)]
+    streams = [FakeStream(seen, "default")]
+    default, made = streams[0], iter(range(9))
+    cuda_graph._side_stream.cache_clear()
 
     @contextmanager
     def on_stream(stream):
@@ -33,7 +37,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     @contextmanager
     def recording(graph, pool, stream, capture_error_mode):
-        seen.append(f"record on {stream.name} of {stream.priority}, pool {pool}, {capture_error_mode}")
+        seen.append(f"record on {stream.name}, pool {pool}, {capture_error_mode}")
         streams.append(stream)
         yield  # a capture that fails leaves its stream current, as torch does
         streams.pop()
@@ -48,7 +52,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield
 
     replaced = {
-        "Stream": lambda device, priority: FakeStream(seen, "side", priority),
+        "Stream": lambda device: FakeStream(seen, f"side {next(made)} of {device}"),
+        "default_stream": lambda device: default,
         "current_stream": lambda device=None: streams[-1],
         "stream": on_stream,
         "graph": recording,
@@ -58,7 +63,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     }
     for name, fake in replaced.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    return seen
+    yield seen
+    cuda_graph._side_stream.cache_clear()
 
 
 def test_a_new_function_is_warmed_up_put_back_and_recorded(events):
@@ -66,11 +72,11 @@ def test_a_new_function_is_warmed_up_put_back_and_recorded(events):
         lambda: events.append("run") or 5, lambda: events.append("restore"), torch.device("cuda"), (0, 7)
     )
     assert events == [
-        "side waits for current",
+        "side 0 of device waits for default",
         *["run"] * WARM_UP_CALLS,
-        "current waits for side",
+        "default waits for side 0 of device",
         "restore",
-        "record on side of -1, pool (0, 7), thread_local",
+        "record on side 0 of device, pool (0, 7), thread_local",
         "run",
         "recorded",
     ]
@@ -81,14 +87,25 @@ def test_a_new_function_is_warmed_up_put_back_and_recorded(events):
 
 def test_a_function_that_has_run_before_is_recorded_at_once(events):
     CapturedCall(lambda: events.append("run"), None, torch.device("cuda"))
-    assert events == ["record on side of -1, pool None, thread_local", "run", "recorded"]
+    assert events == ["record on side 0 of device, pool None, thread_local", "run", "recorded"]
+
+
+def test_graphs_of_one_stream_are_recorded_on_one_stream(events):
+    """A pool's free memory is kept by stream: on a stream for each, graphs would share none of it."""
+    own = FakeStream(events, "own")
+    for _ in range(2):
+        CapturedCall(lambda: None, None, torch.device("cuda"), (0, 7))
+        with torch.cuda.stream(own):
+            CapturedCall(lambda: None, None, torch.device("cuda"), (0, 7))
+    recorded = [event.split(",")[0] for event in events if event.startswith("record on")]
+    assert recorded == ["record on side 0 of device", "record on own"] * 2
 
 
 def test_after_a_failed_recording_the_stream_is_the_callers_again(events):
     for _ in range(2):  # and the next recording is not kept waiting
         with pytest.raises(ZeroDivisionError):
             CapturedCall(lambda: 1 / 0, None, torch.device("cuda"))
-        assert torch.cuda.current_stream().name == "current"
+        assert torch.cuda.current_stream().name == "default"
 
 
 def test_a_pool_is_a_new_handle(events):
@@ -109,6 +126,20 @@ def test_a_recorded_function_reads_its_static_tensors_anew(monkeypatch):
     x.fill_(3)
     assert call.replay().tolist() == [6] * 4
     assert total.tolist() == [3] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_a_second_graph_of_a_pool_takes_no_more_memory(own_stream):
+    device = torch.device("cuda", torch.cuda.current_device())
+    x, pool = torch.ones(2**24, device=device), graph_pool()
+    with torch.cuda.stream(torch.cuda.Stream(device) if own_stream else None):
+        x.exp().log().sum()
+        calls = [CapturedCall(lambda: x.exp().log().sum(), None, device, pool)]
+        before = torch.cuda.memory_reserved(device)
+        calls.append(CapturedCall(lambda: x.exp().log().sum(), None, device, pool))
+        assert torch.cuda.memory_reserved(device) <= before
+        assert calls[0].replay().item() == calls[1].replay().item()
 
 
 @pytest.mark.gpu

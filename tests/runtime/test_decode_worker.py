@@ -268,6 +268,7 @@ class TapedCall:
 
     def __init__(self, function, restore, device, pool=None) -> None:
         assert restore is None
+        self.pool = pool
         self.tape = Tape()
         with self.tape:
             self.results = function()
@@ -296,6 +297,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
     monkeypatch.setattr(decode_worker, "_pinned", lambda size: torch.zeros(size, dtype=torch.uint8))
     monkeypatch.setattr(decode_worker, "_moved", moved)
     monkeypatch.setattr(decode_worker, "CapturedCall", TapedCall)
+    monkeypatch.setattr(decode_worker, "graph_pool", object)
     return made
 
 
@@ -354,6 +356,27 @@ def test_steady_decodes_are_recorded_once_and_replayed(recording: Recording) -> 
     assert frames[0] == frames[1] == [1, 3, 6, 10, 15, 21, 3, 7, 12]
     assert plain.calls == 9
     assert graphed.calls == 4  # the first chunk of each video, a steady one op by op, and the recording
+
+
+def test_graphs_of_one_lane_share_a_pool_until_none_is_left(recording: Recording) -> None:
+    lane = recording.lane(graphs=True)
+    lane.device = CPU
+
+    def recorded() -> tuple[DecodeWorker, object]:
+        worker = DecodeWorker(AddingDecoder(), lane)
+        state = worker.new_state(1, 2, 2, torch.float32)
+        for _ in range(3):
+            worker.submit(latents_of(1), state)
+        return worker, worker._decoding._captured._call.pool
+
+    (first, pool), (second, same) = recorded(), recorded()
+    assert pool is same is not None
+    first.close()
+    third, still = recorded()
+    assert still is pool
+    for worker in (second, third):
+        worker.close()
+    assert recorded()[1] is not pool
 
 
 @pytest.mark.parametrize("latents", [2, 3])
