@@ -26,8 +26,9 @@ from rfengine.checkpoint.loader import read_config
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
+from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
-from rfengine.ops import choose_ops
+from rfengine.ops import REFERENCE_OPS, choose_ops
 from rfengine.pipeline import VAE_TIERS, checkpoint_directory
 from rfengine.runtime.autotune import cached_decisions
 from rfengine.runtime.switches import runtime_switches
@@ -54,6 +55,7 @@ class MemoryNeeds:
 
     keys_values, raw_keys: the arenas of the cache; raw keys are kept with relative positions.
     sink_remainder: what rounding took from an averaged sink. cross_attention: keys and values of the text.
+    vae_buffers: what the lossless decoder works in, once for all streams.
     """
 
     transformer: int
@@ -64,6 +66,7 @@ class MemoryNeeds:
     sink_remainder: int
     cross_attention: int
     vae_state: int
+    vae_buffers: int
 
     @property
     def total(self) -> int:
@@ -76,8 +79,16 @@ def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> 
     cache = StreamingKVCache(model, config.cache, grid, dtype=dtype, device="meta").tensors()
     arenas = {name: cache.pop(name).nbytes for name in ("keys", "values", "raw_keys") if name in cache}
     with torch.device("meta"):
-        vae = WanVAE(config.vae)
-    state = vae.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta")
+        vae = WanVAE(config.vae).to(dtype)
+        latents = torch.empty(
+            1, config.vae.z_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width, dtype=dtype
+        )
+    decoder = StreamingDecoder(vae, REFERENCE_OPS)
+    state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta")
+    with torch.no_grad():
+        for _ in range(2):  # the first chunk, then any other
+            decoder.run(latents, state)
+            state.frames += config.cache.chunk_frames
     return MemoryNeeds(
         transformer=_count_weights(model) * size,
         vae=_count_weights(config.vae) * size,
@@ -87,6 +98,7 @@ def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> 
         sink_remainder=_nbytes(cache.values()),
         cross_attention=2 * model.num_layers * model.text_len * model.dim * size,
         vae_state=_nbytes(state.tensors().values()),
+        vae_buffers=decoder.halo_bytes,
     )
 
 

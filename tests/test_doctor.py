@@ -27,11 +27,12 @@ def test_memory_of_the_published_models_at_their_size() -> None:
     assert needs.sink_remainder == needs.keys_values // 3  # 3 of 9 frames
     assert round(needs.cross_attention / MIB) == 90
     assert round(needs.vae_state / MIB) == 1801
+    assert 1.8e9 < needs.vae_buffers < 1.95e9
     assert needs.transformer == 1_418_996_800 * 2
     assert needs.total == sum(
         (
             needs.transformer, needs.vae, needs.text_encoder, needs.keys_values, needs.raw_keys,
-            needs.sink_remainder, needs.cross_attention, needs.vae_state,
+            needs.sink_remainder, needs.cross_attention, needs.vae_state, needs.vae_buffers,
         )
     )  # fmt: skip
 
@@ -48,6 +49,8 @@ def test_memory_is_that_of_a_real_stream() -> None:
     state = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("decoder."))
     assert needs.keys_values + needs.raw_keys + needs.sink_remainder == cache
     assert needs.vae_state == state
+    list(stream.take(2))
+    assert needs.vae_buffers == stream._worker.decoder.halo_bytes > 0
 
 
 def test_memory_grows_with_the_size_and_the_dtype() -> None:

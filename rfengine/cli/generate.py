@@ -14,7 +14,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from rfengine.cli.terminal import find_device, interrupt_waits
-from rfengine.config import DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
+from rfengine.config import Backend, DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
 from rfengine.pipeline import Pipeline, check_seed, checkpoint_directory
 from rfengine.video import VideoWriter, check_video_path
 
@@ -46,6 +46,8 @@ class GenerateOptions:
     """cpu, cuda or cuda:N; cuda where there is one."""
     dtype: DTypeName | None = None
     """Precision of the weights; bfloat16 on CUDA, float32 on the CPU."""
+    backend: Backend | None = None
+    """What runs the ops; auto, the default, takes what is fastest here."""
     vae: DecoderKind = "full"
     """What makes the frames: full and tensorrt (an engine of rfengine export-vae) are lossless, tiny is
     faster and of lower quality."""
@@ -77,7 +79,9 @@ def run(options: GenerateOptions) -> int:
     )
     device = find_device(options.device)
     find_device(options.decode_device, "--decode-device")
-    pipeline = Pipeline.from_pretrained(options.model, device, options.dtype, runtime=runtime)
+    pipeline = Pipeline.from_pretrained(
+        options.model, device, options.dtype, backend=options.backend, runtime=runtime
+    )
     for done, (prompt, path) in enumerate(jobs):
         try:
             _write_video(pipeline, prompt, path, options)

@@ -80,6 +80,11 @@ class StreamingDecoder:
         return other
 
     @property
+    def halo_bytes(self) -> int:
+        """Memory of the halo buffers that calls so far have made; all streams share them."""
+        return sum(halo.nbytes for halo in self._halos.values())
+
+    @property
     def fp8_slots(self) -> tuple[str, ...]:
         """The slots of the convolutions that multiply in e4m3, in the order they run."""
         blocks = (layer for layer in self._layers if isinstance(layer, Residual))

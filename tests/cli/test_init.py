@@ -12,7 +12,7 @@ from rfengine import cli
 OPTIONS = {
     "generate": [
         "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
-        "vae", "vae_precision", "graphs", "overlap", "merged_pass", "autotune", "decode_device",
+        "backend", "vae", "vae_precision", "graphs", "overlap", "merged_pass", "autotune", "decode_device",
     ],
     "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
     "parity": ["files", "backend", "device", "dtype"],
