@@ -38,7 +38,7 @@ MIB = 2**20
 _REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "tqdm", "tyro", "ftfy")
 _OPTIONAL = (
     "triton", "flash-attn", "pycuda", "cuda-core", "nvtx", "tensorrt", "onnx", "onnxruntime",
-    "fastapi", "uvicorn", "websockets", "torchvision",
+    "tensorboard", "matplotlib", "fastapi", "uvicorn", "websockets",
 )  # fmt: skip
 _HOW_TO_GET = {
     "pycuda": "it has no wheel: build its source archive without cuRAND (README), or take cuda-core",
