@@ -43,12 +43,12 @@ from vae_decoders import (
 )
 from vae_layers import floor_of, layer_parts, measure_layers
 
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import read_config
 from rfengine.config import PRESETS, Backend, DTypeName
 from rfengine.evaluation.throughput_options import Switch
 from rfengine.grid import LatentGrid
 from rfengine.models.streaming_decoder import FP8_TIER
-from rfengine.pipeline import checkpoint_directory
 from rfengine.runtime.full_decoder import drawn_clip, psnr_db
 
 CHECKED_CHUNKS = 3

@@ -10,12 +10,13 @@ from random_weights import SEED as WEIGHTS_SEED
 from random_weights import GivenTextStates, random_pipeline
 from torch import nn
 
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part
 from rfengine.config import PRESETS, RuntimeConfig
 from rfengine.evaluation.throughput_options import Switch, ThroughputOptions
 from rfengine.grid import LatentGrid
 from rfengine.models.tiny_vae import TinyVAE
-from rfengine.pipeline import Pipeline, checkpoint_directory
+from rfengine.pipeline import Pipeline
 from rfengine.stream import VideoStream
 
 PROMPT = "a red circle moves right"

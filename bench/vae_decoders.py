@@ -15,7 +15,7 @@ import torch
 from random_weights import SEED, fill
 from torch import Tensor, nn
 
-from rfengine.checkpoint.directories import part_files
+from rfengine.checkpoint.directories import checkpoint_directory, part_files
 from rfengine.checkpoint.layouts import diffusers_vae_from_wan
 from rfengine.checkpoint.loader import load_part
 from rfengine.config import Backend, EngineConfig, RuntimeConfig, VAEConfig
@@ -24,7 +24,6 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
-from rfengine.pipeline import checkpoint_directory
 from rfengine.runtime.full_decoder import FP8_CAPABILITY, decoder_ops
 
 Decode = Callable[[Tensor], Tensor]

@@ -21,7 +21,7 @@ from torch import Tensor
 import rfengine
 from rfengine.backends import backend_reasons
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.checkpoint.directories import part_files
+from rfengine.checkpoint.directories import checkpoint_directory, part_files
 from rfengine.checkpoint.loader import read_config
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, DTypeName, EngineConfig, RuntimeConfig
@@ -29,7 +29,7 @@ from rfengine.grid import LatentGrid
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, choose_ops
-from rfengine.pipeline import VAE_TIERS, checkpoint_directory
+from rfengine.pipeline import VAE_TIERS
 from rfengine.runtime.autotune import cached_decisions
 from rfengine.runtime.switches import runtime_switches
 from rfengine.runtime.tensorrt_api import import_tensorrt

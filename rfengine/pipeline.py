@@ -6,13 +6,13 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder
@@ -287,18 +287,6 @@ class Pipeline:
             return answer.get("latents") if isinstance(answer, dict) else None
 
         return on_step
-
-
-def checkpoint_directory(source: str | Path) -> Path:
-    """Where the checkpoint `source` lies; "tiny" is in the package. Raises ValueError for no directory."""
-    if str(source) == "tiny":
-        return Path(str(resources.files("rfengine"))) / "weights" / "tiny"
-    directory = Path(source)
-    if not directory.is_dir():
-        raise ValueError(
-            f"{source} is no directory; give 'tiny' or a checkpoint directory (see rfengine convert)"
-        )
-    return directory
 
 
 def _present(device: torch.device) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,18 @@ _FILES: dict[DirectoryLayout, dict[Part, tuple[str, str]]] = {
 _TOKENIZERS: dict[DirectoryLayout, str] = {
     "rfengine": "tokenizer", "wan": "google/umt5-xxl", "diffusers": "tokenizer",
 }  # fmt: skip
+
+
+def checkpoint_directory(source: str | Path) -> Path:
+    """Where the checkpoint `source` lies; "tiny" is in the package. Raises ValueError for no directory."""
+    if str(source) == "tiny":
+        return Path(str(resources.files("rfengine"))) / "weights" / "tiny"
+    directory = Path(source)
+    if not directory.is_dir():
+        raise ValueError(
+            f"{source} is no directory; give 'tiny' or a checkpoint directory (see rfengine convert)"
+        )
+    return directory
 
 
 def directory_layout(directory: Path) -> DirectoryLayout:

@@ -13,9 +13,10 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.cli.terminal import find_device, interrupt_waits
 from rfengine.config import Backend, DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
-from rfengine.pipeline import Pipeline, check_seed, checkpoint_directory
+from rfengine.pipeline import Pipeline, check_seed
 from rfengine.video import VideoWriter, check_video_path
 
 _SLUG_LENGTH = 48

@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rfengine.checkpoint.directories import part_files, tokenizer_directory
+from rfengine.checkpoint.directories import checkpoint_directory, part_files, tokenizer_directory
 from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.models.dit import WanDiT
@@ -23,16 +22,6 @@ Encode = Callable[[list[str]], Tensor]  # texts to states [N, L, D]
 _KEPT_STATES = 1 << 28  # numbers of text states that stay in memory
 
 
-def source_directory(source: str) -> Path:
-    """Where the checkpoint `source` lies; "tiny" is in the package. Raises ValueError for no directory."""
-    if source == "tiny":
-        return Path(str(resources.files("rfengine"))) / "weights" / "tiny"
-    directory = Path(source)
-    if not directory.is_dir():
-        raise ValueError(f"{source} is no directory; give 'tiny' or a checkpoint directory")
-    return directory
-
-
 def load_transformer(
     source: str, config: WanConfig, ops: Ops, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> WanDiT:
@@ -42,7 +31,7 @@ def load_transformer(
             return WanDiT(config, ops).to(dtype)
     with torch.device("meta"):
         model = WanDiT(config, ops)
-    load_part(model, source_directory(source), "transformer", dtype, device)
+    load_part(model, checkpoint_directory(source), "transformer", dtype, device)
     return model
 
 
@@ -51,7 +40,7 @@ def load_vae(base: str, engine: EngineConfig, device: torch.device) -> WanVAE:
     with torch.device("meta"):
         vae = WanVAE(engine.vae)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    load_part(vae, source_directory(base), "vae", dtype, device)
+    load_part(vae, checkpoint_directory(base), "vae", dtype, device)
     return vae.eval().requires_grad_(False)
 
 
@@ -60,7 +49,7 @@ def text_states_of(base: str, engine: EngineConfig, device: torch.device) -> Enc
 
     Raises ValueError where `base` has no text encoder or no tokenizer.
     """
-    directory = source_directory(base)
+    directory = checkpoint_directory(base)
     folder, by_bytes = tokenizer_directory(directory), engine.text.tokenizer == "bytes"
     if not part_files(directory, "text_encoder") or (folder is None and not by_bytes):
         raise ValueError(
@@ -87,7 +76,7 @@ def text_states_of(base: str, engine: EngineConfig, device: torch.device) -> Enc
 
 def base_engine(base: str = "tiny") -> EngineConfig:
     """The configuration of a checkpoint directory, with the statistics of its latents."""
-    return read_config(source_directory(base))
+    return read_config(checkpoint_directory(base))
 
 
 def export_checkpoint(
@@ -96,7 +85,7 @@ def export_checkpoint(
     """Write a directory that Pipeline and load_transformer read: `weights` in float16 as the transformer, and
     the VAE, the text encoder and the tokenizer of `base`."""
     destination.mkdir(parents=True, exist_ok=True)
-    for path in source_directory(base).iterdir():
+    for path in checkpoint_directory(base).iterdir():
         if path.is_file() and not path.name.startswith("transformer"):
             shutil.copyfile(path, destination / path.name)
         elif path.is_dir() and path.name == "tokenizer":

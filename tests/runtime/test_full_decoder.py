@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from inputs import GRID, small_pipeline
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_config
 from rfengine.config import RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
-from rfengine.pipeline import Pipeline, checkpoint_directory
+from rfengine.pipeline import Pipeline
 from rfengine.runtime import autotune, full_decoder
 from rfengine.runtime.autotune import Choice
 from rfengine.runtime.full_decoder import (

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.training.build import build_reward, build_stage, held_out_score
-from rfengine.training.checkpoint_parts import base_engine, source_directory, text_states_of
+from rfengine.training.checkpoint_parts import base_engine, text_states_of
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_re_dmd, wan_1_3b_reward_forcing
 from rfengine.training.rollout import RolloutConfig
@@ -61,4 +62,4 @@ def test_texts_are_encoded_once():
 
 def test_source_that_is_not_there_is_told():
     with pytest.raises(ValueError, match="nowhere is no directory"):
-        source_directory("nowhere")
+        checkpoint_directory("nowhere")

@@ -3,10 +3,10 @@ import random
 import pytest
 import torch
 
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import read_config
 from rfengine.config import TinyVAEConfig
 from rfengine.models.tiny_vae import TinyVAE
-from rfengine.pipeline import checkpoint_directory
 from rfengine.training.tiny_decoder import (
     _CONTEXT,
     _WINDOW,

@@ -20,6 +20,7 @@ from rfengine.training.train_config import AdamConfig, TrainConfig
 from rfengine.training.train_state import CheckpointDirectory, TrainState
 from rfengine.training.trainer import Trainer
 from training_checks.small_distillation import ENGINE, PLAIN, distillation_models
+from training_checks.small_runs import DrawnPrompts
 
 ROLLOUT = RolloutConfig(2, 4, 3)
 ADAM = AdamConfig(1e-3)
@@ -39,12 +40,6 @@ DMD = TrainConfig(
     average_start=3,
     save_every=3,
 )
-
-
-class DrawnPrompts:
-    def draw(self, count, generator):
-        numbers = torch.randint(5, (count,), generator=generator).tolist()
-        return [f"prompt {number}" for number in numbers], torch.cat([text_states(n) for n in numbers])
 
 
 class DrawnClips:
