@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
@@ -111,6 +111,7 @@ class Pipeline:
         RuntimeError when the backend or a part of the runtime cannot run on the device.
         """
         from rfengine.checkpoint.loader import fingerprint, load_part, read_config
+        from rfengine.checkpoint.text_encoder import open_text_encoder
 
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if target.type == "cuda" and not torch.cuda.is_available():
@@ -140,7 +141,7 @@ class Pipeline:
             pack_weights(model)
         load_part(vae, directory, "vae", number, decoding)
         mark = fingerprint(directory)
-        encoder = _text_encoder(
+        encoder = open_text_encoder(
             directory, config, torch.device(text_device or target), number, text_cache, mark
         )
         open_decoder = _decoder_opener(directory, config, vae.eval(), wanted, number, decoding)
@@ -349,37 +350,6 @@ def _full_decoder(config: EngineConfig, vae: WanVAE, ops: Ops) -> OpenDecoder:
     if precision == "fp8":
         require_psnr(vae, decoder, next(vae.parameters()).dtype)
     return lambda grid: decoder
-
-
-def _text_encoder(
-    directory: Path,
-    config: EngineConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    cache: str | Path | None,
-    mark: str,
-) -> TextEncoder:
-    """The checkpoint's text encoder; its weights are read at the first prompt that no cache holds."""
-    from rfengine.checkpoint.directories import part_files, tokenizer_directory
-    from rfengine.checkpoint.loader import load_part
-    from rfengine.models.text_encoder import ByteTokenizer, SentencePieceTokenizer, TextEncoder, build_umt5
-
-    folder = tokenizer_directory(directory)
-    by_bytes = config.text.tokenizer == "bytes"
-    if not part_files(directory, "text_encoder") or (folder is None and not by_bytes):
-        raise ValueError(
-            f"{directory} has no text encoder or no tokenizer; run `rfengine convert SRC DST --base WAN` "
-            "where WAN is a directory that has them"
-        )
-
-    def load() -> nn.Module:
-        with torch.device("meta"):
-            umt5 = build_umt5(config.text)
-        load_part(umt5, directory, "text_encoder", dtype, device)
-        return umt5
-
-    tokenizer = ByteTokenizer() if by_bytes else SentencePieceTokenizer(folder)
-    return TextEncoder(load, tokenizer, config.model.text_len, device, dtype, cache, mark)
 
 
 def _dtype(name: DTypeName | torch.dtype | None) -> torch.dtype | None:

@@ -20,6 +20,7 @@ from rfengine.models.decoder import FrameDecoder, reset_state
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.runtime.chunk_runner import ChunkRunner, StepCallback
+from rfengine.runtime.cuda_graph import made_current
 from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker, PendingFrames
 from rfengine.schedule import chunk_noise
 from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot
@@ -145,8 +146,7 @@ class VideoStream:
         after and before all else that the caller launches."""
         own = self._parts.compute_stream
         if own is None:
-            device = self._parts.model.device
-            with torch.cuda.device(device if device.type == "cuda" else -1):  # -1 changes nothing
+            with made_current(self._parts.model.device):
                 yield
             return
         outer = torch.cuda.current_stream(own.device)

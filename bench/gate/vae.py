@@ -7,7 +7,6 @@ layer by layer.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import choose_ops
+from rfengine.runtime.full_decoder import psnr_db
 from rfengine.runtime.timing import capture_calls
 
 BENCH = Path(__file__).resolve().parents[1]
@@ -152,10 +152,13 @@ def _psnr(setting: Setting, name: str) -> Callable[[], Iterator[Result]]:
                 ]
             videos.append(torch.cat(pieces, dim=2))
         expected, found = videos
-        mean_square = float((found - expected).square().mean())
         largest = float((found - expected).abs().max())
-        psnr = 10 * math.log10(4 / mean_square) if mean_square else math.inf
-        yield {"psnr_db": psnr, "largest_error": largest, "decoder": name, "weights": "random"}
+        yield {
+            "psnr_db": psnr_db(found, expected),
+            "largest_error": largest,
+            "decoder": name,
+            "weights": "random",
+        }
 
     return run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -23,6 +24,12 @@ def graph_pool() -> GraphPool:
     Once every graph of a pool is gone torch takes no new one into it: ask for another pool then.
     """
     return torch.cuda.graph_pool_handle()
+
+
+def made_current(device: torch.device) -> AbstractContextManager[None]:
+    """`device` as the current one, which kernels are launched on; nothing changes for a device of another
+    kind."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 class CapturedCall(Generic[Result]):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
-from rfengine.runtime.cuda_graph import CapturedCall, GraphPool, graph_pool
+from rfengine.runtime.cuda_graph import CapturedCall, GraphPool, graph_pool, made_current
 from rfengine.runtime.nvtx_ranges import nvtx_range
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _decode_to_host(
     decoder: FrameDecoder, device: torch.device, latents: Tensor, state: FrameDecoderState
 ) -> DecodedFrames:
     started = time.perf_counter()
-    with torch.cuda.device(device if device.type == "cuda" else -1):  # -1 changes nothing
+    with made_current(device):
         frames, finite = _decode(decoder, latents.to(device), state)
         if not finite.item():
             raise RuntimeError(_NOT_FINITE)

@@ -18,6 +18,7 @@ from rfengine.models.decoder import FrameDecoder
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import RGB_CHANNELS, WanVAE
 from rfengine.ops import Ops, choose_ops
+from rfengine.runtime.cuda_graph import made_current
 from rfengine.runtime.switches import runtime_switches
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def open_full_decoder(
     ops = choose_ops(requested, device, _fp8_override(config, requested, device))
     decoder = StreamingDecoder(vae, ops, config.runtime.vae_precision)
     if fp8:
-        with torch.cuda.device(device if device.type == "cuda" else -1):  # kernels run on the current device
+        with made_current(device):
             require_psnr(vae, decoder, dtype)
 
     @functools.lru_cache(_KEPT_SIZES)

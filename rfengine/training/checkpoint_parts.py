@@ -8,13 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rfengine.checkpoint.directories import checkpoint_directory, part_files, tokenizer_directory
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
+from rfengine.checkpoint.text_encoder import open_text_encoder
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.models.dit import WanDiT
-from rfengine.models.text_encoder import ByteTokenizer, SentencePieceTokenizer, TextEncoder, build_umt5
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
 
@@ -49,22 +49,8 @@ def text_states_of(base: str, engine: EngineConfig, device: torch.device) -> Enc
 
     Raises ValueError where `base` has no text encoder or no tokenizer.
     """
-    directory = checkpoint_directory(base)
-    folder, by_bytes = tokenizer_directory(directory), engine.text.tokenizer == "bytes"
-    if not part_files(directory, "text_encoder") or (folder is None and not by_bytes):
-        raise ValueError(
-            f"{base} has no text encoder or no tokenizer; give a base that rfengine convert made"
-        )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def load() -> nn.Module:
-        with torch.device("meta"):
-            umt5 = build_umt5(engine.text)
-        load_part(umt5, directory, "text_encoder", dtype, device)
-        return umt5
-
-    tokenizer = ByteTokenizer() if by_bytes else SentencePieceTokenizer(folder)
-    encoder = TextEncoder(load, tokenizer, engine.model.text_len, device, dtype)
+    encoder = open_text_encoder(checkpoint_directory(base), engine, device, dtype)
     limit = max(1, _KEPT_STATES // (engine.model.text_len * engine.model.text_dim))
 
     @lru_cache(maxsize=limit)
