@@ -6,7 +6,7 @@ VENV    := .venv
 PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 INPUTS  := pyproject.toml setup.py constraints.txt
 
-.PHONY: demo test test-gpu lint format bench clean
+.PHONY: demo test test-gpu lint format bench toy-study clean
 .NOTPARALLEL:  # one pip at a time in one environment
 
 demo: $(VENV)/.core  ## eight seconds of video from a prompt, on any machine
@@ -29,6 +29,9 @@ format: $(VENV)/.lint  ## mend what lint can mend
 
 bench: $(VENV)/.core  ## frames per second of this machine, end to end and part by part
 	$(VENV)/bin/python bench/throughput.py $(BENCH_ARGS)
+
+toy-study: $(VENV)/.dev  ## DMD against Re-DMD, sinks, eviction: trained and measured; STUDY_ARGS="--size gpu" on a GPU
+	$(VENV)/bin/python bench/toy_study.py $(STUDY_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -33,7 +33,7 @@ from rfengine.training.toy_report import report_accuracy, report_stream
 Stage = Literal["vae", "text", "videos", "starts", "dit", "evaluate", "export", "tiny_decoder"]
 EIGHT_STEPS = (1000, 875, 750, 625, 500, 375, 250, 125)
 
-_MINUTES: dict[str, float] = {
+MINUTES: dict[str, float] = {
     "vae": 40.5, "text": 8.0, "videos": 4.0, "starts": 3.5, "dit": 42.0, "tiny_decoder": 24.0,
 }  # fmt: skip
 _VIDEO_CHUNKS = 5  # 57 frames: a slow shape has nearly crossed the whole picture
@@ -57,7 +57,7 @@ class Options:
 def run_stage(options: Options) -> None:
     """Run one stage; each leaves its result in `directory`, where the next finds it."""
     torch.set_num_threads(options.threads)
-    minutes = options.minutes or _MINUTES.get(options.stage, 1.0)
+    minutes = options.minutes or MINUTES.get(options.stage, 1.0)
     directory, seed, preset = options.directory, options.seed, PRESETS["tiny"]
     if options.stage == "vae":
         run_workers(train_autoencoder, options.threads, preset.vae, directory, minutes, seed, options.threads)

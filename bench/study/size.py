@@ -1,0 +1,85 @@
+"""How large the toy study is: what is trained for how long, and how much is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StudySize:
+    """Every number of the study.
+
+    start_scale: of the minutes that tiny_model.py takes for the start. clip_minutes: of rendering and
+    encoding the teacher's clips. betas: temperatures of Re-DMD; the first one is trained without eviction
+    too, and its student is streamed. training_seeds: of every distillation; the streams are those of the
+    first. captions, sampling_seeds: short clips of every model, once with full captions and once with open
+    ones. stream_captions: of the streams of stream_seconds, long_captions: of those of long_seconds. alphas:
+    of EMA-Sink. flow_clips: captions whose clips get an optical flow as well.
+    """
+
+    name: str
+    start_scale: float
+    clip_minutes: float
+    teacher_steps: int
+    student_steps: int
+    betas: tuple[float, ...]
+    training_seeds: tuple[int, ...]
+    captions: int
+    sampling_seeds: tuple[int, ...]
+    stream_captions: int
+    stream_seconds: int
+    long_captions: int
+    long_seconds: int
+    alphas: tuple[float, ...] = (0.9, 0.99, 0.999)
+    flow_clips: int = 64
+
+
+CPU = StudySize(
+    name="cpu",
+    start_scale=1.0,
+    clip_minutes=14.0,
+    teacher_steps=3600,
+    student_steps=600,
+    betas=(0.5, 0.2),
+    training_seeds=(0,),
+    captions=200,
+    sampling_seeds=(0, 1, 2),
+    stream_captions=6,
+    stream_seconds=60,
+    long_captions=2,
+    long_seconds=600,
+)
+GPU = StudySize(
+    name="gpu",
+    start_scale=1.0,
+    clip_minutes=4.0,
+    teacher_steps=6000,
+    student_steps=1600,
+    betas=(0.5, 1.0, 0.2, 0.1),
+    training_seeds=(0, 1, 2),
+    captions=400,
+    sampling_seeds=(0, 1, 2),
+    stream_captions=32,
+    stream_seconds=60,
+    long_captions=8,
+    long_seconds=600,
+    flow_clips=200,
+)
+SMOKE = StudySize(
+    name="smoke",
+    start_scale=0.0005,
+    clip_minutes=0.02,
+    teacher_steps=2,
+    student_steps=5,
+    betas=(0.5,),
+    training_seeds=(0,),
+    captions=2,
+    sampling_seeds=(0, 1),
+    stream_captions=1,
+    stream_seconds=8,
+    long_captions=1,
+    long_seconds=9,
+    alphas=(0.9,),
+    flow_clips=1,
+)
+SIZES = {size.name: size for size in (CPU, GPU, SMOKE)}

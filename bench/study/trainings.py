@@ -1,0 +1,101 @@
+"""The trainings of the toy study: the student before distillation, the teacher and its clips, the distilled
+students."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+
+import torch
+from study.setting import Setting
+
+from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.loader import load_part, read_safetensors
+from rfengine.config import to_dict
+from rfengine.models.text_encoder import build_umt5
+from rfengine.training.build import build_stage
+from rfengine.training.checkpoint_parts import base_engine, export_checkpoint, load_vae
+from rfengine.training.latent_dataset import encode_dataset, save_dataset
+from rfengine.training.parallel import Ranks
+from rfengine.training.recipes import toy_dmd, toy_re_dmd, toy_re_dmd_no_eviction, toy_teacher
+from rfengine.training.samples import averaged_state
+from rfengine.training.stage_run import StageRun
+from rfengine.training.tiny_model import MINUTES, Options, load_transformer, run_stage
+from rfengine.training.train_config import TrainConfig
+from rfengine.training.trainer import Trainer
+
+_BASE = "tiny"  # whose VAE and text encoder the whole study uses
+_CLIP_SEED = 77
+_CLIP_CHUNKS = 4  # of which a clip of three begins at the first or at the second
+
+
+def train_start(setting: Setting) -> None:
+    """The student before distillation: the shipped VAE and text encoder, and a transformer by teacher forcing
+    as tiny_model.py trains it."""
+    directory = setting.directory / "start_run"
+    directory.mkdir(parents=True, exist_ok=True)
+    engine = base_engine(_BASE)
+    (directory / "vae.json").write_text(json.dumps(to_dict(engine.vae)))
+    for part, name in (("vae", "vae_weights"), ("text_encoder", "text_weights")):
+        weights, _ = read_safetensors(checkpoint_directory(_BASE) / f"{part}.safetensors")
+        torch.save({key: value.float() for key, value in weights.items()}, directory / f"{name}.pt")
+    for stage, result in (("videos", "videos"), ("starts", "starts"), ("dit", "dit_weights")):
+        if not (directory / f"{result}.pt").exists():
+            minutes = MINUTES[stage] * setting.size.start_scale
+            run_stage(Options(stage, directory, minutes, threads=setting.threads))
+    weights = load_transformer(engine, directory).state_dict()
+    export_checkpoint(weights, engine, _BASE, setting.directory / "start")
+
+
+def encode_clips(setting: Setting) -> None:
+    """Rendered and encoded videos of four chunks, which the teacher learns from."""
+    engine, device = base_engine(_BASE), torch.device("cpu")
+    text_model = build_umt5(engine.text)
+    load_part(text_model, checkpoint_directory(_BASE), "text_encoder", torch.float32, device)
+    dataset = encode_dataset(
+        load_vae(_BASE, engine, device),
+        text_model.requires_grad_(False),
+        engine.model.text_len,
+        _CLIP_CHUNKS * engine.cache.chunk_frames,
+        StageRun(setting.directory, "clips_encoding", setting.size.clip_minutes),
+        _CLIP_SEED,
+    )
+    partial = setting.clips_path.with_suffix(".partial")
+    save_dataset(dataset, partial)
+    partial.rename(setting.clips_path)
+
+
+def training_configs(setting: Setting) -> dict[str, TrainConfig]:
+    """The trainings by the name of their model."""
+    engine, size = base_engine(_BASE), setting.size
+    start = str(setting.directory / "start")
+    teacher = str(setting.directory / "teacher" / "checkpoint")
+    configs = {
+        "teacher": dataclasses.replace(
+            toy_teacher(engine, str(setting.clips_path)), steps=size.teacher_steps, student=start
+        )
+    }
+    for seed in size.training_seeds:
+        students = {"dmd": toy_dmd(engine, teacher)}
+        students |= {f"re_dmd_{beta:g}": toy_re_dmd(engine, teacher, beta) for beta in size.betas}
+        students["no_eviction"] = toy_re_dmd_no_eviction(engine, teacher, size.betas[0])
+        for name, config in students.items():
+            configs[name if seed == 0 else f"{name}_seed{seed}"] = dataclasses.replace(
+                config, steps=size.student_steps, student=start, seed=seed
+            )
+    return configs
+
+
+def run_training(setting: Setting, name: str) -> None:
+    """Train model `name` to its end, from its newest checkpoint where there is one, and export it."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    config, ranks = training_configs(setting)[name], Ranks()
+    stage = build_stage(config, setting.device, ranks)
+    directory = setting.directory / name
+    reason = Trainer(config, stage, directory, ranks).run()
+    if reason:
+        raise KeyboardInterrupt(f"{name}: {reason}")
+    partial = directory / "checkpoint_partial"
+    export_checkpoint(averaged_state(stage), config.engine, config.base, partial)
+    partial.rename(directory / "checkpoint")

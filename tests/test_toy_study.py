@@ -1,0 +1,60 @@
+"""bench/toy_study.py: the whole way once, at a size that proves nothing but that it can be walked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import toy_study
+
+from rfengine.checkpoint.directories import checkpoint_directory
+
+MADE = (
+    "clips",
+    "teacher",
+    "re_dmd_0.5",
+    "clips_teacher",
+    "clips_re_dmd_0.5",
+    "streams_re_dmd_0.5_ema_0.9_8s",
+)
+
+
+@pytest.mark.slow
+def test_parts_are_made_one_after_another_and_end_in_tables(tmp_path: Path) -> None:
+    directory, results = tmp_path / "study", tmp_path / "results"
+    one_thread = ["--workers", str(os.cpu_count())]
+    common = ["--size", "smoke", "--directory", str(directory), "--results", str(results), *one_thread]
+    shutil.copytree(checkpoint_directory("tiny"), directory / "start")  # made by 3 stages of tiny_model.py
+    assert toy_study.main([*common, "--part", "teacher"]) == 1  # without its clips
+    for name in (*TRAINED, *MEASURED):
+        assert toy_study.main([*common, "--part", name]) == 0, name
+    assert toy_study.main([*common, "--tables"]) == 0
+    record = json.loads((results / "streams_re_dmd_0.5_ema_0.9_8s.json").read_text())
+    assert len(record["videos"]) == 2
+    tables = (results / "tables.md").read_text()
+    assert "re_dmd_0.5, 8 s" in tables
+    assert (results / "log_re_dmd_0.5.jsonl").read_text().count("\n") == 1
+    assert (results / "models.png").exists()
+
+
+def test_unknown_parts_and_mixed_sizes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert toy_study.main([*common, "--part", "nothing"]) == 2
+    assert toy_study.main([*common, "--only", "nothing*"]) == 2
+    assert "which no part matches" in capsys.readouterr().err
+    (tmp_path / "size.txt").write_text("gpu\n")
+    with pytest.raises(SystemExit, match="holds a study of size gpu, not cpu"):
+        toy_study.main([*common, "--only", "clips"])
+
+
+def test_list_tells_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "clips.pt").touch()
+    assert toy_study.main(["--directory", str(tmp_path), "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "done  clips" in lines
+    assert "      teacher" in lines
