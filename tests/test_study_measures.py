@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from study.clips import energy_distance
-from study.streams import long_sink_names, sink_names, true_video, with_sink
+from study.streams import sink_names, split_sink_names, true_video, with_sink
 from study.units import unit
 
 from rfengine.config import PRESETS
@@ -33,7 +33,7 @@ def test_sinks_by_name() -> None:
     cache = PRESETS["tiny"].cache
     split_names, rounded_names = ("ema_0.9", "ema_0.99"), ("ema_0.9_bf16", "ema_0.99_bf16")
     assert sink_names((0.9, 0.99)) == ("none", "frozen", *split_names, *rounded_names)
-    assert long_sink_names((0.9, 0.99)) == ("none", "frozen", *split_names, "ema_0.99_bf16")
+    assert split_sink_names((0.9, 0.99)) == ("none", "frozen", *split_names)
     none, frozen, split, rounded = (
         with_sink(cache, name) for name in ("none", "frozen", "ema_0.9", "ema_0.9_bf16")
     )

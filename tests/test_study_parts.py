@@ -67,7 +67,7 @@ def test_an_interrupt_stops_the_processes_that_run(tmp_path: Path) -> None:
     assert not (tmp_path / "long").exists()
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", SIZES, ids=lambda name: f"{name} size")
 def test_every_part_comes_after_those_it_needs(name: str, tmp_path: Path) -> None:
     parts = study_parts(Setting(SIZES[name], tmp_path, torch.device("cpu"), 1))
     seen: set[str] = set()

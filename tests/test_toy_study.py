@@ -12,14 +12,8 @@ import toy_study
 
 from rfengine.checkpoint.directories import checkpoint_directory
 
-MADE = (
-    "clips",
-    "teacher",
-    "re_dmd_0.5",
-    "clips_teacher",
-    "clips_re_dmd_0.5",
-    "streams_re_dmd_0.5_ema_0.9_8s",
-)
+TRAINED = ("clips", "teacher", "re_dmd_0.5")
+MEASURED = ("clips_teacher", "clips_re_dmd_0.5", "streams_re_dmd_0.5_ema_0.9_8s")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 from study.clips import measure_clips
 from study.setting import Setting
 from study.size import StudySize
-from study.streams import TRUE, long_sink_names, measure_streams, sink_names
+from study.streams import TRUE, measure_streams, sink_names, split_sink_names
 from study.trainings import encode_clips, run_training, train_start
 
 _POLL_SECONDS = 0.5
@@ -49,16 +49,24 @@ def study_parts(setting: Setting) -> dict[str, Part]:
         )
         for model in ("teacher", "start", *students)
     ]
-    streamed = (f"re_dmd_{size.betas[0]:g}", "no_eviction")
-    sets = [("world", TRUE, size.stream_seconds, size.stream_captions)]
-    for model in streamed:
-        sets += [(model, sink, size.stream_seconds, size.stream_captions) for sink in sink_names(size.alphas)]
-    sets += [
-        (streamed[0], sink, size.long_seconds, size.long_captions) for sink in long_sink_names(size.alphas)
-    ]
-    sets.append(("world", TRUE, size.long_seconds, size.long_captions))
-    found += [_streams(setting, *entry) for entry in sets]
+    found += [_streams(setting, *entry) for entry in _stream_sets(size)]
     return {part.name: part for part in found}
+
+
+def _stream_sets(size: StudySize) -> list[tuple[str, str, int, int]]:
+    """(model, sink, seconds, captions). bf16 alone is left out without eviction, and in the longest streams
+    but for the sink that averages most slowly."""
+    short = size.stream_seconds, size.stream_captions
+    long = size.long_seconds, size.long_captions
+    every, split = sink_names(size.alphas), split_sink_names(size.alphas)
+    evicting = f"re_dmd_{size.betas[0]:g}"
+    return [
+        ("world", TRUE, *short),
+        *((evicting, sink, *short) for sink in every),
+        *(("no_eviction", sink, *short) for sink in split),
+        ("world", TRUE, *long),
+        *((evicting, sink, *long) for sink in (*split, every[-1])),
+    ]
 
 
 def student_names(size: StudySize) -> tuple[str, ...]:

@@ -42,10 +42,9 @@ def sink_names(alphas: Sequence[float]) -> tuple[str, ...]:
     return ("none", "frozen", *split, *(f"{name}_bf16" for name in split))
 
 
-def long_sink_names(alphas: Sequence[float]) -> tuple[str, ...]:
-    """Those of the longest streams: bf16 alone only where it averages most slowly."""
-    names = sink_names(alphas)
-    return (*names[: 2 + len(alphas)], names[-1])
+def split_sink_names(alphas: Sequence[float]) -> tuple[str, ...]:
+    """Those without the ones in bf16 alone."""
+    return sink_names(alphas)[: 2 + len(alphas)]
 
 
 def with_sink(config: CacheConfig, sink: str) -> CacheConfig:

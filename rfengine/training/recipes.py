@@ -10,7 +10,7 @@ from rfengine.training.rollout import RolloutConfig
 from rfengine.training.train_config import AdamConfig, TrainConfig
 
 _TOY_FRAMES = 9  # latent frames of the toy teacher's clips: three chunks, 33 pixel frames from the start
-_TOY_TEACHER = "runs/toy_study/teacher"
+_TOY_TEACHER = "runs/toy_study/teacher/checkpoint"
 # What Wan2.1 leads away from: loud colours, overexposure, stillness, blur, subtitles, artefacts, deformed
 # hands and faces, crowds, walking backwards (spec 7.2).
 WAN_NEGATIVE_PROMPT = (
@@ -26,7 +26,7 @@ def toy_teacher(engine: EngineConfig | None = None, data: str = "runs/toy_study/
         name="toy_teacher",
         stage="teacher",
         engine=engine or PRESETS["tiny"],
-        steps=2400,
+        steps=3600,
         batch=16,
         optimizer=AdamConfig(1e-3, betas=(0.9, 0.98), weight_decay=0.01, clip=1.0, warm_up=100, fall=0.5),
         data=data,
@@ -64,7 +64,7 @@ def toy_dmd(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> 
         name="toy_dmd",
         stage="dmd",
         engine=engine or PRESETS["tiny"],
-        steps=800,
+        steps=600,
         batch=16,
         group=4,
         optimizer=adam,
