@@ -205,7 +205,7 @@ def test_models_columns_and_pairs_stand_in_the_order_of_the_study(tmp_path: Path
     ]
     paired = [f"{model} minus dmd" for model in ("re_dmd_1", "re_dmd_0.5", "re_dmd_0.2")]
     pairs = rows_of(text, "Paired differences, full captions")
-    assert list(pairs) == ["", *paired, "no_eviction minus re_dmd_0.5"]
+    assert list(pairs) == ["", *paired, "no_eviction minus re_dmd_0.5", "dmd minus start"]
     assert pairs[""][3] == "agreement, points"
 
 

@@ -45,6 +45,19 @@ def test_held_out_prompts_give_their_colour_direction_and_shape_in_the_file(pipe
         assert sum(entry[attribute] for entry in right) >= least, attribute
 
 
+@pytest.mark.slow
+def test_two_hundred_held_out_captions_are_drawn_as_they_say(pipe):
+    scenes = sample_scenes(200, 29, WorldConfig(), "held_out")
+    right = []
+    for seed, scene in enumerate(scenes):
+        stream = pipe.stream(caption(scene), seed=seed)
+        frames = numpy.concatenate([next(stream).frames for _ in range(3)])
+        stream.close()
+        right.append(scores_of(scene, frames))
+    for attribute in ("colour", "shape", "direction"):
+        assert sum(entry[attribute] for entry in right) >= 180, attribute
+
+
 def test_a_stream_of_a_minute_neither_freezes_nor_explodes(pipe):
     scene = sample_scenes(1, 5, MOVING, "held_out")[0]
     stream = pipe.stream(caption(scene), seed=3)

@@ -14,7 +14,8 @@ from study.clips import measure_clips
 from study.setting import Setting
 from study.size import StudySize
 from study.streams import TRUE, measure_streams, sink_names, split_sink_names
-from study.trainings import encode_clips, run_training, train_start
+from study.tables import SHIPPED
+from study.trainings import average_with_start, encode_clips, run_training, train_start
 
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 120.0  # a training that is told to stop saves first
@@ -40,6 +41,9 @@ def study_parts(setting: Setting) -> dict[str, Part]:
     ]
     students = student_names(size)
     found += [_training(setting, name, ("teacher",)) for name in students]
+    evicting = f"re_dmd_{size.betas[0]:g}"
+    average = partial(average_with_start, name=evicting)
+    found.append(Part(SHIPPED, ("start", evicting), setting.checkpoint(SHIPPED), average))
     found += [
         Part(
             f"clips_{model}",
@@ -47,7 +51,7 @@ def study_parts(setting: Setting) -> dict[str, Part]:
             setting.records / f"clips_{model}.json",
             partial(measure_clips, model=model),
         )
-        for model in ("teacher", "start", *students)
+        for model in ("teacher", "start", *students, SHIPPED)
     ]
     found += [_streams(setting, *entry) for entry in _stream_sets(size)]
     return {part.name: part for part in found}
@@ -64,6 +68,7 @@ def _stream_sets(size: StudySize) -> list[tuple[str, str, int, int]]:
         ("world", TRUE, *short),
         *((evicting, sink, *short) for sink in every),
         *(("no_eviction", sink, *short) for sink in split),
+        (SHIPPED, split[-1], *short),
         ("world", TRUE, *long),
         *((evicting, sink, *long) for sink in (*split, every[-1])),
     ]

@@ -12,6 +12,7 @@ from study.record import Records, Video
 
 from rfengine.evaluation.confidence import Interval, bootstrap_mean
 
+SHIPPED = "shipped"  # halfway between the start and WITH_EVICTION
 WITH_EVICTION, WITHOUT_EVICTION = "re_dmd_0.5", "no_eviction"  # one recipe, trained in both ways
 TRUE_MODEL, TRUE_SINK = "world", "true"
 # up to 5 clusters all differ to one side by chance in more than 5% of the cases: 2 * 0.5**5 is 6%
@@ -215,6 +216,7 @@ def _clip_tables(records: Records) -> Iterator[_Table]:
     for kind, columns in kinds.items():
         models = [model for model in found[kind] if model.startswith("re_dmd_")]
         pairs = [*((model, "dmd") for model in models), (WITHOUT_EVICTION, WITH_EVICTION)]
+        pairs += [("dmd", "start"), (SHIPPED, "start")]
         title = f"Paired differences, {kind} captions"
         yield _Table((section, f"{kind}, differences"), title, columns, _paired(found[kind], pairs), True)
 

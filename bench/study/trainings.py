@@ -9,6 +9,7 @@ import warnings
 
 import torch
 from study.setting import Setting
+from study.tables import SHIPPED
 
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_safetensors
@@ -99,3 +100,21 @@ def run_training(setting: Setting, name: str) -> None:
     partial = directory / "checkpoint_partial"
     export_checkpoint(averaged_state(stage), config.engine, config.base, partial)
     partial.rename(directory / "checkpoint")
+
+
+def average_with_start(setting: Setting, name: str) -> None:
+    """The model that is shipped: the mean of the weights of `name` and of the start it was distilled from.
+
+    Distillation moves the weights by little, so the models on the straight line between both ends work too
+    (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022); halfway keeps what the start does
+    better.
+    """
+    ends = [
+        read_safetensors(setting.checkpoint(model) / "transformer.safetensors")[0]
+        for model in ("start", name)
+    ]
+    weights = {key: torch.lerp(value.float(), ends[1][key].float(), 0.5) for key, value in ends[0].items()}
+    directory = setting.checkpoint(SHIPPED)
+    partial = directory.with_name("checkpoint_partial")
+    export_checkpoint(weights, base_engine(_BASE), _BASE, partial)
+    partial.rename(directory)
