@@ -29,7 +29,7 @@ from study.setting import Setting
 from study.size import SIZES
 from study.tables import render, summary
 
-RESULTS = Path(__file__).resolve().parent / "results" / "toy_study"
+RESULTS = Path(__file__).resolve().parent / "results"
 LOGGED_EVERY = 5  # steps of the published log: those in which the student learns
 
 
@@ -38,8 +38,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SIZES, default="cpu", help="how much is trained and sampled")
-    parser.add_argument("--directory", type=Path, default=Path("runs/toy_study"), help="of what is made")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where tables, plots and records go")
+    parser.add_argument("--directory", type=Path, help="of what is made; runs/toy_study for the cpu size")
+    parser.add_argument(
+        "--results", type=Path, help="of tables, plots, records; bench/results/toy_study for the cpu size"
+    )
     parser.add_argument("--device", help="cpu or cuda; cuda for the gpu size, else cpu")
     parser.add_argument("--workers", type=int, help="parts at once; 4 on CUDA, else one a CPU core")
     parser.add_argument("--only", default="*", help="parts whose name this pattern matches")
@@ -47,6 +49,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="write the results of what is there, and stop")
     parser.add_argument("--part", help="make one part in this process")
     options = parser.parse_args(arguments)
+    name = "toy_study" if options.size == "cpu" else f"toy_study_{options.size}"
+    options.directory = options.directory or Path("runs") / name
+    options.results = options.results or RESULTS / name
     options.device = options.device or ("cuda" if options.size == "gpu" else "cpu")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device is {options.device}, and there is no CUDA device; give --device cpu")
