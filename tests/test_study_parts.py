@@ -82,6 +82,6 @@ def test_the_gpu_size_trains_the_full_grid_three_times(tmp_path: Path) -> None:
         parts = study_parts(Setting(size, tmp_path, torch.device("cpu"), 1))
         return [name for name in parts if name.startswith(("dmd", "re_dmd", "no_eviction"))]
 
-    assert trained(CPU) == ["dmd", "re_dmd_0.5", "re_dmd_0.2", "no_eviction"]
+    assert trained(CPU) == ["dmd", "re_dmd_0.5", "re_dmd_0.2", "re_dmd_0.05", "no_eviction"]
     assert len(trained(GPU)) == 3 * 6
     assert "re_dmd_0.1_seed2" in trained(GPU)
