@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from study.parts import Part, run_parts, student_names, study_parts
+from study.parts import Part, run_parts, study_parts
 from study.plots import draw
 from study.record import read_records
 from study.setting import Setting
@@ -129,7 +129,7 @@ def publish(setting: Setting, results: Path) -> None:
     for path in sorted(setting.records.glob("*.json")):
         shutil.copyfile(path, results / path.name)
     logs = {}
-    for model in ("teacher", *student_names(setting.size)):
+    for model in ("teacher", *setting.size.students):
         source, name = setting.directory / model / "log.jsonl", results / f"log_{model}.jsonl"
         if source.exists():
             lines = [line for line in source.read_text().splitlines() if line]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import toy_study
 
-from rfengine.checkpoint.directories import checkpoint_directory
-
-TRAINED = ("clips", "teacher", "re_dmd_0.5")
+TRAINED = ("start", "clips", "teacher", "re_dmd_0.5")
 MEASURED = ("clips_teacher", "clips_re_dmd_0.5", "streams_re_dmd_0.5_ema_0.9_8s")
 
 
@@ -21,7 +18,6 @@ def test_parts_are_made_one_after_another_and_end_in_tables(tmp_path: Path) -> N
     directory, results = tmp_path / "study", tmp_path / "results"
     one_thread = ["--workers", str(os.cpu_count())]
     common = ["--size", "smoke", "--directory", str(directory), "--results", str(results), *one_thread]
-    shutil.copytree(checkpoint_directory("tiny"), directory / "start")  # made by 3 stages of tiny_model.py
     assert toy_study.main([*common, "--part", "teacher"]) == 1  # without its clips
     for name in (*TRAINED, *MEASURED):
         assert toy_study.main([*common, "--part", name]) == 0, name

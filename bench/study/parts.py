@@ -14,7 +14,7 @@ from study.clips import measure_clips
 from study.setting import Setting
 from study.size import StudySize
 from study.streams import TRUE, measure_streams, sink_names, split_sink_names
-from study.tables import SHIPPED
+from study.tables import SHIPPED, WITHOUT_EVICTION
 from study.trainings import average_with_start, encode_clips, run_training, train_start
 
 _POLL_SECONDS = 0.5
@@ -39,11 +39,9 @@ def study_parts(setting: Setting) -> dict[str, Part]:
         Part("clips", (), setting.clips_path, encode_clips),
         _training(setting, "teacher", ("start", "clips")),
     ]
-    students = student_names(size)
-    found += [_training(setting, name, ("teacher",)) for name in students]
-    evicting = f"re_dmd_{size.betas[0]:g}"
-    average = partial(average_with_start, name=evicting)
-    found.append(Part(SHIPPED, ("start", evicting), setting.checkpoint(SHIPPED), average))
+    found += [_training(setting, name, ("teacher",)) for name in size.students]
+    average = partial(average_with_start, name=size.evicting_model)
+    found.append(Part(SHIPPED, ("start", size.evicting_model), setting.checkpoint(SHIPPED), average))
     found += [
         Part(
             f"clips_{model}",
@@ -51,7 +49,7 @@ def study_parts(setting: Setting) -> dict[str, Part]:
             setting.records / f"clips_{model}.json",
             partial(measure_clips, model=model),
         )
-        for model in ("teacher", "start", *students, SHIPPED)
+        for model in ("teacher", "start", *size.students, SHIPPED)
     ]
     found += [_streams(setting, *entry) for entry in _stream_sets(size)]
     return {part.name: part for part in found}
@@ -63,23 +61,15 @@ def _stream_sets(size: StudySize) -> list[tuple[str, str, int, int]]:
     short = size.stream_seconds, size.stream_captions
     long = size.long_seconds, size.long_captions
     every, split = sink_names(size.alphas), split_sink_names(size.alphas)
-    evicting = f"re_dmd_{size.betas[0]:g}"
+    evicting = size.evicting_model
     return [
         ("world", TRUE, *short),
         *((evicting, sink, *short) for sink in every),
-        *(("no_eviction", sink, *short) for sink in split),
+        *((WITHOUT_EVICTION, sink, *short) for sink in split),
         (SHIPPED, split[-1], *short),
         ("world", TRUE, *long),
         *((evicting, sink, *long) for sink in (*split, every[-1])),
     ]
-
-
-def student_names(size: StudySize) -> tuple[str, ...]:
-    """The distilled students; those of other training seeds than 0 carry the seed."""
-    names = ("dmd", *(f"re_dmd_{beta:g}" for beta in size.betas), "no_eviction")
-    return tuple(
-        name if seed == 0 else f"{name}_seed{seed}" for seed in size.training_seeds for name in names
-    )
 
 
 def _training(setting: Setting, name: str, needs: tuple[str, ...]) -> Part:

@@ -33,6 +33,22 @@ class StudySize:
     alphas: tuple[float, ...] = (0.9, 0.99, 0.999)
     flow_clips: int = 64
 
+    @property
+    def evicting_model(self) -> str:
+        """The student that is trained without eviction too, and streamed."""
+        return f"re_dmd_{self.betas[0]:g}"
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """The distilled students of every training seed."""
+        names = ("dmd", *(f"re_dmd_{beta:g}" for beta in self.betas), "no_eviction")
+        return tuple(seeded_name(name, seed) for seed in self.training_seeds for name in names)
+
+
+def seeded_name(model: str, seed: int) -> str:
+    """A model of the first training seed, 0, goes by its name alone."""
+    return model if seed == 0 else f"{model}_seed{seed}"
+
 
 CPU = StudySize(
     name="cpu",

@@ -22,7 +22,7 @@ from rfengine.ops import choose_ops
 from rfengine.training.checkpoint_parts import base_engine, load_transformer, load_vae, text_states_of
 from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.toy_reward import ToyReward
-from rfengine.training.toy_world import Scene, WorldConfig, caption, render, sample_scenes
+from rfengine.training.toy_world import START_JITTER, Scene, WorldConfig, caption, render, sample_scenes
 from rfengine.video import frames_from_pixels
 
 CAPTION_SEED = 31
@@ -33,7 +33,6 @@ _FLOW_PAIRS = 32
 _STRIDE = 4  # every fourth frame counts for consistency
 _END_SECONDS = 20  # of which the attributes are judged
 _DRIFTS = ("exposure", "contrast", "colour", "sharpness")
-_JITTER = 3.0  # pixels around the middle, as the world draws the start
 
 
 def sink_names(alphas: Sequence[float]) -> tuple[str, ...]:
@@ -134,7 +133,7 @@ def _stream(
 def true_video(scene: Scene, frames: int, seed: int) -> Tensor:
     """A video of the scene from another start: what the caption does not say is drawn anew."""
     drawn = torch.rand(2, generator=torch.Generator().manual_seed(seed))
-    start = tuple((_JITTER * (2 * drawn - 1)).tolist())
+    start = tuple((START_JITTER * (2 * drawn - 1)).tolist())
     parts = [
         render(dataclasses.replace(scene, start=start), min(480, frames - first), first)
         for first in range(0, frames, 480)

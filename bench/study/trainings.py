@@ -6,14 +6,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from study.setting import Setting
-from study.tables import SHIPPED
+from study.size import seeded_name
+from study.tables import SHIPPED, WITHOUT_EVICTION
+from torch import Tensor
 
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_safetensors
-from rfengine.config import to_dict
+from rfengine.config import EngineConfig, to_dict
 from rfengine.models.text_encoder import build_umt5
 from rfengine.training.build import build_stage
 from rfengine.training.checkpoint_parts import base_engine, export_checkpoint, load_vae
@@ -45,8 +49,7 @@ def train_start(setting: Setting) -> None:
         if not (directory / f"{result}.pt").exists():
             minutes = MINUTES[stage] * setting.size.start_scale
             run_stage(Options(stage, directory, minutes, threads=setting.threads))
-    weights = load_transformer(engine, directory).state_dict()
-    export_checkpoint(weights, engine, _BASE, setting.directory / "start")
+    _leave(load_transformer(engine, directory).state_dict(), engine, setting.checkpoint("start"))
 
 
 def encode_clips(setting: Setting) -> None:
@@ -70,8 +73,7 @@ def encode_clips(setting: Setting) -> None:
 def training_configs(setting: Setting) -> dict[str, TrainConfig]:
     """The trainings by the name of their model."""
     engine, size = base_engine(_BASE), setting.size
-    start = str(setting.directory / "start")
-    teacher = str(setting.directory / "teacher" / "checkpoint")
+    start, teacher = str(setting.checkpoint("start")), str(setting.checkpoint("teacher"))
     configs = {
         "teacher": dataclasses.replace(
             toy_teacher(engine, str(setting.clips_path)), steps=size.teacher_steps, student=start
@@ -80,9 +82,9 @@ def training_configs(setting: Setting) -> dict[str, TrainConfig]:
     for seed in size.training_seeds:
         students = {"dmd": toy_dmd(engine, teacher)}
         students |= {f"re_dmd_{beta:g}": toy_re_dmd(engine, teacher, beta) for beta in size.betas}
-        students["no_eviction"] = toy_re_dmd_no_eviction(engine, teacher, size.betas[0])
+        students[WITHOUT_EVICTION] = toy_re_dmd_no_eviction(engine, teacher, size.betas[0])
         for name, config in students.items():
-            configs[name if seed == 0 else f"{name}_seed{seed}"] = dataclasses.replace(
+            configs[seeded_name(name, seed)] = dataclasses.replace(
                 config, steps=size.student_steps, student=start, seed=seed
             )
     return configs
@@ -93,13 +95,10 @@ def run_training(setting: Setting, name: str) -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     config, ranks = training_configs(setting)[name], Ranks()
     stage = build_stage(config, setting.device, ranks)
-    directory = setting.directory / name
-    reason = Trainer(config, stage, directory, ranks).run()
+    reason = Trainer(config, stage, setting.directory / name, ranks).run()
     if reason:
         raise KeyboardInterrupt(f"{name}: {reason}")
-    partial = directory / "checkpoint_partial"
-    export_checkpoint(averaged_state(stage), config.engine, config.base, partial)
-    partial.rename(directory / "checkpoint")
+    _leave(averaged_state(stage), config.engine, setting.checkpoint(name))
 
 
 def average_with_start(setting: Setting, name: str) -> None:
@@ -114,7 +113,11 @@ def average_with_start(setting: Setting, name: str) -> None:
         for model in ("start", name)
     ]
     weights = {key: torch.lerp(value.float(), ends[1][key].float(), 0.5) for key, value in ends[0].items()}
-    directory = setting.checkpoint(SHIPPED)
-    partial = directory.with_name("checkpoint_partial")
-    export_checkpoint(weights, base_engine(_BASE), _BASE, partial)
+    _leave(weights, base_engine(_BASE), setting.checkpoint(SHIPPED))
+
+
+def _leave(weights: Mapping[str, Tensor], engine: EngineConfig, directory: Path) -> None:
+    """Write a checkpoint directory whole or not at all."""
+    partial = directory.with_name(f"{directory.name}_partial")
+    export_checkpoint(weights, engine, _BASE, partial)
     partial.rename(directory)

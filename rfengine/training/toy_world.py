@@ -39,7 +39,7 @@ _SQUARE_SIDE = 0.886  # half side over radius: the square of the same area as th
 _TRIANGLE_RADIUS = 1.3  # circumradius over radius
 _BOUNCE_REACH = 8.0  # pixels from the middle to either turning point, at 64 pixels
 _PAIR_OFFSET = 16.0  # pixels from the middle to either shape of a pair, across their motion, at 64 pixels
-_START_JITTER = 3.0  # pixels, at 64 pixels
+START_JITTER = 3.0  # pixels, at 64 pixels
 TURN_DEGREES = 3.0  # a frame, turning slowly
 PULSE = 0.3  # part of the radius that growing adds at most
 PULSE_FRAMES = 48.0  # frames from one largest size to the next, growing slowly
@@ -190,8 +190,8 @@ def _sample_scene(generator: random.Random, config: WorldConfig) -> Scene:
         direction=generator.choice(directions),
         background=generator.choice(BACKGROUNDS),
         start=(
-            generator.uniform(-_START_JITTER, _START_JITTER),
-            generator.uniform(-_START_JITTER, _START_JITTER),
+            generator.uniform(-START_JITTER, START_JITTER),
+            generator.uniform(-START_JITTER, START_JITTER),
         ),
     )
 
