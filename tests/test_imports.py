@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rfengine"
 
 LAYERS = [
+    {"files"},
     {"config", "video"},
     {"grid", "schedule", "reference"},
     {"native", "kernels"},
@@ -42,7 +43,7 @@ ONLY_FROM = {
 # what these may not import although it lies below them
 NEVER_INTO = {
     "training": {"runtime", "pipeline", "stream", "rfengine"},
-    "serving": {unit for units in LAYERS[:7] for unit in units},
+    "serving": {unit for units in LAYERS[:8] for unit in units},
 }
 # heavy or optional packages: imported inside the function that needs them, wherever that is
 ONLY_INSIDE_FUNCTIONS = {

@@ -1,0 +1,140 @@
+"""Files that appear whole or not at all, locks between processes, and files that come from strangers."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+_LOCK_RETRY_S = 0.02
+_SHOWN_BYTES = 200  # of a name; file systems take 255 with what is added
+_HASHED_AT_ONCE = 1 << 20  # bytes
+
+
+def partial_path(path: Path) -> Path:
+    """A hidden name beside `path` that no other writer has: not in this process, in another, nor in a
+    container whose processes have the same numbers."""
+    shown = os.fsencode(path.name)[:_SHOWN_BYTES].decode(errors="ignore")
+    return path.with_name(f".{shown}.{os.getpid()}-{secrets.token_hex(8)}.partial")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give the block a hidden path beside `path` to write a file to, which takes the name `path` at the end.
+
+    Of several writers at once the last to end wins, and each file is whole. After an error nothing is left,
+    and what was there under the name stays. Raises OSError where the disk is full or cannot be written.
+    """
+    partial = partial_path(path)
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with suppress(OSError):  # a file system that has become read-only keeps it
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to `path`, as `replaced` does. Raises OSError."""
+    with replaced(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="")
+
+
+@contextmanager
+def locked(path: Path, holds: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock file `path` during the block; it is removed at the end.
+
+    Other processes, threads and containers on this machine that see the same file are kept out; a process
+    that dies lets go. holds: what the holder is doing, for the error of the others. wait_s: how long to wait
+    for another holder. Raises RuntimeError when it is still held then, OSError where no file can be made.
+    """
+    deadline = time.monotonic() + wait_s
+    while (file := _try_lock(path)) is None:
+        if time.monotonic() >= deadline:
+            raise RuntimeError(f"{path} is locked: another process is {holds}; wait until it has ended")
+        time.sleep(_LOCK_RETRY_S)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # before it is let go, so that nobody holds a file that has no name
+            path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _try_lock(path: Path) -> int | None:
+    """The descriptor of the locked file, or None while another holds it."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file), path.stat()):
+            return file
+    except (BlockingIOError, FileNotFoundError):  # held, or removed by the one that held it
+        pass
+    except BaseException:
+        os.close(file)
+        raise
+    os.close(file)
+    return None
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open an ordinary file for reading, a link to one included; a pipe or a device is never waited for.
+
+    Raises ValueError when `path` is anything else, OSError (FileNotFoundError and others) as open does.
+    """
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    kind = os.fstat(file).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(file)
+        raise ValueError(f"{path} is {_KINDS.get(stat.S_IFMT(kind), 'no file')}; give an ordinary file")
+    return open(file, "rb")
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}  # fmt: skip
+
+
+def read_text(path: Path, limit_bytes: int) -> str:
+    """The text of an ordinary UTF-8 file of at most `limit_bytes`; a byte order mark is left out.
+
+    Raises ValueError for anything else, one that does not exist or cannot be read included.
+    """
+    try:
+        with open_regular(path) as file:
+            content = file.read(limit_bytes + 1)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; check the path") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable") from error
+    if len(content) > limit_bytes:
+        raise ValueError(f"{path} has more than the {limit_bytes} bytes that are read; give a smaller file")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from error
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text, which end at \\n or \\r\\n alone; str.splitlines has others, U+2028 too."""
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of an ordinary file, as 64 hexadecimal digits. Raises as open_regular does."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(_HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
