@@ -1,7 +1,7 @@
 # Every target builds what it needs first: .venv, then the packages, each step once per change of its inputs.
 PYTHON  ?= python3
 WORKERS ?= 2
-PROMPT  ?= a large red circle moving fast to the right over a grey wall
+PROMPT  ?= a large yellow circle moving slowly to the left over a checkered floor
 VENV    := .venv
 PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 INPUTS  := pyproject.toml setup.py constraints.txt
