@@ -77,5 +77,5 @@ def test_make_demo_makes_the_first_stream_of_the_picture(picture: object) -> Non
 
 def test_the_readme_generates_the_same_stream(picture: object) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    call = f'pipe.generate("{picture.prompts()[0]}", seconds={picture.SECONDS}, seed={picture.SEED})'
-    assert call in readme
+    assert f'prompt = "{picture.prompts()[0]}"' in readme
+    assert f"pipe.generate(prompt, seconds={picture.SECONDS}, seed={picture.SEED})" in readme
