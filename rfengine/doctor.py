@@ -23,6 +23,7 @@ from rfengine.backends import backend_reasons
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.checkpoint.directories import checkpoint_directory, part_files
 from rfengine.checkpoint.loader import read_config
+from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
@@ -115,10 +116,13 @@ def examine(
 ) -> dict[str, Any]:
     """The report as plain JSON values; sizes are bytes.
 
-    model: a preset or a checkpoint directory, whose memory is reckoned at height x width pixels in dtype.
-    Raises ValueError for an unknown model and a size that is no multiple of the patch.
+    model: a preset or a checkpoint directory, whose memory is reckoned at height x width pixels in dtype and
+    whose files are read and held against their manifest.
+    Raises ValueError for an unknown model and a size that is no multiple of the patch, RuntimeError where the
+    configuration is damaged and the manifest knows it.
     """
-    config = PRESETS[model] if model in PRESETS else read_config(Path(model))
+    files = _files(model)
+    config = _read_config(model, files)
     grid = LatentGrid.of(config, height, width)
     on_cuda = torch.cuda.is_available()
     name = dtype or ("bfloat16" if on_cuda else "float32")
@@ -145,7 +149,26 @@ def examine(
             "model": config.name, "height": grid.height, "width": grid.width, "dtype": name, "device": device,
             "needs": {**dataclasses.asdict(needs), "total": needs.total}, "free": _free_memory(on_cuda),
         },
+        "files": files,
     }  # fmt: skip
+
+
+def _files(model: str) -> dict[str, str] | None:
+    """What differs of each file from the manifest of `model`, "" where nothing does; None without one."""
+    if model != "tiny" and model in PRESETS:
+        return None
+    return differences(checkpoint_directory(model))
+
+
+def _read_config(model: str, files: dict[str, str] | None) -> EngineConfig:
+    """The configuration of `model`; where it is refused and files differ, RuntimeError says both."""
+    try:
+        return PRESETS[model] if model in PRESETS else read_config(Path(model))
+    except ValueError as error:
+        wrong = [f"{name} {reason}" for name, reason in (files or {}).items() if reason]
+        if not wrong:
+            raise
+        raise RuntimeError(f"{error}; of the files in {MANIFEST_FILE}, {', '.join(wrong)}") from error
 
 
 def _switches(runtime: RuntimeConfig, device: str) -> dict[str, Any]:
@@ -259,7 +282,7 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             *lines, "", *_package_lines(report), "", *_backend_lines(report), "", *_runtime_lines(report), "",
-            *_memory_lines(report),
+            *_memory_lines(report), *_file_lines(report),
         ]
     )  # fmt: skip
 
@@ -316,6 +339,14 @@ def _memory_lines(report: dict[str, Any]) -> list[str]:
             "  this does not fit: take a smaller model or size, 16 bits, or keep the text encoder on the CPU"
         )
     return lines
+
+
+def _file_lines(report: dict[str, Any]) -> list[str]:
+    files = report["files"]
+    if files is None:
+        return []
+    wrong = [f"  {name} {reason}" for name, reason in files.items() if reason]
+    return ["", f"files against {MANIFEST_FILE}", *(wrong or [f"  ok: all {len(files)} are as it says"])]
 
 
 def _mib(size: int) -> str:

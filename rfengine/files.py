@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import secrets
 import stat
@@ -11,7 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from reprlib import repr as shortened
+from typing import Any, BinaryIO
 
 _LOCK_RETRY_S = 0.02
 _SHOWN_BYTES = 200  # of a name; file systems take 255 with what is added
@@ -138,3 +140,28 @@ def file_sha256(path: Path) -> str:
         while block := file.read(_HASHED_AT_ONCE):
             digest.update(block)
     return digest.hexdigest()
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises ValueError for what is no JSON, NaN and infinity included, for an object that holds a key twice,
+    and for a text that is nested too deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"it has the key {shortened(repeated)} twice")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

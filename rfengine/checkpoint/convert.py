@@ -1,8 +1,8 @@
 """`rfengine convert`: any known checkpoint into a directory of the engine's own, tensor by tensor (spec 6).
 
-DST holds rfengine.json, transformer.safetensors and, where the source or the base has them, vae.safetensors,
-text_encoder.safetensors, tokenizer/ and tiny_vae.safetensors. Of a tiny decoder without a base DST holds that
-last file alone.
+DST holds rfengine.json, manifest.json, transformer.safetensors and, where the source or the base has them,
+vae.safetensors, text_encoder.safetensors, tokenizer/ and tiny_vae.safetensors. Of a tiny decoder without a
+base DST holds that last file alone.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rfengine.checkpoint.directories import (
 from rfengine.checkpoint.layouts import Part, engine_names
 from rfengine.checkpoint.loader import engine_config, read_as, read_config, write_config
 from rfengine.checkpoint.lora import add_lora
+from rfengine.checkpoint.manifest import write_manifest
 from rfengine.checkpoint.pickle_file import LORA_KEYS, MODEL_KEYS, open_pickle
 from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, expected_shapes, infer_config
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors, write_safetensors
@@ -112,6 +113,7 @@ def convert(
             shutil.copytree(checkpoint.tokenizer, directory / "tokenizer")
         if config is not None:
             write_config(directory, config)
+            write_manifest(directory)
 
 
 def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:

@@ -13,6 +13,7 @@ from rfengine.checkpoint.layouts import Part
 DirectoryLayout = Literal["rfengine", "wan", "diffusers"]
 
 CONFIG_FILE = "rfengine.json"
+EXPORT_FOLDER = "tensorrt"  # inside a checkpoint directory: decoders built for one machine
 MODEL_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")  # what a whole checkpoint has
 PARTS: tuple[Part, ...] = (*MODEL_PARTS, "tiny_vae")
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")

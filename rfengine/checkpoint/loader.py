@@ -26,6 +26,7 @@ from rfengine.checkpoint.directories import (
     read_json,
 )
 from rfengine.checkpoint.layouts import Part, engine_names
+from rfengine.checkpoint.manifest import check_sizes
 from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, infer_config
 from rfengine.checkpoint.tensor_file import (
     StoredTensor,
@@ -44,6 +45,7 @@ from rfengine.config import (
     from_dict,
     to_dict,
 )
+from rfengine.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def read_config(directory: Path | str) -> EngineConfig:
 def write_config(directory: Path, config: EngineConfig) -> None:
     """Write `rfengine.json` into `directory`; read_config is the way back."""
     text = json.dumps({"format": CONFIG_FORMAT, "engine": to_dict(config)}, indent=2)
-    (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    write_text(directory / CONFIG_FILE, text + "\n")
 
 
 def engine_config(configs: Mapping[Part, PartConfig], name: str = "") -> EngineConfig:
@@ -126,9 +128,10 @@ def load_part(
     `module`.
 
     `module` is changed in place, as by load_weights. Raises ValueError when the directory lacks the part, has
-    it only as a pickle, or has it for another model.
+    it only as a pickle, or has it for another model, and where a file has not the size in the manifest.
     """
     directory = Path(directory)
+    check_sizes(directory)
     files = part_files(directory, part)
     if not files:
         if part in _SINGLE_FILES:
@@ -195,6 +198,7 @@ def _assign(
         raise ValueError(
             f"{label} does not fit the model: {problem}; load it into the model that it was made for"
         )
+    _check_kinds(label, stored, {name: wanted[name].dtype for name in chosen})
     state: dict[str, Tensor] = {}
     for name, names in chosen.items():
         value = read_as(name, stored[name], dtype, device, check_finite)
@@ -207,6 +211,17 @@ def _assign(
         raise RuntimeError(
             f"buffers {', '.join(waiting)} are in no checkpoint; build them outside the meta device"
         )
+
+
+def _check_kinds(label: str, stored: Mapping[str, StoredTensor], wanted: Mapping[str, torch.dtype]) -> None:
+    """Refuse integers where the module has floating-point numbers, and the other way round: a cast would hide
+    that a file is damaged, or quantized in a way of its own."""
+    for name, dtype in wanted.items():
+        if stored[name].dtype.is_floating_point != dtype.is_floating_point:
+            raise ValueError(
+                f"{label} holds {name} in {stored[name].dtype} and the model has {dtype} there; get the file "
+                "again, or one that is not quantized"
+            )
 
 
 def read_as(

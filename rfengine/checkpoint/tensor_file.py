@@ -10,17 +10,25 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import os
-import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format's own library
+from rfengine.files import open_regular, replaced, strict_json
+
+# A published header has at most a few hundred kilobytes. The format itself allows 100 MB, which as Python
+# objects would take gigabytes before anything in it is known to be true.
+MAX_HEADER_BYTES = 16_000_000
+MAX_METADATA_BYTES = 10_000_000
+MAX_TENSORS = 100_000
+MAX_AXES = 16
+MAX_NAME_LENGTH = 1000
+_MAX_BYTES = 2**63 - 1  # of a tensor or a file, in numbers of 64 bits
 _LENGTH_BYTES = 8  # little-endian length in front of the header
 _ALIGNMENT = 8  # bytes; the header is padded to it
 _OWN_PAGES_BYTES = 1 << 20  # a tensor from this size on is read into pages of its own
@@ -30,6 +38,9 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, 
     "BOOL": torch.bool,
 }  # fmt: skip
+_UNREAD_DTYPES = (
+    "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64", "U16", "U32", "U64",
+)  # fmt: skip
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -80,26 +91,45 @@ def open_safetensors(paths: Path | Iterable[Path]) -> dict[str, StoredTensor]:
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """The entries and the metadata of one safetensors file, checked against its size; no tensor is read.
 
-    Raises ValueError when the file is absent, empty, truncated, damaged or of another format.
+    Raises ValueError when the file is absent, empty, truncated, damaged, beyond the limits above or of
+    another format.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; check the path")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(_LENGTH_BYTES)
-        length = int.from_bytes(start, "little")
-        _check_start(path, start, size, length)
-        text = file.read(length)
+    text, size = _read_start(path)
+    data_start = _LENGTH_BYTES + len(text)
     try:
-        header = json.loads(text)
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-        entries = {name: _entry(value, _LENGTH_BYTES + length) for name, value in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        header = strict_json(text.decode())
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a {type(header).__name__}, not an object")
+        metadata = _metadata(header.pop("__metadata__", {}))
+        if len(header) > MAX_TENSORS:
+            raise ValueError(f"it names {len(header)} tensors, above the limit of {MAX_TENSORS}")
+        entries = {name: _entry(name, value, data_start) for name, value in header.items()}
+    except _UnreadDType as error:
+        raise ValueError(
+            f"{path} holds {error}, which the engine does not read; give a file in BF16, F16 or F32"
+        ) from error
+    except ValueError as error:
         raise ValueError(
             f"{path} has a header that is not of the safetensors format ({error}); get it again"
         ) from error
-    _check_offsets(path, entries, _LENGTH_BYTES + length, size)
+    _check_offsets(path, entries, data_start, size)
     return entries, metadata
+
+
+def _read_start(path: Path) -> tuple[bytes, int]:
+    """The header's text and the size of the file."""
+    try:
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            start = file.read(_LENGTH_BYTES)
+            length = int.from_bytes(start, "little")
+            _check_start(path, start, size, length)
+            return file.read(length), size
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist; check the path") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable") from error
 
 
 def _check_start(path: Path, start: bytes, size: int, length: int) -> None:
@@ -125,16 +155,53 @@ def _check_start(path: Path, start: bytes, size: int, length: int) -> None:
         )
 
 
-def _entry(value: dict[str, Any], data_start: int) -> TensorEntry:
-    dtype, shape = value["dtype"], value["shape"]
-    begin, end = value["data_offsets"]
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype {dtype} is not one of {', '.join(_DTYPES)}")
-    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise ValueError(f"shape {shape} or data_offsets {begin}, {end} is not made of whole numbers")
-    if math.prod(shape) * _DTYPES[dtype].itemsize != end - begin:
-        raise ValueError(f"shape {shape} in {dtype} does not fill data_offsets {begin} to {end}")
+class _UnreadDType(ValueError):
+    """A dtype that the format has and torch or the engine has not."""
+
+
+def _metadata(values: Any) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+        raise ValueError("__metadata__ is not an object of texts")
+    length = sum(len(key) + len(value) for key, value in values.items())
+    if length > MAX_METADATA_BYTES:
+        raise ValueError(f"__metadata__ has {length} characters, above the limit of {MAX_METADATA_BYTES}")
+    return values
+
+
+def _entry(name: str, value: Any, data_start: int) -> TensorEntry:
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise ValueError(
+            f"the name {shortened(name)} has signs that cannot be printed or more than {MAX_NAME_LENGTH}"
+        )
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        raise ValueError(f"{name} lacks its dtype, shape or data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if dtype in _UNREAD_DTYPES:
+        raise _UnreadDType(f"{name} in {dtype}")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name} has dtype {shortened(dtype)}, which is not one of {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(map(_is_size, shape)):
+        raise ValueError(
+            f"{name} has the shape {shortened(shape)}, which is not made of whole numbers below 2**63, "
+            f"at most {MAX_AXES} of them"
+        )
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise ValueError(
+            f"{name} has the data_offsets {shortened(offsets)}, which are not two whole numbers below 2**63"
+        )
+    begin, end = offsets
+    width = _DTYPES[dtype].itemsize
+    if math.prod(max(1, number) for number in shape) * width > _MAX_BYTES:
+        raise ValueError(f"{name} has the shape {shortened(shape)}, which no memory holds")
+    if math.prod(shape) * width != end - begin:
+        raise ValueError(
+            f"{name} has shape {shape} in {dtype}, which does not fill data_offsets {begin} to {end}"
+        )
     return TensorEntry(_DTYPES[dtype], tuple(shape), data_start + begin, data_start + end)
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and 0 <= number <= _MAX_BYTES
 
 
 def _check_offsets(path: Path, entries: dict[str, TensorEntry], data_start: int, size: int) -> None:
@@ -159,7 +226,7 @@ def _reader(path: Path, entry: TensorEntry) -> Callable[[], Tensor]:
     def read() -> Tensor:
         tensor = _allocate(entry)
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 file.seek(entry.begin)
                 count = file.readinto(_bytes_of(tensor))
         except OSError as error:
@@ -204,23 +271,17 @@ def write_safetensors(
     """
     header, order = _build_header(tensors, metadata)
     needed = len(header) + sum(stored.nbytes for stored in tensors.values())
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        with beside.open("xb") as file:
+        with replaced(path) as beside, beside.open("xb") as file:
             file.write(header)
             for name in _progress(order, path.name) if show_progress else order:
                 tensor = tensors[name].read()
                 assert tuple(tensor.shape) == tensors[name].shape and tensor.dtype == tensors[name].dtype
                 file.write(_bytes_of(tensor.contiguous()))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
     except OSError as error:
         raise RuntimeError(
             f"cannot write {path} of {needed} bytes ({error.strerror}); free space or choose another place"
         ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _build_header(
@@ -228,7 +289,7 @@ def _build_header(
 ) -> tuple[bytes, list[str]]:
     """The file up to its first tensor, and the order of tensors: wide dtypes first aligns all."""
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict[str, Any] = {"__metadata__": _metadata({"format": "pt", **(metadata or {})})}
     position = 0
     for name in order:
         stored = tensors[name]
@@ -241,6 +302,11 @@ def _build_header(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise ValueError(
+            f"the header has {len(text)} bytes, above the limit of {MAX_HEADER_BYTES}; write fewer tensors "
+            "or a shorter metadata"
+        )
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text, order
 
 

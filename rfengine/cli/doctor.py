@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from rfengine.cli.terminal import OTHER_ERROR
 from rfengine.config import DTypeName
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """Report versions, the GPU, backends and why each is on or off, and memory needed and free."""
+    """Report versions, the GPU, backends and why each is on or off, memory needed and free, and whether the
+    files of a checkpoint are what its manifest says; exit 1 if one differs."""
 
     json: bool = False
     """Print JSON instead of text."""
@@ -22,11 +24,19 @@ class DoctorOptions:
     """Pixels."""
     dtype: DTypeName | None = None
     """bfloat16 on CUDA, float32 on the CPU where nothing is given."""
+    renew: bool = False
+    """First write the manifest of the checkpoint directory anew, after a change that was meant."""
 
 
 def run(options: DoctorOptions) -> int:
+    from rfengine.checkpoint.directories import checkpoint_directory, directory_layout
+    from rfengine.checkpoint.manifest import write_manifest
     from rfengine.doctor import examine, render
 
+    if options.renew:
+        directory = checkpoint_directory(options.model)
+        directory_layout(directory)  # refuses a directory that is no checkpoint
+        write_manifest(directory)
     report = examine(options.model, options.height, options.width, options.dtype)
     print(json.dumps(report, indent=2) if options.json else render(report))
-    return 0
+    return OTHER_ERROR if report["files"] and any(report["files"].values()) else 0

@@ -41,11 +41,10 @@ class ExportVAEOptions:
 
 
 def run(options: ExportVAEOptions) -> int:
-    from rfengine.checkpoint.directories import checkpoint_directory
+    from rfengine.checkpoint.directories import EXPORT_FOLDER, checkpoint_directory
     from rfengine.checkpoint.loader import read_config
     from rfengine.grid import LatentGrid
     from rfengine.runtime.onnx_export import STAGES, ExportSpec, read_onnx, vae_fingerprint
-    from rfengine.runtime.tensorrt import EXPORT_FOLDER
 
     directory = checkpoint_directory(options.directory)
     config = read_config(directory)

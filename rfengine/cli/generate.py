@@ -62,6 +62,8 @@ class GenerateOptions:
     """Run the context pass of a chunk together with the first step of the next."""
     autotune: bool = True
     """Time the backends at the start, once for each GPU and size."""
+    verify: bool = False
+    """Read every file of the checkpoint first and refuse to start where one differs from its manifest."""
     decode_device: str | None = None
     """Where the frames are made, such as cuda:1; the model's device where nothing is given."""
 
@@ -143,11 +145,14 @@ def _file_name(number: int, prompt: str) -> str:
 def _check_request(options: GenerateOptions) -> None:
     """Refuse before the model is loaded, which can take minutes, what would be refused after it."""
     from rfengine.checkpoint.loader import read_config
+    from rfengine.checkpoint.manifest import verify
     from rfengine.grid import LatentGrid
 
     if not math.isfinite(options.seconds) or options.seconds <= 0:
         raise ValueError(f"--seconds is {options.seconds}; give a positive length such as 5")
     check_seed(options.seed)
+    if options.verify:
+        verify(checkpoint_directory(options.model))
     LatentGrid.of(read_config(checkpoint_directory(options.model)), options.height, options.width)
 
 

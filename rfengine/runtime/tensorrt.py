@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rfengine.checkpoint.directories import EXPORT_FOLDER
 from rfengine.checkpoint.loader import read_config
 from rfengine.config import VAEConfig
 from rfengine.grid import LatentGrid
@@ -36,7 +37,6 @@ from rfengine.runtime.tensorrt_engine import EngineTarget, read_engine
 
 logger = logging.getLogger(__name__)
 
-EXPORT_FOLDER = "tensorrt"  # inside the checkpoint directory
 Shape = tuple[int, ...]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
+from rfengine.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from rfengine.checkpoint.text_encoder import open_text_encoder
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.models.dit import WanDiT
@@ -69,13 +70,14 @@ def export_checkpoint(
     weights: Mapping[str, Tensor], engine: EngineConfig, base: str, destination: Path
 ) -> None:
     """Write a directory that Pipeline and load_transformer read: `weights` in float16 as the transformer, and
-    the VAE, the text encoder and the tokenizer of `base`."""
+    the VAE, the text encoder and the tokenizer of `base`, with a manifest of all."""
     destination.mkdir(parents=True, exist_ok=True)
     for path in checkpoint_directory(base).iterdir():
-        if path.is_file() and not path.name.startswith("transformer"):
+        if path.is_file() and path.name != MANIFEST_FILE and not path.name.startswith("transformer"):
             shutil.copyfile(path, destination / path.name)
         elif path.is_dir() and path.name == "tokenizer":
             shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
     write_config(destination, engine)
     halves = {name: value.detach().half().contiguous() for name, value in weights.items()}
     save_weights(destination / "transformer.safetensors", halves)
+    write_manifest(destination)

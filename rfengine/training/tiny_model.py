@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from rfengine.checkpoint.loader import read_config, save_weights, write_config
+from rfengine.checkpoint.manifest import write_manifest
 from rfengine.config import PRESETS, EngineConfig, VAEConfig, from_dict, to_dict
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
@@ -129,6 +130,7 @@ def export(config: EngineConfig, directory: Path, output: Path) -> None:
     for name, module in parts.items():
         tensors = {key: value.half() for key, value in module.state_dict().items()}
         save_weights(output / f"{name}.safetensors", tensors)
+    write_manifest(output)
 
 
 def _add_tiny_decoder(options: Options, minutes: float) -> None:
@@ -143,6 +145,7 @@ def _add_tiny_decoder(options: Options, minutes: float) -> None:
     write_config(options.output, config)
     tensors = {key: value.half() for key, value in decoder.state_dict().items()}
     save_weights(options.output / "tiny_vae.safetensors", tensors)
+    write_manifest(options.output)
 
 
 def load_config(directory: Path) -> EngineConfig:

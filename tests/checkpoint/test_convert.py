@@ -14,6 +14,7 @@ from torch import Tensor
 from rfengine.checkpoint.convert import CACHES, convert
 from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
 from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
+from rfengine.checkpoint.manifest import read_manifest, verify
 from rfengine.checkpoint.shapes import (
     expected_shapes,
     expected_tiny_vae_shapes,
@@ -27,6 +28,7 @@ Tensors = dict[str, Tensor]
 Parts = dict[str, Tensors]
 WriteFile = Callable[[Path, Tensors], Path]
 FILES = {
+    "manifest.json",
     "transformer.safetensors",
     "vae.safetensors",
     "text_encoder.safetensors",
@@ -62,6 +64,8 @@ def test_whole_directory_is_converted(
     with caplog.at_level(logging.WARNING):
         convert(request.getfixturevalue(layout), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    verify(tmp_path / "out")
+    assert read_manifest(tmp_path / "out").keys() >= {"rfengine.json", "tokenizer/tokenizer.json"}
     for part, tensors in parts.items():
         assert_holds(tmp_path / "out", part, tensors)
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_text() == "{}"
@@ -180,6 +184,7 @@ def test_generator_without_base_gives_the_transformer_alone(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "transformer.safetensors",
         "rfengine.json",
+        "manifest.json",
     }
     assert read_config(tmp_path / "out").model == config
     with pytest.raises(ValueError, match="has no vae; run `rfengine convert SRC DST --base WAN`"):

@@ -107,6 +107,20 @@ def test_values_that_are_not_finite_are_found_when_asked(weights: Path, tmp_path
         load_weights(on_meta(), tmp_path / "large.safetensors", torch.float16, check_finite=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool])
+def test_integers_in_the_place_of_weights_are_refused(
+    weights: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    tensors = load_file(weights)
+    tensors["head.head.bias"] = tensors["head.head.bias"].to(dtype)
+    save_weights(tmp_path / "whole.safetensors", tensors)
+    with pytest.raises(
+        ValueError,
+        match=rf"whole.safetensors holds head.head.bias in {dtype} and the model has torch.float32",
+    ):
+        load_weights(on_meta(), tmp_path / "whole.safetensors", torch.float32)
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

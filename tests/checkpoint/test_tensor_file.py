@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import signal
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from rfengine.checkpoint.tensor_file import (
     MAX_HEADER_BYTES,
+    MAX_METADATA_BYTES,
+    MAX_TENSORS,
     StoredTensor,
     open_safetensors,
     read_header,
@@ -100,10 +103,10 @@ FOREIGN = {
         "is a torch pickle, not safetensors; run `rfengine convert SRC DST`",
     ),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
-    "text": (b"hello world, this is no checkpoint", "header of .* bytes, above the limit of 100000000"),
+    "text": (b"hello world, this is no checkpoint", "header of .* bytes, above the limit of 16000000"),
     "huge header": (
         (MAX_HEADER_BYTES + 1).to_bytes(8, "little"),
-        "header of 100000001 bytes, above the limit",
+        "header of 16000001 bytes, above the limit",
     ),
     "cut header": (raw({"a": entry()}, b"\0" * 4)[:20], "is truncated: the header needs .* the file has 20"),
     "cut data": (raw({"a": entry()}, b"\0\0"), "is truncated: its tensors need .* bytes"),
@@ -111,16 +114,42 @@ FOREIGN = {
     "gap": (raw({"a": entry(offsets=[4, 8])}, b"\0" * 8), "a gap or an overlap in front of a"),
     "bytes after": (raw({"a": entry()}, b"\0" * 9), "has 5 bytes after its last tensor"),
 }
+MANY = b"{" + b",".join(b'"%d":0' % number for number in range(MAX_TENSORS + 1)) + b"}"
 BAD_HEADERS = {
     "no json": (b"not json", "Expecting value"),
-    "deep json": (b"[" * 100_000, "recursion"),
-    "json list": ([1, 2], ""),
+    "no utf-8": (b'{"\xff": 1}', "can't decode"),
+    "deep json": (b"[" * 100_000, "nested too deep"),
+    "json list": ([1, 2], "it is a list, not an object"),
+    "not a number": (b'{"a": NaN}', "NaN is no number of JSON"),
+    "name twice": (b'{"a": 1, "b": 2, "a": 1}', "has the key 'a' twice"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, "__metadata__ is not an object of texts"),
+    "metadata list": ({"__metadata__": ["a"]}, "__metadata__ is not an object of texts"),
+    "long metadata": (
+        {"__metadata__": {"a": "x" * MAX_METADATA_BYTES}}, "__metadata__ has 10000001 characters"
+    ),
+    "many tensors": (MANY, "100001 tensors"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, "shape"),
-    "unknown dtype": ({"a": entry("F4")}, "dtype F4 is not one of F64, F32"),
+    "no object": ({"a": 3}, "a lacks its dtype"),
+    "line end in a name": ({"a\nb": entry()}, r"the name 'a\\nb' has signs"),
+    "half a sign in a name": ({"\ud800": entry()}, "has signs that cannot be printed"),
+    "long name": ({"a" * 1001: entry()}, "the name 'aaa.* or more than 1000"),
+    "unknown dtype": ({"a": entry("F99")}, "dtype 'F99', which is not one of F64, F32"),
+    "dtype list": ({"a": entry(["F32"])}, "dtype .*, which is not one of F64, F32"),
     "negative shape": ({"a": entry(shape=[-1])}, "is not made of whole numbers"),
     "fractional shape": ({"a": entry(shape=[1.0])}, "is not made of whole numbers"),
+    "shape of truth": ({"a": entry(shape=[True])}, "is not made of whole numbers"),
+    "shape text": ({"a": entry(shape="1")}, "is not made of whole numbers"),
+    "many axes": ({"a": entry(shape=[1] * 300_000)}, "at most 16 of them"),
+    "many wide axes": ({"a": entry(shape=[2**62] * 300_000)}, "at most 16 of them"),
+    "no elements of a huge axis": ({"a": entry(shape=[0, 10**30], offsets=[0, 0])}, "whole numbers below 2"),
+    "no elements of two axes": ({"a": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}, "no memory holds"),
+    "number of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "limit"),
+    "wide offsets": ({"a": entry(offsets=[0, 2**64])}, "data_offsets .* not two whole numbers below 2"),
+    "three offsets": ({"a": entry(offsets=[0, 4, 4])}, "data_offsets .* not two whole numbers"),
+    "offsets of truth": ({"a": entry("U8", (1,), [False, True])}, "data_offsets .* not two whole numbers"),
+    "backwards": ({"a": entry(offsets=[4, 0])}, "does not fill data_offsets 4 to 0"),
     "wrong size": ({"a": entry(shape=[2])}, "does not fill data_offsets 0 to 4"),
-}
+}  # fmt: skip
 DAMAGED = FOREIGN | {
     name: (raw(header, b"\0" * 4), f"has a header that is not of the safetensors format .*{message}")
     for name, (header, message) in BAD_HEADERS.items()
@@ -136,6 +165,62 @@ def test_damaged_and_foreign_files_are_named_in_one_sentence(
     with pytest.raises(ValueError, match=message) as caught:
         open_safetensors(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "U64", "C64"])
+def test_dtypes_that_torch_lacks_are_named(tmp_path: Path, dtype: str) -> None:
+    path = tmp_path / "exotic.safetensors"
+    path.write_bytes(raw({"a": entry(dtype)}, b"\0" * 4))
+    with pytest.raises(ValueError, match=f"holds a in {dtype}, which the engine does not read; give a file"):
+        open_safetensors(path)
+
+
+def test_a_header_of_90_million_bytes_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "wide.safetensors"
+    with path.open("wb") as file:
+        file.write((90_000_000).to_bytes(8, "little"))
+        file.truncate(90_000_100)
+    with pytest.raises(ValueError, match="header of 90000000 bytes, above the limit of 16000000"):
+        open_safetensors(path)
+
+
+def test_a_pipe_a_device_and_a_directory_are_named_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "link.safetensors").symlink_to("/dev/zero")
+    for path, kind in (
+        (tmp_path / "pipe.safetensors", "a pipe"),
+        (tmp_path / "link.safetensors", "a device"),
+        (tmp_path, "a directory"),
+    ):
+        with pytest.raises(ValueError, match=f"{path} is {kind}; give an ordinary file"):
+            open_safetensors(path)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "sample.safetensors"
+    with pytest.raises(ValueError, match="__metadata__ has .* characters, above the limit"):
+        write_safetensors(path, stored({"a": torch.ones(1)}), {"note": "x" * MAX_METADATA_BYTES})
+    many = {f"{'n' * 900}{number}": StoredTensor.of(torch.ones(1)) for number in range(17_000)}
+    with pytest.raises(ValueError, match="the header has .* bytes, above the limit"):
+        write_safetensors(path, many)
+    assert list(tmp_path.iterdir()) == []
+
+
+HOSTILE = (
+    None, True, -1, 0, 1.5, 1e300, 2**63, 10**30, "", "F32", [], [0], [True], [2**40, 2**40], {}, {"a": 1}
+)  # fmt: skip
+
+
+def test_wrong_values_anywhere_in_a_header_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.safetensors"
+    for key in ("dtype", "shape", "data_offsets"):
+        for value in HOSTILE:
+            if (key, value) in (("dtype", "F32"), ("shape", [])):  # which are right
+                continue
+            path.write_bytes(raw({"a": entry() | {key: value}}, b"\0" * 4))
+            with pytest.raises(ValueError, match="wrong.safetensors"):
+                open_safetensors(path)
 
 
 def test_absent_file_is_named(tmp_path: Path) -> None:

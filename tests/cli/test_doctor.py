@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +22,45 @@ def test_doctor_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None
 def test_doctor_refuses_a_wrong_size_and_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "height is 100 pixels" in fails(capsys, cli.CALLER_ERROR, "doctor", "--height", 100)
     assert "wan-9b" in fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-9b")
+
+
+def test_doctor_names_the_file_that_differs_from_the_manifest_until_it_is_renewed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    doctor = ["doctor", "--model", str(directory)]
+    assert cli.main(doctor) == 0
+    assert "manifest" not in capsys.readouterr().out
+    assert cli.main([*doctor, "--renew"]) == 0
+    assert "files against manifest.json\n  ok: all 4 are as it says" in capsys.readouterr().out
+    content = bytearray((directory / "vae.safetensors").read_bytes())
+    content[-3] ^= 16
+    (directory / "vae.safetensors").write_bytes(content)
+    assert cli.main(doctor) == 1
+    assert "files against manifest.json\n  vae.safetensors has another content" in capsys.readouterr().out
+    assert cli.main([*doctor, "--json"]) == 1
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert [name for name, reason in files.items() if reason] == ["vae.safetensors"]
+    assert cli.main([*doctor, "--renew"]) == 0
+
+
+def test_doctor_names_a_damaged_configuration_that_the_manifest_knows(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(model, directory)
+    assert cli.main(["doctor", "--model", str(directory), "--renew"]) == 0
+    capsys.readouterr()
+    config = directory / "rfengine.json"
+    config.write_text(config.read_text().replace('"dim": 48', '"dim": 49'))
+    told = fails(capsys, cli.OTHER_ERROR, "doctor", "--model", directory)
+    assert "is not a configuration" in told and "rfengine.json has another content" in told
+
+
+def test_doctor_renews_no_directory_without_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = fails(capsys, cli.CALLER_ERROR, "doctor", "--model", tmp_path, "--renew")
+    assert "has no rfengine.json" in told and list(tmp_path.iterdir()) == []
+    assert "wan-1.3b is no directory" in fails(capsys, 2, "doctor", "--model", "wan-1.3b", "--renew")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from cli_checks.outcome import fails, frame_count
 from rfengine import Pipeline, VideoStream, cli
+from rfengine.checkpoint.manifest import write_manifest
 from rfengine.config import RuntimeConfig
 from rfengine.stream import FrameChunk
 from rfengine.video import VideoWriter
@@ -88,6 +90,27 @@ def test_runtime_options_reach_the_pipeline(
         RuntimeConfig(graphs=False, overlap=True, autotune=False, decode_device="cpu"),
     ]
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_verification_refuses_a_changed_checkpoint_before_anything_is_made(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, path = tmp_path / "model", tmp_path / "a.mp4"
+    shutil.copytree(model, directory)
+    request = ["generate", "a circle", "-o", path, "--seconds", "0.1", "--model", directory]
+    assert "has no manifest.json to verify it by" in fails(capsys, 2, *request, "--verify")
+    write_manifest(directory)
+    assert cli.main([*map(str, request), "--verify"]) == 0
+    content = bytearray((directory / "vae.safetensors").read_bytes())
+    content[-1] ^= 1
+    (directory / "vae.safetensors").write_bytes(content)
+    path.unlink()
+    assert "vae.safetensors has another content (sha256)" in fails(capsys, 2, *request, "--verify")
+    assert not path.exists()
+    with (directory / "vae.safetensors").open("ab") as file:
+        file.write(b" ")
+    told = fails(capsys, 2, *request)  # sizes are looked at without being asked
+    assert f"vae.safetensors has {len(content) + 1} bytes instead of {len(content)}" in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -4,6 +4,7 @@ import json
 import torch
 
 from rfengine.checkpoint.loader import load_part, read_config
+from rfengine.checkpoint.manifest import verify
 from rfengine.config import PRESETS, to_dict
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
@@ -27,6 +28,7 @@ def test_exported_checkpoint_is_the_run_rounded_to_float16_with_measured_statist
     assert config.vae.latents_std == (2.0,) * config.vae.z_dim
     export(config, tmp_path, tmp_path / "out")
     assert read_config(tmp_path / "out") == config
+    verify(tmp_path / "out")
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 16 * 2**20
     model = WanDiT(config.model)
     load_part(model, tmp_path / "out", "transformer", torch.float32, "cpu")

@@ -1,0 +1,177 @@
+"""The manifest of a checkpoint directory: size and sha256 of every file, by which damage is noticed.
+
+It is `manifest.json` in the directory. Loading holds the sizes against it, which costs nothing; `verify`
+reads every byte. A file may be a link, as in a download cache: the name as given is what counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from reprlib import repr as shortened
+from typing import Any
+
+from rfengine.checkpoint.directories import EXPORT_FOLDER
+from rfengine.files import file_sha256, read_text, strict_json, write_text
+
+MANIFEST_FILE = "manifest.json"
+_FORMAT = 1
+_MAX_BYTES = 10_000_000
+_MAX_SIZE = 2**63 - 1
+_READ_SUFFIXES = (".safetensors", ".json", ".model")  # what loading reads
+_SHOWN = 3  # differences in one sentence
+
+
+@dataclass(frozen=True, slots=True)
+class ListedFile:
+    """What the manifest says of one file: its bytes, and their sha256 in hexadecimal digits."""
+
+    size: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or not 0 <= self.size <= _MAX_SIZE:
+            raise ValueError(f"size is {shortened(self.size)}; it must be a whole number of bytes")
+        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 is {shortened(self.sha256)}; it must be 64 hexadecimal digits")
+
+
+def write_manifest(directory: Path) -> None:
+    """List the files that lie in `directory`, in place of what a manifest there says. Raises OSError."""
+    files = {
+        name: asdict(ListedFile((directory / name).stat().st_size, file_sha256(directory / name)))
+        for name in _present(directory)
+    }
+    text = json.dumps({"format": _FORMAT, "files": files}, indent=1)
+    write_text(directory / MANIFEST_FILE, text + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, ListedFile] | None:
+    """The listed files by their names inside `directory`; None where it has no manifest.
+
+    Raises ValueError for a manifest that is damaged or names anything outside of the directory.
+    """
+    path = directory / MANIFEST_FILE
+    if not os.path.lexists(path):
+        return None
+    text = read_text(path, _MAX_BYTES)
+    try:
+        return _parse(strict_json(text))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; get it again or {_renewal(directory)}") from error
+
+
+def check_sizes(directory: Path) -> None:
+    """Raises ValueError where a listed file is absent or has another size; without a manifest all is well."""
+    listed = read_manifest(directory) or {}
+    _refuse(directory, {name: _other_size(directory / name, entry) for name, entry in listed.items()})
+
+
+def verify(directory: Path) -> None:
+    """Read every listed file of `directory` whole and hold it against the manifest.
+
+    Raises ValueError where one differs, where a file that loading reads is not listed, and where there is no
+    manifest.
+    """
+    found = differences(directory)
+    if found is None:
+        raise ValueError(
+            f"{directory} has no {MANIFEST_FILE} to verify it by; convert it again or {_renewal(directory)}"
+        )
+    _refuse(directory, found)
+
+
+def differences(directory: Path) -> dict[str, str] | None:
+    """What differs of each listed file and of each that should be, "" where nothing does; None without a
+    manifest."""
+    listed = read_manifest(directory)
+    if listed is None:
+        return None
+    found = {name: _difference(directory / name, entry) for name, entry in listed.items()}
+    unlisted = [name for name in _present(directory) if name not in listed and _is_read(name)]
+    return found | dict.fromkeys(unlisted, "is not listed")
+
+
+def _parse(values: Any) -> dict[str, ListedFile]:
+    if not isinstance(values, dict) or values.keys() != {"format", "files"}:
+        raise ValueError("it is no object of format and files")
+    if type(values["format"]) is not int or values["format"] != _FORMAT:
+        raise ValueError(f"its format is {shortened(values['format'])} and this rfengine reads {_FORMAT}")
+    if not isinstance(values["files"], dict):
+        raise ValueError("its files are no object of names")
+    listed = {}
+    for name, entry in values["files"].items():
+        if not _is_inside(name):
+            raise ValueError(f"the name {shortened(name)} is not that of a file inside the directory")
+        if not isinstance(entry, dict) or entry.keys() != {"size", "sha256"}:
+            raise ValueError(f"the entry of {name} is no object of size and sha256")
+        try:
+            listed[name] = ListedFile(**entry)
+        except ValueError as error:
+            raise ValueError(f"the entry of {name} is wrong: {error}") from error
+    return listed
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    plain = name.isprintable() and len(name) <= 1000 and str(path) == name and name != MANIFEST_FILE
+    return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+def _is_read(name: str) -> bool:
+    return name.endswith(_READ_SUFFIXES)
+
+
+def _present(directory: Path) -> list[str]:
+    """The files in `directory` and its folders, without hidden ones, the manifest, and what was built for one
+    machine."""
+    names = []
+    for folder, folders, files in os.walk(directory, followlinks=False):
+        inside = Path(folder).relative_to(directory)
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        if inside == Path():
+            folders[:] = [each for each in folders if each != EXPORT_FOLDER]
+        names += [(inside / name).as_posix() for name in sorted(files) if not name.startswith(".")]
+    return [name for name in names if name != MANIFEST_FILE]
+
+
+def _other_size(path: Path, entry: ListedFile) -> str:
+    """Why the file cannot be the listed one, as far as its size tells; "" where it may be."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return "is absent"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not stat.S_ISREG(found.st_mode):
+        return "is no ordinary file"
+    return "" if found.st_size == entry.size else f"has {found.st_size} bytes instead of {entry.size}"
+
+
+def _difference(path: Path, entry: ListedFile) -> str:
+    other = _other_size(path, entry)
+    if other:
+        return other
+    try:
+        return "" if file_sha256(path) == entry.sha256 else "has another content (sha256)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _refuse(directory: Path, found: dict[str, str]) -> None:
+    told = [f"{name} {reason}" for name, reason in found.items() if reason]
+    if not told:
+        return
+    more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
+    raise ValueError(
+        f"{directory} differs from its {MANIFEST_FILE}: {', '.join(told[:_SHOWN])}{more}; get it again, or, "
+        f"where the change is meant, {_renewal(directory)}"
+    )
+
+
+def _renewal(directory: Path) -> str:
+    return f"run `rfengine doctor --model {directory} --renew`"
