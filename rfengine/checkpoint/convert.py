@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,20 +21,32 @@ import torch
 from rfengine.checkpoint.directories import (
     MODEL_PARTS,
     PARTS,
-    PICKLE_SUFFIXES,
     directory_layout,
+    inner_directory,
     part_files,
     part_settings,
     tokenizer_directory,
 )
-from rfengine.checkpoint.layouts import Part, engine_names
+from rfengine.checkpoint.file_format import absence
+from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import engine_config, read_as, read_config, write_config
 from rfengine.checkpoint.lora import add_lora
 from rfengine.checkpoint.manifest import write_manifest
-from rfengine.checkpoint.pickle_file import LORA_KEYS, MODEL_KEYS, open_pickle
+from rfengine.checkpoint.pickle_file import LORA_KEYS
 from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, expected_shapes, infer_config
-from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors, write_safetensors
-from rfengine.config import CacheConfig, DTypeName, EngineConfig, VAEConfig, require_same_latents
+from rfengine.checkpoint.shards import all_shards
+from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
+from rfengine.checkpoint.text_encoder import open_tokenizer
+from rfengine.checkpoint.weights_file import open_part, open_weights
+from rfengine.config import (
+    CacheConfig,
+    DTypeName,
+    EngineConfig,
+    TextConfig,
+    VAEConfig,
+    require_same_latents,
+)
+from rfengine.files import locked, partial_path
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +64,14 @@ _KINDS_IN_NAMES = {
     "odeinit": "self-forcing",
     "longlive": "longlive",
 }
+_LOCK_NAME_BYTES = 200  # of the destination's name in that of its lock; file systems take 255
 
 
 @dataclass(slots=True)
 class _Checkpoint:
     """What was found so far: tensors by engine name and the configuration of each part."""
 
-    generator: Path  # the source, or the base of a lone tiny decoder
+    generator: Path  # the source as it was given, or the base of a lone tiny decoder
     tensors: dict[Part, dict[str, StoredTensor]]
     configs: dict[Part, PartConfig]
     own_config: EngineConfig | None = None  # of a source or base that is in the engine's layout already
@@ -78,53 +90,53 @@ def convert(
 ) -> None:
     """Convert a checkpoint into `destination`, which appears whole or not at all.
 
-    source: a Wan2.1, Diffusers or rfengine directory, or one .pt or .safetensors file of a generator or of a
-    tiny decoder (taew2_1).
+    source: a directory of Wan2.1, Diffusers, ComfyUI or rfengine, a repository in Hugging Face's cache, or
+    one file of a generator or of a tiny decoder (taew2_1): a pickle or safetensors, whatever its name, with
+    scaled FP8 too. Of a shard all shards are taken.
     base: a directory that gives the parts the source lacks; without it they are left out, with a warning.
     lora: merged into the transformer in float32; its scale is 1 unless the file has alphas.
     dtype: of every floating-point tensor written; none is kept wider.
     use_ema: take generator_ema where a pickle has it.
     kind: which cache the checkpoint was trained for; auto goes by the name of the source (CACHES has them).
     Raises ValueError for a source that is damaged, unknown or does not fit its base, and for a destination
-    that is in use; RuntimeError when the destination cannot be written or torch is too old to read a pickle.
+    that is in use; RuntimeError while another conversion writes it, when it cannot be written, or when torch
+    is too old to read a pickle.
     """
     source, destination = Path(source), Path(destination).resolve()
     if dtype not in get_args(DTypeName):
         raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(get_args(DTypeName))}")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise ValueError(f"{destination} exists and is not an empty directory; choose another or remove it")
-    checkpoint = _open_source(source, Path(base) if base is not None else None, use_ema)
-    complete = "transformer" in checkpoint.tensors
-    kind = _resolve_kind(kind, checkpoint.generator) if complete else ""
-    if lora is not None:
-        if not complete:
-            raise ValueError(
-                f"{source} holds a tiny decoder, which takes no LoRA; give lora with a generator"
-            )
-        add_lora(checkpoint.tensors["transformer"], _open_file(Path(lora), LORA_KEYS), str(lora))
-    _check_tensors(checkpoint)
-    config = _target_config(checkpoint, kind) if complete else None
-    _warn(kind, checkpoint, lora)
-    with _new_directory(destination) as directory:
-        for part, tensors in checkpoint.tensors.items():
-            cast = {name: _cast(name, stored, getattr(torch, dtype)) for name, stored in tensors.items()}
-            write_safetensors(directory / f"{part}.safetensors", cast, show_progress=True)
-        if checkpoint.tokenizer is not None:
-            shutil.copytree(checkpoint.tokenizer, directory / "tokenizer")
-        if config is not None:
-            write_config(directory, config)
-            write_manifest(directory)
+    with _reserved(destination):
+        checkpoint = _open_source(source, Path(base) if base is not None else None, use_ema)
+        complete = "transformer" in checkpoint.tensors
+        kind = _resolve_kind(kind, checkpoint.generator) if complete else ""
+        if lora is not None:
+            if not complete:
+                raise ValueError(
+                    f"{source} holds a tiny decoder, which takes no LoRA; give lora with a generator"
+                )
+            add_lora(checkpoint.tensors["transformer"], open_weights([Path(lora)], LORA_KEYS), str(lora))
+        _check_tensors(checkpoint)
+        config = _target_config(checkpoint, kind) if complete else None
+        _warn(kind, checkpoint, lora)
+        with _new_directory(destination) as directory:
+            for part, tensors in checkpoint.tensors.items():
+                cast = {name: _cast(name, stored, getattr(torch, dtype)) for name, stored in tensors.items()}
+                write_safetensors(directory / f"{part}.safetensors", cast, show_progress=True)
+            if checkpoint.tokenizer is not None:
+                _copy_files(checkpoint.tokenizer, directory / "tokenizer")
+            if config is not None:
+                write_config(directory, config)
+                write_manifest(directory)
 
 
 def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
     checkpoint = _Checkpoint(source, {}, {})
-    if not source.exists():
-        raise ValueError(f"{source} does not exist; check the path")
-    keys = MODEL_KEYS if use_ema else tuple(key for key in MODEL_KEYS if key != "generator_ema")
+    if not os.path.exists(source):
+        raise ValueError(f"{source} {absence(source)}")
     if source.is_dir():
-        _take_parts(checkpoint, source, keys)
+        _take_parts(checkpoint, inner_directory(source), use_ema)
     else:
-        part, tensors = engine_names(_open_file(source, keys))
+        part, tensors = open_part(all_shards(source), use_ema)
         if part not in ("transformer", "tiny_vae"):
             raise ValueError(
                 f"{source} holds a {part}; give the transformer's file as the source, and a directory "
@@ -137,7 +149,8 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
                 return checkpoint
             checkpoint.generator = base
     if base is not None:
-        _take_parts(checkpoint, base, keys)
+        base = inner_directory(base)
+        _take_parts(checkpoint, base, use_ema)
     if "transformer" not in checkpoint.tensors:
         raise ValueError(
             f"{source} has no transformer; give the checkpoint as the source and this directory as base"
@@ -145,24 +158,30 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
     if "transformer" not in checkpoint.configs:
         shapes = _shapes(checkpoint.tensors["transformer"])
         checkpoint.configs["transformer"] = infer_config("transformer", shapes, _base_heads(base, shapes))
-    untold = checkpoint.tokenizer is None and checkpoint.own_config is None
-    if untold and "text_encoder" in checkpoint.tensors:
-        raise ValueError(
-            f"{base or source} has a text encoder and no tokenizer; add google/umt5-xxl/ or tokenizer/ to it"
-        )
+    if "text_encoder" in checkpoint.tensors:
+        _check_tokenizer(checkpoint, base or source)
     return checkpoint
 
 
-def _take_parts(checkpoint: _Checkpoint, directory: Path, keys: tuple[str, ...]) -> None:
+def _check_tokenizer(checkpoint: _Checkpoint, directory: Path) -> None:
+    text = checkpoint.configs["text_encoder"]
+    assert isinstance(text, TextConfig)
+    if text.tokenizer == "sentencepiece" and checkpoint.tokenizer is None:
+        raise ValueError(
+            f"{directory} has a text encoder and no tokenizer; add google/umt5-xxl/ or tokenizer/ to it, "
+            "with the tokenizer.json of umt5-xxl"
+        )
+    open_tokenizer(checkpoint.tokenizer, text)
+
+
+def _take_parts(checkpoint: _Checkpoint, directory: Path, use_ema: bool) -> None:
     """Take from `directory` every part that is not there yet."""
     own = read_config(directory) if directory_layout(directory) == "rfengine" else None
     own_configs: dict[Part, PartConfig] = {} if own is None else _part_configs(own)
     for part in PARTS:
-        files = part_files(directory, part)
-        if part in checkpoint.tensors or not files:
+        if part in checkpoint.tensors or not (files := part_files(directory, part)):
             continue
-        pickle = files[0].suffix in PICKLE_SUFFIXES
-        found, tensors = engine_names(open_pickle(files[0], keys) if pickle else open_safetensors(files))
+        found, tensors = open_part(files, use_ema)
         if found != part:
             raise ValueError(
                 f"{files[0]} holds a {found}, not a {part}; the directory {directory} is mixed up"
@@ -198,10 +217,6 @@ def _base_heads(base: Path | None, shapes: Mapping[str, tuple[int, ...]]) -> dic
     return {"num_heads": heads} if dim == shapes["patch_embedding.weight"][0] else {}
 
 
-def _open_file(path: Path, keys: tuple[str, ...]) -> dict[str, StoredTensor]:
-    return open_pickle(path, keys) if path.suffix in PICKLE_SUFFIXES else open_safetensors(path)
-
-
 def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
     return {name: stored.shape for name, stored in tensors.items()}
 
@@ -212,10 +227,10 @@ def _resolve_kind(kind: Kind, source: Path) -> str:
         return kind
     if kind != "auto":
         raise ValueError(f"kind is {kind!r}; use one of auto, {', '.join(CACHES)}")
-    layout = directory_layout(source) if source.is_dir() else ""
+    layout = directory_layout(inner_directory(source)) if source.is_dir() else ""
     if layout == "rfengine":
         return ""
-    name = source.resolve().name.lower().replace("-", "").replace("_", "")
+    name = _given_name(source).lower().replace("-", "").replace("_", "")
     named = {found for part, found in _KINDS_IN_NAMES.items() if part in name}
     if len(named) == 1:
         return named.pop()
@@ -225,6 +240,13 @@ def _resolve_kind(kind: Kind, source: Path) -> str:
         f"the name {source.name} does not tell which cache the checkpoint was trained for; "
         f"give kind, one of {', '.join(CACHES)}"
     )
+
+
+def _given_name(source: Path) -> str:
+    """The name of the source as it was given: in a cache a link leads to a file named by its hash, and a
+    snapshot, named by one too, lies in the folder of its repository."""
+    path = Path(os.path.abspath(source))
+    return path.parent.parent.name if path.parent.name == "snapshots" else path.name
 
 
 def _check_tensors(checkpoint: _Checkpoint) -> None:
@@ -280,18 +302,54 @@ def _cast(name: str, stored: StoredTensor, dtype: torch.dtype) -> StoredTensor:
     return replace(stored, dtype=target, read=lambda: read_as(name, stored, target, check_finite=True))
 
 
+def _copy_files(folder: Path, target: Path) -> None:
+    """The ordinary files of a tokenizer's folder, those behind links too."""
+    target.mkdir()
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            shutil.copyfile(path, target / path.name)
+
+
+@contextmanager
+def _reserved(destination: Path) -> Iterator[None]:
+    """Keep other conversions out of `destination` during the block; folders made for it go after an error."""
+    made = [folder for folder in destination.parents if not folder.exists()]
+    shown = os.fsencode(destination.name)[:_LOCK_NAME_BYTES].decode(errors="ignore")
+    lock = destination.with_name(f".{shown}.lock")
+    try:
+        with ExitStack() as stack:
+            try:
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(lock, f"converting into {destination}"))
+            except OSError as error:
+                raise _cannot_write(destination, error) from error
+            if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+                raise ValueError(
+                    f"{destination} exists and is not an empty directory; choose another or remove it"
+                )
+            yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
+        raise
+
+
 @contextmanager
 def _new_directory(destination: Path) -> Iterator[Path]:
     """A directory beside `destination` that takes its name at the end, or goes if anything fails."""
-    beside = destination.with_name(f".{destination.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    beside = partial_path(destination)
     try:
-        try:
-            beside.mkdir(parents=True)
-            yield beside
-            beside.rename(destination)
-        except OSError as error:
-            raise RuntimeError(
-                f"cannot write {destination} ({error.strerror or error}); free space or choose another place"
-            ) from error
+        beside.mkdir()
+        yield beside
+        beside.rename(destination)
+    except OSError as error:
+        raise _cannot_write(destination, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _cannot_write(destination: Path, error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f"cannot write {destination} ({error.strerror or error}); free space or choose another place"
+    )

@@ -1,43 +1,62 @@
-"""Where the parts of a checkpoint lie in a directory of rfengine, of Wan2.1 or of Diffusers."""
+"""Where the parts of a checkpoint lie in a directory of rfengine, Wan2.1, Diffusers, ComfyUI or a cache."""
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from rfengine.checkpoint.file_format import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES
 from rfengine.checkpoint.layouts import Part
+from rfengine.checkpoint.shards import folder_names, model_files, read_json, refuse_dangling
+from rfengine.files import read_text
 
-DirectoryLayout = Literal["rfengine", "wan", "diffusers"]
+logger = logging.getLogger(__name__)
+
+DirectoryLayout = Literal["rfengine", "wan", "diffusers", "comfyui"]
 
 CONFIG_FILE = "rfengine.json"
 EXPORT_FOLDER = "tensorrt"  # inside a checkpoint directory: decoders built for one machine
 MODEL_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")  # what a whole checkpoint has
 PARTS: tuple[Part, ...] = (*MODEL_PARTS, "tiny_vae")
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_MOST_REFERENCE_BYTES = 1024  # of refs/main in a cache: a hash
 
-# Stem of the safetensors file (or of its shards) of each part, then of the pickle that may stand in its
-# place.
-_FILES: dict[DirectoryLayout, dict[Part, tuple[str, str]]] = {
-    "rfengine": {part: (part, "") for part in PARTS},
+# Folder and stem of the files of each part.
+_FILES: dict[DirectoryLayout, dict[Part, tuple[tuple[str, str], ...]]] = {
+    "rfengine": {part: (("", part),) for part in PARTS},
     "wan": {
-        "transformer": ("diffusion_pytorch_model", "diffusion_pytorch_model.bin"),
-        "vae": ("Wan2.1_VAE", "Wan2.1_VAE.pth"),
-        "text_encoder": ("models_t5_umt5-xxl-enc-bf16", "models_t5_umt5-xxl-enc-bf16.pth"),
-        "tiny_vae": ("taew2_1", "taew2_1.pth"),
+        "transformer": (("", "diffusion_pytorch_model"),),
+        "vae": (("", "Wan2.1_VAE"),),
+        "text_encoder": (("", "models_t5_umt5-xxl-enc-bf16"),),
+        "tiny_vae": (("", "taew2_1"),),
     },
     "diffusers": {
-        "transformer": ("transformer/diffusion_pytorch_model", "transformer/diffusion_pytorch_model.bin"),
-        "vae": ("vae/diffusion_pytorch_model", "vae/diffusion_pytorch_model.bin"),
-        "text_encoder": ("text_encoder/model", "text_encoder/pytorch_model.bin"),
-        "tiny_vae": ("tiny_vae/diffusion_pytorch_model", "tiny_vae/taew2_1.pth"),
+        "transformer": (("transformer", "diffusion_pytorch_model"),),
+        "vae": (("vae", "diffusion_pytorch_model"),),
+        "text_encoder": (("text_encoder", "model"), ("text_encoder", "pytorch_model")),
+        "tiny_vae": (("tiny_vae", "diffusion_pytorch_model"), ("tiny_vae", "taew2_1")),
     },
+    "comfyui": {part: () for part in PARTS},
 }
-_TOKENIZERS: dict[DirectoryLayout, str] = {
-    "rfengine": "tokenizer", "wan": "google/umt5-xxl", "diffusers": "tokenizer",
+# Where ComfyUI keeps each part, and how the names of its files start or go on, without case and signs.
+_COMFYUI_FOLDERS: dict[Part, tuple[str, ...]] = {
+    "transformer": ("diffusion_models", "unet"),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoders", "clip"),
+    "tiny_vae": ("vae_approx",),
+}
+_COMFYUI_NAMES: dict[Part, str] = {
+    "transformer": "wan21t2v", "vae": "wan21vae", "text_encoder": "umt5", "tiny_vae": "taew21",
 }  # fmt: skip
+_COMFYUI_SUFFIXES = (*SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES, ".gguf")  # the last is there to be refused
+_TOKENIZERS: dict[DirectoryLayout, tuple[str, ...]] = {
+    "rfengine": ("tokenizer",),
+    "wan": ("google/umt5-xxl", "tokenizer"),
+    "diffusers": ("tokenizer", "google/umt5-xxl"),
+    "comfyui": ("tokenizer", "google/umt5-xxl"),
+}
 
 
 def checkpoint_directory(source: str | Path) -> Path:
@@ -49,7 +68,26 @@ def checkpoint_directory(source: str | Path) -> Path:
         raise ValueError(
             f"{source} is no directory; give 'tiny' or a checkpoint directory (see rfengine convert)"
         )
-    return directory
+    return inner_directory(directory)
+
+
+def inner_directory(directory: Path) -> Path:
+    """The directory inside `directory` that holds the checkpoint, or `directory` itself.
+
+    A repository in the cache of Hugging Face (models--ORG--NAME) has it in snapshots/, ComfyUI's repository
+    in split_files/. Raises ValueError where a cache has several snapshots and refs/main names none of them.
+    """
+    snapshots = [name for name in folder_names(directory / "snapshots") if name[:1] != "."]
+    if not snapshots or not directory.name.startswith("models--"):
+        split = directory / "split_files"
+        return split if split.is_dir() and not (directory / CONFIG_FILE).is_file() else directory
+    main = directory / "refs" / "main"
+    named = read_text(main, _MOST_REFERENCE_BYTES).strip() if main.is_file() else ""
+    if named not in snapshots and len(snapshots) > 1:
+        raise ValueError(
+            f"{directory} has the snapshots {', '.join(snapshots)} and refs/main names none; give one of them"
+        )
+    return directory / "snapshots" / (named if named in snapshots else snapshots[0])
 
 
 def directory_layout(directory: Path) -> DirectoryLayout:
@@ -59,23 +97,27 @@ def directory_layout(directory: Path) -> DirectoryLayout:
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory on this machine; give one that holds a checkpoint")
-    if (directory / CONFIG_FILE).is_file():
+    names = folder_names(directory)
+    if CONFIG_FILE in names:
         return "rfengine"
     for layout in ("diffusers", "wan"):
         if any(_files_of(directory, layout, part) for part in MODEL_PARTS):
             return layout
-    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES)
-    held = f" (it holds {', '.join(pickles)}: give that file itself to `rfengine convert`)" if pickles else ""
+    if any(_comfyui_names(directory / name, part) for part in MODEL_PARTS for name in _COMFYUI_FOLDERS[part]):
+        return "comfyui"
+    weights = [name for name in names if Path(name).suffix.lower() in _COMFYUI_SUFFIXES]
+    held = f" (it holds {', '.join(weights)}: give that file itself to `rfengine convert`)" if weights else ""
     raise ValueError(
         f"{directory} has no {CONFIG_FILE}, no transformer/ folder and no "
-        f"diffusion_pytorch_model.safetensors{held}; give a directory of rfengine, Wan2.1 or Diffusers"
+        f"diffusion_pytorch_model.safetensors{held}; give a directory of rfengine, Wan2.1, Diffusers or "
+        "ComfyUI"
     )
 
 
 def part_files(directory: Path, part: Part) -> tuple[Path, ...]:
-    """The files of `part`: safetensors, or one pickle where there is nothing else; empty when absent.
+    """The files of `part`: safetensors, or pickles where there is nothing else; empty when absent.
 
-    Raises ValueError when shards are incomplete.
+    Raises ValueError when shards are incomplete, and where several files may be meant.
     """
     return _files_of(directory, directory_layout(directory), part)
 
@@ -90,67 +132,60 @@ def part_settings(directory: Path, part: Part) -> dict[str, Any]:
 
 def tokenizer_directory(directory: Path) -> Path | None:
     """The folder of the SentencePiece tokenizer, or None when there is none."""
-    folder = directory / _TOKENIZERS[directory_layout(directory)]
-    return folder if folder.is_dir() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file.
-
-    Raises ValueError when the file is something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); get the file again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object; get the file again")
-    return values
+    for name in _TOKENIZERS[directory_layout(directory)]:
+        refuse_dangling(directory / name)
+        if (directory / name).is_dir():
+            return directory / name
+    return None
 
 
 def _files_of(directory: Path, layout: DirectoryLayout, part: Part) -> tuple[Path, ...]:
-    stem, pickle = _FILES[layout][part]
-    files = _safetensors_files(directory / stem)
-    if not files and part == "tiny_vae":  # a folder of that name holds it under whatever name it came
-        files = tuple(sorted((directory / part).glob("*.safetensors")))
-    if files or not pickle:
-        return files
-    return (directory / pickle,) if (directory / pickle).is_file() else ()
+    for folder, stem in _FILES[layout][part]:
+        if files := model_files(directory / folder, stem):
+            return files
+    if part == "tiny_vae":  # a folder of that name holds it under whatever name it came
+        names = folder_names(directory / part)
+        if files := tuple(directory / part / name for name in names if _suffix(name) in SAFETENSORS_SUFFIXES):
+            return files
+    if layout == "wan" and part != "transformer":  # files of ComfyUI beside those of Wan2.1
+        return _comfyui_files(directory, part)
+    if layout == "comfyui":
+        for folder in _COMFYUI_FOLDERS[part]:
+            if files := _comfyui_files(directory / folder, part):
+                return files
+    return ()
 
 
-def _safetensors_files(stem: Path) -> tuple[Path, ...]:
-    """`stem`.safetensors, or its shards as the index or their own names count them."""
-    index = stem.with_name(f"{stem.name}.safetensors.index.json")
-    single = stem.with_name(f"{stem.name}.safetensors")
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(_is_bare(name) for name in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map of file names beside it; get the file again")
-        names = sorted(set(weight_map.values()))
-    elif single.is_file():
-        return (single,)
-    else:
-        shard = re.compile(rf"{re.escape(stem.name)}-\d{{5}}-of-(\d{{5}})\.safetensors")
-        found = [
-            match
-            for path in sorted(stem.parent.glob("*.safetensors"))
-            if (match := shard.fullmatch(path.name))
-        ]
-        totals = {match[1] for match in found}
-        names = [
-            f"{stem.name}-{number + 1:05}-of-{total}.safetensors"
-            for total in totals
-            for number in range(int(total))
-        ]
-    absent = [name for name in names if not (stem.parent / name).is_file()]
-    if absent:
+def _suffix(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def _comfyui_files(folder: Path, part: Part) -> tuple[Path, ...]:
+    """The file in `folder` whose name is that of `part` in ComfyUI's files; empty without one.
+
+    One in FP8 is taken where there is no other. Raises ValueError when several are left.
+    """
+    ranks = _comfyui_names(folder, part)
+    if not ranks:
+        return ()
+    best = ranks.pop(min(ranks))
+    if len(best) > 1:
         raise ValueError(
-            f"{stem.parent} lacks {', '.join(absent)} of {len(names)} shards; get the missing files"
+            f"{folder} has {', '.join(best)}, and which of them is the {part} is not clear; keep one of them"
         )
-    return tuple(stem.parent / name for name in names)
+    if ranks:
+        others = ", ".join(name for names in ranks.values() for name in names)
+        logger.info("%s: %s is the %s, and not %s", folder, best[0], part, others)
+    refuse_dangling(folder / best[0])
+    return (folder / best[0],)
 
 
-def _is_bare(name: object) -> bool:
-    return isinstance(name, str) and name == Path(name).name
+def _comfyui_names(folder: Path, part: Part) -> dict[tuple[int, bool], list[str]]:
+    """Names in `folder` that may be of `part`, by what goes first: the format, then other dtypes than FP8."""
+    ranks: dict[tuple[int, bool], list[str]] = {}
+    for name in folder_names(folder):
+        plain = re.sub(r"[\W_]", "", name.lower())
+        if _COMFYUI_NAMES[part] in plain and (suffix := _suffix(name)) in _COMFYUI_SUFFIXES:
+            rank = 0 if suffix in SAFETENSORS_SUFFIXES else 1 if suffix in PICKLE_SUFFIXES else 2
+            ranks.setdefault((rank, "fp8" in plain), []).append(name)
+    return ranks

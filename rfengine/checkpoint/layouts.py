@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar
 
+from rfengine.checkpoint.prefixes import choose_model, strip_prefixes
+
 logger = logging.getLogger(__name__)
 
 Part = Literal["transformer", "vae", "text_encoder", "tiny_vae"]
@@ -31,8 +33,6 @@ PART_OF_LAYOUT: dict[Layout, Part] = {
 SHOWN_NAMES = 8  # how many names an error lists before it only counts
 
 _Value = TypeVar("_Value")
-
-WRAPPER_SEGMENTS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.")
 
 # Wan name without its leaf (weight, bias), then Diffusers name (spec 1.3).
 _TRANSFORMER_ENDS = {
@@ -170,13 +170,6 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
     return {value: key for key, value in table.items()}
 
 
-def strip_prefixes(name: str) -> str:
-    """`name` without FSDP, checkpoint and compile segments and without a leading `model.` (spec 6.1)."""
-    name = WRAPPER_SEGMENTS.sub("", name)
-    whole = "model.diffusion_model."
-    return name.removeprefix(whole) if name.startswith(whole) else name.removeprefix("model.")
-
-
 def detect_layout(names: Iterable[str]) -> Layout:
     """The layout of a set of names that are without prefixes; a few missing names do not matter.
 
@@ -208,13 +201,16 @@ def detect_layout(names: Iterable[str]) -> Layout:
     )
 
 
-def engine_names(tensors: Mapping[str, _Value]) -> tuple[Part, dict[str, _Value]]:
+def engine_names(tensors: Mapping[str, _Value], use_ema: bool = True) -> tuple[Part, dict[str, _Value]]:
     """The part that a file of any known layout and prefix holds, and its tensors by the engine's names.
 
-    A name of no known layout is kept, so that the check against the model lists it as unexpected. The encoder
-    beside a tiny decoder is left out: the engine encodes with the full VAE.
-    Raises ValueError for an unknown layout and when two tensors come to have one name.
+    use_ema: of a file with averaged weights and others, take the averaged ones. A name of no known layout is
+    kept, so that the check against the model lists it as unexpected. The encoder beside a tiny decoder is
+    left out: the engine encodes with the full VAE.
+    Raises ValueError for an unknown layout, for several models of which none is the one to take, and when
+    two tensors come to have one name.
     """
+    tensors = choose_model(tensors, use_ema)
     layout = detect_layout(map(strip_prefixes, tensors))
     if layout == "transformers_text" and any(strip_prefixes(name) == "shared.weight" for name in tensors):
         tensors = {name: value for name, value in tensors.items() if strip_prefixes(name) != _TIED_TEXT_NAME}

@@ -19,13 +19,13 @@ from rfengine.checkpoint.directories import (
     CONFIG_FILE,
     MODEL_PARTS,
     PARTS,
-    PICKLE_SUFFIXES,
     directory_layout,
     part_files,
     part_settings,
     read_json,
 )
-from rfengine.checkpoint.layouts import Part, engine_names
+from rfengine.checkpoint.file_format import weights_format
+from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.manifest import check_sizes
 from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, infer_config
 from rfengine.checkpoint.tensor_file import (
@@ -35,6 +35,7 @@ from rfengine.checkpoint.tensor_file import (
     read_header,
     write_safetensors,
 )
+from rfengine.checkpoint.weights_file import open_part
 from rfengine.config import (
     PRESETS,
     EngineConfig,
@@ -106,7 +107,7 @@ def _infer_engine_config(directory: Path) -> EngineConfig:
                 raise ValueError(f"{directory} has no transformer; give the directory that has it")
             _refuse_pickles(files, directory)
         if files and not _is_pickle(files[0]):
-            _, stored = engine_names(open_safetensors(files))
+            _, stored = open_part(files)
             shapes = {name: tensor.shape for name, tensor in stored.items()}
             configs[part] = infer_config(part, shapes, part_settings(directory, part))
     logger.warning(
@@ -140,7 +141,7 @@ def load_part(
             way = "run `rfengine convert SRC DST --base WAN` where WAN is a directory that has it"
         raise ValueError(f"{directory} has no {part}; {way}")
     _refuse_pickles(files, directory)
-    found, stored = engine_names(open_safetensors(files))
+    found, stored = open_part(files)
     if found != part:
         raise ValueError(f"{files[0]} holds a {found}, not a {part}; the directory {directory} is mixed up")
     _assign(module, stored, dtype, device, str(files[0]), check_finite=True)
@@ -303,7 +304,7 @@ def _hash_file(digest: hashlib._Hash, part: Part, path: Path, entries: Mapping[s
 
 
 def _is_pickle(path: Path) -> bool:
-    return path.suffix in PICKLE_SUFFIXES
+    return weights_format(path) == "pickle"
 
 
 def _refuse_pickles(files: Iterable[Path], directory: Path) -> None:

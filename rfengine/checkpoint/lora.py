@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.layouts import WRAPPER_SEGMENTS, list_names, strip_prefixes
+from rfengine.checkpoint.layouts import list_names
+from rfengine.checkpoint.prefixes import WRAPPER_SEGMENTS, strip_prefixes
 from rfengine.checkpoint.tensor_file import StoredTensor
 
 logger = logging.getLogger(__name__)

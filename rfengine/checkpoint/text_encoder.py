@@ -9,8 +9,14 @@ from torch import nn
 
 from rfengine.checkpoint.directories import part_files, tokenizer_directory
 from rfengine.checkpoint.loader import load_part
-from rfengine.config import EngineConfig
-from rfengine.models.text_encoder import ByteTokenizer, SentencePieceTokenizer, TextEncoder, build_umt5
+from rfengine.config import EngineConfig, TextConfig
+from rfengine.models.text_encoder import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    TextEncoder,
+    Tokenizer,
+    build_umt5,
+)
 
 
 def open_text_encoder(
@@ -39,5 +45,20 @@ def open_text_encoder(
         load_part(umt5, directory, "text_encoder", dtype, device)
         return umt5
 
-    tokenizer = ByteTokenizer() if by_bytes else SentencePieceTokenizer(folder)
-    return TextEncoder(load, tokenizer, config.model.text_len, device, dtype, cache, mark)
+    return TextEncoder(
+        load, open_tokenizer(folder, config.text), config.model.text_len, device, dtype, cache, mark
+    )
+
+
+def open_tokenizer(folder: Path | None, config: TextConfig) -> Tokenizer:
+    """The tokenizer of a text encoder; `folder` has its files, unless it takes bytes.
+
+    Raises ValueError when they are damaged or foreign, and for ids that the encoder has no row for.
+    """
+    tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else SentencePieceTokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer {f'in {folder} ' if folder else ''}has ids up to {tokenizer.vocab_size - 1} and "
+            f"the text encoder has {config.vocab_size} rows; use the two of one model"
+        )
+    return tokenizer

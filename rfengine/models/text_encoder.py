@@ -11,12 +11,17 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rfengine.config import TextConfig
+from rfengine.files import read_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as TokenizerFile
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +31,9 @@ UNKNOWN_ID = 2
 _SPECIAL_TOKENS = {"<pad>": PAD_ID, "</s>": EOS_ID, "<unk>": UNKNOWN_ID}
 _QUOTED_WORDS = 6  # how much of the dropped text a warning quotes
 _QUOTED_CHARACTERS = 60
+_QUOTED_REASON = 200  # characters of another library's error
+_MOST_TOKENIZER_BYTES = 64 << 20  # that of umt5-xxl has 17 MB
+_SAMPLE_TEXT = "a \u00fc\u4f60 \U0001f600 1"  # tried once, so that a damaged file is seen before a prompt
 
 
 def clean_text(text: str) -> str:
@@ -111,22 +119,22 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, directory: str | Path) -> None:
-        """Raises ValueError when the directory, its tokenizer.json or UMT5's special tokens are missing."""
-        from tokenizers import Tokenizer as TokenizerFile
-
+        """Raises ValueError when the directory or its tokenizer.json is missing, damaged or not UMT5's."""
         path = Path(directory) / "tokenizer.json"
         if not path.parent.is_dir():
             raise ValueError(f"tokenizer directory {path.parent} does not exist; give that of umt5-xxl")
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise ValueError(f"{path} does not exist; copy tokenizer.json of umt5-xxl into that directory")
-        self._file = TokenizerFile.from_file(str(path))
-        self._file.no_truncation()
-        self._file.no_padding()
+        self._file = _read_tokenizer(path)
         for token, expected in _SPECIAL_TOKENS.items():
             found = self._file.token_to_id(token)
             if found != expected:
                 raise ValueError(f"{path} gives {token} id {found}, not {expected}; use the file of umt5-xxl")
-        self.vocab_size = self._file.get_vocab_size()
+        self.vocab_size = max(self._file.get_vocab().values()) + 1
+        try:
+            self._split(_SAMPLE_TEXT)
+        except Exception as error:  # of the library, which has no type of its own
+            raise _damaged(path, error) from error
 
     def _split(self, text: str) -> list[int]:
         return self._file.encode(text, add_special_tokens=False).ids
@@ -134,6 +142,24 @@ class SentencePieceTokenizer(Tokenizer):
     def _remainder(self, text: str, kept: int) -> str:
         start, _ = self._file.encode(text, add_special_tokens=False).offsets[kept]
         return text[start:]
+
+
+def _read_tokenizer(path: Path) -> TokenizerFile:
+    from tokenizers import Tokenizer as TokenizerFile
+
+    text = read_text(path, _MOST_TOKENIZER_BYTES)
+    try:
+        file = TokenizerFile.from_str(text)
+        file.no_truncation()
+        file.no_padding()
+    except Exception as error:  # of the library, which has no type of its own
+        raise _damaged(path, error) from error
+    return file
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:_QUOTED_REASON]
+    return ValueError(f"{path} is damaged or no tokenizer ({reason}); get tokenizer.json of umt5-xxl again")
 
 
 def build_umt5(config: TextConfig) -> nn.Module:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -36,6 +37,14 @@ def write(path: Path, tensors: Tensors) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, {name: StoredTensor.of(tensor) for name, tensor in tensors.items()})
     return path
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer.json with UMT5's special tokens and the letters, fewer ids than TEXT has rows."""
+    folder.mkdir(parents=True)
+    letters = [(chr(ord("a") + index), -1.0) for index in range(26)]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters]
+    tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, 2)).save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +80,7 @@ def wan_directory(tmp_path_factory: pytest.TempPathFactory, parts: dict[str, Ten
     text = {wan_text_from_transformers(name): tensor for name, tensor in parts["text_encoder"].items()}
     torch.save(parts["vae"], directory / "Wan2.1_VAE.pth")
     torch.save(text, directory / "models_t5_umt5-xxl-enc-bf16.pth")
-    (directory / "google" / "umt5-xxl").mkdir(parents=True)
-    (directory / "google" / "umt5-xxl" / "tokenizer.json").write_text("{}")
+    write_tokenizer(directory / "google" / "umt5-xxl")
     return directory
 
 
@@ -106,6 +114,5 @@ def diffusers_directory(tmp_path_factory: pytest.TempPathFactory, parts: dict[st
     }
     for part, values in settings.items():
         (directory / part / "config.json").write_text(json.dumps(values))
-    (directory / "tokenizer").mkdir()
-    (directory / "tokenizer" / "tokenizer.json").write_text("{}")
+    write_tokenizer(directory / "tokenizer")
     return directory

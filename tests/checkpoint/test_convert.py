@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import filecmp
 import json
 import logging
 import shutil
@@ -53,6 +54,10 @@ def noise(tensors: Tensors) -> Tensors:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 
+def tokenizer_file(directory: Path) -> Path:
+    return next(directory.rglob("tokenizer.json"))
+
+
 @pytest.mark.parametrize("layout", ["wan_directory", "diffusers_directory"])
 def test_whole_directory_is_converted(
     layout: str,
@@ -61,14 +66,15 @@ def test_whole_directory_is_converted(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    source = request.getfixturevalue(layout)
     with caplog.at_level(logging.WARNING):
-        convert(request.getfixturevalue(layout), tmp_path / "out")
+        convert(source, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     verify(tmp_path / "out")
     assert read_manifest(tmp_path / "out").keys() >= {"rfengine.json", "tokenizer/tokenizer.json"}
     for part, tensors in parts.items():
         assert_holds(tmp_path / "out", part, tensors)
-    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    assert filecmp.cmp(tmp_path / "out" / "tokenizer" / "tokenizer.json", tokenizer_file(source), False)
     config = read_config(tmp_path / "out")
     assert config.model == WanConfig(128, 64, 1, 30, text_dim=32, freq_dim=32)
     assert (config.vae, config.cache) == (VAEConfig(base_dim=8), CacheConfig())
@@ -340,6 +346,9 @@ def test_unusable_sources_are_explained(
     with pytest.raises(ValueError, match="rest has a text encoder and no tokenizer; add google/umt5-xxl/"):
         convert(source, out, base=rest)
     (rest / "google" / "umt5-xxl").mkdir(parents=True)
+    with pytest.raises(ValueError, match="umt5-xxl/tokenizer.json does not exist; copy tokenizer.json"):
+        convert(source, out, base=rest)
+    shutil.copy(tokenizer_file(wan_directory), rest / "google" / "umt5-xxl")
     convert(source, out, base=rest)
     assert_holds(out, "vae", parts["vae"])
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from rfengine.checkpoint.directories import (
     PARTS,
+    checkpoint_directory,
     directory_layout,
+    inner_directory,
     part_files,
     part_settings,
     read_json,
@@ -120,6 +123,81 @@ def test_unknown_directories_are_explained(tmp_path: Path) -> None:
         directory_layout(tmp_path)
 
 
+def test_a_cached_repository_leads_to_its_snapshot(tmp_path: Path) -> None:
+    repository = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B"
+    for name in ("ab12", "cd34"):
+        (repository / "snapshots" / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"has the snapshots ab12, cd34 and refs/main names none; give one"):
+        inner_directory(repository)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("cd34\n")
+    assert (
+        inner_directory(repository) == checkpoint_directory(repository) == repository / "snapshots" / "cd34"
+    )
+    (repository / "snapshots" / "cd34").rmdir()
+    assert inner_directory(repository) == repository / "snapshots" / "ab12"
+    assert inner_directory(tmp_path) == tmp_path
+
+
+def test_a_link_to_a_file_that_never_came_is_no_absent_part(tmp_path: Path) -> None:
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()
+    for name in ("Wan2.1_VAE.pth", "google/umt5-xxl", "config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to("../blobs/absent")
+    message = "is a link to a file that is not there: a download was not finished, so get it again"
+    with pytest.raises(ValueError, match=f"Wan2.1_VAE.pth {message}"):
+        part_files(tmp_path, "vae")
+    with pytest.raises(ValueError, match=f"google/umt5-xxl {message}"):
+        tokenizer_directory(tmp_path)
+    with pytest.raises(ValueError, match=f"config.json {message}"):
+        part_settings(tmp_path, "transformer")
+
+
+def comfyui(directory: Path, *names: str) -> Path:
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).touch()
+    return directory
+
+
+def test_the_folders_of_comfyui_are_read(tmp_path: Path) -> None:
+    split = comfyui(
+        tmp_path / "split_files",
+        "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
+        "diffusion_models/flux1-dev.safetensors",
+        "vae/ae.safetensors",
+        "vae/wan_2.1_vae.safetensors",
+        "vae/wan2.2_vae.safetensors",
+        "text_encoders/umt5_xxl_fp16.safetensors",
+        "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        "vae_approx/taew2_1.safetensors",
+        "tokenizer/tokenizer.json",
+    )
+    assert inner_directory(tmp_path) == split and directory_layout(split) == "comfyui"
+    assert names_of(split) == {
+        "transformer": ["wan2.1_t2v_1.3B_fp16.safetensors"],
+        "vae": ["wan_2.1_vae.safetensors"],
+        "text_encoder": ["umt5_xxl_fp16.safetensors"],
+        "tiny_vae": ["taew2_1.safetensors"],
+    }
+    assert tokenizer_directory(split) == split / "tokenizer"
+    comfyui(split, "text_encoders/umt5-xxl-enc-bf16.safetensors")
+    with pytest.raises(ValueError, match="has umt5-xxl-enc-bf16.safetensors, umt5_xxl_fp16.safetensors, and"):
+        part_files(split, "text_encoder")
+    comfyui(split, "diffusion_models/wan2.1_t2v_14B_fp16.safetensors")
+    assert [path.name for path in part_files(split, "vae")] == ["wan_2.1_vae.safetensors"]
+
+
+def test_files_of_comfyui_beside_those_of_wan_are_found(tmp_path: Path) -> None:
+    comfyui(tmp_path, "diffusion_pytorch_model.safetensors", "wan_2.1_vae.safetensors", "umt5_xxl.gguf")
+    assert names_of(tmp_path) == {
+        "transformer": ["diffusion_pytorch_model.safetensors"],
+        "vae": ["wan_2.1_vae.safetensors"],
+        "text_encoder": ["umt5_xxl.gguf"],
+        "tiny_vae": [],
+    }
+
+
 def test_json_that_is_none_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     assert read_json(path) == {}
@@ -131,6 +209,11 @@ def test_json_that_is_none_is_explained(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_json(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="config.json is a pipe"):
+        read_json(path)
+    path.unlink()
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match="config.json is not UTF-8 at byte 0"):
         read_json(path)

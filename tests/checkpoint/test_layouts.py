@@ -60,10 +60,6 @@ def test_diffusers_names_are_accepted_under_every_prefix(wrap: Callable[[str], s
     assert part == "transformer" and names == {name: name for name in TRANSFORMER}
 
 
-def test_only_one_leading_model_is_removed() -> None:
-    assert strip_prefixes("model.model.head.modulation") == "model.head.modulation"
-
-
 @pytest.mark.parametrize("size", ["1.3b", "14b", "small"])
 def test_transformer_names_are_those_of_diffusers(size: str) -> None:
     from diffusers import WanTransformer3DModel

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import os
 import random
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -68,6 +70,71 @@ def test_first_present_key_is_taken(tmp_path: Path) -> None:
 def test_other_content_is_explained(tmp_path: Path, payload: object, message: str) -> None:
     torch.save(payload, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
+        open_pickle(tmp_path / "a.pt")
+
+
+def test_dictionaries_in_dictionaries_are_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wanted, other = {"a": torch.ones(1)}, {"a": torch.zeros(1)}
+    for payload in (
+        {"ema": wanted, "step": 3},
+        {"module": wanted, "global_steps": 3},
+        {"state_dict": {"generator": wanted, "critic": other}},
+        {"generator": {"module": wanted}, "optimizer": {"state": {}}},
+        {"model": other, "ema": {"decay": 0.9, "shadow": wanted}},
+    ):
+        torch.save(payload, tmp_path / "a.pt")
+        assert open_pickle(tmp_path / "a.pt")["a"].read().item() == 1
+    assert "a.pt: generator is read, and not critic" in caplog.text
+    assert "optimizer" not in caplog.text
+
+
+def test_a_dictionary_that_holds_itself_ends(tmp_path: Path) -> None:
+    payload: dict[str, object] = {"a": torch.ones(1)}
+    payload["model"] = payload
+    torch.save(payload, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt has model where tensors are expected"):
+        open_pickle(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.SAFETENSORS", "a", "a.pt.safetensors"])
+def test_a_pickle_of_any_name_is_mapped(tmp_path: Path, name: str) -> None:
+    torch.save({"a": torch.arange(3.0)}, tmp_path / name)
+    assert open_pickle(tmp_path / name)["a"].read().tolist() == [0, 1, 2]
+
+
+def test_a_tensor_that_repeats_its_memory_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1).expand(1 << 40)}, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_size < 10_000
+    with pytest.raises(ValueError, match=r"a \(1099511627776,\), which is larger than what the file holds"):
+        open_pickle(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.ones(2, 2).to_sparse(), "a Tensor in torch.sparse_coo on cpu"),
+        (torch.ones(2, device="meta"), "a Tensor in torch.strided on meta"),
+    ],
+)
+def test_tensors_of_other_kinds_are_refused(tmp_path: Path, tensor: torch.Tensor, kind: str) -> None:
+    torch.save({"a": tensor}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"a.pt has a as {kind}, not as a plain tensor"):
+        open_pickle(tmp_path / "a.pt")
+
+
+def test_other_zip_archives_are_named(tmp_path: Path) -> None:
+    numpy.savez(tmp_path / "a.pt", weight=numpy.ones(3))
+    (tmp_path / "a.pt.npz").rename(tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt is a zip archive of weight.npy, not a torch file"):
+        open_pickle(tmp_path / "a.pt")
+    torch.save({"a": torch.zeros(100)}, tmp_path / "b.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "b.pt") as plain,
+        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    with pytest.raises(ValueError, match="a.pt is a compressed archive, as torch never writes it"):
         open_pickle(tmp_path / "a.pt")
 
 
