@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -117,7 +119,22 @@ def _triton_absence(on_cuda: bool) -> str:
         return "triton is not installed: pip install rfengine[triton]"
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a CUDA device, or TRITON_INTERPRET=1 for Triton's slow interpreter on a CPU"
-    return ""
+    return "" if on_cuda else _interpreter_absence()
+
+
+def _interpreter_absence() -> str:
+    """Triton 3.6 makes numbers of arrays of one element, which numpy 2.4 refuses; 3.7.0 runs with it."""
+    try:
+        triton, numpy = version("triton"), version("numpy")
+    except PackageNotFoundError:  # a build of Triton under another name: its own failure will tell
+        return ""
+    if _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return ""
+    return f"the interpreter of Triton {triton} fails with numpy {numpy}: pip install 'numpy<2.4'"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _cudnn_absence() -> str:

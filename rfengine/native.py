@@ -52,6 +52,8 @@ class PyCudaDriver:
     capture follows these events, so that in a graph they cost nothing.
     """
 
+    NEEDS = ("init", "Device", "Context", "Stream", "module_from_buffer")  # of the module in LOADERS
+
     def __init__(self, fatbin: bytes, device: torch.device) -> None:
         import pycuda.driver as cuda
 
@@ -106,6 +108,8 @@ class PyCudaDriver:
 class CudaCoreDriver:
     """Loads through cuda.core, which launches on any stream."""
 
+    NEEDS = ("Device", "LaunchConfig", "ObjectCode", "Stream", "launch")
+
     def __init__(self, fatbin: bytes, device: torch.device) -> None:
         from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
 
@@ -132,15 +136,18 @@ LOADERS: dict[str, type[PyCudaDriver] | type[CudaCoreDriver]] = {
 
 
 def _loader() -> tuple[type[PyCudaDriver] | type[CudaCoreDriver] | None, str]:
-    """The first loader that can be imported, or None and why none can."""
+    """The first loader that can be imported and has what is used of it, or None and why none can."""
     failures = []
     for module, driver in LOADERS.items():
         try:
-            importlib.import_module(module)
+            found = importlib.import_module(module)
         except ImportError as error:
             failures.append(f"{module}: {error}")
-        else:
+            continue
+        missing = [name for name in driver.NEEDS if not hasattr(found, name)]
+        if not missing:
             return driver, ""
+        failures.append(f"{module} of this version has no {', '.join(missing)}: install a later one")
     return None, "; ".join(failures)
 
 
@@ -155,7 +162,7 @@ def absence(device: torch.device | str = "cuda", fatbin: Path = FATBIN) -> str:
     driver, failures = _loader()
     if driver is None:
         return (
-            f"neither PyCUDA nor cuda.core can be imported ({failures}); pip install cuda-core, or build "
+            f"neither PyCUDA nor cuda.core can be used ({failures}); pip install cuda-core, or build "
             "PyCUDA from its source archive, for it has no wheel: CUDA_ROOT set, without cuRAND"
         )
     return ""

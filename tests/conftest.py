@@ -14,6 +14,9 @@ with torch.device("meta"):
         0
     )  # torch lists the factories that a device context redirects at first use: before the patch below
 
+# a kernel in float32 is held to a convolution in float32, not in TF32, which is torch's default on a GPU
+torch.backends.cudnn.allow_tf32 = False
+
 UNINITIALISED = [
     (torch, "empty"),
     (torch, "empty_like"),

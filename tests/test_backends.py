@@ -1,8 +1,10 @@
+import importlib.util
+
 import pytest
 import torch
 
 from kernel_checks.tolerance import assert_within_reference_error
-from rfengine import reference
+from rfengine import backends, reference
 from rfengine.backends import backend_reasons, has_backend, implementation
 from rfengine.ops import OP_NAMES
 
@@ -17,6 +19,26 @@ def layer(dtype, device):
 def test_cublaslt_runs_the_two_products_that_end_in_a_bias_and_nothing_else():
     assert {op for op in OP_NAMES if has_backend(op, "cublaslt")} == {"linear", "linear_gelu"}
     assert "needs a CUDA device" in backend_reasons("cpu")["cublaslt"]
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "runs"),
+    [
+        ("3.6.0", "2.3.5", True), ("3.6.0", "2.4.6", False), ("3.6.0+git1", "3.0.0", False),
+        ("3.7.0", "2.4.6", True), ("3.10.0", "2.10.1", True), ("3.7rc1", "2.4.6", True),
+    ],
+)  # fmt: skip
+def test_the_interpreter_of_an_early_triton_says_which_numpy_it_needs(monkeypatch, triton, numpy, runs):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backends, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    reason = backend_reasons("cpu")["triton"]
+    assert reason == (
+        ""
+        if runs
+        else f"the interpreter of Triton {triton} fails with numpy {numpy}: pip install 'numpy<2.4'"
+    )
+    assert backend_reasons("cuda")["triton"] == ""
 
 
 def test_a_product_with_its_bias_equals_the_reference():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_gate
@@ -198,6 +201,58 @@ def test_items_of_every_part_are_found_before_a_gpu_is_touched(
 def test_options_of_every_variant_are_options_of_throughput(tmp_path: Path) -> None:
     for changes in speed.VARIANTS.values():
         assert ThroughputOptions(**changes)
+
+
+def test_memory_is_held_against_what_it_was_after_the_first_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs are recorded just before, and recording gives torch's cache of free memory back."""
+    held = iter((100, 150, 150, 170))
+    monkeypatch.setattr(speed, "memory_bytes", lambda _: next(held))
+    monkeypatch.setattr(speed, "FLAT_CHUNKS", 4 * speed.TOLD_EVERY)
+    monkeypatch.setattr(speed, "advance_of", lambda _: lambda: 12)
+    setting = Setting("flatness", False, time.monotonic() + 60, tmp_path / "none.json")
+    engine = SimpleNamespace(device=torch.device("cpu"), pipeline=SimpleNamespace(config=PRESETS["tiny"]))
+    told = list(speed.flat_run(SimpleNamespace(engine=lambda: engine), setting))
+    assert [result["flat"]["memory_growth_bytes"] for result in told] == [None, 50, 50, 70]
+
+
+def test_an_item_whose_command_takes_too_long_fails_alone(tmp_path: Path) -> None:
+    def slow() -> Any:
+        yield {"begun": "well"}
+        subprocess.run([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, timeout=0.01)
+
+    told: list[dict[str, Any]] = []
+    setting = small_setting(tmp_path)
+    run_items([Item("bench_vae", slow), Item("next", lambda: [{"ms": 1}])], setting, told.append)
+    (failure,) = (result for result in told if "failed" in result)
+    assert failure["item"] == "bench_vae" and "TimeoutExpired" in failure["failed"]
+    assert {"item": "next", "ms": 1} in told
+
+
+def test_what_one_item_leaves_in_a_cycle_is_gone_before_the_next(tmp_path: Path) -> None:
+    """An engine of gigabytes would else lie beside the next one."""
+
+    class Engine:
+        pass
+
+    lives: list[Any] = []
+
+    def leaves() -> Any:
+        engine = Engine()
+        engine.itself = engine
+        lives.append(weakref.ref(engine))
+        yield {"ms": 1}
+
+    setting = small_setting(tmp_path)
+    told: list[dict[str, Any]] = []
+    items = [Item("one", leaves), Item("two", lambda: [{"gone": lives[0]() is None}])]
+    gc.disable()
+    try:
+        run_items(items, setting, told.append)
+    finally:
+        gc.enable()
+    assert {"item": "two", "gone": True} in told
 
 
 @pytest.mark.parametrize(("last", "growth"), [(1.0, 0.0), (1.5, 0.5)])

@@ -298,8 +298,16 @@ def test_absence_names_the_fatbin_then_the_device_then_the_loaders(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in native.LOADERS:
         monkeypatch.setitem(sys.modules, name, None)
-    assert native.absence("cuda", fatbin).startswith("neither PyCUDA nor cuda.core can be imported")
-    monkeypatch.setitem(sys.modules, "cuda.core", ModuleType("cuda.core"))
+    assert native.absence("cuda", fatbin).startswith("neither PyCUDA nor cuda.core can be used")
+    core = ModuleType("cuda.core")
+    core.experimental = ModuleType("cuda.core.experimental")  # an early version has all of it there alone
+    monkeypatch.setitem(sys.modules, "cuda.core", core)
+    early = (
+        "cuda.core of this version has no Device, LaunchConfig, ObjectCode, Stream, launch: install a later"
+    )
+    assert early in native.absence("cuda", fatbin)
+    for name in native.CudaCoreDriver.NEEDS:
+        setattr(core, name, object)
     assert native.absence("cuda", fatbin) == ""
 
 

@@ -11,6 +11,10 @@ from rfengine.models.embeddings import rotary_table
 torch.manual_seed(0)
 
 
+def test_the_reference_that_kernels_are_held_to_is_not_rounded_to_tf32():
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_adaptive_norm_uses_one_row_for_each_latent_frame():
     x = torch.randn(2, 6, 8, dtype=torch.float64)
     shift, scale = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 3, 8, dtype=torch.float64)

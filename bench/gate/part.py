@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from gate.record import Result, read_line
 # what an item may fail with while the next ones go on; after anything else the process is started again
 FAILURES: tuple[type[Exception], ...] = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
-    TypeError, ValueError,
+    TypeError, ValueError, subprocess.TimeoutExpired,
 )  # fmt: skip
 NOT_RUN = "not run"
 TOLD_CHARACTERS = 400
@@ -108,6 +110,7 @@ def run_items(items: Sequence[Item], setting: Setting, tell: Callable[[Result], 
             told = " ".join(str(error).split())[:TOLD_CHARACTERS]
             tell({"item": item.name, "failed": f"{type(error).__name__}: {told}"})
         tell({"ended": item.name, "state": state, "seconds": round(time.monotonic() - started, 3)})
+        gc.collect()  # an engine is in cycles, and the next item may load another beside it
         if not setting.small:
             torch.cuda.synchronize()  # raises for ever after an illegal access
             torch.cuda.empty_cache()

@@ -192,7 +192,7 @@ def flat_run(measured: Measured, setting: Setting) -> Iterator[Result]:
     time_chunks(advance, recorded_chunks(engine.pipeline.config.cache), device, False)
     most = 2 if setting.small else FLAT_CHUNKS
     seconds: list[float] = []
-    frames, before = 0, memory_bytes(device)
+    frames, before = 0, None
     longest = 0.0
     while len(seconds) < most and (setting.small or setting.seconds_left > 2 + 1.5 * longest):
         times = time_flow(advance, min(TOLD_EVERY, most - len(seconds)), 0 if seconds else LEAD_IN)
@@ -200,7 +200,10 @@ def flat_run(measured: Measured, setting: Setting) -> Iterator[Result]:
         seconds += times.seconds
         frames += times.frames
         run = ChunkTimes(tuple(seconds), frames)
-        grown = memory_bytes(device) - before
+        held = memory_bytes(device)
+        # held against what it is after some chunks: recording the graphs emptied torch's cache of free memory
+        grown = None if before is None else held - before
+        before = held if before is None else before
         yield {"flat": _figures(run) | {"memory_growth_bytes": grown, "time_growth": time_growth(seconds)}}
 
 

@@ -138,7 +138,7 @@ def _flat_lines(told: list[Result]) -> list[str]:
     runs = [result["flat"] for result in told if "flat" in result]
     return [
         f"{run['chunks']} chunks in a row: p50 {run['chunk_ms_p50']:.1f} ms, p99 {run['chunk_ms_p99']:.1f}; "
-        f"time {_number(run['time_growth'])} and memory {run['memory_growth_bytes']} bytes grown"
+        f"time {_number(run['time_growth'])} and memory {_bytes(run['memory_growth_bytes'])} grown"
         for run in runs[-1:]
     ]
 
@@ -159,6 +159,10 @@ def _comparison_lines(comparison: Result) -> list[str]:
 
 def _number(value: Any) -> str:
     return "unknown" if value is None else f"{value:.2g}"
+
+
+def _bytes(value: int | None) -> str:
+    return "unknown" if value is None else f"{value} bytes"
 
 
 def _kernel_lines(told: list[Result]) -> list[str]:

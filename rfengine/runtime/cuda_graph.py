@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from threading import Lock
 from typing import Generic, TypeVar
 
@@ -30,6 +30,40 @@ def made_current(device: torch.device) -> AbstractContextManager[None]:
     """`device` as the current one, which kernels are launched on; nothing changes for a device of another
     kind."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+@contextmanager
+def recording(
+    graph: torch.cuda.CUDAGraph,
+    stream: torch.cuda.Stream,
+    pool: GraphPool | None = None,
+    capture_error_mode: str = "global",
+) -> Iterator[None]:
+    """Record the block on `stream` into `graph`.
+
+    After a failure the stream is the caller's again and a small graph is recorded before the error goes on: a
+    capture that does not end well leaves torch's default generator of the device in its state of capturing,
+    where every later draw raises, and the next capture that ends well puts it back.
+    """
+    try:
+        with (
+            torch.cuda.stream(stream),  # puts the stream back where ending a failed capture raises
+            torch.cuda.graph(graph, pool, stream, capture_error_mode=capture_error_mode),
+        ):
+            yield
+    except BaseException:
+        with suppress(RuntimeError):  # of a lost device: the first error says more
+            _record_an_addition(stream)
+        raise
+
+
+def _record_an_addition(stream: torch.cuda.Stream) -> None:
+    x = torch.zeros(1, device=stream.device)
+    with (
+        torch.cuda.stream(stream),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), None, stream, capture_error_mode="thread_local"),
+    ):
+        x.add_(1)
 
 
 class CapturedCall(Generic[Result]):
@@ -62,10 +96,7 @@ class CapturedCall(Generic[Result]):
                 _warm_up(function, side)
                 restore()
             self._graph = torch.cuda.CUDAGraph()
-            with (
-                torch.cuda.stream(side),  # puts the stream back where ending a failed capture raises
-                torch.cuda.graph(self._graph, pool, side, capture_error_mode="thread_local"),
-            ):
+            with recording(self._graph, side, pool, "thread_local"):
                 self.result = function()
 
     def replay(self) -> Result:

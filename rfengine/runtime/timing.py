@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rfengine.runtime.cuda_graph import recording
+
 Arguments = tuple[Any, ...]
 Sampler = Callable[[], float]
 Timer = Callable[[Callable[..., object], Sequence[Arguments]], Sampler]
@@ -32,7 +34,7 @@ def capture_calls(run: Callable[..., object], sets: Sequence[Arguments]) -> torc
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):  # torch's own stream is of the device that was first
+    with recording(graph, stream):  # torch's own stream is of the device that was first
         for arguments in sets:
             run(*arguments)
     return graph

@@ -108,6 +108,26 @@ def test_after_a_failed_recording_the_stream_is_the_callers_again(events):
         assert torch.cuda.current_stream().name == "default"
 
 
+@pytest.mark.parametrize("healing_fails", [False, True])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_after_a_failed_recording_a_small_graph_is_recorded_and_the_error_is_the_first(
+    events, monkeypatch, healing_fails, error
+):
+    """torch's default generator stays in its state of capturing until a capture ends well."""
+
+    def fail() -> None:
+        events.append("run")
+        if healing_fails:
+            monkeypatch.setattr(torch, "zeros", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("lost")))
+        raise error("no such thing")
+
+    own = FakeStream(events, "own", "cpu")
+    with torch.cuda.stream(own), pytest.raises(error, match="no such thing"):
+        CapturedCall(fail, None, torch.device("cuda"), (0, 7))
+    healing = ["record on own, pool None, thread_local", "recorded"]
+    assert events == ["record on own, pool (0, 7), thread_local", "run", *([] if healing_fails else healing)]
+
+
 def test_a_pool_is_a_new_handle(events):
     assert graph_pool() == (0, 7)
 
@@ -150,3 +170,4 @@ def test_a_function_that_reads_on_the_host_is_refused_and_the_stream_goes_on():
         CapturedCall(lambda: x.sum().item(), None, torch.device("cuda"))
     assert torch.cuda.current_stream() == current
     assert (x + 1).tolist() == [2] * 4
+    assert torch.randn(4, device="cuda").isfinite().all()  # the default generator is no longer recorded

@@ -11,6 +11,43 @@ import torch
 from rfengine.runtime.timing import capture_calls
 
 
+@contextmanager
+def on_stream(stream):
+    yield
+
+
+def test_after_a_failed_recording_a_small_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one backend that cannot be recorded would spoil torch's default generator for all that follow."""
+    own = SimpleNamespace(device="cpu", wait_stream=lambda other: None)
+    ended: list[bool] = []
+
+    @contextmanager
+    def recording(graph, pool=None, stream=None, capture_error_mode="global"):
+        try:
+            yield
+        except TypeError:
+            ended.append(False)
+            raise
+        ended.append(True)
+
+    replaced = {
+        "Stream": lambda: own, "stream": on_stream, "current_stream": lambda: own,
+        "synchronize": lambda: None, "CUDAGraph": object, "graph": recording,
+    }  # fmt: skip
+    for name, fake in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    calls: list[int] = []
+
+    def fails_the_fourth_time(value: int) -> None:
+        calls.append(value)
+        if len(calls) == 4:
+            raise TypeError("not while it is recorded")
+
+    with pytest.raises(TypeError, match="not while it is recorded"):
+        capture_calls(fails_the_fourth_time, [(1,), (2,)])
+    assert ended == [False, True]
+
+
 def test_calls_are_recorded_on_a_stream_of_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own capture stream is of the device that was recorded on first: an engine that decodes on a
     second GPU is tuned on both."""
@@ -19,10 +56,6 @@ def test_calls_are_recorded_on_a_stream_of_the_current_device(monkeypatch: pytes
 
     def new_stream() -> SimpleNamespace:
         return SimpleNamespace(device=current[0], wait_stream=lambda other: None)
-
-    @contextmanager
-    def on_stream(stream):
-        yield
 
     @contextmanager
     def recording(graph, pool=None, stream=None, capture_error_mode="global"):
