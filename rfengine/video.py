@@ -7,6 +7,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Rational, Real
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,8 +15,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rfengine.files import partial_path
+
 if TYPE_CHECKING:
+    from av import VideoFrame
     from numpy import ndarray
+
+_MOST_PIXELS = 16384  # a side; libx264 opens no larger one
+_MOST_FPS = 1000
+_MOST_NAME_BYTES = 255  # as Linux has it
+_LARGEST_TERM = 1_000_000  # of a rate as a fraction; MP4 counts time in 32 bits
+_TELEVISION_RATES = tuple(Fraction(whole * 1000, 1001) for whole in (24, 30, 48, 60, 120))
+
+# numbers of ITU-T H.273, which are those of FFmpeg: primaries, transfer and matrix of BT.709
+_BT709 = 1
+_FROM_16_TO_235, _FROM_0_TO_255 = 1, 2  # FFmpeg's names of the ranges are tv and pc
+_EXACT_BILINEAR = 0x2 | 0x40000  # SWS_BILINEAR | SWS_ACCURATE_RND of libswscale
 
 
 def frames_from_pixels(pixels: Tensor) -> ndarray:
@@ -40,39 +55,123 @@ class Video:
     """A finished video: frames uint8 [T, H, W, 3], RGB, at `fps` frames per second."""
 
     frames: ndarray
-    fps: int
+    fps: float | Fraction
 
     def save(self, path: str | Path) -> None:
-        """Write an MP4 (H.264). Raises ValueError when the directory is missing, RuntimeError when writing
-        fails."""
+        """Write an MP4 (H.264).
+
+        Raises ValueError when the directory is missing and for frames or a rate that no MP4 can have,
+        RuntimeError when writing fails.
+        """
+        _check_frames(self.frames)
+        if not len(self.frames):
+            raise ValueError(f"the video for {path} has 0 frames; give at least one")
         height, width = self.frames.shape[1:3]
         with VideoWriter(path, self.fps, height, width) as writer:
             writer.write(self.frames)
 
 
-class VideoWriter:
-    """Writes an MP4 (H.264) beside `path` and gives it its name at the end.
+def frame_rate(fps: float | Fraction) -> Fraction:
+    """Frames per second as the fraction that a file holds; 23.976 and 29.97 are 24000/1001 and 30000/1001.
 
-    Leaving the `with` block by an exception drops the file, unless `close()` was called before: what was
-    written up to then plays. frames_written counts what the file holds so far.
+    Raises ValueError for what is no number, above 1000, or too small or too long a fraction for an MP4.
+    """
+    if isinstance(fps, bool) or not isinstance(fps, Real):
+        raise ValueError(f"fps is {fps!r}; give a number such as 16, 23.976 or Fraction(30000, 1001)")
+    if not 0 < fps <= _MOST_FPS:  # NaN is neither
+        raise ValueError(f"fps is {fps}; give frames per second above 0 and up to {_MOST_FPS}")
+    if isinstance(fps, Rational):
+        rate = Fraction(int(fps.numerator), int(fps.denominator))
+    else:
+        rate = _nearest_rate(float(fps))
+    if not rate or max(rate.numerator, rate.denominator) > _LARGEST_TERM:
+        raise ValueError(
+            f"fps is {fps}; give a fraction of whole numbers up to {_LARGEST_TERM}, or at least 0.001"
+        )
+    return rate
+
+
+def _nearest_rate(fps: float) -> Fraction:
+    """A television rate where `fps` is one with two to six decimals, else the nearest simple fraction."""
+    for rate in _TELEVISION_RATES:
+        if any(abs(fps - round(float(rate), decimals)) < 1e-5 for decimals in range(2, 7)):
+            return rate
+    return Fraction(fps).limit_denominator(1001)
+
+
+def _check_frames(frames: ndarray, height: int | None = None, width: int | None = None) -> None:
+    """Raises ValueError for anything but uint8 [T, height, width, 3] of NumPy, with what to give instead."""
+    import numpy
+
+    wanted = f"give uint8 [T, {height or 'H'}, {width or 'W'}, 3], RGB, as a NumPy array"
+    if isinstance(frames, Tensor):
+        raise ValueError(f"frames are a torch tensor; {wanted}, such as frames.cpu().numpy()")
+    if not isinstance(frames, numpy.ndarray):
+        raise ValueError(f"frames are of type {type(frames).__name__}; {wanted}, such as numpy.stack(frames)")
+    shape = (height or frames.shape[1], width or frames.shape[2], 3) if frames.ndim == 4 else None
+    if frames.dtype != numpy.uint8 or frames.shape[1:] != shape:
+        scale = "; values from 0 to 1 are times 255 and rounded" if frames.dtype.kind == "f" else ""
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}; {wanted}{scale}")
+
+
+def _check_size(height: int, width: int) -> None:
+    for name, side in (("height", height), ("width", width)):
+        if not isinstance(side, Integral) or not 0 < side <= _MOST_PIXELS:
+            raise ValueError(f"{name} is {side} pixels; an MP4 (H.264) has from 2 to {_MOST_PIXELS}")
+    if height % 2 or width % 2:
+        even = " x ".join(str(max(2, side // 2 * 2)) for side in (height, width))
+        raise ValueError(
+            f"frames are {height} x {width} pixels; H.264 as players take it (4:2:0) stores a colour for two "
+            f"by two pixels, so height and width must be even: crop or pad them, such as to {even}"
+        )
+
+
+def _as_bt709(frame: ndarray) -> VideoFrame:
+    """RGB uint8 [H, W, 3] as a picture in the colours that the file is tagged with."""
+    from av import VideoFrame
+
+    return VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+        format="yuv420p",
+        src_colorspace=_BT709,
+        dst_colorspace=_BT709,
+        src_color_range=_FROM_0_TO_255,
+        dst_color_range=_FROM_16_TO_235,
+        interpolation=_EXACT_BILINEAR,
+    )
+
+
+class VideoWriter:
+    """Writes an MP4 (H.264, colours by BT.709) beside `path` and gives it its name at the end.
+
+    Of several writers of one path each has a file of its own, and the last to end gives it the name. Leaving
+    the `with` block by an exception drops the file, unless `close()` was called before: what was written up
+    to then plays. frames_written counts what the file holds so far.
     """
 
-    def __init__(self, path: str | Path, fps: int, height: int, width: int) -> None:
-        """Raises ValueError when the directory is missing, or `path` is no name for an MP4."""
+    def __init__(self, path: str | Path, fps: float | Fraction, height: int, width: int) -> None:
+        """Raises ValueError when the directory is missing, `path` is no name for an MP4, or no MP4 has this
+        rate or size."""
         self.path = Path(path)
         check_video_path(self.path)
+        rate = frame_rate(fps)
+        _check_size(height, width)
         import av
 
         self.frames_written = 0
         self._size = (height, width)
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self._partial = partial_path(self.path)
+        # the file is made by the first frame; the index before the pictures, so that players start at once;
+        # with its protocol named, since a colon in a name would be the end of another
         self._container = av.open(
-            str(self._partial), "w", format="mp4"
-        )  # the file is made by the first frame
-        self._stream = self._container.add_stream("libx264", rate=Fraction(fps))
+            f"file:{self._partial}", "w", format="mp4", options={"movflags": "+faststart"}
+        )
+        self._stream = self._container.add_stream("libx264", rate=rate)
         self._stream.height, self._stream.width = height, width
         self._stream.pix_fmt = "yuv420p"
         self._stream.options = {"crf": "18", "preset": "medium"}
+        coder = self._stream.codec_context
+        coder.color_range = _FROM_16_TO_235
+        coder.color_primaries = coder.color_trc = coder.colorspace = _BT709
         self._open = True
 
     def write(self, frames: ndarray) -> None:
@@ -81,18 +180,14 @@ class VideoWriter:
         Raises ValueError for frames of another shape or dtype, RuntimeError when the file is closed or cannot
         be written; then nothing is left of it.
         """
-        from av import FFmpegError, VideoFrame
+        from av import FFmpegError
 
-        if frames.shape[1:] != (*self._size, 3) or str(frames.dtype) != "uint8":
-            height, width = self._size
-            raise ValueError(
-                f"frames are {frames.dtype} {frames.shape}; give uint8 [T, {height}, {width}, 3]"
-            )
+        _check_frames(frames, *self._size)
         if not self._open:
             raise RuntimeError(f"{self.path} is closed; open another VideoWriter for more frames")
         try:
             for frame in frames:
-                self._container.mux(self._stream.encode(VideoFrame.from_ndarray(frame, format="rgb24")))
+                self._container.mux(self._stream.encode(_as_bt709(frame)))
                 self.frames_written += 1
         except (OSError, FFmpegError) as error:
             raise self._failure(error) from error
@@ -154,10 +249,21 @@ class VideoWriter:
 def check_video_path(path: Path) -> None:
     """Raises ValueError unless `path` ends in .mp4, its directory exists and no other thing has its name."""
     if path.suffix.lower() != ".mp4":
+        named = path.with_suffix(".mp4") if path.name else path / "video.mp4"
+        raise ValueError(f"the video is to be {path}, which does not end in .mp4; name it {named}")
+    if not _is_name(path):
         raise ValueError(
-            f"the video is to be {path}, which does not end in .mp4; name it {path.with_suffix('.mp4')}"
+            f"no file can have the name {str(path)[-60:]!r}; choose one of at most {_MOST_NAME_BYTES} bytes, "
+            "without NUL and in the encoding of the file system"
         )
     if not path.parent.is_dir():
         raise ValueError(f"the directory {path.parent} of {path.name} does not exist; create it first")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} exists and is no ordinary file; choose another name")
+
+
+def _is_name(path: Path) -> bool:
+    try:
+        return b"\0" not in os.fsencode(path) and len(os.fsencode(path.name)) <= _MOST_NAME_BYTES
+    except UnicodeEncodeError:
+        return False

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy
 import pytest
 import torch
 
-from rfengine.video import Video, VideoWriter, frames_from_pixels, pixels_from_frames
+from rfengine.video import Video, VideoWriter, frame_rate, frames_from_pixels, pixels_from_frames
 
 HEIGHT, WIDTH = 32, 48
 
@@ -29,6 +31,27 @@ def noisy_frames(count: int) -> numpy.ndarray:
 def decoded(path: Path) -> numpy.ndarray:
     with av.open(str(path)) as container:
         return numpy.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def shown_by_bt709(path: Path) -> numpy.ndarray:
+    """The middle pixel of the first frame, RGB, reckoned from the luma and chroma that the file holds."""
+    with av.open(str(path)) as container:
+        planes = next(container.decode(video=0)).to_ndarray()
+    height, width = planes.shape[0] * 2 // 3, planes.shape[1]
+    chroma = planes[height:].reshape(2, height // 2, width // 2)[:, height // 4, width // 4]
+    luma = (planes[height // 2, width // 2] - 16.0) / 219
+    blue_difference, red_difference = (chroma - 128.0) / 224
+    red, blue = luma + 1.5748 * red_difference, luma + 1.8556 * blue_difference
+    green = (luma - 0.2126 * red - 0.0722 * blue) / 0.7152
+    return 255 * numpy.array([red, green, blue])
+
+
+def boxes(path: Path) -> list[str]:
+    data, names, at = path.read_bytes(), [], 0
+    while at < len(data):
+        names.append(data[at + 4 : at + 8].decode())
+        at += int.from_bytes(data[at : at + 4], "big")
+    return names
 
 
 @pytest.fixture
@@ -50,6 +73,143 @@ def test_saved_video_plays_with_every_frame_at_its_rate(tmp_path: Path) -> None:
         stream = container.streams.video[0]
         assert (stream.average_rate, stream.codec_context.name) == (16, "h264")
         assert float(container.duration) / av.time_base == pytest.approx(21 / 16, abs=0.02)
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 832), (720, 1280)])
+@pytest.mark.parametrize(
+    "colour",
+    [(200, 30, 40), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (250, 240, 10)],
+)
+def test_colours_are_those_of_bt709(
+    colour: tuple[int, int, int], height: int, width: int, tmp_path: Path
+) -> None:
+    Video(numpy.full((1, height, width, 3), colour, dtype=numpy.uint8), 16).save(tmp_path / "a.mp4")
+    # a level of luma is 1.16 and one of chroma 2.11 in blue; half of each is what rounding them takes
+    assert numpy.abs(shown_by_bt709(tmp_path / "a.mp4") - colour).max() < 0.5 * (1.17 + 2.12)
+
+
+def test_file_says_which_colours_it_has_in_its_stream_and_in_its_index(tmp_path: Path) -> None:
+    Video(some_frames(3), 16).save(tmp_path / "a.mp4")
+    data = (tmp_path / "a.mp4").read_bytes()
+    # primaries, transfer and matrix 1 (BT.709), and the flag of the full range not set
+    assert data[data.index(b"colr") + 4 :].startswith(b"nclx\x00\x01\x00\x01\x00\x01\x00")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+        head = bytes(container.streams.video[0].codec_context.extradata)
+    coder = av.CodecContext.create("h264", "r")  # which sees the stream alone, without the container
+    coder.extradata = head
+    (frame,) = coder.decode(av.Packet(packets[0])) or coder.decode(None)[:1]
+    assert (frame.color_range, frame.color_primaries, frame.color_trc, frame.colorspace) == (1, 1, 1, 1)
+
+
+def test_index_stands_before_the_pictures(tmp_path: Path) -> None:
+    Video(noisy_frames(30), 16).save(tmp_path / "a.mp4")
+    order = boxes(tmp_path / "a.mp4")
+    assert order.index("moov") < order.index("mdat")
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"),
+    [
+        (16, Fraction(16)),
+        (numpy.int64(16), Fraction(16)),
+        (23.976, Fraction(24000, 1001)),
+        (23.98, Fraction(24000, 1001)),
+        (29.97, Fraction(30000, 1001)),
+        (30000 / 1001, Fraction(30000, 1001)),
+        (Fraction(30000, 1001), Fraction(30000, 1001)),
+        (numpy.float32(59.94), Fraction(60000, 1001)),
+        (7.5, Fraction(15, 2)),
+        (0.1, Fraction(1, 10)),
+        (29.9, Fraction(299, 10)),
+        (1000, Fraction(1000)),
+    ],
+)
+def test_rate_is_written_as_a_fraction(fps: float, rate: Fraction, tmp_path: Path) -> None:
+    Video(some_frames(3), fps).save(tmp_path / "a.mp4")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.average_rate, stream.duration * stream.time_base) == (rate, 3 / rate)
+        times = [frame.pts * stream.time_base for frame in container.decode(video=0)]
+    assert times == [number / rate for number in range(3)]
+
+
+@pytest.mark.parametrize(
+    "fps",
+    [0, -1, float("nan"), float("inf"), 1001, 1e-9, Fraction(10**9, 10**9 - 1), "16", None, True, 16j],
+)
+def test_rate_that_no_file_can_have_is_refused(fps: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^fps is .*; give "):
+        frame_rate(fps)
+    with pytest.raises(ValueError, match=r"^fps is .*; give "):
+        VideoWriter(tmp_path / "a.mp4", fps, HEIGHT, WIDTH)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "told"),
+    [
+        (63, 96, "63 x 96 pixels; .* must be even: crop or pad them, such as to 62 x 96"),
+        (64, 95, "64 x 95 pixels; .* must be even: crop or pad them, such as to 64 x 94"),
+        (1, 1, "1 x 1 pixels; .* must be even: crop or pad them, such as to 2 x 2"),
+        (16, 20000, "width is 20000 pixels; an MP4 .* has from 2 to 16384"),
+        (0, 16, "height is 0 pixels; an MP4 .* has from 2 to 16384"),
+        (16.5, 16, "height is 16.5 pixels"),
+    ],
+)
+def test_size_that_no_file_can_have_is_refused_with_its_reason(
+    height: Any, width: int, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        VideoWriter(tmp_path / "a.mp4", 16, height, width)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("frames", "told"),
+    [
+        (some_frames(0), "has 0 frames; give at least one"),
+        (some_frames(2) / numpy.float32(255), "float32 .*; values from 0 to 1 are times 255"),
+        (some_frames(2).astype(numpy.int64), r"int64 .*give uint8 \[T, H, W, 3\]"),
+        (some_frames(2)[0], r"\(32, 48, 3\); give uint8 \[T, H, W, 3\]"),
+        (numpy.array(3, dtype=numpy.uint8), r"uint8 \(\); give uint8 \[T, H, W, 3\]"),
+        (torch.zeros(2, 32, 48, 3, dtype=torch.uint8), r"torch tensor; .*frames\.cpu\(\)\.numpy\(\)"),
+        (list(some_frames(2)), r"of type list; .*numpy\.stack"),
+        (None, "of type NoneType; give uint8"),
+    ],
+)
+def test_frames_of_another_kind_are_refused_with_what_to_give(frames: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        Video(frames, 16).save(tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_may_be_a_view(tmp_path: Path) -> None:
+    frames = some_frames(8)
+    for number, view in enumerate((frames[..., ::-1], frames[::2], frames[:, 8:24, 4:40])):
+        Video(view, 16).save(tmp_path / f"{number}.mp4")
+        shown = decoded(tmp_path / f"{number}.mp4")
+        assert shown.shape == view.shape and numpy.abs(shown.astype(int) - view).mean() < 3
+
+
+def test_two_writers_of_one_path_each_write_a_whole_file_and_the_last_one_wins(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    first, second = (VideoWriter(path, 16, HEIGHT, WIDTH) for _ in range(2))
+    for frame in some_frames(6):
+        first.write(frame[None])
+        second.write(noisy_frames(5))
+    second.close()
+    assert len(decoded(path)) == 30
+    first.close()
+    assert numpy.abs(decoded(path).astype(int) - some_frames(6)).mean() < 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["a:b.mp4", "file:a.mp4", "%d.mp4", "с пробелом.mp4", "\udcff.mp4"])
+def test_name_is_taken_as_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Video(some_frames(1), 16).save(name)
+    assert [path.name for path in Path().iterdir()] == [name]
 
 
 def test_frames_may_come_in_pieces(tmp_path: Path) -> None:
@@ -91,8 +251,11 @@ def test_older_file_of_that_name_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "count", [24, 400]
-)  # refused when the file is finished, and while frames are written
+    # refused when the index takes its place before the pictures, when the file is finished, and while frames
+    # are written
+    "count",
+    [13, 24, 400],
+)
 def test_disk_that_is_full_is_one_clear_error_and_leaves_nothing(
     count: int, tmp_path: Path, small_disk: None
 ) -> None:
@@ -142,6 +305,10 @@ def test_frames_of_another_size_or_dtype_are_refused(tmp_path: Path) -> None:
         ("no/a.mp4", "no of a.mp4 does not exist"),
         ("a.gif", r"name it .*a\.mp4"),
         ("dir.mp4", "no ordinary file"),
+        ("..", r"does not end in \.mp4; name it .*\.mp4"),
+        ("a\0.mp4", r"no file can have the name .*a\\x00\.mp4"),
+        ("a" * 252 + ".mp4", "no file can have the name .* of at most 255 bytes"),
+        ("\ud800.mp4", "no file can have the name .* encoding of the file system"),
     ],
 )
 def test_path_that_no_video_can_have_is_refused(name: str, told: str, tmp_path: Path) -> None:
