@@ -24,7 +24,7 @@ from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeLane
 from rfengine.runtime.full_decoder import open_full_decoder, require_psnr
 from rfengine.runtime.switches import decode_device, runtime_switches
-from rfengine.schedule import FlowSchedule
+from rfengine.schedule import MAX_SEED, FlowSchedule
 from rfengine.snapshot import Snapshot
 from rfengine.stream import FrameChunk, StreamParts, VideoStream
 from rfengine.video import Video
@@ -38,7 +38,6 @@ OutputType = Literal["np", "pt", "pil", "latent"]
 OpenDecoder = Callable[[LatentGrid], FrameDecoder]
 StepEndCallback = Callable[["Pipeline", int, float, dict[str, Tensor]], Any]
 DEFAULT_NUM_FRAMES = 81
-MAX_SEED = 2**63 - 1
 VAE_TIERS = {"full": "lossless", "tensorrt": "lossless", "tiny": "reduced"}  # quality of every decoder kind
 
 
@@ -181,8 +180,9 @@ class Pipeline:
 
     def restore(self, snapshot: Snapshot) -> VideoStream:
         """The stream that `snapshot` was taken of, at that moment; any number of streams may go on from
-        one."""
-        grid = LatentGrid.of(self.config, snapshot.info.get("height"), snapshot.info.get("width"))
+        one. Raises ValueError where it is damaged, or of another model or setting."""
+        info = snapshot.stream_info()
+        grid = LatentGrid.of(self.config, info.height, info.width)
         return VideoStream.from_snapshot(self._parts, grid, snapshot)
 
     def frame_count(self, seconds: float | None = None, num_frames: int | None = None) -> int:

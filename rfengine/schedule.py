@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rfengine.config import ScheduleConfig
 
+MAX_SEED = 2**63 - 1
+
 
 class FlowSchedule:
     """The shifted sigma table and what the fixed denoising steps read from it (spec 3.1).

@@ -1,18 +1,84 @@
-"""Snapshot: a stream between two chunks, as tensors and JSON values, in memory or in one file."""
+"""Snapshot: a stream between two chunks, as tensors and JSON values, in memory or in one file.
+
+A file may come from anywhere: its checksum covers every tensor and every value, and what a stream takes over
+is first held against what it expects.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
+import torch
 from torch import Tensor
 
-SNAPSHOT_FORMAT = 2
-_INFO = (
-    "prompt", "seed", "height", "width", "index", "next_chunk", "slot_chunks", "decoded_frames"
-)  # fmt: skip
+from rfengine.cache.kv_cache import check_slots
+from rfengine.config import CacheConfig, from_dict
+from rfengine.files import strict_json
+from rfengine.schedule import MAX_SEED
+
+logger = logging.getLogger(__name__)
+
+SNAPSHOT_FORMAT = 3
+_WITHOUT_CHECKSUM = 2  # an older format, the same but for the checksum
+_MAX_CHUNKS = 2**31 - 1
+_MAX_SIDE = 2**16  # pixels
+_SHOWN = Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
+_SHOWN.maxdict = _SHOWN.maxlist = 20
+
+
+@dataclass(frozen=True, slots=True)
+class StreamInfo:
+    """What a snapshot says of its stream beside the tensors; every field is of its type and in its range.
+
+    index: of the next chunk that the caller gets. next_chunk: the next to be denoised, counted from the last
+    hard switch. ahead: whether the chunk before it is denoised and was not handed out.
+    """
+
+    prompt: str
+    seed: int
+    height: int
+    width: int
+    index: int
+    next_chunk: int
+    slot_chunks: tuple[int, ...]
+    decoded_frames: int
+    cache: CacheConfig
+    ahead: bool
+
+    @property
+    def window_chunks(self) -> range:
+        """The chunks whose clean latents a stream keeps."""
+        return range(max(0, self.next_chunk - self.cache.window_chunks), self.next_chunk)
+
+    @property
+    def undecoded(self) -> bool:
+        """Whether there are chunks that the decoder has not seen."""
+        return self.decoded_frames < self.next_chunk * self.cache.chunk_frames
+
+    def check(self) -> None:
+        """Raises ValueError where two fields cannot be true at once."""
+        check_slots(self.cache, self.slot_chunks, self.next_chunk)
+        frames, begun = self.cache.chunk_frames, self.next_chunk - self.ahead
+        if self.decoded_frames % frames or self.decoded_frames > self.next_chunk * frames:
+            raise ValueError(
+                f"decoded_frames is {self.decoded_frames} after {self.next_chunk} chunks of {frames} frames"
+            )
+        if self.ahead and (begun < 1 or self.undecoded):
+            raise ValueError(
+                f"a chunk is ahead, but next_chunk is {self.next_chunk} and decoded_frames "
+                f"{self.decoded_frames}"
+            )
+        if self.index < begun:
+            raise ValueError(f"index is {self.index} and {begun} chunks were handed out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +89,13 @@ class Snapshot:
     info: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file whose metadata holds the JSON; it appears under its name when it is
-        whole."""
+        """Write one safetensors file whose metadata holds the JSON and a checksum; it appears under its name
+        when it is whole. Raises ValueError where info is not that of a stream."""
         from rfengine.checkpoint.loader import save_weights
 
-        save_weights(Path(path), self.tensors, {"snapshot": json.dumps(self.info)})
+        self.stream_info()
+        text = json.dumps(self.info | {"format": SNAPSHOT_FORMAT})
+        save_weights(Path(path), self.tensors, {"snapshot": text, "sha256": _checksum(self.tensors, text)})
 
     @classmethod
     def load(cls, path: str | Path) -> Snapshot:
@@ -39,22 +107,141 @@ class Snapshot:
             raise ValueError(
                 f"{path} is a safetensors file but holds no stream; give one that Snapshot.save wrote"
             )
-        return cls(tensors, json.loads(metadata["snapshot"]))
+        text = metadata["snapshot"]
+        try:
+            snapshot = cls(tensors, strict_json(text))
+            snapshot.stream_info()
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be restored: {error}") from error
+        plain = {"format": "pt", "snapshot": text}
+        if snapshot.info["format"] == _WITHOUT_CHECKSUM and metadata == plain:
+            logger.warning(
+                "%s has no checksum, since an older rfengine wrote it: damage may go unseen; save it again",
+                path,
+            )
+        elif metadata != plain | {"sha256": _checksum(tensors, text)}:
+            raise ValueError(
+                f"{path} is damaged: its content does not give its checksum; take another copy of it"
+            )
+        return snapshot
 
-    def check(self, expected: dict[str, Any]) -> None:
-        """Raises ValueError unless info holds `expected` and all that a stream needs to go on."""
-        for name, value in {"format": SNAPSHOT_FORMAT, **expected}.items():
-            if self.info.get(name) != value:
-                raise ValueError(
-                    f"the snapshot's {name} is {self.info.get(name)!r}, this pipeline's is {value!r}; "
-                    "restore it with the model and settings it was taken with"
-                )
-        missing = [name for name in _INFO if name not in self.info]
-        missing += ["text_states"] * ("text_states" not in self.tensors)
+    def stream_info(self) -> StreamInfo:
+        """The values of info, checked. Raises ValueError for any that is absent, unknown, of a wrong type,
+        out of range or against another."""
+        if not isinstance(self.info, dict):
+            raise ValueError(
+                f"the snapshot's info is {_SHOWN.repr(self.info)}, no table of values; take it again"
+            )
+        known = self.info.get("format")
+        if type(known) is not int or known not in (_WITHOUT_CHECKSUM, SNAPSHOT_FORMAT):
+            raise ValueError(
+                f"the snapshot's format is {_SHOWN.repr(known)} and this rfengine reads {SNAPSHOT_FORMAT}; "
+                "take it again"
+            )
+        missing = [name for name in _FIELDS if name not in self.info]
         if missing:
             raise ValueError(f"the snapshot lacks {', '.join(missing)}; take it again")
+        for name, value in self.info.items():
+            if name not in _FIELDS:
+                raise ValueError(f"the snapshot has {_SHOWN.repr(name)}, which no stream has; take it again")
+            if not _FIELDS[name](value):
+                raise ValueError(f"the snapshot's {name} is {_SHOWN.repr(value)}; take it again")
+        values = {name: self.info[name] for name in StreamInfo.__dataclass_fields__ if name in self.info}
+        try:
+            cache = from_dict(CacheConfig, self.info["cache"])
+            slots, ahead = tuple(self.info["slot_chunks"]), "ahead.frames" in self.tensors
+            info = StreamInfo(**values | {"slot_chunks": slots, "cache": cache, "ahead": ahead})
+            info.check()
+        except ValueError as error:
+            raise ValueError(f"the snapshot is damaged: {error}; take it again") from error
+        return info
+
+    def check(self, expected: dict[str, Any]) -> None:
+        """Raises ValueError unless info holds `expected`, which the pipeline that restores it has."""
+        for name, value in expected.items():
+            if not _same(self.info.get(name), value):
+                raise ValueError(
+                    f"the snapshot's {name} is {_SHOWN.repr(self.info.get(name))}, this pipeline's is "
+                    f"{_SHOWN.repr(value)}; restore it with the model and settings it was taken with"
+                )
 
     def group(self, name: str) -> dict[str, Tensor]:
         """The tensors called `name`.something, by that something."""
         prefix = f"{name}."
         return {key[len(prefix) :]: tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless `tensors` have the names, shapes and dtypes of `expected`, whose values do not
+    matter, and are finite."""
+    for name in expected:
+        if name not in tensors:
+            group, _, number = name.partition(".")
+            shown = f"the latents of chunk {number}" if group == "window_latents" else name
+            raise ValueError(f"the snapshot lacks {shown}; take it again")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise ValueError(
+                f"the snapshot has {_SHOWN.repr(name)}, which this stream has not; take it again"
+            )
+        own = expected[name]
+        if not isinstance(tensor, Tensor) or tensor.shape != own.shape or tensor.dtype != own.dtype:
+            found = f"{tuple(tensor.shape)} in {tensor.dtype}" if isinstance(tensor, Tensor) else "no tensor"
+            raise ValueError(
+                f"{name} of the snapshot is {found}; this stream needs {tuple(own.shape)} in {own.dtype}"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} of the snapshot has values that are not finite; take it again")
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """sha256 over the JSON text and every name, shape, dtype and byte of the tensors."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _whole(low: int, high: int, value: Any) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _timesteps(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(number) in (int, float) and math.isfinite(number) and number > 0 for number in value
+    )
+
+
+_FIELDS = {
+    "format": lambda value: True,  # looked at first
+    "fingerprint": _text,
+    "dtype": _text,
+    "decoder": _text,
+    "cache": lambda value: isinstance(value, dict),
+    "denoising_timesteps": _timesteps,
+    "prompt": _text,
+    "seed": lambda value: _whole(0, MAX_SEED, value),
+    "height": lambda value: _whole(1, _MAX_SIDE, value),
+    "width": lambda value: _whole(1, _MAX_SIDE, value),
+    "index": lambda value: _whole(0, _MAX_CHUNKS, value),
+    "next_chunk": lambda value: _whole(0, _MAX_CHUNKS, value),
+    "slot_chunks": lambda value: (
+        isinstance(value, list) and all(_whole(-1, _MAX_CHUNKS, chunk) for chunk in value)
+    ),
+    "decoded_frames": lambda value: _whole(0, _MAX_CHUNKS, value),
+}  # info by name, and whether a value can be right
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Equality of JSON values, in which true is not 1."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(_same(found[name], wanted[name]) for name in wanted)
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_same, found, wanted))
+    return isinstance(found, bool) == isinstance(wanted, bool) and found == wanted

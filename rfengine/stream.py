@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rfengine.cache.kv_cache import EMPTY, StreamingKVCache
+from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import DecoderKind, to_dict
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder, reset_state
@@ -23,7 +23,7 @@ from rfengine.runtime.chunk_runner import ChunkRunner, StepCallback
 from rfengine.runtime.cuda_graph import made_current
 from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker, PendingFrames
 from rfengine.schedule import chunk_noise
-from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot
+from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
 from rfengine.video import pixels_from_frames
 
 if TYPE_CHECKING:
@@ -354,7 +354,10 @@ class VideoStream:
             self._parts.runner.flush(self._cache)
             tensors = {f"cache.{name}": tensor for name, tensor in self._cache.tensors().items()}
             tensors |= {f"decoder.{name}": tensor for name, tensor in self._decoder_state.tensors().items()}
-            tensors |= {f"window_latents.{chunk}": each for chunk, each in self._window_latents.items()}
+            tensors |= {
+                f"window_latents.{chunk}": each.to(self._parts.model.dtype)
+                for chunk, each in self._window_latents.items()
+            }
             if self._ahead is not None:
                 tensors["ahead.frames"] = torch.from_numpy(self._ahead.pending.result().frames)
             tensors["text_states"] = self._text_states
@@ -376,34 +379,46 @@ class VideoStream:
     @classmethod
     def from_snapshot(cls, parts: StreamParts, grid: LatentGrid, snapshot: Snapshot) -> VideoStream:
         """The stream a snapshot was taken of. Raises ValueError when it is of another model, decoder, format
-        or setting."""
+        or setting, or damaged: before anything is taken over, and mostly before anything is allocated."""
+        info = snapshot.stream_info()
         snapshot.check(_settings(parts))
-        info = snapshot.info
-        stream = cls(parts, grid, info["prompt"], snapshot.tensors["text_states"], info["seed"])
-        with stream._computing():
-            stream._load(snapshot)
+        others = {name: each for name, each in snapshot.tensors.items() if not name.startswith("decoder.")}
+        check_tensors(others, _expected_tensors(parts, grid, info))
+        stream = cls(parts, grid, info.prompt, snapshot.tensors["text_states"], info.seed)
+        with stream._closed_on_error(), stream._computing():
+            check_tensors(snapshot.group("decoder"), stream._decoder_state.tensors())
+            stream._load(snapshot, info)
         return stream
 
-    def _load(self, snapshot: Snapshot) -> None:
-        info, model = snapshot.info, self._parts.model
-        self._cache.load(snapshot.group("cache"), info["slot_chunks"], info["next_chunk"])
-        self._decoder_state.load(snapshot.group("decoder"), info["decoded_frames"])
+    def _load(self, snapshot: Snapshot, info: StreamInfo) -> None:
+        """Take over what is checked."""
+        self._cache.load(snapshot.group("cache"), list(info.slot_chunks), info.next_chunk)
+        self._decoder_state.load(snapshot.group("decoder"), info.decoded_frames)
         self._window_latents = {
-            int(chunk): latents.to(device=model.device, dtype=model.dtype)
-            for chunk, latents in snapshot.group("window_latents").items()
+            chunk: snapshot.tensors[f"window_latents.{chunk}"].to(self._parts.model.device)
+            for chunk in info.window_chunks
         }
-        self._index = info["index"]
-        last, saved = info["next_chunk"] - 1, snapshot.tensors.get("ahead.frames")
-        needed = [
-            chunk for chunk in info["slot_chunks"][self._parts.cache_config.sink_chunks :] if chunk != EMPTY
-        ]
-        needed += [last] * (saved is not None)
-        lost = [chunk for chunk in needed if chunk not in self._window_latents]
-        if lost:
-            raise ValueError(f"the snapshot lacks the latents of chunk {lost[0]}; take it again")
-        if saved is not None:
-            frames = _SavedFrames(saved.numpy().copy())
-            self._ahead = _Computed(self._window_latents[last], frames, denoise_ms=0.0)
+        self._index, self._undecoded = info.index, info.undecoded
+        if info.ahead:
+            frames = _SavedFrames(snapshot.tensors["ahead.frames"].numpy().copy())
+            latents = self._window_latents[info.next_chunk - 1]
+            self._ahead = _Computed(latents, frames, denoise_ms=0.0)
+
+
+def _expected_tensors(parts: StreamParts, grid: LatentGrid, info: StreamInfo) -> dict[str, Tensor]:
+    """What a snapshot holds beside the decoder's state, on the meta device."""
+    model, frames = parts.model, parts.cache_config.chunk_frames
+    config, dtype = model.config, model.dtype
+    cache = StreamingKVCache(config, parts.cache_config, grid, dtype=dtype, device="meta", ops=model.ops)
+    latents = (1, config.in_dim, frames, grid.latent_height, grid.latent_width)
+    shapes = {f"window_latents.{chunk}": latents for chunk in info.window_chunks}
+    shapes["text_states"] = (1, config.text_len, config.text_dim)
+    expected = {f"cache.{name}": tensor for name, tensor in cache.tensors().items()}
+    expected |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    if info.ahead:
+        pixels = (frames * grid.temporal_stride, grid.height, grid.width, 3)
+        expected["ahead.frames"] = torch.empty(pixels, dtype=torch.uint8, device="meta")
+    return expected
 
 
 def _settings(parts: StreamParts) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Shapes: L layers, B batch, S arena tokens, T tokens of a chunk, H heads, E head 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -291,23 +292,46 @@ class StreamingKVCache:
         return {"keys": self.keys, "values": self.values, **raw, **self.policy.tensors()}
 
     def load(self, tensors: dict[str, Tensor], slot_chunks: list[int], next_chunk: int) -> None:
-        """Take over a state saved between two chunks, in place.
+        """Take over a state saved between two chunks, in place, cast to the cache's dtype.
 
-        Raises ValueError when a tensor is missing or its shape differs: the state is of another model, size
-        or cache configuration.
+        Raises ValueError, before anything is changed, when a tensor is missing, unknown or of another shape,
+        and when the slots cannot be those before `next_chunk`: the state is of another model, size or cache
+        configuration, or damaged.
         """
-        for name, own in self._state().items():
-            saved = tensors.get(name)
-            if saved is None or saved.shape != own.shape:
-                found = "missing" if saved is None else str(tuple(saved.shape))
-                raise ValueError(
-                    f"{name} of the saved cache is {found}; this stream needs {tuple(own.shape)}"
+        state = self._state()
+        for name in sorted(state.keys() | tensors.keys()):
+            own, saved = state.get(name), tensors.get(name)
+            if own is None or saved is None or saved.shape != own.shape or not saved.is_floating_point():
+                found, needed = (
+                    "missing" if each is None else f"{tuple(each.shape)} in {each.dtype}"
+                    for each in (saved, own)
                 )
-        if len(slot_chunks) != len(self.slot_chunks):
-            raise ValueError(
-                f"the saved cache has {len(slot_chunks)} slots; this stream has {len(self.slot_chunks)}"
-            )
-        for name, own in self._state().items():
+                raise ValueError(f"{name} of the saved cache is {found}; in this stream it is {needed}")
+        check_slots(self.config, slot_chunks, next_chunk)
+        for name, own in state.items():
             own.copy_(tensors[name])
         self.slot_chunks = list(slot_chunks)
         self._stand_before(next_chunk)
+
+
+def check_slots(config: CacheConfig, slot_chunks: Sequence[int], next_chunk: int) -> None:
+    """Raises ValueError unless slots can hold `slot_chunks` when `next_chunk` is the next one to be written.
+
+    The sink holds the first chunks and the window the last ones, from its oldest on around its end.
+    """
+    first, count = config.sink_chunks, config.window_chunks
+    if len(slot_chunks) != count:
+        raise ValueError(f"the saved cache has {len(slot_chunks)} slots; this stream has {count}")
+    if next_chunk < count:
+        wanted = [*range(next_chunk), *[EMPTY] * (count - next_chunk)]
+        found = list(slot_chunks)
+    else:
+        wanted = [*range(first), *range(next_chunk - count + first, next_chunk)]
+        window = slot_chunks[first:]
+        oldest = window.index(min(window))
+        found = [*slot_chunks[:first], *window[oldest:], *window[:oldest]]
+    if found != wanted:
+        raise ValueError(
+            f"the slots of the saved cache hold the chunks {list(slot_chunks)}, which cannot be before chunk "
+            f"{next_chunk}"
+        )

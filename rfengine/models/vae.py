@@ -40,7 +40,7 @@ class CausalState:
 
     def load(self, tensors: dict[str, Tensor], frames: int) -> None:
         """Copy a snapshot into the slots, in place; raises ValueError where names or shapes do not fit."""
-        if frames < 0:
+        if type(frames) is not int or frames < 0:
             raise ValueError(f"frames is {frames}; a state has seen 0 latent frames or more")
         if tensors.keys() != self.slots.keys():
             other = sorted(tensors.keys() ^ self.slots.keys())
