@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
+from rfengine.checkpoint.destination import new_directory, reserved
 from rfengine.checkpoint.directories import (
     MODEL_PARTS,
     PARTS,
@@ -46,7 +46,6 @@ from rfengine.config import (
     VAEConfig,
     require_same_latents,
 )
-from rfengine.files import locked, partial_path
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,6 @@ _KINDS_IN_NAMES = {
     "odeinit": "self-forcing",
     "longlive": "longlive",
 }
-_LOCK_NAME_BYTES = 200  # of the destination's name in that of its lock; file systems take 255
 
 
 @dataclass(slots=True)
@@ -105,7 +103,7 @@ def convert(
     source, destination = Path(source), Path(destination).resolve()
     if dtype not in get_args(DTypeName):
         raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(get_args(DTypeName))}")
-    with _reserved(destination):
+    with reserved(destination):
         checkpoint = _open_source(source, Path(base) if base is not None else None, use_ema)
         complete = "transformer" in checkpoint.tensors
         kind = _resolve_kind(kind, checkpoint.generator) if complete else ""
@@ -118,7 +116,7 @@ def convert(
         _check_tensors(checkpoint)
         config = _target_config(checkpoint, kind) if complete else None
         _warn(kind, checkpoint, lora)
-        with _new_directory(destination) as directory:
+        with new_directory(destination) as directory:
             for part, tensors in checkpoint.tensors.items():
                 cast = {name: _cast(name, stored, getattr(torch, dtype)) for name, stored in tensors.items()}
                 write_safetensors(directory / f"{part}.safetensors", cast, show_progress=True)
@@ -308,48 +306,3 @@ def _copy_files(folder: Path, target: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_file():
             shutil.copyfile(path, target / path.name)
-
-
-@contextmanager
-def _reserved(destination: Path) -> Iterator[None]:
-    """Keep other conversions out of `destination` during the block; folders made for it go after an error."""
-    made = [folder for folder in destination.parents if not folder.exists()]
-    shown = os.fsencode(destination.name)[:_LOCK_NAME_BYTES].decode(errors="ignore")
-    lock = destination.with_name(f".{shown}.lock")
-    try:
-        with ExitStack() as stack:
-            try:
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(lock, f"converting into {destination}"))
-            except OSError as error:
-                raise _cannot_write(destination, error) from error
-            if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-                raise ValueError(
-                    f"{destination} exists and is not an empty directory; choose another or remove it"
-                )
-            yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # somebody else has put something there
-                folder.rmdir()
-        raise
-
-
-@contextmanager
-def _new_directory(destination: Path) -> Iterator[Path]:
-    """A directory beside `destination` that takes its name at the end, or goes if anything fails."""
-    beside = partial_path(destination)
-    try:
-        beside.mkdir()
-        yield beside
-        beside.rename(destination)
-    except OSError as error:
-        raise _cannot_write(destination, error) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _cannot_write(destination: Path, error: OSError) -> RuntimeError:
-    return RuntimeError(
-        f"cannot write {destination} ({error.strerror or error}); free space or choose another place"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -73,7 +74,7 @@ def _read_start(path: Path) -> bytes:
 
 def absence(path: Path) -> str:
     """How an error says that nothing is at `path`; a cache holds links, whose files may never have come."""
-    if path.is_symlink():
+    if os.path.islink(path):
         return "is a link to a file that is not there: a download was not finished, so get it again"
     return "does not exist; check the path"
 

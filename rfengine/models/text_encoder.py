@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from rfengine.config import TextConfig
 from rfengine.files import read_text
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from tokenizers import Tokenizer as TokenizerFile
 
 logger = logging.getLogger(__name__)
@@ -125,41 +127,53 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(f"tokenizer directory {path.parent} does not exist; give that of umt5-xxl")
         if not os.path.lexists(path):
             raise ValueError(f"{path} does not exist; copy tokenizer.json of umt5-xxl into that directory")
+        self._path = path
         self._file = _read_tokenizer(path)
         for token, expected in _SPECIAL_TOKENS.items():
             found = self._file.token_to_id(token)
             if found != expected:
                 raise ValueError(f"{path} gives {token} id {found}, not {expected}; use the file of umt5-xxl")
         self.vocab_size = max(self._file.get_vocab().values()) + 1
-        try:
-            self._split(_SAMPLE_TEXT)
-        except Exception as error:  # of the library, which has no type of its own
-            raise _damaged(path, error) from error
+        self._split(_SAMPLE_TEXT)
 
     def _split(self, text: str) -> list[int]:
-        return self._file.encode(text, add_special_tokens=False).ids
+        return self._encoded(text).ids
 
     def _remainder(self, text: str, kept: int) -> str:
-        start, _ = self._file.encode(text, add_special_tokens=False).offsets[kept]
+        start, _ = self._encoded(text).offsets[kept]
         return text[start:]
+
+    def _encoded(self, text: str) -> Encoding:
+        with _named_failures(self._path):
+            return self._file.encode(text, add_special_tokens=False)
 
 
 def _read_tokenizer(path: Path) -> TokenizerFile:
     from tokenizers import Tokenizer as TokenizerFile
 
     text = read_text(path, _MOST_TOKENIZER_BYTES)
-    try:
+    with _named_failures(path):
         file = TokenizerFile.from_str(text)
         file.no_truncation()
         file.no_padding()
-    except Exception as error:  # of the library, which has no type of its own
-        raise _damaged(path, error) from error
     return file
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:_QUOTED_REASON]
-    return ValueError(f"{path} is damaged or no tokenizer ({reason}); get tokenizer.json of umt5-xxl again")
+@contextmanager
+def _named_failures(path: Path) -> Iterator[None]:
+    """Turn what the tokenizers library raises for a damaged file into a ValueError that names the file.
+
+    It raises plain Exceptions, and where its Rust code panics an exception beside them.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:_QUOTED_REASON]
+        raise ValueError(
+            f"{path} is damaged or no tokenizer ({reason}); get tokenizer.json of umt5-xxl again"
+        ) from error
 
 
 def build_umt5(config: TextConfig) -> nn.Module:

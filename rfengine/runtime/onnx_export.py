@@ -10,11 +10,9 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
-import secrets
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,6 +21,7 @@ import torch
 
 from rfengine.checkpoint.loader import fingerprint
 from rfengine.config import VAEConfig, to_dict
+from rfengine.files import replaced
 from rfengine.models.decoder_graphs import DecoderGraph
 
 if TYPE_CHECKING:
@@ -165,21 +164,14 @@ def read_onnx(path: Path, spec: ExportSpec, stage: Stage) -> ModelProto:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all. Raises RuntimeError when it cannot be written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        with replaced(path) as partial:
+            partial.write_bytes(content)
     except OSError as error:
         raise RuntimeError(
             f"cannot write {path} of {len(content)} bytes ({error.strerror}); free space or change its rights"
         ) from error
-    finally:
-        with suppress(OSError):  # a folder that is none has nothing to remove
-            beside.unlink()
 
 
 def _drop_traces(program: ONNXProgram) -> None:

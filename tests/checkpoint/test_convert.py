@@ -3,6 +3,7 @@ from __future__ import annotations
 import filecmp
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rfengine.checkpoint.convert import CACHES, convert
+from rfengine.checkpoint.convert import CACHES, _resolve_kind, convert
+from rfengine.checkpoint.destination import reserved
 from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
 from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
 from rfengine.checkpoint.manifest import read_manifest, verify
@@ -316,6 +318,91 @@ def test_destination_in_use_is_refused(wan_directory: Path, tmp_path: Path) -> N
     (tmp_path / "empty").mkdir()
     convert(wan_directory, tmp_path / "empty")
     assert (tmp_path / "empty" / "rfengine.json").is_file()
+
+
+def test_a_second_conversion_into_a_directory_is_refused_at_once(tmp_path: Path) -> None:
+    with (
+        reserved(tmp_path / "out"),
+        pytest.raises(RuntimeError, match=r"\.out\.lock is locked: another process is converting into"),
+    ):
+        convert(tmp_path / "rewardforcing.pt", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_made_for_a_conversion_that_failed_go_again(tmp_path: Path) -> None:
+    (tmp_path / "rewardforcing.pt").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match="rewardforcing.pt is damaged or not a torch file"):
+        convert(tmp_path / "rewardforcing.pt", tmp_path / "a" / "b" / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["rewardforcing.pt"]
+
+
+def cached(directory: Path, repository: Path) -> Path:
+    """A snapshot of `directory` as in the cache of Hugging Face: links to blobs with hashes for names."""
+    snapshot = repository / "snapshots" / "ab12"
+    for index, path in enumerate(sorted(path for path in directory.rglob("*") if path.is_file())):
+        blob, link = repository / "blobs" / f"{index:064x}", snapshot / path.relative_to(directory)
+        for folder in (blob.parent, link.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        os.link(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_links_of_a_cache_are_read_by_the_names_they_have(
+    parts: Parts, wan_directory: Path, tmp_path: Path
+) -> None:
+    repository = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B"
+    snapshot = cached(wan_directory, repository)
+    files = tmp_path / "trained"
+    files.mkdir()
+    torch.save({"generator": prefixed(parts["transformer"])}, files / "self_forcing_dmd.pt")
+    student = cached(files, tmp_path / "models--someone--students") / "self_forcing_dmd.pt"
+    for base in (snapshot, repository):
+        convert(student, tmp_path / "out", base=base)
+        for part, tensors in parts.items():
+            assert_holds(tmp_path / "out", part, tensors)
+        assert read_config(tmp_path / "out").cache == CACHES["self-forcing"]
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_a_snapshot_is_named_by_its_repository(tmp_path: Path, wan_directory: Path) -> None:
+    repository = tmp_path / "models--someone--LongLive-1.3B"
+    snapshot = cached(wan_directory, repository)
+    (tmp_path / "link").symlink_to(snapshot)
+    for source, kind in ((snapshot, "longlive"), (repository, "longlive"), (tmp_path / "link", "wan")):
+        assert _resolve_kind("auto", source) == kind
+
+
+def test_a_source_that_is_no_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rewardforcing.pt")
+    (tmp_path / "link.pt").symlink_to("blobs/absent")
+    for source, message in (
+        (tmp_path / "rewardforcing.pt", "rewardforcing.pt is a pipe; give an ordinary file"),
+        (Path("/dev/zero"), "/dev/zero is a device"),
+        (tmp_path / "link.pt", "link.pt is a link to a file that is not there: a download"),
+        (tmp_path / ("x" * 300), "x does not exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "out")
+
+
+def test_a_damaged_tokenizer_stops_the_conversion_before_anything_is_written(
+    wan_directory: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "wan"
+    shutil.copytree(wan_directory, source)
+    tokenizer_file(source).write_text("{}")
+    with pytest.raises(ValueError, match="google/umt5-xxl/tokenizer.json is damaged or no tokenizer"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["wan"]
+
+
+def test_one_shard_is_converted_with_the_others(
+    parts: Parts, wan_directory: Path, diffusers_directory: Path, tmp_path: Path
+) -> None:
+    shard = diffusers_directory / "transformer" / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    convert(shard, tmp_path / "out", base=wan_directory, kind="wan")
+    assert_holds(tmp_path / "out", "transformer", parts["transformer"])
 
 
 def test_destination_that_cannot_be_written_is_reported(wan_directory: Path, tmp_path: Path) -> None:

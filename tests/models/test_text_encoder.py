@@ -3,6 +3,8 @@
 import copy
 import json
 import logging
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -366,6 +368,58 @@ def test_directory_without_the_umt5_tokenizer_is_refused(tmp_path):
         SentencePieceTokenizer(tmp_path)
     write_sentencepiece(tmp_path, specials=("<s>", "<pad>", "<unk>", "</s>"))
     with pytest.raises(ValueError, match="gives <pad> id 1, not 0"):
+        SentencePieceTokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer_is_one_sentence_that_names_the_file(tmp_path):
+    write_sentencepiece(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    whole = path.read_bytes()
+    source = random.Random(0)
+    contents = [b"", b"{}", b"[]", b"null", b"\xff\xfe", b"\0" * 100, b"\x80\x04K\x01.", b"<html></html>"]
+    contents += [whole[: len(whole) * part // 12] for part in range(1, 12)]
+    for _ in range(60):
+        flipped = bytearray(whole)
+        for _ in range(4):
+            flipped[source.randrange(len(whole))] ^= 1 << source.randrange(8)
+        contents.append(bytes(flipped))
+    refused = 0
+    for content in contents:
+        path.write_bytes(content)
+        try:
+            SentencePieceTokenizer(tmp_path).encode(["cat on cat"], 8)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused >= 60  # a flip inside a piece is another vocabulary, which only a checksum tells
+
+
+def test_a_panic_of_the_tokenizers_library_is_a_sentence(tmp_path):
+    write_sentencepiece(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text())
+    replace = {"type": "Replace", "pattern": {"String": ""}, "content": " "}
+    values["normalizer"] = {"type": "Sequence", "normalizers": [replace, {"type": "NFKC"}]}
+    path.write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json is damaged or no tokenizer \(.*\); get tokenizer.json"
+    ):
+        SentencePieceTokenizer(tmp_path).encode(["cat 猫 😀 x"], 8)
+
+
+def test_a_tokenizer_that_is_no_ordinary_file_or_too_large_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="tokenizer.json is a pipe"):
+        SentencePieceTokenizer(tmp_path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(300 << 20)
+    with pytest.raises(ValueError, match="tokenizer.json has more than the 67108864 bytes that are read"):
+        SentencePieceTokenizer(tmp_path)
+    path.unlink()
+    path.symlink_to("absent")
+    with pytest.raises(ValueError, match="tokenizer.json does not exist"):
         SentencePieceTokenizer(tmp_path)
 
 

@@ -114,7 +114,7 @@ def test_a_write_that_fails_leaves_the_old_file(export, monkeypatch: pytest.Monk
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(onnx_export.os, "fsync", full)
+    monkeypatch.setattr("rfengine.files.os.fsync", full)
     with pytest.raises(RuntimeError, match=r"cannot write .* bytes \(No space left on device\)"):
         write_onnx(export.programs["first"], export.spec, "first", export.folder)
     assert path.read_bytes() == before and sorted(export.folder.iterdir()) == names
