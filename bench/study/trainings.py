@@ -28,6 +28,7 @@ from rfengine.training.samples import averaged_state
 from rfengine.training.stage_run import StageRun
 from rfengine.training.tiny_model import MINUTES, Options, load_transformer, run_stage
 from rfengine.training.train_config import TrainConfig
+from rfengine.training.train_state import locked_run
 from rfengine.training.trainer import Trainer
 
 _BASE = "tiny"  # whose VAE and text encoder the whole study uses
@@ -94,11 +95,12 @@ def run_training(setting: Setting, name: str) -> None:
     """Train model `name` to its end, from its newest checkpoint where there is one, and export it."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     config, ranks = training_configs(setting)[name], Ranks()
-    stage = build_stage(config, setting.device, ranks)
-    reason = Trainer(config, stage, setting.directory / name, ranks).run()
-    if reason:
-        raise KeyboardInterrupt(f"{name}: {reason}")
-    _leave(averaged_state(stage), config.engine, setting.checkpoint(name))
+    with locked_run(setting.directory / name):
+        stage = build_stage(config, setting.device, ranks)
+        reason = Trainer(config, stage, setting.directory / name, ranks).run()
+        if reason:
+            raise KeyboardInterrupt(f"{name}: {reason}")
+        _leave(averaged_state(stage), config.engine, setting.checkpoint(name))
 
 
 def average_with_start(setting: Setting, name: str) -> None:

@@ -132,13 +132,8 @@ def _run_directory(options: TrainOptions) -> Path:
 def _train(
     config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, options: TrainOptions
 ) -> None:
-    from rfengine.checkpoint.loader import save_weights
-    from rfengine.training.build import build_stage
-    from rfengine.training.checkpoint_parts import export_checkpoint
-    from rfengine.training.lora_layers import lora_weights, merged_weights
     from rfengine.training.resources import plan_resources
-    from rfengine.training.samples import SampleWriter, averaged_state
-    from rfengine.training.trainer import Trainer
+    from rfengine.training.train_state import locked_run
 
     plan = plan_resources(config, ranks.count, device.type)
     if ranks.rank == 0:
@@ -148,10 +143,24 @@ def _train(
     free = _free_memory(device)
     if free is not None:
         plan.check(free, str(device) if device.type == "cuda" else "this machine")
+    with locked_run(directory):
+        _train_to_the_end(config, directory, device, ranks, stops=options.guard == "stop")
+
+
+def _train_to_the_end(
+    config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, stops: bool
+) -> None:
+    from rfengine.checkpoint.loader import save_weights
+    from rfengine.training.build import build_stage
+    from rfengine.training.checkpoint_parts import export_checkpoint
+    from rfengine.training.lora_layers import lora_weights, merged_weights
+    from rfengine.training.samples import SampleWriter, averaged_state
+    from rfengine.training.trainer import Trainer
+
     stage = build_stage(config, device, ranks)
     trainer = Trainer(config, stage, directory, ranks, SampleWriter(config, stage, device, ranks))
     if config.stage == "re-dmd":
-        trainer.on_step = _guard(config, trainer, options.guard == "stop").on_step
+        trainer.on_step = _guard(config, trainer, stops).on_step
     reason = trainer.run()
     if reason:
         told = f"{reason} with --resume {directory}, at step {trainer.state.step} of {config.steps}"
@@ -168,10 +177,11 @@ def _train(
 def _guard(config: TrainConfig, trainer: Trainer, stops: bool) -> RewardGuard:
     """The guard of the run, as it was at the checkpoint that the run goes on from."""
     from rfengine.training.build import held_out_score
+    from rfengine.training.log_file import LOG_FILE
     from rfengine.training.reward import GuardConfig, RewardGuard
 
     settings = GuardConfig(held_out=held_out_score(config), stops=stops)
-    return RewardGuard.from_log(trainer.directory / "log.jsonl", trainer.checkpoints.latest_step(), settings)
+    return RewardGuard.from_log(trainer.directory / LOG_FILE, trainer.state.step, settings)
 
 
 def _free_memory(device: torch.device) -> float | None:

@@ -5,7 +5,6 @@ B videos of T frames.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import deque
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rfengine.evaluation.optical_flow import moving_speed, optical_flow
+from rfengine.training.log_file import read_log
 
 logger = logging.getLogger(__name__)
 
@@ -196,10 +196,8 @@ class RewardGuard:
     def from_log(cls, path: Path, last_step: int, config: GuardConfig | None = None) -> RewardGuard:
         """The guard as it was after `last_step` of the run that wrote this log.jsonl."""
         guard = cls(config)
-        for line in path.read_text().splitlines() if path.exists() else []:
-            figures = json.loads(line)
-            if figures["step"] <= last_step:
-                guard.observe(figures["step"], figures)
+        for figures in read_log(path, last_step):
+            guard.observe(int(figures["step"]), figures)
         return guard
 
     def on_step(self, step: int, figures: Mapping[str, float]) -> str | None:

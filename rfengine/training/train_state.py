@@ -8,10 +8,12 @@ another number of ranks.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,15 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from rfengine.files import locked
+from rfengine.training.checkpoint_reader import first_cause, read_checkpoint
+from rfengine.training.checkpoint_record import DamagedCheckpointError, check_record, write_record
 from rfengine.training.stage_run import WeightAverage
 
+logger = logging.getLogger(__name__)
+
 _NAME = re.compile(r"step_(\d{8})")
-_FORMAT = 1
+_LOCK_FILE = ".training.lock"
 
 
 class TrainState:
@@ -76,21 +83,15 @@ class CheckpointDirectory:
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], keep: int) -> None:
         self.path = directory / "checkpoints"
-        self.identity = {"format": _FORMAT, **json.loads(json.dumps(identity))}
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.keep = keep
         self._saving: tuple[Future, Path] | None = None
         # ranks talk while they save, beside the training: in a group of their own, or the two would mix
         self._group = distributed.new_group(backend="gloo") if distributed.is_initialized() else None
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
-        found = sorted(path for path in self.path.glob("step_*") if _NAME.fullmatch(path.name))
-        return found[-1] if found else None
-
-    def latest_step(self) -> int:
-        """The step of the newest complete checkpoint; 0 where there is none."""
-        newest = self.latest()
-        return 0 if newest is None else int(_NAME.fullmatch(newest.name)[1])
+    def complete(self) -> list[Path]:
+        """The checkpoints that were finished, oldest first; reading may still find one damaged."""
+        return sorted(path for path in self.path.glob("step_*") if _NAME.fullmatch(path.name))
 
     def save(self, state: TrainState, wait: bool = False) -> None:
         """Begin to save; the one before is finished first. With `wait` it is complete on return.
@@ -126,54 +127,102 @@ class CheckpointDirectory:
             if _is_first():
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
-                f"checkpoint {final} was not written ({_cause(error)}); earlier ones are whole: make room "
-                "and resume"
+                f"checkpoint {final} was not written ({first_cause(error)}); earlier ones are whole: make "
+                "room and resume"
             ) from error
         if _is_first():
-            (partial / "run.json").write_text(json.dumps(self.identity, indent=1))
+            write_record(partial, self.identity)
             partial.rename(final)
-            for path in sorted(self.path.glob("step_????????"))[: -self.keep]:
+            for path in self.complete()[: -self.keep]:
                 shutil.rmtree(path)
         _meet()
 
     def restore(self, state: TrainState) -> bool:
-        """Go on from the newest checkpoint; False where there is none.
+        """Go on from the newest checkpoint that is whole; False where there is none at all.
 
-        Raises ValueError when it is of another recipe.
+        A damaged one is told in a warning and set aside, under its name with `.damaged`.
+        Raises ValueError when none is whole, or when one is of another recipe.
         """
-        newest = self.latest()
-        if newest is None:
-            return False
-        self._check(newest)
-        tree = state.tensors()
-        checkpoint.load(tree, checkpoint_id=newest, no_dist=not distributed.is_initialized())
-        state.take(tree)
-        return True
-
-    def _check(self, newest: Path) -> None:
-        try:
-            found = json.loads((newest / "run.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        damaged: list[tuple[Path, str]] = []
+        for path in reversed(self.complete()):
+            problem = self._take(path, state)
+            if not problem:
+                self._set_aside(damaged, path)
+                return True
+            damaged.append((path, problem))
+        if damaged:
+            path, problem = damaged[0]
             raise ValueError(
-                f"{newest} has no readable run.json; remove it to go on from the one before"
-            ) from error
+                f"none of the {len(damaged)} checkpoints in {self.path} is whole: of {path.name}, {problem}; "
+                "begin anew in another directory"
+            )
+        return False
+
+    def _take(self, path: Path, state: TrainState) -> str:
+        """Read a checkpoint into `state`; what is wrong with one that is damaged, else ""."""
+        problem, refusal = self._from_first(self._examine(path) if _is_first() else ("", ""))
+        if refusal:
+            raise ValueError(refusal)
+        if problem:
+            return problem
+        tree = state.tensors()
+        try:
+            read_checkpoint(tree, path)
+        except DamagedCheckpointError as error:
+            return str(error)
+        state.take(tree)
+        return ""
+
+    def _examine(self, path: Path) -> tuple[str, str]:
+        """What is damaged, and why a checkpoint that is whole is not of this run; "" for nothing."""
+        try:
+            found = check_record(path)
+        except DamagedCheckpointError as error:
+            return str(error), ""
         differing = sorted(
             name for name in {*found, *self.identity} if found.get(name) != self.identity.get(name)
         )
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"{newest} was made with {name} {found.get(name)!r}, this run has "
-                f"{self.identity.get(name)!r}; resume with the recipe it was made with, or choose another "
-                "directory"
-            )
+        if not differing:
+            return "", ""
+        name = differing[0]
+        return "", (
+            f"{path} was made with {name} {found.get(name)!r}, this run has {self.identity.get(name)!r}; "
+            "resume with the recipe it was made with, or choose another directory"
+        )
+
+    def _from_first(self, found: tuple[str, str]) -> tuple[str, str]:
+        """What the first rank found, on every rank."""
+        if not distributed.is_initialized():
+            return found
+        told = [found]
+        distributed.broadcast_object_list(told, src=0, group=self._group)
+        return told[0]
+
+    def _set_aside(self, damaged: list[tuple[Path, str]], taken: Path) -> None:
+        if _is_first():
+            for path, problem in damaged:
+                logger.warning(
+                    "checkpoint %s is damaged: %s; %s is taken, and the damaged one is kept as %s.damaged",
+                    path, problem, taken.name, path.name,
+                )  # fmt: skip
+                aside = path.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+        _meet()
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what went wrong underneath, on the first rank that failed."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+@contextmanager
+def locked_run(directory: Path) -> Iterator[None]:
+    """Keep other trainings out of `directory`, which is made, as long as the block runs.
+
+    Raises RuntimeError at once where another training runs there. Under several ranks the first one holds it.
+    """
+    if not _is_first():
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / _LOCK_FILE, f"training in {directory}"):
+        yield
 
 
 def _is_first() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import time
@@ -10,13 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rfengine.config import to_dict
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import Figures, TrainingStage
 from rfengine.training.train_config import TrainConfig
 from rfengine.training.train_state import CheckpointDirectory, TrainState
+from rfengine.training.training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
 _MAY_DIFFER = ("steps", "save_every", "sample_every", "keep", "parallel", "offload_teacher", "checkpointing")
@@ -25,6 +24,8 @@ _MAY_DIFFER = ("steps", "save_every", "sample_every", "keep", "parallel", "offlo
 class Trainer:
     """One training in one directory: `log.jsonl`, `tensorboard/`, `samples/` and `checkpoints/`.
 
+    It goes on from the newest checkpoint there that is whole. Nothing else may train there at the same time:
+    who starts one holds train_state.locked_run.
     sample(step, directory) writes videos of the moving average; every rank calls it, since each may hold a
     share of the weights. on_step(step, figures) sees what was logged; when it returns a sentence the run is
     saved and stops with it (a reward guard does that).
@@ -44,25 +45,28 @@ class Trainer:
         self.state = TrainState(stage.models, stage.optimizers, stage.averages)
         identity = {name: value for name, value in to_dict(config).items() if name not in _MAY_DIFFER}
         self.checkpoints = CheckpointDirectory(directory, identity, config.keep)
+        if self.checkpoints.restore(self.state):
+            logger.info("resumed at step %d of %d", self.state.step, config.steps)
         self._stop = ""
         self.interrupted = False  # by a signal, once run() has returned
 
     def run(self) -> str:
-        """Train to the configured step, from the newest checkpoint where there is one.
+        """Train to the configured step.
 
         Returns why it ended: "" when all steps are done; after SIGTERM or SIGINT, or when on_step says so, a
         sentence, and a checkpoint of the last whole step is there to resume from.
         """
-        if self.checkpoints.restore(self.state):
-            logger.info("resumed at step %d of %d", self.state.step, self.config.steps)
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self._signals(), _Log(self.directory, self.ranks.rank == 0, self.config, self.state.step) as log:
+        with self._signals(), self._log() as log:
             while self.state.step < self.config.steps and not self._stop:
                 self._step(log)
             self.checkpoints.save(self.state, wait=True)
         return self._stop
 
-    def _step(self, log: _Log) -> None:
+    def _log(self) -> TrainingLog:
+        return TrainingLog(self.directory, self.ranks.rank == 0, self.config, self.state.step)
+
+    def _step(self, log: TrainingLog) -> None:
         started = time.perf_counter()
         figures = self.stage.update(self.state.step)
         self.state.step += 1
@@ -90,60 +94,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class _Log:
-    """A line of JSON a step, the same to TensorBoard where it is installed, and a progress bar."""
-
-    def __init__(self, directory: Path, writes: bool, config: TrainConfig, step: int) -> None:
-        self._writes = writes
-        if not writes:
-            return
-        from tqdm import tqdm
-
-        _drop_lines_after(directory / "log.jsonl", step)
-        self._file = (directory / "log.jsonl").open("a")
-        self._board = _tensorboard(directory / "tensorboard", step)
-        self._bar = tqdm(total=config.steps, initial=step, desc=config.name, unit="step", disable=None)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writes:
-            self._file.close()
-            self._bar.close()
-            if self._board is not None:
-                self._board.close()
-
-    def write(self, step: int, figures: Figures) -> None:
-        if not self._writes:
-            return
-        rounded = {name: round(value, 6) for name, value in figures.items()}
-        self._file.write(json.dumps({"step": step} | rounded) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
-        self._bar.update()
-        losses = {name: f"{value:.3g}" for name, value in figures.items() if name.endswith("loss")}
-        self._bar.set_postfix(losses)
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """What an earlier run logged beyond its last checkpoint is about to be made again."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines()
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    if len(kept) < len(lines):
-        path.write_text("".join(f"{line}\n" for line in kept))
-
-
-def _tensorboard(directory: Path, step: int) -> Any:
-    """A writer that drops what lies beyond `step`, or None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory), purge_step=step or None)

@@ -125,8 +125,8 @@ def test_checkpoint_holds_the_weights_of_its_step_although_training_goes_on(tmp_
     at_three = {name: value.clone() for name, value in weights(trainer).items()}
     longer = dmd_trainer(tmp_path / "other", dataclasses.replace(DMD, keep=9))
     longer.run()
-    shutil.rmtree(longer.checkpoints.latest())
-    shutil.rmtree(longer.checkpoints.latest())
+    shutil.rmtree(longer.checkpoints.complete()[-1])
+    shutil.rmtree(longer.checkpoints.complete()[-1])
     restored = dmd_trainer(tmp_path / "other", dataclasses.replace(DMD, keep=9))
     assert restored.checkpoints.restore(restored.state)
     assert restored.state.step == 3
@@ -138,7 +138,7 @@ def test_killed_save_leaves_the_checkpoint_before_it(tmp_path):
     trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3))
     trainer.run()
     partial = trainer.checkpoints.path / "step_00000006.partial"
-    shutil.copytree(trainer.checkpoints.latest(), partial)
+    shutil.copytree(trainer.checkpoints.complete()[-1], partial)
     (partial / ".metadata").unlink()
     again = dmd_trainer(tmp_path)
     assert again.checkpoints.restore(again.state)
@@ -150,7 +150,7 @@ def test_killed_save_leaves_the_checkpoint_before_it(tmp_path):
 def test_full_disk_is_told_and_loses_no_checkpoint(tmp_path, monkeypatch):
     trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3))
     trainer.run()
-    whole = trainer.checkpoints.latest()
+    whole = trainer.checkpoints.complete()[-1]
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -159,7 +159,7 @@ def test_full_disk_is_told_and_loses_no_checkpoint(tmp_path, monkeypatch):
     trainer.state.step = 4
     with pytest.raises(OSError, match="was not written .*No space left.*make room"):
         trainer.checkpoints.save(trainer.state, wait=True)
-    assert trainer.checkpoints.latest() == whole
+    assert trainer.checkpoints.complete()[-1] == whole
     assert not list(trainer.checkpoints.path.glob("*.partial"))
     monkeypatch.undo()
     assert dmd_trainer(tmp_path).checkpoints.restore(trainer.state)
@@ -167,9 +167,8 @@ def test_full_disk_is_told_and_loses_no_checkpoint(tmp_path, monkeypatch):
 
 def test_checkpoint_of_another_recipe_is_refused(tmp_path):
     dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=1)).run()
-    other = dmd_trainer(tmp_path, dataclasses.replace(DMD, seed=1))
     with pytest.raises(ValueError, match="seed 0, this run has 1"):
-        other.run()
+        dmd_trainer(tmp_path, dataclasses.replace(DMD, seed=1))
     longer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=2))
     assert longer.run() == "", "more steps are the same run"
 
@@ -218,7 +217,7 @@ def test_loss_that_is_not_finite_stops_before_anything_changes(tmp_path):
 def test_on_step_ends_the_run_with_its_sentence(tmp_path):
     trainer = dmd_trainer(tmp_path, on_step=lambda step, figures: "enough" if step == 2 else None)
     assert trainer.run() == "enough"
-    assert trainer.checkpoints.latest().name == "step_00000002"
+    assert trainer.checkpoints.complete()[-1].name == "step_00000002"
 
 
 def test_samples_are_written_on_their_steps(tmp_path):
@@ -263,12 +262,33 @@ def test_state_is_the_same_whether_saved_before_the_first_student_step_or_not(tm
     assert_equal(saved, unsaved)
 
 
-def test_damaged_run_record_is_told(tmp_path):
-    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=1))
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 5, "critic_lo', b"\0" * 64, b'{"step": "5"}\n', b"[5]\n", b"\xff\n"]
+)
+def test_a_damaged_end_of_the_log_is_dropped_and_told(tmp_path, whole_run, caplog, tail):
+    dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3)).run()
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes() + tail)
+    resumed = dmd_trainer(tmp_path)
+    assert resumed.run() == ""
+    assert_equal(resumed, whole_run)
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4, 5, 6, 7]
+    assert "log.jsonl is damaged at line 4 of 4; the 3 whole lines up to step 3" in caplog.text
+
+
+def test_a_run_with_a_damaged_newest_checkpoint_ends_as_one_without_damage(tmp_path, whole_run, caplog):
+    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, save_every=3, steps=6))
     trainer.run()
-    (trainer.checkpoints.latest() / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="no readable run.json"):
-        dmd_trainer(tmp_path).run()
+    for path in trainer.checkpoints.complete()[-1].glob("*.distcp"):
+        path.write_bytes(b"")
+    resumed = dmd_trainer(tmp_path)
+    assert resumed.state.step == 3
+    assert resumed.run() == ""
+    assert_equal(resumed, whole_run)
+    assert (
+        "step_00000006 is damaged: its file __0_0.distcp is not what was written; step_00000003 is"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(

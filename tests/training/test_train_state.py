@@ -1,0 +1,127 @@
+"""Checkpoints of a training that are damaged in any part, and directories that are in use."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rfengine.training.stage_run import WeightAverage
+from rfengine.training.train_state import CheckpointDirectory, TrainState, locked_run
+
+IDENTITY = {"name": "small", "betas": (0.0, 0.5), "seed": 0}
+
+
+def small_state(step: int = 0) -> TrainState:
+    model = nn.Linear(8, 8)
+    with torch.no_grad():
+        model.weight.fill_(float(step))
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = TrainState({"student": model}, {"student": optimizer}, {"student": WeightAverage(model, 0.5)})
+    state.step = step
+    return state
+
+
+def checkpoints(directory: Path, **changes: object) -> CheckpointDirectory:
+    return CheckpointDirectory(directory, IDENTITY | changes, keep=3)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    for step in (1, 2):
+        checkpoints(directory).save(small_state(step), wait=True)
+    return directory
+
+
+@pytest.fixture
+def run(two: Path, tmp_path: Path) -> Path:
+    shutil.copytree(two, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def exchange(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = [truncate, flip, Path.unlink, exchange, lambda path: path.write_bytes(b"")]
+NEWEST = "checkpoints/step_00000002"
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.json"])
+@pytest.mark.parametrize("damage", DAMAGES, ids=["truncated", "one bit", "absent", "a pipe", "empty"])
+def test_the_one_before_a_damaged_checkpoint_is_taken_and_told(
+    run: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(run / NEWEST / name)
+    state = small_state()
+    assert checkpoints(run).restore(state)
+    assert state.step == 1
+    assert float(state.models["student"].weight[0, 0].detach()) == 1.0
+    assert f"step_00000002 is damaged: its {'run.json' if name == 'run.json' else 'file'}" in caplog.text
+    assert "step_00000001 is taken, and the damaged one is kept as step_00000002.damaged" in caplog.text
+    assert sorted(os.listdir(run / "checkpoints")) == ["step_00000001", "step_00000002.damaged"]
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", DAMAGES[:1] + DAMAGES[2:], ids=["truncated", "absent", "a pipe", "empty"])
+def test_damage_to_a_checkpoint_without_checksums_is_found_by_reading_it(
+    run: Path, name: str, damage: Callable[[Path], None]
+) -> None:
+    for path in (run / "checkpoints").iterdir():
+        old = json.dumps({"format": 1, **json.loads(json.dumps(IDENTITY))})
+        (path / "run.json").write_text(old)
+    damage(run / NEWEST / name)
+    state = small_state()
+    assert checkpoints(run).restore(state)
+    assert state.step == 1
+
+
+def test_a_training_without_any_whole_checkpoint_is_refused(run: Path) -> None:
+    for path in (run / "checkpoints").iterdir():
+        (path / ".metadata").unlink()
+    told = "none of the 2 checkpoints .* is whole: of step_00000002, its file .metadata is absent; begin anew"
+    with pytest.raises(ValueError, match=told):
+        checkpoints(run).restore(small_state())
+
+
+def test_an_older_checkpoint_does_not_stand_in_for_one_of_another_recipe(run: Path) -> None:
+    with pytest.raises(ValueError, match="step_00000002 was made with seed 0, this run has 1"):
+        checkpoints(run, seed=1).restore(small_state())
+
+
+def test_the_step_of_a_damaged_checkpoint_is_saved_again(run: Path) -> None:
+    flip(run / NEWEST / "__0_0.distcp")
+    again, state = checkpoints(run), small_state()
+    again.restore(state)
+    state.step = 2
+    again.save(state, wait=True)
+    assert checkpoints(run).restore(state)
+    assert state.step == 2
+
+
+def test_a_directory_in_which_another_trains_is_refused_at_once(tmp_path: Path) -> None:
+    refused = pytest.raises(
+        RuntimeError, match="another process is training in .*run; wait until it has ended"
+    )
+    with locked_run(tmp_path / "run"), refused, locked_run(tmp_path / "run"):
+        pytest.fail("two trainings in one directory")
+    with locked_run(tmp_path / "run"):
+        pass
