@@ -20,7 +20,7 @@ from rfengine.training.distillation import (
     PromptBatch,
     StudentLoss,
 )
-from rfengine.training.latent_dataset import load_dataset
+from rfengine.training.latent_dataset import LatentDataset, load_dataset
 from rfengine.training.lora_layers import add_adapters
 from rfengine.training.memory_savers import recompute_blocks
 from rfengine.training.parallel import Ranks, shard
@@ -133,7 +133,22 @@ def _clips(config: TrainConfig, encode: Encode, device: torch.device) -> Clips:
             f"the clips {path} do not exist; give the toy world's file, which `python -m "
             "rfengine.training.tiny_model --stage videos` makes, or a directory of latents"
         )
-    return ToyClips(load_dataset(path), config.clip_frames, config.engine.cache.chunk_frames)
+    return ToyClips(_toy_dataset(path, config), config.clip_frames, config.engine.cache.chunk_frames)
+
+
+def _toy_dataset(path: Path, config: TrainConfig) -> LatentDataset:
+    """The clips of a file. Raises ValueError where they are not of the size that is trained."""
+    dataset, model = load_dataset(path), config.engine.model
+    channels, *sides = _latent_size(config)
+    found, texts = list(dataset.latents.shape[1:]), list(dataset.texts.shape[1:])
+    fits = [found[0], *found[2:]] == [channels, *sides] and found[1] >= config.clip_frames
+    if not fits or texts != [model.text_len, model.text_dim]:
+        wanted = f"{[channels, config.clip_frames, *sides]}, or more frames"
+        raise ValueError(
+            f"{path} has latents {found} with texts {texts}; this training has {wanted}, with "
+            f"{[model.text_len, model.text_dim]}: give clips of its size"
+        )
+    return dataset
 
 
 def _trajectories(config: TrainConfig, encode: Encode, device: torch.device, ranks: Ranks) -> Trajectories:

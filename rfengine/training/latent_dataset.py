@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rfengine.checkpoint.layouts import list_names
+from rfengine.checkpoint.pickle_file import open_pickle
+from rfengine.files import replaced
 from rfengine.models.vae import WanVAE
 from rfengine.training.autoencoder import as_model_pixels
 from rfengine.training.caption_encoder import text_states
@@ -25,6 +28,7 @@ from rfengine.training.toy_world import (
 )
 
 _BATCH = 8
+_REMEDY = "make it again with `python -m rfengine.training.tiny_model --stage videos`"
 _MIN_CHANGE = (
     0.05  # of the range from 0 to 1: a pixel that differs this much from the background is foreground
 )
@@ -82,12 +86,49 @@ def encode_captions(
 
 
 def save_dataset(dataset: LatentDataset, path: Path) -> None:
-    """Write the dataset to one file; load_dataset is the way back."""
-    torch.save({name: getattr(dataset, name) for name in LatentDataset.__slots__}, path)
+    """Write the dataset to one file, whole or not at all; load_dataset is the way back. Raises OSError."""
+    with replaced(path) as partial:
+        torch.save({name: getattr(dataset, name) for name in LatentDataset.__slots__}, partial)
 
 
 def load_dataset(path: Path) -> LatentDataset:
-    return LatentDataset(**torch.load(path, weights_only=True))
+    """Raises ValueError for a file that is absent, damaged or holds anything but a LatentDataset."""
+    stored = open_pickle(path, ())
+    names = LatentDataset.__slots__
+    if stored.keys() != set(names):
+        raise ValueError(
+            f"{path} holds {list_names(sorted(stored))} and clips are {', '.join(names)}; {_REMEDY}"
+        )
+    dataset = LatentDataset(**{name: tensor.read() for name, tensor in stored.items()})
+    problem = _problem(dataset)
+    if problem:
+        raise ValueError(f"{path} has {problem}; {_REMEDY}")
+    return dataset
+
+
+def _problem(dataset: LatentDataset) -> str:
+    """What does not fit in the tensors of a dataset, or ""."""
+    latents, texts, rows = dataset.latents, dataset.texts, dataset.text_rows
+    shapes = {name: list(getattr(dataset, name).shape) for name in LatentDataset.__slots__}
+    if latents.ndim != 5 or texts.ndim != 3 or not latents.numel() or not texts.numel():
+        return f"latents {shapes['latents']} and texts {shapes['texts']}, not [N, C, F, h, w] and [K, L, D]"
+    wanted = {
+        "foreground": [shapes["latents"][0], *shapes["latents"][2:]],
+        "open_texts": shapes["texts"],
+        "text_rows": shapes["latents"][:1],
+    }
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            return f"{name} {shapes[name]} where the others ask for {shape}"
+    for name in ("latents", "texts", "open_texts"):
+        values = getattr(dataset, name)
+        if not values.is_floating_point() or not torch.isfinite(values).all():
+            return f"{name} in {values.dtype} that are not all finite numbers"
+    if dataset.foreground.dtype != torch.bool or rows.dtype != torch.int64:
+        return f"foreground in {dataset.foreground.dtype} and text_rows in {rows.dtype}, not bool and int64"
+    if rows.min() < 0 or rows.max() >= len(texts):
+        return f"text_rows from {int(rows.min())} to {int(rows.max())} of {len(texts)} texts"
+    return ""
 
 
 def foreground_cells(scene: Scene, clip: Tensor, vae: WanVAE) -> Tensor:

@@ -15,8 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.loader import load_part
+from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.config import EngineConfig, TinyVAEConfig
+from rfengine.files import replaced
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.tiny_vae import TinyVAE
@@ -129,8 +132,10 @@ def _optimizers(model: TinyVAE) -> tuple[torch.optim.Optimizer, ...]:
 def _training_clips(teacher: Teacher, path: Path, clips: int, seed: int) -> tuple[Tensor, Tensor]:
     """Latents [2 * clips, z, F, h, w] and the teacher's pixels [2 * clips, 3, T, H, W], both float16."""
     if path.exists():
-        stored = torch.load(path, weights_only=True)
-        return stored["latents"], stored["pixels"]
+        stored = open_pickle(path, ())
+        if stored.keys() != {"latents", "pixels"}:
+            raise ValueError(f"{path} holds {list_names(sorted(stored))}, not latents and pixels; remove it")
+        return stored["latents"].read(), stored["pixels"].read()
     parts = []
     for first in range(0, clips, _GENERATED_BATCH):
         count = min(_GENERATED_BATCH, clips - first)
@@ -142,7 +147,8 @@ def _training_clips(teacher: Teacher, path: Path, clips: int, seed: int) -> tupl
     latents = torch.cat(parts).half()
     pixels = teacher.pixels(latents.float()).half()
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"latents": latents, "pixels": pixels}, path)
+    with replaced(path) as partial:
+        torch.save({"latents": latents, "pixels": pixels}, partial)
     return latents, pixels
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,9 +17,12 @@ from typing import Literal
 import torch
 from torch import nn
 
+from rfengine.checkpoint.directories import read_json
 from rfengine.checkpoint.loader import read_config, save_weights, write_config
 from rfengine.checkpoint.manifest import write_manifest
+from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.config import PRESETS, EngineConfig, VAEConfig, from_dict, to_dict
+from rfengine.files import write_text
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.vae import WanVAE
@@ -82,9 +86,9 @@ def run_stage(options: Options) -> None:
 def _measure_vae(config: VAEConfig, directory: Path, seed: int) -> None:
     """Write the configuration with the statistics of the trained latents; log how well it reconstructs."""
     vae = WanVAE(config)
-    vae.load_state_dict(torch.load(directory / "vae_weights.pt", weights_only=True))
+    load_finished(vae, directory / "vae_weights.pt")
     vae = with_measured_statistics(vae.eval(), seed)
-    (directory / "vae.json").write_text(json.dumps(to_dict(vae.config)))
+    write_text(directory / "vae.json", json.dumps(to_dict(vae.config)))
     StageRun(directory, "vae", 1.0).log(evaluation=_rounded(evaluate_autoencoder(vae, seed)))
 
 
@@ -148,21 +152,41 @@ def _add_tiny_decoder(options: Options, minutes: float) -> None:
     write_manifest(options.output)
 
 
+def load_finished(model: nn.Module, path: Path, keys: tuple[str, ...] = ()) -> None:
+    """Put the weights that a stage left in `path` onto `model`, in place. keys: where they lie in the file.
+
+    Raises ValueError for a file that is absent, damaged or of another model.
+    """
+    weights = {name: stored.read() for name, stored in open_pickle(path, keys).items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds the weights of another model; run its stage again") from error
+
+
+def _vae_config(directory: Path) -> VAEConfig:
+    """The VAE with the statistics that its stage measured."""
+    path = directory / "vae.json"
+    try:
+        return from_dict(VAEConfig, read_json(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not what the stage vae leaves ({error}); run it again") from error
+
+
 def load_config(directory: Path) -> EngineConfig:
     """The tiny preset with the latent statistics that were measured on the trained VAE."""
-    vae = from_dict(VAEConfig, json.loads((directory / "vae.json").read_text()))
-    return dataclasses.replace(PRESETS["tiny"], vae=vae)
+    return dataclasses.replace(PRESETS["tiny"], vae=_vae_config(directory))
 
 
 def load_vae(directory: Path) -> WanVAE:
-    vae = WanVAE(from_dict(VAEConfig, json.loads((directory / "vae.json").read_text())))
-    vae.load_state_dict(torch.load(directory / "vae_weights.pt", weights_only=True))
+    vae = WanVAE(_vae_config(directory))
+    load_finished(vae, directory / "vae_weights.pt")
     return vae.eval().requires_grad_(False)
 
 
 def load_text_model(config: EngineConfig, directory: Path) -> nn.Module:
     model = build_umt5(config.text)
-    model.load_state_dict(torch.load(directory / "text_weights.pt", weights_only=True))
+    load_finished(model, directory / "text_weights.pt")
     return model.requires_grad_(False)
 
 
@@ -171,9 +195,9 @@ def load_transformer(config: EngineConfig, directory: Path) -> WanDiT:
     model = WanDiT(config.model)
     finished = directory / "dit_weights.pt"
     if finished.exists():
-        model.load_state_dict(torch.load(finished, weights_only=True))
+        load_finished(model, finished)
     else:
-        model.load_state_dict(torch.load(directory / "dit.pt", weights_only=True)["average"])
+        load_finished(model, directory / "dit.pt", ("average",))
     return model.eval().requires_grad_(False)
 
 
@@ -181,11 +205,16 @@ def _rounded(figures: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def main() -> None:
+def main() -> int:
     import tyro
 
-    run_stage(tyro.cli(Options))
+    try:
+        run_stage(tyro.cli(Options))
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.stderr.write(f"tiny_model: error: {error}\n")
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -77,10 +77,21 @@ class LatentClips:
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(self.paths), (count,), generator=generator).tolist()
         empty = torch.rand(count, generator=generator) < self.empty_share
-        found = [read_safetensors(self.paths[row]) for row in rows]
-        clips = [tensors["latents"][:, : self.frames].float() for tensors, _ in found]
-        states = self.encode([metadata["prompt"] for _, metadata in found])
+        found = [self._read(self.paths[row]) for row in rows]
+        clips = [clip for clip, _ in found]
+        states = self.encode([prompt for _, prompt in found])
         return torch.stack(clips), torch.where(empty[:, None, None], self.negative.to(states), states)
+
+    def _read(self, path: Path) -> tuple[Tensor, str]:
+        """One clip [C, F, h, w] and its prompt. Raises ValueError where the file is not as it was checked."""
+        tensors, metadata = read_safetensors(path)
+        latents = tensors.get("latents")
+        if latents is None or latents.shape[1] < self.frames or "prompt" not in metadata:
+            raise ValueError(f"{path} was changed since the training began; put back what was there")
+        clip = latents[:, : self.frames].float()
+        if not torch.isfinite(clip).all():
+            raise ValueError(f"{path} has latents that are not finite; encode its video again")
+        return clip, metadata["prompt"]
 
 
 def latent_prompt(path: Path) -> str:
@@ -93,6 +104,10 @@ def _check_latents(path: Path, frames: int, size: tuple[int, int, int]) -> None:
     shape = entries["latents"].shape if "latents" in entries else None
     if shape is None or len(shape) != 4:
         raise ValueError(f"{path} has latents of {shape}; it must hold one tensor latents [C, F, h, w]")
+    if not entries["latents"].dtype.is_floating_point:
+        raise ValueError(
+            f"{path} has latents in {entries['latents'].dtype}; they must be floating-point numbers"
+        )
     if shape[1] < frames:
         raise ValueError(f"{path} has {shape[1]} latent frames; clips of this training have {frames}")
     channels, *sides = size

@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rfengine.checkpoint.loader import read_safetensors, save_weights
 from rfengine.config import EngineConfig, ScheduleConfig, to_dict
+from rfengine.files import strict_json
+from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule, shifted
 from rfengine.training.re_dmd import guided
 
+_REMEDY = "remove the file, and it is made again"
 SUBSTEPS = 12  # Euler steps for each step of a student of four: 48, as the published trajectories
 
 
@@ -91,16 +95,46 @@ class TrajectoryFile:
     """Trajectories of a file, drawn evenly."""
 
     def __init__(self, path: Path, engine: EngineConfig) -> None:
-        """Raises ValueError for a file that another schedule made, whose labels would be wrong."""
+        """Raises ValueError for a file that is damaged, is no file of trajectories, has other sizes than
+        `engine`, or was made with another schedule, whose labels would be wrong."""
         tensors, metadata = read_safetensors(path)
-        made, wanted = json.loads(metadata.get("schedule", "null")), to_dict(engine.schedule)
-        if made != json.loads(json.dumps(wanted)):
+        made, wanted = _schedule_of(path, metadata), json.loads(json.dumps(to_dict(engine.schedule)))
+        if made != wanted:
             raise ValueError(
-                f"{path} was made with the schedule {made} and this training has {wanted}; remove the file, "
-                "and it is made again"
+                f"{path} was made with the schedule {made} and this training has {wanted}; {_REMEDY}"
             )
+        problem = _problem(tensors, engine)
+        if problem:
+            raise ValueError(f"{path} has {problem}; {_REMEDY}")
         self._states, self._texts = tensors["states"], tensors["texts"]
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(self._states), (count,), generator=generator)
         return self._states[rows].float(), self._texts[rows].float()
+
+
+def _schedule_of(path: Path, metadata: dict[str, str]) -> Any:
+    try:
+        return strict_json(metadata.get("schedule", ""))
+    except ValueError as error:
+        raise ValueError(f"{path} names no schedule ({error}), as trajectories do; {_REMEDY}") from error
+
+
+def _problem(tensors: dict[str, Tensor], engine: EngineConfig) -> str:
+    """What does not fit in the tensors of a file, or ""."""
+    grid, model = LatentGrid.of(engine), engine.model
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if shapes.keys() != {"states", "texts"} or len(shapes["states"]) != 6:
+        return f"the tensors {shapes}, not states [N, K + 1, C, F, h, w] and texts [N, L, D]"
+    count, _, _, frames, _, _ = shapes["states"]
+    steps = len(engine.schedule.denoising_steps) + 1
+    wanted = {
+        "states": [count, steps, model.in_dim, frames, grid.latent_height, grid.latent_width],
+        "texts": [count, model.text_len, model.text_dim],
+    }
+    for name, shape in wanted.items():
+        if shapes[name] != shape or not count or not frames:
+            return f"{name} {shapes[name]} where this training has {shape}"
+        if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
+            return f"{name} that are not all finite numbers"
+    return ""

@@ -1,5 +1,8 @@
+"""Datasets of latents: made, kept, and refused where a file holds anything else."""
+
 import dataclasses
 
+import pytest
 import torch
 
 from rfengine.config import PRESETS
@@ -36,3 +39,59 @@ def test_dataset_is_read_back_as_it_was_encoded(tmp_path):
     assert read.latents.shape == (count, 8, 4, 8, 8) and read.foreground.shape == (count, 4, 8, 8)
     assert read.texts.shape[1:] == (128, 96) and read.text_rows.shape == (count,)
     assert int(read.text_rows.max()) == len(read.texts) - 1
+
+
+GOOD = {
+    "latents": torch.zeros(2, 8, 4, 3, 3).half(),
+    "foreground": torch.zeros(2, 4, 3, 3, dtype=torch.bool),
+    "texts": torch.zeros(3, 5, 7).half(),
+    "open_texts": torch.zeros(3, 5, 7).half(),
+    "text_rows": torch.tensor([0, 2]),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(2, 8, 4, 3)}, "latents .2, 8, 4, 3. and texts"),
+        ({"latents": GOOD["latents"][:0]}, "latents .0, 8"),
+        ({"latents": GOOD["latents"] + torch.nan}, "latents in torch.float16 that are not all finite"),
+        ({"texts": GOOD["texts"].int()}, "texts in torch.int32 that are not all finite"),
+        (
+            {"open_texts": torch.zeros(2, 5, 7).half()},
+            "open_texts .2, 5, 7. where the others ask for .3, 5, 7.",
+        ),
+        ({"foreground": torch.zeros(2, 4, 3, 3)}, "foreground in torch.float32"),
+        ({"foreground": torch.zeros(2, 4, 3, dtype=torch.bool)}, "foreground .2, 4, 3. where"),
+        ({"text_rows": torch.tensor([0, 3])}, "text_rows from 0 to 3 of 3 texts"),
+        ({"text_rows": torch.tensor([0, -1])}, "text_rows from -1 to 0 of 3 texts"),
+        ({"text_rows": torch.tensor([0])}, "text_rows .1. where"),
+        ({"more": torch.zeros(1)}, "holds .*more"),
+    ],
+)
+def test_file_of_other_tensors_is_refused(tmp_path, change, message):
+    torch.save(GOOD | change, tmp_path / "clips.pt")
+    with pytest.raises(ValueError, match=rf"clips.pt .*{message}.*--stage videos"):
+        load_dataset(tmp_path / "clips.pt")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.5, 0.99])
+def test_truncated_file_is_refused(tmp_path, kept):
+    path = tmp_path / "clips.pt"
+    torch.save(GOOD, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    with pytest.raises(ValueError, match=r"clips\.pt"):
+        load_dataset(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"latents": 3}, torch.zeros(2)])
+def test_foreign_file_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "clips.pt")
+    with pytest.raises(ValueError, match=r"clips\.pt"):
+        load_dataset(tmp_path / "clips.pt")
+
+
+def test_absent_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"clips\.pt does not exist"):
+        load_dataset(tmp_path / "clips.pt")

@@ -88,3 +88,26 @@ def test_latents_of_another_form_are_refused(tmp_path):
     save_weights(tmp_path / "short.safetensors", {"video": torch.zeros(1)})
     with pytest.raises(ValueError, match="must hold one tensor latents"):
         open_clips()
+
+
+def test_latents_that_are_not_finite_are_named_when_they_are_drawn(tmp_path):
+    write_clip(tmp_path, "one", float("nan"))
+    clips = LatentClips(tmp_path, 3, (4, 2, 3), states_of, torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="one.safetensors has latents that are not finite"):
+        clips.draw(1, torch.Generator())
+
+
+def test_latents_of_integers_are_refused(tmp_path):
+    save_weights(tmp_path / "a.safetensors", {"latents": torch.zeros(4, 5, 2, 3).int()}, {"prompt": "a"})
+    with pytest.raises(
+        ValueError, match="a.safetensors has latents in torch.int32; they must be floating-point"
+    ):
+        LatentClips(tmp_path, 3, (4, 2, 3), states_of, torch.zeros(1, 2, 3))
+
+
+def test_a_file_that_changes_during_the_training_is_told(tmp_path):
+    write_clip(tmp_path, "one", 1.0)
+    clips = LatentClips(tmp_path, 3, (4, 2, 3), states_of, torch.zeros(1, 2, 3))
+    write_clip(tmp_path, "one", 1.0, frames=2)
+    with pytest.raises(ValueError, match="one.safetensors was changed since the training began"):
+        clips.draw(1, torch.Generator())

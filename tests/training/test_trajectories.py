@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from inputs import small_model, text_states
-from rfengine.config import ScheduleConfig
+from rfengine.checkpoint.loader import save_weights
+from rfengine.config import ScheduleConfig, to_dict
 from rfengine.schedule import FlowSchedule, add_noise
 from rfengine.training.trajectories import TrajectoryFile, follow_flow, make_trajectories
 from training_checks.small_distillation import ENGINE
@@ -58,10 +60,10 @@ def test_guidance_moves_the_trajectory_by_the_difference_of_two_texts():
 
 def write(path, schedule) -> None:
     def draw(count):
-        return torch.randn(count, 4, 3, 2, 2), text_states().expand(count, -1, -1)
+        return torch.randn(count, 4, 3, 4, 6), text_states().expand(count, -1, -1)
 
     def follow(noise, states):
-        return torch.stack([noise, 0 * noise], dim=1)
+        return torch.stack([noise, noise / 2, 0 * noise], dim=1)
 
     make_trajectories(path, 5, draw, follow, schedule, batch=2)
 
@@ -70,12 +72,43 @@ def test_file_gives_back_what_was_made(tmp_path):
     path = tmp_path / "new" / "paths.safetensors"
     write(path, ENGINE.schedule)
     states, texts = TrajectoryFile(path, ENGINE).draw(7, torch.Generator().manual_seed(0))
-    assert states.shape == (7, 2, 4, 3, 2, 2) and texts.shape == (7, 8, 16)
-    assert states[:, 0].abs().amax(dim=(1, 2, 3, 4)).min() > 0 and not states[:, 1].any()
+    assert states.shape == (7, 3, 4, 3, 4, 6) and texts.shape == (7, 8, 16)
+    assert states[:, 0].abs().amax(dim=(1, 2, 3, 4)).min() > 0 and not states[:, 2].any()
 
 
 def test_file_of_another_schedule_is_refused(tmp_path):
     path = tmp_path / "paths.safetensors"
     write(path, dataclasses.replace(ENGINE.schedule, shift=8.0))
     with pytest.raises(ValueError, match="8.0.*remove the file"):
+        TrajectoryFile(path, ENGINE)
+
+
+STATES, TEXTS = torch.zeros(5, 3, 4, 3, 4, 6), torch.zeros(5, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"states": STATES}, "the tensors {'states'"),
+        ({"states": STATES, "texts": TEXTS, "more": TEXTS}, "'more'"),
+        ({"states": STATES[:, :2], "texts": TEXTS}, r"states \[5, 2, 4, 3, 4, 6\] where this training has"),
+        ({"states": STATES[..., :5], "texts": TEXTS}, r"has \[5, 3, 4, 3, 4, 6\]"),
+        ({"states": STATES, "texts": TEXTS[:4]}, r"texts \[4, 8, 16\] where"),
+        ({"states": STATES[:0], "texts": TEXTS[:0]}, "states"),
+        ({"states": STATES + torch.nan, "texts": TEXTS}, "states that are not all finite"),
+        ({"states": STATES, "texts": TEXTS.long()}, "texts that are not all finite"),
+    ],
+)
+def test_file_of_other_tensors_is_refused(tmp_path, tensors, message):
+    path = tmp_path / "paths.safetensors"
+    save_weights(path, tensors, {"schedule": json.dumps(to_dict(ENGINE.schedule))})
+    with pytest.raises(ValueError, match=rf"paths.safetensors has .*{message}.*; remove the file"):
+        TrajectoryFile(path, ENGINE)
+
+
+@pytest.mark.parametrize("schedule", ["", "{", "NaN", "[" * 100_000])
+def test_file_without_a_schedule_is_refused(tmp_path, schedule):
+    path = tmp_path / "paths.safetensors"
+    save_weights(path, {"states": STATES, "texts": TEXTS}, {"schedule": schedule})
+    with pytest.raises(ValueError, match="paths.safetensors names no schedule .*; remove the file"):
         TrajectoryFile(path, ENGINE)
