@@ -58,6 +58,14 @@ def open_pickle(path: Path, keys: Sequence[str] = MODEL_KEYS) -> dict[str, Store
     Raises RuntimeError for a torch older than 2.10, and ValueError for a file that is damaged, holds anything
     but tensors, or needs code to be read.
     """
+    return _tensors_of(path, load_pickle(path), keys)
+
+
+def load_pickle(path: Path) -> Any:
+    """What a torch file holds, on the CPU and mapped where it can be; no code in it runs.
+
+    Raises as open_pickle does, but for what is in it.
+    """
     _check_torch()
     if not path.is_file():
         raise ValueError(f"{path} {absence(path)}")
@@ -79,7 +87,7 @@ def open_pickle(path: Path, keys: Sequence[str] = MODEL_KEYS) -> dict[str, Store
                 "safetensors"
             ) from error
         raise ValueError(f"{path} is damaged or not a torch file; get it again") from error
-    return _tensors_of(path, payload, keys)
+    return payload
 
 
 def _check_archive(path: Path) -> None:

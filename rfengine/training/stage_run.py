@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfengine.checkpoint.pickle_file import load_pickle
+from rfengine.files import replaced
+
 _SAVE_SECONDS = 60.0
 _LOG_STEPS = 25
 
@@ -67,16 +70,20 @@ class StageRun:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint with `state` and the counters, atomically."""
-        partial = self._state_path.with_suffix(".partial")
-        torch.save(state | {"step": self.step, "elapsed": self.elapsed}, partial)
-        partial.rename(self._state_path)
+        with replaced(self._state_path) as partial:
+            torch.save(state | {"step": self.step, "elapsed": self.elapsed}, partial)
         self._last_save = time.monotonic()
 
     def resume(self) -> dict[str, Any] | None:
-        """The state of an earlier run, whose counters go on; None on a fresh start."""
+        """The state of an earlier run, whose counters go on; None on a fresh start.
+
+        Raises ValueError where the file is damaged or none of a StageRun.
+        """
         if not self._state_path.exists():
             return None
-        state = torch.load(self._state_path, weights_only=True)
+        state = load_pickle(self._state_path)
+        if not isinstance(state, dict) or not {"step", "elapsed"} <= state.keys():
+            raise ValueError(f"{self._state_path} is no state of a stage; remove it to begin the stage anew")
         self.step, self.elapsed = state["step"], state["elapsed"]
         self._last_tick = time.monotonic()
         return state

@@ -56,3 +56,14 @@ def test_average_follows_fast_at_first_and_slowly_later():
     average.load({"weight": torch.zeros(1, 1)})
     average.update(layer, step=10_000)
     assert float(average.values["weight"]) == pytest.approx(0.01)
+
+
+def test_a_damaged_or_foreign_state_is_named(tmp_path):
+    StageRun(tmp_path, "stage", 1.0).save({"model": {"weight": torch.ones(2)}})
+    path = tmp_path / "stage.pt"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match="stage.pt is damaged"):
+        StageRun(tmp_path, "stage", 1.0).resume()
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="stage.pt is no state of a stage; remove it"):
+        StageRun(tmp_path, "stage", 1.0).resume()
