@@ -31,13 +31,13 @@ from rfengine.checkpoint.file_format import absence
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import engine_config, read_as, read_config, write_config
 from rfengine.checkpoint.lora import add_lora
+from rfengine.checkpoint.lora_file import open_lora
 from rfengine.checkpoint.manifest import write_manifest
-from rfengine.checkpoint.pickle_file import LORA_KEYS
 from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, expected_shapes, infer_config
 from rfengine.checkpoint.shards import all_shards
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
 from rfengine.checkpoint.text_encoder import open_tokenizer
-from rfengine.checkpoint.weights_file import open_part, open_weights
+from rfengine.checkpoint.weights_file import open_part
 from rfengine.config import (
     CacheConfig,
     DTypeName,
@@ -92,7 +92,8 @@ def convert(
     one file of a generator or of a tiny decoder (taew2_1): a pickle or safetensors, whatever its name, with
     scaled FP8 too. Of a shard all shards are taken.
     base: a directory that gives the parts the source lacks; without it they are left out, with a warning.
-    lora: merged into the transformer in float32; its scale is 1 unless the file has alphas.
+    lora: a file, or the directory PEFT or Diffusers saved it in; merged into the transformer in float32, at
+    the scale that its alphas, the adapter_config.json beside it or its header state, else at 1.
     dtype: of every floating-point tensor written; none is kept wider.
     use_ema: take generator_ema where a pickle has it.
     kind: which cache the checkpoint was trained for; auto goes by the name of the source (CACHES has them).
@@ -112,7 +113,8 @@ def convert(
                 raise ValueError(
                     f"{source} holds a tiny decoder, which takes no LoRA; give lora with a generator"
                 )
-            add_lora(checkpoint.tensors["transformer"], open_weights([Path(lora)], LORA_KEYS), str(lora))
+            opened = open_lora(Path(lora))
+            add_lora(checkpoint.tensors["transformer"], opened.tensors, opened.label, opened.statements)
         _check_tensors(checkpoint)
         config = _target_config(checkpoint, kind) if complete else None
         _warn(kind, checkpoint, lora)

@@ -177,7 +177,7 @@ def detect_layout(names: Iterable[str]) -> Layout:
     """
     names = list(names)
     joined = "\n".join(names)
-    if ".lora_A." in joined or ".lora_B." in joined:
+    if re.search(r"\.lora_(A|B|up|down)(\.|$)|[._]lora\.(up|down)\.", joined, re.MULTILINE):
         raise ValueError(
             "the file holds a LoRA, not a whole model; give it as lora, beside the model it adapts"
         )

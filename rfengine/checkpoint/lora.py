@@ -1,93 +1,240 @@
-"""PEFT LoRA files: their names, and their merge into the transformer (spec 6.2)."""
+"""The merge of a LoRA into the transformer, in float32 and one tensor at a time (spec 6.2)."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rfengine.checkpoint.layouts import list_names
-from rfengine.checkpoint.prefixes import WRAPPER_SEGMENTS, strip_prefixes
+from rfengine.checkpoint.lora_names import LoraNames, parse_lora
+from rfengine.checkpoint.lora_scale import ScaleStatement, check_alpha
 from rfengine.checkpoint.tensor_file import StoredTensor
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class LoraNames:
-    """Names in a LoRA file that belong to one adapted layer."""
-
-    down: str  # lora_A, [rank, in]
-    up: str  # lora_B, [out, rank]
-    alpha: str | None  # a scalar; the scale is alpha / rank, and 1 without it
+_SAME_SCALE = 2**-8  # relative; an alpha among the tensors may have been rounded to bfloat16
 
 
-def parse_lora(names: Iterable[str]) -> dict[str, LoraNames]:
-    """The adapted layers of a LoRA, each by the engine's name of its weight.
+def add_lora(
+    transformer: dict[str, StoredTensor],
+    lora: Mapping[str, StoredTensor],
+    label: str,
+    statements: Sequence[ScaleStatement] = (),
+) -> None:
+    """Replace the adapted tensors in `transformer` by merged ones, which are computed when they are read.
 
-    Raises ValueError for a name of another form and for a layer that has only one of the two matrices.
+    A pair is merged at the scale that its alpha among the tensors or the statements give, and at 1 with a
+    warning where nothing does. label: what the LoRA is called in errors. Raises ValueError when it does not
+    fit the transformer, when its scale is contradictory, and, once a tensor is read, for values that are not
+    finite.
     """
-    found: dict[str, dict[str, str]] = {}
-    foreign = []
-    for name in names:
-        clean = strip_prefixes(WRAPPER_SEGMENTS.sub("", name).removeprefix("base_model.model."))
-        match = re.fullmatch(r"(.+)\.(?:lora_([AB])(?:\.default)?\.weight|alpha)", clean)
-        if match is None:
-            foreign.append(name)
-            continue
-        found.setdefault(f"{match[1]}.weight", {})[match[2] or "alpha"] = name
-    if foreign or not found:
-        raise ValueError(
-            f"the LoRA has {list_names(foreign) or 'no tensor'} where lora_A and lora_B of PEFT "
-            "are expected; give a file of those alone"
-        )
-    single = [weight for weight, sides in found.items() if not {"A", "B"} <= set(sides)]
-    if single:
-        raise ValueError(f"the LoRA has only one of lora_A and lora_B for {list_names(single)}; get it again")
-    return {weight: LoraNames(sides["A"], sides["B"], sides.get("alpha")) for weight, sides in found.items()}
+    layers = parse_lora(lora, transformer.keys(), label)
+    _check_dtypes(layers, lora, label)
+    _check_shapes(transformer, layers, lora, label)
+    _check_whole(layers, statements, label)
+    scales = _scales(layers, lora, statements, label)
+    for target, names in layers.items():
+        scale = scales.get(_pair_of(target), 1.0)
+        transformer[target] = _merged(transformer[target], _Change(names, lora, scale, label))
+    logger.info("%s: merging %d tensors, %d of them by pairs", label, len(layers), len(scales))
 
 
-def add_lora(transformer: dict[str, StoredTensor], lora: Mapping[str, StoredTensor], label: str) -> None:
-    """Replace the adapted weights in `transformer` by merged ones, which are computed when they are read.
+def _pair_of(target: str) -> str:
+    """The weight whose pair gives the scale of `target`, which may be the bias beside it."""
+    return f"{target.removesuffix('.bias')}.weight" if target.endswith(".bias") else target
 
-    label: what the LoRA is called in errors. Raises ValueError when it does not fit the transformer.
-    """
-    layers = parse_lora(lora)
-    unknown = [weight for weight in layers if weight not in transformer]
-    if unknown:
-        raise ValueError(
-            f"{label} adapts {list_names(unknown)}, which the transformer lacks; it is for another model"
-        )
-    misfits = [
-        f"{weight} {transformer[weight].shape} by {lora[names.up].shape} x {lora[names.down].shape}"
-        for weight, names in layers.items()
-        if not _fits(transformer[weight].shape, lora[names.up].shape, lora[names.down].shape)
+
+def _check_dtypes(layers: Mapping[str, LoraNames], lora: Mapping[str, StoredTensor], label: str) -> None:
+    wrong = [
+        f"{name} {lora[name].dtype}"
+        for names in layers.values()
+        for name in (names.down, names.up, names.up_bias, names.diff, names.whole)
+        if name is not None and not lora[name].dtype.is_floating_point
     ]
+    if wrong:
+        raise ValueError(
+            f"{label} holds {list_names(wrong)} where floating-point numbers are expected; quantized "
+            "adapters are not merged, so give it in BF16, F16 or F32"
+        )
+
+
+def _check_shapes(
+    transformer: Mapping[str, StoredTensor],
+    layers: Mapping[str, LoraNames],
+    lora: Mapping[str, StoredTensor],
+    label: str,
+) -> None:
+    empty, misfits = [], []
+    for target, names in layers.items():
+        shape = transformer[target].shape
+        if names.down is not None and names.up is not None:
+            up, down = lora[names.up].shape, lora[names.down].shape
+            if 0 in (*up, *down):
+                empty.append(f"{target} by {up} x {down}")
+            elif not _fits(shape, up, down):
+                misfits.append(f"{target} {shape} by {up} x {down}")
+        for name in (names.up_bias, names.diff, names.whole):
+            if name is not None and lora[name].shape != shape:
+                misfits.append(f"{target} {shape} by {name} {lora[name].shape}")
+    if empty:
+        raise ValueError(
+            f"{label} has matrices of rank 0 or without values for {list_names(empty)}; get it again"
+        )
     if misfits:
         raise ValueError(
             f"{label} does not fit {list_names(misfits)}; it is for a transformer of another size"
         )
-    for weight, names in layers.items():
-        alpha = None if names.alpha is None else lora[names.alpha]
-        transformer[weight] = _merged(transformer[weight], lora[names.down], lora[names.up], alpha)
-    logger.info("%s: merging %d pairs", label, len(layers))
 
 
 def _fits(weight: tuple[int, ...], up: tuple[int, ...], down: tuple[int, ...]) -> bool:
-    return len(weight) == len(up) == len(down) == 2 and (*up, down[1]) == (weight[0], down[0], weight[1])
+    """Whether up @ down, flattened behind the first axis, has the values of `weight`.
+
+    Those of a convolution are up [out, rank, 1, ...] and down [rank, in, *kernel], or flat.
+    """
+    if min(len(weight), len(up), len(down)) < 2 or (up[0], up[1]) != (weight[0], down[0]):
+        return False
+    inner, flat = _without_ones(down[1:]), math.prod(weight[1:])
+    return set(up[2:]) <= {1} and inner in (_without_ones(weight[1:]), _without_ones((flat,)))
 
 
-def _merged(
-    weight: StoredTensor, down: StoredTensor, up: StoredTensor, alpha: StoredTensor | None
-) -> StoredTensor:
-    def read() -> Tensor:
-        return merge_lora(
-            weight.read(), down.read(), up.read(), None if alpha is None else float(alpha.read())
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`shape` without the axes of length 1 at its end."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _check_whole(layers: Mapping[str, LoraNames], statements: Sequence[ScaleStatement], label: str) -> None:
+    """Whole tensors beside an adapter and what is stated of them have to agree."""
+    saved = {module: False for each in statements for module in each.saved_modules}
+    has_biases = any(each.has_biases for each in statements)
+    strange = []
+    for target, names in layers.items():
+        if names.whole is None:
+            continue
+        modules = [module for module in saved if any(_ends_with(layer, module) for layer in names.layers)]
+        saved |= dict.fromkeys(modules, True)
+        if not modules and not (has_biases and target.endswith(".bias")):
+            strange.append(names.whole)
+    if strange:
+        raise ValueError(
+            f"{label} holds {list_names(strange)} whole, and no modules_to_save or bias in its "
+            "adapter_config.json says that they take the place of others; give the adapter with that file"
         )
+    absent = [module for module, is_there in saved.items() if not is_there]
+    if absent:
+        raise ValueError(f"{label} lacks the modules_to_save {list_names(absent)}; get the file again")
+    if has_biases and not any(names.whole and target.endswith(".bias") for target, names in layers.items()):
+        raise ValueError(f"{label} lacks the biases that its adapter_config.json states; get the file again")
+    for each in statements:
+        if each.has_lora_bias not in (None, any(names.up_bias is not None for names in layers.values())):
+            raise ValueError(
+                f"{each.source} has lora_bias {str(each.has_lora_bias).lower()} and {label} is otherwise; "
+                "they do not belong together"
+            )
+
+
+def _ends_with(layer: str, module: str) -> bool:
+    return layer == module or layer.endswith(f".{module}")
+
+
+def _scales(
+    layers: Mapping[str, LoraNames],
+    lora: Mapping[str, StoredTensor],
+    statements: Sequence[ScaleStatement],
+    label: str,
+) -> dict[str, float]:
+    """The scale of every pair, by the weight that it changes."""
+    scales, untold = {}, []
+    for target, names in layers.items():
+        if names.down is None:
+            continue
+        rank = lora[names.down].shape[0]
+        told = {each.source: each.scale(names.layers, rank) for each in statements}
+        if names.alpha is not None:
+            told[names.alpha] = _read_alpha(lora[names.alpha], names.alpha, label) / rank
+        known = {source: scale for source, scale in told.items() if scale is not None}
+        first = next(reversed(known.values()), 1.0)
+        if any(not math.isclose(first, scale, rel_tol=_SAME_SCALE) for scale in known.values()):
+            shown = ", ".join(f"{scale:g} by {source}" for source, scale in known.items())
+            raise ValueError(
+                f"the scale of {target} in {label} is contradictory: {shown}; leave one of them away"
+            )
+        if not known:
+            untold.append(target)
+            bias = layers.get(f"{target.removesuffix('.weight')}.bias", LoraNames()).up_bias
+            if bias is not None:
+                raise ValueError(
+                    f"{label} has {bias}, which PEFT scales as its matrices, and no alpha is stated; put the "
+                    "adapter_config.json of the adapter beside it"
+                )
+        scales[target] = first
+    _tell_untold(untold, len(scales), statements, layers, label)
+    return scales
+
+
+def _tell_untold(
+    untold: Sequence[str],
+    pairs: int,
+    statements: Sequence[ScaleStatement],
+    layers: Mapping[str, LoraNames],
+    label: str,
+) -> None:
+    if untold:
+        logger.warning(
+            "%s: no alpha is stated for %d of %d pairs, which are merged at scale 1; if they were trained at "
+            "another, put an adapter_config.json with r and lora_alpha beside the file",
+            label, len(untold), pairs,
+        )  # fmt: skip
+    adapted = [names.layers for names in layers.values() if names.down is not None]
+    for each in statements:
+        if unused := each.unused_patterns(adapted):
+            logger.warning("%s: no adapted layer has the name %s", each.source, list_names(unused))
+
+
+def _read_alpha(stored: StoredTensor, name: str, label: str) -> float:
+    if math.prod(stored.shape) != 1 or stored.dtype == torch.bool:
+        raise ValueError(
+            f"{name} in {label} is {stored.dtype} {stored.shape}; an alpha is one number, so get the file "
+            "again"
+        )
+    return check_alpha(stored.read().double().item(), f"{name} in {label}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What a LoRA does to one tensor."""
+
+    names: LoraNames
+    lora: Mapping[str, StoredTensor]
+    scale: float
+    label: str
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the LoRA in float32. Raises ValueError when it is not finite."""
+        values = self.lora[name].read().float()
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name} in {self.label} has values that are not finite; get the file again")
+        return values
+
+
+def _merged(weight: StoredTensor, change: _Change) -> StoredTensor:
+    names = change.names
+
+    def read() -> Tensor:
+        if names.whole is not None:
+            return change.read(names.whole)
+        value = weight.read().float()
+        if names.down is not None and names.up is not None:
+            value = _add_product(value, change.read(names.down), change.read(names.up), change.scale)
+        if names.up_bias is not None:
+            value = value + change.scale * change.read(names.up_bias)
+        return value if names.diff is None else value + change.read(names.diff)
 
     return replace(weight, dtype=torch.float32, read=read)
 
@@ -98,4 +245,10 @@ def merge_lora(weight: Tensor, down: Tensor, up: Tensor, alpha: float | None = N
     weight: [out, in]; down: [rank, in]; up: [out, rank]. Without alpha the scale is 1.
     """
     scale = 1.0 if alpha is None else alpha / down.shape[0]
-    return torch.addmm(weight.float(), up.float(), down.float(), alpha=scale)
+    return _add_product(weight.float(), down.float(), up.float(), scale)
+
+
+def _add_product(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """weight + scale * up @ down; those of a convolution are flattened behind their first axis."""
+    flat = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale)
+    return flat.reshape(weight.shape)

@@ -22,7 +22,8 @@ class ConvertOptions:
     base: Path | None = None
     """A directory that gives the VAE, the text encoder and the tokenizer where SOURCE lacks them."""
     lora: Path | None = None
-    """A LoRA to merge into the transformer."""
+    """A LoRA to merge into the transformer: a file, or the directory that PEFT or Diffusers saved it in. Its
+    scale is what its alphas, adapter_config.json or its header state, else 1."""
     dtype: DTypeName = "bfloat16"
     """Precision of the weights written."""
     use_ema: bool = True

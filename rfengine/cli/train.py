@@ -169,7 +169,10 @@ def _train_to_the_end(
     if ranks.rank == 0:
         export_checkpoint(merged_weights(state), config.engine, config.base, directory / "checkpoint")
         if config.lora_rank is not None:
-            save_weights(directory / "lora.safetensors", lora_weights(state))
+            rank = str(config.lora_rank)
+            save_weights(
+                directory / "lora.safetensors", lora_weights(state), {"lora_alpha": rank, "rank": rank}
+            )
         print(f"{directory / 'checkpoint'}: the model of step {config.steps}; rfengine generate takes it")
     ranks.meet()
 

@@ -411,6 +411,28 @@ def test_destination_that_cannot_be_written_is_reported(wan_directory: Path, tmp
         convert(wan_directory, tmp_path / "file" / "out")
 
 
+def drawn(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_lora_of_a_peft_directory_has_its_stated_scale(write_file: WriteFile, tmp_path: Path) -> None:
+    config = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=1, freq_dim=32)
+    weights = drawn(expected_transformer_shapes(config))
+    source = write_file(tmp_path / "self_forcing_dmd.safetensors", weights)
+    layer = "blocks.0.self_attn.q"
+    pair = drawn({f"{layer}.lora_A.weight": (4, 128), f"{layer}.lora_B.weight": (128, 4)}, seed=1)
+    lora = tmp_path / "adapter"
+    write_file(
+        lora / "adapter_model.safetensors", {f"base_model.model.{name}": each for name, each in pair.items()}
+    )
+    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}))
+    convert(source, tmp_path / "out", lora=lora, dtype="float32")
+    found = load_file(tmp_path / "out" / "transformer.safetensors")[f"{layer}.weight"]
+    down, up = pair.values()
+    torch.testing.assert_close(found, weights[f"{layer}.weight"] + 4 * up @ down, atol=1e-4, rtol=1e-4)
+
+
 def test_unusable_sources_are_explained(
     parts: Parts, write_file: WriteFile, wan_directory: Path, tmp_path: Path
 ) -> None:

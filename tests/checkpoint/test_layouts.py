@@ -153,6 +153,8 @@ def test_two_tensors_of_one_name_are_refused() -> None:
     ("names", "message"),
     [
         (["base_model.model.blocks.0.ffn.0.lora_A.weight"], "holds a LoRA"),
+        (["lora_unet_blocks_0_ffn_0.lora_down.weight"], "holds a LoRA"),
+        (["transformer.blocks.0.attn1.to_q.lora.up.weight"], "holds a LoRA"),
         ([*TRANSFORMER, "img_emb.proj.0.weight"], "image-to-video"),
         ([*TRANSFORMER, "blocks.0.cross_attn.k_img.weight"], "image-to-video"),
         (

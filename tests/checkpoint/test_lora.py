@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import logging
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.lora import LoraNames, add_lora, merge_lora, parse_lora
+from rfengine.checkpoint.lora import add_lora, merge_lora
+from rfengine.checkpoint.lora_names import parse_lora
+from rfengine.checkpoint.lora_scale import ScaleStatement
 from rfengine.checkpoint.shapes import expected_transformer_shapes
 from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.config import PRESETS, WanConfig
@@ -36,10 +41,9 @@ def stored(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
 def test_published_lora_has_300_pairs_of_the_published_size() -> None:
     shapes = lora_shapes(PRESETS["wan-1.3b"].model, rank=256)
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == (600, 349_962_240)
-    layers = parse_lora(shapes)
-    assert (
-        len(layers) == 300 and layers.keys() <= expected_transformer_shapes(PRESETS["wan-1.3b"].model).keys()
-    )
+    known = expected_transformer_shapes(PRESETS["wan-1.3b"].model).keys()
+    layers = parse_lora(shapes, known)
+    assert len(layers) == 300 and layers.keys() <= known
 
 
 @pytest.mark.parametrize("alpha", [None, 12.0])
@@ -84,30 +88,6 @@ def test_scale_is_alpha_over_rank() -> None:
     assert torch.equal(merge_lora(weight, down, up, alpha=2.0), torch.full((3, 2), 2.0))
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "base_model.model.{}.lora_{}.weight",
-        "base_model.model.{}.lora_{}.default.weight",
-        "base_model.model.model.{}.lora_{}.weight",
-        "{}.lora_{}.weight",
-        "_fsdp_wrapped_module.base_model.model._orig_mod.{}.lora_{}.weight",
-    ],
-)
-def test_name_forms_of_peft_are_read(template: str) -> None:
-    down, up = (template.format("blocks.3.ffn.2", side) for side in "AB")
-    assert parse_lora([down, up]) == {"blocks.3.ffn.2.weight": LoraNames(down, up, None)}
-
-
-def test_foreign_and_incomplete_loras_are_explained() -> None:
-    with pytest.raises(ValueError, match=r"the LoRA has critic_lora, step where lora_A and lora_B"):
-        parse_lora(["critic_lora", "step"])
-    with pytest.raises(ValueError, match="the LoRA has no tensor where"):
-        parse_lora([])
-    with pytest.raises(ValueError, match=r"only one of lora_A and lora_B for blocks.0.ffn.0.weight"):
-        parse_lora(["blocks.0.ffn.0.lora_A.weight"])
-
-
 def test_lora_of_another_model_is_refused() -> None:
     transformer = stored({"blocks.0.ffn.0.weight": torch.zeros(6, 4)})
 
@@ -127,3 +107,216 @@ def test_lora_of_another_model_is_refused() -> None:
     ):
         add_lora(transformer, pair("blocks.0.ffn.0", 6, 5), "lora.pt")
     assert torch.equal(transformer["blocks.0.ffn.0.weight"].read(), torch.zeros(6, 4))
+
+
+CONFIG = WanConfig(dim=16, ffn_dim=24, num_heads=2, num_layers=2, text_dim=8, freq_dim=8)
+LAYER = "blocks.0.self_attn.q"
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def transformer() -> dict[str, StoredTensor]:
+    shapes = expected_transformer_shapes(CONFIG)
+    return stored({name: drawn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())})
+
+
+def pair(layer: str = LAYER, rank: int = 2, outputs: int = 16, inputs: int = 16) -> dict[str, Tensor]:
+    return {
+        f"{layer}.lora_A.weight": drawn(rank, inputs, seed=1),
+        f"{layer}.lora_B.weight": drawn(outputs, rank, seed=2),
+    }
+
+
+def change(
+    transformer: dict[str, StoredTensor], lora: dict[str, Tensor], name: str, *statements: ScaleStatement
+) -> Tensor:
+    """What the LoRA adds to the tensor `name`."""
+    before = transformer[name].read()
+    add_lora(transformer, stored(lora), "lora.pt", statements)
+    return transformer[name].read() - before
+
+
+def product(lora: dict[str, Tensor]) -> Tensor:
+    down, up = lora.values()
+    return up @ down
+
+
+def test_stated_alpha_over_rank_is_the_scale(transformer: dict[str, StoredTensor]) -> None:
+    added = change(transformer, pair(), f"{LAYER}.weight", ScaleStatement("a.json", rank=2, alpha=8.0))
+    torch.testing.assert_close(added, 4 * product(pair()))
+
+
+def test_rslora_divides_by_the_root_of_the_rank(transformer: dict[str, StoredTensor]) -> None:
+    statement = ScaleStatement("a.json", alpha=8.0, is_rslora=True)
+    added = change(transformer, pair(rank=4), f"{LAYER}.weight", statement)
+    torch.testing.assert_close(added, 4 * product(pair(rank=4)))
+
+
+def test_scale_that_nothing_states_is_one_and_is_told(
+    transformer: dict[str, StoredTensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    lora = {**pair(), **pair("blocks.1.self_attn.q"), f"{LAYER}.alpha": torch.tensor(8)}
+    add_lora(transformer, stored(lora), "lora.pt")
+    assert "lora.pt: no alpha is stated for 1 of 2 pairs, which are merged at scale 1" in caplog.text
+
+
+def test_alphas_of_two_places_have_to_agree(transformer: dict[str, StoredTensor]) -> None:
+    lora = {**pair(), f"{LAYER}.alpha": torch.tensor(0.3, dtype=torch.bfloat16)}
+    add_lora(dict(transformer), stored(lora), "lora.pt", [ScaleStatement("a.json", alpha=0.3)])
+    with pytest.raises(
+        ValueError, match=r"scale of blocks.0.self_attn.q.weight in lora.pt is contradictory: "
+    ):
+        add_lora(transformer, stored(lora), "lora.pt", [ScaleStatement("a.json", alpha=2.0)])
+
+
+def test_rank_of_other_tensors_is_refused(transformer: dict[str, StoredTensor]) -> None:
+    with pytest.raises(ValueError, match=r"a.json states rank 16 for blocks.0.self_attn.q and its tensors"):
+        add_lora(transformer, stored(pair()), "lora.pt", [ScaleStatement("a.json", rank=16, alpha=16.0)])
+
+
+@pytest.mark.parametrize(
+    "alpha",
+    [
+        torch.tensor(0.0),
+        torch.tensor(-4.0),
+        torch.tensor(math.nan),
+        torch.tensor(math.inf),
+        torch.tensor(True),
+        torch.ones(2),
+        torch.ones(0),
+    ],
+)
+def test_alpha_tensor_that_is_no_alpha_is_refused(
+    transformer: dict[str, StoredTensor], alpha: Tensor
+) -> None:
+    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q.alpha in lora.pt is "):
+        add_lora(transformer, stored({**pair(), f"{LAYER}.alpha": alpha}), "lora.pt")
+
+
+def test_pair_of_a_convolution_is_merged(transformer: dict[str, StoredTensor]) -> None:
+    name = "patch_embedding.weight"
+    shape = transformer[name].shape
+    up, down = drawn(16, 3, 1, 1, 1), drawn(3, *shape[1:])
+    lora = {"patch_embedding.lora_up.weight": up, "patch_embedding.lora_down.weight": down}
+    exact = torch.einsum("or,ritxy->oitxy", up[..., 0, 0, 0].double(), down.double())
+    flat = {name: value.flatten(1) for name, value in lora.items()}
+    for each in (lora, flat):
+        torch.testing.assert_close(change(dict(transformer), each, name), exact.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_differences_are_added_to_weight_bias_and_modulation(transformer: dict[str, StoredTensor]) -> None:
+    added = {
+        "norm3.diff": "blocks.0.norm3.weight",
+        "norm3.diff_b": "blocks.0.norm3.bias",
+        "self_attn.q.diff_b": "blocks.0.self_attn.q.bias",
+        "self_attn.norm_k.w_norm": "blocks.0.self_attn.norm_k.weight",
+        "diff_m": "blocks.0.modulation",
+    }
+    lora = {
+        f"diffusion_model.blocks.0.{name}": drawn(*transformer[target].shape)
+        for name, target in added.items()
+    }
+    lora["diffusion_model.head.diff_m"] = drawn(*transformer["head.modulation"].shape)
+    before = {name: each.read() for name, each in transformer.items()}
+    add_lora(transformer, stored(lora), "lora.pt")
+    for value, target in zip(lora.values(), [*added.values(), "head.modulation"], strict=True):
+        assert torch.equal(transformer[target].read(), before[target] + value)
+    changed = {name for name, each in transformer.items() if not torch.equal(each.read(), before[name])}
+    assert changed == {*added.values(), "head.modulation"}
+
+
+def test_pair_and_difference_of_one_weight_are_both_added(transformer: dict[str, StoredTensor]) -> None:
+    lora = {**pair(), f"{LAYER}.diff": drawn(16, 16, seed=9), f"{LAYER}.alpha": torch.tensor(8.0)}
+    added = change(transformer, lora, f"{LAYER}.weight")
+    torch.testing.assert_close(added, 4 * product(pair()) + drawn(16, 16, seed=9))
+
+
+def test_bias_of_lora_b_is_scaled_as_its_matrices(transformer: dict[str, StoredTensor]) -> None:
+    lora = {**pair(), f"{LAYER}.lora_B.bias": drawn(16)}
+    with pytest.raises(ValueError, match=r"lora_B.bias, which PEFT scales .* and no alpha is stated"):
+        add_lora(dict(transformer), stored(lora), "lora.pt")
+    statement = ScaleStatement("a.json", alpha=8.0, has_lora_bias=True)
+    torch.testing.assert_close(change(transformer, lora, f"{LAYER}.bias", statement), 4 * drawn(16))
+
+
+def test_stated_lora_bias_has_to_be_there(transformer: dict[str, StoredTensor]) -> None:
+    statement = ScaleStatement("a.json", alpha=8.0, has_lora_bias=True)
+    with pytest.raises(ValueError, match=r"a.json has lora_bias true and lora.pt is otherwise"):
+        add_lora(transformer, stored(pair()), "lora.pt", [statement])
+
+
+def test_modules_to_save_take_the_place_of_the_base(transformer: dict[str, StoredTensor]) -> None:
+    shape = transformer["head.head.weight"].shape
+    lora = {**pair(), "base_model.model.head.head.weight": drawn(*shape, seed=5)}
+    with pytest.raises(
+        ValueError, match=r"lora.pt holds base_model.model.head.head.weight whole, and no mod"
+    ):
+        add_lora(dict(transformer), stored(lora), "lora.pt", [ScaleStatement("a.json", alpha=2.0)])
+    statement = ScaleStatement("a.json", alpha=2.0, saved_modules=("head.head",))
+    with pytest.raises(ValueError, match=r"lora.pt lacks the modules_to_save head.head"):
+        add_lora(dict(transformer), stored(pair()), "lora.pt", [statement])
+    add_lora(transformer, stored(lora), "lora.pt", [statement])
+    assert torch.equal(transformer["head.head.weight"].read(), drawn(*shape, seed=5))
+
+
+def test_trained_biases_take_the_place_of_the_base(transformer: dict[str, StoredTensor]) -> None:
+    lora = {**pair(), f"{LAYER}.bias": drawn(16, seed=5)}
+    statement = ScaleStatement("a.json", alpha=2.0, has_biases=True)
+    with pytest.raises(ValueError, match=r"lora.pt lacks the biases"):
+        add_lora(dict(transformer), stored(pair()), "lora.pt", [statement])
+    add_lora(transformer, stored(lora), "lora.pt", [statement])
+    assert torch.equal(transformer[f"{LAYER}.bias"].read(), drawn(16, seed=5))
+
+
+def test_rank_of_zero_is_refused(transformer: dict[str, StoredTensor]) -> None:
+    with pytest.raises(ValueError, match=r"rank 0 or without values for blocks.0.self_attn.q.weight by"):
+        add_lora(transformer, stored(pair(rank=0)), "lora.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_matrices_of_integers_are_refused(transformer: dict[str, StoredTensor], dtype: torch.dtype) -> None:
+    lora = {name: value.to(dtype) for name, value in pair().items()}
+    with pytest.raises(ValueError, match=r"lora.pt holds blocks.0.self_attn.q.lora_A.weight torch"):
+        add_lora(transformer, stored(lora), "lora.pt")
+
+
+def test_matrices_of_float8_are_merged(transformer: dict[str, StoredTensor]) -> None:
+    lora = {name: value.to(torch.float8_e4m3fn) for name, value in pair().items()}
+    exact = product({name: value.float() for name, value in lora.items()})
+    torch.testing.assert_close(change(transformer, lora, f"{LAYER}.weight"), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_value_that_is_not_finite_is_named(transformer: dict[str, StoredTensor], value: float) -> None:
+    lora = pair()
+    lora[f"{LAYER}.lora_B.weight"][3, 1] = value
+    add_lora(transformer, stored(lora), "lora.pt")
+    with pytest.raises(ValueError, match=r"q.lora_B.weight in lora.pt has values that are not finite"):
+        transformer[f"{LAYER}.weight"].read()
+
+
+def test_difference_of_another_shape_is_refused(transformer: dict[str, StoredTensor]) -> None:
+    with pytest.raises(ValueError, match=r"does not fit blocks.0.modulation \(1, 6, 16\) by .* \(6, 16\)"):
+        add_lora(transformer, stored({"blocks.0.diff_m": drawn(6, 16)}), "lora.pt")
+
+
+def test_pattern_of_no_layer_is_told(
+    transformer: dict[str, StoredTensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    statement = ScaleStatement("a.json", alpha=2.0, alpha_pattern=((re.compile("ffn.9$"), 4.0),))
+    with caplog.at_level(logging.WARNING):
+        add_lora(transformer, stored(pair()), "lora.pt", [statement])
+    assert "a.json: no adapted layer has the name ffn.9" in caplog.text
+
+
+def test_nothing_is_read_before_the_merged_weight_is(transformer: dict[str, StoredTensor]) -> None:
+    def refuse() -> Tensor:
+        raise AssertionError("read too early")
+
+    lora = {name: replace(each, read=refuse) for name, each in stored(pair()).items()}
+    add_lora(transformer, lora, "lora.pt")
+    with pytest.raises(AssertionError, match="read too early"):
+        transformer[f"{LAYER}.weight"].read()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from inputs import SMALL, small_model, text_states
-from rfengine.checkpoint.lora import merge_lora, parse_lora
+from rfengine.checkpoint.lora import merge_lora
+from rfengine.checkpoint.lora_names import parse_lora
 from rfengine.models.dit import WanDiT
 from rfengine.training.lora_layers import add_adapters, lora_weights, merged_weights
 
@@ -65,7 +66,7 @@ def test_merged_weights_load_into_a_plain_model_and_compute_the_same(adapted):
 
 def test_exported_lora_is_read_and_merged_as_any_other(adapted):
     base, lora = small_model().state_dict(), lora_weights(adapted.state_dict())
-    layers = parse_lora(lora)
+    layers = parse_lora(lora, base.keys())
     assert len(layers) == 10 * SMALL.num_layers and layers.keys() <= base.keys()
     merged = merged_weights(adapted.state_dict())
     for weight, names in layers.items():

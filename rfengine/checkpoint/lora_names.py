@@ -1,0 +1,264 @@
+"""Names in the LoRA files that people have, and the transformer's tensors they mean; pure functions of names.
+
+Layers have the names of Wan2.1 or of Diffusers, behind the prefixes of PEFT, ComfyUI, Diffusers, DiffSynth or
+a training wrapper, or kohya's lora_unet_ with underscores for dots. The two matrices are lora_A and lora_B,
+lora_down and lora_up, or the older lora.down and lora.up, with or without the name of an adapter. lightx2v
+adds .diff to a weight, .diff_b to a bias and .diff_m to a modulation; LyCORIS .w_norm and .b_norm to a norm.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
+
+from rfengine.checkpoint.layouts import diffusers_transformer_from_wan, list_names
+from rfengine.checkpoint.prefixes import WRAPPER_SEGMENTS
+
+logger = logging.getLogger(__name__)
+
+_PREFIXES = (
+    "base_model.model.", "base_model.", "diffusion_model.", "model.", "module.", "net.", "transformer.",
+    "unet.", "pipe.", "pipeline.", "dit.", "generator.", "student.",
+    "lora_unet_", "lora_transformer_", "lycoris_",
+)  # fmt: skip
+_TEXT_ENCODER = re.compile(r"lora_te\d*_|(text_encoders?(_\d)?|cond_stage_model|conditioner|te\d?)\.")
+_IMAGE = re.compile(
+    r"(^|[._])(k_img|v_img|norm_k_img|img_emb|add_[kv]_proj|norm_added_[kq]|image_embedder)($|[._])"
+)
+
+_MATRIX = re.compile(
+    r"(?P<layer>.+?)"
+    r"(?:\.lora_(?P<side>A|B|down|up)|[._]lora(?:_linear_layer)?\.(?P<old_side>down|up))"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?"
+    r"(?:\.(?P<leaf>weight|bias))?"
+)
+_OTHER = re.compile(r"(?P<layer>.+)\.(?P<kind>alpha|diff|diff_b|diff_m|w_norm|b_norm|weight|bias)")
+_DOWN_SIDES = ("A", "down")
+
+# Parts of names by which other methods than LoRA are known.
+_OTHER_METHODS = {
+    r"lora_magnitude_vector|dora_scale|dora_layer": "DoRA",
+    r"hada_\w+": "LoHa",
+    r"lokr_\w+": "LoKr",
+    r"lora_mid": "LoCon's Tucker form",
+    r"lora_embedding_[AB]": "the LoRA of an embedding",
+    r"b?oft_\w+": "OFT",
+    r"vera_\w+": "VeRA",
+    r"ia3_\w+|on_input": "IA3",
+    r"[ab][12]\.weight": "GLoRA",
+    r"reshape_weight|set_weight": "ComfyUI's new shapes",
+}
+
+# Field of LoraNames, and the leaves that its tensor can have in the transformer; an empty one means that the
+# name in front is that of a tensor.
+_FIELDS = {
+    "alpha": ("alpha", ("weight",)),
+    "diff": ("diff", ("weight", "")),
+    "diff_b": ("diff", ("bias",)),
+    "diff_m": ("diff", ("modulation", "scale_shift_table", "")),
+    "w_norm": ("diff", ("weight",)),
+    "b_norm": ("diff", ("bias",)),
+    "weight": ("whole", ("weight",)),
+    "bias": ("whole", ("bias",)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraNames:
+    """Names in a LoRA file that change one tensor of the transformer."""
+
+    down: str | None = None  # lora_A, [rank, in]
+    up: str | None = None  # lora_B, [out, rank]
+    alpha: str | None = None  # a scalar
+    up_bias: str | None = None  # bias of lora_B, [out], added to the layer's bias at the scale of the pair
+    diff: str | None = None  # added as it is
+    whole: str | None = None  # takes the tensor's place
+    layers: tuple[str, ...] = field(default=(), compare=False)  # names of the layer, prefixes fewer and fewer
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One name of the file, taken apart."""
+
+    name: str
+    layer: str  # what stands in front of the part that tells the kind
+    kind: str  # a field of LoraNames
+    leaves: tuple[str, ...]  # of its tensor in the transformer
+    adapter: str = ""
+
+
+def parse_lora(names: Iterable[str], known: Collection[str], label: str = "the LoRA") -> dict[str, LoraNames]:
+    """The tensors that a LoRA changes, by the engine's names.
+
+    known: the transformer's tensors by the engine's names. label: what the LoRA is called in errors.
+    What adapts the text encoder is left out, with a warning. Raises ValueError for names of another form, of
+    another method or of layers that the transformer lacks, for several adapters in one file, for two names
+    of one tensor, and for a layer that has only one of the two matrices.
+    """
+    found = [_take_apart(name) for name in _without_text_encoder(list(names), label)]
+    _check_forms(found, label)
+    adapters = {each.adapter for each in found if each.adapter}
+    if len(adapters) > 1:
+        raise ValueError(f"{label} holds the adapters {list_names(adapters)}; keep one of them in the file")
+    spellings = _spellings(known)
+    parts: dict[str, dict[str, _Found]] = {}
+    lacking = []
+    for each in found:
+        target = _target(each, spellings)
+        if target is None:
+            lacking.append(each)
+            continue
+        other = parts.setdefault(target, {}).setdefault(each.kind, each)
+        if other is not each:
+            raise ValueError(
+                f"{label} has {other.name} and {each.name}, which both are the {each.kind} of {target}; keep "
+                "one of them in the file"
+            )
+    if lacking:
+        raise ValueError(_describe_lacking(lacking, bool(parts), spellings, label))
+    layers = {target: _lora_names(kinds) for target, kinds in parts.items()}
+    _check_complete(layers, label)
+    return layers
+
+
+def _lora_names(kinds: dict[str, _Found]) -> LoraNames:
+    names = {kind: found.name for kind, found in kinds.items()}
+    return LoraNames(
+        names.get("down"),
+        names.get("up"),
+        names.get("alpha"),
+        names.get("up_bias"),
+        names.get("diff"),
+        names.get("whole"),
+        layers=_stripped(next(iter(kinds.values())).layer),
+    )
+
+
+def _without_text_encoder(names: list[str], label: str) -> list[str]:
+    text = [name for name in names if any(map(_TEXT_ENCODER.match, _stripped(name)))]
+    if text and len(text) == len(names):
+        raise ValueError(
+            f"{label} adapts the text encoder alone ({list_names(text)}), which the engine keeps as it is; "
+            "give a LoRA of the transformer"
+        )
+    if text:
+        logger.warning(
+            "%s: %d of %d tensors adapt the text encoder (%s) and are left out; the engine adapts the "
+            "transformer alone", label, len(text), len(names), list_names(text),
+        )  # fmt: skip
+    return [name for name in names if name not in set(text)]
+
+
+def _take_apart(name: str) -> _Found:
+    """What `name` says of itself; the kind is empty for a name of no known form."""
+    clean = WRAPPER_SEGMENTS.sub("", name)
+    if match := _MATRIX.fullmatch(clean):
+        is_down = (match["side"] or match["old_side"]) in _DOWN_SIDES
+        if match["leaf"] == "bias":
+            return _Found(
+                name, match["layer"], "" if is_down else "up_bias", ("bias",), match["adapter"] or ""
+            )
+        return _Found(name, match["layer"], "down" if is_down else "up", ("weight",), match["adapter"] or "")
+    if match := _OTHER.fullmatch(clean):
+        kind, leaves = _FIELDS[match["kind"]]
+        return _Found(name, match["layer"], kind, leaves)
+    return _Found(name, clean, "", ())
+
+
+def _check_forms(found: list[_Found], label: str) -> None:
+    for parts, method in _OTHER_METHODS.items():
+        names = [each.name for each in found if re.search(rf"[._](?:{parts})(?:\.|$)", each.name)]
+        if names:
+            raise ValueError(
+                f"{label} is no plain LoRA: {list_names(names)} are of {method}, which the engine does not "
+                "merge; merge it with the program that trained it and convert the merged model"
+            )
+    foreign = [each.name for each in found if not each.kind]
+    if foreign or not found:
+        raise ValueError(
+            f"{label} has {list_names(foreign) or 'no tensor'} where lora_A and lora_B of PEFT, lora_down "
+            "and lora_up of kohya, or diff of lightx2v are expected; give a file of those alone"
+        )
+    if all(each.kind == "whole" for each in found):
+        names = [each.name for each in found]
+        raise ValueError(
+            f"{label} holds whole weights ({list_names(names)}), not a LoRA; give a model as the source"
+        )
+
+
+def _stripped(layer: str) -> tuple[str, ...]:
+    """`layer` without wrappers, then with one known prefix fewer each time."""
+    forms = [WRAPPER_SEGMENTS.sub("", layer)]
+    while prefix := next((each for each in _PREFIXES if forms[-1].startswith(each)), ""):
+        forms.append(forms[-1].removeprefix(prefix))
+    return tuple(forms)
+
+
+def _spellings(known: Iterable[str]) -> dict[str, str]:
+    """Every way to write the names of the transformer's tensors, with the engine's name of each.
+
+    Two tensors of one spelling, which underscores could bring about, are both left out of it.
+    """
+    meant: dict[str, set[str]] = {}
+    for name in known:
+        for spelling in (name, diffusers_transformer_from_wan(name)):
+            layer, _, leaf = spelling.rpartition(".")
+            underscores = layer.replace(".", "_")
+            for form in (spelling, f"{underscores}.{leaf}", f"{underscores}_{leaf}"):
+                meant.setdefault(form, set()).add(name)
+    return {form: names.pop() for form, names in meant.items() if len(names) == 1}
+
+
+def _target(found: _Found, spellings: dict[str, str]) -> str | None:
+    for layer in _stripped(found.layer):
+        for leaf in found.leaves:
+            if target := spellings.get(f"{layer}.{leaf}" if leaf else layer):
+                return target
+    return None
+
+
+def _describe_lacking(lacking: list[_Found], others_fit: bool, spellings: dict[str, str], label: str) -> str:
+    names = [f"{each.layer}.{each.leaves[0]}" for each in lacking]
+    told = f"{label} adapts {list_names(set(names))}, which the transformer lacks"
+    images = [name for name in names if _IMAGE.search(name)]
+    if images:
+        return (
+            f"{label} adapts {list_names(set(images))}, which image-to-video models alone have; give a LoRA "
+            "of a text-to-video model"
+        )
+    in_first_block = [
+        replace(each, layer=re.sub(r"(^|[._])blocks([._])\d+", r"\1blocks\g<2>0", each.layer))
+        for each in lacking
+    ]
+    if all(_target(each, spellings) for each in in_first_block):
+        blocks = {match[1] for name in spellings if (match := re.match(r"blocks\.(\d+)\.", name))}
+        return f"{told}; it has {len(blocks)} layers, so the LoRA is for a transformer of another size"
+    if others_fit:
+        return f"{told}, and the rest fits; give a LoRA that adapts this transformer alone"
+    return f"{told}; it is for another model"
+
+
+def _check_complete(layers: dict[str, LoraNames], label: str) -> None:
+    single = [
+        target
+        for target, names in layers.items()
+        if (names.down is None) != (names.up is None) or (names.alpha is not None and names.down is None)
+    ]
+    if single:
+        raise ValueError(
+            f"{label} has only one of lora_A and lora_B for {list_names(single)}; get it again"
+            if any(layers[target].down or layers[target].up for target in single)
+            else f"{label} has an alpha and no matrices for {list_names(single)}; get it again"
+        )
+    for target, names in layers.items():
+        pair = layers.get(f"{target.removesuffix('.bias')}.weight", LoraNames())
+        if names.up_bias is not None and pair.down is None:
+            raise ValueError(
+                f"{label} has {names.up_bias} and no lora_A and lora_B of its layer; get it again"
+            )
+        if names.whole is not None and (names.down or names.diff or names.up_bias):
+            raise ValueError(
+                f"{label} has {names.whole} whole and changes {target} as well; keep one of them in the file"
+            )
