@@ -1,15 +1,17 @@
 """Refuses to time a wrong engine: its first chunks are held against the reference, evictions included.
 
-The truth is the reference in twice the precision. The engine may be as far from it as the tolerance of
-evaluation/parity.py for its dtype, or twice as far as the reference in the engine's own dtype, whichever is
-more, since rounding grows with the depth of the model; but never twenty times that tolerance, for a reference
-so far off would be wrong itself.
+The truth is the reference in twice the precision, which is TF32 for 16 bits. The engine may be as far from it
+as the tolerance of evaluation/parity.py for its dtype, or twice as far as the reference in the engine's own
+dtype, whichever is more, since rounding grows with the depth of the model; but never twenty times that
+tolerance, for a reference so far off would be wrong itself.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,6 +32,20 @@ SEED = 11
 PROMPT = "agreement"
 OWN_ERRORS = 2.0
 MOST_TOLERANCES = 20.0
+
+
+@contextmanager
+def truth_precision(dtype: torch.dtype) -> Iterator[None]:
+    """How float32 is multiplied while the truth of an engine in `dtype` is computed: in TF32 for one of 16
+    bits, whose own rounding is ten times as coarse, exactly for float32. Put back afterwards."""
+    is_coarse = dtype.itemsize == 2
+    products = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = is_coarse
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=is_coarse):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = products
 
 
 class WrongEngineError(RuntimeError):
@@ -117,7 +133,8 @@ def reference_latents(pipeline: Pipeline, grid: LatentGrid, chunks: int, dtype: 
 
 def _latents_agreement(pipeline: Pipeline, grid: LatentGrid, found: list[Tensor]) -> Agreement:
     dtype = pipeline.model.dtype
-    truth = reference_latents(pipeline, grid, len(found), _twice(dtype))
+    with truth_precision(dtype):
+        truth = reference_latents(pipeline, grid, len(found), _twice(dtype))
     reference = reference_latents(pipeline, grid, len(found), dtype)
     own = max(relative_error(ours, true.cpu()) for ours, true in zip(reference, truth, strict=True))
     error = max(relative_error(ours, true.cpu()) for ours, true in zip(found, truth, strict=True))
@@ -134,8 +151,9 @@ def _frames_agreement(
     dtype = pipeline.model.dtype
     stream = pipeline.stream(PROMPT, seed=SEED, height=grid.height, width=grid.width)
     found = [torch.from_numpy(stream.advance().frames.copy()) for _ in latents]
-    truth = _decoded(decoder, grid, latents, _twice(dtype))
-    reference = _decoded(decoder, grid, latents, dtype)
+    with truth_precision(dtype):
+        truth = _decoded(decoder, grid, latents, _twice(dtype))
+        reference = _decoded(decoder, grid, latents, dtype)
     rounding = max(relative_error(pixels.round(), pixels) for pixels in truth)
     own = max(relative_error(ours, true) for ours, true in zip(reference, truth, strict=True))
     error = max(relative_error(ours, true) for ours, true in zip(found, truth, strict=True))
@@ -148,7 +166,7 @@ def _decoded(decoder: nn.Module, grid: LatentGrid, latents: list[Tensor], dtype:
     twin = copy.deepcopy(decoder).to(dtype)
     device = next(twin.parameters()).device
     state = twin.decoder_state(1, grid.latent_height, grid.latent_width, dtype, device)
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.no_grad():
         pieces = [twin.decode(chunk.to(device, dtype), state)[0] for chunk in latents]
     return [((piece.double().clamp(-1, 1) + 1) * 127.5).permute(1, 2, 3, 0).cpu() for piece in pieces]
 

@@ -23,6 +23,7 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import torch
+from agreement import truth_precision
 from chunk_times import synchronize
 from command_line import parse_options
 from conditions import device_name, state, versions
@@ -175,7 +176,7 @@ def _exact(setting: Setting, frames: int, encodes: bool) -> tuple[list[Tensor], 
     """
     twin, grid = copy.deepcopy(setting.vae).float(), setting.grid
     latents = _latents(setting, frames, CHECKED_CHUNKS)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with truth_precision(setting.dtype):
         if encodes:
             clip = drawn_clip(grid.pixel_frames(frames * CHECKED_CHUNKS), grid.height, grid.width)
             latents = list(twin.encode_in_groups(clip).to(setting.dtype).split(frames, dim=2))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import re
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ _TRITON_FILES = {
     "conv_frame_pack": "conv_frame_pack",
     "conv_frame_pack_nv12": "conv_frame_pack",
 }
+# forms of Triton's window attention besides the one it takes by itself: backends "triton-descriptor", ...
+_ATTENTION_FORMS = ("descriptor", "pointer")
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _NATIVE_OPS = ("evict_and_rephase",)
 _ATTENTION_OPS = ("sink_window_attention", "clip_attention")
 _CUBLASLT_OPS = ("linear", "linear_gelu")
@@ -62,8 +65,22 @@ def backend_reasons(device: torch.device | str) -> dict[str, str]:
     }
 
 
+def is_hopper(device: torch.device | str) -> bool:
+    """Whether `device` is a GPU of compute capability 9."""
+    device = torch.device(device)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def family(backend: str) -> str:
+    """The backend that this is a form of: "triton" for "triton-pointer"; any other is its own."""
+    return backend.partition("-")[0]
+
+
 def has_backend(op: str, backend: str) -> bool:
     """Whether `op` has a form for `backend`."""
+    name, _, form = backend.partition("-")
+    if form:
+        return op == "sink_window_attention" and name == "triton" and form in _ATTENTION_FORMS
     if backend == "triton":
         return op in _TRITON_FILES
     if backend == "native":
@@ -87,6 +104,7 @@ def implementation(op: str, backend: str) -> Callable:
         return _cudnn_causal_conv3d if op == "causal_conv3d" else reference.join_phases
     if backend in ("cudnn", "flash"):
         return _library_attention(op, _cudnn_attention if backend == "cudnn" else _flash_attention)
+    form = backend.partition("-")[2] or None
     module = importlib.import_module(f"rfengine.kernels.{_TRITON_FILES[op]}")
     if op == "clip_attention":
         return _triton_clip_attention(module.sink_window_attention, module.HEAD_DIMS)
@@ -97,7 +115,7 @@ def implementation(op: str, backend: str) -> Callable:
     def window_attention(
         q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor
     ) -> Tensor:
-        return kernel(q, keys, values, filled_tokens)
+        return kernel(q, keys, values, filled_tokens, form)
 
     return window_attention
 
@@ -125,8 +143,8 @@ def _triton_absence(on_cuda: bool) -> str:
 def _interpreter_absence() -> str:
     """Triton 3.6 makes numbers of arrays of one element, which numpy 2.4 refuses; 3.7.0 runs with it."""
     try:
-        triton, numpy = version("triton"), version("numpy")
-    except PackageNotFoundError:  # a build of Triton under another name: its own failure will tell
+        triton, numpy = (importlib.metadata.version(package) for package in ("triton", "numpy"))
+    except importlib.metadata.PackageNotFoundError:  # a build of Triton under another name
         return ""
     if _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
         return ""

@@ -139,7 +139,8 @@ def examine(
         "packages": {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)},
         "h264": _h264(),
         "backends": {
-            "device": device, "reasons": backend_reasons(device), "auto": choose_ops("auto", device).choice,
+            "device": device, "reasons": backend_reasons(device),
+            "auto": choose_ops("auto", device, dtype=getattr(torch, name)).choice,
         },
         "runtime": {
             "device": device, "switches": _switches(config.runtime, device), "decoders": _decoders(model),

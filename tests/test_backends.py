@@ -1,10 +1,11 @@
+import importlib.metadata
 import importlib.util
 
 import pytest
 import torch
 
 from kernel_checks.tolerance import assert_within_reference_error
-from rfengine import backends, reference
+from rfengine import reference
 from rfengine.backends import backend_reasons, has_backend, implementation
 from rfengine.ops import OP_NAMES
 
@@ -30,7 +31,7 @@ def test_cublaslt_runs_the_two_products_that_end_in_a_bias_and_nothing_else():
 )  # fmt: skip
 def test_the_interpreter_of_an_early_triton_says_which_numpy_it_needs(monkeypatch, triton, numpy, runs):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(backends, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setattr(importlib.metadata, "version", {"triton": triton, "numpy": numpy}.__getitem__)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     reason = backend_reasons("cpu")["triton"]
     assert reason == (

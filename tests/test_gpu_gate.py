@@ -18,7 +18,7 @@ import gpu_gate
 import pytest
 import torch
 from engine_shapes import Shapes
-from gate import graphs, kernels, parity, speed, suite
+from gate import graphs, kernels, parity, speed, suite, vae
 from gate.device import check_corners
 from gate.part import AbsentError, Item, Setting, run_items
 from gate.record import Record
@@ -253,6 +253,32 @@ def test_what_one_item_leaves_in_a_cycle_is_gone_before_the_next(tmp_path: Path)
     finally:
         gc.enable()
     assert {"item": "two", "gone": True} in told
+
+
+def test_the_exact_video_of_the_decoders_is_computed_once_in_tf32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool]] = []
+    decoder = vae._decoder
+
+    def noted(setting: Setting, name: str, dtype: torch.dtype) -> Any:
+        asked.append((name, torch.backends.cudnn.allow_tf32))
+        return decoder(setting, "plain", dtype)
+
+    def latents(setting: Setting, dtype: torch.dtype, chunk: int) -> torch.Tensor:
+        asked.append((str(dtype), torch.backends.cudnn.allow_tf32))
+        return right(setting, dtype, chunk)
+
+    right = vae._latents
+    monkeypatch.setattr(vae, "_decoder", noted)
+    monkeypatch.setattr(vae, "_latents", latents)
+    monkeypatch.setattr(vae, "_dtype", lambda _: torch.bfloat16)
+    setting = small_setting(tmp_path)
+    told = [result for name in ("cudnn", "triton") for result in vae._psnr(setting, name)()]
+    assert [result["decoder"] for result in told] == ["cudnn", "triton"]
+    assert told[0]["psnr_db"] == told[1]["psnr_db"] > 30
+    assert [name for name, _ in asked if "torch" not in name] == ["cudnn", "plain", "triton"]
+    assert all(is_coarse for name, is_coarse in asked if "torch" in name)
 
 
 @pytest.mark.parametrize(("last", "growth"), [(1.0, 0.0), (1.5, 0.5)])

@@ -4,7 +4,7 @@ import inspect
 import pytest
 import torch
 
-from rfengine import reference
+from rfengine import ops, reference
 from rfengine.ops import OP_NAMES, REFERENCE_OPS, Ops, choose_ops
 
 
@@ -20,6 +20,49 @@ def test_a_missing_backend_is_an_error_that_names_the_others():
         choose_ops("native", "cpu")
     with pytest.raises(RuntimeError, match="backend 'flash' cannot run"):
         choose_ops("auto", "cpu", {"sink_window_attention": "flash"})
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A GPU of compute capability 9 with all libraries, as far as choosing goes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    reasons = dict.fromkeys(ops.backend_reasons("cpu"), "")
+    monkeypatch.setattr(ops, "backend_reasons", lambda device: dict(reasons))
+    return reasons
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_hopper_cudnn_attends_in_sixteen_bits_until_something_else_is_said(hopper, monkeypatch, dtype):
+    op = "sink_window_attention"
+    chosen = choose_ops("auto", "cuda", dtype=dtype).choice
+    assert (
+        chosen[op] == "cudnn" and chosen["rms_norm"] == "triton" and chosen["clip_attention"] == "reference"
+    )
+    assert choose_ops("auto", "cuda", {op: "triton"}, dtype=dtype).choice[op] == "triton"
+    assert choose_ops("triton", "cuda", dtype=dtype).choice[op] == "triton"
+    assert choose_ops("auto", "cuda", dtype=torch.float32).choice[op] == "triton"
+    assert choose_ops("auto", "cuda").choice[op] == "triton"
+    monkeypatch.setitem(hopper, "cudnn", "this torch was built without cuDNN")
+    assert choose_ops("auto", "cuda", dtype=dtype).choice[op] == "triton"
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
+def test_on_any_other_gpu_triton_attends(hopper, monkeypatch, capability):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert choose_ops("auto", "cuda", dtype=torch.bfloat16).choice["sink_window_attention"] == "triton"
+
+
+def test_a_form_of_tritons_attention_is_a_backend_of_that_op_alone(hopper):
+    op = "sink_window_attention"
+    for form in ("triton-descriptor", "triton-pointer"):
+        assert choose_ops("auto", "cuda", {op: form}, dtype=torch.bfloat16).choice[op] == form
+        with pytest.raises(ValueError, match=f"clip_attention has no form for backend '{form}'"):
+            choose_ops("auto", "cuda", {"clip_attention": form})
+    with pytest.raises(ValueError, match="has no form for backend 'triton-square'"):
+        choose_ops("auto", "cuda", {op: "triton-square"})
+    hopper["triton"] = "triton is not installed"
+    with pytest.raises(RuntimeError, match="'triton-pointer' cannot run on cuda: triton is not installed"):
+        choose_ops("auto", "cuda", {op: "triton-pointer"})
 
 
 def test_an_override_of_an_unknown_op_is_an_error():

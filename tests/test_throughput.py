@@ -166,6 +166,42 @@ def test_sixteen_bits_agree_with_the_reference(dtype: str) -> None:
     assert latents.error > 1e-4 and frames.holds  # it is a 16-bit engine that was looked at
 
 
+@pytest.mark.parametrize(("dtype", "is_coarse"), [("bfloat16", True), ("float32", False)])
+def test_the_truth_of_sixteen_bits_alone_is_multiplied_in_tf32(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, is_coarse: bool
+) -> None:
+    """On a GPU plain float32 would take a minute or more, for a difference that nobody could see."""
+    seen: dict[tuple[str, torch.dtype], tuple[bool, bool]] = {}
+
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def note(name: str) -> None:
+        right = getattr(agreement, name)
+
+        def noted(*given: Any) -> Any:
+            seen[name, given[-1]] = flags()
+            return right(*given)
+
+        monkeypatch.setattr(agreement, name, noted)
+
+    note("reference_latents")
+    note("_decoded")
+    before = flags()
+    engine = throughput.Engine.load(ThroughputOptions(**{**vars_of(SMALLEST), "dtype": dtype}))
+    check_agreement(engine.pipeline, engine.grid, engine.decoder)
+    truth, own = (torch.float32, torch.bfloat16) if is_coarse else (torch.float64, torch.float32)
+    assert seen["reference_latents", truth] == seen["_decoded", truth] == (is_coarse, is_coarse)
+    assert seen["reference_latents", own] == before and flags() == before == (False, False)
+
+
+def test_tf32_is_put_back_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), agreement.truth_precision(torch.float16):
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+        _ = 1 / 0
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
 def test_without_a_vae_only_latents_are_measured() -> None:
     options = ThroughputOptions(**{**vars_of(SMALLEST), "vae": "none", "chunks": 1})
     figures = throughput.measure(options)

@@ -116,7 +116,8 @@ def _stream(
     """uint8 [T, H, W, 3] for each scene, the transformer and its cache in bfloat16 as on a GPU."""
     directory, device = str(setting.checkpoint(model)), setting.device
     engine = dataclasses.replace(engine, cache=with_sink(engine.cache, sink))
-    dit = load_transformer(directory, engine.model, choose_ops("auto", device), device, torch.bfloat16)
+    ops = choose_ops("auto", device, dtype=torch.bfloat16)
+    dit = load_transformer(directory, engine.model, ops, device, torch.bfloat16)
     vae = load_vae(directory, engine, device)
     states = text_states_of(directory, engine, device)([caption(scene) for scene in scenes])
     size = engine.cache.chunk_frames * engine.vae.temporal_stride

@@ -77,7 +77,7 @@ def replay(
     Raises ValueError for a file that is damaged or no golden file, RuntimeError where `backend` cannot run.
     """
     where = torch.device(device)
-    ops = choose_ops(backend, where)
+    ops = choose_ops(backend, where, dtype=getattr(torch, dtype))
     replays: dict[str, Callable[[GoldenFile, Ops], dict[str, float]]] = {
         "causal": _replay_causal, "vae": _replay_vae, "umt5": _replay_umt5,
     }  # fmt: skip

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfengine.backends import backend_reasons, has_backend, implementation
+from rfengine.backends import (
+    SIXTEEN_BITS,
+    backend_reasons,
+    family,
+    has_backend,
+    implementation,
+    is_hopper,
+)
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops, default_choice, op_of, shape_key
@@ -23,7 +30,7 @@ APART, FOLDED = "apart", "folded"
 CHECKED_ROWS = 128
 ARENA_BYTES = 2**29  # of the arenas that eviction is timed on: fewer layers than a large model has
 _CANDIDATES = {
-    "sink_window_attention": ("triton", "cudnn", "flash"),
+    "sink_window_attention": ("triton", "triton-descriptor", "triton-pointer", "cudnn", "flash"),
     "clip_attention": ("cudnn", "flash"),
     "linear": ("cublaslt", "triton"),
     "linear_gelu": ("cublaslt", "triton"),
@@ -96,11 +103,19 @@ def backend_contests(site: Site) -> list[Contest]:
     return contests
 
 
-def contenders(op: str, device: torch.device) -> dict[str, Callable[..., object]]:
-    """The backends of `op` that can run here, the one it has by default first."""
+def contenders(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., object]]:
+    """The backends of `op` that can run here, the one it has by default first.
+
+    On Hopper in 16 bits all forms of Triton's attention; elsewhere it has one alone.
+    """
     reasons = backend_reasons(device)
-    usual = default_choice(device)[op]
-    able = [name for name in _CANDIDATES[op] if has_backend(op, name) and not reasons[name]]
+    usual = default_choice(device, dtype)[op]
+    has_forms = dtype in SIXTEEN_BITS and is_hopper(device)
+    able = [
+        name
+        for name in _CANDIDATES[op]
+        if has_backend(op, name) and not reasons[family(name)] and (has_forms or family(name) == name)
+    ]
     return {name: implementation(op, name) for name in dict.fromkeys((usual, *able))}
 
 
@@ -113,7 +128,7 @@ def _contest(
     part: Callable[[Arguments], Arguments],
 ) -> Contest:
     """A contest whose result is one tensor [B, T, ...], of which the last rows are checked."""
-    able = contenders(op_of(key), site.device)
+    able = contenders(op_of(key), site.device, site.dtype)
     return Contest(
         site.subject(key, shape, able), able, site.device, make_inputs, elements * site.dtype.itemsize,
         implementation(op_of(key), "reference"), part, lambda _, returned: (returned[:, -CHECKED_ROWS:],),
@@ -188,7 +203,7 @@ def _eviction(site: Site) -> Contest:
         pairs = ((raw, low_keys), (values, low_values))
         return rotated, *(arena[:, :, :sink].double() + low.double() for arena, low in pairs)
 
-    able = contenders("evict_and_rephase", site.device)
+    able = contenders("evict_and_rephase", site.device, site.dtype)
     return Contest(
         site.subject("evict_and_rephase", (layers, window, *heads), able), able, site.device, make_inputs,
         layers * layer_bytes, implementation("evict_and_rephase", "reference"), last_layer, results,
@@ -209,7 +224,7 @@ def gate_contest(site: Site, overrides: Mapping[str, str]) -> Contest:
         norm = (site.rows(generator, model.dim) for _ in range(2))
         return x, y, hidden, table, *norm, *layers
 
-    ops = Ops(default_choice(site.device) | dict(overrides))
+    ops = Ops(default_choice(site.device, site.dtype) | dict(overrides))
     able = {APART: _apart(ops, model.eps)}
     if not backend_reasons(site.device)["triton"]:
         able[FOLDED] = _folded(Ops(ops.choice | {"gated_linear": "triton"}), model.eps)

@@ -119,7 +119,7 @@ def _contest(site: Site, shape: ConvolutionShape, frames: list[int]) -> Contest:
         pairs = site.rows(generator, frames[-1], 2, *size, channels_out)
         return x, weight, site.rows(generator, channels_out), pairs[:, 0]
 
-    able = contenders(shape.op, site.device)
+    able = contenders(shape.op, site.device, site.dtype)
     scale = 4 if shape.op == "phase_conv" else 1
     elements = (frames[-1] + shape.past) * channels + frames[-1] * channels_out * scale
     first = f"and {frames[0]} frames at the start" if len(frames) > 1 else ""

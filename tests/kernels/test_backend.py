@@ -5,8 +5,10 @@ import torch
 
 from inputs import GRID, noise_of, relative_error, small_model, small_runner, text_states
 from kernel_checks.interpreter_rounding import round_to_nearest_even
+from rfengine.backends import implementation
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig, VAEConfig, WanConfig
+from rfengine.kernels import sink_window_attention as kernel
 from rfengine.models.dit import WanDiT
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
@@ -36,6 +38,17 @@ def stream(model: WanDiT, config: CacheConfig, chunks: int) -> tuple[torch.Tenso
 def test_triton_is_chosen_for_every_op_that_has_a_kernel():
     choice = choose_ops("triton", DEVICE).choice
     assert {op for op, backend in choice.items() if backend == "reference"} == {"unpatchify"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [("triton", None), ("triton-descriptor", "descriptor"), ("triton-pointer", "pointer")],
+)
+def test_a_form_of_the_attention_is_taken_by_its_name(monkeypatch, backend, form):
+    seen = []
+    monkeypatch.setattr(kernel, "sink_window_attention", lambda *given: seen.append(given))
+    implementation("sink_window_attention", backend)("q", "keys", "values", 7, "filled")
+    assert seen == [("q", "keys", "values", "filled", form)]
 
 
 @pytest.mark.parametrize(

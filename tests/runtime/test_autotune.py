@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inputs import GRID, small_pipeline
+from rfengine import ops
 from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, choose_ops
@@ -282,7 +283,7 @@ def test_the_file_lies_in_the_users_cache_directory(monkeypatch, tmp_path):
 
 
 def test_contests_are_those_of_the_engines_own_shapes(monkeypatch):
-    monkeypatch.setattr(contests, "contenders", lambda op, device: {"one": plain})
+    monkeypatch.setattr(contests, "contenders", lambda *_: {"one": plain})
     config = PRESETS["wan-1.3b"]
     for height, tokens in ((480, 4680), (240, 2340)):
         site = Site(config, LatentGrid.of(config, height), torch.bfloat16, CPU)
@@ -297,6 +298,21 @@ def test_contests_are_those_of_the_engines_own_shapes(monkeypatch):
         }
         assert shapes["evict_and_rephase"][1:] == (3 * tokens, 12, 128)
         assert gate_contest(site, {}).subject.shape == (tokens, 1536, 8960)
+
+
+def test_on_hopper_every_form_of_tritons_attention_contends_with_cudnn(monkeypatch):
+    reasons = dict.fromkeys(contests.backend_reasons("cpu"), "") | {"flash": "it is not installed"}
+    for module in (contests, ops):
+        monkeypatch.setattr(module, "backend_reasons", lambda device: reasons)
+    for capability, dtype, expected in (
+        ((9, 0), torch.bfloat16, ["cudnn", "triton", "triton-descriptor", "triton-pointer"]),
+        ((9, 0), torch.float32, ["triton", "cudnn"]),
+        ((8, 0), torch.bfloat16, ["triton", "cudnn"]),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(contests, "implementation", lambda op, backend: plain)
+        able = contests.contenders("sink_window_attention", torch.device("cuda"), dtype)
+        assert list(able) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -98,7 +98,7 @@ class FakeLibrary:
         # the last sizes of the wrong key are those of x
         sizes = [int(size) for size in wrong.partition("@")[2].split("x")]
 
-        def contenders(op, device):
+        def contenders(op, device, dtype):
             def cudnn(x, weight, *rest):
                 self.calls.append(op)
                 result = implementation(op, "cudnn")(x, weight, *rest)
@@ -192,8 +192,8 @@ def test_a_cpu_measures_nothing_and_a_device_alone_has_no_contest(tmp_path, monk
 
 def test_the_backends_of_a_contest_are_those_that_can_run(monkeypatch):
     monkeypatch.setattr(contests, "backend_reasons", lambda _: {"triton": "", "cudnn": ""})
-    monkeypatch.setattr(contests, "default_choice", lambda _: {"phase_conv": "triton"})
-    assert list(contests.contenders("phase_conv", CPU)) == ["triton", "cudnn"]
+    monkeypatch.setattr(contests, "default_choice", lambda *_: {"phase_conv": "triton"})
+    assert list(contests.contenders("phase_conv", CPU, torch.float32)) == ["triton", "cudnn"]
 
 
 @pytest.mark.gpu
