@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar
+
+from rfengine.limits import DeviceName, Entries, Range, Text, check_fields, check_value, field_hints, shown
+
+BYTE_TOKENS = 256 + 3  # one for each byte, above those for padding, end and unknown
 
 Positions = Literal["relative", "absolute"]
 SinkKind = Literal["ema", "frozen", "none"]
@@ -22,36 +25,36 @@ VAEPrecision = Literal["default", "fp8"]
 
 Config = TypeVar("Config")
 
+# Far above every published model, and low enough that nothing of that size takes long to describe. What a
+# checkpoint really has is held against its tensors (checkpoint/agreement.py).
+Layers = Annotated[int, Range(1, 1024)]
+Heads = Annotated[int, Range(1, 1024)]
+Width = Annotated[int, Range(1, 65536)]
+HiddenWidth = Annotated[int, Range(1, 262144)]
+Channels = Annotated[int, Range(1, 1024)]
+Epsilon = Annotated[float, Range(1e-12, 1.0)]
+MAX_PIXELS = 8192  # along one side of a frame
+Pixels = Annotated[int, Range(1, MAX_PIXELS)]
+
 
 @dataclass(frozen=True, slots=True)
 class WanConfig:
     """Shape of one Wan2.1 text-to-video transformer (spec 1.1)."""
 
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
-    text_dim: int = 4096
-    text_len: int = 512
-    freq_dim: int = 256
-    in_dim: int = 16
-    out_dim: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
+    dim: Width
+    ffn_dim: HiddenWidth
+    num_heads: Heads
+    num_layers: Layers
+    text_dim: Width = 4096
+    text_len: Annotated[int, Range(1, 1024)] = 512  # attention of the text encoder grows with its square
+    freq_dim: Annotated[int, Range(2, 65536)] = 256
+    in_dim: Channels = 16
+    out_dim: Channels = 16
+    patch_size: Annotated[tuple[int, int, int], Range(1, 16)] = (1, 2, 2)
+    eps: Epsilon = 1e-6
 
     def __post_init__(self) -> None:
-        for name in (
-            "dim",
-            "ffn_dim",
-            "num_heads",
-            "num_layers",
-            "text_dim",
-            "text_len",
-            "in_dim",
-            "out_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_fields(self)
         if self.dim % self.num_heads:
             raise ValueError(
                 f"dim {self.dim} is not divisible by num_heads {self.num_heads}; change one of them"
@@ -72,21 +75,22 @@ class WanConfig:
 class VAEConfig:
     """Shape of the causal video VAE and the statistics of its latents (spec 4.1)."""
 
-    base_dim: int = 96
-    z_dim: int = 16
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
+    base_dim: Annotated[int, Range(2, 1024)] = 96  # a step between two levels halves it
+    z_dim: Channels = 16
+    dim_mult: Annotated[tuple[int, ...], Entries(2, 7), Range(1, 64)] = (1, 2, 4, 4)
+    num_res_blocks: Annotated[int, Range(1, 64)] = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
-    latents_mean: tuple[float, ...] = (
+    latents_mean: Annotated[tuple[float, ...], Range(-1e4, 1e4)] = (
         -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
     )  # fmt: skip
-    latents_std: tuple[float, ...] = (
+    latents_std: Annotated[tuple[float, ...], Range(1e-4, 1e4)] = (
         2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(
                 f"temporal_downsample has {len(self.temporal_downsample)} entries for {len(self.dim_mult)} "
@@ -111,23 +115,20 @@ class VAEConfig:
 class TinyVAEConfig:
     """Shape of the tiny decoder; the defaults are the published taew2_1 (spec 4.9)."""
 
-    z_dim: int = 16
-    widths: tuple[int, ...] = (256, 128, 64, 64)  # of the levels with memory blocks, then of the last one
-    memory_blocks: int = 3  # of each level
-    time_factors: tuple[int, ...] = (1, 2, 2)  # frames that come of one, after each level
+    z_dim: Channels = 16
+    # of the levels with memory blocks, then of the last one
+    widths: Annotated[tuple[int, ...], Entries(2, 7), Range(1, 4096)] = (256, 128, 64, 64)
+    memory_blocks: Annotated[int, Range(1, 64)] = 3  # of each level
+    # frames that come of one, after each level
+    time_factors: Annotated[tuple[int, ...], Range(1, 8)] = (1, 2, 2)
 
     def __post_init__(self) -> None:
-        if len(self.time_factors) != len(self.widths) - 1 or not self.time_factors:
+        check_fields(self)
+        if len(self.time_factors) != len(self.widths) - 1:
             raise ValueError(
                 f"time_factors has {len(self.time_factors)} entries for {len(self.widths)} widths; give one "
-                "for every step between two widths, at least one"
+                "for every step between two widths"
             )
-        for name in ("z_dim", "memory_blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("widths", "time_factors"):
-            if min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; each entry must be at least 1")
 
     @property
     def spatial_stride(self) -> int:
@@ -155,18 +156,33 @@ def require_same_latents(tiny_vae: TinyVAEConfig, vae: VAEConfig) -> None:
 class TextConfig:
     """Shape of the UMT5 text encoder (spec 5.1) and the tokenizer in front of it."""
 
-    vocab_size: int = 256384
-    dim: int = 4096
-    attention_dim: int = 4096
-    ffn_dim: int = 10240
-    num_heads: int = 64
-    num_layers: int = 24
-    num_buckets: int = 32
-    max_distance: int = 128
-    eps: float = 1e-6
+    vocab_size: Annotated[int, Range(3, 4194304)] = 256384
+    dim: Width = 4096
+    attention_dim: Width = 4096
+    ffn_dim: HiddenWidth = 10240
+    num_heads: Heads = 64
+    num_layers: Layers = 24
+    num_buckets: Annotated[int, Range(4, 4096)] = 32
+    max_distance: Annotated[int, Range(2, 1048576)] = 128
+    eps: Epsilon = 1e-6
     tokenizer: Literal["sentencepiece", "bytes"] = "sentencepiece"
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        if self.num_buckets % 2:
+            raise ValueError(
+                f"num_buckets is {self.num_buckets}; half of them are for each direction, so it must be even"
+            )
+        exact = self.num_buckets // 4  # distances with a bucket of their own; the others share by logarithm
+        if self.max_distance <= exact:
+            raise ValueError(
+                f"max_distance is {self.max_distance} and num_buckets {self.num_buckets}; it must be above "
+                f"{exact}, a quarter of them"
+            )
+        if self.tokenizer == "bytes" and self.vocab_size < BYTE_TOKENS:
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}; the tokenizer 'bytes' needs at least {BYTE_TOKENS}"
+            )
         if self.attention_dim % self.num_heads:
             raise ValueError(
                 f"attention_dim {self.attention_dim} is not divisible by num_heads {self.num_heads}; "
@@ -178,30 +194,20 @@ class TextConfig:
 class CacheConfig:
     """What a query can see: chunk, window and sink, all in latent frames (spec 2)."""
 
-    chunk_frames: int = 3
-    window_frames: int = 9  # sink and current chunk included
+    chunk_frames: Annotated[int, Range(1, 64)] = 3
+    window_frames: Annotated[int, Range(1, 512)] = 9  # sink and current chunk included
     sink: SinkKind = "ema"
-    sink_frames: int = 3
-    alpha: float = (
-        0.999  # weight of the sink in the EMA; 0.999 in the published code, 0.99 in its description
-    )
+    sink_frames: Annotated[int, Range(0, 512)] = 3
+    # weight of the sink in the EMA; 0.999 in the published code, 0.99 in its description
+    alpha: Annotated[float, Range(0, 1)] = 0.999
     positions: Positions = "relative"
     sink_precision: SinkPrecision = "split"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         chunk, window, sink = self.chunk_frames, self.window_frames, self.sink_frames
-        if chunk < 1:
-            raise ValueError(f"chunk_frames is {chunk}; a chunk has at least one latent frame")
         if window < chunk or window % chunk:
             raise ValueError(f"window_frames is {window}; use a multiple of chunk_frames, which is {chunk}")
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"alpha is {self.alpha}; use a value from 0 to 1 (1 keeps the sink as it is)")
-        if self.sink not in ("ema", "frozen", "none"):
-            raise ValueError(f"sink is {self.sink!r}; use 'ema', 'frozen' or 'none'")
-        if self.positions not in ("relative", "absolute"):
-            raise ValueError(f"positions is {self.positions!r}; use 'relative' or 'absolute'")
-        if self.sink_precision not in ("split", "bf16"):
-            raise ValueError(f"sink_precision is {self.sink_precision!r}; use 'split' or 'bf16'")
         if self.sink == "none":
             if sink != 0:
                 raise ValueError(
@@ -242,20 +248,20 @@ class CacheConfig:
 class ScheduleConfig:
     """Flow-matching schedule and the fixed denoising steps of the few-step sampler (spec 3.1)."""
 
-    shift: float = 5.0
-    num_train_timesteps: int = 1000
-    denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)  # nominal, before the shift warps them
+    shift: Annotated[float, Range(1e-3, 1e3)] = 5.0
+    num_train_timesteps: Annotated[int, Range(1, 100000)] = 1000
+    # nominal, before the shift warps them
+    denoising_steps: Annotated[tuple[int, ...], Entries(1, 1000)] = (1000, 750, 500, 250)
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ValueError(f"shift is {self.shift}; it must be positive")
+        check_fields(self)
         steps = self.denoising_steps
-        if not steps or any(not 0 < step <= self.num_train_timesteps for step in steps):
+        if any(not 0 < step <= self.num_train_timesteps for step in steps):
             raise ValueError(
-                f"denoising_steps is {steps}; give at least one, from 1 to {self.num_train_timesteps}"
+                f"denoising_steps is {shown(steps)}; give steps from 1 to {self.num_train_timesteps}"
             )
         if any(later >= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
-            raise ValueError(f"denoising_steps is {steps}; they must fall from one to the next")
+            raise ValueError(f"denoising_steps is {shown(steps)}; they must fall from one to the next")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,17 +281,13 @@ class RuntimeConfig:
     graphs: bool | None = None
     merged_pass: bool = False
     overlap: bool | None = None
-    decode_device: str | None = None
+    decode_device: DeviceName | None = None
     autotune: bool = True
     vae: DecoderKind = "full"
     vae_precision: VAEPrecision = "default"
 
     def __post_init__(self) -> None:
-        for name, kind in (("vae", DecoderKind), ("vae_precision", VAEPrecision)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; use {', '.join(map(repr, get_args(kind)))}"
-                )
+        check_fields(self)
         if self.vae_precision == "fp8" and self.vae != "full":
             raise ValueError(f"vae_precision is 'fp8' and vae is {self.vae!r}; FP8 is for vae='full'")
 
@@ -294,20 +296,21 @@ class RuntimeConfig:
 class EngineConfig:
     """Everything a checkpoint directory says about itself; stored as its `rfengine.json`."""
 
-    name: str
+    name: Annotated[str, Text(1, 255)]
     model: WanConfig
     vae: VAEConfig = field(default_factory=VAEConfig)
     text: TextConfig = field(default_factory=TextConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    height: int = 480  # pixels; the size a checkpoint was trained at, and the default of generate()
-    width: int = 832
-    fps: int = 16
+    height: Pixels = 480  # the size a checkpoint was trained at, and the default of generate()
+    width: Pixels = 832
+    fps: Annotated[int, Range(1, 1000)] = 16
     backend: Backend = "auto"
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tiny_vae: TinyVAEConfig = field(default_factory=TinyVAEConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.model.in_dim != self.vae.z_dim or self.model.out_dim != self.vae.z_dim:
             raise ValueError(
                 f"the model maps {self.model.in_dim} to {self.model.out_dim} latent channels "
@@ -319,8 +322,6 @@ class EngineConfig:
             )
         if self.runtime.vae == "tiny":
             require_same_latents(self.tiny_vae, self.vae)
-        if self.fps < 1:
-            raise ValueError(f"fps is {self.fps}; it must be at least 1")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -328,63 +329,41 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Build the configuration `kind` from JSON values; lists become tuples, nested tables become
-    configurations.
+def from_dict(kind: type[Config], values: Any, path: str | None = None) -> Config:
+    """Build the configuration `kind` from a JSON value; lists become tuples, nested tables configurations.
 
-    Raises ValueError when a key is not a field of `kind` or a field without default is missing.
+    path: what the value is called in an error, such as engine.model; the name of `kind` where it is None.
+    Raises ValueError when a key is not a field of `kind`, a field without default is missing, or a value is
+    not what its field may hold.
     """
+    path = kind.__name__ if path is None else path
     if not isinstance(values, dict):
-        raise ValueError(f"{kind.__name__} is {values!r}; it must be a table of its fields")
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
-    required = {
-        name
-        for name, entry in fields.items()
+        raise ValueError(f"{path} is {shown(values)}; it must be a table of its fields")
+    hints = field_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"{path} has no field {shown(key)}; it has {', '.join(hints)}")
+    missing = [
+        entry.name
+        for entry in dataclasses.fields(kind)
         if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    }
-    missing = sorted(required - set(values))
+        and entry.name not in values
+    ]  # fmt: skip
     if missing:
-        raise ValueError(f"{kind.__name__} needs {', '.join(missing)}; add it")
-    return kind(**{name: _field_value(kind, name, value) for name, value in values.items()})
+        raise ValueError(f"{path} needs {', '.join(missing)}; add it")
+    read = {name: _field_value(f"{path}.{name}", value, hints[name]) for name, value in values.items()}
+    try:
+        return kind(**read)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-_NESTED = {
-    "model": WanConfig,
-    "vae": VAEConfig,
-    "tiny_vae": TinyVAEConfig,
-    "text": TextConfig,
-    "cache": CacheConfig,
-    "schedule": ScheduleConfig,
-    "runtime": RuntimeConfig,
-}
-
-
-def _field_value(kind: type, name: str, value: Any) -> Any:
-    if kind is EngineConfig and name in _NESTED:
-        return from_dict(_NESTED[name], value)
-    hint = get_type_hints(kind)[name]
-    if isinstance(value, list):
-        value = tuple(value)
-    if not _fits(value, hint):
-        wanted = "a finite number" if hint is float else getattr(hint, "__name__", hint)
-        raise ValueError(f"{kind.__name__}.{name} is {value!r}; it must be {wanted}")
+def _field_value(path: str, value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, path)
+    value = tuple(value) if isinstance(value, list) else value
+    check_value(path, value, hint)
     return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is what the type of a field says; only the types that fields have."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is UnionType:
-        return any(_fits(value, option) for option in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(entry, get_args(hint)[0]) for entry in value)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 _WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)

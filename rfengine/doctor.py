@@ -27,6 +27,7 @@ from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
+from rfengine.memory import free_memory
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, choose_ops
@@ -148,7 +149,8 @@ def examine(
         },
         "memory": {
             "model": config.name, "height": grid.height, "width": grid.width, "dtype": name, "device": device,
-            "needs": {**dataclasses.asdict(needs), "total": needs.total}, "free": _free_memory(on_cuda),
+            "needs": {**dataclasses.asdict(needs), "total": needs.total},
+            "free": free_memory(torch.device(device)),
         },
         "files": files,
     }  # fmt: skip
@@ -252,18 +254,6 @@ def _h264() -> dict[str, Any]:
         return {"libx264": False, "reason": "this PyAV has no libx264; pip install av gives one that has"}
     versions = {name: ".".join(map(str, version)) for name, version in sorted(av.library_versions.items())}
     return {"libx264": True, "libraries": versions}
-
-
-def _free_memory(on_cuda: bool) -> int | None:
-    """Free bytes of the first GPU, or of the host where there is none; None where nothing tells."""
-    if on_cuda:
-        return torch.cuda.mem_get_info(0)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kibibytes = (int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    return next((number * 1024 for number in kibibytes), None)
 
 
 def render(report: dict[str, Any]) -> str:

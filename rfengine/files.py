@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 _LOCK_RETRY_S = 0.02
 _SHOWN_BYTES = 200  # of a name; file systems take 255 with what is added
+_MOST_DIGITS = 1000  # of an integer in JSON; Python itself refuses to read more than 4300
 _HASHED_AT_ONCE = 1 << 20  # bytes
 
 
@@ -146,10 +147,12 @@ def strict_json(text: str) -> Any:
     """The value of a JSON text.
 
     Raises ValueError for what is no JSON, NaN and infinity included, for an object that holds a key twice,
-    and for a text that is nested too deep.
+    for an integer of very many digits, and for a text that is nested too deep.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+        return json.loads(
+            text, object_pairs_hook=_without_repeats, parse_int=_integer, parse_constant=_refuse_constant
+        )
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 
@@ -161,6 +164,12 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"it has the key {shortened(repeated)} twice")
     return values
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"it has an integer of {len(digits)} digits; use at most {_MOST_DIGITS}")
+    return int(digits)
 
 
 def _refuse_constant(name: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rfengine.config import EngineConfig, VAEConfig, WanConfig
+from rfengine.config import MAX_PIXELS, EngineConfig, VAEConfig, WanConfig
+from rfengine.limits import as_integer, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,9 @@ class LatentGrid:
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
-            value = getattr(self, name)
+            value = as_integer(name, getattr(self, name))
+            if abs(value) > MAX_PIXELS:
+                raise ValueError(f"{name} is {shown(value)} pixels; use at most {MAX_PIXELS}")
             if value < self.multiple or value % self.multiple:
                 near = max(self.multiple, round(value / self.multiple) * self.multiple)
                 raise ValueError(
@@ -30,8 +33,8 @@ class LatentGrid:
     @classmethod
     def of(cls, config: EngineConfig, height: int | None = None, width: int | None = None) -> LatentGrid:
         """The grid of `config`, at its own size unless `height` or `width` in pixels say otherwise."""
-        height = config.height if height is None else height
-        width = config.width if width is None else width
+        height = config.height if height is None else as_integer("height", height)
+        width = config.width if width is None else as_integer("width", width)
         return cls.of_parts(config.model, config.vae, height, width)
 
     @classmethod

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from rfengine.cache.kv_cache import arena_shape
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
+from rfengine.limits import as_integer, as_number, shown
+from rfengine.memory import require_memory
 from rfengine.models.decoder import FrameDecoder
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
@@ -38,6 +41,9 @@ OutputType = Literal["np", "pt", "pil", "latent"]
 OpenDecoder = Callable[[LatentGrid], FrameDecoder]
 StepEndCallback = Callable[["Pipeline", int, float, dict[str, Tensor]], Any]
 DEFAULT_NUM_FRAMES = 81
+MAX_SECONDS = 86_400  # of one video: a day
+_COPIES = 2  # of a video: its chunks, and the whole they are put together to
+_FLOATS = 6  # bytes of each value where frames are given as float32: those, and the two copies before
 VAE_TIERS = {"full": "lossless", "tensorrt": "lossless", "tiny": "reduced"}  # quality of every decoder kind
 
 
@@ -170,9 +176,13 @@ class Pipeline:
         width: int | None = None,
         start_frames: ndarray | None = None,
     ) -> VideoStream:
-        """An endless stream of `prompt`. start_frames, uint8 [T, H, W, 3], is a clip it goes on from."""
+        """An endless stream of `prompt`. start_frames, uint8 [T, H, W, 3], is a clip it goes on from.
+
+        Raises ValueError for a size or a seed that cannot be, RuntimeError where memory is too small for it.
+        """
         check_seed(seed)
         grid = LatentGrid.of(self.config, height, width)
+        self._require_stream_fits(grid)
         stream = VideoStream(self._parts, grid, prompt, self._encode_text(prompt), seed)
         if start_frames is not None:
             stream.continue_from(start_frames)
@@ -185,25 +195,33 @@ class Pipeline:
         grid = LatentGrid.of(self.config, info.height, info.width)
         return VideoStream.from_snapshot(self._parts, grid, snapshot)
 
+    def _require_stream_fits(self, grid: LatentGrid) -> None:
+        """Refuse what would not fit on its own: the cache, and the widest activation of the full decoder."""
+        config, itemsize = self.config, self.model.dtype.itemsize
+        what = f"a stream of {grid.height} x {grid.width} pixels"
+        way_out = "choose a smaller height and width, or a smaller window"
+        arenas = 3 if config.cache.positions == "relative" else 2
+        cache_bytes = arenas * itemsize * math.prod(arena_shape(config.model, config.cache, grid))
+        require_memory(cache_bytes, self.model.device, f"the cache of {what}", way_out)
+        if config.runtime.vae == "full":
+            frames = config.cache.chunk_frames * grid.temporal_stride
+            values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]
+            require_memory(values * itemsize, self._parts.lane.device, f"decoding {what}", way_out)
+
+    def _require_frames_fit(self, count: int, grid: LatentGrid, bytes_a_value: int) -> None:
+        size = count * grid.height * grid.width * 3 * bytes_a_value
+        what = f"holding {count} frames of {grid.height} x {grid.width} pixels"
+        way_out = "ask for fewer, or take the chunks of stream() one by one"
+        require_memory(size, torch.device("cpu"), what, way_out)
+
     def frame_count(self, seconds: float | None = None, num_frames: int | None = None) -> int:
-        """Pixel frames that `seconds` or `num_frames` ask for. Raises ValueError for neither positive nor
-        finite."""
-        if seconds is not None and num_frames is not None:
-            raise ValueError(f"seconds is {seconds} and num_frames is {num_frames}; give one of them")
-        if seconds is not None:
-            if not math.isfinite(seconds) or seconds <= 0:
-                raise ValueError(
-                    f"seconds is {seconds}; give a positive length, or use a stream for an endless one"
-                )
-            return max(1, round(seconds * self.config.fps))
-        count = DEFAULT_NUM_FRAMES if num_frames is None else num_frames
-        if count < 1:
-            raise ValueError(f"num_frames is {count}; a video has at least one frame")
-        return count
+        """Pixel frames that `seconds` or `num_frames` ask for, as the function of that name."""
+        return frame_count(self.config.fps, seconds, num_frames)
 
     def chunk_count(self, num_frames: int) -> int:
         """Chunks from the start of a video that give at least `num_frames` pixel frames."""
-        return -(-LatentGrid.of(self.config).latent_frames(num_frames) // self.config.cache.chunk_frames)
+        count = as_integer("num_frames", num_frames)
+        return -(-LatentGrid.of(self.config).latent_frames(count) // self.config.cache.chunk_frames)
 
     def generate(
         self,
@@ -217,11 +235,13 @@ class Pipeline:
     ) -> Video:
         """A video of `prompt`, 81 frames long where neither seconds nor num_frames says otherwise.
 
-        on_chunk is called with each FrameChunk as it is made.
+        on_chunk is called with each FrameChunk as it is made. Raises RuntimeError where the frames, which are
+        all held, need more memory than there is.
         """
         import numpy
 
         count = self.frame_count(seconds, num_frames)
+        self._require_frames_fit(count, LatentGrid.of(self.config, height, width), _COPIES)
         stream = self.stream(prompt, seed=seed, height=height, width=width)
         pieces = []
         for chunk in stream.take(self.chunk_count(count)):
@@ -256,8 +276,12 @@ class Pipeline:
         count = self.frame_count(num_frames=num_frames)
         if not prompt:
             raise ValueError(f"prompt is {prompt!r}; give a text or a list of texts")
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if output_type != "latent":
+            grid = LatentGrid.of(self.config, height, width)
+            self._require_frames_fit(len(texts) * count, grid, _COPIES if output_type == "pil" else _FLOATS)
         videos = []
-        for text in [prompt] if isinstance(prompt, str) else prompt:
+        for text in texts:
             number = _draw_seed(generator) if generator is not None else seed or 0
             stream = self.stream(text, seed=number, height=height, width=width)
             videos.append(self._run(stream, count, output_type == "latent", callback_on_step_end))
@@ -361,10 +385,40 @@ def _dtype(name: DTypeName | torch.dtype | None) -> torch.dtype | None:
     return known[name]
 
 
+def frame_count(fps: int, seconds: float | None = None, num_frames: int | None = None) -> int:
+    """Pixel frames that `seconds` or `num_frames` ask for; DEFAULT_NUM_FRAMES where neither is given.
+
+    Raises ValueError for both, for less than a frame, and for more than a day.
+    """
+    if seconds is not None and num_frames is not None:
+        raise ValueError(
+            f"seconds is {shown(seconds)} and num_frames is {shown(num_frames)}; give one of them"
+        )
+    most = MAX_SECONDS * fps
+    if seconds is None:
+        count = DEFAULT_NUM_FRAMES if num_frames is None else as_integer("num_frames", num_frames)
+        if count < 1:
+            raise ValueError(f"num_frames is {shown(count)}; a video has at least one frame")
+        if count > most:
+            raise ValueError(
+                f"num_frames is {shown(count)}; a video has at most {most}, a day at {fps} a second, and a "
+                "stream has no end"
+            )
+        return count
+    length = as_number("seconds", seconds)
+    if length <= 0:
+        raise ValueError(f"seconds is {length}; give a positive length, or use a stream for an endless one")
+    if length > MAX_SECONDS:
+        raise ValueError(
+            f"seconds is {length}; a video has at most {MAX_SECONDS}, a day, and a stream has no end"
+        )
+    return max(1, round(length * fps))
+
+
 def check_seed(seed: int) -> None:
     """Raises ValueError unless `seed` is an integer that a stream takes."""
     if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed is {seed}; use an integer from 0 to {MAX_SEED}")
+        raise ValueError(f"seed is {shown(seed)}; use an integer from 0 to {MAX_SEED}")
 
 
 def _draw_seed(generator: torch.Generator) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rfengine.config import ScheduleConfig
+from rfengine.limits import shown
 
 MAX_SEED = 2**63 - 1
 
@@ -60,7 +61,7 @@ def chunk_noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> Tenso
     """
     import numpy
 
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; use an integer from 0 to 2**64 - 1")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {shown(seed)}; use an integer from 0 to 2**64 - 1")
     philox = numpy.random.Philox(key=seed, counter=[0, 0, step, chunk])
     return torch.from_numpy(numpy.random.Generator(philox).standard_normal(tuple(shape), dtype=numpy.float32))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,6 +44,21 @@ def test_size_off_the_grid_is_refused_with_the_nearest_one(height: int, near: in
 def test_width_off_the_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="width is 830 pixels"):
         LatentGrid(480, 830)
+
+
+def test_size_above_the_limit_is_refused_with_the_limit() -> None:
+    for size in (8208, 65536, 2**64, -(2**64), 10**5000):
+        with pytest.raises(ValueError, match="height is .* pixels; use at most 8192$"):
+            LatentGrid.of(WAN, height=size)
+
+
+def test_size_that_is_no_integer_is_refused_and_one_of_numpy_is_taken() -> None:
+    assert LatentGrid.of(WAN, numpy.int64(480), numpy.int16(832)) == LatentGrid.of(WAN)
+    for wrong in (480.0, True, "480", float("nan")):
+        with pytest.raises(ValueError, match="width is .*; it must be an integer"):
+            LatentGrid.of(WAN, width=wrong)
+        with pytest.raises(ValueError, match="width is .*; it must be an integer"):
+            LatentGrid(480, wrong)
 
 
 def test_patches_that_are_not_square_are_refused() -> None:

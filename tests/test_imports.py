@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rfengine"
 
 LAYERS = [
-    {"files"},
-    {"config", "video"},
+    {"files", "limits"},
+    {"config", "video", "memory"},
     {"grid", "schedule", "reference"},
     {"native", "kernels"},
     {"backends"},

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from inputs import small_pipeline
-from rfengine import Pipeline
+from rfengine import Pipeline, memory
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,20 @@ def test_on_chunk_sees_every_chunk_as_it_is_made(pipe):
     [
         ({"seconds": -1.0}, "seconds is -1.0; give a positive length"),
         ({"seconds": float("nan")}, "seconds is nan"),
+        (
+            {"seconds": 1e308},
+            r"seconds is 1e\+308; a video has at most 86400, a day, and a stream has no end",
+        ),
+        ({"seconds": 1e18}, r"seconds is 1e\+18; a video has at most 86400"),
+        ({"seconds": 10**400}, "seconds is an integer of 1329 bits; it must be a finite number"),
+        ({"seconds": "5"}, "seconds is '5'; it must be a finite number"),
+        (
+            {"num_frames": 2**64},
+            "num_frames is 18446744073709551616; a video has at most 1382400, a day at 16",
+        ),
+        ({"num_frames": 20.5}, "num_frames is 20.5; it must be an integer"),
+        ({"num_frames": True}, "num_frames is True; it must be an integer"),
+        ({"num_frames": 9, "height": 65536}, "height is 65536 pixels; use at most 8192"),
         ({"num_frames": 0}, "num_frames is 0; a video has at least one frame"),
         ({"seconds": 1.0, "num_frames": 5}, "give one of them"),
     ],
@@ -51,6 +65,27 @@ def test_on_chunk_sees_every_chunk_as_it_is_made(pipe):
 def test_a_length_that_makes_no_video_is_refused(pipe, length, message):
     with pytest.raises(ValueError, match=message):
         pipe.generate("a circle", **length)
+
+
+def test_frames_that_memory_cannot_hold_point_to_the_stream(pipe, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**7)
+    told = (
+        "holding 1382400 frames of 32 x 48 pixels needs 11.9 GiB and this machine has 0.0 GiB free; ask for"
+    )
+    with pytest.raises(RuntimeError, match=told):
+        pipe.generate("a circle", seconds=86_400)
+    with pytest.raises(RuntimeError, match=r"holding 50000 frames .*; ask for fewer, or take .* stream\(\)"):
+        pipe(["a circle"] * 50, num_frames=1000)
+    assert next(pipe.stream("a circle")).frames.shape == (9, 32, 48, 3)
+
+
+def test_a_stream_that_memory_cannot_hold_is_refused_before_it_is_opened(pipe, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 3 * 10**7)
+    with pytest.raises(RuntimeError, match="a stream of 8192 x 8192 pixels needs .* choose a smaller height"):
+        pipe.stream("a circle", height=8192, width=8192)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10)
+    with pytest.raises(RuntimeError, match="the cache of a stream of 32 x 48 pixels needs"):
+        pipe.stream("a circle")
 
 
 def test_bad_prompts_and_seeds_are_refused(pipe):

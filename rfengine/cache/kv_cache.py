@@ -74,6 +74,14 @@ class LayerCache:
     filled_tokens: Tensor
 
 
+def arena_shape(
+    model: WanConfig, config: CacheConfig, grid: LatentGrid, batch: int = 1
+) -> tuple[int, int, int, int, int]:
+    """[L, B, S, H, E] of the keys, of the values, and with relative positions of the raw keys."""
+    tokens = config.window_frames * grid.frame_tokens
+    return model.num_layers, batch, tokens, model.num_heads, model.head_dim
+
+
 class StreamingKVCache:
     """Keys and values of the sink and the window, for all layers.
 
@@ -102,13 +110,7 @@ class StreamingKVCache:
         self.grid = grid
         self.head_dim = model.head_dim
         self.chunk_tokens = config.chunk_frames * grid.frame_tokens
-        arena = (
-            model.num_layers,
-            batch,
-            config.window_chunks * self.chunk_tokens,
-            model.num_heads,
-            model.head_dim,
-        )
+        arena = arena_shape(model, config, grid, batch)
         self.keys = torch.zeros(arena, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.raw_keys = torch.zeros_like(self.keys) if config.positions == "relative" else None

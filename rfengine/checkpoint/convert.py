@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
+from rfengine.checkpoint.agreement import part_configs
 from rfengine.checkpoint.destination import new_directory, reserved
 from rfengine.checkpoint.directories import (
     MODEL_PARTS,
@@ -33,7 +34,13 @@ from rfengine.checkpoint.loader import engine_config, read_as, read_config, writ
 from rfengine.checkpoint.lora import add_lora
 from rfengine.checkpoint.lora_file import open_lora
 from rfengine.checkpoint.manifest import write_manifest
-from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, expected_shapes, infer_config
+from rfengine.checkpoint.shapes import (
+    PartConfig,
+    describe_mismatch,
+    expected_shapes,
+    infer_config,
+    stated_heads,
+)
 from rfengine.checkpoint.shards import all_shards
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
 from rfengine.checkpoint.text_encoder import open_tokenizer
@@ -177,7 +184,7 @@ def _check_tokenizer(checkpoint: _Checkpoint, directory: Path) -> None:
 def _take_parts(checkpoint: _Checkpoint, directory: Path, use_ema: bool) -> None:
     """Take from `directory` every part that is not there yet."""
     own = read_config(directory) if directory_layout(directory) == "rfengine" else None
-    own_configs: dict[Part, PartConfig] = {} if own is None else _part_configs(own)
+    own_configs: dict[Part, PartConfig] = {} if own is None else part_configs(own)
     for part in PARTS:
         if part in checkpoint.tensors or not (files := part_files(directory, part)):
             continue
@@ -194,27 +201,17 @@ def _take_parts(checkpoint: _Checkpoint, directory: Path, use_ema: bool) -> None
     checkpoint.own_config = checkpoint.own_config or own
 
 
-def _part_configs(config: EngineConfig) -> dict[Part, PartConfig]:
-    return {
-        "transformer": config.model,
-        "vae": config.vae,
-        "text_encoder": config.text,
-        "tiny_vae": config.tiny_vae,
-    }
-
-
 def _base_heads(base: Path | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """num_heads of a base whose transformer has the same dim; a lone file does not tell it."""
     if base is None or "patch_embedding.weight" not in shapes:
         return {}
     if directory_layout(base) == "rfengine":
         model = read_config(base).model
-        heads, dim = model.num_heads, model.dim
+        heads = {model.dim: model.num_heads}
     else:
-        settings = part_settings(base, "transformer")
-        heads = settings.get("num_heads", settings.get("num_attention_heads", 0))
-        dim = settings.get("dim", heads * settings.get("attention_head_dim", 0))
-    return {"num_heads": heads} if dim == shapes["patch_embedding.weight"][0] else {}
+        heads = stated_heads(part_settings(base, "transformer"))
+    dim = shapes["patch_embedding.weight"][0]
+    return {"num_heads": heads[dim]} if dim in heads else {}
 
 
 def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
@@ -260,7 +257,7 @@ def _check_tensors(checkpoint: _Checkpoint) -> None:
 
 def _target_config(checkpoint: _Checkpoint, kind: str) -> EngineConfig:
     own = checkpoint.own_config
-    configs = {**(_part_configs(own) if own else {}), **checkpoint.configs}
+    configs = {**(part_configs(own) if own else {}), **checkpoint.configs}
     if "tiny_vae" in checkpoint.tensors:
         require_same_latents(configs["tiny_vae"], configs.get("vae", VAEConfig()))
     model = configs["transformer"]

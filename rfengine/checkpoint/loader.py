@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rfengine.checkpoint.agreement import require_agreement
 from rfengine.checkpoint.directories import (
     CONFIG_FILE,
     MODEL_PARTS,
@@ -47,6 +48,8 @@ from rfengine.config import (
     to_dict,
 )
 from rfengine.files import write_text
+from rfengine.grid import LatentGrid
+from rfengine.limits import shown
 
 logger = logging.getLogger(__name__)
 
@@ -60,22 +63,27 @@ def read_config(directory: Path | str) -> EngineConfig:
 
     Inferred means: sizes from tensors and config.json; the published VAE and text encoder where their files
     are absent or pickles; the default cache and schedule, with a warning: those layouts do not name any.
-    Raises ValueError for a directory without checkpoint and for a configuration that is damaged or too new.
+    Raises ValueError for a directory without checkpoint, and for a configuration that is damaged, too new, or
+    of other sizes than the tensors beside it.
     """
     directory = Path(directory)
     if directory_layout(directory) != "rfengine":
         return _infer_engine_config(directory)
     path = directory / CONFIG_FILE
     values = read_json(path)
-    if values.get("format") != CONFIG_FORMAT or not isinstance(values.get("engine"), dict):
+    stated = values.get("format")
+    if type(stated) is not int or stated != CONFIG_FORMAT or "engine" not in values:
         raise ValueError(
-            f"{path} has format {values.get('format')!r} and this rfengine reads {CONFIG_FORMAT}; convert "
-            "the source again"
+            f"{path} has format {shown(stated)} and this rfengine reads {CONFIG_FORMAT}; convert the source "
+            "again"
         )
     try:
-        return from_dict(EngineConfig, values["engine"])
-    except (ValueError, TypeError, AttributeError) as error:
+        config = from_dict(EngineConfig, values["engine"], "engine")
+        LatentGrid.of(config)
+    except ValueError as error:
         raise ValueError(f"{path} is not a configuration of this rfengine: {error}") from error
+    require_agreement(directory, config)
+    return config
 
 
 def write_config(directory: Path, config: EngineConfig) -> None:
@@ -109,7 +117,10 @@ def _infer_engine_config(directory: Path) -> EngineConfig:
         if files and not _is_pickle(files[0]):
             _, stored = open_part(files)
             shapes = {name: tensor.shape for name, tensor in stored.items()}
-            configs[part] = infer_config(part, shapes, part_settings(directory, part))
+            try:
+                configs[part] = infer_config(part, shapes, part_settings(directory, part))
+            except ValueError as error:
+                raise ValueError(f"{files[0].parent}: {error}") from error
     logger.warning(
         "%s names no cache; EMA-Sink is taken, and the model is treated as a teacher, which a few steps do "
         "not suit",

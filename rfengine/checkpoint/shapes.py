@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rfengine.checkpoint.layouts import Part, list_names
-from rfengine.config import TextConfig, TinyVAEConfig, VAEConfig, WanConfig
+from rfengine.config import TextConfig, TinyVAEConfig, VAEConfig, WanConfig, Width
+from rfengine.limits import check_value, field_hints
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -16,8 +17,9 @@ PartConfig = WanConfig | VAEConfig | TextConfig | TinyVAEConfig
 
 PUBLISHED_HEAD_DIM = 128  # of every published Wan2.1 transformer (spec 1.1)
 
-# What config.json may call a field: the original name, then the Diffusers name.
-_WAN_SETTINGS = {
+# What config.json may call a field: the original name, then the one of Diffusers or transformers.
+_Names = Mapping[str, tuple[str, ...]]
+_WAN_SETTINGS: _Names = {
     "dim": ("dim",),
     "ffn_dim": ("ffn_dim",),
     "num_layers": ("num_layers",),
@@ -25,7 +27,29 @@ _WAN_SETTINGS = {
     "in_dim": ("in_dim", "in_channels"),
     "out_dim": ("out_dim", "out_channels"),
     "text_dim": ("text_dim",),
+    "text_len": ("text_len",),
     "freq_dim": ("freq_dim",),
+    "patch_size": ("patch_size",),
+    "eps": ("eps",),
+}
+_VAE_SETTINGS: _Names = {
+    "base_dim": ("base_dim",),
+    "z_dim": ("z_dim",),
+    "dim_mult": ("dim_mult",),
+    "num_res_blocks": ("num_res_blocks",),
+    "temporal_downsample": ("temperal_downsample",),  # Diffusers spells it so
+    "latents_mean": ("latents_mean",),
+    "latents_std": ("latents_std",),
+}
+_TEXT_SETTINGS: _Names = {
+    "vocab_size": ("vocab_size",),
+    "dim": ("d_model",),
+    "ffn_dim": ("d_ff",),
+    "num_heads": ("num_heads",),
+    "num_layers": ("num_layers",),
+    "num_buckets": ("relative_attention_num_buckets",),
+    "max_distance": ("relative_attention_max_distance",),
+    "eps": ("layer_norm_epsilon",),
 }
 RGB_CHANNELS = 3
 
@@ -34,8 +58,8 @@ def infer_wan_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) 
     """The transformer's configuration, from its tensors and `settings`, its config.json in either layout.
 
     Shapes do not tell num_heads; without settings it is dim / 128, as in all published models.
-    Raises ValueError when a tensor that tells a size is absent, when settings and shapes disagree, and when
-    dim is no multiple of 128 and there is no num_heads.
+    Raises ValueError when a tensor that tells a size is absent, when settings are not what they may be or
+    disagree with the shapes, and when dim is no multiple of 128 and there is no num_heads.
     """
     settings = settings or {}
     dim, in_dim, *patch_size = _shape(shapes, "patch_embedding.weight", 5)
@@ -49,13 +73,9 @@ def infer_wan_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) 
         "out_dim": _shape(shapes, "head.head.weight", 2)[0] // max(1, math.prod(patch_size)),
         "text_dim": text_dim,
         "freq_dim": freq_dim,
+        "patch_size": tuple(patch_size),
     }
-    for field, names in _WAN_SETTINGS.items():
-        stated = next((settings[name] for name in names if name in settings), None)
-        if stated is not None and stated != sizes.setdefault(field, stated):
-            raise ValueError(
-                f"config.json states {field} {stated} and the tensors have {sizes[field]}; they do not match"
-            )
+    sizes = _completed(sizes, stated_fields(WanConfig, settings))
     if "num_heads" not in sizes:
         if dim % PUBLISHED_HEAD_DIM:
             raise ValueError(
@@ -63,15 +83,16 @@ def infer_wan_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) 
                 "tells its num_heads; convert it with a base of the same dim"
             )
         sizes["num_heads"] = dim // PUBLISHED_HEAD_DIM
-    stated_also = {name: settings[name] for name in ("eps", "text_len") if name in settings}
-    return WanConfig(**sizes, **stated_also, patch_size=tuple(patch_size))
+    _require_head_dim(settings, "attention_head_dim", dim, sizes["num_heads"])
+    return WanConfig(**sizes)
 
 
 def infer_vae_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> VAEConfig:
     """The VAE's configuration, from its tensors and from `settings`, its Diffusers config.json.
 
     The statistics of the latents are no tensors: settings have them, or they are the published 16 channels'.
-    Raises ValueError when a tensor that tells a size is absent, or the statistics are unknown.
+    Raises ValueError when a tensor that tells a size is absent, when settings are not what they may be or
+    disagree with the shapes, and when the statistics are unknown.
     """
     base_dim = _shape(shapes, "encoder.conv1.weight", 5)[0]
     z_dim = _shape(shapes, "conv2.weight", 5)[0]
@@ -86,43 +107,43 @@ def infer_vae_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) 
             levels[-1].append(_shape(shapes, f"{name}.residual.6.weight", 5)[0])
     if not all(levels):
         raise ValueError("encoder.downsamples has a level without a residual block; the VAE is incomplete")
-    published, settings = VAEConfig(), settings or {}
-    if z_dim != published.z_dim and not {"latents_mean", "latents_std"} <= set(settings):
+    published, stated = VAEConfig(), stated_fields(VAEConfig, settings or {})
+    if z_dim != published.z_dim and not {"latents_mean", "latents_std"} <= set(stated):
         raise ValueError(
             f"the VAE has {z_dim} latent channels, the published statistics are for {published.z_dim}; "
             "give a directory whose config.json has latents_mean and latents_std"
         )
-    return VAEConfig(
-        base_dim=base_dim,
-        z_dim=z_dim,
-        dim_mult=tuple(widths[-1] // base_dim for widths in levels),
-        num_res_blocks=len(levels[0]),
-        temporal_downsample=tuple(temporal),
-        latents_mean=tuple(settings.get("latents_mean", published.latents_mean)),
-        latents_std=tuple(settings.get("latents_std", published.latents_std)),
-    )
+    sizes = {
+        "base_dim": base_dim,
+        "z_dim": z_dim,
+        "dim_mult": tuple(widths[-1] // base_dim for widths in levels),
+        "num_res_blocks": len(levels[0]),
+        "temporal_downsample": tuple(temporal),
+    }
+    return VAEConfig(**_completed(sizes, stated))
 
 
 def infer_text_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> TextConfig:
     """The text encoder's configuration, from its tensors and from `settings`, its transformers config.json.
 
-    Raises ValueError when a tensor that tells a size is absent.
+    Raises ValueError when a tensor that tells a size is absent, and when settings are not what they may be or
+    disagree with the shapes.
     """
     settings = settings or {}
     block = "encoder.block.0.layer"
     vocab_size, dim = _shape(shapes, "shared.weight", 2)
     num_buckets, num_heads = _shape(shapes, f"{block}.0.SelfAttention.relative_attention_bias.weight", 2)
-    stated = {"max_distance": "relative_attention_max_distance", "eps": "layer_norm_epsilon"}
-    return TextConfig(
-        vocab_size=vocab_size,
-        dim=dim,
-        attention_dim=_shape(shapes, f"{block}.0.SelfAttention.q.weight", 2)[0],
-        ffn_dim=_shape(shapes, f"{block}.1.DenseReluDense.wi_0.weight", 2)[0],
-        num_heads=num_heads,
-        num_layers=_count_layers(shapes, "encoder.block."),
-        num_buckets=num_buckets,
-        **{field: settings[name] for field, name in stated.items() if name in settings},
-    )
+    sizes = {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "attention_dim": _shape(shapes, f"{block}.0.SelfAttention.q.weight", 2)[0],
+        "ffn_dim": _shape(shapes, f"{block}.1.DenseReluDense.wi_0.weight", 2)[0],
+        "num_heads": num_heads,
+        "num_layers": _count_layers(shapes, "encoder.block."),
+        "num_buckets": num_buckets,
+    }
+    _require_head_dim(settings, "d_kv", sizes["attention_dim"], num_heads)
+    return TextConfig(**_completed(sizes, stated_fields(TextConfig, settings)))
 
 
 def infer_tiny_vae_config(shapes: Shapes) -> TinyVAEConfig:
@@ -157,17 +178,68 @@ def infer_config(part: Part, shapes: Shapes, settings: Mapping[str, Any] | None 
     return infer_vae_config(shapes, settings) if part == "vae" else infer_text_config(shapes, settings)
 
 
+def stated_fields(kind: type[PartConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json states of the fields of `kind`, in whichever of the layouts' names.
+
+    Raises ValueError, which names the key, for a value that its field may not hold.
+    """
+    names = {WanConfig: _WAN_SETTINGS, VAEConfig: _VAE_SETTINGS, TextConfig: _TEXT_SETTINGS}[kind]
+    stated: dict[str, Any] = {}
+    for field, keys in names.items():
+        for key in (key for key in keys if key in settings):
+            value = tuple(settings[key]) if isinstance(settings[key], list) else settings[key]
+            check_value(f"{key} of config.json", value, field_hints(kind)[field])
+            stated[field] = value
+    return stated
+
+
+def stated_heads(settings: Mapping[str, Any]) -> dict[int, int]:
+    """num_heads by dim, as the config.json of a transformer states them; empty where it tells one alone.
+
+    Raises ValueError as stated_fields does.
+    """
+    stated = stated_fields(WanConfig, settings)
+    heads, dim = stated.get("num_heads"), stated.get("dim")
+    if heads is not None and dim is None and "attention_head_dim" in settings:
+        check_value("attention_head_dim of config.json", settings["attention_head_dim"], Width)
+        dim = heads * settings["attention_head_dim"]
+    return {} if heads is None or dim is None else {dim: heads}
+
+
+def _completed(sizes: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
+    """What the tensors have, and of what config.json states the rest."""
+    for field, value in stated.items():
+        if value != sizes.get(field, value):
+            raise ValueError(
+                f"config.json states {field} {value} and the tensors have {sizes[field]}; they do not match"
+            )
+    return {**stated, **sizes}
+
+
+def _require_head_dim(settings: Mapping[str, Any], key: str, dim: int, num_heads: int) -> None:
+    if key not in settings:
+        return
+    check_value(f"{key} of config.json", settings[key], Width)
+    if settings[key] * num_heads != dim:
+        raise ValueError(
+            f"config.json states {key} {settings[key]}, which in {num_heads} heads is not the {dim} of the "
+            "tensors; they do not match"
+        )
+
+
 def _shape(shapes: Shapes, name: str, axes: int) -> Shape:
     if name not in shapes:
         raise ValueError(f"the checkpoint has no {name}, from which sizes are read; it is incomplete")
     if len(shapes[name]) != axes:
         raise ValueError(f"{name} is {tuple(shapes[name])}; it must have {axes} axes")
+    if min(shapes[name]) < 1:
+        raise ValueError(f"{name} is {tuple(shapes[name])}, which is empty; get the file again")
     return tuple(shapes[name])
 
 
 def _count_layers(shapes: Shapes, prefix: str) -> int:
     """One more than the highest index after `prefix`; a gap shows up later as missing tensors."""
-    found = [re.match(rf"{re.escape(prefix)}(\d+)\.", name) for name in shapes]
+    found = [re.match(rf"{re.escape(prefix)}([0-9]{{1,9}})\.", name) for name in shapes]
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 

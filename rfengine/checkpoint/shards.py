@@ -15,7 +15,7 @@ from rfengine.files import read_text, strict_json
 
 logger = logging.getLogger(__name__)
 
-MAX_JSON_BYTES = 64 << 20  # an index of the largest published models has less than 1 MB
+MAX_JSON_BYTES = 4 << 20  # an index of the largest published models has less than 1 MB
 _SUFFIX = "|".join(re.escape(suffix) for suffix in (*SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES))
 _VARIANT = r"[A-Za-z]\w*"
 # Variants stand in front of the shard's number, and in older files behind it.

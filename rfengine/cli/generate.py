@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import time
@@ -16,7 +15,7 @@ from tyro.conf import Positional, arg
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.cli.terminal import find_device, interrupt_waits
 from rfengine.config import Backend, DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
-from rfengine.pipeline import Pipeline, check_seed
+from rfengine.pipeline import Pipeline, check_seed, frame_count
 from rfengine.video import VideoWriter, check_video_path
 
 _SLUG_LENGTH = 48
@@ -148,12 +147,12 @@ def _check_request(options: GenerateOptions) -> None:
     from rfengine.checkpoint.manifest import verify
     from rfengine.grid import LatentGrid
 
-    if not math.isfinite(options.seconds) or options.seconds <= 0:
-        raise ValueError(f"--seconds is {options.seconds}; give a positive length such as 5")
     check_seed(options.seed)
     if options.verify:
         verify(checkpoint_directory(options.model))
-    LatentGrid.of(read_config(checkpoint_directory(options.model)), options.height, options.width)
+    config = read_config(checkpoint_directory(options.model))
+    frame_count(config.fps, options.seconds)
+    LatentGrid.of(config, options.height, options.width)
 
 
 def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateOptions) -> None:

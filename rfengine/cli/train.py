@@ -12,6 +12,7 @@ import torch
 from tyro.conf import Positional
 
 from rfengine.cli.terminal import find_device
+from rfengine.memory import free_memory
 from rfengine.training import recipes
 from rfengine.training.parallel import Ranks, ranks_from_environment
 from rfengine.training.train_config import Parallelism, TrainConfig
@@ -140,7 +141,7 @@ def _train(
         print(plan.render(), flush=True)
     if options.plan:
         return
-    free = _free_memory(device)
+    free = free_memory(device)
     if free is not None:
         plan.check(free, str(device) if device.type == "cuda" else "this machine")
     with locked_run(directory):
@@ -185,14 +186,3 @@ def _guard(config: TrainConfig, trainer: Trainer, stops: bool) -> RewardGuard:
 
     settings = GuardConfig(held_out=held_out_score(config), stops=stops)
     return RewardGuard.from_log(trainer.directory / LOG_FILE, trainer.state.step, settings)
-
-
-def _free_memory(device: torch.device) -> float | None:
-    """Free bytes of the device; None where nothing tells."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

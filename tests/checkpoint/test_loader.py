@@ -209,8 +209,8 @@ def test_damaged_configurations_are_explained(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
     for change, message in (
         ({"format": 2}, r"has format 2 and this rfengine reads 1; convert the source again"),
-        ({"engine": 3}, "convert the source again"),
-        ({"engine": good["engine"] | {"colour": 1}}, "EngineConfig has no field colour"),
+        ({"engine": 3}, "engine is 3; it must be a table of its fields"),
+        ({"engine": good["engine"] | {"colour": 1}}, "engine has no field 'colour'; it has name, model"),
         ({"engine": good["engine"] | {"model": {"dim": "wide"}}}, "is not a configuration of this rfengine"),
         ({"engine": good["engine"] | {"model": None}}, "is not a configuration of this rfengine"),
         ({"engine": good["engine"] | {"fps": "many"}}, "is not a configuration of this rfengine"),

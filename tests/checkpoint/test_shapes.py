@@ -17,6 +17,7 @@ from rfengine.checkpoint.shapes import (
     infer_tiny_vae_config,
     infer_vae_config,
     infer_wan_config,
+    stated_heads,
 )
 from rfengine.config import PRESETS, TextConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.models.dit import WanDiT
@@ -150,3 +151,64 @@ def _renumbered_without_block_11(shapes: dict[str, tuple[int, ...]]) -> dict[str
         if number != "11":
             kept[f"decoder.{int(number) - (int(number) > 11)}.{rest}"] = shape
     return kept
+
+
+SETTINGS = {
+    "transformer": {
+        "dim": 64, "ffn_dim": 48, "num_layers": 2, "num_heads": 4, "in_dim": 16, "out_dim": 16,
+        "text_dim": 4096, "text_len": 512, "freq_dim": 256, "patch_size": [1, 2, 2], "eps": 1e-6,
+        "attention_head_dim": 16,
+    },
+    "vae": {
+        "base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
+    },
+    "text_encoder": {
+        "vocab_size": 64, "d_model": 32, "d_ff": 24, "num_heads": 2, "num_layers": 24, "d_kv": 8,
+        "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+    },
+}  # fmt: skip
+PART_CONFIGS = {
+    "transformer": WanConfig(dim=64, ffn_dim=48, num_heads=4, num_layers=2),
+    "vae": VAEConfig(base_dim=8),
+    "text_encoder": TextConfig(vocab_size=64, dim=32, attention_dim=16, ffn_dim=24, num_heads=2),
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [(part, key) for part, settings in SETTINGS.items() for key in settings]
+)
+def test_a_published_setting_that_cannot_be_is_refused_by_its_key(part: str, key: str) -> None:
+    shapes = expected_shapes(PART_CONFIGS[part])
+    infer_config(part, shapes, SETTINGS[part])
+    absurd = [
+        0, -1, 2**31, 2**63, 10**40, 1.5, math.inf, math.nan, True, None, "", "x", "1" * 5000, [], {}, [None],
+        [2**31] * 16, [0] * 3, [True],
+    ]  # fmt: skip
+    for value in absurd:
+        with pytest.raises(ValueError, match=f"config.json|^{key}|max_distance is") as caught:
+            infer_config(part, shapes, SETTINGS[part] | {key: value})
+        assert len(str(caught.value)) < 300
+
+
+def test_heads_are_stated_by_a_settings_file_of_either_layout() -> None:
+    assert stated_heads({"num_heads": 12, "dim": 1536}) == {1536: 12}
+    assert stated_heads({"num_attention_heads": 12, "attention_head_dim": 128}) == {1536: 12}
+    assert stated_heads({"num_heads": 12}) == stated_heads({"dim": 1536}) == {}
+    with pytest.raises(ValueError, match="num_attention_heads of config.json is 'x'; it must be an integer"):
+        stated_heads({"num_attention_heads": "x", "attention_head_dim": 2**40})
+
+
+def test_an_index_of_many_digits_counts_no_layers() -> None:
+    shapes = expected_shapes(PART_CONFIGS["transformer"])
+    extra = {f"blocks.{'9' * 5000}.norm3.bias": (64,), "blocks.\u0663.norm3.bias": (64,)}
+    assert infer_wan_config({**shapes, **extra}, SETTINGS["transformer"]).num_layers == 2
+    with pytest.raises(ValueError, match="num_layers is 1000000000; it must be at most 1024"):
+        infer_wan_config({**shapes, "blocks.999999999.norm3.bias": (64,)}, {"num_heads": 4})
+
+
+def test_an_empty_tensor_tells_no_size() -> None:
+    shapes = expected_shapes(PART_CONFIGS["vae"])
+    with pytest.raises(ValueError, match="encoder.conv1.weight is .*, which is empty; get the file again"):
+        infer_vae_config({**shapes, "encoder.conv1.weight": (0, 3, 3, 3, 3)})
