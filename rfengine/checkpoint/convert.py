@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -151,7 +151,7 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
             )
         checkpoint.tensors[part] = tensors
         if part == "tiny_vae":
-            checkpoint.configs[part] = infer_config(part, _shapes(tensors))
+            checkpoint.configs[part] = _infer(source, part, tensors, {})
             if base is None:
                 return checkpoint
             checkpoint.generator = base
@@ -164,7 +164,10 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
         )
     if "transformer" not in checkpoint.configs:
         shapes = _shapes(checkpoint.tensors["transformer"])
-        checkpoint.configs["transformer"] = infer_config("transformer", shapes, _base_heads(base, shapes))
+        heads = _base_heads(base, shapes)
+        checkpoint.configs["transformer"] = _infer(
+            source, "transformer", checkpoint.tensors["transformer"], heads
+        )
     if "text_encoder" in checkpoint.tensors:
         _check_tokenizer(checkpoint, base or source)
     return checkpoint
@@ -195,10 +198,19 @@ def _take_parts(checkpoint: _Checkpoint, directory: Path, use_ema: bool) -> None
             )
         checkpoint.tensors[part] = tensors
         settings = {} if own else part_settings(directory, part)
-        checkpoint.configs[part] = own_configs.get(part) or infer_config(part, _shapes(tensors), settings)
+        checkpoint.configs[part] = own_configs.get(part) or _infer(files[0].parent, part, tensors, settings)
         if part == "text_encoder":
             checkpoint.tokenizer = tokenizer_directory(directory)
     checkpoint.own_config = checkpoint.own_config or own
+
+
+def _infer(
+    place: Path, part: Part, tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
+) -> PartConfig:
+    try:
+        return infer_config(part, _shapes(tensors), settings)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _base_heads(base: Path | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

@@ -45,7 +45,7 @@ def weights_format(path: Path) -> WeightsFormat:
     start = _read_start(path)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < _LONGEST_HEADER:
         return "safetensors"
-    if start.startswith((b"PK\x03\x04", b"\x80")):  # since torch 1.6, and before
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):  # zip, bare
         return "pickle"
     if start:
         _refuse_foreign(path, start)

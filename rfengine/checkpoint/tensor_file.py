@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfengine.checkpoint.file_format import weights_format
 from rfengine.files import open_regular, replaced, strict_json
 
 # A published header has at most a few hundred kilobytes. The format itself allows 100 MB, which as Python
@@ -135,14 +136,13 @@ def _read_start(path: Path) -> tuple[bytes, int]:
 def _check_start(path: Path, start: bytes, size: int, length: int) -> None:
     if size == 0:
         raise ValueError(f"{path} is empty (0 bytes); get the file again")
-    if start.startswith(b"PK\x03\x04"):
-        raise ValueError(f"{path} is a torch pickle, not safetensors; run `rfengine convert SRC DST` on it")
-    if start == b"version ":
-        raise ValueError(f"{path} is a Git LFS pointer, not the weights; fetch the file itself")
     if size < _LENGTH_BYTES:
         raise ValueError(
             f"{path} has {size} bytes, fewer than the {_LENGTH_BYTES} of a safetensors start; get it again"
         )
+    too_long = length > MAX_HEADER_BYTES or _LENGTH_BYTES + length > size
+    if too_long and weights_format(path) == "pickle":  # which raises for any other format that it knows
+        raise ValueError(f"{path} is a torch pickle, not safetensors; run `rfengine convert SRC DST` on it")
     if length > MAX_HEADER_BYTES:
         raise ValueError(
             f"{path} states a header of {length} bytes, above the limit of {MAX_HEADER_BYTES}; "

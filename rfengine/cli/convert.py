@@ -16,7 +16,7 @@ class ConvertOptions:
     """Convert a checkpoint of Wan2.1, Diffusers, Self-Forcing, LongLive or Reward Forcing for the engine."""
 
     source: Positional[Path]
-    """A checkpoint directory, or one .pt or .safetensors file of a generator."""
+    """A checkpoint directory, of ComfyUI or in a cache too, or one file of a generator, of either format."""
     destination: Positional[Path]
     """The directory to make."""
     base: Path | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -116,3 +117,20 @@ def diffusers_directory(tmp_path_factory: pytest.TempPathFactory, parts: dict[st
         (directory / part / "config.json").write_text(json.dumps(values))
     write_tokenizer(directory / "tokenizer")
     return directory
+
+
+def cache_links(directory: Path, repository: Path) -> Path:
+    """A snapshot of `directory` as in the cache of Hugging Face: links to blobs with hashes for names."""
+    snapshot = repository / "snapshots" / "ab12"
+    for index, path in enumerate(sorted(path for path in directory.rglob("*") if path.is_file())):
+        blob, link = repository / "blobs" / f"{index:064x}", snapshot / path.relative_to(directory)
+        for folder in (blob.parent, link.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        os.link(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+@pytest.fixture(scope="session")
+def cached() -> Callable[[Path, Path], Path]:
+    return cache_links
