@@ -17,6 +17,7 @@ from rfengine.checkpoint.tensor_file import StoredTensor
 
 logger = logging.getLogger(__name__)
 
+_NO_NUMBERS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 _SAME_SCALE = 2**-8  # relative; an alpha among the tensors may have been rounded to bfloat16
 
 
@@ -198,7 +199,7 @@ def _tell_untold(
 
 
 def _read_alpha(stored: StoredTensor, name: str, label: str) -> float:
-    if math.prod(stored.shape) != 1 or stored.dtype == torch.bool:
+    if math.prod(stored.shape) != 1 or stored.dtype in _NO_NUMBERS:
         raise ValueError(
             f"{name} in {label} is {stored.dtype} {stored.shape}; an alpha is one number, so get the file "
             "again"
@@ -250,5 +251,6 @@ def merge_lora(weight: Tensor, down: Tensor, up: Tensor, alpha: float | None = N
 
 def _add_product(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """weight + scale * up @ down; those of a convolution are flattened behind their first axis."""
-    flat = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale)
+    with torch.autocast(weight.device.type, enabled=False):  # a caller's would round to 16 bits
+        flat = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale)
     return flat.reshape(weight.shape)

@@ -23,6 +23,7 @@ _PREFIXES = (
     "unet.", "pipe.", "pipeline.", "dit.", "generator.", "student.",
     "lora_unet_", "lora_transformer_", "lycoris_",
 )  # fmt: skip
+_MOST_PREFIXES = 4  # of one name, as in base_model.model.model.diffusion_model.
 _TEXT_ENCODER = re.compile(r"lora_te\d*_|(text_encoders?(_\d)?|cond_stage_model|conditioner|te\d?)\.")
 _IMAGE = re.compile(
     r"(^|[._])(k_img|v_img|norm_k_img|img_emb|add_[kv]_proj|norm_added_[kq]|image_embedder)($|[._])"
@@ -191,7 +192,10 @@ def _check_forms(found: list[_Found], label: str) -> None:
 def _stripped(layer: str) -> tuple[str, ...]:
     """`layer` without wrappers, then with one known prefix fewer each time."""
     forms = [WRAPPER_SEGMENTS.sub("", layer)]
-    while prefix := next((each for each in _PREFIXES if forms[-1].startswith(each)), ""):
+    for _ in range(_MOST_PREFIXES):
+        prefix = next((each for each in _PREFIXES if forms[-1].startswith(each)), None)
+        if prefix is None:
+            break
         forms.append(forms[-1].removeprefix(prefix))
     return tuple(forms)
 
@@ -206,7 +210,8 @@ def _spellings(known: Iterable[str]) -> dict[str, str]:
         for spelling in (name, diffusers_transformer_from_wan(name)):
             layer, _, leaf = spelling.rpartition(".")
             underscores = layer.replace(".", "_")
-            for form in (spelling, f"{underscores}.{leaf}", f"{underscores}_{leaf}"):
+            forms = (spelling, f"{underscores}.{leaf}", f"{underscores}_{leaf}") if layer else (spelling,)
+            for form in forms:
                 meant.setdefault(form, set()).add(name)
     return {form: names.pop() for form, names in meant.items() if len(names) == 1}
 

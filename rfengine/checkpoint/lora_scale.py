@@ -26,9 +26,10 @@ DIFFUSERS_KEY = "lora_adapter_metadata"
 MAX_ALPHA = 1e6
 MAX_RANK = 1 << 20
 _MAX_CONFIG_BYTES = 4 << 20  # of adapter_config.json; a pattern for each layer of the 14B model takes 60 kB
-_MAX_PATTERNS = 5000
+_MAX_PATTERNS = 2000
 _MAX_PATTERN_LENGTH = 200
-_MAX_REPEATS = 4  # in one pattern, so that matching takes a time that is bounded
+# In one pattern, and how many may have any of them: matching tries the product of all choices.
+_MAX_REPEATS, _MAX_GROUPS, _MAX_BARS, _MAX_CHOICES = 3, 2, 10, 32
 
 # What these make of the base weights is in no adapter file.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -235,17 +236,21 @@ def _patterns(
         )
     if len(values) > _MAX_PATTERNS:
         raise ValueError(f"{source} has {len(values)} entries in {key}, above the limit of {_MAX_PATTERNS}")
+    choices = [name for name in values if re.search(r"(?<!\\)[*+?{|]", name)]
+    if len(choices) > _MAX_CHOICES:
+        raise ValueError(
+            f"{source} has {len(choices)} patterns with repeats or choices in {key}, above the limit of "
+            f"{_MAX_CHOICES}; give the names of the layers instead"
+        )
     return tuple((_pattern(name, key, source), check(value, key, source)) for name, value in values.items())
 
 
 def _pattern(text: str, key: str, source: str) -> re.Pattern[str]:
     """A pattern as PEFT matches it. Those that could take for ever to match are refused."""
-    repeats = re.findall(r"(?<!\\)[*+{]", text)
-    if (
-        len(text) > _MAX_PATTERN_LENGTH
-        or len(repeats) > _MAX_REPEATS
-        or re.search(r"\)[*+{]|\(\?|\\\d", text)
-    ):
+    repeats, bars, groups = (len(re.findall(rf"(?<!\\)[{signs}]", text)) for signs in (r"*+?{", "|", "("))
+    nested = re.search(r"\)[*+?{]|\(\?|\\\d", text)
+    too_many = repeats > _MAX_REPEATS or bars > _MAX_BARS or groups > _MAX_GROUPS
+    if len(text) > _MAX_PATTERN_LENGTH or nested or too_many:
         raise ValueError(
             f"{source} has the pattern {shortened(text)} in {key}, which is too long or repeats too much; "
             "give the names of the layers instead"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.lora import merge_lora
 from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
+from rfengine.files import read_text, strict_json
 
 QUALITIES = ("VQ", "MQ", "TA")
 # Two public files give these; nothing here was checked against the published checkpoint (spec 8.2).
@@ -31,6 +33,8 @@ HEAD = "rm_head.weight"
 
 _SERVED = {"prompt_template_type": "detailed_special", "sample_type": "uniform", "num_frames": None}
 _KEYS = ("state_dict", "model")
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_SETTING = 1e9  # of any number in the file
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 
@@ -54,7 +58,7 @@ def read_settings(directory: Path) -> VideoRewardSettings:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the directory of a VideoAlign checkpoint")
     try:
-        config = json.loads(path.read_text())
+        config = strict_json(read_text(path, _MAX_CONFIG_BYTES))
         parts: dict[str, dict[str, Any]] = {
             name: dict(config.get(name) or {})
             for name in ("data_config", "model_config", "peft_lora_config", "inference_config")
@@ -62,7 +66,7 @@ def read_settings(directory: Path) -> VideoRewardSettings:
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is no model_config.json of VideoAlign ({error}); get it again") from error
     constants = parts["inference_config"]
-    missing = [name for name in UNVERIFIED_CONSTANTS if not isinstance(constants.get(name), int | float)]
+    missing = [name for name in UNVERIFIED_CONSTANTS if not _is_number(constants.get(name))]
     if missing:
         raise ValueError(
             f"{path} has no {list_names(missing)} in inference_config; scores need them. Published "
@@ -78,12 +82,33 @@ def read_settings(directory: Path) -> VideoRewardSettings:
     return VideoRewardSettings(
         mean=tuple(float(constants[f"{quality}_mean"]) for quality in QUALITIES),
         std=std,
-        output_dim=model.get("output_dim"),
-        max_pixels=int(parts["data_config"].get("max_frame_pixels") or 448 * 448),
-        fps=float(parts["data_config"].get("fps") or 2.0),
-        lora_alpha=lora.get("lora_alpha", model.get("lora_alpha")),
-        lora_rank=lora.get("r", model.get("lora_r")),
+        output_dim=_whole(model, "output_dim", path),
+        max_pixels=_whole(parts["data_config"], "max_frame_pixels", path) or 448 * 448,
+        fps=_positive(parts["data_config"], "fps", path) or 2.0,
+        lora_alpha=_positive(lora, "lora_alpha", path) or _positive(model, "lora_alpha", path),
+        lora_rank=_whole(lora, "r", path) or _whole(model, "lora_r", path),
     )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_SETTING
+
+
+def _positive(section: Mapping[str, Any], key: str, path: Path) -> float | None:
+    """A number above 0 in a section of the file `path`; None where it has none or null."""
+    value = section.get(key)
+    if value is not None and not (_is_number(value) and value > 0):
+        raise ValueError(
+            f"{path} has {key} {shortened(value)}; it has to be a number above 0 and up to {_MAX_SETTING:g}"
+        )
+    return None if value is None else float(value)
+
+
+def _whole(section: Mapping[str, Any], key: str, path: Path) -> int | None:
+    value = _positive(section, key, path)
+    if value is not None and value != int(value):
+        raise ValueError(f"{path} has {key} {value:g}; it has to be a whole number")
+    return None if value is None else int(value)
 
 
 def newest_checkpoint(directory: Path) -> Path:
@@ -159,7 +184,7 @@ def _merged_weight(
     if weight is None or shapes != [(rank, weight.shape[-1]), (weight.shape[0], rank)]:
         held = None if weight is None else weight.shape
         raise ValueError(f"{folder} has LoRA {shapes} of rank {rank} for {name} {held}; it does not fit")
-    alpha = float(settings.lora_alpha or 0.0)
+    alpha = settings.lora_alpha
 
     def read() -> Tensor:
         return merge_lora(weight.read(), sides["A"].read(), sides["B"].read(), alpha)

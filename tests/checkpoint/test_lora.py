@@ -185,6 +185,7 @@ def test_rank_of_other_tensors_is_refused(transformer: dict[str, StoredTensor]) 
         torch.tensor(math.nan),
         torch.tensor(math.inf),
         torch.tensor(True),
+        torch.tensor(4j),
         torch.ones(2),
         torch.ones(0),
     ],
@@ -205,6 +206,12 @@ def test_pair_of_a_convolution_is_merged(transformer: dict[str, StoredTensor]) -
     flat = {name: value.flatten(1) for name, value in lora.items()}
     for each in (lora, flat):
         torch.testing.assert_close(change(dict(transformer), each, name), exact.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_merge_is_in_float32_under_autocast(transformer: dict[str, StoredTensor]) -> None:
+    expected = change(dict(transformer), pair(), f"{LAYER}.weight")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(change(transformer, pair(), f"{LAYER}.weight"), expected)
 
 
 def test_differences_are_added_to_weight_bias_and_modulation(transformer: dict[str, StoredTensor]) -> None:

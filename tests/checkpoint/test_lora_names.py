@@ -151,12 +151,19 @@ def test_image_to_video_is_told_from_a_foreign_model(layer: str) -> None:
         (["transformer.blocks.9.attn1.to_q", "blocks.1.ffn.0"], "it has 4 layers, so"),
         (["transformer.single_transformer_blocks.0.attn.to_q"], "it is for another model"),
         (["vace_blocks.0.before_proj", "blocks.1.ffn.0"], "and the rest fits; give a LoRA that adapts"),
+        (["base_model.model."], "it is for another model"),
         (["transformer_2.blocks.0.attn1.to_q"], "it is for another model"),
     ],
 )
 def test_layers_that_the_transformer_lacks_are_listed(layers: list[str], told: str) -> None:
     names = [f"{layer}.lora_{side}.weight" for layer in layers for side in ("down", "up")]
     with pytest.raises(ValueError, match=rf"adapts {layers[0]}.weight, which the transformer lacks.*{told}"):
+        parse_lora(names, KNOWN)
+
+
+def test_prefixes_without_end_are_not_stripped() -> None:
+    names = [f"{'model.' * 100}blocks.0.ffn.0.lora_{side}.weight" for side in "AB"]
+    with pytest.raises(ValueError, match="which the transformer lacks; it is for another model"):
         parse_lora(names, KNOWN)
 
 

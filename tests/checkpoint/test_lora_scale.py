@@ -73,6 +73,10 @@ def test_rslora_is_read(tmp_path: Path) -> None:
             r"pattern '\(a\+\)\+b' in alpha_pattern, which is too long or rep",
         ),
         ({"alpha_pattern": {".*.*.*.*.*x": 4}}, "too long or repeats too much"),
+        ({"alpha_pattern": {"a?" * 30 + "a" * 30: 4}}, "too long or repeats too much"),
+        ({"alpha_pattern": {"(a|a)" * 30: 4}}, "too long or repeats too much"),
+        ({"alpha_pattern": {f"{i}.*": 4 for i in range(33)}}, "33 patterns with repeats or choices"),
+        ({"rank_pattern": {str(i): 4 for i in range(2001)}}, "2001 entries in rank_pattern"),
     ],
 )
 def test_options_that_are_not_merged_are_named(tmp_path: Path, option: dict[str, Any], told: str) -> None:

@@ -382,6 +382,19 @@ def test_constants_that_are_absent_are_named_as_unverified(tmp_path):
             json.dumps(model_config() | {"inference_config": {**UNVERIFIED_CONSTANTS, "VQ_std": 0}}),
             "positive",
         ),
+        *(
+            (json.dumps(model_config() | {section: {key: value}}), f"has {key} .*; it has to be a")
+            for section, key in (
+                ("peft_lora_config", "lora_alpha"),
+                ("peft_lora_config", "r"),
+                ("model_config", "output_dim"),
+                ("data_config", "fps"),
+                ("data_config", "max_frame_pixels"),
+            )
+            for value in ("64", 0, -1, True, [64], 1e30)
+        ),
+        (json.dumps(model_config() | {"peft_lora_config": {"r": 1.5}}), "has r 1.5; it has to be a whole"),
+        ('{"inference_config": {"VQ_mean": NaN}}', "NaN is no number of JSON"),
     ],
 )
 def test_other_settings_are_refused(text, sentence, tmp_path):
