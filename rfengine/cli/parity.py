@@ -38,9 +38,10 @@ def run(options: ParityOptions) -> int:
     for path in options.files:
         try:
             report = replay(path, options.backend, device, options.dtype)
-        except (ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - every file gets its line, whatever it made of the engine
             passed = False
-            message = one_line(error)
+            plain = isinstance(error, ValueError | RuntimeError | OSError)
+            message = one_line(error) if plain else one_line(f"{type(error).__name__}: {error}")
             fail(message if str(path) in message else f"{path}: {message}", OTHER_ERROR)
             failure = {"file": str(path), "kind": None, "dtype": options.dtype, "backend": options.backend}
             print(json.dumps({**failure, "max_rel_err": None, "errors": {}, "ok": False, "error": message}))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.config import Backend, CacheConfig, DTypeName, ScheduleConfig, VAEConfig
+from rfengine.config import Backend, CacheConfig, DTypeName, ScheduleConfig, VAEConfig, WanConfig
 from rfengine.evaluation.golden_file import GoldenFile
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder
@@ -115,10 +115,10 @@ def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:
     config, stored = golden.config_and_weights()
     model = WanDiT(config, ops)
     golden.load(model, stored)
-    noise, frames, num_chunks = _chunk_noise(golden)
+    noise, frames, num_chunks = _chunk_noise(golden, config)
     schedule_config = ScheduleConfig(
-        shift=float(golden.value("timestep_shift", (int, float))),
-        denoising_steps=tuple(golden.numbers("denoising_steps")),
+        shift=float(golden.header["timestep_shift"]),
+        denoising_steps=tuple(golden.header["denoising_steps"]),
     )
     runner, first_step = (
         _runner(model, item, golden)
@@ -129,12 +129,12 @@ def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:
     )
     height, width = (side * VAEConfig().spatial_stride for side in noise[0].shape[-2:])
     grid = LatentGrid.of_parts(config, VAEConfig(), height, width)
-    cache_config, batch = _cache_config(golden, frames, num_chunks), noise[0].shape[1]
+    cache_config, batch = _cache_config(golden, grid, frames, num_chunks), noise[0].shape[1]
     cache, twin = (
         StreamingKVCache(config, cache_config, grid, batch, golden.dtype, golden.device, ops)
         for _ in range(2)
     )
-    text = model.text_keys_values(golden.input("prompt_embeds", 3))
+    text = model.text_keys_values(golden.input("prompt_embeds"))
     latents, flows = [], []
     for draws in noise:
         plan = cache.plan_chunk()
@@ -144,13 +144,12 @@ def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:
         flows.append((draws[0].float() - x0.float()) / first_step.schedule.denoising_sigmas[0])
         latents.append(runner.advance(cache, plan, draws, text))
     errors = {
-        "latents": relative_error(torch.cat(latents, 2).transpose(1, 2), golden.recorded("latents", 5)),
-        "first_flow": relative_error(torch.cat(flows, 2).transpose(1, 2), golden.recorded("first_flow", 5)),
+        "latents": relative_error(torch.cat(latents, 2).transpose(1, 2), golden.recorded("latents")),
+        "first_flow": relative_error(torch.cat(flows, 2).transpose(1, 2), golden.recorded("first_flow")),
         **_cache_errors(golden, cache),
     }
-    if "warped_timesteps" in golden.header:
-        warped = torch.tensor(golden.numbers("warped_timesteps"))
-        errors["timesteps"] = relative_error(torch.tensor(runner.schedule.denoising_timesteps), warped)
+    warped = torch.tensor(golden.header["warped_timesteps"], dtype=torch.float64)
+    errors["timesteps"] = relative_error(torch.tensor(runner.schedule.denoising_timesteps), warped)
     return errors
 
 
@@ -160,34 +159,49 @@ def _runner(model: WanDiT, config: ScheduleConfig, golden: GoldenFile) -> ChunkR
     return ChunkRunner(model, schedule)
 
 
-def _chunk_noise(golden: GoldenFile) -> tuple[list[Tensor], int, int]:
+def _chunk_noise(golden: GoldenFile, model: WanConfig) -> tuple[list[Tensor], int, int]:
     """Noise of every chunk, [steps, B, C, F, h, w] each; the frames of a chunk and the number of chunks."""
-    frames, steps = golden.value("frames_per_chunk", int), len(golden.value("denoising_steps", list))
-    first, fresh = golden.input("noise", 5), golden.input("renoise", 7)
-    batch, total, *rest = first.shape
-    num_chunks = fresh.shape[0]
+    frames, steps = golden.header["frames_per_chunk"], len(golden.header["denoising_steps"])
+    batch, total, *rest = golden.shape("noise")
+    num_chunks = golden.shape("renoise")[0]
     expected = [num_chunks, steps - 1, batch, frames, *rest]
-    if list(fresh.shape) != expected or total != num_chunks * frames or not total:
+    if golden.shape("renoise") != expected or total != num_chunks * frames:
         raise ValueError(
-            f"t.noise is {list(first.shape)} and t.renoise {list(fresh.shape)}; with {steps} steps and "
-            f"chunks of {frames} frames the second must be {expected}, and the first must have as many frames"
+            f"t.noise is {golden.shape('noise')} and t.renoise {golden.shape('renoise')}; with {steps} steps "
+            f"and chunks of {frames} frames the second must be {expected}, and the first must have as many "
+            "frames"
         )
+    text_batch, _, text_dim = golden.shape("prompt_embeds")
+    if (text_batch, text_dim, rest[0]) != (batch, model.text_dim, model.in_dim):
+        raise ValueError(
+            f"t.noise is {golden.shape('noise')} and t.prompt_embeds {golden.shape('prompt_embeds')}; the "
+            f"model takes {model.in_dim} channels, and of the same batch texts of {model.text_dim}"
+        )
+    first, fresh = golden.input("noise"), golden.input("renoise")
     starts = first.unflatten(1, (num_chunks, frames)).unbind(1)
     noise = [torch.cat([start[None], later]) for start, later in zip(starts, fresh, strict=True)]
     return [draws.transpose(2, 3) for draws in noise], frames, num_chunks
 
 
-def _cache_config(golden: GoldenFile, frames: int, num_chunks: int) -> CacheConfig:
-    """The cache of the recording; a window of -1 sees everything, so it never evicts."""
-    sink_frames = golden.value("sink_size", int)
-    window = golden.value("local_attn_size", int)
+def _cache_config(golden: GoldenFile, grid: LatentGrid, frames: int, num_chunks: int) -> CacheConfig:
+    """The cache of the recording; a window of -1, and one longer than the recording, never evicts."""
+    header = golden.header
+    window, sink_frames, total = header["local_attn_size"], header["sink_size"], num_chunks * frames
+    recorded = golden.shape("cache_k")[1] if "cache_k" in golden else window * grid.frame_tokens
+    if window > 0 and (window % frames or recorded != window * grid.frame_tokens):
+        raise ValueError(
+            f"local_attn_size is {window} frames of {grid.frame_tokens} tokens, in chunks of {frames}, and "
+            f"{recorded} tokens of the cache are recorded; record it again, or with -1 for no window"
+        )
+    if not 0 < window <= total:
+        window = max(total, sink_frames + 2 * frames)
     return CacheConfig(
         chunk_frames=frames,
-        window_frames=window if window > 0 else max(num_chunks * frames, sink_frames + 2 * frames),
-        sink=golden.value("sink", str),
+        window_frames=window,
+        sink=header["sink"],
         sink_frames=sink_frames,
-        alpha=float(golden.header.get("alpha", 1.0)),
-        positions=golden.value("positions", str),
+        alpha=float(header["alpha"]),
+        positions=header["positions"],
     )
 
 
@@ -201,7 +215,7 @@ def _cache_errors(golden: GoldenFile, cache: StreamingKVCache) -> dict[str, floa
         valid = cache.chronological(arena)[:, 0]
         for name, own in ((f"cache_{letter}", valid), (f"sink_{letter}_last", valid[:, : cache.sink_tokens])):
             if name in golden:
-                recorded = golden.recorded(name, 4)
+                recorded = golden.recorded(name)
                 # a window that is not full yet may be recorded whole, with zeros behind what is valid
                 empty = max(0, recorded.shape[1] - own.shape[1]) if name.startswith("cache") else 0
                 padded = torch.cat([own, own.new_zeros(own.shape[0], empty, *own.shape[2:])], dim=1)
@@ -214,8 +228,8 @@ def _replay_vae(golden: GoldenFile, ops: Ops) -> dict[str, float]:
     vae = WanVAE(config)
     golden.load(vae, stored)
     errors = {}
-    if "latents" in golden or "pixels" not in golden:
-        latents, video = golden.input("latents", 5), golden.recorded("video", 5)
+    if "latents" in golden:
+        latents, video = golden.input("latents"), golden.recorded("video")
         errors["video_whole"] = relative_error(vae.decode(latents), video)
         streaming = StreamingDecoder(vae, ops)
         for frames in _CALL_FRAMES:
@@ -223,7 +237,7 @@ def _replay_vae(golden: GoldenFile, ops: Ops) -> dict[str, float]:
             each = [_decode_by(streaming, one, frames) for one in latents.split(1)]
             errors[f"video_streamed_by_{frames}"] = relative_error(torch.cat(each), video)
     if "pixels" in golden:
-        pixels, encoded = golden.input("pixels", 5), golden.recorded("encoded", 5)
+        pixels, encoded = golden.input("pixels"), golden.recorded("encoded")
         errors["encoded"] = relative_error(vae.encode(pixels), encoded)
         for frames in _CALL_FRAMES:
             errors[f"encoded_by_{frames}"] = relative_error(vae.encode_in_groups(pixels, frames), encoded)
@@ -240,8 +254,12 @@ def _replay_umt5(golden: GoldenFile, _: Ops) -> dict[str, float]:
     config, stored = golden.config_and_weights()
     model = build_umt5(config)
     model.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, strict=False)
-    ids, mask = golden.recorded("ids", 2).long(), golden.recorded("mask", 2).long()
+    ids, mask = golden.recorded("ids").long(), golden.recorded("mask").long()
+    if mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"t.mask is {list(mask.shape)}; it must be 0 or 1 for each of the {list(ids.shape)} ids"
+        )
     if ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(f"t.ids has ids up to {ids.max()}; the vocabulary has {config.vocab_size}")
     encoder = TextEncoder(model, ByteTokenizer(), ids.shape[1], golden.device, golden.dtype)
-    return {"embeds": relative_error(encoder.encode_ids(ids, mask), golden.recorded("embeds", 3))}
+    return {"embeds": relative_error(encoder.encode_ids(ids, mask), golden.recorded("embeds"))}

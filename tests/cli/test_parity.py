@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from cli_checks.outcome import fails
 from rfengine import cli
+from rfengine.checkpoint.loader import read_safetensors, save_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -52,3 +54,48 @@ def test_parity_without_files_or_on_a_missing_backend_is_one_sentence(
     assert "'native' cannot run on cpu" in fails(
         capsys, cli.OTHER_ERROR, "parity", GOLDEN / "vae.safetensors", "--backend", "native"
     )
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), MemoryError(), TypeError("a\nb"), OverflowError("wide")])
+def test_every_file_gets_its_line_whatever_goes_wrong(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rfengine.evaluation.parity.replay", fail)
+    assert cli.main(["parity", "one", "two"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == ["one", "two"]
+    assert all(not line["ok"] and line["error"].startswith(type(error).__name__) for line in lines)
+
+
+def test_what_is_no_file_gets_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe, zero = tmp_path / "pipe", tmp_path / "zero"
+    os.mkfifo(pipe)
+    zero.symlink_to("/dev/zero")
+    told = {
+        tmp_path / "no": "does not exist",
+        tmp_path: "is a directory",
+        pipe: "is a pipe",
+        zero: "is a device",
+    }
+    assert cli.main(["parity", *map(str, told)]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == list(map(str, told))
+    for line, message in zip(lines, told.values(), strict=True):
+        assert line["ok"] is False and message in line["error"] and line["file"] in line["error"]
+
+
+@pytest.mark.parametrize("values", [{"seed": "1"}, {"alpha": True}, {"alpha": None}, {"chunks": 10**400}])
+def test_a_damaged_header_is_one_line_and_one_sentence(
+    values: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, metadata = read_safetensors(GOLDEN / "ema_sink.safetensors")
+    path = tmp_path / "damaged.safetensors"
+    save_weights(path, tensors, {"config": json.dumps(json.loads(metadata["config"]) | values)})
+    assert cli.main(["parity", str(path)]) == 1
+    captured = capsys.readouterr()
+    line = json.loads(captured.out)
+    assert line["ok"] is False and f"its header's {next(iter(values))}" in line["error"]
+    assert captured.err == f"rfengine: error: {line['error']}\n"
