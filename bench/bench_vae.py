@@ -49,6 +49,7 @@ from rfengine.checkpoint.loader import read_config
 from rfengine.config import PRESETS, Backend, DTypeName
 from rfengine.evaluation.throughput_options import Switch
 from rfengine.grid import LatentGrid
+from rfengine.limits import Range, check_options
 from rfengine.models.streaming_decoder import FP8_TIER
 from rfengine.runtime.full_decoder import drawn_clip, psnr_db
 
@@ -69,8 +70,8 @@ class Options:
     ] = None
     height: Annotated[int | None, Doc("Pixels; the model's own size where nothing is given.")] = None
     width: Annotated[int | None, Doc("Pixels.")] = None
-    chunks: Annotated[int, Doc("Chunks that are timed of every decoder.")] = 50
-    latents: Annotated[int, Doc("Latents of a chunk.")] = 3
+    chunks: Annotated[int, Range(1, 1_000_000), Doc("Chunks that are timed of every decoder.")] = 50
+    latents: Annotated[int, Range(1, 64), Doc("Latents of a chunk.")] = 3
     backend: Annotated[Backend, Doc("What runs the ops of our decoder.")] = "auto"
     dtype: Annotated[DTypeName | None, Doc("bfloat16 on CUDA, float32 on a CPU.")] = None
     fp8: Annotated[
@@ -78,7 +79,9 @@ class Options:
     ] = "auto"
     diffusers: Annotated[Switch, Doc("Rows of diffusers' AutoencoderKLWan; auto where it is there.")] = "auto"
     compile: Annotated[Switch, Doc("A row of it under torch.compile; auto is on with CUDA.")] = "auto"
-    threads: Annotated[int | None, Doc("CPU threads of torch; its own choice where nothing is given.")] = None
+    threads: Annotated[
+        int | None, Range(1, 1024), Doc("CPU threads of torch; its own choice where nothing is given.")
+    ] = None
     device: Annotated[str | None, Doc("cpu, cuda or cuda:N; cuda where there is one.")] = None
     json: Annotated[Path | None, Doc("Write the figures as JSON; - prints them instead of the table.")] = None
 
@@ -91,8 +94,7 @@ class WrongDecoderError(RuntimeError):
 def measure(options: Options) -> dict[str, Any]:
     """Figures and their circumstances. Raises ValueError for a model or a size that cannot be, and
     WrongDecoderError before anything is timed."""
-    if options.chunks < 1 or options.latents < 1:
-        raise ValueError(f"chunks is {options.chunks} and latents {options.latents}; both are at least 1")
+    check_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     setting, directory = _setting(options)

@@ -52,8 +52,8 @@ class Engine:
         )
         if model != "tiny" and model in PRESETS:
             preset = PRESETS[model]
-            height, width = options.height or preset.height, options.width or preset.width
-            config = replace(preset, runtime=runtime, height=height, width=width)
+            grid = LatentGrid.of(preset, options.height, options.width)
+            config = replace(preset, runtime=runtime, height=grid.height, width=grid.width)
             pipeline, decoder = random_pipeline(config, device, getattr(torch, dtype), options.backend)
             weights = f"random, seed {WEIGHTS_SEED}: the frames are noise"
         else:

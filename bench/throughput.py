@@ -34,6 +34,7 @@ from throughput_plot import check_plot, draw
 from throughput_table import render
 
 from rfengine.evaluation.throughput_options import ThroughputOptions
+from rfengine.limits import check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.runtime.switches import runtime_switches
 
@@ -47,9 +48,7 @@ def measure(options: ThroughputOptions, agreements: list[Agreement] | None = Non
 
     agreements: what check_agreement found for an engine of these options; it is asked where this is None.
     """
-    for name, value in (("chunks", options.chunks), ("threads", options.threads)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}; give at least 1")
+    check_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     engine = Engine.load(options)

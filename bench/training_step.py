@@ -27,6 +27,7 @@ from command_line import parse_options
 from typing_extensions import Doc
 
 from rfengine.cli.train import TrainOptions, train_config
+from rfengine.limits import Range, check_options
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.training.build import build_stage
@@ -46,9 +47,9 @@ class Options:
     recipe: Annotated[str, Doc("As for rfengine train.")] = "toy_re_dmd"
     batch: Annotated[int | None, Doc("Samples of one pass; the recipe's where nothing is given.")] = None
     teacher: Annotated[str, Doc("A checkpoint directory; it starts the critic as well.")] = "tiny"
-    cycles: Annotated[int, Doc("How many cycles of critic_updates steps are timed.")] = 3
+    cycles: Annotated[int, Range(1, 1_000_000), Doc("How many cycles of critic_updates steps are timed.")] = 3
     device: Annotated[str, Doc("cpu, cuda or cuda:N.")] = "cpu"
-    threads: Annotated[int, Doc("Of torch, on the CPU.")] = 1
+    threads: Annotated[int, Range(1, 1024), Doc("Of torch, on the CPU.")] = 1
 
 
 class Clock:
@@ -113,6 +114,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def measure(options: Options) -> dict[str, Any]:
     """The report as JSON values."""
+    check_options(options)
     torch.set_num_threads(options.threads)
     device, config = torch.device(options.device), _config(options)
     stage = build_stage(config, device, Ranks())

@@ -127,7 +127,7 @@ def test_absent_diffusers_is_a_sentence(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--chunks", "0"), "bench_vae: chunks is 0 and latents 3; both are at least 1"),
+        (("--chunks", "0"), "bench_vae: --chunks is 0; it must be at least 1"),
         (("--height", "30"), "bench_vae: "),
     ],
 )

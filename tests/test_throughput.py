@@ -233,8 +233,12 @@ def test_a_preset_runs_with_random_weights_and_says_so(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "status", "sentence"),
     [
-        (("--chunks", "0"), 2, "--chunks is 0; give at least 1"),
-        (("--threads", "0"), 2, "--threads is 0; give at least 1"),
+        (("--chunks", "0"), 2, "--chunks is 0; it must be at least 1"),
+        (("--chunks", "1" + "0" * 30), 2, "--chunks is 1000000000000000000000000000000; it must be at most"),
+        (("--threads", "1000000000"), 2, "--threads is 1000000000; it must be at most 1024"),
+        (("--height", "65536"), 2, "height is 65536 pixels; use at most 8192"),
+        (("--model", "wan-1.3b", "--device", "cpu", "--height", "0"), 2, "height is 0 pixels; it must be a"),
+        (("--threads", "0"), 2, "--threads is 0; it must be at least 1"),
         (("--device", "cpu", "--graphs", "on"), 1, "CUDA graphs need a CUDA device"),
         (("--device", "cpu", "--model", "wan-14b", "--vae", "tensorrt"), 2, "give --model a checkpoint dir"),
         (("--height", "33"), 2, "must be a multiple of 16"),

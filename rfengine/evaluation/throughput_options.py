@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from typing_extensions import Doc
 
 from rfengine.config import Backend, DTypeName, VAEPrecision
+from rfengine.limits import Range
 
 Switch = Literal["auto", "on", "off"]
 
@@ -26,7 +27,7 @@ class ThroughputOptions:
     ] = None
     height: Annotated[int | None, Doc("Pixels; the model's own size where nothing is given.")] = None
     width: Annotated[int | None, Doc("Pixels.")] = None
-    chunks: Annotated[int, Doc("Chunks to measure, after those that warm up.")] = 100
+    chunks: Annotated[int, Range(1, 1_000_000), Doc("Chunks to measure, after those that warm up.")] = 100
     backend: Annotated[Backend, Doc("What runs the ops.")] = "auto"
     dtype: Annotated[
         DTypeName | None, Doc("Precision; bfloat16 on CUDA, float32 on the CPU where nothing is given.")
@@ -46,7 +47,9 @@ class ThroughputOptions:
     compare: Annotated[
         Literal["baseline"] | None, Doc("Alternate with the field's usual way and give the ratio.")
     ] = None
-    threads: Annotated[int | None, Doc("CPU threads of torch; its own choice where nothing is given.")] = None
+    threads: Annotated[
+        int | None, Range(1, 1024), Doc("CPU threads of torch; its own choice where nothing is given.")
+    ] = None
     device: Annotated[str | None, Doc("cpu, cuda or cuda:N; cuda where there is one.")] = None
     json: Annotated[Path | None, Doc("Write the figures as JSON; - prints them instead of the table.")] = None
     plot: Annotated[Path | None, Doc("Draw the parts against their floors; needs matplotlib.")] = None

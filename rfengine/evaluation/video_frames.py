@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from rfengine.limits import Range, check_value, field_hints
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,13 +28,12 @@ class NotMeasurableError(ValueError):
 class ChunkGrid:
     """Where the chunks of a video lie: frames of the first one and of each later one."""
 
-    first_frames: int = 9
-    frames: int = 12
+    first_frames: Annotated[int, Range(1, 65536)] = 9
+    frames: Annotated[int, Range(2, 65536)] = 12
 
     def __post_init__(self) -> None:
-        for name, least in (("first_frames", 1), ("frames", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} of a chunk is {getattr(self, name)}; use at least {least}")
+        for name, hint in field_hints(type(self)).items():
+            check_value(f"{name} of a chunk", getattr(self, name), hint)
 
     def slices(self, count: int) -> list[slice]:
         """The whole chunks of a video of `count` frames; what is left over at the end belongs to none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from rfengine.evaluation.prompt_switch import measure_switch_delay
 from rfengine.evaluation.repetition import measure_repetition
 from rfengine.evaluation.toy_accuracy import toy_accuracy, toy_window_score
 from rfengine.evaluation.video_frames import ChunkGrid, NotMeasurableError, as_video
+from rfengine.limits import Range, check_fields
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -31,11 +32,10 @@ class MeasureOptions:
     """chunks: where they lie. flow_pairs: pairs of frames of each video whose flow is measured, at most."""
 
     chunks: ChunkGrid = ChunkGrid()
-    flow_pairs: int = 96
+    flow_pairs: Annotated[int, Range(1, 100_000)] = 96
 
     def __post_init__(self) -> None:
-        if self.flow_pairs < 1:
-            raise ValueError(f"flow_pairs is {self.flow_pairs}; measure at least one pair of frames")
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)

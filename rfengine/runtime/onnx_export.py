@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
 from rfengine.checkpoint.loader import fingerprint
-from rfengine.config import VAEConfig, to_dict
+from rfengine.config import Pixels, VAEConfig, to_dict
 from rfengine.files import replaced
+from rfengine.limits import Range, check_fields
 from rfengine.models.decoder_graphs import DecoderGraph
 
 if TYPE_CHECKING:
@@ -46,14 +47,13 @@ class ExportSpec:
     """What an exported decoder is of: the VAE, pixels of a frame, latent frames of a chunk, precision."""
 
     vae_fingerprint: str
-    height: int
-    width: int
-    latents: int
+    height: Pixels
+    width: Pixels
+    latents: Annotated[int, Range(1, 64)]
     precision: Precision
 
     def __post_init__(self) -> None:
-        if self.latents < 1:
-            raise ValueError(f"latents is {self.latents}; a chunk has at least one latent frame")
+        check_fields(self)
 
     def stem(self, stage: Stage) -> str:
         """Name of the stage's files, without suffix."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from rfengine.config import EngineConfig
+from rfengine.limits import Range, check_fields
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.schedule import add_noise
@@ -78,17 +80,14 @@ class DistillationConfig:
     latents that stand for one frame (spec 7.3, step 6).
     """
 
-    clip_frames: int = 21
-    guidance: float = 3.0
-    beta: float | None = None
-    reward_limit: float | None = None
-    first_latent: str = "encoded"
+    clip_frames: Annotated[int, Range(1, 4096)] = 21
+    guidance: Annotated[float, Range(0, 1000)] = 3.0
+    beta: Annotated[float | None, Range(1e-6, 1e6)] = None
+    reward_limit: Annotated[float | None, Range(1e-6, 1e6)] = None
+    first_latent: Literal["given", "encoded"] = "encoded"
 
     def __post_init__(self) -> None:
-        if self.clip_frames < 1:
-            raise ValueError(f"clip_frames is {self.clip_frames}; a clip has at least one latent frame")
-        if self.first_latent not in ("given", "encoded"):
-            raise ValueError(f"first_latent is {self.first_latent!r}; use 'given' or 'encoded'")
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)

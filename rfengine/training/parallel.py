@@ -7,6 +7,7 @@ threads in one.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,13 +27,15 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from rfengine.limits import Range, as_integer, shown
 from rfengine.models.dit import WanDiT
+
+_MOST_RANKS = 65536
 
 
 def run_workers(function: Callable[..., None], workers: int, *arguments: Any) -> None:
     """Call `function(rank, *arguments)` in `workers` processes and wait; with one worker, in this process."""
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; use at least one")
+    workers = as_integer("workers", workers, Range(1, 1024))
     if workers == 1:
         function(0, *arguments)
         return
@@ -127,11 +130,13 @@ def ranks_from_environment(device: torch.device) -> Iterator[tuple[Ranks, torch.
 
     NCCL joins CUDA devices, one for each rank of a machine, and gloo the CPU.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if (count := _environment_integer("WORLD_SIZE", 1, _MOST_RANKS, "1")) == 1:
         yield Ranks(), device
         return
+    _environment_integer("RANK", 0, count - 1)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        local = _environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         distributed.init_process_group("nccl", device_id=device)
     else:
@@ -140,6 +145,17 @@ def ranks_from_environment(device: torch.device) -> Iterator[tuple[Ranks, torch.
         yield Ranks(), device
     finally:
         distributed.destroy_process_group()
+
+
+def _environment_integer(name: str, low: int, high: int, default: str = "") -> int:
+    text = os.environ.get(name, default)
+    number = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
+    if not low <= number <= high:
+        raise ValueError(
+            f"the environment variable {name} is {shown(text)}; torchrun sets it, here from {low} to {high}: "
+            "start the ranks with it"
+        )
+    return number
 
 
 def shard(

@@ -11,15 +11,18 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Annotated, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rfengine.evaluation.optical_flow import moving_speed, optical_flow
+from rfengine.limits import Range, check_fields
 from rfengine.training.log_file import read_log
 
 logger = logging.getLogger(__name__)
+
+Threshold = Annotated[float, Range(0, 1e6)]
 
 
 class Reward(Protocol):
@@ -149,23 +152,17 @@ class GuardConfig:
     of figures of the log. stops: end the training rather than warn.
     """
 
-    window: int = 50
-    errors: float = 4.0
-    fall: float = 0.02
-    growth: float = 0.1
+    window: Annotated[int, Range(2, 100_000)] = 50  # a spread needs two
+    errors: Threshold = 4.0
+    fall: Threshold = 0.02
+    growth: Threshold = 0.1
     score: str = "score"
     held_out: str = "agreement"
     distance: str = "distance"
     stops: bool = False
 
     def __post_init__(self) -> None:
-        if self.window < 2:
-            raise ValueError(f"window is {self.window} updates; a spread needs at least 2")
-        if min(self.errors, self.fall, self.growth) < 0:
-            raise ValueError(
-                f"errors is {self.errors}, fall {self.fall} and growth {self.growth}; "
-                "none of them may be negative"
-            )
+        check_fields(self)
 
 
 class _Window(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -20,10 +21,12 @@ from rfengine import reference
 from rfengine.cache.kv_cache import EMPTY, CachePlan, LayerCache, StreamingKVCache
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
+from rfengine.limits import Range, check_fields
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.schedule import FlowSchedule
 
+Chunks = Annotated[int, Range(1, 4096)]
 Noise = Callable[[int, int], Tensor]  # of (chunk, step): [B, C, chunk_frames, h, w]
 
 
@@ -38,21 +41,18 @@ class RolloutConfig:
     checkpointing: activations of the exit steps are computed once more in backward.
     """
 
-    min_chunks: int = 7
-    max_chunks: int = 7
-    gradient_chunks: int = 7
+    min_chunks: Chunks = 7
+    max_chunks: Chunks = 7
+    gradient_chunks: Chunks = 7
     same_exit: bool = True
     carry_key_gradients: bool = False
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_chunks <= self.max_chunks:
+        check_fields(self)
+        if self.min_chunks > self.max_chunks:
             raise ValueError(
                 f"min_chunks is {self.min_chunks} and max_chunks {self.max_chunks}; give 1 <= min <= max"
-            )
-        if self.gradient_chunks < 1:
-            raise ValueError(
-                f"gradient_chunks is {self.gradient_chunks}; at least the last chunk has to learn"
             )
         if self.carry_key_gradients and self.checkpointing:
             raise ValueError(

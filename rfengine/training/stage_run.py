@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from rfengine.checkpoint.pickle_file import load_pickle
 from rfengine.files import replaced
+from rfengine.limits import as_number
 
 _SAVE_SECONDS = 60.0
+_MOST_MINUTES = 100_000  # ten weeks
 _LOG_STEPS = 25
 
 
@@ -24,8 +26,11 @@ class StageRun:
     """
 
     def __init__(self, directory: Path, stage: str, minutes: float) -> None:
-        if minutes <= 0:
-            raise ValueError(f"minutes is {minutes}; give the stage a positive budget")
+        minutes = as_number("minutes", minutes)
+        if not 0 < minutes <= _MOST_MINUTES:
+            raise ValueError(
+                f"minutes is {minutes}; give the stage a budget above 0, of at most {_MOST_MINUTES}"
+            )
         directory.mkdir(parents=True, exist_ok=True)
         self.stage = stage
         self.seconds = minutes * 60

@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from rfengine.checkpoint.manifest import write_manifest
 from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.config import PRESETS, EngineConfig, VAEConfig, from_dict, to_dict
 from rfengine.files import write_text
+from rfengine.limits import Range, check_options
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.vae import WanVAE
@@ -51,18 +52,21 @@ class Options:
     stage: Stage
     directory: Path = Path("runs/tiny")
     minutes: float | None = None
-    seed: int = 0
-    threads: int = 2  # the vae and dit stages run as many processes of one thread instead
-    batch: int = 16  # videos a step of the dit stage, over all processes
-    videos: int = 208  # of the evaluate stage and of the evaluation of the tiny decoder
-    stream_chunks: int = 81  # of the evaluate stage; 81 are a minute
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # stages multiply it to draw one for every step
+    # the vae and dit stages run as many processes of one thread instead
+    threads: Annotated[int, Range(1, 1024)] = 2
+    batch: Annotated[int, Range(1, 65536)] = 16  # videos a step of the dit stage, over all processes
+    # of the evaluate stage and of the evaluation of the tiny decoder
+    videos: Annotated[int, Range(1, 100_000)] = 208
+    stream_chunks: Annotated[int, Range(1, 1_000_000)] = 81  # of the evaluate stage; 81 are a minute
     output: Path = Path("rfengine/weights/tiny")  # of the export stage; tiny_decoder adds to it
 
 
 def run_stage(options: Options) -> None:
     """Run one stage; each leaves its result in `directory`, where the next finds it."""
+    check_options(options)
     torch.set_num_threads(options.threads)
-    minutes = options.minutes or MINUTES.get(options.stage, 1.0)
+    minutes = MINUTES.get(options.stage, 1.0) if options.minutes is None else options.minutes
     directory, seed, preset = options.directory, options.seed, PRESETS["tiny"]
     if options.stage == "vae":
         run_workers(train_autoencoder, options.threads, preset.vae, directory, minutes, seed, options.threads)

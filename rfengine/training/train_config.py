@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from rfengine.config import EngineConfig, WanConfig
+from rfengine.limits import Range, check_fields
+from rfengine.schedule import MAX_SEED
 from rfengine.training.distillation import DistillationConfig
 from rfengine.training.rollout import RolloutConfig
 
 Stage = Literal["teacher", "ode-init", "dmd", "re-dmd"]
 Precision = Literal["float32", "bfloat16"]
 Parallelism = Literal["replicated", "sharded"]
+MOST_STEPS = 10**9
+BELOW_ONE = 1 - 1e-9  # Adam and averages divide by what is missing to one
+Steps = Annotated[int, Range(1, MOST_STEPS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,21 +24,16 @@ class AdamConfig:
     """AdamW of one model. clip: the largest norm of its gradient. warm_up: steps of a linear rise; fall: the
     part of the training, at its end, over which the rate falls linearly to a fiftieth."""
 
-    rate: float
-    betas: tuple[float, float] = (0.0, 0.999)
-    weight_decay: float = 0.01
-    eps: float = 1e-8
-    clip: float = 10.0
-    warm_up: int = 0
-    fall: float = 0.0
+    rate: Annotated[float, Range(1e-12, 100)]
+    betas: Annotated[tuple[float, float], Range(0, BELOW_ONE)] = (0.0, 0.999)
+    weight_decay: Annotated[float, Range(0, 100)] = 0.01
+    eps: Annotated[float, Range(1e-16, 1)] = 1e-8
+    clip: Annotated[float, Range(1e-9, 1e9)] = 10.0
+    warm_up: Annotated[int, Range(0, MOST_STEPS)] = 0
+    fall: Annotated[float, Range(0, 1)] = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.fall <= 1:
-            raise ValueError(f"fall is {self.fall}; it is a part of the training, from 0 to 1")
-        if not self.rate > 0:
-            raise ValueError(f"rate is {self.rate}; a learning rate is positive")
-        if not self.clip > 0:
-            raise ValueError(f"clip is {self.clip}; the norm a gradient is cut to is positive")
+        check_fields(self)
 
     def rate_at(self, step: int, steps: int) -> float:
         """The learning rate of step `step` of `steps`, counted from 0."""
@@ -63,11 +63,11 @@ class TrainConfig:
     name: str
     stage: Stage
     engine: EngineConfig
-    steps: int
-    batch: int
+    steps: Steps
+    batch: Annotated[int, Range(1, 65536)]
     optimizer: AdamConfig
     data: str
-    clip_frames: int = 21
+    clip_frames: Annotated[int, Range(1, 4096)] = 21
     student: str = ""
     teacher: str = ""
     critic: str = ""
@@ -77,35 +77,29 @@ class TrainConfig:
     teacher_model: WanConfig | None = None
     critic_model: WanConfig | None = None
     critic_optimizer: AdamConfig | None = None
-    critic_updates: int = 5
-    group: int = 1
-    accumulation: int = 1
+    critic_updates: Annotated[int, Range(1, 1000)] = 5
+    group: Annotated[int, Range(1, 65536)] = 1
+    accumulation: Annotated[int, Range(1, 65536)] = 1
     distillation: DistillationConfig | None = None
     rollout: RolloutConfig | None = None
-    average_decay: float = 0.99
-    average_start: int = 0
+    average_decay: Annotated[float, Range(0, BELOW_ONE)] = 0.99
+    average_start: Annotated[int, Range(0, MOST_STEPS)] = 0
     precision: Precision = "float32"
-    lora_rank: int | None = None
+    lora_rank: Annotated[int | None, Range(1, 65536)] = None
     parallel: Parallelism = "replicated"
     offload_teacher: bool = False
     checkpointing: bool = False
-    save_every: int = 100
-    sample_every: int = 0
-    keep: int = 2
-    seed: int = 0
+    save_every: Steps = 100
+    sample_every: Annotated[int, Range(0, MOST_STEPS)] = 0
+    keep: Annotated[int, Range(1, 10_000)] = 2
+    seed: Annotated[int, Range(0, MAX_SEED)] = 0
 
     def __post_init__(self) -> None:
-        if self.stage not in get_args(Stage):
-            raise ValueError(f"stage is {self.stage!r}; use one of {', '.join(get_args(Stage))}")
-        for name in ("steps", "batch", "critic_updates", "group", "accumulation", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_fields(self)
         if self.batch % self.group:
             raise ValueError(
                 f"batch is {self.batch} and group {self.group}; a batch holds whole groups of one prompt"
             )
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(f"average_decay is {self.average_decay}; use a value from 0 to below 1")
         distils = self.stage in ("dmd", "re-dmd")
         if distils and (self.distillation is None or self.rollout is None or self.critic_optimizer is None):
             raise ValueError(
@@ -120,7 +114,8 @@ class TrainConfig:
             raise ValueError(
                 f"group is {self.group}; the normaliser of the reward needs at least 2 samples of a prompt"
             )
-        if self.lora_rank is not None and self.lora_rank < 1:
+        most = min(self.engine.model.dim, self.engine.model.ffn_dim)
+        if self.lora_rank is not None and self.lora_rank > most:
             raise ValueError(
-                f"lora_rank is {self.lora_rank}; use at least 1, or None to train the weights themselves"
+                f"lora_rank is {self.lora_rank}; the narrowest weights have {most} rows: use at most {most}"
             )

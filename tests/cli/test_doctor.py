@@ -21,6 +21,8 @@ def test_doctor_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_doctor_refuses_a_wrong_size_and_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "height is 100 pixels" in fails(capsys, cli.CALLER_ERROR, "doctor", "--height", 100)
+    told = fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-14b", "--width", 2**64)
+    assert told == "width is 18446744073709551616 pixels; use at most 8192"
     assert "wan-9b" in fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-9b")
 
 

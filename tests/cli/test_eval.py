@@ -74,7 +74,9 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
     assert "no video was found in nothing" in fails(capsys, 2, "eval")
     assert "none.mp4 does not exist" in fails(capsys, 2, "eval", "none.mp4")
     assert "chunk is 0" in fails(capsys, 2, "eval", clip, "--first-chunk-frames", 0)
+    assert "chunk is 1" in fails(capsys, 2, "eval", clip, "--chunk-frames", 10**30)
     assert "flow_pairs is 0" in fails(capsys, 2, "eval", clip, "--flow-pairs", 0)
+    assert "it must be at most 100000" in fails(capsys, 2, "eval", clip, "--flow-pairs", 10**30)
     assert "names none of the videos" in fails(
         capsys, 2, "eval", clip, "--captions", videos / "captions.json"
     )

@@ -151,5 +151,9 @@ def test_wrong_directory_size_and_chunk_are_one_sentence(
     told = fails(capsys, cli.CALLER_ERROR, *command, model, "--height", 40)
     assert told == "height is 40 pixels; it must be a multiple of 16, such as 32"
     told = fails(capsys, cli.CALLER_ERROR, *command, model, "--latents", 0)
-    assert told == "latents is 0; a chunk has at least one latent frame"
+    assert told == "latents is 0; it must be at least 1"
+    told = fails(capsys, cli.CALLER_ERROR, *command, model, "--latents", 10**9)
+    assert told == "latents is 1000000000; it must be at most 64"
+    told = fails(capsys, cli.CALLER_ERROR, *command, model, "--width", 65536)
+    assert told == "width is 65536 pixels; use at most 8192"
     assert list(tmp_path.iterdir()) == [] and not (model / "tensorrt").exists()

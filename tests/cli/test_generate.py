@@ -169,6 +169,19 @@ def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
         (["a", "-o", "{dir}/a.mp4", "--width", "0"], "width is 0 pixels; it must be a multiple of 16"),
         (["a", "-o", "{dir}/a.mp4", "--seconds", "-2"], "seconds is -2.0; give a positive length"),
         (["a", "-o", "{dir}/a.mp4", "--seconds", "nan"], "seconds is nan; it must be a finite number"),
+        (
+            ["a", "-o", "{dir}/a.mp4", "--seconds", "1e308"],
+            "seconds is 1e+308; a video has at most 86400, a day",
+        ),
+        (
+            ["a", "-o", "{dir}/a.mp4", "--seconds", "1e18"],
+            "seconds is 1e+18; a video has at most 86400, a day",
+        ),
+        (["a", "-o", "{dir}/a.mp4", "--height", "65536"], "height is 65536 pixels; use at most 8192"),
+        (
+            ["a", "-o", "{dir}/a.mp4", "--seed", str(2**64)],
+            "seed is 18446744073709551616; use an integer from 0",
+        ),
         (["a", "-o", "{dir}/a.mp4", "--seed", "-1"], "seed is -1; use an integer from 0"),
         (["a", "-o", "{dir}/no/a.mp4"], "no of a.mp4 does not exist; create it first"),
         (["a", "-o", "{dir}/a.gif"], "does not end in .mp4"),

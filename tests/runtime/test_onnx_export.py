@@ -141,7 +141,7 @@ def test_missing_exporter_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_export_without_latents_is_refused() -> None:
-    with pytest.raises(ValueError, match="latents is 0; a chunk has at least one"):
+    with pytest.raises(ValueError, match="latents is 0; it must be at least 1"):
         ExportSpec("0" * 64, 16, 24, 0, "fp16")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfengine.training.parallel import Ranks, average_over_workers, run_workers
+from rfengine.training.parallel import Ranks, average_over_workers, ranks_from_environment, run_workers
 from rfengine.training.rollout import RolloutConfig
 from training_checks.small_distillation import distillation_models
 from training_checks.small_runs import changed, run_all, run_small
@@ -29,8 +29,29 @@ def test_every_worker_ends_with_the_mean(tmp_path, workers: int):
 
 
 def test_no_workers_are_refused():
-    with pytest.raises(ValueError, match="workers is 0"):
+    with pytest.raises(ValueError, match="workers is 0; it must be at least 1"):
         run_workers(write_average, 0)
+    with pytest.raises(ValueError, match="workers is 1000000; it must be at most 1024"):
+        run_workers(write_average, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'; torchrun sets it, here from 1 to 65536"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),
+        ({"WORLD_SIZE": "2"}, "RANK is ''; torchrun sets it, here from 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is '2'; torchrun sets it, here from 0 to 1"),
+    ],
+)
+def test_ranks_that_torchrun_did_not_count_are_refused(monkeypatch, variables, told):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=told), ranks_from_environment(torch.device("cpu")):
+        pass
 
 
 RUNS = {

@@ -40,9 +40,10 @@ def test_learning_rate_warms_up_holds_and_falls(tmp_path):
     assert run.learning_rate(1.0) == pytest.approx(0.02)
 
 
-def test_a_budget_of_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="minutes is 0"):
-        StageRun(tmp_path, "stage", 0)
+@pytest.mark.parametrize("minutes", [0, -1.0, float("nan"), float("inf"), 1e308, "5"])
+def test_a_budget_that_never_begins_or_never_ends_is_refused(tmp_path, minutes):
+    with pytest.raises(ValueError, match="minutes is "):
+        StageRun(tmp_path, "stage", minutes)
 
 
 def test_average_follows_fast_at_first_and_slowly_later():

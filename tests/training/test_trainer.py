@@ -290,17 +290,41 @@ def test_a_run_with_a_damaged_newest_checkpoint_ends_as_one_without_damage(tmp_p
     ("change", "message"),
     [
         ({"steps": 0}, "steps is 0"),
+        ({"steps": 10**30}, "steps is 1000000000000000000000000000000; it must be at most 1000000000"),
+        ({"batch": 2.0}, "batch is 2.0; it must be an integer"),
+        ({"accumulation": 2**31}, "accumulation is 2147483648; it must be at most 65536"),
+        ({"seed": -1}, "seed is -1; it must be at least 0"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; it must be at most 9223372036854775807"),
+        ({"save_every": True}, "save_every is True; it must be an integer"),
+        ({"sample_every": -1}, "sample_every is -1; it must be at least 0"),
+        ({"lora_rank": 0}, "lora_rank is 0; it must be at least 1"),
+        ({"lora_rank": 65536}, "lora_rank is 65536; the narrowest weights have"),
+        ({"average_decay": float("nan")}, "average_decay is nan; it must be a finite number"),
+        ({"precision": "int4"}, "precision is 'int4'; use 'float32' or 'bfloat16'"),
         ({"batch": 3, "group": 2}, "whole groups"),
         ({"average_decay": 1.0}, "average_decay is 1.0"),
         ({"rollout": None}, "needs distillation, rollout"),
         ({"stage": "re-dmd"}, "beta is None"),
-        ({"stage": "redmd"}, "use one of"),
+        ({"stage": "redmd"}, "stage is 'redmd'; use 'teacher', 'ode-init', 'dmd' or 're-dmd'"),
         ({"stage": "re-dmd", "distillation": dataclasses.replace(PLAIN, beta=1.0)}, "at least 2 samples"),
     ],
 )
 def test_configs_that_can_not_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(DMD, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rate": 0.0}, {"rate": float("inf")}, {"betas": (0.9, 1.0)}, {"betas": (0.9,)}, {"eps": 0.0},
+        {"weight_decay": -1.0}, {"clip": 0}, {"clip": float("nan")}, {"warm_up": -1}, {"fall": 1.5},
+    ],
+)  # fmt: skip
+def test_an_optimizer_that_cannot_step_is_refused(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"{name} is .*; (it|each entry) must be"):
+        dataclasses.replace(ADAM, **change)
 
 
 def test_state_restores_only_into_the_models_it_was_saved_from(tmp_path):
