@@ -9,11 +9,10 @@ or whose results are further from float64 than twice the reference's own error, 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from rfengine.ops import op_of
 from rfengine.runtime.contests import FOLDED, FOLDS_GATE, Contest, Site, backend_contests, gate_contest
 from rfengine.runtime.decoder_contests import decoder_contests
 from rfengine.runtime.timing import Arguments, Sampler, Timer, count_cold_sets, graph_sampler
+from rfengine.runtime.trials import LostDeviceError, Trials, is_lost
 from rfengine.runtime.tuning_cache import Decision, Subject, TuningCache, default_cache_path, describe_machine
 
 logger = logging.getLogger(__name__)
@@ -72,14 +72,12 @@ def tune(
     wrong.
     """
     device = torch.device(device)
-    decisions = [Decision(Subject(key), backend, "forced") for key, backend in (forced or {}).items()]
+    decisions = _forced(forced or {})
     if requested == "auto" and (device.type == "cuda" or timer is not None):
         site = Site(config, grid, dtype, device)
         cache = TuningCache(Path(cache_path or default_cache_path()), describe_machine(device))
         decisions += _hold(backend_contests(site), decisions, cache, timer)
         decisions += _hold([gate_contest(site, Choice(tuple(decisions)).overrides)], decisions, cache, timer)
-    for decision in decisions:
-        logger.info("autotune: %s", decision)
     return Choice(tuple(decisions))
 
 
@@ -101,7 +99,7 @@ def tune_decoder(
     """
     device = torch.device(device)
     forced = dict(forced or {})
-    decisions = [Decision(Subject(key), backend, "forced") for key, backend in forced.items()]
+    decisions = _forced(forced)
     if device.type == "cuda" or timer is not None:
         contests = decoder_contests(Site(config, grid, dtype, device))
         cache = TuningCache(Path(cache_path or default_cache_path()), describe_machine(device))
@@ -111,9 +109,14 @@ def tune_decoder(
                 _require_right(contest, "cudnn", cache)
         if requested == "auto":
             decisions += _hold(contests, decisions, cache, timer)
+    return Choice(tuple(decisions))
+
+
+def _forced(backends: Mapping[str, str]) -> list[Decision]:
+    decisions = [Decision(Subject(key), backend, "forced") for key, backend in backends.items()]
     for decision in decisions:
         logger.info("autotune: %s", decision)
-    return Choice(tuple(decisions))
+    return decisions
 
 
 def _require_right(contest: Contest, backend: str, cache: TuningCache) -> None:
@@ -121,13 +124,13 @@ def _require_right(contest: Contest, backend: str, cache: TuningCache) -> None:
     here at all, choose_ops says so."""
     if backend not in contest.contenders:
         return
-    alone = replace(contest.subject, contenders=(backend,))
-    known = cache.find(alone) or cache.find(contest.subject)
+    trials = Trials(cache)
+    known = trials.verdict(contest.subject, backend) or cache.find(contest.subject)
     if known is None:
-        with torch.no_grad(), _current(contest.device):
-            problem = _problem(contest, backend, torch.Generator(contest.device).manual_seed(SEED))
-        known = Decision(alone, backend, problem or "right", refused={backend: problem} if problem else {})
-        cache.store([known])
+        generator = torch.Generator(contest.device).manual_seed(SEED)
+        with torch.no_grad(), _current(contest.device), trials.running(contest.subject, backend):
+            problem = _attempt(contest, backend, lambda: _problem(contest, backend, generator), trials)
+        known = trials.judge(contest.subject, backend, problem)
     if backend in known.refused:
         raise RuntimeError(
             f"backend {backend!r} is asked for and refused for {contest.subject}: {known.refused[backend]}; "
@@ -147,6 +150,7 @@ def _hold(
     that a start which is broken off need not begin anew."""
     settled = {decision.subject.key for decision in made}
     decisions = []
+    trials = Trials(cache)
     is_told = timer is not None
     for contest in contests:
         key = contest.subject.key
@@ -160,21 +164,25 @@ def _hold(
             if not is_told:
                 logger.warning(_PATIENCE, contest.device)
                 is_told = True
-            decision = decide(contest, timer)
+            logger.info("autotune: measures %s", contest.subject)
+            decision = decide(contest, timer, trials)
             cache.store([decision])
+        logger.info("autotune: %s", decision)
         decisions.append(decision)
     return decisions
 
 
-def decide(contest: Contest, timer: Timer | None = None) -> Decision:
-    """Check and time the contenders of one contest, and choose. timer: replaces the CUDA clock.
+def decide(contest: Contest, timer: Timer | None = None, trials: Trials | None = None) -> Decision:
+    """Check and time the contenders of one contest, and choose.
 
-    Raises RuntimeError where all of them fail or are wrong.
+    timer: replaces the CUDA clock. trials: what is known of contenders that did not come back, and keeps it.
+    Raises RuntimeError where all of them fail or are wrong, LostDeviceError where one breaks the device.
     """
     device = contest.device
+    refused = trials.refused(contest.subject) if trials else {}
     with torch.no_grad(), _current(device):
-        samplers, refused = _prepare(contest, timer or graph_sampler)
-        times = _sample(samplers)
+        samplers = _prepare(contest, timer or graph_sampler, refused, trials)
+        times = _sample(contest, samplers, refused, trials)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if not times:
@@ -190,57 +198,76 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _prepare(contest: Contest, timer: Timer) -> tuple[dict[str, Sampler], dict[str, str]]:
-    """What samples each contender that is right, and why the others are refused."""
+def _prepare(
+    contest: Contest, timer: Timer, refused: dict[str, str], trials: Trials | None
+) -> dict[str, Sampler]:
+    """What samples each contender that is right; why others are not goes into `refused`."""
     generator = torch.Generator(contest.device).manual_seed(SEED)
     on_cuda = contest.device.type == "cuda"
     count = count_cold_sets(contest.device, contest.set_bytes) if on_cuda else 1
     sets = [contest.make_inputs(generator) for _ in range(count)]
-    samplers, refused = {}, {}
+    samplers: dict[str, Sampler] = {}
     for name, run in contest.contenders.items():
-        problem = _problem(contest, name, generator)
-        if not problem:
-            try:
-                samplers[name] = timer(run, sets)
-            except _failures() as error:
-                problem = _described(error)
+        if name in refused:
+            continue
+
+        def first_run(name: str = name, run: Callable[..., object] = run) -> str:
+            problem = _problem(contest, name, generator)
+            if not problem:
+                sampler = timer(run, sets)
+                sampler()
+                samplers[name] = sampler
+            return problem
+
+        with trials.running(contest.subject, name) if trials else contextlib.nullcontext():
+            problem = _attempt(contest, name, first_run, trials)
         if problem:
             refused[name] = problem
-    return samplers, refused
+    return samplers
+
+
+def _attempt(contest: Contest, name: str, run: Callable[[], str], trials: Trials | None) -> str:
+    """Why a contender is refused: what `run` returns, or raises. LostDeviceError where the device is lost."""
+    try:
+        return run()
+    # a launcher or a compiler may raise anything (KeyError, AssertionError), and whatever it is, the other
+    # contenders can do the work: broad on purpose, and the reason is kept
+    except Exception as error:  # noqa: BLE001
+        problem = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        if is_lost(contest.device, error):
+            if trials:
+                trials.judge(contest.subject, name, f"it broke the device: {problem}")
+            raise LostDeviceError(contest.subject, name, problem) from error
+        return problem
 
 
 def _problem(contest: Contest, name: str, generator: torch.Generator) -> str:
-    """Why a contender is refused, or ""."""
-    try:
-        return _error_of(contest, contest.contenders[name], contest.make_inputs(generator))
-    except _failures() as error:
-        return _described(error)
+    """Why the results of a contender are wrong, or ""."""
+    return _error_of(contest, contest.contenders[name], contest.make_inputs(generator))
 
 
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()[:200]}"
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What a backend that does not serve a shape or a GPU raises."""
-    known = (RuntimeError, ValueError, ImportError)
-    if importlib.util.find_spec("triton") is None:
-        return known
-    from triton.errors import TritonError
-
-    return (*known, TritonError)
-
-
-def _sample(samplers: Mapping[str, Sampler]) -> dict[str, tuple[float, float]]:
-    """Median and interquartile spread by contender; every round samples all, each round the other way."""
+def _sample(
+    contest: Contest, samplers: Mapping[str, Sampler], refused: dict[str, str], trials: Trials | None
+) -> dict[str, tuple[float, float]]:
+    """Median and interquartile spread by contender; every round samples all, each round the other way. One
+    that fails goes into `refused`."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
+
+    def sample(name: str) -> str:
+        samples[name].append(samplers[name]())
+        return ""
+
     for round_index in range(WARM_UP_SAMPLES + SAMPLES):
         order = list(samplers) if round_index % 2 else list(reversed(samplers))
         for name in order:
-            milliseconds = samplers[name]()
-            if round_index >= WARM_UP_SAMPLES:
-                samples[name].append(milliseconds)
-    return {name: _summary(values) for name, values in samples.items()}
+            if name in refused:
+                continue
+            problem = _attempt(contest, name, lambda name=name: sample(name), trials)
+            if problem:
+                refused[name] = problem
+    return {
+        name: _summary(values[WARM_UP_SAMPLES:]) for name, values in samples.items() if name not in refused
+    }
 
 
 def _summary(values: list[float]) -> tuple[float, float]:
