@@ -46,6 +46,7 @@ from vae_layers import floor_of, layer_parts, measure_layers
 
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import read_config
+from rfengine.cli.process import run_process
 from rfengine.config import PRESETS, Backend, DTypeName
 from rfengine.evaluation.throughput_options import Switch
 from rfengine.grid import LatentGrid
@@ -305,4 +306,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_process(main, "bench_vae"))

@@ -39,6 +39,8 @@ from triton.runtime import driver
 from triton.runtime.errors import PTXASError
 from triton.runtime.jit import JITFunction
 
+from rfengine.cli.process import run_process
+
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS = 65536  # of one multiprocessor, on every architecture here
 KILO = 1024
@@ -266,4 +268,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main, "compile_report"))

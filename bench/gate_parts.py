@@ -15,6 +15,8 @@ from gate import device, graphs, kernels, native_build, parity, speed, vae
 from gate.part import Item, Setting, Teller, run_items
 from gate.suite import run_tests
 
+from rfengine.cli.process import run_process
+
 STAND_INS = str(Path(__file__).resolve().parent / "stand_ins")
 ITEMS: dict[str, Callable[[Setting], list[Item]]] = {
     "device": lambda setting: [*device.items(setting), native_build.item(setting)],
@@ -47,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_process(main, "gate_parts"))

@@ -34,6 +34,8 @@ from gate.record import Record
 from gate.summary import summarise
 from measurement import ABSENT
 
+from rfengine.cli.process import run_process
+
 BENCH = Path(__file__).resolve().parent
 MINUTES, SELF_CHECK_MINUTES = 8.0, 5.0
 LAST_SECONDS = 5.0  # kept for the summary
@@ -155,4 +157,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main, "gpu_gate"))

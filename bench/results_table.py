@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that 
 from gate.goals import Goal, judge
 from gate.summary import counts_of, failures_of
 
+from rfengine.cli.process import run_process
+
 RESULTS = Path(__file__).resolve().parent / "results"
 HEAD = """# GPU results
 
@@ -108,4 +110,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main, "results_table"))

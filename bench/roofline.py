@@ -25,6 +25,7 @@ from gpu_rates import GPU, GPUS, GPUName, arithmetic_ms, floor_ms, memory_ms
 from typing_extensions import Doc
 
 from rfengine.checkpoint.loader import read_config
+from rfengine.cli.process import run_process
 from rfengine.config import PRESETS
 
 
@@ -180,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_process(main, "roofline"))

@@ -33,6 +33,7 @@ from part_times import PartTime, measure_parts, part_floors, steady_flops
 from throughput_plot import check_plot, draw
 from throughput_table import render
 
+from rfengine.cli.process import run_process
 from rfengine.evaluation.throughput_options import ThroughputOptions
 from rfengine.limits import check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
@@ -209,10 +210,12 @@ def run(options: ThroughputOptions) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(parse_options(ThroughputOptions, arguments))
+    except BrokenPipeError:  # a pipe that its reader closed is no failure to tell of
+        raise
     except (ValueError, RuntimeError, OSError) as error:
         print(f"throughput: {' '.join(str(error).split())}", file=sys.stderr)
         return CALLER_ERROR if isinstance(error, ValueError) else OTHER_ERROR
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main, "throughput"))

@@ -29,6 +29,8 @@ from study.setting import Setting
 from study.size import SIZES
 from study.tables import render, summary
 
+from rfengine.cli.process import run_process
+
 RESULTS = Path(__file__).resolve().parent / "results"
 LOGGED_EVERY = 5  # steps of the published log: those in which the student learns
 
@@ -145,4 +147,4 @@ def publish(setting: Setting, results: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_process(main, "toy_study"))

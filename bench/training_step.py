@@ -26,6 +26,7 @@ import torch
 from command_line import parse_options
 from typing_extensions import Doc
 
+from rfengine.cli.process import run_process
 from rfengine.cli.train import TrainOptions, train_config
 from rfengine.limits import Range, check_options
 from rfengine.models.dit import WanDiT
@@ -162,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_process(main, "training_step"))

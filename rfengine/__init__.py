@@ -1,8 +1,35 @@
 """rfengine: streaming text-to-video in real time."""
 
-from rfengine.config import EngineConfig, RuntimeConfig
-from rfengine.pipeline import Pipeline
-from rfengine.stream import VideoStream
+from __future__ import annotations
+
+import importlib
+
+TYPE_CHECKING = False  # as typing has it, which takes longer to import than all of this
+if TYPE_CHECKING:
+    from typing import Any
+
+    from rfengine.config import EngineConfig, RuntimeConfig
+    from rfengine.pipeline import Pipeline
+    from rfengine.stream import VideoStream
 
 __all__ = ["EngineConfig", "Pipeline", "RuntimeConfig", "VideoStream", "__version__"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "EngineConfig": "rfengine.config",
+    "Pipeline": "rfengine.pipeline",
+    "RuntimeConfig": "rfengine.config",
+    "VideoStream": "rfengine.stream",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, whose module, and torch with it, is imported when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = vars(importlib.import_module(_HOMES[name]))[name]
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rfengine"
 
 LAYERS = [
-    {"files", "limits"},
+    {"files", "limits", "prompts", "stop_signals"},
     {"config", "video", "memory"},
     {"grid", "schedule", "reference"},
     {"native", "kernels"},
@@ -201,6 +201,7 @@ def test_importing_rfengine_needs_torch_alone() -> None:
         "import sys, torch\n"
         "before = set(sys.modules)\n"
         "import rfengine\n"
+        "for name in rfengine.__all__: assert getattr(rfengine, name)\n"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})\n"
     )
     assert set(loaded.split()) - set(sys.stdlib_module_names) - {"torch", "rfengine"} == set()
@@ -213,7 +214,22 @@ def test_importing_rfengine_touches_no_cuda() -> None:
         "names = ['_lazy_init', 'is_available', 'device_count', 'current_device', 'get_device_properties']\n"
         "for name in names: setattr(torch.cuda, name, refuse)\n"
         "import rfengine\n"
+        "for name in rfengine.__all__: assert getattr(rfengine, name)\n"
     )
+
+
+@pytest.mark.parametrize("module", ["rfengine", "rfengine.cli"])
+def test_torch_waits_until_a_public_name_is_asked_for(module: str) -> None:
+    loaded = in_fresh_interpreter(f"import sys, {module}; print(*sys.modules)").split()
+    assert not {"numpy", "torch", "typing_extensions", "tyro"} & set(loaded)
+
+
+def test_public_names_are_listed_and_no_other_name_is_there() -> None:
+    import rfengine
+
+    assert set(rfengine.__all__) <= set(dir(rfengine))
+    with pytest.raises(AttributeError, match="'rfengine' has no attribute 'pipelines'"):
+        _ = rfengine.pipelines
 
 
 def test_no_size_of_one_resolution_is_burned_in() -> None:

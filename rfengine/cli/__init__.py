@@ -1,64 +1,36 @@
-"""The command line: one module for each command, its options a dataclass, each error one sentence."""
+"""The command line: one module for each command, its options a dataclass, each error one sentence.
+
+Importing it takes a few milliseconds, so that a signal to stop meets its handler from the start.
+"""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from rfengine.cli.exit_status import CALLER_ERROR, INTERRUPTED, OTHER_ERROR
+from rfengine.stop_signals import stops_end_it_at_once
 
-import tyro
+TYPE_CHECKING = False  # as typing has it, which takes longer to import than all of this
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-from rfengine.cli import bench, convert, doctor, export_vae, generate, parity, train
-from rfengine.cli import eval as evaluate
-from rfengine.cli.terminal import (
-    CALLER_ERROR,
-    INTERRUPTED,
-    OTHER_ERROR,
-    fail,
-    one_line_warnings,
-    termination_as_interrupt,
-)
-from rfengine.evaluation.throughput_options import ThroughputOptions
-
-Options = (
-    Annotated[generate.GenerateOptions, tyro.conf.subcommand("generate")]
-    | Annotated[convert.ConvertOptions, tyro.conf.subcommand("convert")]
-    | Annotated[parity.ParityOptions, tyro.conf.subcommand("parity")]
-    | Annotated[doctor.DoctorOptions, tyro.conf.subcommand("doctor")]
-    | Annotated[ThroughputOptions, tyro.conf.subcommand("bench")]
-    | Annotated[export_vae.ExportVAEOptions, tyro.conf.subcommand("export-vae")]
-    | Annotated[train.TrainOptions, tyro.conf.subcommand("train")]
-    | Annotated[evaluate.EvalOptions, tyro.conf.subcommand("eval")]
-)
+__all__ = ["CALLER_ERROR", "INTERRUPTED", "OTHER_ERROR", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 for a failure, 2 for wrong input, 130 after Ctrl-C."""
-    options = tyro.cli(
-        Options,
-        prog="rfengine",
-        description="Streaming text-to-video in real time.",
-        args=arguments,
-        config=(tyro.conf.DisallowNone,),  # a prompt may be the word None
-    )
-    commands: dict[type, Callable[[Any], int]] = {
-        generate.GenerateOptions: generate.run,
-        convert.ConvertOptions: convert.run,
-        parity.ParityOptions: parity.run,
-        doctor.DoctorOptions: doctor.run,
-        ThroughputOptions: bench.run,
-        export_vae.ExportVAEOptions: export_vae.run,
-        train.TrainOptions: train.run,
-        evaluate.EvalOptions: evaluate.run,
-    }
-    with one_line_warnings(), termination_as_interrupt():
-        try:
-            return commands[type(options)](options)
-        except ValueError as error:
-            return fail(error, CALLER_ERROR)
-        except (RuntimeError, OSError) as error:
-            return fail(error, OTHER_ERROR)
-        except KeyboardInterrupt as error:
-            if arguments is None:  # the process ends here: a second Ctrl-C must not break its last words
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-            return fail(f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED)
+    """Run one command and return its exit status: 0, 1 for a failure, 2 for wrong input, 130 after Ctrl-C.
+
+    Without arguments those of the process are taken, and the process is the command's own.
+    """
+    if arguments is None:
+        stops_end_it_at_once(b"rfengine: error: interrupted; nothing was written\n", INTERRUPTED)
+        from rfengine.cli.process import run_process
+
+        return run_process(_run_in_own_process, "rfengine")
+    from rfengine.cli.commands import run_command
+
+    return run_command(arguments)
+
+
+def _run_in_own_process() -> int:
+    from rfengine.cli.commands import run_command  # torch and others with it, which takes a second or more
+
+    return run_command(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from rfengine.cli.terminal import OTHER_ERROR
+from rfengine.cli.exit_status import OTHER_ERROR
 from rfengine.config import DTypeName
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tyro.conf import Positional
 
-from rfengine.cli.terminal import OTHER_ERROR, fail
+from rfengine.cli.exit_status import OTHER_ERROR
+from rfengine.cli.terminal import fail
 
 if TYPE_CHECKING:
     from torch import Tensor

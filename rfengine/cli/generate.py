@@ -16,9 +16,11 @@ from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.cli.terminal import find_device, interrupt_waits
 from rfengine.config import Backend, DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
 from rfengine.pipeline import Pipeline, check_seed, frame_count
+from rfengine.prompts import check_prompt, read_prompts
 from rfengine.video import VideoWriter, check_video_path
 
 _SLUG_LENGTH = 48
+_PLAIN_WORDS = re.compile(r"[ !-%'-~]*[A-Za-z0-9][ !-%'-~]*")  # printable ASCII without &
 _QUIET_INTERVAL = 15.0  # seconds between two lines of progress where no terminal shows them
 
 
@@ -101,10 +103,13 @@ def _jobs(options: GenerateOptions) -> list[tuple[str, Path]]:
         given = "neither" if options.prompt is None else "both"
         raise ValueError(f"{given} of PROMPT and --prompts FILE is given; give one of them")
     if options.prompt is not None:
-        _check_prompt(options.prompt)
+        check_prompt(options.prompt)
+        _check_cleaned(options.prompt)
         check_video_path(options.output)
         return [(options.prompt, options.output)]
-    prompts = _read_prompts(options.prompts)
+    prompts = read_prompts(options.prompts, skip_empty_lines=True)
+    for prompt in prompts:
+        _check_cleaned(prompt)
     if not options.output.is_dir():
         raise ValueError(
             f"{options.output} is no directory; create it first, --prompts writes its videos there"
@@ -112,26 +117,14 @@ def _jobs(options: GenerateOptions) -> list[tuple[str, Path]]:
     return [(prompt, options.output / _file_name(number, prompt)) for number, prompt in enumerate(prompts, 1)]
 
 
-def _check_prompt(prompt: str) -> None:
+def _check_cleaned(prompt: str) -> None:
+    """Raises ValueError for a prompt of which the encoder's cleaning leaves nothing."""
     from rfengine.models.text_encoder import clean_text
 
+    if _PLAIN_WORDS.fullmatch(prompt):  # of which cleaning leaves every word, and it takes 0.3 ms
+        return
     if not clean_text(prompt):
-        raise ValueError(f"the prompt {prompt!r} is empty; give it at least one word")
-
-
-def _read_prompts(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"the prompt file {path} does not exist; give a text file with one prompt per line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} has 0 prompts; write one per line")
-    for prompt in prompts:
-        _check_prompt(prompt)
-    return prompts
+        raise ValueError(f"the prompt {prompt[:40]!r} is empty; give it at least one word")
 
 
 def _file_name(number: int, prompt: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tyro.conf import Positional
 
-from rfengine.cli.terminal import OTHER_ERROR, fail, find_device, one_line
+from rfengine.cli.exit_status import OTHER_ERROR
+from rfengine.cli.terminal import fail, find_device, one_line
 from rfengine.config import Backend, DTypeName
 
 

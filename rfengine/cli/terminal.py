@@ -1,4 +1,4 @@
-"""What every command shares with the terminal: exit statuses, one line for each error, signals, devices."""
+"""What every command shares with the terminal: one line for each error, signals, devices."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
 
-import torch
+from rfengine.stop_signals import stop_signals
 
-CALLER_ERROR, OTHER_ERROR, INTERRUPTED = 2, 1, 130  # exit statuses
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+if TYPE_CHECKING:
+    import torch
 
 
 def find_device(name: str | None, option: str = "--device") -> torch.device | None:
     """The device that `option` names, which is there; None for None. Raises ValueError for any other."""
     if name is None:
         return None
+    import torch
+
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if match is None:
         raise ValueError(f"{option} is {name!r}; use cpu, cuda or cuda:N")
@@ -35,7 +38,9 @@ def one_line(error: object) -> str:
 
 
 def fail(error: object, status: int) -> int:
-    print(f"rfengine: error: {one_line(error)}", file=sys.stderr)
+    """Say on standard error what is wrong; returns `status`."""
+    with suppress(OSError):  # the terminal may be gone, and the status tells it too
+        print(f"rfengine: error: {one_line(error)}", file=sys.stderr)
     return status
 
 
@@ -75,21 +80,30 @@ def one_line_warnings() -> Iterator[None]:
 
 
 @contextmanager
-def termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: the file up to there plays, and nothing half-written stays."""
+def stops_as_interrupt(own_process: bool) -> Iterator[None]:
+    """Each signal to stop ends a command as Ctrl-C does: the file up to there plays, nothing half-written
+    stays.
+
+    own_process: the process ends after the command, so that no signal may break its last words.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = {number: signal.signal(number, signal.default_int_handler) for number in stop_signals()}
+    afterwards: signal.Handlers = signal.SIG_DFL
     try:
         yield
+    except KeyboardInterrupt:
+        afterwards = signal.SIG_IGN
+        raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, afterwards if own_process else handler)
 
 
 @contextmanager
 def interrupt_waits(then_raise: bool = True) -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done: half a write would spoil the file."""
+    """Hold signals to stop back until the block is done: half a write would spoil the file."""
     if threading.current_thread() is not threading.main_thread():  # others never get the signal
         yield
         return
@@ -98,7 +112,7 @@ def interrupt_waits(then_raise: bool = True) -> Iterator[None]:
     def note(number: int, frame: object) -> None:
         pending.append(number)
 
-    previous = {number: signal.signal(number, note) for number in _STOP_SIGNALS}
+    previous = {number: signal.signal(number, note) for number in stop_signals()}
     try:
         yield
     finally:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 from rfengine.evaluation.video_report import Captions
+from rfengine.files import read_text, strict_json
 from rfengine.training.toy_reward import parse_caption
+
+_MOST_BYTES = 64 * 2**20
 
 
 def read_captions(path: Path) -> dict[str, Captions]:
@@ -16,10 +19,11 @@ def read_captions(path: Path) -> dict[str, Captions]:
 
     Raises ValueError, with the file and the entry, for anything else and for captions of no toy world.
     """
+    if not os.path.lexists(path):
+        raise ValueError(f"{path} cannot be read (it does not exist); give a JSON file of captions")
+    text = read_text(path, _MOST_BYTES)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); give a JSON file of captions") from error
+        content = strict_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); give an object of file name: caption") from error
     if not isinstance(content, dict) or not content:

@@ -12,6 +12,7 @@ from rfengine.config import WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.ops import Ops, choose_ops, default_choice
+from rfengine.prompts import read_prompts
 from rfengine.training.checkpoint_parts import Encode, load_transformer, load_vae, text_states_of
 from rfengine.training.differentiable_ops import DifferentiableOps
 from rfengine.training.distillation import (
@@ -40,7 +41,7 @@ from rfengine.training.stages import (
 from rfengine.training.toy_data import ToyClips, ToyPrompts, negative_states
 from rfengine.training.toy_reward import ToyReward
 from rfengine.training.train_config import TrainConfig
-from rfengine.training.training_data import FilePrompts, LatentClips, read_prompts
+from rfengine.training.training_data import FilePrompts, LatentClips
 from rfengine.training.trajectories import TrajectoryFile, follow_flow, make_trajectories
 from rfengine.training.video_reward import VideoReward
 
@@ -120,7 +121,7 @@ def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | N
 def _prompts(config: TrainConfig, encode: Encode) -> Prompts:
     if config.data == "toy":
         return ToyPrompts(encode)
-    return FilePrompts(read_prompts(Path(config.data)), encode)
+    return FilePrompts(read_prompts(Path(config.data), skip_empty_lines=False), encode)
 
 
 def _clips(config: TrainConfig, encode: Encode, device: torch.device) -> Clips:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rfengine.ops import choose_ops
+from rfengine.prompts import read_prompts
 from rfengine.training.checkpoint_parts import load_transformer, load_vae, text_states_of
 from rfengine.training.lora_layers import merged_weights
 from rfengine.training.parallel import Ranks, full_tensors
@@ -17,7 +18,7 @@ from rfengine.training.stages import TrainingStage, seeded
 from rfengine.training.toy_data import negative_states
 from rfengine.training.toy_world import WorldConfig, caption, sample_scenes
 from rfengine.training.train_config import TrainConfig
-from rfengine.training.training_data import latent_prompt, read_prompts
+from rfengine.training.training_data import latent_prompt
 from rfengine.training.trajectories import follow_flow
 from rfengine.video import VideoWriter, frames_from_pixels
 
@@ -95,7 +96,7 @@ def _sample_prompts(config: TrainConfig) -> list[str]:
     if config.stage == "teacher" and path.is_dir():
         texts = [latent_prompt(file) for file in sorted(path.glob("*.safetensors"))[:_VIDEOS]]
     elif config.stage in ("dmd", "re-dmd") and config.data != "toy":
-        texts = list(read_prompts(path))
+        texts = list(read_prompts(path, skip_empty_lines=False))
     else:
         scenes = sample_scenes(_VIDEOS, _SCENE_SEED, WorldConfig(), "held_out")
         texts = [caption(scene) for scene in scenes]

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from rfengine.config import to_dict
+from rfengine.stop_signals import stop_signals
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import Figures, TrainingStage
 from rfengine.training.train_config import TrainConfig
@@ -53,7 +54,7 @@ class Trainer:
     def run(self) -> str:
         """Train to the configured step.
 
-        Returns why it ended: "" when all steps are done; after SIGTERM or SIGINT, or when on_step says so, a
+        Returns why it ended: "" when all steps are done; after a signal to stop, or when on_step says so, a
         sentence, and a checkpoint of the last whole step is there to resume from.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -82,13 +83,13 @@ class Trainer:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the step that is being made."""
+        """Ctrl-C, SIGTERM and SIGHUP end the run after the step that is being made."""
 
         def stop(number: int, _: FrameType | None) -> None:
             self.interrupted = True
             self._stop = f"stopped by {signal.Signals(number).name}; resume to go on"
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, stop) for number in stop_signals()}
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """Prompts from a file and real videos as latents: what trainings outside the toy world read.
 
-A prompt file is UTF-8 text with one prompt per line. A directory of latents holds one safetensors file for
+A directory of latents holds one safetensors file for
 each video: the tensor `latents` [C, F, h, w], encoded by the VAE of the checkpoint from the video's first
 frame on and normalised as WanVAE.encode gives them, and the metadata `prompt`.
 """
@@ -16,25 +16,6 @@ from torch import Tensor
 from rfengine.checkpoint.loader import read_safetensors
 from rfengine.checkpoint.tensor_file import read_header
 from rfengine.training.checkpoint_parts import Encode
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a file, one for each line.
-
-    Raises ValueError for a file that is absent, empty or not UTF-8, and for an empty line, with its number.
-    """
-    if not path.is_file():
-        raise ValueError(f"the prompt file {path} does not exist; give a text file with one prompt per line")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8 text") from error
-    if not lines:
-        raise ValueError(f"{path} has 0 prompts; write one per line")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise ValueError(f"{path} has an empty line {number}; every line is a prompt, remove it")
-    return tuple(line.strip() for line in lines)
 
 
 @dataclass(frozen=True, slots=True)

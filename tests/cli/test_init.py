@@ -8,15 +8,17 @@ from typing import get_args
 import pytest
 
 from rfengine import cli
+from rfengine.cli.commands import Options
 
 OPTIONS = {
     "generate": [
         "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
-        "backend", "vae", "vae_precision", "graphs", "overlap", "merged_pass", "autotune", "decode_device",
+        "backend", "vae", "vae_precision", "graphs", "overlap", "merged_pass", "autotune", "verify",
+        "decode_device",
     ],
     "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
     "parity": ["files", "backend", "device", "dtype"],
-    "doctor": ["json", "model", "height", "width", "dtype"],
+    "doctor": ["json", "model", "height", "width", "dtype", "renew"],
     "bench": [
         "model", "height", "width", "chunks", "backend", "dtype", "vae", "vae_precision", "graphs", "overlap",
         "merged_pass", "autotune", "compare", "threads", "device", "json", "plot",
@@ -37,7 +39,7 @@ OPTIONS = {
 def test_commands_and_options_are_those_listed_here() -> None:
     """A new option is a change of this list."""
     commands = {}
-    for command in get_args(cli.Options):
+    for command in get_args(Options):
         options, settings = get_args(command)
         commands[settings.name] = [field.name for field in dataclasses.fields(options)]
     assert commands == OPTIONS

@@ -1,4 +1,4 @@
-"""Prompt files and directories of latents, and what is wrong with them in one sentence."""
+"""Prompts drawn and directories of latents, and what is wrong with them in one sentence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rfengine.checkpoint.loader import save_weights
-from rfengine.training.training_data import FilePrompts, LatentClips, read_prompts
+from rfengine.training.training_data import FilePrompts, LatentClips
 
 
 def states_of(texts: list[str]) -> torch.Tensor:
@@ -16,30 +16,6 @@ def states_of(texts: list[str]) -> torch.Tensor:
 def write_clip(directory, name: str, value: float, frames: int = 5, prompt: str = "a cat") -> None:
     tensors = {"latents": torch.full((4, frames, 2, 3), value, dtype=torch.float16)}
     save_weights(directory / f"{name}.safetensors", tensors, {"prompt": prompt})
-
-
-def test_prompts_are_the_lines_of_the_file(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a cat\n a dog \nein Bär\n", encoding="utf-8")
-    assert read_prompts(path) == ("a cat", "a dog", "ein Bär")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a cat\n\na dog\n", "empty line 2"),
-        (b"a cat\n   \n", "empty line 2"),
-        (b"", "0 prompts"),
-        (b"\xff\xfe", "not UTF-8 at byte 0"),
-        (None, "does not exist"),
-    ],
-)
-def test_prompt_file_that_is_wrong_is_refused(tmp_path, content, message):
-    path = tmp_path / "prompts.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(path)
 
 
 def test_drawn_prompts_follow_from_the_generator():

@@ -1,0 +1,79 @@
+"""Every command of the command line, its options and what runs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from reprlib import repr as shortened
+from typing import Annotated, Any
+
+import tyro
+
+from rfengine.cli import bench, convert, doctor, export_vae, generate, parity, train
+from rfengine.cli import eval as evaluate
+from rfengine.cli.exit_status import CALLER_ERROR, INTERRUPTED, OTHER_ERROR
+from rfengine.cli.terminal import (
+    fail,
+    one_line_warnings,
+    stops_as_interrupt,
+)
+from rfengine.evaluation.throughput_options import ThroughputOptions
+
+Options = (
+    Annotated[generate.GenerateOptions, tyro.conf.subcommand("generate")]
+    | Annotated[convert.ConvertOptions, tyro.conf.subcommand("convert")]
+    | Annotated[parity.ParityOptions, tyro.conf.subcommand("parity")]
+    | Annotated[doctor.DoctorOptions, tyro.conf.subcommand("doctor")]
+    | Annotated[ThroughputOptions, tyro.conf.subcommand("bench")]
+    | Annotated[export_vae.ExportVAEOptions, tyro.conf.subcommand("export-vae")]
+    | Annotated[train.TrainOptions, tyro.conf.subcommand("train")]
+    | Annotated[evaluate.EvalOptions, tyro.conf.subcommand("eval")]
+)
+
+
+_RUN: dict[type, Callable[[Any], int]] = {
+    generate.GenerateOptions: generate.run,
+    convert.ConvertOptions: convert.run,
+    parity.ParityOptions: parity.run,
+    doctor.DoctorOptions: doctor.run,
+    ThroughputOptions: bench.run,
+    export_vae.ExportVAEOptions: export_vae.run,
+    train.TrainOptions: train.run,
+    evaluate.EvalOptions: evaluate.run,
+}
+
+
+def run_command(arguments: Sequence[str] | None) -> int:
+    """Read the arguments, those of the process where they are None, and run what they ask for; returns the
+    exit status."""
+    try:
+        _refuse_text_as_option(sys.argv[1:] if arguments is None else arguments)
+        options = tyro.cli(
+            Options,
+            prog="rfengine",
+            description="Streaming text-to-video in real time.",
+            args=arguments,
+            config=(tyro.conf.DisallowNone,),  # a prompt may be the word None
+        )
+        with one_line_warnings(), stops_as_interrupt(own_process=arguments is None):
+            return _RUN[type(options)](options)
+    except BrokenPipeError:
+        raise
+    except ValueError as error:
+        return fail(error, CALLER_ERROR)
+    except (RuntimeError, OSError) as error:
+        return fail(error, OTHER_ERROR)
+    except KeyboardInterrupt as error:
+        return fail(f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED)
+
+
+def _refuse_text_as_option(arguments: Sequence[str]) -> None:
+    """Raises ValueError for a text that begins with two dashes: no option has a space in its name."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for text in options:
+        name = text.partition("=")[0]
+        if name.startswith("--") and " " in name:
+            raise ValueError(
+                f"{shortened(text)} begins with dashes and is no option; put -- before a prompt that does, "
+                "after all options"
+            )

@@ -1,0 +1,61 @@
+"""A process around one command or script: streams that take every letter, and pipes that close."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from rfengine.cli.exit_status import CLOSED_PIPE, INTERRUPTED, OTHER_ERROR
+from rfengine.cli.terminal import one_line
+
+
+def run_process(main: Callable[[], int | None], name: str) -> int:
+    """The exit status of `main`, which has the process to itself; `name` stands before an error.
+
+    A letter that the terminal's encoding lacks is written as an escape, with its number. Output into a pipe
+    that is closed ends it without a word, output that cannot be written by one line. SystemExit goes through.
+    """
+    _open_streams()
+    try:
+        try:
+            return main() or 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except OSError as error:
+        _drop_output()
+        if isinstance(error, BrokenPipeError):
+            return CLOSED_PIPE
+        where = one_line(error) if error.filename else f"the output cannot be written ({error.strerror})"
+        print(f"{name}: error: {where}", file=sys.stderr)
+        return OTHER_ERROR
+    except KeyboardInterrupt:
+        print(f"{name}: error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _open_streams() -> None:
+    """Give a process without standard streams some that lead nowhere, so that no file it opens takes their
+    numbers, and make the others take every character."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(file, True)
+    os.close(file)
+    for name, file in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(file, "w", encoding="utf-8", closefd=False))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """Lead streams that cannot be written nowhere, so that what they hold back is no error at the end."""
+    for stream, file in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, file)
+            os.close(nowhere)

@@ -1,0 +1,32 @@
+"""The signals that ask a process to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+_ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Ctrl-C, termination and the end of the terminal, but those that the process was told to ignore: nohup
+    does so, and a shell for what runs in its background."""
+    return tuple(number for number in _ALL if signal.getsignal(number) != signal.SIG_IGN)
+
+
+def stops_end_it_at_once(last_line: bytes, status: int) -> None:
+    """Until another handler is set, a signal to stop writes `last_line` to standard error and ends the
+    process without any cleaning up.
+
+    It is for the time in which packages are imported: an exception there can be lost in the import system or
+    come out as another one, and nothing is written yet.
+    """
+
+    def end(number: int, frame: object) -> None:
+        try:
+            os.write(2, last_line)
+        finally:
+            os._exit(status)
+
+    for number in stop_signals():
+        signal.signal(number, end)

@@ -1,0 +1,96 @@
+"""Prompt files: what a line is, and what is wrong in one sentence."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rfengine import prompts
+from rfengine.prompts import MOST_CHARACTERS, MOST_PROMPTS, check_prompt, read_prompts
+
+
+def test_prompts_are_the_lines_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa cat\n a dog \nein Bär\n", encoding="utf-8")
+    assert read_prompts(path, skip_empty_lines=False) == ("a cat", "a dog", "ein Bär")
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    lines = ["a\u2028b", "c \x0b d", "e\x85 f", "g\x1ch", "i\x0cj", "k\u2029l", "m\rn"]
+    path.write_bytes("\r\n".join(lines).encode() + b"\n")
+    assert read_prompts(path, skip_empty_lines=False) == tuple(lines)
+
+
+def test_empty_lines_are_skipped_where_they_may_be(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\r\n a cat\n\n  \na dog")
+    assert read_prompts(path, skip_empty_lines=True) == ("a cat", "a dog")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a cat\n\na dog\n", "empty line 2"),
+        (b"a cat\n   \n", "empty line 2"),
+        (b"", "0 prompts"),
+        (b"\xff\xfe", "not UTF-8 at byte 0"),
+        ("a c\ud800t".encode(errors="surrogatepass"), "not UTF-8 at byte 3"),
+        (b"a cat\na d\0g", "line 2 of .* has a NUL at character 4"),
+        (b"a cat\n" + b"x" * (MOST_CHARACTERS + 1), "line 2 of .* has 10001 characters; give at most 10000"),
+        (None, "does not exist"),
+    ],
+)
+def test_prompt_file_that_is_wrong_is_refused(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(path, skip_empty_lines=False)
+
+
+def test_only_empty_lines_are_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\n \n\n")
+    with pytest.raises(ValueError, match="has 0 prompts"):
+        read_prompts(tmp_path / "prompts.txt", skip_empty_lines=True)
+
+
+def test_more_prompts_than_the_limit_are_refused_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"a\n" * MOST_PROMPTS)
+    assert len(read_prompts(path, skip_empty_lines=True)) == MOST_PROMPTS
+    path.write_bytes(b"a\n" * 1_000_000)
+    with pytest.raises(ValueError, match="has 1000000 prompts; give at most 100000 in one file, so split it"):
+        read_prompts(path, skip_empty_lines=True)
+
+
+def test_file_that_never_ends_and_one_that_waits_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(b"a" * 33)
+    monkeypatch.setattr(prompts, "_MOST_BYTES", 32)
+    for path, told in (
+        (tmp_path / "pipe", "is a pipe"),
+        (Path("/dev/zero"), "is a device"),
+        (tmp_path, "is a directory"),
+        (tmp_path / "large", "has more than the 32 bytes"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            read_prompts(path, skip_empty_lines=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (" \n", r"the prompt ' \\n' is empty"),
+        ("a\0", "the prompt has a NUL at character 2"),
+        ("caf\udce9", r"the prompt is no UTF-8 at character 4 \('\\udce9'\)"),
+        ("a" * 10_001, "the prompt has 10001 characters; give at most 10000"),
+    ],
+)
+def test_text_that_is_no_prompt_is_refused(prompt: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        check_prompt(prompt)
