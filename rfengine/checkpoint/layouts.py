@@ -255,6 +255,6 @@ def _count_res_blocks(names: Iterable[str]) -> int:
 
 def list_names(names: Iterable[str]) -> str:
     """Names for an error: the first few, and how many more."""
-    names = sorted(names)
+    names = sorted(name if name.isprintable() else ascii(name) for name in names)
     rest = len(names) - SHOWN_NAMES
     return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")

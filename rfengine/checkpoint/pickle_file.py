@@ -33,6 +33,7 @@ _LOAD_ERRORS = (
     LookupError,
     TypeError,
     AttributeError,
+    AssertionError,
     zipfile.BadZipFile,
     NotImplementedError,
     RecursionError,
@@ -71,9 +72,7 @@ def load_pickle(path: Path) -> Any:
         raise ValueError(f"{path} {absence(path)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty (0 bytes); get the file again")
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _check_archive(path)
+    zipped = _is_archive(path)
     try:
         with path.open("rb") as file:
             # torch.load goes by the suffix .safetensors and not by the content.
@@ -90,13 +89,16 @@ def load_pickle(path: Path) -> Any:
     return payload
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse a zip archive that torch did not write; torch compresses nothing, so that it can map files."""
+def _is_archive(path: Path) -> bool:
+    """Whether torch can map the file. Raises ValueError for a zip archive that torch did not write, of which
+    it knows no compressed ones."""
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
-        return  # damaged, as torch says of it
+        return False  # damaged, as torch says of it
     if not any(member.filename.endswith("data.pkl") for member in members):
         shown = list_names(member.filename for member in members) or "nothing"
         raise ValueError(f"{path} is a zip archive of {shown}, not a torch file; give the weights themselves")
@@ -104,6 +106,7 @@ def _check_archive(path: Path) -> None:
         raise ValueError(
             f"{path} is a compressed archive, as torch never writes it; load it and save it again with torch"
         )
+    return True
 
 
 def _check_torch() -> None:

@@ -171,3 +171,4 @@ def test_foreign_names_are_explained(names: list[str], message: str) -> None:
 
 def test_long_lists_of_names_are_cut_and_counted() -> None:
     assert list_names([f"n{number}" for number in range(9)]) == "n0, n1, n2, n3, n4, n5, n6, n7 and 1 more"
+    assert list_names(["a\nb", "\u00fc"]) == "'a\\nb', \u00fc"

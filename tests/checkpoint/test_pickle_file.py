@@ -168,3 +168,45 @@ def test_pickle_of_another_class_is_refused(tmp_path: Path) -> None:
     torch.save({"args": Namespace(lr=1)}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="a.pt holds more than tensors"):
         open_pickle(tmp_path / "a.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # that of the damaged byte
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_bytes_of_chance_in_a_pickle_give_tensors_or_one_sentence(tmp_path: Path, zipped: bool) -> None:
+    payload = {"generator_ema": {f"blocks.{index}.w": torch.ones(3, 2) for index in range(3)}, "step": 3}
+    path, chance = tmp_path / "a.pt", random.Random(5)
+    torch.save(payload, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(chance.choice([1, 2, 4])):
+            content[chance.randrange(len(whole))] = chance.randrange(256)
+        path.write_bytes(content)
+        try:
+            open_pickle(path)
+        except ValueError as error:
+            assert "a.pt" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 30
+
+
+def test_a_zip_archive_of_several_disks_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(1)}, path)
+    content = bytearray(path.read_bytes())
+    locator = content.rindex(b"PK\x06\x07")
+    content[locator + 16] = 9  # the number of disks
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.pt is damaged or not a torch file"):
+        open_pickle(path)
+
+
+def test_a_persistent_id_that_is_no_tuple_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    assert content.count(b"Q") >= 1  # BINPERSID
+    path.write_bytes(content.replace(b"tq", b"0K\x01", 1))
+    with pytest.raises(ValueError, match="a.pt is damaged or not a torch file"):
+        open_pickle(path)
