@@ -21,6 +21,7 @@ from torch import Tensor
 from rfengine.config import Backend, EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import op_of
+from rfengine.runtime.attention_probe import probe_contenders
 from rfengine.runtime.contests import FOLDED, FOLDS_GATE, Contest, Site, backend_contests, gate_contest
 from rfengine.runtime.decoder_contests import decoder_contests
 from rfengine.runtime.timing import Arguments, Sampler, Timer, count_cold_sets, graph_sampler
@@ -165,21 +166,29 @@ def _hold(
                 logger.warning(_PATIENCE, contest.device)
                 is_told = True
             logger.info("autotune: measures %s", contest.subject)
-            decision = decide(contest, timer, trials)
-            cache.store([decision])
+            untried = probe_contenders(contest, trials)
+            decision = decide(contest, timer, trials, untried)
+            if not untried:  # else the next start tries again
+                cache.store([decision])
         logger.info("autotune: %s", decision)
         decisions.append(decision)
     return decisions
 
 
-def decide(contest: Contest, timer: Timer | None = None, trials: Trials | None = None) -> Decision:
+def decide(
+    contest: Contest,
+    timer: Timer | None = None,
+    trials: Trials | None = None,
+    left_out: Mapping[str, str] | None = None,
+) -> Decision:
     """Check and time the contenders of one contest, and choose.
 
     timer: replaces the CUDA clock. trials: what is known of contenders that did not come back, and keeps it.
+    left_out: why by contenders that are not to be run.
     Raises RuntimeError where all of them fail or are wrong, LostDeviceError where one breaks the device.
     """
     device = contest.device
-    refused = trials.refused(contest.subject) if trials else {}
+    refused = dict(left_out or {}) | (trials.refused(contest.subject) if trials else {})
     with torch.no_grad(), _current(device):
         samplers = _prepare(contest, timer or graph_sampler, refused, trials)
         times = _sample(contest, samplers, refused, trials)
