@@ -49,6 +49,7 @@ class Engine:
             autotune=options.autotune,
             vae="full" if options.vae == "none" else options.vae,
             vae_precision=options.vae_precision,
+            tensorrt_directory=options.tensorrt_directory and str(options.tensorrt_directory),
         )
         if model != "tiny" and model in PRESETS:
             preset = PRESETS[model]

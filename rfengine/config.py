@@ -275,7 +275,8 @@ class RuntimeConfig:
     is None. autotune: time the backends at the engine's own shapes at start-up, and keep what won. vae:
     "full" is the lossless decoder, "tensorrt" the same as an engine that `rfengine export-vae` built, "tiny"
     a small decoder of lower quality. vae_precision: "fp8" runs the large convolutions of the full decoder in
-    FP8, and is refused where its frames are further than 45 dB from those in float32.
+    FP8, and is refused where its frames are further than 45 dB from those in float32. tensorrt_directory:
+    where the engine lies; beside the checkpoint or in the user's cache directory where it is None.
     """
 
     graphs: bool | None = None
@@ -285,9 +286,15 @@ class RuntimeConfig:
     autotune: bool = True
     vae: DecoderKind = "full"
     vae_precision: VAEPrecision = "default"
+    tensorrt_directory: Annotated[str, Text(1, 4096)] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.tensorrt_directory is not None and self.vae != "tensorrt":
+            raise ValueError(
+                f"tensorrt_directory is {self.tensorrt_directory!r} and vae is {self.vae!r}; it is for "
+                "vae='tensorrt'"
+            )
         if self.vae_precision == "fp8" and self.vae != "full":
             raise ValueError(f"vae_precision is 'fp8' and vae is {self.vae!r}; FP8 is for vae='full'")
 

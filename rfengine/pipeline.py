@@ -362,7 +362,10 @@ def _decoder_opener(
 
         @functools.cache
         def open_engine(grid: LatentGrid) -> TensorRTDecoder:
-            return TensorRTDecoder.open(directory, config.vae, grid, dtype, device, chunk_frames, graphs)
+            folder = config.runtime.tensorrt_directory
+            return TensorRTDecoder.open(
+                directory, config.vae, grid, dtype, device, chunk_frames, graphs, folder
+            )
 
         return open_engine
     return open_full_decoder(config, vae, requested, dtype, device)

@@ -25,7 +25,10 @@ class ExportVAEOptions:
     """Export the VAE's decoder of a checkpoint to ONNX and build TensorRT engines for this machine's GPU."""
 
     directory: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A checkpoint directory; the files go into its folder tensorrt/."""
+    """A checkpoint directory, or tiny, which comes with the package."""
+    out: Path | None = None
+    """The directory that gets the files; DIR/tensorrt, or one in the user's cache directory where DIR cannot
+    be written, where nothing is given."""
     height: int | None = None
     """Pixels, a multiple of 16; the size the model was trained at where nothing is given."""
     width: int | None = None
@@ -41,9 +44,10 @@ class ExportVAEOptions:
 
 
 def run(options: ExportVAEOptions) -> int:
-    from rfengine.checkpoint.directories import EXPORT_FOLDER, checkpoint_directory
+    from rfengine.checkpoint.directories import checkpoint_directory
     from rfengine.checkpoint.loader import read_config
     from rfengine.grid import LatentGrid
+    from rfengine.runtime.engine_folders import export_folder
     from rfengine.runtime.onnx_export import STAGES, ExportSpec, read_onnx, vae_fingerprint
 
     directory = checkpoint_directory(options.directory)
@@ -53,7 +57,7 @@ def run(options: ExportVAEOptions) -> int:
     mark = vae_fingerprint(directory, config.vae)
     spec = ExportSpec(mark, grid.height, grid.width, latents, options.precision)
     device = None if options.onnx_only else _device_for_engines()
-    folder = directory / EXPORT_FOLDER
+    folder = export_folder(directory, mark, options.out)
     wanted: list[Stage] = []
     for stage in STAGES:
         path = spec.onnx_file(folder, stage)

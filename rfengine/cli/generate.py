@@ -55,6 +55,8 @@ class GenerateOptions:
     faster and of lower quality."""
     vae_precision: VAEPrecision = "default"
     """fp8 runs the large convolutions of the full decoder in FP8, where that is within 45 dB of float32."""
+    tensorrt_directory: Path | None = None
+    """Where export-vae wrote the engine, if it was told to with --out."""
     graphs: bool | None = None
     """Replay each chunk as one CUDA graph; on with CUDA."""
     overlap: bool | None = None
@@ -80,6 +82,7 @@ def run(options: GenerateOptions) -> int:
         autotune=options.autotune,
         vae=options.vae,
         vae_precision=options.vae_precision,
+        tensorrt_directory=options.tensorrt_directory and str(options.tensorrt_directory),
     )
     device = find_device(options.device)
     find_device(options.decode_device, "--decode-device")

@@ -38,6 +38,9 @@ class ThroughputOptions:
     vae_precision: Annotated[
         VAEPrecision, Doc("fp8 runs the large convolutions of the full decoder in FP8.")
     ] = "default"
+    tensorrt_directory: Annotated[
+        Path | None, Doc("Where export-vae wrote the engine, if it was told to with --out.")
+    ] = None
     graphs: Annotated[Switch, Doc("A chunk as one CUDA graph; auto is on where the device is CUDA.")] = "auto"
     overlap: Annotated[
         Switch, Doc("Decoding beside the next chunk; auto is on where the device is CUDA.")

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.directories import EXPORT_FOLDER
 from rfengine.checkpoint.loader import read_config
 from rfengine.config import VAEConfig
 from rfengine.grid import LatentGrid
@@ -24,6 +23,7 @@ from rfengine.models.decoder_graphs import LATENTS, PIXELS, DecoderGraph, state_
 from rfengine.models.vae import DecoderState, WanVAE
 from rfengine.ops import choose_ops
 from rfengine.runtime.cuda_graph import CapturedCall
+from rfengine.runtime.engine_folders import engine_folders
 from rfengine.runtime.onnx_export import DTYPES, STAGES, ExportSpec, Precision, Stage, vae_fingerprint
 from rfengine.runtime.tensorrt_api import (
     CudaEngine,
@@ -215,12 +215,14 @@ class TensorRTDecoder:
         device: torch.device | str,
         chunk_frames: int | None = None,
         graphs: bool = True,
+        folder: Path | str | None = None,
     ) -> TensorRTDecoder:
-        """The decoder from the engines that `rfengine export-vae` left in a checkpoint directory.
+        """The decoder from the engines that `rfengine export-vae` built of a checkpoint directory.
 
         dtype: of the model. float16 and bfloat16 serve each other: an engine of the other one is taken where
         there is none of its own. chunk_frames: latent frames of every call; those of the checkpoint's cache
-        where it is None. graphs: replay the steady call as a CUDA graph.
+        where it is None. graphs: replay the steady call as a CUDA graph. folder: where the engines lie;
+        where export-vae leaves them by itself when it is None.
         Raises RuntimeError when TensorRT is missing, and ValueError, which names the command that builds it,
         when there is no engine for this VAE, size, GPU and version, or a damaged one.
         """
@@ -232,12 +234,12 @@ class TensorRTDecoder:
         specs = [
             ExportSpec(mark, grid.height, grid.width, latents, precision) for precision in _precisions(dtype)
         ]
-        folder = directory / EXPORT_FOLDER
-        there = (spec for spec in specs if target.engine_file(folder, spec, "steady").is_file())
-        spec = next(there, specs[0])
+        given = Path(folder) if folder else None
         size = f"--height {grid.height} --width {grid.width} --latents {latents}"
-        rebuild = f"rfengine export-vae {directory} {size} --precision {spec.precision}"
-        engines = {stage: read_engine(folder, spec, stage, target, rebuild) for stage in STAGES}
+        build = f"rfengine export-vae {directory} {size}{f' --out {given}' if given else ''} --precision"
+        spec, held = _find_engine(specs, engine_folders(directory, mark, given), target, build)
+        rebuild = f"{build} {spec.precision}"
+        engines = {stage: read_engine(held, spec, stage, target, rebuild) for stage in STAGES}
         logger.info("the decoder is TensorRT %s in %s", target.tensorrt, spec.precision)
         with torch.device("meta"):
             vae = WanVAE(vae_config).to(DTYPES[spec.precision])
@@ -320,6 +322,28 @@ class TensorRTDecoder:
                     f"{name} of the {stage} engine is {found.get(name)} where {wanted.get(name)} is needed "
                     "(input, shape, type); build it again with `rfengine export-vae DIR --force`"
                 )
+
+
+def _find_engine(
+    specs: list[ExportSpec], folders: tuple[Path, ...], target: EngineTarget, build: str
+) -> tuple[ExportSpec, Path]:
+    """The first of `specs` that has an engine for `target`, and the folder with it; else the first of all and
+    the folder that has it for another target.
+
+    build: the command that builds one, up to its precision. Raises ValueError where no folder has any.
+    """
+    for spec in specs:
+        for folder in folders:
+            if target.engine_file(folder, spec, "steady").is_file():
+                return spec, folder
+    first = specs[0]
+    for folder in folders:
+        if any(folder.glob(f"{first.stem('first')}-*.engine")):
+            return first, folder
+    others = "".join(f", nor has {folder}" for folder in folders[1:])
+    raise ValueError(
+        f"{folders[0]} has no engine {first.stem('first')}{others}; build it with `{build} {first.precision}`"
+    )
 
 
 def _indexed(device: torch.device | str) -> torch.device:

@@ -12,6 +12,7 @@ import torch
 
 from cli_checks.outcome import fails
 from rfengine import cli
+from rfengine.cli import export_vae
 from rfengine.config import RuntimeConfig
 from rfengine.models.decoder_graphs import DecoderGraph
 from rfengine.pipeline import Pipeline
@@ -53,6 +54,22 @@ def test_files_that_are_there_are_kept(exported: Path, capsys: pytest.CaptureFix
     assert cli.main(["export-vae", str(exported), "--onnx-only", "--precision", "fp32"]) == 0
     assert capsys.readouterr().out.count("is there already") == 2
     assert contents(exported) == before
+
+
+def test_export_goes_to_the_directory_that_is_given_or_to_the_cache_for_the_package(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files that are there stand in for an export, which takes seconds: where they are looked for."""
+    (exported / "tensorrt").rename(tmp_path / "mine")
+    command = ["export-vae", str(exported), "--onnx-only", "--precision", "fp32"]
+    assert cli.main([*command, "--out", str(tmp_path / "mine")]) == 0
+    assert capsys.readouterr().out.count(f"{tmp_path / 'mine'}/vae-") == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folders = []
+    monkeypatch.setattr(export_vae, "_export", lambda *arguments: folders.append(arguments[-1]))
+    assert cli.main(["export-vae", "tiny", "--onnx-only"]) == 0
+    assert folders[0].parent == tmp_path / "cache" / "rfengine" / "tensorrt"
+    assert folders[0].name.startswith("tiny-")
 
 
 def test_engines_are_built_where_tensorrt_and_a_gpu_are(

@@ -13,6 +13,7 @@ from rfengine.models.decoder import reset_state
 from rfengine.models.decoder_graphs import DecoderGraph
 from rfengine.ops import REFERENCE_OPS
 from rfengine.runtime import tensorrt as tensorrt_module
+from rfengine.runtime.engine_folders import engine_folders
 from rfengine.runtime.onnx_export import STAGES, export_graph, write_onnx
 from rfengine.runtime.tensorrt import TensorRTDecoder
 from rfengine.runtime.tensorrt_engine import build_engine
@@ -229,8 +230,28 @@ def test_open_names_the_command_that_builds_what_is_missing(export, journal) -> 
         TensorRTDecoder.open(export.directory, VAE, other, torch.bfloat16, "cpu", chunk_frames=5)
     command = f"rfengine export-vae {export.directory} --height 32 --width 24 --latents 5 --precision bf16"
     assert f"build it with `{command}`" in str(refused.value)
+    assert f"{export.folder} has no engine" in str(refused.value) and ", nor has " in str(refused.value)
     with pytest.raises(ValueError, match="dtype is torch.float64; a TensorRT decoder serves torch.float16"):
         TensorRTDecoder.open(export.directory, VAE, GRID, torch.float64, "cpu")
+
+
+def test_engines_are_found_in_the_cache_directory_and_in_a_folder_that_is_given(
+    export, journal, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cached = engine_folders(export.directory, export.spec.vae_fingerprint)[1]
+    cached.parent.mkdir(parents=True)
+    export.folder.rename(cached)
+    request = (export.directory, VAE, GRID, torch.float32, "cpu")
+    assert TensorRTDecoder.open(*request, graphs=False).engines
+    cached.rename(tmp_path / "mine")
+    with pytest.raises(ValueError, match="has no engine"):
+        TensorRTDecoder.open(*request)
+    assert TensorRTDecoder.open(*request, graphs=False, folder=tmp_path / "mine").engines
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path}/no has no engine .*; build it with .* --out {tmp_path}/no"
+    ):
+        TensorRTDecoder.open(*request, folder=tmp_path / "no")
 
 
 def test_half_precisions_serve_each_other_and_float32_serves_neither(export, journal) -> None:
