@@ -33,7 +33,7 @@ from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import engine_config, read_as, read_config, write_config
 from rfengine.checkpoint.lora import add_lora
 from rfengine.checkpoint.lora_file import open_lora
-from rfengine.checkpoint.manifest import write_manifest
+from rfengine.checkpoint.manifest import check_sizes, write_manifest
 from rfengine.checkpoint.shapes import (
     PartConfig,
     describe_mismatch,
@@ -186,6 +186,7 @@ def _check_tokenizer(checkpoint: _Checkpoint, directory: Path) -> None:
 
 def _take_parts(checkpoint: _Checkpoint, directory: Path, use_ema: bool) -> None:
     """Take from `directory` every part that is not there yet."""
+    check_sizes(directory)
     own = read_config(directory) if directory_layout(directory) == "rfengine" else None
     own_configs: dict[Part, PartConfig] = {} if own is None else part_configs(own)
     for part in PARTS:

@@ -28,6 +28,7 @@ MAX_HEADER_BYTES = 16_000_000
 MAX_METADATA_BYTES = 10_000_000
 MAX_TENSORS = 100_000
 MAX_AXES = 16
+_MAX_BRACKETS = 1_000_000  # opening ones, those inside texts of the metadata included
 MAX_NAME_LENGTH = 1000
 _MAX_BYTES = 2**63 - 1  # of a tensor or a file, in numbers of 64 bits
 _LENGTH_BYTES = 8  # little-endian length in front of the header
@@ -98,6 +99,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     text, size = _read_start(path)
     data_start = _LENGTH_BYTES + len(text)
     try:
+        if text.count(b"[") + text.count(b"{") > _MAX_BRACKETS:  # each becomes an object of 64 bytes
+            raise ValueError(f"it has more than {_MAX_BRACKETS} lists and objects")
         header = strict_json(text.decode())
         if not isinstance(header, dict):
             raise ValueError(f"it is a {type(header).__name__}, not an object")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from rfengine.checkpoint.convert import convert
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, load_weights, save_weights, write_config
 from rfengine.checkpoint.manifest import check_sizes, differences, read_manifest, verify, write_manifest
@@ -79,6 +80,14 @@ def test_another_size_and_absent_files_are_noticed_in_loading(directory: Path) -
     for call in (check_sizes, verify, lambda where: load_part(module, where, "vae", torch.float32)):
         with pytest.raises(ValueError, match=told.replace("/", ".")):
             call(directory)
+
+
+def test_a_source_with_another_size_than_its_manifest_is_not_converted(directory: Path) -> None:
+    with (directory / "tokenizer" / "spiece.model").open("ab") as file:
+        file.write(b"!")
+    with pytest.raises(ValueError, match="spiece.model has 7 bytes instead of 6"):
+        convert(directory, directory / "out")
+    assert not (directory / "out").exists()
 
 
 def test_what_loading_reads_and_nobody_listed_fails_verification_alone(directory: Path) -> None:

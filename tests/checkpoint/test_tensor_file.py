@@ -128,6 +128,7 @@ BAD_HEADERS = {
         {"__metadata__": {"a": "x" * MAX_METADATA_BYTES}}, "__metadata__ has 10000001 characters"
     ),
     "many tensors": (MANY, "100001 tensors"),
+    "many lists": (b'{"a": [' + b"[]," * 1_000_000 + b"0]}", "more than 1000000 lists and objects"),
     "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, "shape"),
     "no object": ({"a": 3}, "a lacks its dtype"),
     "line end in a name": ({"a\nb": entry()}, r"the name 'a\\nb' has signs"),
@@ -143,7 +144,7 @@ BAD_HEADERS = {
     "many wide axes": ({"a": entry(shape=[2**62] * 300_000)}, "at most 16 of them"),
     "no elements of a huge axis": ({"a": entry(shape=[0, 10**30], offsets=[0, 0])}, "whole numbers below 2"),
     "no elements of two axes": ({"a": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}, "no memory holds"),
-    "number of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "limit"),
+    "number of 5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "an integer of 5000 digits"),
     "wide offsets": ({"a": entry(offsets=[0, 2**64])}, "data_offsets .* not two whole numbers below 2"),
     "three offsets": ({"a": entry(offsets=[0, 4, 4])}, "data_offsets .* not two whole numbers"),
     "offsets of truth": ({"a": entry("U8", (1,), [False, True])}, "data_offsets .* not two whole numbers"),
