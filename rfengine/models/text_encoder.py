@@ -193,7 +193,7 @@ def build_umt5(config: TextConfig) -> nn.Module:
         num_heads=config.num_heads,
         relative_attention_num_buckets=config.num_buckets,
         relative_attention_max_distance=config.max_distance,
-        layer_norm_epsilon=config.eps,
+        layer_norm_epsilon=float(config.eps),  # transformers refuses 1 for 1.0
         feed_forward_proj="gated-gelu",  # transformers reads this as the tanh form
         dropout_rate=0.0,
         attn_implementation="eager",
