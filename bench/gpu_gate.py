@@ -38,6 +38,7 @@ from rfengine.cli.process import run_process
 
 BENCH = Path(__file__).resolve().parent
 MINUTES, SELF_CHECK_MINUTES = 8.0, 5.0
+MOST_MINUTES = 1440.0  # a day
 LAST_SECONDS = 5.0  # kept for the summary
 WORKERS = 8  # processes that share the tests: on a GPU it is compiling that takes the time
 CALLER_ERROR = 2
@@ -138,7 +139,11 @@ def main() -> int:
     parser.add_argument("--commit", help="what the results are of, where there is no git")
     options = parser.parse_args()
     small = options.self_check or not torch.cuda.is_available()
-    minutes = options.minutes or (SELF_CHECK_MINUTES if small else MINUTES)
+    minutes = options.minutes
+    if minutes is None:
+        minutes = SELF_CHECK_MINUTES if small else MINUTES
+    if not 0 < minutes <= MOST_MINUTES:
+        parser.error(f"--minutes is {minutes}; give more than 0 and at most {MOST_MINUTES}")
     if options.out is None and not small:
         print("gpu_gate: give --out FILE for the results", file=sys.stderr)
         return CALLER_ERROR

@@ -32,6 +32,7 @@ from study.tables import render, summary
 from rfengine.cli.process import run_process
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MOST_WORKERS = 256
 LOGGED_EVERY = 5  # steps of the published log: those in which the student learns
 
 
@@ -57,9 +58,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.device = options.device or ("cuda" if options.size == "gpu" else "cpu")
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error(f"--device is {options.device}, and there is no CUDA device; give --device cpu")
-    options.workers = options.workers or (4 if options.device != "cpu" else os.cpu_count() or 1)
-    if options.workers < 1:
-        parser.error(f"--workers is {options.workers}; run at least one part at once")
+    if options.workers is None:
+        options.workers = 4 if options.device != "cpu" else os.cpu_count() or 1
+    if not 1 <= options.workers <= MOST_WORKERS:
+        parser.error(f"--workers is {options.workers}; run 1 to {MOST_WORKERS} parts at once")
     return options
 
 

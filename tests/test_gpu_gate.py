@@ -53,6 +53,16 @@ def small_setting(tmp_path: Path, seconds: float = 60.0) -> Setting:
     return Setting("part", True, time.monotonic() + seconds, tmp_path / "none.json")
 
 
+@pytest.mark.parametrize("minutes", ["0", "nan", "inf", "-1", "1e308"])
+def test_minutes_that_never_begin_or_never_end_are_refused(
+    minutes: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_gate.py", "--self-check", "--minutes", minutes])
+    with pytest.raises(SystemExit):
+        gpu_gate.main()
+    assert "give more than 0 and at most 1440.0" in capsys.readouterr().err
+
+
 def test_an_item_that_fails_or_lacks_something_does_not_stop_the_next(tmp_path: Path) -> None:
     def fail() -> Any:
         yield {"ms": 1}

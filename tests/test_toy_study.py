@@ -30,6 +30,15 @@ def test_parts_are_made_one_after_another_and_end_in_tables(tmp_path: Path) -> N
     assert (results / "models.png").exists()
 
 
+@pytest.mark.parametrize("workers", ["0", "-1", "1000000000"])
+def test_a_number_of_workers_that_cannot_be_is_refused(
+    workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        toy_study.main(["--directory", str(tmp_path), "--workers", workers, "--list"])
+    assert f"--workers is {workers}; run 1 to 256 parts at once" in capsys.readouterr().err
+
+
 def test_unknown_parts_and_mixed_sizes_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

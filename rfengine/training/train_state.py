@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -213,16 +213,23 @@ class CheckpointDirectory:
 
 @contextmanager
 def locked_run(directory: Path) -> Iterator[None]:
-    """Keep other trainings out of `directory`, which is made, as long as the block runs.
+    """Keep other trainings out of `directory`, which is made and goes if nothing was written, during the
+    block.
 
     Raises RuntimeError at once where another training runs there. Under several ranks the first one holds it.
     """
     if not _is_first():
         yield
         return
+    found = directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory / _LOCK_FILE, f"training in {directory}"):
-        yield
+    try:
+        with locked(directory / _LOCK_FILE, f"training in {directory}"):
+            yield
+    finally:
+        if not found:
+            with suppress(OSError):  # the run has left something in it
+                directory.rmdir()
 
 
 def _is_first() -> bool:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,11 @@ def test_states_move_to_the_asked_device_and_dtype_and_the_encoder_stays(small):
     assert states.device.type == "meta" and states.dtype == torch.bfloat16
     assert {parameter.device.type for parameter in small.parameters()} == {"cpu"}
     assert encoder.encode(PROMPTS).dtype == torch.float32
+
+
+def test_a_whole_number_as_eps_is_taken():
+    with torch.device("meta"):
+        assert build_umt5(replace(SMALL, eps=1)).config.layer_norm_epsilon == 1.0
 
 
 def test_model_built_on_meta_takes_weights_and_keeps_its_tie(small):
