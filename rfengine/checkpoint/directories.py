@@ -40,6 +40,8 @@ _FILES: dict[DirectoryLayout, dict[Part, tuple[tuple[str, str], ...]]] = {
     },
     "comfyui": {part: () for part in PARTS},
 }
+_CACHE_FOLDERS = ("blobs", "refs", "snapshots")  # all that a cached repository has
+_COMFYUI_ROOTS = ("split_files", "models")
 # Where ComfyUI keeps each part, and how the names of its files start or go on, without case and signs.
 _COMFYUI_FOLDERS: dict[Part, tuple[str, ...]] = {
     "transformer": ("diffusion_models", "unet"),
@@ -74,13 +76,15 @@ def checkpoint_directory(source: str | Path) -> Path:
 def inner_directory(directory: Path) -> Path:
     """The directory inside `directory` that holds the checkpoint, or `directory` itself.
 
-    A repository in the cache of Hugging Face (models--ORG--NAME) has it in snapshots/, ComfyUI's repository
-    in split_files/. Raises ValueError where a cache has several snapshots and refs/main names none of them.
+    A repository in the cache of Hugging Face (models--ORG--NAME) has it in snapshots/, ComfyUI in models/ and
+    its repository of weights in split_files/. Raises ValueError where a cache has several snapshots and
+    refs/main names none of them.
     """
     snapshots = [name for name in folder_names(directory / "snapshots") if name[:1] != "."]
-    if not snapshots or not directory.name.startswith("models--"):
-        split = directory / "split_files"
-        return split if split.is_dir() and not (directory / CONFIG_FILE).is_file() else directory
+    others = [name for name in folder_names(directory) if name[:1] != "." and name not in _CACHE_FOLDERS]
+    if not snapshots or others:
+        roots = (directory / name for name in _COMFYUI_ROOTS if _has_comfyui(directory / name))
+        return next(roots, directory)
     main = directory / "refs" / "main"
     named = read_text(main, _MOST_REFERENCE_BYTES).strip() if main.is_file() else ""
     if named not in snapshots and len(snapshots) > 1:
@@ -103,7 +107,7 @@ def directory_layout(directory: Path) -> DirectoryLayout:
     for layout in ("diffusers", "wan"):
         if any(_files_of(directory, layout, part) for part in MODEL_PARTS):
             return layout
-    if any(_comfyui_names(directory / name, part) for part in MODEL_PARTS for name in _COMFYUI_FOLDERS[part]):
+    if _has_comfyui(directory):
         return "comfyui"
     weights = [name for name in names if Path(name).suffix.lower() in _COMFYUI_SUFFIXES]
     held = f" (it holds {', '.join(weights)}: give that file itself to `rfengine convert`)" if weights else ""
@@ -158,6 +162,12 @@ def _files_of(directory: Path, layout: DirectoryLayout, part: Part) -> tuple[Pat
 
 def _suffix(name: str) -> str:
     return Path(name).suffix.lower()
+
+
+def _has_comfyui(directory: Path) -> bool:
+    return any(
+        _comfyui_names(directory / name, part) for part in MODEL_PARTS for name in _COMFYUI_FOLDERS[part]
+    )
 
 
 def _comfyui_files(folder: Path, part: Part) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ _FOREIGN = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!": "a RAR archive",
 }
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")  # what is in no text
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -92,7 +94,7 @@ def _refuse_foreign(path: Path, start: bytes) -> None:
     if start.startswith((_LFS_POINTER, b"/annex/objects/", b"../.git/annex/")):
         kind = "Git LFS" if start.startswith(_LFS_POINTER) else "git-annex"
         raise ValueError(f"{path} is a {kind} pointer, not the weights; fetch the file itself")
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n") if not _CONTROL.search(start) else b""
     if text.startswith(b"<"):
         raise ValueError(
             f"{path} is a page in HTML or XML, not weights; the download failed, so get it again"

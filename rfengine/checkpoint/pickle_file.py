@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfengine.checkpoint.file_format import absence
+from rfengine.checkpoint.file_format import absence, weights_format
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.prefixes import EMA_WORDS
 from rfengine.checkpoint.tensor_file import StoredTensor
@@ -85,6 +85,8 @@ def load_pickle(path: Path) -> Any:
                 f"{path} holds more than tensors, and reading it would run code from it; get its weights as "
                 "safetensors"
             ) from error
+        if weights_format(path) == "safetensors":  # which raises for any other format that it knows
+            raise ValueError(f"{path} is safetensors, not a torch pickle; get it as one") from error
         raise ValueError(f"{path} is damaged or not a torch file; get it again") from error
     return payload
 

@@ -123,7 +123,7 @@ def test_unknown_directories_are_explained(tmp_path: Path) -> None:
         directory_layout(tmp_path)
 
 
-def test_a_cached_repository_leads_to_its_snapshot(tmp_path: Path) -> None:
+def test_a_cached_repository_leads_to_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B"
     for name in ("ab12", "cd34"):
         (repository / "snapshots" / name).mkdir(parents=True)
@@ -137,6 +137,10 @@ def test_a_cached_repository_leads_to_its_snapshot(tmp_path: Path) -> None:
     (repository / "snapshots" / "cd34").rmdir()
     assert inner_directory(repository) == repository / "snapshots" / "ab12"
     assert inner_directory(tmp_path) == tmp_path
+    monkeypatch.chdir(repository)
+    assert inner_directory(Path(".")) == Path("snapshots/ab12")
+    (repository / "Wan2.1_VAE.pth").touch()
+    assert inner_directory(repository) == repository
 
 
 def test_a_link_to_a_file_that_never_came_is_no_absent_part(tmp_path: Path) -> None:
@@ -181,6 +185,9 @@ def test_the_folders_of_comfyui_are_read(tmp_path: Path) -> None:
         "tiny_vae": ["taew2_1.safetensors"],
     }
     assert tokenizer_directory(split) == split / "tokenizer"
+    split.rename(tmp_path / "models")
+    assert inner_directory(tmp_path) == tmp_path / "models"
+    (tmp_path / "models").rename(split)
     comfyui(split, "text_encoders/umt5-xxl-enc-bf16.safetensors")
     with pytest.raises(ValueError, match="has umt5-xxl-enc-bf16.safetensors, umt5_xxl_fp16.safetensors, and"):
         part_files(split, "text_encoder")

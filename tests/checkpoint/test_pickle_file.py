@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rfengine.checkpoint.pickle_file import LORA_KEYS, MODEL_KEYS, open_pickle
 
@@ -154,6 +156,15 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             open_pickle(path)
 
 
+def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt is safetensors, not a torch pickle; get it as one"):
+        open_pickle(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ValueError, match="a.pt is a GGUF file"):
+        open_pickle(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0+cpu"])
 def test_torch_that_reads_pickles_unsafely_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
@@ -206,7 +217,8 @@ def test_a_persistent_id_that_is_no_tuple_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save({"a": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
-    assert content.count(b"Q") >= 1  # BINPERSID
-    path.write_bytes(content.replace(b"tq", b"0K\x01", 1))
+    damaged, count = re.subn(rb"tq.Q", b"K\x01Q", content, count=1, flags=re.DOTALL)  # 1 where a tuple was
+    assert count == 1
+    path.write_bytes(damaged)
     with pytest.raises(ValueError, match="a.pt is damaged or not a torch file"):
         open_pickle(path)
