@@ -58,7 +58,7 @@ def open_tokenizer(folder: Path | None, config: TextConfig) -> Tokenizer:
     tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else SentencePieceTokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
-            f"the tokenizer {f'in {folder} ' if folder else ''}has ids up to {tokenizer.vocab_size - 1} and "
+            f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1} and "
             f"the text encoder has {config.vocab_size} rows; use the two of one model"
         )
     return tokenizer
