@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from tyro.conf import Positional
 
 from rfengine.cli.exit_status import OTHER_ERROR
-from rfengine.cli.terminal import fail
+from rfengine.cli.terminal import fail, one_line
+from rfengine.files import locked, write_text
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rfengine.evaluation.copying import SinkTrace
+    from rfengine.evaluation.report import EvaluationReport, LeftOut
     from rfengine.evaluation.video_report import Captions, MeasureOptions, VideoReport
 
 
@@ -39,114 +41,149 @@ class EvalOptions:
     """Pairs of frames of each video whose optical flow is measured, at most."""
     plots: bool = True
     """Draw PNG plots (matplotlib)."""
-    vbench: bool = False
-    """Add the scores of VBench, where it is installed."""
+    vbench: Path | None = None
+    """Add the scores of a *_eval_results.json that `vbench evaluate --mode=custom_input` wrote, in its own
+    environment, about these videos."""
 
 
 def run(options: EvalOptions) -> int:
-    from rfengine.evaluation.captions_file import read_captions
     from rfengine.evaluation.report import summarise
-    from rfengine.evaluation.vbench import check_vbench, vbench_scores
+    from rfengine.evaluation.vbench import read_vbench
     from rfengine.evaluation.video_frames import ChunkGrid, find_videos
     from rfengine.evaluation.video_report import MeasureOptions, with_copying
 
     settings = MeasureOptions(ChunkGrid(options.first_chunk_frames, options.chunk_frames), options.flow_pairs)
-    paths = find_videos(list(options.paths))
-    captions = read_captions(options.captions) if options.captions else {}
-    if captions and not any(path.name in captions for path in paths):
-        raise ValueError(f"{options.captions} names none of the videos; its keys are their file names")
-    if options.vbench:
-        check_vbench()
+    paths = find_videos(options.paths)
+    failed: list[LeftOut] = []
+    captions = _captions(options.captions, paths, failed)
+    vbench = read_vbench(options.vbench, paths) if options.vbench else {}
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"{options.out} is no directory; choose another --out")
-    baselines = _baselines(options.baseline, settings)
-    measured, failures = _measured(paths, captions, settings)
-    if not measured:
-        return OTHER_ERROR
-    report = summarise(
-        with_copying([entry.report for entry in measured], [entry.trace for entry in measured], baselines),
-        settings={
-            "first_chunk_frames": options.first_chunk_frames,
-            "chunk_frames": options.chunk_frames,
-            "flow_pairs": options.flow_pairs,
-            "baseline": [str(path) for path in options.baseline],
-        },
-        vbench=vbench_scores([entry.path for entry in measured]) if options.vbench else {},
-    )
-    print(report.table())
-    options.out.mkdir(parents=True, exist_ok=True)
-    written = [options.out / "metrics.json"]
-    written[0].write_text(report.to_json() + "\n")
-    if options.plots:
-        written += _plots(report.videos, options.out)
+    baselines = _baselines(options.baseline, settings, failed)
+    with ExitStack() as held:
+        with _writing(options.out):
+            options.out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(options.out / ".evaluation.lock", "writing an evaluation beside it"))
+        measured = _measured(paths, captions, settings, failed)
+        report = summarise(
+            with_copying(
+                [entry.report for entry in measured], [entry.trace for entry in measured], baselines
+            ),
+            settings={
+                "first_chunk_frames": options.first_chunk_frames,
+                "chunk_frames": options.chunk_frames,
+                "flow_pairs": options.flow_pairs,
+                "baseline": [str(path) for path in options.baseline],
+            },
+            vbench=vbench,
+            failed=failed,
+        )
+        try:
+            with _writing(options.out):
+                written = _write(report, options.out, options.plots)
+        finally:
+            print(report.table())
     print("written: " + ", ".join(str(path) for path in written))
-    return OTHER_ERROR if failures else 0
+    return OTHER_ERROR if failed else 0
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"{directory} cannot be written ({error.strerror}); free space or choose another --out"
+        ) from error
+
+
+@contextmanager
+def _told(path: Path, failed: list[LeftOut]) -> Iterator[None]:
+    """Whatever is wrong with one file is shown and noted in `failed`, and the others go on."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - of any library that the file has led into trouble
+        text = one_line(error)
+        if str(path) not in text:
+            reason = "it needs more memory than there is" if isinstance(error, MemoryError) else text
+            text = f"{path} cannot be measured ({reason}); repair it or take it out"
+        _leave_out(path, text, failed)
+
+
+def _leave_out(path: Path, reason: str, failed: list[LeftOut]) -> None:
+    from rfengine.evaluation.report import LeftOut
+
+    fail(reason, OTHER_ERROR)
+    failed.append(LeftOut(str(path), one_line(reason)))
+
+
+def _captions(path: Path | None, videos: list[Path], failed: list[LeftOut]) -> dict[str, Captions]:
+    """The captions by file name; names that no video has are left out."""
+    from rfengine.evaluation.captions_file import read_captions
+
+    if path is None:
+        return {}
+    captions = read_captions(path)
+    strangers = sorted(captions.keys() - {video.name for video in videos})
+    if len(strangers) == len(captions):
+        raise ValueError(f"{path} names none of the videos; its keys are their file names")
+    if strangers:
+        shown = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
+        _leave_out(path, f"{path} has captions for {shown}, not among the videos; take them out", failed)
+    return captions
 
 
 class _Measured(NamedTuple):
-    path: Path
     report: VideoReport
     trace: SinkTrace | None
 
 
 def _measured(
-    paths: list[Path], captions: dict[str, Captions], settings: MeasureOptions
-) -> tuple[list[_Measured], int]:
-    """What was measured, and how many files could not be: each of those is told, and the others go on."""
+    paths: list[Path], captions: dict[str, Captions], settings: MeasureOptions, failed: list[LeftOut]
+) -> list[_Measured]:
     from tqdm import tqdm
 
-    from rfengine.evaluation.video_frames import read_video
+    from rfengine.evaluation.latents_file import read_latents
+    from rfengine.evaluation.video_file import open_video
     from rfengine.evaluation.video_report import measure_video
 
-    measured, failures = [], 0
+    measured = []
     for path in tqdm(paths, unit="video", disable=not sys.stderr.isatty(), leave=False):
-        try:
-            report, trace = measure_video(
-                str(path),
-                read_video(path),
-                settings,
-                captions=captions.get(path.name, ()),
-                latents=_latents(path.with_suffix(".safetensors")),
+        with _told(path, failed):
+            video = open_video(path)
+            beside, latents = path.with_suffix(".safetensors"), None
+            with _told(beside, failed):
+                latents = read_latents(beside, video)
+            given = captions.get(path.name, ())
+            measured.append(
+                _Measured(*measure_video(str(path), video, settings, captions=given, latents=latents))
             )
-        except ValueError as error:
-            fail(error, OTHER_ERROR)
-            failures += 1
-        else:
-            measured.append(_Measured(path, report, trace))
-    return measured, failures
+    return measured
 
 
-def _baselines(paths: tuple[Path, ...], settings: MeasureOptions) -> list[SinkTrace]:
+def _baselines(paths: tuple[Path, ...], settings: MeasureOptions, failed: list[LeftOut]) -> list[SinkTrace]:
     from rfengine.evaluation.copying import trace_sink
-    from rfengine.evaluation.video_frames import find_videos, read_video
+    from rfengine.evaluation.video_file import open_video
+    from rfengine.evaluation.video_frames import find_videos
 
-    if not paths:
-        return []
-    return [trace_sink(read_video(path), settings.chunks) for path in find_videos(list(paths))]
-
-
-def _latents(path: Path) -> Tensor | None:
-    """`latents` [C, F, h, w] of a safetensors file, a batch of one taken off; None where there is no file."""
-    if not path.is_file():
-        return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}); give a safetensors file or remove it") from error
-    if "latents" not in tensors:
-        raise ValueError(f"{path} has no tensor `latents`; add it or remove the file")
-    latents = tensors["latents"]
-    return latents[0] if latents.ndim == 5 and len(latents) == 1 else latents
+    traces: list[SinkTrace] = []
+    for path in find_videos(paths) if paths else ():
+        with _told(path, failed):
+            traces.append(trace_sink(open_video(path), settings.chunks))
+    if paths and not traces:
+        raise ValueError("no video of --baseline can be used; give one that can, or none")
+    return traces
 
 
-def _plots(videos: tuple[VideoReport, ...], directory: Path) -> list[Path]:
+def _write(report: EvaluationReport, directory: Path, plots: bool) -> list[Path]:
     from rfengine.evaluation.plots import draw_plots, missing_plots
 
-    missing = missing_plots()
-    if missing:
-        print(f"rfengine: {missing}", file=sys.stderr)
-        return []
-    return draw_plots(videos, directory)
+    written = [directory / "metrics.json"]
+    write_text(written[0], report.to_json() + "\n")
+    if plots:
+        missing = missing_plots()
+        if missing:
+            print(f"rfengine: {missing}", file=sys.stderr)
+        else:
+            written += draw_plots(report.videos, directory)
+    return written

@@ -17,12 +17,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from rfengine.evaluation.frame_signals import luma_and_chroma
-from rfengine.evaluation.video_frames import NotMeasurableError, as_video, picture_batches
+from rfengine.evaluation.video_frames import (
+    Frames,
+    NotMeasurableError,
+    as_frames,
+    gathered,
+    picture_batches,
+)
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
 _SIDE = 64  # pixels of the shorter side at which the features are taken
+_ROWS_AT_ONCE = 4096  # of the features, whose products are held
 _BINS = 8
 _DIRECTIONS = 8
 _STRENGTHS = 4
@@ -39,40 +46,48 @@ class Consistency:
     far: float
 
 
-def measure_consistency(frames: Tensor | ndarray, chunk_frames: int = 12) -> Consistency:
+def measure_consistency(frames: Tensor | ndarray | Frames, chunk_frames: int = 12) -> Consistency:
     """The consistency curve of frames uint8 [T, H, W, 3] over lags that double, up to half the video.
 
     Raises NotMeasurableError for a video shorter than two chunks.
     """
-    video = as_video(frames)
-    if len(video) < 2 * chunk_frames:
-        raise NotMeasurableError(f"{len(video)} frames are too few; consistency needs {2 * chunk_frames}")
+    video = as_frames(frames)
+    if video.count < 2 * chunk_frames:
+        raise NotMeasurableError(f"{video.count} frames are too few; consistency needs {2 * chunk_frames}")
     features = look_features(video)
-    half = len(video) // 2
+    half = video.count // 2
     lags = {2**power for power in range(half.bit_length())} | {chunk_frames, half}
-    likeness = {lag: float((features[lag:] * features[:-lag]).sum(-1).mean()) for lag in sorted(lags)}
+    likeness = {lag: _likeness(features, lag) for lag in sorted(lags)}
     return Consistency(tuple(likeness.items()), likeness[chunk_frames], likeness[half])
 
 
-def look_features(frames: Tensor | ndarray) -> Tensor:
+def look_features(frames: Tensor | ndarray | Frames) -> Tensor:
     """Features [T, D] of length 1, whose products are the likeness of frames uint8 [T, H, W, 3]."""
-    parts = []
-    for pictures in picture_batches(as_video(frames), _SIDE):
-        luma, chroma = luma_and_chroma(pictures)
-        light = _soft_bins(luma, _BINS)
-        fine = 0.5 + 0.5 * chroma.sign() * (2 * chroma.abs()).sqrt()  # narrower bins near grey
-        blue, red = (_soft_bins(fine[:, axis], _BINS) for axis in (0, 1))
-        smaller = functional.avg_pool2d(luma[:, None], 2, ceil_mode=True)[:, 0]
-        histograms = [
-            _histograms(light, torch.ones_like(light[..., :1])),
-            _histograms(blue, red),
-            _histograms(*_gradient_bins(luma)),
-            _histograms(*_gradient_bins(smaller)),
-        ]
-        weights = [1.0, 2.0, 0.5, 0.5]  # light, colour, edges of both scales
-        rows = [math.sqrt(weight) * row for weight, row in zip(weights, histograms, strict=True)]
-        parts.append(functional.normalize(torch.cat(rows, dim=1), dim=1))
-    return torch.cat(parts)
+    video = as_frames(frames)
+    return gathered(map(_picture_features, picture_batches(video, _SIDE)), video.count)
+
+
+def _likeness(features: Tensor, lag: int) -> float:
+    """The mean over all frames [T, D] that are `lag` apart, a part of them at a time."""
+    pairs = zip(features[lag:].split(_ROWS_AT_ONCE), features[:-lag].split(_ROWS_AT_ONCE), strict=True)
+    return float(torch.cat([(late * early).sum(-1) for late, early in pairs]).mean())
+
+
+def _picture_features(pictures: Tensor) -> Tensor:
+    luma, chroma = luma_and_chroma(pictures)
+    light = _soft_bins(luma, _BINS)
+    fine = 0.5 + 0.5 * chroma.sign() * (2 * chroma.abs()).sqrt()  # narrower bins near grey
+    blue, red = (_soft_bins(fine[:, axis], _BINS) for axis in (0, 1))
+    smaller = functional.avg_pool2d(luma[:, None], 2, ceil_mode=True)[:, 0]
+    histograms = [
+        _histograms(light, torch.ones_like(light[..., :1])),
+        _histograms(blue, red),
+        _histograms(*_gradient_bins(luma)),
+        _histograms(*_gradient_bins(smaller)),
+    ]
+    weights = [1.0, 2.0, 0.5, 0.5]  # light, colour, edges of both scales
+    rows = [math.sqrt(weight) * row for weight, row in zip(weights, histograms, strict=True)]
+    return functional.normalize(torch.cat(rows, dim=1), dim=1)
 
 
 def _soft_bins(values: Tensor, count: int) -> Tensor:

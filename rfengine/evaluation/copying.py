@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rfengine.evaluation.video_frames import ChunkGrid, NotMeasurableError, as_video, layout_features
+from rfengine.evaluation.video_frames import (
+    ChosenFrames,
+    ChunkGrid,
+    Frames,
+    NotMeasurableError,
+    as_frames,
+    layout_features,
+)
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -45,17 +52,17 @@ class Copying:
         return self.likeness - self.baseline
 
 
-def trace_sink(frames: Tensor | ndarray, grid: ChunkGrid | None = None) -> SinkTrace:
+def trace_sink(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None) -> SinkTrace:
     """The trace of frames uint8 [T, H, W, 3].
 
     Raises NotMeasurableError unless at least a chunk lies between the first chunk and the second half.
     """
-    video, grid = as_video(frames), grid or ChunkGrid()
-    half, least = len(video) // 2, 2 * (grid.first_frames + grid.frames)
-    if len(video) < least:
-        raise NotMeasurableError(f"{len(video)} frames are too few; copying needs {least}")
-    spread = torch.linspace(half, len(video) - 1, min(_MOST_LATE_FRAMES, len(video) - half)).round().long()
-    kept = video[torch.cat((torch.arange(grid.first_frames), spread))]
+    video, grid = as_frames(frames), grid or ChunkGrid()
+    count, half, least = video.count, video.count // 2, 2 * (grid.first_frames + grid.frames)
+    if count < least:
+        raise NotMeasurableError(f"{count} frames are too few; copying needs {least}")
+    spread = torch.linspace(half, count - 1, min(_MOST_LATE_FRAMES, count - half)).round().int()
+    kept = ChosenFrames(video, [*range(grid.first_frames), *spread.tolist()])
     features = functional.normalize(layout_features(kept), dim=1)
     return SinkTrace(features[: grid.first_frames], features[grid.first_frames :])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rfengine.evaluation.frame_signals import frame_signals
-from rfengine.evaluation.video_frames import ChunkGrid, NotMeasurableError, as_video
+from rfengine.evaluation.video_frames import ChunkGrid, Frames, NotMeasurableError, as_frames
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -57,16 +57,16 @@ class Drift:
         return _at_end(self.clipped_curve)
 
 
-def measure_drift(frames: Tensor | ndarray, grid: ChunkGrid | None = None) -> Drift:
+def measure_drift(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None) -> Drift:
     """The drift of frames uint8 [T, H, W, 3].
 
     Raises NotMeasurableError for a video without a second chunk.
     """
-    video, grid = as_video(frames), grid or ChunkGrid()
-    chunks = grid.slices(len(video))
+    video, grid = as_frames(frames), grid or ChunkGrid()
+    chunks = grid.slices(video.count)
     if len(chunks) < 2:
         raise NotMeasurableError(
-            f"{len(video)} frames are no two chunks; drift needs {grid.first_frames + grid.frames}"
+            f"{video.count} frames are no two chunks; drift needs {grid.first_frames + grid.frames}"
         )
     signals = frame_signals(video)
 

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rfengine.evaluation.drift import Drift, measure_drift
-from rfengine.evaluation.optical_flow import moving_speed, optical_flow
-from rfengine.evaluation.video_frames import ChunkGrid, NotMeasurableError, as_video, picture_batches
+from rfengine.evaluation.optical_flow import (
+    OpticalFlow,
+    as_pictures,
+    moving_speed,
+    pairs_at_once,
+    picture_flow,
+    shrunk,
+)
+from rfengine.evaluation.video_frames import (
+    ChosenFrames,
+    ChunkGrid,
+    Frames,
+    NotMeasurableError,
+    as_frames,
+    picture_batches,
+    windows,
+)
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
 _RUN_PAIRS = 8  # neighbouring pairs of frames measured together
 _FREEZE_SIDE = 64  # pixels: noise of the coding is gone at this size, motion is not
-_FREEZE_FRAMES = 64  # compared together
 _FREEZE_CHANGE = 2 / 255  # 99% of the pixels of a frozen frame change by less
 
 
@@ -39,7 +55,7 @@ class Dynamics:
 
 
 def measure_dynamics(
-    frames: Tensor | ndarray, grid: ChunkGrid | None = None, most_pairs: int = 96
+    frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None, most_pairs: int = 96
 ) -> Dynamics:
     """Dynamics and drift of frames uint8 [T, H, W, 3].
 
@@ -48,44 +64,43 @@ def measure_dynamics(
     nor colour that changes moves anything; noise hides motion, and the drift of sharpness shows it.
     Raises NotMeasurableError for a video without a second chunk, whose drift cannot be told.
     """
-    video = as_video(frames)
+    video = as_frames(frames)
     if most_pairs < 1:
         raise ValueError(f"most_pairs is {most_pairs}; measure at least one pair of frames")
     drift = measure_drift(video, grid)
-    percent = 100 / min(video.shape[1:3])
-    speeds, means, places = [], [], []
-    for start, end in _runs(len(video) - 1, most_pairs):
-        flow = optical_flow(video[start : end + 1])
+    percent = 100 / min(video.height, video.width)
+    speeds, means = [], []
+    runs = _runs(video.count - 1, most_pairs)
+    for flow in _run_flows(video, runs):
         speeds.append(moving_speed(flow) * percent)
         lengths = torch.where(flow.mask, flow.vectors.norm(dim=-1), 0.0)
         means.append(lengths.flatten(1).mean(1) * percent)
-        places.append(torch.arange(start, end))
     speed = torch.cat(speeds)
     return Dynamics(
         speed=float(speed.mean()),
         mean_flow=float(torch.cat(means).mean()),
         freeze_fraction=freeze_fraction(video),
         pair_speeds=speed,
-        pair_frames=torch.cat(places),
+        pair_frames=torch.cat([torch.arange(start, end) for start, end in runs]),
         drift=drift,
     )
 
 
-def freeze_fraction(frames: Tensor | ndarray) -> float:
+def freeze_fraction(frames: Tensor | ndarray | Frames) -> float:
     """The share of pairs of neighbouring frames that show the same once light and colour are matched.
 
     Frames uint8 [T, H, W, 3]. Each channel of a frame is given the mean and the deviation that it had in the
     frame before. Raises NotMeasurableError for a single frame.
     """
-    video = as_video(frames)
-    if len(video) < 2:
+    video = as_frames(frames)
+    if video.count < 2:
         raise NotMeasurableError("1 frame is no pair of frames; freezing needs two")
-    changes = [
-        _matched_change(
-            torch.cat(list(picture_batches(video[start : start + _FREEZE_FRAMES + 1], _FREEZE_SIDE)))
-        )
-        for start in range(0, len(video) - 1, _FREEZE_FRAMES)
-    ]
+    changes, last = [], None
+    for pictures in picture_batches(video, _FREEZE_SIDE):
+        if last is not None:
+            pictures = torch.cat((last, pictures))
+        changes.append(_matched_change(pictures))
+        last = pictures[-1:]
     return float((torch.cat(changes) < _FREEZE_CHANGE).float().mean())
 
 
@@ -98,6 +113,22 @@ def _matched_change(pictures: Tensor) -> Tensor:
     matched = (values[1:] - mean[1:]) * gain + mean[:-1]
     change = (matched - values[:-1]).abs().amax(1).sort(dim=-1).values
     return change[:, min(change.shape[1] - 1, round(0.99 * change.shape[1]))]
+
+
+def _run_flows(video: Frames, runs: list[tuple[int, int]]) -> Iterator[OpticalFlow]:
+    """The flow of all pairs of the runs, in parts that memory holds; the video is gone through once."""
+    places = sorted({place for start, end in runs for place in range(start, end + 1)})
+    rows = {place: row for row, place in enumerate(places)}
+    pictures = (shrunk(as_pictures(batch)) for batch in ChosenFrames(video, places).batches())
+    first = next(pictures)
+    at_once = pairs_at_once(*first.shape[-2:])
+    parts = [
+        (rows[place], rows[min(place + at_once, end)] + 1)
+        for start, end in runs
+        for place in range(start, end, at_once)
+    ]
+    for part in windows(chain([first], pictures), parts):
+        yield picture_flow(part, video.height, video.width)
 
 
 def _runs(pairs: int, most: int) -> list[tuple[int, int]]:

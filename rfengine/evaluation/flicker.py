@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rfengine.evaluation.frame_signals import frame_signals
-from rfengine.evaluation.video_frames import NotMeasurableError, as_video
+from rfengine.evaluation.video_frames import Frames, NotMeasurableError, as_frames
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -37,16 +37,16 @@ class Flicker:
     brightness_ratio: float
 
 
-def measure_flicker(frames: Tensor | ndarray, period: int = 12) -> Flicker:
+def measure_flicker(frames: Tensor | ndarray | Frames, period: int = 12) -> Flicker:
     """Flicker of frames uint8 [T, H, W, 3] at a period of `period` frames.
 
     Raises NotMeasurableError for a video of less than four periods.
     """
-    video = as_video(frames)
+    video = as_frames(frames)
     least = _LEAST_PERIODS * period
-    if len(video) < least:
+    if video.count < least:
         raise NotMeasurableError(
-            f"{len(video)} frames are too few; flicker at a period of {period} needs {least}"
+            f"{video.count} frames are too few; flicker at a period of {period} needs {least}"
         )
     signals = frame_signals(video)
     brightness, beside = period_power(signals.luma[:, None], period)

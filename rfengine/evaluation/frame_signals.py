@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import picture_batches
+from rfengine.evaluation.video_frames import Frames, picture_batches
 
 _LUMA = (0.299, 0.587, 0.114)  # BT.601
 _CLIPPED = (2.5 / 255, 252.5 / 255)  # at or beyond these a value says no more than that it is an end
@@ -34,30 +34,31 @@ def luma_and_chroma(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Brightness [B, H, W] from 0 to 1 and chroma [B, 2, H, W] from -0.5 to 0.5 of pictures [B, 3, H, W]."""
     weights = pictures.new_tensor(_LUMA)
     luma = torch.einsum("bchw,c->bhw", pictures, weights)
-    red, blue = pictures[:, 0] - luma, pictures[:, 2] - luma
-    chroma = torch.stack((blue / (2 * (1 - weights[2])), red / (2 * (1 - weights[0]))), dim=1)
+    chroma = torch.stack((pictures[:, 2], pictures[:, 0]), dim=1).sub_(luma[:, None])
+    chroma /= (2 * (1 - weights[[2, 0]]))[:, None, None]
     return luma, chroma
 
 
-def frame_signals(video: Tensor) -> FrameSignals:
-    """The signals of uint8 frames [T, H, W, 3], at full size."""
-    columns: dict[str, list[Tensor]] = {
-        "luma": [],
-        "contrast": [],
-        "colour": [],
-        "sharpness": [],
-        "clipped": [],
-    }
-    for pictures in picture_batches(video):
-        luma, chroma = luma_and_chroma(pictures)
-        contrast = luma.std((1, 2), correction=0)
-        columns["luma"].append(luma.mean((1, 2)))
-        columns["contrast"].append(contrast)
-        columns["colour"].append(torch.cat((chroma.mean((2, 3)), chroma.std((2, 3), correction=0)), dim=1))
-        columns["sharpness"].append(torch.log2((_detail(luma) + _FLOOR) / (contrast + _FLOOR)))
-        ends = (pictures < _CLIPPED[0]) | (pictures > _CLIPPED[1])
-        columns["clipped"].append(ends.float().mean((1, 2, 3)))
-    return FrameSignals(**{name: torch.cat(parts) for name, parts in columns.items()})
+def frame_signals(video: Tensor | Frames) -> FrameSignals:
+    """The signals of frames, uint8 [T, H, W, 3] where they are a tensor, at full size."""
+    columns = zip(*map(_picture_signals, picture_batches(video)), strict=True)
+    return FrameSignals(*map(torch.cat, columns))
+
+
+def _picture_signals(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of FrameSignals of one batch."""
+    clipped = _clipped_share(pictures)
+    luma, chroma = luma_and_chroma(pictures)
+    colour = torch.cat((chroma.mean((2, 3)), chroma.std((2, 3), correction=0)), dim=1)
+    del chroma  # large frames fill the memory
+    contrast = luma.std((1, 2), correction=0)
+    sharpness = torch.log2((_detail(luma) + _FLOOR) / (contrast + _FLOOR))
+    return luma.mean((1, 2)), contrast, colour, sharpness, clipped
+
+
+def _clipped_share(pictures: Tensor) -> Tensor:
+    ends = (pictures < _CLIPPED[0]).logical_or_(pictures > _CLIPPED[1])
+    return ends.float().mean((1, 2, 3))
 
 
 def _detail(luma: Tensor) -> Tensor:
@@ -65,5 +66,6 @@ def _detail(luma: Tensor) -> Tensor:
     if min(luma.shape[1:]) < 3:
         return luma.new_zeros(len(luma))
     middle = luma[:, 1:-1, 1:-1]
-    around = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:]
-    return (middle - around / 4).square().mean((1, 2)).sqrt()
+    around = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1]
+    around.add_(luma[:, 1:-1, :-2]).add_(luma[:, 1:-1, 2:]).div_(4)
+    return around.neg_().add_(middle).square_().mean((1, 2)).sqrt()

@@ -34,6 +34,7 @@ _AGREEMENT = 0.75  # least correlation of the matched blocks
 _STILL = (1.5, 0.005)  # factor and normalised variance by which staying has to explain less than moving
 _ROUND_TRIP = (0.35, 0.1)  # pixels, and part of the length, by which the way back may miss
 _PAIRS_AT_ONCE = 16
+_PIXELS_AT_ONCE = 2**18  # of the first pictures of the pairs
 
 
 class OpticalFlow(NamedTuple):
@@ -55,20 +56,38 @@ def optical_flow(frames: Tensor, working_side: int = WORKING_SIDE) -> OpticalFlo
     if len(pictures) < 2:
         raise ValueError(f"the video has {len(pictures)} frames; flow needs at least two")
     height, width = pictures.shape[-2:]
-    scale = min(1.0, working_side / min(height, width))
-    if scale < 1:
-        size = (max(1, round(height * scale)), max(1, round(width * scale)))
-        pictures = functional.interpolate(pictures, size, mode="area")
+    return picture_flow(shrunk(pictures, working_side), height, width)
+
+
+def shrunk(pictures: Tensor, shorter_side: int = WORKING_SIDE) -> Tensor:
+    """Pictures [T, 3, H, W] with a longer shorter side, at this size."""
+    height, width = pictures.shape[-2:]
+    scale = min(1.0, shorter_side / min(height, width))
+    if scale == 1:
+        return pictures
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    return functional.interpolate(pictures, size, mode="area")
+
+
+def pairs_at_once(height: int, width: int) -> int:
+    """How many pairs of pictures of this size are measured together, so that memory stays bounded."""
+    return max(1, min(_PAIRS_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))
+
+
+def picture_flow(pictures: Tensor, height: int, width: int) -> OpticalFlow:
+    """The flow between pictures [T, 3, h, w] from 0 to 1, as `shrunk` made them of a video of `height` and
+    `width`."""
     levels = _pyramid(pictures)
+    at_once = pairs_at_once(*pictures.shape[-2:])
     normal = [_normalised(level) for level in levels]
     vectors, masks = [], []
-    for start in range(0, len(pictures) - 1, _PAIRS_AT_ONCE):
-        end = min(start + _PAIRS_AT_ONCE, len(pictures) - 1)
+    for start in range(0, len(pictures) - 1, at_once):
+        end = min(start + at_once, len(pictures) - 1)
         pairs = [(level[start:end], level[start + 1 : end + 1]) for level in normal]
         flow, mask = _trusted_flow(pairs)
         vectors.append(flow)
         masks.append(mask & _has_contrast(pictures[start:end]))
-    unit = torch.tensor((width / pictures.shape[-1], height / pictures.shape[-2]), device=frames.device)
+    unit = torch.tensor((width / pictures.shape[-1], height / pictures.shape[-2]), device=pictures.device)
     return OpticalFlow(torch.cat(vectors).permute(0, 2, 3, 1) * unit, torch.cat(masks))
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rfengine.evaluation.video_report import VideoReport
+from rfengine.files import replaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DRIFT = {
     "exposure_drift": "brightness",
@@ -51,7 +53,7 @@ def draw_plots(videos: Sequence[VideoReport], directory: Path) -> list[Path]:
         else:
             grid[5].set_axis_off()
         files.append(directory / "motion_and_drift.png")
-        figure.savefig(files[-1], dpi=120)
+        _save(figure, files[-1])
     if any("consistency" in video.curves for video in videos):
         figure = Figure(figsize=(7, 5), layout="constrained")
         FigureCanvasAgg(figure)
@@ -59,8 +61,13 @@ def draw_plots(videos: Sequence[VideoReport], directory: Path) -> list[Path]:
         _draw(axes, videos, "consistency", "frames between", "likeness")
         axes.set_xscale("log", base=2)
         files.append(directory / "consistency.png")
-        figure.savefig(files[-1], dpi=120)
+        _save(figure, files[-1])
     return files
+
+
+def _save(figure: Figure, file: Path) -> None:
+    with replaced(file) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _draw(axes: Axes, videos: Sequence[VideoReport], name: str, x: str, y: str, marks: bool = False) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import NotMeasurableError, as_video, layout_features
+from rfengine.evaluation.video_frames import Frames, NotMeasurableError, as_frames, layout_features
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -35,13 +35,13 @@ class Repetition:
     lag: int | None
 
 
-def measure_repetition(frames: Tensor | ndarray, window_frames: int = 12) -> Repetition:
+def measure_repetition(frames: Tensor | ndarray | Frames, window_frames: int = 12) -> Repetition:
     """Repetition in frames uint8 [T, H, W, 3]: windows of the second half against those two windows earlier.
 
     Raises NotMeasurableError for a video of less than four windows.
     """
-    video = as_video(frames)
-    count = len(video)
+    video = as_frames(frames)
+    count = video.count
     if count < _LEAST_WINDOWS * window_frames + 1:
         raise NotMeasurableError(
             f"{count} frames are too few; repetition needs {_LEAST_WINDOWS * window_frames + 1}"

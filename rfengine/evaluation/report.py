@@ -48,24 +48,33 @@ METRICS = {
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A file that could not be used, and why: one sentence."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """The videos, and over them the mean of each metric that some of them have, in the order of METRICS.
 
-    settings: what the numbers depend on, as the caller records it; it must be JSON. vbench: scores of VBench
-    over all videos, where it was asked.
+    settings: what the numbers depend on, as the caller records it; it must be JSON. vbench: what VBench gave
+    the videos, where that is known. failed: the files that the numbers are without.
     """
 
     videos: tuple[VideoReport, ...]
     means: dict[str, Interval]
     settings: dict[str, Any]
     vbench: dict[str, float]
+    failed: tuple[LeftOut, ...]
 
     def to_json(self) -> str:
         """One JSON object; a number that is not finite becomes null."""
         return json.dumps(_finite(asdict(self)), indent=2)
 
     def table(self) -> str:
-        """A table of the means, and below it one line for each metric that is absent."""
+        """A table of the means, and below it a line for each metric that is absent and each file left out."""
         head = ("metric", "mean", "95% interval", "videos", "unit")
         rows = [head] + [_row(name, interval) for name, interval in self.means.items()]
         count = str(len(self.videos))
@@ -81,6 +90,7 @@ class EvaluationReport:
                 absent.setdefault((group, reason), []).append(video.name)
         for (group, reason), names in absent.items():
             lines.append(f"no {group} for {_listed(names)}: {reason}")
+        lines += [f"left out: {entry.reason}" for entry in self.failed]
         return "\n".join(lines)
 
 
@@ -88,16 +98,17 @@ def summarise(
     videos: Sequence[VideoReport],
     settings: dict[str, Any] | None = None,
     vbench: dict[str, float] | None = None,
+    failed: Sequence[LeftOut] = (),
 ) -> EvaluationReport:
-    """Means over videos with bootstrap intervals. Raises ValueError without a video."""
-    if not videos:
+    """Means over videos with bootstrap intervals. Raises ValueError without a video and a file left out."""
+    if not videos and not failed:
         raise ValueError("0 videos were measured; give at least one")
     means = {}
     for name in METRICS:
         values = [video.values[name] for video in videos if name in video.values]
         if values:
             means[name] = bootstrap_mean(values)
-    return EvaluationReport(tuple(videos), means, settings or {}, vbench or {})
+    return EvaluationReport(tuple(videos), means, settings or {}, vbench or {}, tuple(failed))
 
 
 def _row(name: str, interval: Interval) -> tuple[str, ...]:

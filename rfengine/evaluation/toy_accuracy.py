@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import NotMeasurableError, as_video
+from rfengine.evaluation.video_frames import (
+    Frames,
+    NotMeasurableError,
+    as_frames,
+    split_ranges,
+    windows,
+)
 from rfengine.training.toy_detector import detect, score
 from rfengine.training.toy_reward import CaptionFacts, ToyReward, parse_caption
 from rfengine.training.toy_world import SPEEDS, Scene, SceneObject, WorldConfig
@@ -17,10 +23,11 @@ if TYPE_CHECKING:
 
 _PART_FRAMES = 48  # one full period of the slowest motion that comes back
 _LEAST_FRAMES = 12
+_MOST_PIXELS = 2**18  # of a frame: the detector holds 48 to 95 frames in several copies
 _WINDOW = 4  # frames judged together on whether an object is there: the detector drops one that mostly is not
 
 
-def toy_accuracy(frames: Tensor | ndarray, text: str) -> dict[str, float]:
+def toy_accuracy(frames: Tensor | ndarray | Frames, text: str) -> dict[str, float]:
     """Shares of the video, from 0 to 1, in which each attribute of the detector is as `text` says.
 
     frames: uint8 [T, H, W, 3]. The video is judged in parts of 48 frames or more. With them `permanence`: the
@@ -28,26 +35,34 @@ def toy_accuracy(frames: Tensor | ndarray, text: str) -> dict[str, float]:
     it open. Raises ValueError for a text that is no caption of the toy world, NotMeasurableError for a video
     too short or of a size the world does not have.
     """
-    video = as_video(frames)
+    video = as_frames(frames)
     facts = parse_caption(text)
-    if len(video) < _LEAST_FRAMES:
-        raise NotMeasurableError(f"{len(video)} frames are too few; the toy world needs {_LEAST_FRAMES}")
-    if video.shape[1] % 16 or video.shape[2] % 16:
-        size = f"{video.shape[1]} x {video.shape[2]}"
-        raise NotMeasurableError(f"the video is {size}; the toy world has multiples of 16")
-    world = WorldConfig(video.shape[1], video.shape[2])
+    if video.count < _LEAST_FRAMES:
+        raise NotMeasurableError(f"{video.count} frames are too few; the toy world needs {_LEAST_FRAMES}")
+    check_world_size(video)
+    world = WorldConfig(video.height, video.width)
     scene = _scene(facts)
     results: dict[str, list[float]] = {}
-    for part in video.tensor_split(max(1, len(video) // _PART_FRAMES)):
+    for part in windows(video.batches(), split_ranges(video.count, max(1, video.count // _PART_FRAMES))):
         detection = detect(part, world)
         for name, right in score(scene, detection).items():
             results.setdefault(name, []).append(float(right))
     results["permanence"] = [
-        _presence(window, facts, world) for window in video.tensor_split(len(video) // _WINDOW)
+        _presence(window, facts, world)
+        for window in windows(video.batches(), split_ranges(video.count, video.count // _WINDOW))
     ]
     if facts.speed is None:
         del results["speed"]
     return {name: sum(values) / len(values) for name, values in results.items()}
+
+
+def check_world_size(video: Frames) -> None:
+    """Raises NotMeasurableError for a size that the toy world does not have."""
+    if video.height % 16 or video.width % 16 or video.height * video.width > _MOST_PIXELS:
+        size = f"{video.height} x {video.width}"
+        raise NotMeasurableError(
+            f"the video is {size}; the toy world has multiples of 16 and up to {_MOST_PIXELS} pixels"
+        )
 
 
 def _presence(window: Tensor, facts: CaptionFacts, world: WorldConfig) -> float:

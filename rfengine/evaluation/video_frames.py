@@ -1,10 +1,13 @@
-"""Frames as the metrics take them, and the video files they come from."""
+"""Frames as the metrics take them: a whole video in memory, or one that is gone through piece by piece."""
 
 from __future__ import annotations
 
+import os
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,11 +16,10 @@ from torch.nn import functional
 from rfengine.limits import Range, check_value, field_hints
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy import ndarray
 
 _FRAMES_AT_ONCE = 32
+_PIXELS_AT_ONCE = 2**22  # a metric holds about 60 bytes for each pixel of a batch
 
 
 class NotMeasurableError(ValueError):
@@ -42,6 +44,89 @@ class ChunkGrid:
         return first + [slice(start, start + self.frames) for start in starts]
 
 
+@runtime_checkable
+class Frames(Protocol):
+    """The frames of one video, all of one size, which a metric goes through in order as often as it needs."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def batches(self) -> Iterator[Tensor]:
+        """All frames from the first on, uint8 [B, H, W, 3], at most `frames_at_once` of them together."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FramesInMemory:
+    """A video that is there as a whole: uint8 [T, H, W, 3]."""
+
+    video: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.video.shape[0]
+
+    @property
+    def height(self) -> int:
+        return self.video.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.video.shape[2]
+
+    def batches(self) -> Iterator[Tensor]:
+        yield from self.video.split(frames_at_once(self.height, self.width))
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenFrames:
+    """Some frames of a video: those at `places`, which rise."""
+
+    whole: Frames
+    places: Sequence[int]
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+    @property
+    def height(self) -> int:
+        return self.whole.height
+
+    @property
+    def width(self) -> int:
+        return self.whole.width
+
+    def batches(self) -> Iterator[Tensor]:
+        first, taken = 0, 0
+        for batch in self.whole.batches():
+            end = bisect_left(self.places, first + len(batch))
+            if end > taken:
+                yield batch[[place - first for place in self.places[taken:end]]]
+            if end == len(self.places):
+                return
+            first, taken = first + len(batch), end
+
+
+def frames_at_once(height: int, width: int) -> int:
+    """How many frames of this size are held together, so that large ones take no more memory."""
+    return max(1, min(_FRAMES_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))
+
+
+def as_frames(frames: Tensor | ndarray | Frames) -> Frames:
+    """A video in memory, uint8 [T, H, W, 3], as `Frames`; what is that already is given back.
+
+    Raises ValueError for anything else.
+    """
+    return frames if isinstance(frames, Frames) else FramesInMemory(as_video(frames))
+
+
 def as_video(frames: Tensor | ndarray) -> Tensor:
     """Frames uint8 [T, H, W, 3] as a tensor that shares their memory. Raises ValueError for anything else."""
     video = frames if isinstance(frames, Tensor) else torch.from_numpy(frames)
@@ -50,64 +135,84 @@ def as_video(frames: Tensor | ndarray) -> Tensor:
     return video
 
 
-def picture_batches(video: Tensor, shorter_side: int | None = None) -> Iterator[Tensor]:
+def picture_batches(frames: Tensor | ndarray | Frames, shorter_side: int | None = None) -> Iterator[Tensor]:
     """The frames in order as float32 [B, 3, H, W] from 0 to 1, shrunk to `shorter_side` where larger."""
-    height, width = video.shape[1:3]
-    scale = 1.0 if shorter_side is None else min(1.0, shorter_side / min(height, width))
-    for batch in video.split(_FRAMES_AT_ONCE):
-        pictures = batch.permute(0, 3, 1, 2).float() / 255
+    video = as_frames(frames)
+    scale = 1.0 if shorter_side is None else min(1.0, shorter_side / min(video.height, video.width))
+    for batch in video.batches():
+        pictures = batch.permute(0, 3, 1, 2).float().div_(255)
         if scale < 1:
-            size = (max(1, round(height * scale)), max(1, round(width * scale)))
+            size = (max(1, round(video.height * scale)), max(1, round(video.width * scale)))
             pictures = functional.interpolate(pictures, size, mode="area")
         yield pictures
+        del pictures  # before the next ones are made
 
 
-def layout_features(video: Tensor, side: int = 16) -> Tensor:
+def gathered(parts: Iterable[Tensor], count: int) -> Tensor:
+    """The rows of all parts below each other, `count` in all, without holding them twice."""
+    rows, place = None, 0
+    for part in parts:
+        rows = part.new_empty(count, *part.shape[1:]) if rows is None else rows
+        rows[place : place + len(part)] = part
+        place += len(part)
+    assert rows is not None and place == count
+    return rows
+
+
+def windows(batches: Iterable[Tensor], ranges: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
+    """The frames from `start` up to `end` of every range, out of batches that are gone through once.
+
+    The starts must not fall, and no range is empty; more than the longest range and a batch is never held.
+    """
+    source = iter(batches)
+    held, first = next(source), 0
+    for start, end in ranges:
+        while first + len(held) < end:
+            kept = held[max(0, start - first) :]
+            first += len(held) - len(kept)
+            held = torch.cat((kept, next(source)))
+        yield held[start - first : end - first]
+
+
+def split_ranges(count: int, parts: int) -> list[tuple[int, int]]:
+    """`count` frames in `parts` ranges of nearly one length, as Tensor.tensor_split divides them."""
+    length, longer = divmod(count, parts)
+    ends = [part * length + min(part, longer) for part in range(parts + 1)]
+    return list(zip(ends, ends[1:], strict=False))
+
+
+def layout_features(frames: Tensor | ndarray | Frames, side: int = 16) -> Tensor:
     """Where things are: the frames at `side` x `side`, each channel with mean 0, variance 1: [T, 3 side^2].
 
     Exposure and colour balance of a frame are gone from it; a plain channel is near zero.
     """
-    parts = []
-    for pictures in picture_batches(video):
+    video = as_frames(frames)
+
+    def features(pictures: Tensor) -> Tensor:
         small = functional.interpolate(pictures, (side, side), mode="area").flatten(2)
         small = small - small.mean(-1, keepdim=True)
-        parts.append((small / (small.square().mean(-1, keepdim=True) + 1 / 255**2).sqrt()).flatten(1))
-    return torch.cat(parts)
+        return (small / (small.square().mean(-1, keepdim=True) + 1 / 255**2).sqrt()).flatten(1)
+
+    return gathered(map(features, picture_batches(video)), video.count)
 
 
-def find_videos(paths: list[Path]) -> list[Path]:
-    """The files named, and the MP4 files directly in the directories named, sorted.
+def find_videos(paths: Sequence[Path]) -> list[Path]:
+    """What is named, and what ends in .mp4 directly in the directories named, sorted; nothing is opened.
 
-    Raises ValueError when a path does not exist or nothing is found.
+    Raises ValueError when a path does not exist or cannot be listed, or when nothing is found.
     """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            found += sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".mp4")
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise ValueError(f"{path} does not exist; name a video or a directory of MP4 files")
+        try:
+            if path.is_dir():
+                found += sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".mp4")
+            elif os.path.lexists(path):
+                found.append(path)
+            else:
+                raise ValueError(f"{path} does not exist; name a video or a directory of MP4 files")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be listed ({error.strerror}); name another directory") from error
     if not found:
         named = ", ".join(str(path) for path in paths) or "nothing"
         raise ValueError(f"no video was found in {named}; name MP4 files or a directory that has some")
     return list(dict.fromkeys(found))
-
-
-def read_video(path: Path) -> Tensor:
-    """All frames of a video file, uint8 [T, H, W, 3]. Raises ValueError when it cannot be read as one."""
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no picture; give a video file")
-            frames = [
-                torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)
-            ]
-    except (av.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ValueError(f"{path} cannot be read as a video ({reason}); give an MP4 file") from error
-    if not frames:
-        raise ValueError(f"{path} has 0 frames; give a video with some")
-    return torch.stack(frames)

@@ -13,10 +13,10 @@ from rfengine.evaluation.copying import SinkTrace, measure_copying, trace_sink
 from rfengine.evaluation.drift import latent_drift
 from rfengine.evaluation.dynamics import measure_dynamics
 from rfengine.evaluation.flicker import measure_flicker
-from rfengine.evaluation.prompt_switch import measure_switch_delay
+from rfengine.evaluation.prompt_switch import Switch, measure_switch_delays
 from rfengine.evaluation.repetition import measure_repetition
-from rfengine.evaluation.toy_accuracy import toy_accuracy, toy_window_score
-from rfengine.evaluation.video_frames import ChunkGrid, NotMeasurableError, as_video
+from rfengine.evaluation.toy_accuracy import check_world_size, toy_accuracy, toy_window_score
+from rfengine.evaluation.video_frames import ChunkGrid, Frames, NotMeasurableError, as_frames
 from rfengine.limits import Range, check_fields
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ Measured = tuple[dict[str, float], dict[str, Curve]]
 
 def measure_video(
     name: str,
-    frames: Tensor | ndarray,
+    frames: Tensor | ndarray | Frames,
     options: MeasureOptions | None = None,
     *,
     captions: Captions = (),
@@ -66,10 +66,10 @@ def measure_video(
 ) -> tuple[VideoReport, SinkTrace | None]:
     """Everything that one video alone says, and the trace by which `with_copying` compares it with others.
 
-    frames: uint8 [T, H, W, 3]; captions: of the toy world; latents: [C, F, h, w]. A metric that the video
-    does not allow is absent, with the reason; captions that are none of the toy world are a ValueError.
+    frames: in memory uint8 [T, H, W, 3]; captions: of the toy world; latents: [C, F, h, w]. A metric that the
+    video does not allow is absent, with the reason; captions that are none of the toy world are a ValueError.
     """
-    video, options = as_video(frames), options or MeasureOptions()
+    video, options = as_frames(frames), options or MeasureOptions()
     period = options.chunks.frames
     groups: dict[str, Callable[[], Measured]] = {
         "dynamics and drift": lambda: _dynamics_and_drift(video, options),
@@ -99,9 +99,8 @@ def measure_video(
         trace = trace_sink(video, options.chunks)
     except NotMeasurableError as error:
         absent["copying"] = str(error)
-    count, height, width, _ = video.shape
     texts = tuple(text for _, text in captions)
-    return VideoReport(name, count, height, width, texts, values, curves, absent), trace
+    return VideoReport(name, video.count, video.height, video.width, texts, values, curves, absent), trace
 
 
 def with_copying(
@@ -136,7 +135,7 @@ def with_copying(
     return completed
 
 
-def _dynamics_and_drift(video: Tensor, options: MeasureOptions) -> Measured:
+def _dynamics_and_drift(video: Frames, options: MeasureOptions) -> Measured:
     dynamics = measure_dynamics(video, options.chunks, options.flow_pairs)
     drift = dynamics.drift
     values = {
@@ -145,20 +144,20 @@ def _dynamics_and_drift(video: Tensor, options: MeasureOptions) -> Measured:
         "freeze_fraction": dynamics.freeze_fraction,
     }
     curves = {"speed": tuple(zip(dynamics.pair_frames.tolist(), dynamics.pair_speeds.tolist(), strict=True))}
-    starts = [chunk.start for chunk in options.chunks.slices(len(video))]
+    starts = [chunk.start for chunk in options.chunks.slices(video.count)]
     for name in ("exposure", "contrast", "colour", "sharpness", "clipped"):
         values[f"{name}_drift"] = getattr(drift, name)
         curves[f"{name}_drift"] = tuple(zip(starts, getattr(drift, f"{name}_curve").tolist(), strict=True))
     return values, curves
 
 
-def _consistency(video: Tensor, period: int) -> Measured:
+def _consistency(video: Frames, period: int) -> Measured:
     consistency = measure_consistency(video, period)
     values = {"consistency_near": consistency.near, "consistency_far": consistency.far}
     return values, {"consistency": consistency.curve}
 
 
-def _flicker(video: Tensor, period: int) -> Measured:
+def _flicker(video: Frames, period: int) -> Measured:
     flicker = measure_flicker(video, period)
     values = {
         "brightness_flicker": flicker.brightness,
@@ -169,7 +168,7 @@ def _flicker(video: Tensor, period: int) -> Measured:
     return values, {}
 
 
-def _repetition(video: Tensor, period: int) -> Measured:
+def _repetition(video: Frames, period: int) -> Measured:
     repetition = measure_repetition(video, period)
     values = {"repetition": repetition.score, "repeated": repetition.repeated}
     if repetition.lag is not None:
@@ -183,19 +182,24 @@ def _latents(latents: Tensor) -> Measured:
     return {"latent_drift": sum(last) / len(last)}, {"latent_drift": tuple(enumerate(curve))}
 
 
-def _toy(video: Tensor, caption: str) -> dict[str, float]:
+def _toy(video: Frames, caption: str) -> dict[str, float]:
     return {f"toy_{name}": value for name, value in toy_accuracy(video, caption).items()}
 
 
-def _switches(video: Tensor, captions: Captions, period: int) -> Measured:
+def _switches(video: Frames, captions: Captions, period: int) -> Measured:
     """Delays of all switches, each judged up to the next; one that is never done counts as all its part."""
-    delays, points = [], []
-    ends = [start for start, _ in captions[2:]] + [len(video)]
-    for (_, old), (start, new), end in zip(captions, captions[1:], ends, strict=False):
-        delay = measure_switch_delay(video[:end], start, old, new, toy_window_score, period)
-        delays.append((delay.frames, end - start))
-        points += delay.margins
-    lengths = [length if frames is None else frames for frames, length in delays]
-    failed = sum(frames is None for frames, _ in delays)
+    check_world_size(video)
+    ends = [start for start, _ in captions[2:]] + [video.count]
+    switches = [
+        Switch(start, end, old, new)
+        for (_, old), (start, new), end in zip(captions, captions[1:], ends, strict=False)
+    ]
+    delays = measure_switch_delays(video, switches, toy_window_score, period)
+    points = [point for delay in delays for point in delay.margins]
+    lengths = [
+        switch.end - switch.frame if delay.frames is None else delay.frames
+        for switch, delay in zip(switches, delays, strict=True)
+    ]
+    failed = sum(delay.frames is None for delay in delays)
     values = {"switch_delay": sum(lengths) / len(lengths), "switch_failures": failed / len(delays)}
     return values, {"switch_margin": tuple(points)}

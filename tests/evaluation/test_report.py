@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rfengine.evaluation.report import METRICS, summarise
+from rfengine.evaluation.report import METRICS, LeftOut, summarise
 from rfengine.evaluation.video_report import VideoReport
 
 
@@ -37,6 +37,14 @@ def test_json_holds_videos_means_and_settings_and_no_nan() -> None:
     assert found["settings"] == {"chunk_frames": 12} and found["means"]["speed"]["mean"] is None
     assert found["videos"][1]["values"] == {"speed": 2.0}
     assert found["videos"][0]["curves"]["speed"] == [[0, 1.0]]
+
+
+def test_files_left_out_are_in_the_table_and_in_the_json() -> None:
+    lost = LeftOut("b.mp4", "b.mp4 is empty (0 bytes); give a video")
+    for videos in ([video("a", {"speed": 1.0})], []):
+        report = summarise(videos, failed=[lost])
+        assert report.table().splitlines()[-1] == "left out: b.mp4 is empty (0 bytes); give a video"
+        assert json.loads(report.to_json())["failed"] == [{"file": "b.mp4", "reason": lost.reason}]
 
 
 def test_no_video_is_an_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy
@@ -10,31 +11,19 @@ import torch
 
 from evaluation_checks.distortions import pulse, textured_clip
 from rfengine.evaluation.video_frames import (
+    ChosenFrames,
     ChunkGrid,
+    as_frames,
     as_video,
     find_videos,
     layout_features,
     picture_batches,
-    read_video,
+    split_ranges,
+    windows,
 )
-from rfengine.video import Video
 
 
-def test_what_was_written_is_read_back(tmp_path: Path) -> None:
-    frames = textured_clip(20)
-    Video(frames.numpy(), 16).save(tmp_path / "a.mp4")
-    found = read_video(tmp_path / "a.mp4")
-    assert found.shape == frames.shape and found.dtype == torch.uint8
-    assert float((found.float() - frames.float()).abs().mean()) < 4
-
-
-def test_unreadable_empty_and_missing_files_are_named(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.mp4"
-    broken.write_bytes(b"no video at all")
-    with pytest.raises(ValueError, match=r"broken\.mp4 cannot be read as a video"):
-        read_video(broken)
-    with pytest.raises(ValueError, match=r"no\.mp4 cannot be read"):
-        read_video(tmp_path / "no.mp4")
+def test_no_path_at_all_is_an_error() -> None:
     with pytest.raises(ValueError, match="no video was found in nothing"):
         find_videos([])
 
@@ -48,6 +37,28 @@ def test_directories_give_their_mp4_files_once_and_sorted(tmp_path: Path) -> Non
         find_videos([tmp_path / "empty"])
     with pytest.raises(ValueError, match="none does not exist"):
         find_videos([tmp_path / "none"])
+
+
+def test_what_has_the_name_is_listed_whatever_it_is_and_nothing_is_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to("nothing")
+    assert [path.name for path in find_videos([tmp_path])] == ["link.mp4", "pipe.mp4"]
+    assert find_videos([tmp_path / "pipe.mp4"]) == [tmp_path / "pipe.mp4"]
+    with pytest.raises(ValueError, match="cannot be listed .File name too long"):
+        find_videos([tmp_path / ("n" * 300)])
+
+
+def test_windows_and_chosen_frames_are_those_of_the_whole_video() -> None:
+    video = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 512, 512, 3)
+    ranges = [(0, 3), (2, 40), (30, 31), (30, 77), (99, 100)]
+    found = windows(as_frames(video).batches(), ranges)
+    assert all(torch.equal(part, video[a:b]) for part, (a, b) in zip(found, ranges, strict=True))
+    places = [0, 15, 16, 17, 63, 98]
+    chosen = ChosenFrames(as_frames(video), places)
+    assert torch.equal(torch.cat(list(chosen.batches())), video[places]) and chosen.count == 6
+    for parts in (1, 3, 7):
+        lengths = [len(part) for part in video.tensor_split(parts)]
+        assert [end - start for start, end in split_ranges(100, parts)] == lengths
 
 
 def test_chunks_are_the_first_and_the_whole_ones_after_it() -> None:
