@@ -16,6 +16,7 @@ from cli_checks.outcome import fails
 from evaluation_checks.distortions import SCENE, frozen, textured_clip, toy_clip
 from evaluation_checks.files import corner_clip, encode
 from rfengine import cli
+from rfengine.cli import eval as evaluate
 from rfengine.evaluation import video_report
 from rfengine.files import locked
 from rfengine.training.toy_world import WorldConfig, caption
@@ -209,6 +210,6 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(
     def failing(path: Path, text: str) -> None:
         raise full
 
-    monkeypatch.setattr(cli.evaluate, "write_text", failing)
+    monkeypatch.setattr(evaluate, "write_text", failing)
     told = fails(capsys, 1, "eval", clip, "--out", tmp_path / "out", "--no-plots")
     assert "out cannot be written (No space left on device); free space or choose another --out" in told
