@@ -360,3 +360,12 @@ def test_every_graph_is_replayed_before_the_clock_starts_and_while_it_is_checked
     switches = {"graphs": Switch(True, "asked for")}
     monkeypatch.setattr(agreement, "runtime_switches", lambda runtime, device: switches)
     assert agreement.checked_chunks(engine.pipeline) == 7
+
+
+def test_pipe_that_its_reader_closed_is_left_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(options: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(throughput, "run", closed)
+    with pytest.raises(BrokenPipeError):
+        throughput.main([])

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from cli_checks.outcome import fails, frame_count
 from rfengine import Pipeline, VideoStream, cli
 from rfengine.checkpoint.manifest import write_manifest
+from rfengine.cli import generate
 from rfengine.config import RuntimeConfig
 from rfengine.stream import FrameChunk
 from rfengine.video import VideoWriter
@@ -149,6 +150,46 @@ def test_prompts_of_a_file_give_one_safely_named_video_each(model: Path, tmp_pat
     assert {frame_count(path) for path in videos.iterdir()} == {3}
 
 
+def test_line_of_a_prompt_file_ends_where_editors_end_it(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(generate, "_write_video", lambda _, prompt, path, options: made.append(prompt))
+    (tmp_path / "p.txt").write_bytes("a\u2028b\nc \x0b d\ne\x85 f\r\ng\x1ch\n".encode())
+    request = ["generate", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path), "--model", str(model)]
+    assert cli.main(request) == 0
+    assert made == ["a\u2028b", "c \x0b d", "e\x85 f", "g\x1ch"]
+
+
+@pytest.mark.parametrize("prompt", ["-5 degrees, a circle in the snow", "--neon red circle", "-", "--seed"])
+def test_prompt_may_begin_with_a_dash_after_two(
+    prompt: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(generate, "_write_video", lambda _, prompt, path, options: made.append(prompt))
+    request = ["generate", "-o", str(tmp_path / "a.mp4"), "--model", str(model)]
+    assert cli.main([*request, "--", prompt]) == 0
+    assert made == [prompt]
+
+
+def test_batch_goes_on_where_the_terminal_cannot_print_a_name(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "видео").mkdir()
+    (tmp_path / "p.txt").write_text("a circle\na square\n")
+    finished = subprocess.run(
+        [
+            sys.executable, "-m", "rfengine.cli", "generate", "--prompts", "p.txt", "-o", "видео",
+            "--seconds", "0.1", "--model", str(model),
+        ],
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("\\u0432\\u0438\\u0434\\u0435\\u043e/0001-a-circle.mp4: 2 frames")
+    assert len(list((tmp_path / "видео").iterdir())) == 2
+
+
 def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +206,8 @@ def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
     [
         (["", "-o", "{dir}/a.mp4"], "the prompt '' is empty"),
         (["&nbsp;\n", "-o", "{dir}/a.mp4"], "is empty; give it at least one word"),
+        (["caf\udce9", "-o", "{dir}/a.mp4"], "the prompt is no UTF-8 at character 4"),
+        (["--neon red circle", "-o", "{dir}/a.mp4"], "is no option; put -- before a prompt that does"),
         (["a", "-o", "{dir}/a.mp4", "--height", "70"], "height is 70 pixels; it must be a multiple of 16"),
         (["a", "-o", "{dir}/a.mp4", "--width", "0"], "width is 0 pixels; it must be a multiple of 16"),
         (["a", "-o", "{dir}/a.mp4", "--seconds", "-2"], "seconds is -2.0; give a positive length"),
@@ -193,13 +236,21 @@ def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
         (["--prompts", "{dir}/p", "-o", "{dir}"], "p does not exist; give a text file"),
         (["--prompts", "{dir}/empty.txt", "-o", "{dir}"], "has 0 prompts; write one per line"),
         (["--prompts", "{dir}/latin.txt", "-o", "{dir}"], "is not UTF-8 at byte 1"),
+        (["--prompts", "/dev/zero", "-o", "{dir}"], "/dev/zero is a device; give an ordinary file"),
+        (["--prompts", "{dir}", "-o", "{dir}"], "is a directory; give an ordinary file"),
+        (["--prompts", "{dir}/many.txt", "-o", "{dir}"], "has 1000000 prompts; give at most 100000"),
         (["--prompts", "{dir}/good.txt", "-o", "{dir}/no"], "no is no directory; create it first"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_leaves_nothing(
     arguments: list[str], told: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {"empty.txt": b"\n \n", "latin.txt": b"n\xe9", "good.txt": b"a circle"}
+    files = {
+        "empty.txt": b"\n \n",
+        "latin.txt": b"n\xe9",
+        "good.txt": b"a circle",
+        "many.txt": b"a\n" * 10**6,
+    }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     filled = [argument.format(dir=tmp_path) for argument in arguments]
@@ -326,7 +377,7 @@ def test_interrupt_before_the_first_frames_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT] * 2])
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT] * 2])
 def test_interrupted_process_exits_with_130_and_its_file_plays(
     model: Path, tmp_path: Path, signals: list[signal.Signals]
 ) -> None:

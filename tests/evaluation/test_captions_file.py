@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def test_captions_and_switches_are_read(tmp_path: Path) -> None:
         ({"a.mp4": []}, r"says '\[\]' for a.mp4"),
         ({"a.mp4": [[4, RED]]}, "pairs of first frame, from 0 on"),
         ({"a.mp4": [[0, RED], [0, BLUE]]}, "pairs of first frame, from 0 on"),
+        ('{"a.mp4": "x", "a.mp4": "y"}', "is no JSON .*'a.mp4' twice"),
+        ("[" * 100_000, "is no JSON .*nested too deep"),
         ({"a.mp4": "a cat"}, "a.mp4: 'a cat' is no caption of the toy world"),
     ],
 )
@@ -45,3 +48,14 @@ def test_what_is_wrong_is_named(tmp_path: Path, content: object, told: str) -> N
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.json cannot be read"):
         read_captions(tmp_path / "none.json")
+
+
+def test_file_that_never_ends_and_one_that_waits_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, told in (
+        (tmp_path / "pipe", "is a pipe"),
+        (Path("/dev/zero"), "is a device"),
+        (tmp_path, "is a directory"),
+    ):
+        with pytest.raises(ValueError, match=f"{told}; give an ordinary file"):
+            read_captions(path)

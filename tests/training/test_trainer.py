@@ -104,6 +104,13 @@ def test_run_stopped_by_sigterm_and_resumed_equals_one_that_never_stopped(tmp_pa
     assert steps == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_end_of_the_terminal_stops_a_run_as_termination_does(tmp_path):
+    trainer = dmd_trainer(tmp_path, on_step=lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    assert trainer.run() == "stopped by SIGHUP; resume to go on"
+    assert trainer.interrupted and trainer.state.step == 1
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+
 def test_crash_after_a_save_goes_on_from_it(tmp_path, whole_run):
     class Crash(Exception):
         pass
