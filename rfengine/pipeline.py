@@ -196,17 +196,21 @@ class Pipeline:
         return VideoStream.from_snapshot(self._parts, grid, snapshot)
 
     def _require_stream_fits(self, grid: LatentGrid) -> None:
-        """Refuse what would not fit on its own: the cache, and the widest activation of the full decoder."""
+        """Refuse what would not fit on its own: the cache, and the largest layer of the full decoder."""
         config, itemsize = self.config, self.model.dtype.itemsize
-        what = f"a stream of {grid.height} x {grid.width} pixels"
-        way_out = "choose a smaller height and width, or a smaller window"
         arenas = 3 if config.cache.positions == "relative" else 2
         cache_bytes = arenas * itemsize * math.prod(arena_shape(config.model, config.cache, grid))
-        require_memory(cache_bytes, self.model.device, f"the cache of {what}", way_out)
+        needs = {self.model.device: cache_bytes}
         if config.runtime.vae == "full":
             frames = config.cache.chunk_frames * grid.temporal_stride
             values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]
-            require_memory(values * itemsize, self._parts.lane.device, f"decoding {what}", way_out)
+            place = self._parts.lane.device
+            needs[place] = (
+                needs.get(place, 0) + 2 * values * itemsize
+            )  # of a layer, what goes in and comes out
+        for device, size in needs.items():
+            what = f"a stream of {grid.height} x {grid.width} pixels"
+            require_memory(size, device, what, "choose a smaller height and width, or a smaller window")
 
     def _require_frames_fit(self, count: int, grid: LatentGrid, bytes_a_value: int) -> None:
         size = count * grid.height * grid.width * 3 * bytes_a_value

@@ -77,6 +77,9 @@ def read_config(directory: Path | str) -> EngineConfig:
             f"{path} has format {shown(stated)} and this rfengine reads {CONFIG_FORMAT}; convert the source "
             "again"
         )
+    unknown = [key for key in values if key not in ("format", "engine")]
+    if unknown:
+        raise ValueError(f"{path} has the key {shown(unknown[0])}; it holds format and engine alone")
     try:
         config = from_dict(EngineConfig, values["engine"], "engine")
         LatentGrid.of(config)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rfengine.checkpoint.directories import read_json
 from rfengine.checkpoint.loader import (
     fingerprint,
     load_part,
@@ -209,6 +210,8 @@ def test_damaged_configurations_are_explained(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
     for change, message in (
         ({"format": 2}, r"has format 2 and this rfengine reads 1; convert the source again"),
+        ({"format": True}, r"has format True and this rfengine reads 1"),
+        ({"engin": {}}, "has the key 'engin'; it holds format and engine alone"),
         ({"engine": 3}, "engine is 3; it must be a table of its fields"),
         ({"engine": good["engine"] | {"colour": 1}}, "engine has no field 'colour'; it has name, model"),
         ({"engine": good["engine"] | {"model": {"dim": "wide"}}}, "is not a configuration of this rfengine"),
@@ -218,6 +221,53 @@ def test_damaged_configurations_are_explained(tmp_path: Path) -> None:
         path.write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=message):
             read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": 1, "format": 1}', "it has the key 'format' twice"),
+        ('{"format": ' + "9" * 5000 + "}", "it has an integer of 5000 digits; use at most 1000"),
+        ('{"format": NaN}', "NaN is no number of JSON"),
+        ('{"format": ' + "[" * 100_000 + "]" * 100_000 + "}", "it is nested too deep"),
+        (b'{"format": "\xff"}', "is not UTF-8 at byte 12"),
+        (None, "has more than the 4194304 bytes that are read"),
+    ],
+    ids=["twice", "digits", "nan", "deep", "utf-8", "gigabyte"],
+)
+def test_a_configuration_that_is_no_such_file_is_refused_by_its_name(
+    tmp_path: Path, content: str | bytes | None, message: str
+) -> None:
+    for name in ("rfengine.json", "transformer/config.json"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content or b" ")
+            if content is None:
+                file.truncate(2**30)
+        with pytest.raises(ValueError, match=f"{name} .*{message}"):
+            read_config(tmp_path) if name == "rfengine.json" else read_json(path)
+
+
+def test_a_published_setting_that_cannot_be_is_refused_by_folder_and_key(
+    diffusers_directory: Path, wan_directory: Path, tmp_path: Path
+) -> None:
+    for source, file, key in (
+        (diffusers_directory, "transformer/config.json", "num_attention_heads"),
+        (diffusers_directory, "vae/config.json", "latents_std"),
+        (diffusers_directory, "text_encoder/config.json", "relative_attention_max_distance"),
+        (wan_directory, "config.json", "num_layers"),
+    ):
+        copy = tmp_path / file.replace("/", "-")
+        shutil.copytree(source, copy, copy_function=os.link)
+        path = copy / file
+        values = json.loads(path.read_text())
+        path.unlink()
+        for absurd in ("2", None, [], 2**63, 0.5):
+            path.write_text(json.dumps(values | {key: absurd}))
+            with pytest.raises(ValueError) as caught:
+                read_config(copy)
+            assert str(caught.value).startswith(f"{path.parent}: ") and key in str(caught.value)
 
 
 def test_diffusers_directory_loads_directly(
