@@ -333,7 +333,7 @@ def test_engines_are_opened_once_for_each_size(pipe, saved, monkeypatch):
 
     opened = []
 
-    def open_engine(directory, config, grid, dtype, device, chunk_frames, graphs):
+    def open_engine(directory, config, grid, dtype, device, chunk_frames, graphs, folder):
         opened.append((directory, grid.height, grid.width, dtype, device, chunk_frames, graphs))
         return StreamingDecoder(pipe.vae, pipe.model.ops)
 
