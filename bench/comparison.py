@@ -28,22 +28,26 @@ class Contest:
     waits: bool
 
 
-def compare(pipeline: Pipeline, grid: LatentGrid, chunks: int, decodes: bool) -> dict[str, Any]:
+def compare(
+    pipeline: Pipeline, grid: LatentGrid, chunks: int, decodes: bool, rounds: int | None = None
+) -> dict[str, Any]:
     """Ratio of chunk times, baseline over engine, without the VAE and, where it decodes, end to end.
 
-    ROUNDS rounds of `chunks` chunks of each, in turn, once the window is full and all graphs are recorded.
+    `rounds` (ROUNDS) rounds of `chunks` chunks of each, in turn, once the window is full and all graphs are
+    recorded.
     """
+    rounds = rounds or ROUNDS
     device = pipeline.model.device
     attention, contests = _contests(pipeline, grid, decodes)
     warm_up = recorded_chunks(pipeline.config.cache)
     results: dict[str, Any] = {
-        "attention": attention, "vae": "full", "rounds": ROUNDS, "chunks_a_round": chunks
+        "attention": attention, "vae": "full", "rounds": rounds, "chunks_a_round": chunks
     }  # fmt: skip
     for contest in contests:
         for advance in (contest.engine, contest.baseline):
             time_chunks(advance, warm_up, device, contest.waits)
         ratios, engine_ms, baseline_ms = [], [], []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             engine = time_chunks(contest.engine, chunks, device, contest.waits)
             baseline = time_chunks(contest.baseline, chunks, device, contest.waits)
             engine_ms.append(sum(engine.seconds) / chunks * 1e3)

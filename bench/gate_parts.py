@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import torch
-from gate import device, graphs, kernels, native_build, parity, speed, vae
+from gate import attention, device, graphs, kernels, native_build, parity, speed, vae
 from gate.part import Item, Setting, Teller, run_items
 from gate.suite import run_tests
 
@@ -19,7 +19,7 @@ from rfengine.cli.process import run_process
 
 STAND_INS = str(Path(__file__).resolve().parent / "stand_ins")
 ITEMS: dict[str, Callable[[Setting], list[Item]]] = {
-    "device": lambda setting: [*device.items(setting), native_build.item(setting)],
+    "device": lambda setting: [attention.item(setting), *device.items(setting), native_build.item(setting)],
     "parity": parity.items,
     "graphs": graphs.items,
     "throughput": speed.throughput_items,

@@ -24,6 +24,8 @@ from rfengine import native
 from rfengine.runtime.timing import capture_calls, count_cold_sets
 
 RUNS = 60
+LONGEST_S = 0.3  # that the timed runs of one contender take together
+LEAST_RUNS = 3
 CHECKED_LAYERS = 2  # an arena of all layers in float64 would not fit beside its copies
 ABSENT = "no CUDA device here: nothing is measured"
 OURS = "rfengine"
@@ -88,19 +90,27 @@ class Row:
 def time_calls(run: Callable[..., object], sets: Sequence[Arguments], runs: int = RUNS) -> Timing:
     """Time `run` over the sets of arguments in turn, as one CUDA graph; between CUDA events, after warm-up.
 
-    The sets together are larger than the L2 cache, so that it serves nothing (see input_sets).
+    The sets together are larger than the L2 cache, so that it serves nothing (see input_sets). What is slow
+    has fewer runs, LEAST_RUNS at least, so that they take LONGEST_S; Timing.runs says how many.
     """
     graph = capture_calls(run, sets)
-    for _ in range(3):
-        graph.replay()
+    graph.replay()  # the first also uploads the graph
+    runs = max(LEAST_RUNS, min(runs, int(LONGEST_S * 1e3 / max(_replay_ms(graph, 1)[0], 1e-6))))
+    if runs > LEAST_RUNS:
+        graph.replay()  # a third warm-up, where it costs little
+    milliseconds = sorted(each / len(sets) for each in _replay_ms(graph, runs))
+    return Timing(statistics.median(milliseconds), milliseconds[math.ceil(0.95 * runs) - 1], runs)
+
+
+def _replay_ms(graph: torch.cuda.CUDAGraph, runs: int) -> list[float]:
+    """Milliseconds of each of so many replays in a row."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, stop in events:
         start.record()
         graph.replay()
         stop.record()
     torch.cuda.synchronize()
-    milliseconds = sorted(start.elapsed_time(stop) / len(sets) for start, stop in events)
-    return Timing(statistics.median(milliseconds), milliseconds[math.ceil(0.95 * runs) - 1], runs)
+    return [start.elapsed_time(stop) for start, stop in events]
 
 
 def input_sets(make: Callable[[], Arguments], set_bytes: int) -> list[Arguments]:

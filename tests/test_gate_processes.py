@@ -84,6 +84,29 @@ for item in "abc":
     assert failure["items"] == ["b"] and "without a word" in failure["failed"]
 
 
+def test_an_item_may_have_a_share_of_silence_of_its_own(record: Record) -> None:
+    """Loading tells of every contest, so it is known to hang long before its part's time is up."""
+    script = """
+for item, share in (("load", 0.05), ("frames", None)):
+    if item in json.load(open(sys.argv[1]))["parts"].get("part", {}).get("items", {}):
+        continue
+    tell(**{"begun": item} | ({"silent_share": share} if share else {}))
+    time.sleep(300 if item == "load" else 1.5)
+    tell(ended=item, state="done")
+"""
+    started = time.monotonic()
+    part = run_script(record, script, seconds=20, silent_share=0.9)
+    assert time.monotonic() - started < 15
+    assert part["items"] == {"load": "broken", "frames": "done"}
+    assert part["results"][0]["failed"] == "ended after 1 s without a word"
+
+
+def test_how_many_items_were_chosen_is_counted_over_all_processes(record: Record) -> None:
+    for _ in range(2):
+        part = run_script(record, "tell(chosen=3); tell(begun='a'); tell(ended='a', state='done')")
+    assert part["chosen"] == 6 and part["results"] == []
+
+
 def test_a_part_that_prints_garbage_leaves_json(record: Record) -> None:
     script = """
 os.write(1, b"\\xff\\xfe no text\\n{not json}\\n[1, 2]\\n42\\n{\\"begun\\": 7}\\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import subprocess
@@ -15,10 +16,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import gpu_gate
+import measurement
 import pytest
 import torch
 from engine_shapes import Shapes
-from gate import graphs, kernels, parity, speed, suite, vae
+from gate import attention, graphs, kernels, parity, speed, suite, vae
 from gate.device import check_corners
 from gate.part import AbsentError, Item, Setting, run_items
 from gate.record import Record
@@ -205,7 +207,104 @@ def test_items_of_every_part_are_found_before_a_gpu_is_touched(
     assert len(names["parity"]) == 5 * 3 * 2 + 5 * 2
     assert "linear FP8, FFN up" in names["device"] and "attention SDPA cuDNN, 14040 keys" in names["device"]
     assert names["throughput"] == ["load", "agreement", "frames", "baseline", "engine", *speed.VARIANTS]
-    assert sum("shipped" in name for name in names["graphs"]) == 2
+    assert sum("shipped" in name for name in names["graphs"]) == 2 and "shipped" in names["graphs"][0]
+    assert names["device"][0] == "attention forms"
+    own = [Setting("parity", False, setting.stop, setting.record_path, (first, 6)) for first in range(6)]
+    shards = [parity.items(each) for each in own]
+    assert sorted(item.name for shard in shards for item in shard) == sorted(names["parity"]) and all(shards)
+
+
+def test_every_part_has_the_time_that_it_takes_on_a_cold_machine() -> None:
+    """Estimates for an H100, 10 s of them for the start of a process."""
+    needs = {
+        "tests": 10 + 420 / 14, "parity": 10 + 51 / 6, "graphs": 10 + 50,
+        "throughput": 10 + 45 + 30 + 15 + 40, "flatness": 15 + 100 / 3,
+    }  # fmt: skip
+    seconds = 60 * gpu_gate.MINUTES - gpu_gate.LAST_SECONDS
+    whole = sum(part.share for part in gpu_gate.PARTS.values())
+    for name, needed in needs.items():
+        assert gpu_gate.PARTS[name].share / whole * seconds > needed, name
+
+
+def test_parts_that_compile_are_shared_by_processes_that_leave_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, tuple[int, int]]] = []
+    monkeypatch.setattr(
+        gpu_gate, "_run_shard", lambda record, name, stop, small, shard: seen.append((name, shard))
+    )
+    for cores, tests in ((16, 14), (64, 14), (8, 6), (2, 1), (None, 1)):
+        monkeypatch.setattr(gpu_gate.os, "cpu_count", lambda cores=cores: cores)
+        seen.clear()
+        gpu_gate._run(None, "tests", 0.0, False)
+        assert sorted(seen) == [("tests", (shard, tests)) for shard in range(tests)]
+    gpu_gate._run(None, "tests", 0.0, True)
+    gpu_gate._run(None, "throughput", 0.0, False)
+    assert seen[-2:] == [("tests", (0, 1)), ("throughput", (0, 1))]
+
+
+def test_the_gate_compares_in_few_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(speed, "compare", lambda *given: asked.append(given[2:]))
+    engine = SimpleNamespace(pipeline=None, grid=None, decodes=True)
+    measured = SimpleNamespace(engine=lambda: engine, setting=SimpleNamespace(small=False))
+    assert list(speed._against_baseline(measured)) == [{"comparison": None}] and asked == [(2, True, 3)]
+
+
+def test_what_the_engine_logs_while_it_tunes_is_told_line_by_line(tmp_path: Path) -> None:
+    logger = logging.getLogger("rfengine.runtime.autotune")
+
+    def load() -> Any:
+        logger.info("autotune: measures %s", "linear@4x4")
+        logger.debug("nobody asked")
+        yield {"choice": {}}
+
+    told: list[dict[str, Any]] = []
+    items = [Item("load", load, silent_share=0.25), Item("next", lambda: [{}])]
+    run_items(items, small_setting(tmp_path), told.append)
+    logger.info("after the part")
+    assert told[0] == {"chosen": 2} and told[1] == {"begun": "load", "silent_share": 0.25}
+    assert told[2] == {"item": "load", "log": "autotune: measures linear@4x4"}
+    assert [result["log"] for result in told if "log" in result] == ["autotune: measures linear@4x4"]
+    assert {"begun": "next"} in told
+
+
+@pytest.mark.parametrize(("ms", "runs"), [(0.05, 60), (10.0, 30), (100.0, 3), (500.0, 3)])
+def test_what_is_slow_is_timed_in_fewer_runs_and_says_how_many(
+    monkeypatch: pytest.MonkeyPatch, ms: float, runs: int
+) -> None:
+    replays = []
+    graph = SimpleNamespace(replay=lambda: replays.append(ms))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            pass
+
+        def record(self) -> None:
+            pass
+
+        def elapsed_time(self, other: Event) -> float:
+            return ms
+
+    monkeypatch.setattr(measurement, "capture_calls", lambda run, sets: graph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    timing = measurement.time_calls(None, [(), ()])
+    assert timing == measurement.Timing(ms / 2, ms / 2, runs)
+    assert len(replays) == runs + 2 + (runs > 3)
+
+
+def test_forms_of_the_attention_are_told_and_a_refused_one_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(attention, "describe_machine", lambda device: {"gpu": "one"})
+    monkeypatch.setattr(attention, "default_cache_path", lambda: tmp_path / "autotune.json")
+    found = {"triton": "it did not come back within 25 s", "triton-pointer": ""}
+    monkeypatch.setattr(attention, "attention_problems", lambda site, cache: found)
+    told = []
+    with pytest.raises(RuntimeError, match="^triton: it did not come back within 25 s$"):
+        for result in attention.item(Setting("device", False, 0.0, tmp_path / "none.json")).run():
+            told.append(result)
+    assert told == [{"form": form, "problem": problem} for form, problem in found.items()]
 
 
 def test_options_of_every_variant_are_options_of_throughput(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from measurement import OURS
 
 ATTENTION_SHARE = 0.95  # of the faster of cuDNN and FlashAttention-3
 ROW_SHARE = 0.85  # of the bandwidth of a large copy
-CACHE_MS = 1.5  # for the sink and the rotation of all layers, once a chunk
+# for the sink and the rotation of all layers, once a chunk: 6.48 GB at 86 % of the 3.0 TB/s that a copy
+# reaches on an H100. The 1.5 ms asked for at first lie below the floor of 1.93 ms there (docs/kernels.md).
+CACHE_MS = 2.5
 FRAMES_PER_S, WISHED_FRAMES_PER_S = 36.0, 46.0
 BASELINE_RATIO = 2.5
 P99_OVER_P50 = 1.05

@@ -24,13 +24,14 @@ def items(setting: Setting) -> list[Item]:
         path = GOLDEN / "frozen_sink_absolute.safetensors"
         return [Item(f"{path.stem} reference float32", _replayed(path, "reference", device, "float32"))]
     reasons = backend_reasons(device)
+    first, count = setting.shard
     return [
         Item(f"{path.stem} {backend} {dtype}", _replayed(path, backend, device, dtype))
         for backend in BACKENDS
         if not reasons[backend]
         for path in sorted(GOLDEN.glob("*.safetensors"))
         for dtype in (("bfloat16",) if backend in SIXTEEN_BIT else ("float32", "bfloat16"))
-    ]
+    ][first::count]
 
 
 def _replayed(path: Path, backend: Backend, device: str, dtype: DTypeName) -> Callable[[], Iterator[Result]]:

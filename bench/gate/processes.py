@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gate.record import BEGUN, Record, read_line
@@ -16,7 +16,8 @@ from gate.record import BEGUN, Record, read_line
 ROOT = Path(__file__).resolve().parents[2]
 LEAST_SECONDS = 5.0  # a process with less left is not started: it would not get past its imports
 STOPPED, NO_TIME = "stopped after", "no time was left"
-CUT_SHORT = (STOPPED, NO_TIME)  # how the failures begin that time is to blame for
+CUT_SHORT = (STOPPED, NO_TIME)  # how results begin that time alone is to blame for
+LOOK_S = 0.5  # how often a silence is looked at
 TOLD_GARBAGE = 3  # lines of a part that are no results and are kept
 
 
@@ -25,10 +26,13 @@ class ProcessFailedError(RuntimeError):
 
 
 def stream_lines(
-    command: Sequence[str], limit_s: float, silent_s: float, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    limit_s: float,
+    silent_s: float | Callable[[], float],
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Lines that a command prints, as they come. It and all it started are killed after limit_s, or after
-    silent_s without a line.
+    silent_s without a line; a function gives what holds at each moment.
 
     Raises ProcessFailedError at the end for one that was killed or did not end with 0.
     """
@@ -39,7 +43,7 @@ def stream_lines(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", cwd=ROOT,
             env=variables, start_new_session=True,
         )  # fmt: skip
-        watch = _Watch(process, limit_s, silent_s)
+        watch = _Watch(process, limit_s, silent_s if callable(silent_s) else lambda: silent_s)
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -63,7 +67,7 @@ def _last_lines(errors: tempfile._TemporaryFileWrapper) -> str:
 class _Watch:
     """Kills a process group when its time is up; `reason` says why, or is empty."""
 
-    def __init__(self, process: subprocess.Popen[str], limit_s: float, silent_s: float) -> None:
+    def __init__(self, process: subprocess.Popen[str], limit_s: float, silent_s: Callable[[], float]) -> None:
         self.heard = time.monotonic()
         self.reason = ""
         self._process, self._limit_s, self._silent_s = process, limit_s, silent_s
@@ -74,14 +78,14 @@ class _Watch:
 
     def _watch(self) -> None:
         while not self.reason:
-            now = time.monotonic()
-            until = min(self._stop, self.heard + self._silent_s)
-            if self._ended.wait(max(0.0, until - now)):
+            silent_s = self._silent_s()
+            until = min(self._stop, self.heard + silent_s, time.monotonic() + LOOK_S)
+            if self._ended.wait(max(0.0, until - time.monotonic())):
                 return
             if time.monotonic() >= self._stop:
                 self.reason = f"{STOPPED} {self._limit_s:.0f} s, its share of the time"
-            elif time.monotonic() >= self.heard + self._silent_s:
-                self.reason = f"{STOPPED} {self._silent_s:.0f} s without a word"
+            elif time.monotonic() >= self.heard + silent_s:
+                self.reason = f"ended after {silent_s:.0f} s without a word"
         self._kill()
 
     def end(self) -> None:
@@ -108,16 +112,16 @@ def run_part(
 ) -> None:
     """Run `command`, which tells its items and results line by line (part.py), until time.monotonic() is
     `stop`; all that goes wrong is in the record. A process counts as hung that says nothing for silent_share
-    of the time that was left when it started."""
+    of the time that was left when it started; an item may have a share of its own (part.py)."""
     begun: set[str] = set()
     while True:
         left = stop - time.monotonic()
         if left < LEAST_SECONDS:
             record.add(part, {"failed": NO_TIME})
             return
-        reader = _Reader(record, part)
+        reader = _Reader(record, part, silent_share, left)
         try:
-            for line in stream_lines(command, left, silent_share * left, environment):
+            for line in stream_lines(command, left, reader.silent_s, environment):
                 reader.take(line)
         except ProcessFailedError as error:
             broken = reader.abandon()
@@ -136,8 +140,10 @@ def run_part(
 class _Reader:
     """Takes what one process tells into the record. begun: the items that it got to."""
 
-    def __init__(self, record: Record, part: str) -> None:
+    def __init__(self, record: Record, part: str, silent_share: float, seconds: float) -> None:
         self.begun: set[str] = set()
+        self._usual_share = self._silent_share = silent_share
+        self._seconds = seconds
         self._record, self._part = record, part
         self._open: list[str] = []
         self._garbage = 0
@@ -148,7 +154,11 @@ class _Reader:
             self._garbage += 1
             if self._garbage <= TOLD_GARBAGE:
                 self._record.add(self._part, {"no_result": line[:200]})
+        elif isinstance(result.get("chosen"), int):
+            self._record.count(self._part, result["chosen"])
         elif isinstance(result.get("begun"), str):
+            own_share = result.get("silent_share")
+            self._silent_share = own_share if isinstance(own_share, float) else self._usual_share
             self.begun.add(result["begun"])
             self._open.append(result["begun"])
             self._record.mark(self._part, result["begun"], BEGUN)
@@ -158,6 +168,10 @@ class _Reader:
             self._record.mark(self._part, result["ended"], str(result.get("state")))
         else:
             self._record.add(self._part, result)
+
+    def silent_s(self) -> float:
+        """How long the process may say nothing where it is."""
+        return self._silent_share * self._seconds
 
     def abandon(self) -> list[str]:
         """The items that the process did not end, now marked as broken."""

@@ -12,7 +12,8 @@ BEGUN = "begun"
 
 
 class Record:
-    """Results by part. Every part has `items`, the state of each by name, and `results`, in the order told.
+    """Results by part. Every part has `items`, the state of each by name, `results`, in the order told, and,
+    where it came to tell that, how many items were `chosen` to be run.
 
     The states: "begun", "done", "failed", "passed", "skipped", "not run", and "broken" for one whose process
     ended in it. Several threads may add at once.
@@ -35,6 +36,12 @@ class Record:
     def mark(self, part: str, item: str, state: str) -> None:
         with self._lock:
             self.part(part)["items"][item] = state
+            self._save()
+
+    def count(self, part: str, items: int) -> None:
+        """So many items more are to be run."""
+        with self._lock:
+            self.part(part)["chosen"] = self.part(part).get("chosen", 0) + items
             self._save()
 
     def note(self, **values: Any) -> None:

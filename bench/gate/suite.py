@@ -99,7 +99,8 @@ class Reporter:
         chosen = wanted[first::count]
         if self._setting.small:
             chosen = [item for item in wanted if "gpu" not in item.keywords][:SMALL_COUNT]
-        self._tell({"chosen": len(chosen)})
+        if not any(item.nodeid in self._setting.taken for item in chosen):  # the first process of this shard
+            self._tell({"chosen": len(chosen)})
         items[:] = [item for item in chosen if item.nodeid not in self._setting.taken]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from gate.goals import judge, rows_by_case
 from gate.part import NOT_RUN
+from gate.processes import CUT_SHORT
 from gate.record import Result
 from measurement import OURS
 
@@ -23,14 +24,15 @@ def summarise(results: Result) -> tuple[str, bool]:
         f"{results['device']}; torch {results['torch']}, Triton {results['triton']}, driver "
         f"{results['driver']}; commit {results['commit']}, {results['date']}",
         *(f"{name:<12}{counts_of(part)}" for name, part in results["parts"].items()),
-        *_test_lines(results["parts"].get("tests", {"results": []})),
         *([] if small else [*_figure_lines(told), *map(str, goals)]),
         *failures[:TOLD_FAILURES],
         *([f"and {len(failures) - TOLD_FAILURES} failures more"] if len(failures) > TOLD_FAILURES else []),
     ]
     well = not failures and bool(results["parts"])
     if small:
-        lines.append(f"self-check {'passed' if well else 'FAILED'}")
+        cut = any(_is_cut(result) for part in results["parts"].values() for result in part["results"])
+        passed = "passed, as far as there was time" if cut else "passed"
+        lines.append(f"self-check {passed if well else 'FAILED'}")
     met = {goal.met for goal in goals}
     return "\n".join(lines), well and (small or (True in met and False not in met))
 
@@ -47,23 +49,32 @@ def _figure_lines(told: dict[str, list[Result]]) -> list[str]:
 
 
 def counts_of(part: Result) -> str:
-    """How many items ended how, and the seconds of the part."""
-    counts = Counter(part["items"].values())
+    """How many items were begun and ended how, and the seconds of the part."""
+    cut = {item for result in part["results"] if _is_cut(result) for item in result.get("items", ())}
+    counts = Counter("cut short" if item in cut else state for item, state in part["items"].items())
     told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "nothing"
+    if "chosen" in part:
+        told = f"{len(part['items'])} of {part['chosen']} begun: {told}"
     reasons = Counter(result["not_run"] for result in part["results"] if "not_run" in result)
     why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
     seconds = f" in {part['seconds']:.0f} s" if "seconds" in part else ""
     return f"{told}{seconds}" + (f" ({NOT_RUN}: {why})" if why else "")
 
 
+def _is_cut(result: Result) -> bool:
+    """Whether the share of the time ran out, which is nobody's failure."""
+    return str(result.get("failed", "")).startswith(CUT_SHORT)
+
+
 def failures_of(results: Result) -> list[str]:
-    """One line for each thing that went wrong."""
+    """One line for each thing that went wrong; what there was no time for is none."""
     lines = []
     for name, part in results["parts"].items():
         told = set()
         for result in part["results"]:
             if "failed" in result:
                 told |= {result.get("item"), *result.get("items", ())}
+            if "failed" in result and not _is_cut(result):
                 where = result.get("item") or ", ".join(result.get("items", ())) or "the part itself"
                 lines.append(f"FAILED {name}, {where}: {str(result['failed'])[-400:]}")
             if result.get("ok") is False:
@@ -78,14 +89,10 @@ def failures_of(results: Result) -> list[str]:
     return lines
 
 
-def _test_lines(part: Result) -> list[str]:
-    chosen = sum(result["chosen"] for result in part["results"] if "chosen" in result)
-    return [f"tests: {len(part['items'])} of {chosen} were begun"] if chosen else []
-
-
 def _device_lines(told: list[Result]) -> list[str]:
     ceilings = next((result["ceilings"] for result in told if "ceilings" in result), {})
     lines = [f"{name}: {value:.2f}" for name, value in ceilings.items()]
+    lines += [f"attention by {row['form']}: {row['problem'] or 'right'}" for row in told if "form" in row]
     for row in told:
         if "ms" in row:
             rates = (
