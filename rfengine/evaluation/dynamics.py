@@ -25,6 +25,7 @@ from rfengine.evaluation.video_frames import (
     Frames,
     NotMeasurableError,
     as_frames,
+    gathered,
     picture_batches,
     windows,
 )
@@ -95,13 +96,16 @@ def freeze_fraction(frames: Tensor | ndarray | Frames) -> float:
     video = as_frames(frames)
     if video.count < 2:
         raise NotMeasurableError("1 frame is no pair of frames; freezing needs two")
-    changes, last = [], None
-    for pictures in picture_batches(video, _FREEZE_SIDE):
-        if last is not None:
-            pictures = torch.cat((last, pictures))
-        changes.append(_matched_change(pictures))
-        last = pictures[-1:]
-    return float((torch.cat(changes) < _FREEZE_CHANGE).float().mean())
+    changes = gathered(_changes(picture_batches(video, _FREEZE_SIDE)), video.count - 1)
+    return float((changes < _FREEZE_CHANGE).float().mean())
+
+
+def _changes(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+    last = None
+    for pictures in batches:
+        joined = pictures if last is None else torch.cat((last, pictures))
+        yield _matched_change(joined)
+        last = pictures[-1:].clone()
 
 
 def _matched_change(pictures: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import Frames, picture_batches
+from rfengine.evaluation.video_frames import Frames, as_frames, gathered, picture_batches
 
 _LUMA = (0.299, 0.587, 0.114)  # BT.601
 _CLIPPED = (2.5 / 255, 252.5 / 255)  # at or beyond these a value says no more than that it is an end
@@ -41,19 +41,21 @@ def luma_and_chroma(pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 def frame_signals(video: Tensor | Frames) -> FrameSignals:
     """The signals of frames, uint8 [T, H, W, 3] where they are a tensor, at full size."""
-    columns = zip(*map(_picture_signals, picture_batches(video)), strict=True)
-    return FrameSignals(*map(torch.cat, columns))
+    video = as_frames(video)
+    columns = gathered(map(_picture_signals, picture_batches(video)), video.count).T.contiguous()
+    return FrameSignals(columns[0], columns[1], columns[2:6].T.contiguous(), columns[6], columns[7])
 
 
-def _picture_signals(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of FrameSignals of one batch."""
+def _picture_signals(pictures: Tensor) -> Tensor:
+    """The fields of FrameSignals of one batch, side by side: [B, 8]."""
     clipped = _clipped_share(pictures)
     luma, chroma = luma_and_chroma(pictures)
     colour = torch.cat((chroma.mean((2, 3)), chroma.std((2, 3), correction=0)), dim=1)
     del chroma  # large frames fill the memory
     contrast = luma.std((1, 2), correction=0)
     sharpness = torch.log2((_detail(luma) + _FLOOR) / (contrast + _FLOOR))
-    return luma.mean((1, 2)), contrast, colour, sharpness, clipped
+    alone = [column[:, None] for column in (luma.mean((1, 2)), contrast, sharpness, clipped)]
+    return torch.cat((*alone[:2], colour, *alone[2:]), dim=1)
 
 
 def _clipped_share(pictures: Tensor) -> Tensor:

@@ -149,7 +149,11 @@ def picture_batches(frames: Tensor | ndarray | Frames, shorter_side: int | None 
 
 
 def gathered(parts: Iterable[Tensor], count: int) -> Tensor:
-    """The rows of all parts below each other, `count` in all, without holding them twice."""
+    """The rows of all parts below each other, `count` in all.
+
+    The parts are copied one by one: kept between the large allocations of the frames, small tensors would
+    stop the C library from using freed memory again.
+    """
     rows, place = None, 0
     for part in parts:
         rows = part.new_empty(count, *part.shape[1:]) if rows is None else rows
