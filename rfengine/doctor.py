@@ -83,8 +83,9 @@ def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> 
     with torch.device("meta"):
         vae = WanVAE(config.vae).to(dtype)
         latents = torch.empty(
-            1, config.vae.z_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width, dtype=dtype
-        )
+            1, config.vae.z_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width,
+            dtype=dtype, device="meta",
+        )  # fmt: skip
     decoder = StreamingDecoder(vae, REFERENCE_OPS)
     state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta")
     with torch.no_grad():

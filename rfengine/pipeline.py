@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from rfengine.cache.kv_cache import arena_shape
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
+from rfengine.host_state import own_state
 from rfengine.limits import as_integer, as_number, shown
 from rfengine.memory import require_memory
 from rfengine.models.decoder import FrameDecoder
@@ -27,6 +28,7 @@ from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeLane
 from rfengine.runtime.full_decoder import open_full_decoder, require_psnr
 from rfengine.runtime.switches import decode_device, runtime_switches
+from rfengine.runtime.turns import Turns
 from rfengine.schedule import MAX_SEED, FlowSchedule
 from rfengine.snapshot import Snapshot
 from rfengine.stream import FrameChunk, StreamParts, VideoStream
@@ -58,8 +60,11 @@ class Pipeline:
     """The loaded models of one checkpoint and everything that can be made with them.
 
     The models are shared by all streams; each stream has its own cache, decoder state and noise.
-    open_decoder gives the decoder of config.runtime.vae for one size; None is for the full one. A pipeline
-    and its streams are used from one thread at a time.
+    open_decoder gives the decoder of config.runtime.vae for one size; None is for the full one.
+
+    A pipeline may be used from several threads: calls take turns, a chunk of a stream each (VideoStream).
+    On CUDA without overlap all of them must have the same current stream, as threads have by default. The
+    models go as soon as the last reference to the pipeline and its streams does.
     """
 
     def __init__(
@@ -71,29 +76,16 @@ class Pipeline:
         fingerprint: str,
         open_decoder: OpenDecoder | None = None,
     ) -> None:
-        switches = runtime_switches(config.runtime, model.device)
         self.config = config
         self.model = model
         self.vae = vae
         self.text_encoder = text_encoder
-        overlap = switches["overlap"].on
-        beside = overlap and model.device.type == "cuda"
-        self._parts = StreamParts(
-            model=model,
-            vae=vae,
-            open_decoder=open_decoder or _full_decoder(config, vae, model.ops),
-            decoder_kind=config.runtime.vae,
-            lane=DecodeLane(next(vae.parameters()).device, overlap, switches["graphs"].on),
-            runner=ChunkRunner(
-                model, FlowSchedule(config.schedule), switches["graphs"].on, config.runtime.merged_pass
-            ),
-            cache_config=config.cache,
-            encode_text=self._encode_text,
-            fingerprint=fingerprint,
-            compute_stream=torch.cuda.Stream(model.device, priority=-1) if beside else None,
-        )
+        with own_state():
+            open_decoder = open_decoder or _full_decoder(config, vae, model.ops)
+            self._parts = _stream_parts(config, model, vae, text_encoder, fingerprint, open_decoder)
 
     @classmethod
+    @own_state()
     def from_pretrained(
         cls,
         source: str | Path = "tiny",
@@ -164,9 +156,6 @@ class Pipeline:
         runtime = self.config.runtime
         return FP8_TIER if runtime.vae_precision == "fp8" else VAE_TIERS[runtime.vae]
 
-    def _encode_text(self, prompt: str) -> Tensor:
-        return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
-
     def stream(
         self,
         prompt: str,
@@ -180,12 +169,13 @@ class Pipeline:
 
         Raises ValueError for a size or a seed that cannot be, RuntimeError where memory is too small for it.
         """
-        check_seed(seed)
+        number = as_seed(seed)
         grid = LatentGrid.of(self.config, height, width)
         self._require_stream_fits(grid)
-        stream = VideoStream(self._parts, grid, prompt, self._encode_text(prompt), seed)
-        if start_frames is not None:
-            stream.continue_from(start_frames)
+        with self._parts.turns, own_state():
+            stream = VideoStream(self._parts, grid, prompt, self._parts.encode_text(prompt), number)
+            if start_frames is not None:
+                stream.continue_from(start_frames)
         return stream
 
     def restore(self, snapshot: Snapshot) -> VideoStream:
@@ -193,7 +183,8 @@ class Pipeline:
         one. Raises ValueError where it is damaged, or of another model or setting."""
         info = snapshot.stream_info()
         grid = LatentGrid.of(self.config, info.height, info.width)
-        return VideoStream.from_snapshot(self._parts, grid, snapshot)
+        with self._parts.turns, own_state():
+            return VideoStream.from_snapshot(self._parts, grid, snapshot)
 
     def _require_stream_fits(self, grid: LatentGrid) -> None:
         """Refuse what would not fit on its own: the cache, and the largest layer of the full decoder."""
@@ -375,6 +366,34 @@ def _decoder_opener(
     return open_full_decoder(config, vae, requested, dtype, device)
 
 
+def _stream_parts(
+    config: EngineConfig,
+    model: WanDiT,
+    vae: WanVAE,
+    text_encoder: TextEncoder,
+    fingerprint: str,
+    open_decoder: OpenDecoder,
+) -> StreamParts:
+    """What all streams share. Nothing in it knows the pipeline: a circle would keep the models until Python's
+    collector runs."""
+    switches = runtime_switches(config.runtime, model.device)
+    overlap, graphs = switches["overlap"].on, switches["graphs"].on
+    beside = overlap and model.device.type == "cuda"
+    return StreamParts(
+        model=model,
+        vae=vae,
+        open_decoder=open_decoder,
+        decoder_kind=config.runtime.vae,
+        lane=DecodeLane(next(vae.parameters()).device, overlap, graphs),
+        runner=ChunkRunner(model, FlowSchedule(config.schedule), graphs, config.runtime.merged_pass),
+        cache_config=config.cache,
+        text_encoder=text_encoder,
+        fingerprint=fingerprint,
+        turns=Turns(),
+        compute_stream=torch.cuda.Stream(model.device, priority=-1) if beside else None,
+    )
+
+
 def _full_decoder(config: EngineConfig, vae: WanVAE, ops: Ops) -> OpenDecoder:
     precision = config.runtime.vae_precision
     decoder = StreamingDecoder(vae, ops, precision)
@@ -422,14 +441,19 @@ def frame_count(fps: int, seconds: float | None = None, num_frames: int | None =
     return max(1, round(length * fps))
 
 
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless `seed` is an integer that a stream takes."""
-    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"seed is {shown(seed)}; use an integer from 0 to {MAX_SEED}")
+def as_seed(seed: SupportsIndex) -> int:
+    """The seed as Python's integer, which numpy's and a tensor's become. Raises ValueError for what no stream
+    takes."""
+    number = as_integer("seed", seed)
+    if not 0 <= number <= MAX_SEED:
+        raise ValueError(f"seed is {shown(number)}; use an integer from 0 to {MAX_SEED}")
+    return number
 
 
 def _draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(0, MAX_SEED, (), generator=generator, device=generator.device))
+    return int(
+        torch.randint(0, MAX_SEED, (), generator=generator, dtype=torch.int64, device=generator.device)
+    )
 
 
 def _pack(videos: list[Any], output_type: OutputType) -> Any:

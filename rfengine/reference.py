@@ -427,7 +427,9 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
     Of the three taps, phase 0 has the last two on one input pixel and phase 1 the first two; the sums are
     formed in float32 at least and rounded once. Memory is [2, 2, Cout, 2, 2, Cin].
     """
-    taps = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]).to(_wide(weight))
+    taps = torch.tensor(
+        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=_wide(weight).dtype, device=weight.device
+    )
     folded = torch.einsum("arm,bsn,oimn->aborsi", taps, taps, _wide(weight)).to(weight.dtype)
     return folded.contiguous().permute(0, 1, 2, 5, 3, 4)
 

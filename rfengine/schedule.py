@@ -26,7 +26,7 @@ class FlowSchedule:
 
     def __init__(self, config: ScheduleConfig) -> None:
         count = config.num_train_timesteps
-        uniform = torch.linspace(1.0, 0.0, count + 1)[:-1]
+        uniform = torch.linspace(1.0, 0.0, count + 1, dtype=torch.float32, device="cpu")[:-1]
         self.sigmas = shifted(uniform, config.shift)
         self.timesteps = self.sigmas * count
         rows = [count - step for step in config.denoising_steps]

@@ -16,12 +16,14 @@ from torch import Tensor
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import DecoderKind, to_dict
 from rfengine.grid import LatentGrid
+from rfengine.host_state import ordinary, own_state
 from rfengine.models.decoder import FrameDecoder, reset_state
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.runtime.chunk_runner import ChunkRunner, StepCallback
 from rfengine.runtime.cuda_graph import made_current
 from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker, PendingFrames
+from rfengine.runtime.turns import Turns
 from rfengine.schedule import chunk_noise
 from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
 from rfengine.video import pixels_from_frames
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from rfengine.config import CacheConfig
+    from rfengine.models.text_encoder import TextEncoder
 
 PromptMode = Literal["soft", "recache", "hard"]
 
@@ -65,7 +68,8 @@ class StreamParts:
 
     open_decoder gives what makes the frames of one size, vae encodes; both are on the lane's device.
     lane.overlap: streams go one chunk ahead. compute_stream: the CUDA stream that all denoising runs on then,
-    of a higher priority than the lane's.
+    of a higher priority than the lane's. turns: held by the one stream that uses the parts; graphs, halos and
+    the lane serve one at a time.
     """
 
     model: WanDiT
@@ -75,9 +79,14 @@ class StreamParts:
     lane: DecodeLane
     runner: ChunkRunner
     cache_config: CacheConfig
-    encode_text: Callable[[str], Tensor]
+    text_encoder: TextEncoder
     fingerprint: str
+    turns: Turns
     compute_stream: torch.cuda.Stream | None = None
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """The text states [1, text_len, text_dim] of one prompt, as the model takes them."""
+        return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +124,11 @@ class VideoStream:
 
     After an error inside a chunk the stream is closed: its state could be half-way. Restore a snapshot to go
     on.
+
+    Streams of one pipeline may run in several threads: each call waits for its turn and keeps it to its end,
+    so they go on chunk by chunk, in the order of asking. Threads that share one stream get its chunks in that
+    order too, each chunk once. A call on a stream from inside its own on_step raises RuntimeError. What the
+    caller has set in torch (default dtype and device, autocast, inference and gradient mode) changes nothing.
     """
 
     def __init__(
@@ -125,7 +139,8 @@ class VideoStream:
         self.closed = False
         self.latents: Tensor | None = None  # clean latents [1, C, F, h, w] of the last chunk
         self._parts = parts
-        self._set_text(prompt, text_states)
+        self._busy = False  # inside a call
+        self._set_text(prompt, ordinary(text_states))
         self._index = 0
         self._undecoded = False  # a chunk was computed whose latents the decoder has not seen
         self._worker = DecodeWorker(parts.open_decoder(grid), parts.lane)
@@ -139,6 +154,21 @@ class VideoStream:
         self._ahead: _Computed | None = None
         self._drawn: tuple[int, Tensor] | None = None  # a chunk and its noise on the host
         self._handed_out = False  # a chunk, since the start of this video
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call on the stream: alone on the pipeline, and under torch's own settings."""
+        with self._parts.turns, own_state():
+            if self._busy:
+                raise RuntimeError(
+                    f"chunk {self._index} of the stream is being made; call the stream once its on_step has "
+                    "returned"
+                )
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -155,7 +185,6 @@ class VideoStream:
             yield
         outer.wait_stream(own)
 
-    @torch.no_grad()
     def _set_text(self, prompt: str, text_states: Tensor) -> None:
         with self._computing():
             text = self._parts.model.text_keys_values(text_states.to(self._parts.model.device))
@@ -187,20 +216,21 @@ class VideoStream:
         not be decoded later (RuntimeError), since the decoder's state would lack what it has not seen.
         RuntimeError also for on_step or not decode where this chunk was already begun by the call before.
         """
-        self._check_open()
-        if decode and self._undecoded:
-            raise RuntimeError(
-                f"chunk {self._index - 1} was not decoded; decode every chunk of a stream or none"
-            )
-        plain = on_step is None and decode
-        if self._ahead is not None and not plain:
-            raise RuntimeError(
-                f"chunk {self._index} was begun by the call before it; give that call ahead=False to watch "
-                "its steps or to leave it undecoded"
-            )
-        self._undecoded = not decode
-        with self._closed_on_error():
-            return self._advance(on_step, decode, ahead and plain)
+        with self._turn():
+            self._check_open()
+            if decode and self._undecoded:
+                raise RuntimeError(
+                    f"chunk {self._index - 1} was not decoded; decode every chunk of a stream or none"
+                )
+            plain = on_step is None and decode
+            if self._ahead is not None and not plain:
+                raise RuntimeError(
+                    f"chunk {self._index} was begun by the call before it; give that call ahead=False to "
+                    "watch its steps or to leave it undecoded"
+                )
+            self._undecoded = not decode
+            with self._closed_on_error():
+                return self._advance(on_step, decode, ahead and plain)
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -215,11 +245,15 @@ class VideoStream:
         started = time.perf_counter()
         current = self._ahead or self._compute(on_step, decode)
         go_ahead = ahead and self._parts.lane.overlap and self._handed_out
-        self._ahead = self._compute(None, True) if go_ahead else None
         frames, decode_ms = self._no_frames(), 0.0
-        if current.pending is not None:
-            decoded = current.pending.result()
-            frames, decode_ms = decoded.frames, decoded.milliseconds
+        try:
+            self._ahead = self._compute(None, True) if go_ahead else None
+            if current.pending is not None:
+                decoded = current.pending.result()
+                frames, decode_ms = decoded.frames, decoded.milliseconds
+        except BaseException:
+            del current  # it may hold the error, whose traceback holds this frame: a circle
+            raise
         self.latents = current.latents
         call_ms = (time.perf_counter() - started) * 1e3
         chunk = FrameChunk(frames, self._index, ChunkTimings(current.denoise_ms, decode_ms, call_ms))
@@ -241,7 +275,7 @@ class VideoStream:
         return _Computed(x0, pending, denoise_ms)
 
     def _no_frames(self) -> ndarray:
-        return torch.zeros(0, self.grid.height, self.grid.width, 3, dtype=torch.uint8).numpy()
+        return torch.zeros(0, self.grid.height, self.grid.width, 3, dtype=torch.uint8, device="cpu").numpy()
 
     def _noise(self, chunk: int) -> Tensor:
         """[num_steps, 1, C, F, h, w] of one chunk, from (seed, chunk, step) alone."""
@@ -273,9 +307,10 @@ class VideoStream:
 
     def close(self) -> None:
         """End the stream; every later call on it is an error."""
-        self.closed = True
-        self._ahead = None
-        self._worker.close()
+        with self._parts.turns:
+            self.closed = True
+            self._ahead = None
+            self._worker.close()
 
     def set_prompt(self, text: str, mode: PromptMode = "soft") -> None:
         """Change the prompt from the next chunk on; where a chunk is ahead (class docstring), from the one
@@ -288,15 +323,16 @@ class VideoStream:
         """
         if mode not in ("soft", "recache", "hard"):
             raise ValueError(f"mode is {mode!r}; use 'soft', 'recache' or 'hard'")
-        self._check_open()
-        text_states = self._parts.encode_text(text)
-        with self._closed_on_error(), self._computing():
-            if mode == "hard":
-                self._restart()
-            self._parts.runner.flush(self._cache)
-            self._set_text(text, text_states)
-            if mode == "recache":
-                self._parts.runner.recache(self._cache, self._window_latents, self._text)
+        with self._turn():
+            self._check_open()
+            text_states = self._parts.encode_text(text)
+            with self._closed_on_error(), self._computing():
+                if mode == "hard":
+                    self._restart()
+                self._parts.runner.flush(self._cache)
+                self._set_text(text, text_states)
+                if mode == "recache":
+                    self._parts.runner.recache(self._cache, self._window_latents, self._text)
 
     def _restart(self) -> None:
         """Go back to the start of a video in the memory that is there, which recorded graphs go on using."""
@@ -307,7 +343,6 @@ class VideoStream:
         reset_state(self._decoder_state)
         self._window_latents = {}
 
-    @torch.no_grad()
     def continue_from(self, frames: ndarray) -> None:
         """Take a given clip as the beginning of a fresh stream: uint8 [T, H, W, 3], at the stream's size and
         rate.
@@ -316,12 +351,17 @@ class VideoStream:
         last frames are used. The stream then yields what comes after it. Raises ValueError for a clip that is
         too short or of another size, RuntimeError when the stream has begun.
         """
-        self._check_open()
-        if self._cache.next_chunk:
-            raise RuntimeError(
-                f"the stream is at chunk {self._cache.next_chunk}; continue a clip with a new stream"
-            )
-        parts, chunk_frames = self._parts, self._parts.cache_config.chunk_frames
+        with self._turn():
+            self._check_open()
+            if self._cache.next_chunk:
+                raise RuntimeError(
+                    f"the stream is at chunk {self._cache.next_chunk}; continue a clip with a new stream"
+                )
+            self._prefill(self._clip_pixels(frames))
+
+    def _clip_pixels(self, frames: ndarray) -> Tensor:
+        """The pixels [1, 3, T, H, W] of a clip that is used: whole chunks of its end."""
+        chunk_frames = self._parts.cache_config.chunk_frames
         pixels = pixels_from_frames(frames)
         size = (self.grid.height, self.grid.width)
         if tuple(pixels.shape[-2:]) != size:
@@ -335,8 +375,11 @@ class VideoStream:
             )
         complete = (pixels.shape[2] - 1) // self.grid.temporal_stride + 1
         latent_frames = complete // chunk_frames * chunk_frames
-        used = pixels[:, :, -self.grid.pixel_frames(latent_frames) :]
-        latents = parts.vae.encode_in_groups(used, chunk_frames)
+        return pixels[:, :, -self.grid.pixel_frames(latent_frames) :]
+
+    def _prefill(self, pixels: Tensor) -> None:
+        parts, chunk_frames = self._parts, self._parts.cache_config.chunk_frames
+        latents = parts.vae.encode_in_groups(pixels, chunk_frames)
         with self._closed_on_error(), self._computing():
             for piece in latents.to(parts.model.device).split(chunk_frames, dim=2):
                 plan = self._cache.plan_chunk()
@@ -348,33 +391,36 @@ class VideoStream:
     def snapshot(self) -> Snapshot:
         """A copy of the whole state between two chunks; Pipeline.restore continues it bit for bit, with or
         without overlap."""
-        self._check_open()
-        with self._closed_on_error(), self._computing():
-            self._worker.wait()
-            self._parts.runner.flush(self._cache)
-            tensors = {f"cache.{name}": tensor for name, tensor in self._cache.tensors().items()}
-            tensors |= {f"decoder.{name}": tensor for name, tensor in self._decoder_state.tensors().items()}
-            tensors |= {
-                f"window_latents.{chunk}": each.to(self._parts.model.dtype)
-                for chunk, each in self._window_latents.items()
+        with self._turn():
+            self._check_open()
+            with self._closed_on_error(), self._computing():
+                self._worker.wait()
+                self._parts.runner.flush(self._cache)
+                tensors = {f"cache.{name}": tensor for name, tensor in self._cache.tensors().items()}
+                tensors |= {
+                    f"decoder.{name}": tensor for name, tensor in self._decoder_state.tensors().items()
+                }
+                tensors |= {
+                    f"window_latents.{chunk}": each.to(self._parts.model.dtype)
+                    for chunk, each in self._window_latents.items()
+                }
+                if self._ahead is not None:
+                    tensors["ahead.frames"] = torch.from_numpy(self._ahead.pending.result().frames)
+                tensors["text_states"] = self._text_states
+                copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            info = {
+                "format": SNAPSHOT_FORMAT,
+                **_settings(self._parts),
+                "prompt": self.prompt,
+                "seed": self.seed,
+                "height": self.grid.height,
+                "width": self.grid.width,
+                "index": self._index,
+                "next_chunk": self._cache.next_chunk,
+                "slot_chunks": list(self._cache.slot_chunks),
+                "decoded_frames": self._decoder_state.frames,
             }
-            if self._ahead is not None:
-                tensors["ahead.frames"] = torch.from_numpy(self._ahead.pending.result().frames)
-            tensors["text_states"] = self._text_states
-            copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-        info = {
-            "format": SNAPSHOT_FORMAT,
-            **_settings(self._parts),
-            "prompt": self.prompt,
-            "seed": self.seed,
-            "height": self.grid.height,
-            "width": self.grid.width,
-            "index": self._index,
-            "next_chunk": self._cache.next_chunk,
-            "slot_chunks": list(self._cache.slot_chunks),
-            "decoded_frames": self._decoder_state.frames,
-        }
-        return Snapshot(copies, info)
+            return Snapshot(copies, info)
 
     @classmethod
     def from_snapshot(cls, parts: StreamParts, grid: LatentGrid, snapshot: Snapshot) -> VideoStream:
@@ -395,7 +441,7 @@ class VideoStream:
         self._cache.load(snapshot.group("cache"), list(info.slot_chunks), info.next_chunk)
         self._decoder_state.load(snapshot.group("decoder"), info.decoded_frames)
         self._window_latents = {
-            chunk: snapshot.tensors[f"window_latents.{chunk}"].to(self._parts.model.device)
+            chunk: ordinary(snapshot.tensors[f"window_latents.{chunk}"]).to(self._parts.model.device)
             for chunk in info.window_chunks
         }
         self._index, self._undecoded = info.index, info.undecoded

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "rfengine"
 
 LAYERS = [
     {"files", "limits", "prompts", "stop_signals"},
-    {"config", "video", "memory"},
+    {"config", "host_state", "video", "memory"},
     {"grid", "schedule", "reference"},
     {"native", "kernels"},
     {"backends"},

@@ -1,4 +1,8 @@
+import copy
 import dataclasses
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 
 import numpy
 import pytest
@@ -6,6 +10,7 @@ import torch
 
 from inputs import small_pipeline
 from rfengine import Pipeline, memory
+from rfengine.config import RuntimeConfig
 
 
 @pytest.fixture(scope="module")
@@ -348,3 +353,89 @@ def test_engines_are_opened_once_for_each_size(pipe, saved, monkeypatch):
     assert opened == [
         (saved, height, 48, torch.float32, torch.device("cpu"), 3, False) for height in (32, 64)
     ]
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What is freed in a test has gone with its last reference, not by Python's collector."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def run_and_drop(pipe: Pipeline) -> None:
+    stream = pipe.stream("a circle")
+    next(stream)
+    stream.set_prompt("a square", "recache")
+    next(stream)
+    pipe.restore(stream.snapshot())
+    pipe("a circle", 9, callback_on_step_end=lambda *step: None)
+
+
+def run_and_close(pipe: Pipeline) -> None:
+    stream = pipe.stream("a circle")
+    next(stream)
+    next(stream)
+    stream.close()
+
+
+def fail_in_a_step(pipe: Pipeline) -> None:
+    with pytest.raises(ZeroDivisionError):
+        pipe.stream("a circle").advance(lambda *step: 1 / 0)
+
+
+def fail_in_the_decoder(pipe: Pipeline) -> None:
+    with pytest.raises((RuntimeError, ValueError), match="finite"):
+        pipe.stream("a circle").advance(lambda step, timestep, latents: latents * float("nan"))
+
+
+def alive_after(make: Callable[[], Pipeline], use: Callable[[Pipeline], object]) -> list[bool]:
+    """Whether the model, the VAE and the text encoder of a pipeline are there once it is dropped."""
+    own = make()
+    models = [weakref.ref(each) for each in (own.model, own.vae, own.text_encoder)]
+    thread = own._parts.lane.thread
+    use(own)
+    del own
+    if thread is not None:
+        thread.shutdown()  # waits for it to let go of what it decoded last
+    return [model() is not None for model in models]
+
+
+def fail_in_the_decoder_with_a_chunk_ahead(pipe: Pipeline) -> None:
+    stream = pipe.stream("a circle")
+    next(stream)
+    pipe.model.patch_embedding.weight.data.fill_(float("nan"))
+    with pytest.raises((RuntimeError, ValueError), match="finite"):
+        next(stream)
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [
+        run_and_drop,
+        run_and_close,
+        fail_in_a_step,
+        fail_in_the_decoder,
+        fail_in_the_decoder_with_a_chunk_ahead,
+    ],
+)
+def test_a_dropped_pipeline_frees_its_models_at_once(pipe, use, overlap):
+    config = dataclasses.replace(pipe.config, runtime=RuntimeConfig(overlap=overlap))
+
+    def make() -> Pipeline:
+        parts = (copy.deepcopy(part) for part in (pipe.model, pipe.vae, pipe.text_encoder))
+        return Pipeline(config, *parts, "small-0")
+
+    assert alive_after(make, use) == [False, False, False]
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("runtime", [RuntimeConfig(), RuntimeConfig(vae="tiny", overlap=True)])
+def test_a_dropped_pipeline_of_a_checkpoint_frees_its_models_at_once(runtime):
+    def make() -> Pipeline:
+        return Pipeline.from_pretrained("tiny", "cpu", runtime=runtime)
+
+    assert alive_after(make, lambda pipe: next(pipe.stream("a circle"))) == [False, False, False]

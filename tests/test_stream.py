@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import threading
 
 import numpy
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from inputs import GRID, small_pipeline
 from rfengine import Pipeline
-from rfengine.config import CacheConfig
+from rfengine.config import CacheConfig, RuntimeConfig
 from rfengine.stream import Snapshot, VideoStream
+
+WAIT = 60.0  # seconds that a test waits for another thread at most
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +259,58 @@ def test_a_stream_is_decoded_from_its_start_or_never(pipe):
     with pytest.raises(RuntimeError, match="chunk 0 was not decoded"):
         next(stream)
     assert stream.advance(decode=False).index == 1
+
+
+def in_threads(*calls) -> list:
+    """What the calls return, each run in a thread of its own at the same time."""
+    start, results = threading.Barrier(len(calls)), {}
+
+    def run(number: int) -> None:
+        start.wait(WAIT)
+        results[number] = calls[number]()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    return [results[number] for number in range(len(calls))]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_streams_of_one_pipeline_in_several_threads_are_what_they_are_alone(pipe, overlap):
+    shared = dataclasses.replace(pipe.config, runtime=RuntimeConfig(overlap=overlap))
+    shared = Pipeline(shared, pipe.model, pipe.vae, pipe.text_encoder, "small-0")
+    alone = [frames_of(pipe.stream("a circle", seed=seed), 6) for seed in range(3)]
+    calls = [lambda seed=seed: frames_of(shared.stream("a circle", seed=seed), 6) for seed in range(3)]
+    for found, expected in zip(in_threads(*calls), alone, strict=True):
+        assert numpy.array_equal(found, expected)
+
+
+def test_threads_that_share_a_stream_get_each_chunk_once(pipe):
+    alone = [chunk.frames for chunk in pipe.stream("a circle").take(6)]
+    stream = pipe.stream("a circle")
+    taken = in_threads(*[lambda: [next(stream) for _ in range(2)]] * 3)
+    chunks = sorted(itertools.chain(*taken), key=lambda chunk: chunk.index)
+    assert [chunk.index for chunk in chunks] == list(range(6))
+    for chunk, expected in zip(chunks, alone, strict=True):
+        assert numpy.array_equal(chunk.frames, expected)
+
+
+def test_a_stream_that_is_called_from_its_own_step_says_so(pipe):
+    stream = pipe.stream("a circle")
+    with pytest.raises(RuntimeError, match="chunk 0 of the stream is being made; call the stream once"):
+        stream.advance(lambda *step: next(stream) and None)
+    other = pipe.stream("a circle")
+    chunk = pipe.stream("a circle").advance(lambda *step: other.advance() and None)
+    assert numpy.array_equal(chunk.frames, next(pipe.stream("a circle")).frames)
+
+
+def test_a_step_may_give_latents_that_were_made_in_inference_mode(pipe):
+    def halved(step: int, timestep: float, latents: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return latents / 2
+
+    stream = pipe.stream("a circle")
+    stream.advance(halved)
+    assert not stream.latents.is_inference() and next(stream).index == 1

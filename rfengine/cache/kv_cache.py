@@ -116,7 +116,7 @@ class StreamingKVCache:
         self.raw_keys = torch.zeros_like(self.keys) if config.positions == "relative" else None
         self.policy = build_sink_policy(config, self.keys[:, :, : self.sink_tokens], ops)
         self.filled_tokens = torch.zeros(1, dtype=torch.int32, device=device)
-        self.rotation = torch.zeros(2, arena[2], model.head_dim // 2, device=device)
+        self.rotation = torch.zeros(2, arena[2], model.head_dim // 2, dtype=torch.float32, device=device)
         self.query_rotation = self.rotation[:, : self.chunk_tokens].clone()
         self.context_rotation = torch.zeros_like(self.query_rotation)
         self.context_filled_tokens = torch.zeros_like(self.filled_tokens)
@@ -192,7 +192,7 @@ class StreamingKVCache:
         return self._place_rotation[:, start : start + self.chunk_tokens]
 
     def _rotation_of(self, frames: range) -> Tensor:
-        indices = torch.arange(frames.start, frames.stop, device=self.rotation.device)
+        indices = torch.arange(frames.start, frames.stop, dtype=torch.int64, device=self.rotation.device)
         return rotary_table(self.head_dim, indices, self.grid.token_rows, self.grid.token_columns)
 
     def _slot_times(self, chunks: list[int]) -> tuple[int, ...]:

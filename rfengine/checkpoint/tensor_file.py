@@ -250,7 +250,7 @@ def _allocate(entry: TensorEntry) -> Tensor:
     """
     size = entry.end - entry.begin
     if size < _OWN_PAGES_BYTES:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=entry.dtype).reshape(entry.shape)
 

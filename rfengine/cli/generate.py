@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.cli.terminal import find_device, interrupt_waits
 from rfengine.config import Backend, DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
-from rfengine.pipeline import Pipeline, check_seed, frame_count
+from rfengine.pipeline import Pipeline, as_seed, frame_count
 from rfengine.prompts import check_prompt, read_prompts
 from rfengine.video import VideoWriter, check_video_path
 
@@ -143,7 +143,7 @@ def _check_request(options: GenerateOptions) -> None:
     from rfengine.checkpoint.manifest import verify
     from rfengine.grid import LatentGrid
 
-    check_seed(options.seed)
+    as_seed(options.seed)
     if options.verify:
         verify(checkpoint_directory(options.model))
     config = read_config(checkpoint_directory(options.model))

@@ -54,7 +54,8 @@ class DecoderGraph(nn.Module):
         self.slot_shapes = {name: tuple(slot.shape) for name, slot in slots.items()}
         self.layers = nn.ModuleList(_layers(vae))
         for name, values in (("shift", config.latents_mean), ("scale", config.latents_std)):
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1, 1), persistent=False)
+            statistic = torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, 1, 1, 1)
+            self.register_buffer(name, statistic, persistent=False)
         written = self.slot_shapes
         if first and latents == 1:
             written = {name: shape for name, shape in written.items() if not name.endswith("time_conv")}
@@ -67,9 +68,9 @@ class DecoderGraph(nn.Module):
         slots = (
             []
             if self.first
-            else [torch.empty(shape, dtype=self.dtype) for shape in self.slot_shapes.values()]
+            else [torch.empty(shape, dtype=self.dtype, device="cpu") for shape in self.slot_shapes.values()]
         )
-        return (torch.empty(self.latents_shape), *slots)
+        return (torch.empty(self.latents_shape, dtype=torch.float32, device="cpu"), *slots)
 
     def forward(self, latents: Tensor, *slots: Tensor) -> tuple[Tensor, ...]:
         """float32 latents [1, z, latents, h, w], normalised, and the slots -> pixels [1, 3, T, H, W] in the

@@ -383,7 +383,7 @@ class WanDiT(nn.Module):
         batch, _, frames, height, width = latents.shape
         patch = self.config.patch_size[1]
         if time_indices is None:
-            time_indices = torch.arange(frames, device=latents.device)
+            time_indices = torch.arange(frames, dtype=torch.int64, device=latents.device)
         rotation = rotary_table(self.config.head_dim, time_indices, height // patch, width // patch)
         per_frame = timesteps if timesteps.ndim == 2 else timesteps.reshape(batch, 1)
         _, normed = self._run_blocks(

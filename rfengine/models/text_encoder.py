@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from rfengine.config import TextConfig
 from rfengine.files import read_text
+from rfengine.host_state import own_state
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -63,7 +64,7 @@ class Tokenizer:
             raise ValueError(f"length is {length}; EOS alone needs 1 token")
         if not texts:
             raise ValueError("there are 0 prompts to tokenize; give at least one")
-        ids = torch.full((len(texts), length), PAD_ID, dtype=torch.int64)
+        ids = torch.full((len(texts), length), PAD_ID, dtype=torch.int64, device="cpu")
         mask = torch.zeros_like(ids)
         for row, text in enumerate(texts):
             if not text.strip():
@@ -73,7 +74,7 @@ class Tokenizer:
                 dropped = self._remainder(text, length - 1)
                 _warn_of_cut(row, len(content) + 1, length, dropped)
             tokens = [*content[: length - 1], EOS_ID]
-            ids[row, : len(tokens)] = torch.tensor(tokens)
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
             mask[row, : len(tokens)] = 1
         return ids, mask
 
@@ -235,7 +236,7 @@ class TextEncoder:
         if cache_directory is not None:
             self._files = _StateFiles(Path(cache_directory), fingerprint, text_len)
 
-    @torch.no_grad()
+    @own_state()
     def encode(
         self, prompts: list[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
@@ -258,7 +259,7 @@ class TextEncoder:
                 states[text] = padded.to(device=device, dtype=dtype)
         return torch.stack([states[text] for text in texts])
 
-    @torch.no_grad()
+    @own_state()
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text states [B, L, dim] of token ids and mask [B, L], on the encoder's device and in its dtype.
 
@@ -269,7 +270,7 @@ class TextEncoder:
             raise ValueError(f"ids are {list(ids.shape)}, mask is {list(mask.shape)}; both must be [B, L]")
         valid = mask.to(self.device) > 0
         lengths = valid.sum(dim=1)
-        columns = torch.arange(ids.shape[1], device=self.device)
+        columns = torch.arange(ids.shape[1], dtype=torch.int64, device=self.device)
         if not torch.equal(valid, columns < lengths[:, None]) or not bool(lengths.all()):
             raise ValueError("a row of mask is not a run of ones followed by zeros; pad on the right only")
         longest = int(lengths.max())

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import EMPTY, CachePlan, PendingContext, StreamingKVCache
+from rfengine.host_state import ordinary
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
 from rfengine.runtime.cuda_graph import CapturedCall, GraphPool, graph_pool
 from rfengine.runtime.nvtx_ranges import nvtx_range
@@ -99,7 +100,9 @@ class ChunkRunner:
 
     @torch.no_grad()
     def _modulation(self, timestep: float) -> Modulation:
-        return self.model.modulation(torch.tensor([[timestep]], device=self.model.device))
+        return self.model.modulation(
+            torch.tensor([[timestep]], dtype=torch.float32, device=self.model.device)
+        )
 
     @property
     def num_steps(self) -> int:
@@ -166,7 +169,7 @@ class ChunkRunner:
                 x = self.model.ops.flow_step(tokens, x, sigmas[step], fresh, next_sigma)
             if on_step is not None:
                 replaced = on_step(step, self.schedule.denoising_timesteps[step], x)
-                x = x if replaced is None else replaced
+                x = x if replaced is None else ordinary(replaced)
         if not self.merged_pass:
             self._context_pass(cache, plan, x, inputs.text)
         return x

@@ -188,7 +188,9 @@ def _eviction(site: Site) -> Contest:
     def make_inputs(generator: torch.Generator) -> Arguments:
         arenas = [site.rows(generator, layers, 1, window, *heads) for _ in range(3)]
         low = [site.rows(generator, layers, 1, sink, *heads, scale=2.0**-10) for _ in range(2)]
-        turn = torch.randn(window, model.head_dim // 2, generator=generator, device=site.device)
+        turn = torch.randn(
+            window, model.head_dim // 2, generator=generator, dtype=torch.float32, device=site.device
+        )
         rotation = torch.stack((turn.cos(), turn.sin()))
         return *arenas, *(low if is_split else (None, None)), rotation, sink, leaving, cache.alpha
 
@@ -220,7 +222,9 @@ def gate_contest(site: Site, overrides: Mapping[str, str]) -> Contest:
         hidden = site.rows(generator, 1, tokens, model.ffn_dim)
         shapes = ((model.dim, model.dim), (model.dim, model.dim), (model.dim, model.ffn_dim))
         layers = [tensor for shape in shapes for tensor in _layer(site, generator, *shape)]
-        table = 0.2 * torch.randn(1, 1, 6, model.dim, generator=generator, device=site.device)
+        table = 0.2 * torch.randn(
+            1, 1, 6, model.dim, generator=generator, dtype=torch.float32, device=site.device
+        )
         norm = (site.rows(generator, model.dim) for _ in range(2))
         return x, y, hidden, table, *norm, *layers
 

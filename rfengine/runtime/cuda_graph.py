@@ -58,7 +58,7 @@ def recording(
 
 
 def _record_an_addition(stream: torch.cuda.Stream) -> None:
-    x = torch.zeros(1, device=stream.device)
+    x = torch.zeros(1, dtype=torch.float32, device=stream.device)
     with (
         torch.cuda.stream(stream),
         torch.cuda.graph(torch.cuda.CUDAGraph(), None, stream, capture_error_mode="thread_local"),

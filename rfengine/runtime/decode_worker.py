@@ -142,6 +142,7 @@ class DecodeWorker:
         if not self._closed:
             self._closed = True
             self._decoding.close()
+            self._pending.clear()  # an error in it leads back here by its traceback
 
 
 @torch.no_grad()
@@ -201,18 +202,31 @@ class _ThreadDecoding:
         last = self._unfinished[-1] if self._unfinished else None
         while self._unfinished and self._unfinished[0].done():
             self._unfinished.popleft()
-        self._unfinished.append(self._lane.thread.submit(self._run, last, latents, state))
+        self._unfinished.append(
+            self._lane.thread.submit(_decode_after, last, self._decoder, self._lane.device, latents, state)
+        )
         return self._unfinished[-1]
-
-    def _run(
-        self, last: Future[DecodedFrames] | None, latents: Tensor, state: FrameDecoderState
-    ) -> DecodedFrames:
-        if last is not None:
-            last.result()
-        return _decode_to_host(self._decoder, self._lane.device, latents, state)
 
     def close(self) -> None:
         wait([future for future in self._unfinished if not future.cancel()])
+        self._unfinished.clear()
+
+
+def _decode_after(
+    last: Future[DecodedFrames] | None,
+    decoder: FrameDecoder,
+    device: torch.device,
+    latents: Tensor,
+    state: FrameDecoderState,
+) -> DecodedFrames:
+    """No method, and without `last` in the end: an error's traceback keeps its calls and what they know, and
+    must not lead back to the future that holds the error."""
+    try:
+        if last is not None:
+            last.result()
+    finally:
+        del last
+    return _decode_to_host(decoder, device, latents, state)
 
 
 class _StreamDecoding:
@@ -283,7 +297,7 @@ def _moved(latents: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
 
 
 def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=size > 0)
 
 
 class _StreamPending:

@@ -102,7 +102,9 @@ def decoded_psnr(vae: WanVAE, decoder: FrameDecoder, dtype: torch.dtype) -> floa
     exact = copy.deepcopy(vae).float()
     device = next(exact.parameters()).device
     shape = (1, vae.config.z_dim, _CHUNKS * _CHUNK, _SIDE, _SIDE)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(_SEED))
+    noise = torch.randn(
+        shape, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float32, device="cpu"
+    )
     frames = 1 + (_CHUNKS * _CHUNK - 1) * vae.config.temporal_stride
     psnrs = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -123,9 +125,10 @@ def psnr_db(found: Tensor, exact: Tensor) -> float:
 
 def drawn_clip(frames: int, height: int, width: int) -> Tensor:
     """[1, 3, frames, height, width] in [-1, 1]: coloured waves that drift, and a disc that crosses them."""
-    time = torch.arange(frames).view(1, -1, 1, 1) / frames
-    y, x = torch.linspace(0, 1, height).view(1, 1, -1, 1), torch.linspace(0, 1, width).view(1, 1, 1, -1)
-    colour = torch.arange(RGB_CHANNELS).view(-1, 1, 1, 1).float()
+    time = torch.arange(frames, dtype=torch.float32, device="cpu").view(1, -1, 1, 1) / frames
+    y = torch.linspace(0, 1, height, dtype=torch.float32, device="cpu").view(1, 1, -1, 1)
+    x = torch.linspace(0, 1, width, dtype=torch.float32, device="cpu").view(1, 1, 1, -1)
+    colour = torch.arange(RGB_CHANNELS, dtype=torch.float32, device="cpu").view(-1, 1, 1, 1)
     waves = 0.6 * torch.sin(2 * math.pi * ((1 + colour) * x + y + time) + colour)
     is_disc = (x - 0.2 - 0.6 * time).square() + (y - 0.5).square() < 0.03
     return torch.where(is_disc, 0.9 - 0.8 * colour, waves).clamp(-1, 1).unsqueeze(0)

@@ -110,7 +110,9 @@ def check_in_onnxruntime(vae: WanVAE, latents: int, height: int, width: int) -> 
     of_pixels, of_state, of_nodes = 0.0, 0.0, 0.0
     for chunk in range(_CHUNKS):
         session = sessions[min(chunk, 1)]
-        noise = torch.randn(session.graph.latents_shape, generator=generator)
+        noise = torch.randn(
+            session.graph.latents_shape, generator=generator, dtype=torch.float32, device="cpu"
+        )
         outputs, inner = session.run(noise, *(slots.values() if chunk else ()))
         pixels = vae.decode(noise, state)
         held = state.tensors()

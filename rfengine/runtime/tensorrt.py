@@ -87,7 +87,9 @@ class TensorRTState:
                 {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
                 for _ in range(2)
             ]
-            self._latents = torch.zeros(decoder.bindings["steady"].latents, device=device)
+            self._latents = torch.zeros(
+                decoder.bindings["steady"].latents, dtype=torch.float32, device=device
+            )
             self._pixels = {
                 stage: torch.zeros(bindings.pixels, dtype=dtype, device=device)
                 for stage, bindings in decoder.bindings.items()
