@@ -1,6 +1,7 @@
 """What the compiler makes of every kernel at the engine's real shapes, for GPUs that need not be here.
 
     python bench/compile_report.py --arch sm_90 sm_80 --json
+    python bench/compile_report.py --cache DIR  # fills a Triton cache to carry there (TRITON_CACHE_DIR=DIR)
 
 Each op is called as the engine calls it, with tensors on the CPU; its launches are compiled for the
 architecture in question, with the launch parameters the kernel files choose, and not run. Registers are those
@@ -12,8 +13,6 @@ first product and the second), TMA the loads and stores of the tensor memory acc
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
 import json
 import os
 import re
@@ -21,49 +20,26 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import torch
 import triton
+from absent_gpu import ARCHITECTURES, KILO, Architecture, recorded_launches, seen_architecture
 from engine_shapes import Draw, Shapes
 from kernel_cases import CASES, KernelCase
-from triton.backends.compiler import GPUTarget
 from triton.compiler.errors import CompilationError
-from triton.runtime import driver
 from triton.runtime.errors import PTXASError
-from triton.runtime.jit import JITFunction
 
 from rfengine.cli.process import run_process
+from rfengine.config import PRESETS, DTypeName
 
+ROOT = Path(__file__).resolve().parents[1]
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS = 65536  # of one multiprocessor, on every architecture here
-KILO = 1024
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Limits of one multiprocessor, and how many of them the largest GPU of the kind has."""
-
-    capability: int
-    shared_bytes: int  # of a multiprocessor; a block can have all but 1 KB, which is taken for every block
-    warps: int
-    blocks: int
-    processors: int
-
-
-# CUDA C++ Programming Guide, technical specifications for each compute capability
-ARCHITECTURES = {
-    "sm_80": Architecture(80, 164 * KILO, 64, 32, 108),
-    "sm_90": Architecture(90, 228 * KILO, 64, 32, 132),
-    "sm_100": Architecture(100, 228 * KILO, 64, 32, 148),
-    "sm_120": Architecture(120, 100 * KILO, 48, 24, 188),
-}
 
 
 @dataclass(frozen=True)
@@ -84,66 +60,6 @@ class Launch:
     tensor_copies: int  # instructions of the tensor memory accelerator, loads and stores
     blocks: int  # resident on one multiprocessor
     occupancy: float  # share of its warps
-
-
-class AbsentGPU:
-    """Stands in for Triton's driver: names the architecture to compile for.
-
-    The device index, by which Triton keeps compiled kernels, is the architecture.
-    """
-
-    def __init__(self, architecture: Architecture) -> None:
-        self.capability = architecture.capability
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-
-@contextlib.contextmanager
-def recorded_launches(architecture: Architecture) -> Iterator[list[tuple[str, tuple[int, ...], Any]]]:
-    """Inside, a launch is compiled for the architecture and recorded (name, grid, kernel), not run."""
-    recorded: list[tuple[str, tuple[int, ...], Any]] = []
-    compile_or_run = JITFunction.run
-
-    def record(
-        kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any
-    ) -> Any:
-        compiled = compile_or_run(kernel, *arguments, grid=grid, warmup=True, **options)
-        recorded.append((kernel.fn.__name__, tuple(grid), compiled))
-        return compiled
-
-    before = driver._active  # asking for driver.active would look for a GPU
-    driver.set_active(AbsentGPU(architecture))
-    try:
-        with mock.patch.object(JITFunction, "run", record):
-            yield recorded
-    finally:
-        driver.set_active(before)
-
-
-@contextlib.contextmanager
-def seen_architecture(architecture: Architecture) -> Iterator[None]:
-    """Inside, kernels choose their form and their share of the work as on a GPU of the architecture."""
-    files = (
-        "sink_window_attention", "sink_window_attention_descriptor", "convolution_tile", "frame_attention",
-        "linear_tile",
-    )  # fmt: skip
-    capability = divmod(architecture.capability, 10)
-    answers = {"capability_of": capability, "_capability": capability}
-    answers |= dict.fromkeys(("count_processors", "_count_processors"), architecture.processors)
-    with contextlib.ExitStack() as patches:
-        for file in files:
-            module = importlib.import_module(f"rfengine.kernels.{file}")
-            for name in answers.keys() & vars(module).keys():
-                answer = answers[name]
-                patches.enter_context(mock.patch.object(module, name, lambda _, answer=answer: answer))
-        yield
 
 
 def compile_case(case: KernelCase, arch: str, shapes: Shapes) -> list[Launch]:
@@ -235,6 +151,30 @@ def _line(launch: Launch) -> str:
     )
 
 
+def fill(options: argparse.Namespace) -> int:
+    """Fill a Triton cache and say what is in it; 1 where a launch breaks a rule of the driver."""
+    from compile_ahead import fill_cache
+
+    cache, model, dtype, golden = options.cache, options.model, options.dtype, options.golden
+    os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
+    sound = True
+    for arch in options.arch:
+        filled = fill_cache(cache, arch, PRESETS[model], getattr(torch, dtype), golden)
+        size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+        print(
+            f"{arch}, Triton {triton.__version__}: {filled.kernels} kernels of {model} in {dtype} and of "
+            f"{len(golden)} golden files compiled in {filled.seconds:.1f} s; {cache} holds "
+            f"{size / 1e6:.1f} MB"
+        )
+        if filled.driver is None:
+            print(f"{arch}: launchers are left to the first start: they need a C compiler and sm_90 here")
+        else:
+            counts = ", ".join(f"{count} {name}" for name, count in filled.driver.items())
+            print(f"{arch}: the stand-in driver saw {counts}")
+            sound = sound and not filled.driver["broken"]
+    return 0 if sound else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -242,10 +182,23 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=["sm_90"])
     parser.add_argument("--case", nargs="+", choices=[case.name for case in CASES], help="only these")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="fill this Triton cache, and print no report"
+    )
+    parser.add_argument("--model", default="wan-1.3b", choices=PRESETS, help="whose kernels, with --cache")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=get_args(DTypeName), help="of its weights, with --cache"
+    )
+    parser.add_argument(
+        "--golden", type=Path, nargs="*", default=sorted((ROOT / "tests" / "golden").glob("*.safetensors")),
+        metavar="FILE", help="golden files whose kernels are compiled as well, with --cache; all by default",
+    )  # fmt: skip
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET is set, so nothing is compiled; unset it")
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
+    if options.cache is not None:
+        return fill(options)
     shapes = Shapes()
     chosen = [case for case in CASES if not options.case or case.name in options.case]
     launches, failures = [], []

@@ -1,0 +1,140 @@
+"""Fills a Triton cache for a GPU that is not here, so that a first start there compiles nothing.
+
+The programs of the engine run on tensors of their real sizes in host memory, most of which is never touched,
+since no kernel runs: every chunk from the first to the steady state, and the decoders, with every op that
+Triton has a form of on Triton, in each form that autotune compares. The golden files are replayed as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+from unittest import mock
+
+import torch
+from absent_gpu import (
+    ARCHITECTURES,
+    Architecture,
+    StandInDriver,
+    recorded_launches,
+    seen_architecture,
+    stand_in_launches,
+)
+from torch import nn
+
+from rfengine import backends
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.config import EngineConfig, WanConfig
+from rfengine.evaluation.parity import replay
+from rfengine.grid import LatentGrid
+from rfengine.models.dit import WanDiT, pack_weights
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.vae import WanVAE
+from rfengine.ops import OP_NAMES, Ops
+from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.schedule import FlowSchedule
+
+Module = TypeVar("Module", bound=nn.Module)
+DTYPES = ("float32", "bfloat16")  # of the golden files
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What was done. kernels: compiled, those that lay in the cache already left out. launches, maps, broken:
+    what the stand-in driver saw; None without a C compiler, where launchers are not built ahead."""
+
+    kernels: int
+    seconds: float
+    driver: dict[str, int] | None
+
+
+def fill_cache(
+    cache: Path, arch: str, config: EngineConfig, dtype: torch.dtype, golden: list[Path]
+) -> Filled:
+    """Compile what `config` in `dtype` and `golden` launch into `cache`, which TRITON_CACHE_DIR must name."""
+    architecture, started, before = ARCHITECTURES[arch], time.monotonic(), _kernels(cache)
+    with tempfile.TemporaryDirectory() as folder:
+        stand_in = StandInDriver.load(Path(folder)) if architecture.capability == 90 else None
+        launched = stand_in_launches if stand_in is not None else recorded_launches
+        with launched(architecture), seen_architecture(architecture), torch.no_grad():
+            variants = list(engine_ops(architecture))
+            for ops in variants:
+                run_chunks(config, dtype, ops)
+            run_decoders(config, dtype, variants[0])  # the others differ in ops of the transformer alone
+            with _triton_on_the_cpu():
+                for path in golden:
+                    for name in DTYPES:
+                        replay(path, "triton", "cpu", name)
+        counts = None if stand_in is None else stand_in.counts()
+    return Filled(_kernels(cache) - before, time.monotonic() - started, counts)
+
+
+def engine_ops(architecture: Architecture) -> Iterator[Ops]:
+    """Every op on Triton where it has a form: with each form of the window attention, with folded gates."""
+    choice = {op: "triton" if backends.has_backend(op, "triton") else "reference" for op in OP_NAMES}
+    yield Ops(choice)
+    yield Ops(choice, folds_gate=True)
+    if architecture.capability == 90:
+        for form in ("triton-descriptor", "triton-pointer"):
+            yield Ops(choice | {"sink_window_attention": form})
+
+
+def run_chunks(config: EngineConfig, dtype: torch.dtype, ops: Ops) -> None:
+    """The chunks of a stream until every program of the steady state has run once."""
+    grid, model_config = LatentGrid.of(config), _with_few_layers(config.model)
+    model = _unfilled(WanDiT, model_config, ops, dtype=dtype)
+    pack_weights(model)
+    runner = ChunkRunner(model, FlowSchedule(config.schedule))
+    cache = StreamingKVCache(model_config, config.cache, grid, dtype=dtype, device="cpu", ops=ops)
+    states = torch.empty(1, model_config.text_len, model_config.text_dim, dtype=dtype)
+    text = model.text_keys_values(states)
+    noise = torch.empty(
+        runner.num_steps, 1, model_config.in_dim, config.cache.chunk_frames, grid.latent_height,
+        grid.latent_width, dtype=dtype,
+    )  # fmt: skip
+    for _ in range(2 * config.cache.window_chunks - config.cache.sink_chunks):  # filled, then every slot once
+        runner.advance(cache, cache.plan_chunk(), noise, text)
+
+
+def _with_few_layers(model: WanConfig) -> WanConfig:
+    """Layers are alike, but Triton compiles apart for a count of 1 and for one that 16 divides."""
+    return replace(model, num_layers=16 if model.num_layers % 16 == 0 else min(2, model.num_layers))
+
+
+def _unfilled(kind: type[Module], *arguments: object, dtype: torch.dtype) -> Module:
+    """A module of `kind` in memory that is only reserved."""
+    with torch.device("meta"):
+        module = kind(*arguments).to(dtype)
+    return module.to_empty(device="cpu").requires_grad_(False).eval()
+
+
+def run_decoders(config: EngineConfig, dtype: torch.dtype, ops: Ops) -> None:
+    """A first and a steady chunk of the lossless decoder, in 16 bits and in 8."""
+    grid, chunk = LatentGrid.of(config), config.cache.chunk_frames
+    size = (grid.latent_height, grid.latent_width)
+    latents = torch.empty(1, config.vae.z_dim, chunk, *size, dtype=dtype)
+    vae = _unfilled(WanVAE, config.vae, dtype=dtype)
+    decoders = [StreamingDecoder(vae, ops)]
+    if dtype != torch.float32:
+        decoders.append(StreamingDecoder(vae, ops, "fp8"))
+    for decoder in decoders:
+        state = decoder.decoder_state(1, *size, dtype, "cpu")
+        for state.frames in (0, chunk):
+            decoder.run(latents, state, "rgb24")
+
+
+@contextlib.contextmanager
+def _triton_on_the_cpu() -> Iterator[None]:
+    """Inside, Triton counts as a backend of the CPU, where its launches are not run; results are left as they
+    were allocated."""
+    with mock.patch.object(backends, "_triton_absence", lambda on_cuda: ""):
+        yield
+
+
+def _kernels(cache: Path) -> int:
+    return sum(1 for _ in cache.rglob("*.cubin"))
