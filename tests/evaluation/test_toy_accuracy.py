@@ -70,3 +70,9 @@ def test_other_texts_sizes_and_lengths_are_refused() -> None:
         toy_accuracy(torch.zeros(24, 40, 64, 3, dtype=torch.uint8), caption(SCENE))
     with pytest.raises(NotMeasurableError, match="11 frames"):
         toy_accuracy(toy_clip(11, SCENE), caption(SCENE))
+
+
+def test_a_video_larger_than_the_detector_can_hold_is_not_measured() -> None:
+    large = torch.zeros(1, 512, 528, 3, dtype=torch.uint8).expand(12, -1, -1, -1)
+    with pytest.raises(NotMeasurableError, match="512 x 528; the toy world has .* up to 262144 pixels"):
+        toy_accuracy(large, caption(SCENE))

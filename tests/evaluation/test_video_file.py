@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -9,6 +10,7 @@ import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from torch import Tensor
@@ -200,6 +202,19 @@ def test_a_file_that_changes_between_two_passes_is_told(tmp_path: Path) -> None:
     encode(path, corner_clip(20))
     with pytest.raises(ValueError, match="has changed while it was measured"):
         list(video.batches())
+
+
+def test_decoded_frames_are_let_go_without_a_garbage_collection(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", corner_clip(40), degrees=90)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in open_video(path).batches():
+            pass
+        alive = sum(type(found) is av.VideoFrame for found in gc.get_objects())
+    finally:
+        gc.enable()
+    assert alive <= 1  # the first one of `open_video`, whose side data were asked
 
 
 def test_memory_holds_a_batch_of_frames_however_long_the_video(tmp_path: Path) -> None:

@@ -68,6 +68,14 @@ def test_switches_are_judged_one_after_the_other() -> None:
     assert report.values["switch_delay"] == (0 + 40) / 2 and report.values["switch_failures"] == 0.5
 
 
+def test_switches_in_a_video_of_another_size_are_absent_and_the_rest_is_measured() -> None:
+    captions = [(0, caption(SCENE)), (12, caption(SCENE))]
+    odd = torch.zeros(30, 40, 64, 3, dtype=torch.uint8)
+    report, _ = measure_video("a", odd, FEW, captions=captions)
+    assert "40 x 64; the toy world has multiples of 16" in report.absent["prompt switch"]
+    assert "consistency_near" in report.values
+
+
 def test_a_caption_of_no_toy_world_is_an_error() -> None:
     with pytest.raises(ValueError, match="'a cat' is no caption of the toy world"):
         measure_video("a", textured_clip(24), FEW, captions=[(0, "a cat")])
