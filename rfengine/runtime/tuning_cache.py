@@ -11,8 +11,8 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,10 +20,15 @@ from typing import Any
 
 import torch
 
+from rfengine.files import locked, read_text, replaced, strict_json
+
 logger = logging.getLogger(__name__)
 FORMAT = 1
 _DRIVER_VERSION = Path("/sys/module/nvidia/version")
 _KERNELS = Path(__file__).parents[1] / "kernels"
+_MOST_BYTES = 16 << 20  # of the file; an entry has about 700
+_LOCK_WAIT_S = 5.0  # for other processes that store as well
+_PLACE_WITHOUT_HOME = Path("/tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +64,16 @@ class Decision:
         return f"{self.subject}: {self.backend}, {self.reason}"
 
 
+Entry = tuple[dict[str, str], Decision]  # the machine, and what was decided on it
+
+
 def default_cache_path() -> Path:
-    """autotune.json in rfengine's folder of the user's cache directory (XDG_CACHE_HOME, or ~/.cache)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfengine" / "autotune.json"
+    """autotune.json in rfengine's folder of the user's cache directory (XDG_CACHE_HOME, or ~/.cache), or in
+    a folder of the user's in /tmp where there is no home directory."""
+    for place in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(place):  # one that is not counts as unset (XDG); without a home the "~" stays
+            return Path(place, "rfengine", "autotune.json")
+    return _PLACE_WITHOUT_HOME / f"rfengine-{os.getuid()}" / "autotune.json"
 
 
 def describe_machine(device: torch.device | str) -> dict[str, str]:
@@ -94,7 +106,8 @@ def _kernel_mark() -> str:
 
 
 class TuningCache:
-    """The decisions of one machine in one file; a file that cannot be read counts as empty."""
+    """The decisions of one machine in one file. A file that cannot be read counts as empty, and an entry that
+    is damaged as absent, with a warning."""
 
     def __init__(self, path: Path, machine: Mapping[str, str]) -> None:
         self.path = path
@@ -110,48 +123,70 @@ class TuningCache:
         return next((decision for decision in self.decisions() if decision.subject == subject), None)
 
     def store(self, decisions: Iterable[Decision]) -> None:
-        """Add `decisions` to the file, in place of older ones of the same machine and subject; what another
-        process has added since it was read stays.
+        """Add `decisions` to the file, in place of older ones of the same machine and subject; what other
+        processes have added since it was read stays.
 
-        The file is replaced as a whole. Where it cannot be written, a warning says so: nothing else is lost.
+        The file is replaced as a whole. Where it cannot be written, a warning says so and it stays as it was.
         """
-        self._entries = _read(self.path, warns=False) or self._entries
         new = {decision.subject: decision for decision in decisions}
-        kept = [
-            (machine, decision)
-            for machine, decision in self._entries
-            if machine != self.machine or decision.subject not in new
-        ]
-        self._entries = kept + [(self.machine, decision) for decision in new.values()]
-        entries = [{"machine": machine, **asdict(decision)} for machine, decision in self._entries]
-        text = json.dumps({"format": FORMAT, "decisions": entries}, indent=1)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                file.write(text)
-            os.replace(file.name, self.path)
-        except OSError as error:
+            lock = self.path.with_name(f".{self.path.name}.lock")
+            with locked(lock, "storing what it measured", _LOCK_WAIT_S):
+                self._take(_read(self.path, warns=False) or self._entries, new)
+                self._write()
+        except (OSError, RuntimeError, ValueError) as error:
+            self._take(self._entries, new)
             logger.log(
                 logging.DEBUG if self._is_told else logging.WARNING,
                 "autotune: %s is not written, so the next start measures again: %s", self.path, error,
             )  # fmt: skip
             self._is_told = True
 
+    def _take(self, entries: Iterable[Entry], new: Mapping[Subject, Decision]) -> None:
+        kept = [
+            (machine, decision)
+            for machine, decision in entries
+            if machine != self.machine or decision.subject not in new
+        ]
+        self._entries = kept + [(self.machine, decision) for decision in new.values()]
 
-def _read(path: Path, warns: bool = True) -> list[tuple[dict[str, str], Decision]]:
+    def _write(self) -> None:
+        if os.path.lexists(self.path) and not self.path.is_file():
+            raise ValueError("it is no ordinary file")
+        entries = [{"machine": machine, **asdict(decision)} for machine, decision in self._entries]
+        text = json.dumps({"format": FORMAT, "decisions": entries}, indent=1)
+        with replaced(self.path) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def _read(path: Path, warns: bool = True) -> list[Entry]:
+    """The entries of the file that are whole; a warning names what is left out."""
+    if not os.path.lexists(path):
+        return []
+    level = logging.WARNING if warns else logging.DEBUG
+    ignored = "autotune: %s is ignored and all is measured again: %s"
     try:
-        stored = json.loads(path.read_text())
-        if stored["format"] != FORMAT:
-            raise ValueError(f"its format is {stored['format']!r}, not {FORMAT}")
-        return [_entry(**values) for values in stored["decisions"]]
-    except FileNotFoundError:
+        stored = strict_json(read_text(path, _MOST_BYTES))
+        if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT}")
+        if not isinstance(stored.get("decisions"), list):
+            raise ValueError("it has no list of decisions")
+    except ValueError as error:
+        logger.log(level, ignored, path, error)
         return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.log(
-            logging.WARNING if warns else logging.DEBUG,
-            "autotune: %s is ignored and all is measured again: %s: %s", path, type(error).__name__, error,
-        )  # fmt: skip
-        return []
+    entries, damaged = [], []
+    for values in stored["decisions"]:
+        try:
+            entries.append(_entry(**values))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            damaged.append(f"{type(error).__name__}: {error}")
+    if damaged and not entries:
+        logger.log(level, ignored, path, damaged[0])
+    elif damaged:
+        message = "autotune: %d entries of %s are damaged and measured again: %s"
+        logger.log(level, message, len(damaged), path, damaged[0])
+    return entries
 
 
 def _entry(
@@ -161,11 +196,20 @@ def _entry(
     reason: str,
     milliseconds: dict[str, list[float]],
     refused: dict[str, str],
-) -> tuple[dict[str, str], Decision]:
-    """Raises TypeError, ValueError or AttributeError where the values are not what store writes."""
+) -> Entry:
+    """Raises TypeError, KeyError, ValueError or AttributeError where the values are not what store writes."""
     lists = {name: tuple(subject[name]) for name in ("shape", "contenders")}
     about = Subject(**{**subject, **lists})
+    if any(type(size) is not int for size in about.shape):
+        raise TypeError("a shape is not made of integers")
+    for text in (
+        about.key, about.dtype, about.given, *about.contenders, backend, reason,
+        *machine, *machine.values(), *refused, *refused.values(), *milliseconds,
+    ):  # fmt: skip
+        text.encode()  # AttributeError for no text, ValueError for half a character
     if backend not in about.contenders:
         raise ValueError(f"{about} is decided for {backend!r}, which is no contender")
     times = {name: (float(median), float(spread)) for name, (median, spread) in milliseconds.items()}
-    return dict(machine), Decision(about, backend, str(reason), times, dict(refused))
+    if not all(math.isfinite(value) for pair in times.values() for value in pair):
+        raise ValueError(f"{about} has times that are not finite")
+    return dict(machine), Decision(about, backend, reason, times, dict(refused))
