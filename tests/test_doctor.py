@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import importlib.metadata
 import json
+import pwd
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,13 @@ def test_absent_tensorrt_and_profiler_say_how_to_get_them(monkeypatch: pytest.Mo
 def test_a_checkpoint_without_a_tiny_decoder_says_so(tmp_path: Path) -> None:
     write_config(tmp_path, small_pipeline().config)
     assert examine(str(tmp_path))["runtime"]["decoders"]["tiny"]["reason"] == f"{tmp_path} has no tiny_vae"
+
+
+def test_a_user_without_a_home_directory_gets_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert "runtime on" in render(examine("tiny"))

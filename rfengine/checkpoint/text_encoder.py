@@ -45,9 +45,8 @@ def open_text_encoder(
         load_part(umt5, directory, "text_encoder", dtype, device)
         return umt5
 
-    return TextEncoder(
-        load, open_tokenizer(folder, config.text), config.model.text_len, device, dtype, cache, mark
-    )
+    tokenizer, length, dim = open_tokenizer(folder, config.text), config.model.text_len, config.text.dim
+    return TextEncoder(load, tokenizer, length, device, dtype, cache, mark, dim)
 
 
 def open_tokenizer(folder: Path | None, config: TextConfig) -> Tokenizer:

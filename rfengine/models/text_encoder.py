@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors, read_header, write_safetensors
 from rfengine.config import TextConfig
 from rfengine.files import read_text
 from rfengine.host_state import own_state
@@ -224,8 +224,10 @@ class TextEncoder:
         dtype: torch.dtype = torch.float32,
         cache_directory: str | Path | None = None,
         fingerprint: str = "",
+        dim: int | None = None,
     ) -> None:
-        """Raises ValueError when a cache directory comes without a fingerprint."""
+        """dim: of the states, where it is known before the model is built; states on disk are held against
+        it. Raises ValueError when a cache directory comes without a fingerprint."""
         self.tokenizer = tokenizer
         self.text_len = text_len
         self.device = torch.device(device)
@@ -234,7 +236,7 @@ class TextEncoder:
         self._build_model = model
         self._files = None
         if cache_directory is not None:
-            self._files = _StateFiles(Path(cache_directory), fingerprint, text_len)
+            self._files = _StateFiles(Path(cache_directory), fingerprint, text_len, dim)
 
     @own_state()
     def encode(
@@ -312,12 +314,18 @@ def _place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
 class _StateFiles:
     """Valid rows of text states on disk, one file per prompt, each with the checksum of its rows."""
 
-    def __init__(self, directory: Path, fingerprint: str, text_len: int) -> None:
+    def __init__(self, directory: Path, fingerprint: str, text_len: int, dim: int | None) -> None:
         if not fingerprint:
             raise ValueError(f"fingerprint is empty; states in {directory} need one that names their weights")
         self.directory = directory
         self._owner = (fingerprint, text_len)
-        directory.mkdir(parents=True, exist_ok=True)
+        self._dim = dim
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning(
+                "text states cannot be kept in %s (%s); choose another directory", directory, error
+            )
 
     def _path(self, text: str, dtype: torch.dtype) -> Path:
         key = hashlib.sha256(json.dumps([*self._owner, str(dtype), text]).encode()).hexdigest()
@@ -325,40 +333,39 @@ class _StateFiles:
 
     def load(self, text: str, length: int, dtype: torch.dtype) -> Tensor | None:
         """The `length` rows of `text` on the CPU, or None if they are absent or, with a warning, damaged."""
-        from safetensors import SafetensorError, safe_open
-
         path = self._path(text, dtype)
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                states = file.get_tensor("states")
-                checksum = (file.metadata() or {}).get("sha256")
-        except (SafetensorError, OSError) as error:
+            states = self._read(path, length, dtype)
+        except (ValueError, RuntimeError) as error:
             logger.warning("cached text states %s cannot be read (%s); they are computed again", path, error)
             return None
-        if states.shape[0] != length or states.dtype != dtype or checksum != _checksum(states):
+        if states is None:
             logger.warning("cached text states %s are damaged; they are computed again", path)
-            return None
         return states
 
-    def store(self, text: str, states: Tensor) -> None:
-        """Write the rows beside their place and rename; a disk that refuses is a warning, not an error."""
-        from safetensors.torch import save
+    def _read(self, path: Path, length: int, dtype: torch.dtype) -> Tensor | None:
+        """The rows, or None where they are not those that were stored. Raises ValueError and RuntimeError for
+        a file that cannot be read; nothing larger than the rows is."""
+        _, metadata = read_header(path)
+        found = open_safetensors(path).get("states")
+        if found is None or len(found.shape) != 2 or (found.shape[0], found.dtype) != (length, dtype):
+            return None
+        if self._dim not in (None, found.shape[1]):
+            return None
+        states = found.read()
+        whole = metadata.get("sha256") == _checksum(states) and bool(states.isfinite().all())
+        return states if whole else None
 
+    def store(self, text: str, states: Tensor) -> None:
+        """Write the rows; of several who do so at once the last one wins. A disk that refuses is a warning,
+        not an error."""
         rows = states.detach().cpu().contiguous()
-        content = save({"states": rows}, metadata={"sha256": _checksum(rows)})
         path = self._path(text, rows.dtype)
         try:
-            with tempfile.NamedTemporaryFile(dir=self.directory, suffix=".partial", delete=False) as file:
-                try:
-                    file.write(content)
-                    file.flush()
-                    os.replace(file.name, path)
-                except OSError:
-                    os.unlink(file.name)
-                    raise
-        except OSError as error:
+            write_safetensors(path, {"states": StoredTensor.of(rows)}, {"sha256": _checksum(rows)})
+        except (OSError, RuntimeError) as error:
             logger.warning("text states cannot be kept at %s (%s); they are computed each time", path, error)
 
 

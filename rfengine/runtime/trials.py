@@ -108,7 +108,7 @@ class Trials:
         for path in mark.parent.glob(f".{glob.escape(mark.name)}.*"):
             try:
                 with locked(path, "looking whether a trial came back"):
-                    if path.read_text():  # an empty one was made a moment ago
+                    if path.stat().st_size:  # an empty one was made a moment ago
                         problem = f"{NOT_BACK}; to try it again, delete {self._cache.path}"
                         logger.warning("autotune: %s is left out in %s: %s", backend, subject, problem)
                         self.judge(subject, backend, problem)

@@ -1,6 +1,7 @@
 """Text encoder: golden states of the published T5, tokenizers, prompt cleaning, states on disk (spec 5)."""
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from rfengine.checkpoint.layouts import transformers_text_from_wan
@@ -434,7 +436,7 @@ def test_a_tokenizer_that_is_no_ordinary_file_or_too_large_is_refused(tmp_path):
 
 def cached_encoder(model, directory, fingerprint="small", text_len=64, dtype=torch.float32) -> TextEncoder:
     return TextEncoder(
-        model, BYTES, text_len, dtype=dtype, cache_directory=directory, fingerprint=fingerprint
+        model, BYTES, text_len, dtype=dtype, cache_directory=directory, fingerprint=fingerprint, dim=SMALL.dim
     )
 
 
@@ -519,3 +521,73 @@ def test_nothing_is_written_without_a_cache_directory(small, tmp_path, monkeypat
 def test_cache_without_a_fingerprint_is_refused(small, tmp_path):
     with pytest.raises(ValueError, match="fingerprint is empty"):
         TextEncoder(small, BYTES, 64, cache_directory=tmp_path)
+
+
+def sealed(states: torch.Tensor) -> bytes:
+    """A file of states whose checksum is right."""
+    checksum = hashlib.sha256(states.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return save({"states": states}, metadata={"sha256": checksum})
+
+
+ROWS = len(PROMPTS[0]) + 1
+
+
+@pytest.mark.parametrize(
+    "states",
+    [
+        torch.zeros(ROWS, SMALL.dim + 1),
+        torch.zeros(ROWS - 1, SMALL.dim),
+        torch.zeros(ROWS, SMALL.dim, 1),
+        torch.zeros(ROWS),
+        torch.zeros(ROWS, SMALL.dim, dtype=torch.float16),
+        torch.zeros(ROWS, SMALL.dim, dtype=torch.int32),
+        torch.full((ROWS, SMALL.dim), torch.nan),
+        torch.zeros(1 << 14, 1 << 10),
+    ],
+    ids=["wide", "short", "deep", "flat", "half", "integers", "nan", "huge"],
+)
+def test_states_that_no_encoder_of_this_shape_gives_are_computed_again(small, tmp_path, caplog, states):
+    encoder = cached_encoder(small, tmp_path)
+    expected = encoder.encode(PROMPTS[:1])
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(sealed(states))
+    assert torch.equal(encoder.encode(PROMPTS[:1]), expected)
+    assert "are damaged; they are computed again" in caplog.text and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory", "endless", "link to nothing"])
+def test_what_is_no_file_in_the_cache_neither_stops_nor_hangs_a_prompt(small, tmp_path, caplog, kind):
+    encoder = cached_encoder(small, tmp_path)
+    expected = encoder.encode(PROMPTS[:1])
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    make = {
+        "pipe": lambda: os.mkfifo(path),
+        "directory": path.mkdir,
+        "endless": lambda: path.symlink_to("/dev/zero"),
+        "link to nothing": lambda: path.symlink_to("absent"),
+    }
+    make[kind]()
+    assert torch.equal(encoder.encode(PROMPTS[:1]), expected)
+    assert "cannot be read" in caplog.text
+
+
+def test_flipped_and_cut_bytes_of_states_are_never_taken(small, tmp_path):
+    encoder = cached_encoder(small, tmp_path)
+    expected = encoder.encode(PROMPTS[:1])
+    (path,) = tmp_path.iterdir()
+    whole, source = path.read_bytes(), random.Random(0)
+    for trial in range(100):
+        content = bytearray(whole)
+        content[source.randrange(len(whole))] ^= 1 << source.randrange(8)
+        path.write_bytes(content[: source.randrange(len(whole))] if trial % 3 == 0 else content)
+        found = encoder._files.load(PROMPTS[0], ROWS, torch.float32)
+        assert found is None or torch.equal(found, expected[0, :ROWS])
+
+
+def test_a_cache_directory_that_cannot_be_made_costs_a_warning(small, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    found = cached_encoder(small, tmp_path / "file" / "states").encode(PROMPTS[:1])
+    assert torch.equal(found, TextEncoder(small, BYTES, 64).encode(PROMPTS[:1]))
+    assert "cannot be kept in" in caplog.text
