@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from rfengine.cache.kv_cache import arena_shape
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
+from rfengine.diffusers_call import Generators, Guidance, OutputType, packed, requested_videos
 from rfengine.grid import LatentGrid
 from rfengine.host_state import own_state
 from rfengine.limits import as_integer, as_number, shown
@@ -29,7 +30,7 @@ from rfengine.runtime.decode_worker import DecodeLane
 from rfengine.runtime.full_decoder import open_full_decoder, require_psnr
 from rfengine.runtime.switches import decode_device, runtime_switches
 from rfengine.runtime.turns import Turns
-from rfengine.schedule import MAX_SEED, FlowSchedule
+from rfengine.schedule import FlowSchedule, as_seed
 from rfengine.snapshot import Snapshot
 from rfengine.stream import FrameChunk, StreamParts, VideoStream
 from rfengine.video import Video
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from rfengine.models.text_encoder import TextEncoder
 
-OutputType = Literal["np", "pt", "pil", "latent"]
 OpenDecoder = Callable[[LatentGrid], FrameDecoder]
 StepEndCallback = Callable[["Pipeline", int, float, dict[str, Tensor]], Any]
 DEFAULT_NUM_FRAMES = 81
@@ -49,9 +49,9 @@ _FLOATS = 6  # bytes of each value where frames are given as float32: those, and
 VAE_TIERS = {"full": "lossless", "tensorrt": "lossless", "tiny": "reduced"}  # quality of every decoder kind
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineOutput:
-    """What calling a pipeline gives; `frames` depends on output_type (see Pipeline.__call__)."""
+class PipelineOutput(NamedTuple):
+    """What calling a pipeline gives, a tuple of one; `frames` depends on output_type (see
+    Pipeline.__call__)."""
 
     frames: Any
 
@@ -156,11 +156,22 @@ class Pipeline:
         runtime = self.config.runtime
         return FP8_TIER if runtime.vae_precision == "fp8" else VAE_TIERS[runtime.vae]
 
+    def to(self, device: str | torch.device) -> Pipeline:
+        """The pipeline itself where it runs on `device`, as scripts for Diffusers ask for; its weights are
+        placed when it is loaded and do not move (ValueError)."""
+        own = self.model.device
+        if str(device) not in {own.type, str(own)}:
+            raise ValueError(
+                f"the pipeline is on {own} and does not move to {shown(device)}; load it with "
+                "from_pretrained(source, device=...)"
+            )
+        return self
+
     def stream(
         self,
         prompt: str,
         *,
-        seed: int = 0,
+        seed: SupportsIndex = 0,
         height: int | None = None,
         width: int | None = None,
         start_frames: ndarray | None = None,
@@ -225,7 +236,7 @@ class Pipeline:
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        seed: int = 0,
+        seed: SupportsIndex = 0,
         on_chunk: Callable[[FrameChunk], None] | None = None,
     ) -> Video:
         """A video of `prompt`, 81 frames long where neither seconds nor num_frames says otherwise.
@@ -251,36 +262,42 @@ class Pipeline:
         num_frames: int = DEFAULT_NUM_FRAMES,
         height: int | None = None,
         width: int | None = None,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
+        generator: Generators | None = None,
+        seed: SupportsIndex | None = None,
         output_type: OutputType = "np",
         callback_on_step_end: StepEndCallback | None = None,
+        *,
+        num_videos_per_prompt: int = 1,
+        negative_prompt: str | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
+        return_dict: bool = True,
     ) -> PipelineOutput:
         """Generate in the shape of a Diffusers pipeline.
 
-        frames of the result, one video for each prompt: "np" float [B, T, H, W, 3] in [0, 1], "pt" float
-        tensor [B, T, 3, H, W] in [0, 1], "pil" a list of lists of images, "latent" tensor [B, C, F, h, w],
-        normalised. generator gives the seed and advances; give it or seed, not both.
+        frames of the result, the videos of one prompt together: "np" float [B, T, H, W, 3] in [0, 1], "pt"
+        float tensor [B, T, 3, H, W] in [0, 1], "pil" a list of lists of images, "latent" tensor [B, C, F, h,
+        w], normalised.
+        generator gives the seeds and advances, or is a list with one for each video; give it or seed, which
+        counts up over the videos of one prompt.
         callback_on_step_end(pipeline, step, timestep, {"latents": ...}) is called after each denoising step,
         counted over all chunks; when it returns a dictionary with "latents", those go on.
+        The model is distilled: guidance and another number of steps are refused (ValueError). return_dict
+        changes nothing: the result is a tuple, whose entry has a name.
         """
         if output_type not in ("np", "pt", "pil", "latent"):
             raise ValueError(f"output_type is {output_type!r}; use 'np', 'pt', 'pil' or 'latent'")
-        if generator is not None and seed is not None:
-            raise ValueError(f"seed is {seed} and a generator is given; give one of them")
+        Guidance(negative_prompt, guidance_scale, num_inference_steps).check(self._parts.runner.num_steps)
         count = self.frame_count(num_frames=num_frames)
-        if not prompt:
-            raise ValueError(f"prompt is {prompt!r}; give a text or a list of texts")
-        texts = [prompt] if isinstance(prompt, str) else prompt
+        wanted = requested_videos(prompt, num_videos_per_prompt, generator, seed)
         if output_type != "latent":
             grid = LatentGrid.of(self.config, height, width)
-            self._require_frames_fit(len(texts) * count, grid, _COPIES if output_type == "pil" else _FLOATS)
+            self._require_frames_fit(len(wanted) * count, grid, _COPIES if output_type == "pil" else _FLOATS)
         videos = []
-        for text in texts:
-            number = _draw_seed(generator) if generator is not None else seed or 0
+        for text, number in wanted:
             stream = self.stream(text, seed=number, height=height, width=width)
             videos.append(self._run(stream, count, output_type == "latent", callback_on_step_end))
-        return PipelineOutput(_pack(videos, output_type))
+        return PipelineOutput(packed(videos, output_type))
 
     def _run(
         self, stream: VideoStream, count: int, as_latents: bool, callback: StepEndCallback | None
@@ -439,31 +456,3 @@ def frame_count(fps: int, seconds: float | None = None, num_frames: int | None =
             f"seconds is {length}; a video has at most {MAX_SECONDS}, a day, and a stream has no end"
         )
     return max(1, round(length * fps))
-
-
-def as_seed(seed: SupportsIndex) -> int:
-    """The seed as Python's integer, which numpy's and a tensor's become. Raises ValueError for what no stream
-    takes."""
-    number = as_integer("seed", seed)
-    if not 0 <= number <= MAX_SEED:
-        raise ValueError(f"seed is {shown(number)}; use an integer from 0 to {MAX_SEED}")
-    return number
-
-
-def _draw_seed(generator: torch.Generator) -> int:
-    return int(
-        torch.randint(0, MAX_SEED, (), generator=generator, dtype=torch.int64, device=generator.device)
-    )
-
-
-def _pack(videos: list[Any], output_type: OutputType) -> Any:
-    import numpy
-
-    if output_type == "latent":
-        return torch.stack(videos)
-    if output_type == "pil":
-        from PIL import Image
-
-        return [[Image.fromarray(frame) for frame in frames] for frames in videos]
-    scaled = numpy.stack(videos).astype(numpy.float32) / 255
-    return scaled if output_type == "np" else torch.from_numpy(scaled).permute(0, 1, 4, 2, 3)

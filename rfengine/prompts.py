@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rfengine.files import read_text, text_lines
+from rfengine.limits import shown
 
 MOST_PROMPTS = 100_000  # of a file
 MOST_CHARACTERS = 10_000  # of a prompt; a text encoder reads 512 tokens at most
@@ -17,6 +18,8 @@ def check_prompt(prompt: str, name: str = "the prompt") -> None:
 
     name: what the error calls it.
     """
+    if not isinstance(prompt, str):
+        raise ValueError(f"{name} is {shown(prompt)}; give a text")
     if not prompt.strip():
         raise ValueError(f"{name} {prompt[:40]!r} is empty; give it at least one word")
     if len(prompt) > MOST_CHARACTERS:

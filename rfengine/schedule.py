@@ -6,12 +6,13 @@ Flow matching (spec 3.1): x_t = (1 - sigma) * x0 + sigma * noise, and the model 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from rfengine.config import ScheduleConfig
-from rfengine.limits import shown
+from rfengine.limits import as_integer, shown
 
 MAX_SEED = 2**63 - 1
 
@@ -49,6 +50,15 @@ def shifted(uniform: Tensor, shift: float) -> Tensor:
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
     """x_t = (1 - sigma) * x0 + sigma * noise, in float32, rounded to the dtype of x0; sigma broadcasts."""
     return ((1 - sigma) * x0.float() + sigma * noise.float()).to(x0.dtype)
+
+
+def as_seed(seed: SupportsIndex) -> int:
+    """The seed as Python's integer, which one of numpy or of a tensor becomes. Raises ValueError for what no
+    stream takes."""
+    number = as_integer("seed", seed)
+    if not 0 <= number <= MAX_SEED:
+        raise ValueError(f"seed is {shown(number)}; use an integer from 0 to {MAX_SEED}")
+    return number
 
 
 def chunk_noise(seed: int, chunk: int, step: int, shape: Sequence[int]) -> Tensor:

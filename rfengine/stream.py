@@ -20,6 +20,7 @@ from rfengine.host_state import ordinary, own_state
 from rfengine.models.decoder import FrameDecoder, reset_state
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
+from rfengine.prompts import check_prompt
 from rfengine.runtime.chunk_runner import ChunkRunner, StepCallback
 from rfengine.runtime.cuda_graph import made_current
 from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker, PendingFrames
@@ -85,7 +86,9 @@ class StreamParts:
     compute_stream: torch.cuda.Stream | None = None
 
     def encode_text(self, prompt: str) -> Tensor:
-        """The text states [1, text_len, text_dim] of one prompt, as the model takes them."""
+        """The text states [1, text_len, text_dim] of one prompt, as the model takes them. Raises ValueError
+        for what is no prompt."""
+        check_prompt(prompt)
         return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
 
 

@@ -27,7 +27,7 @@ LAYERS = [
     {"ops"},
     {"models", "cache", "checkpoint"},
     {"runtime"},
-    {"pipeline", "snapshot", "stream"},
+    {"pipeline", "diffusers_call", "snapshot", "stream"},
     {"rfengine"},  # the names in rfengine/__init__.py
     {"serving", "training", "evaluation", "doctor"},
     {"cli"},

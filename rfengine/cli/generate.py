@@ -15,8 +15,9 @@ from tyro.conf import Positional, arg
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.cli.terminal import find_device, interrupt_waits
 from rfengine.config import Backend, DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
-from rfengine.pipeline import Pipeline, as_seed, frame_count
+from rfengine.pipeline import Pipeline, frame_count
 from rfengine.prompts import check_prompt, read_prompts
+from rfengine.schedule import as_seed
 from rfengine.video import VideoWriter, check_video_path
 
 _SLUG_LENGTH = 48
