@@ -188,7 +188,7 @@ def stated_fields(kind: type[PartConfig], settings: Mapping[str, Any]) -> dict[s
     for field, keys in names.items():
         for key in (key for key in keys if key in settings):
             value = tuple(settings[key]) if isinstance(settings[key], list) else settings[key]
-            check_value(f"{key} of config.json", value, field_hints(kind)[field])
+            check_value(f"the stated {key}", value, field_hints(kind)[field])
             stated[field] = value
     return stated
 
@@ -201,7 +201,7 @@ def stated_heads(settings: Mapping[str, Any]) -> dict[int, int]:
     stated = stated_fields(WanConfig, settings)
     heads, dim = stated.get("num_heads"), stated.get("dim")
     if heads is not None and dim is None and "attention_head_dim" in settings:
-        check_value("attention_head_dim of config.json", settings["attention_head_dim"], Width)
+        check_value("the stated attention_head_dim", settings["attention_head_dim"], Width)
         dim = heads * settings["attention_head_dim"]
     return {} if heads is None or dim is None else {dim: heads}
 
@@ -219,7 +219,7 @@ def _completed(sizes: dict[str, Any], stated: dict[str, Any]) -> dict[str, Any]:
 def _require_head_dim(settings: Mapping[str, Any], key: str, dim: int, num_heads: int) -> None:
     if key not in settings:
         return
-    check_value(f"{key} of config.json", settings[key], Width)
+    check_value(f"the stated {key}", settings[key], Width)
     if settings[key] * num_heads != dim:
         raise ValueError(
             f"config.json states {key} {settings[key]}, which in {num_heads} heads is not the {dim} of the "

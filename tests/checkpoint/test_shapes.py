@@ -196,7 +196,7 @@ def test_heads_are_stated_by_a_settings_file_of_either_layout() -> None:
     assert stated_heads({"num_heads": 12, "dim": 1536}) == {1536: 12}
     assert stated_heads({"num_attention_heads": 12, "attention_head_dim": 128}) == {1536: 12}
     assert stated_heads({"num_heads": 12}) == stated_heads({"dim": 1536}) == {}
-    with pytest.raises(ValueError, match="num_attention_heads of config.json is 'x'; it must be an integer"):
+    with pytest.raises(ValueError, match="the stated num_attention_heads is 'x'; it must be an integer"):
         stated_heads({"num_attention_heads": "x", "attention_head_dim": 2**40})
 
 
