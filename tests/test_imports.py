@@ -50,6 +50,12 @@ ONLY_INSIDE_FUNCTIONS = {
     "av", "cuda", "diffusers", "fastapi", "flash_attn", "ftfy", "onnx", "onnxruntime", "pycuda", "tensorrt",
     "transformers", "triton",
 }  # fmt: skip
+# functions of torch that make a tensor of the default dtype on the default device
+FACTORIES = {
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "hann_window", "linspace",
+    "logspace", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices",
+    "triu_indices", "zeros",
+}  # fmt: skip
 
 
 def sources() -> list[Path]:
@@ -241,6 +247,29 @@ def test_no_size_of_one_resolution_is_burned_in() -> None:
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.Constant) and node.value in burned
     ]
+    assert found == []
+
+
+def test_the_engine_names_dtype_and_device_wherever_it_makes_a_tensor() -> None:
+    # what is left out comes from the host program's defaults; a module's parameters are replaced when it is
+    # loaded, and a training runs in a process of its own
+    found = []
+    for path in sources():
+        if unit_of(module_of(path)) == "training":
+            continue
+        parameters = {
+            id(call)
+            for node in ast.walk(tree_of(path))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "nn.Parameter"
+            for call in ast.walk(node)
+        }
+        for node in ast.walk(tree_of(path)):
+            if not isinstance(node, ast.Call) or id(node) in parameters:
+                continue
+            owner, _, name = ast.unparse(node.func).rpartition(".")
+            named = {keyword.arg for keyword in node.keywords}
+            if owner == "torch" and name in FACTORIES and not {"dtype", "device"} <= named:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: torch.{name}")
     assert found == []
 
 

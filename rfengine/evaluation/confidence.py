@@ -28,12 +28,16 @@ def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
     """
     if not values:
         raise ValueError("0 values are given; a mean needs at least one")
-    data = torch.tensor(values, dtype=torch.float64)
+    data = torch.tensor(values, dtype=torch.float64, device="cpu")
     mean = float(data.mean())
     if len(data) == 1:
         return Interval(mean, None, None, 1)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(data), (_RESAMPLES, len(data)), generator=generator)
+    drawn = torch.randint(
+        len(data), (_RESAMPLES, len(data)), generator=generator, dtype=torch.int64, device="cpu"
+    )
     means = data[drawn].mean(1)
-    low, high = torch.quantile(means, torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64))
+    low, high = torch.quantile(
+        means, torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], dtype=torch.float64, device="cpu")
+    )
     return Interval(mean, float(low), float(high), len(data))

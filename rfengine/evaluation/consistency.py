@@ -92,7 +92,7 @@ def _picture_features(pictures: Tensor) -> Tensor:
 
 def _soft_bins(values: Tensor, count: int) -> Tensor:
     """Shares [..., count] of each value from 0 to 1 in the two bins it lies between."""
-    places = torch.arange(count, device=values.device)
+    places = torch.arange(count, dtype=torch.int64, device=values.device)
     return (1 - (values.clamp(0, 1)[..., None] * (count - 1) - places).abs()).clamp(min=0)
 
 

@@ -61,7 +61,13 @@ def trace_sink(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None)
     count, half, least = video.count, video.count // 2, 2 * (grid.first_frames + grid.frames)
     if count < least:
         raise NotMeasurableError(f"{count} frames are too few; copying needs {least}")
-    spread = torch.linspace(half, count - 1, min(_MOST_LATE_FRAMES, count - half)).round().int()
+    spread = (
+        torch.linspace(
+            half, count - 1, min(_MOST_LATE_FRAMES, count - half), dtype=torch.float32, device="cpu"
+        )
+        .round()
+        .int()
+    )
     kept = ChosenFrames(video, [*range(grid.first_frames), *spread.tolist()])
     features = functional.normalize(layout_features(kept), dim=1)
     return SinkTrace(features[: grid.first_frames], features[grid.first_frames :])

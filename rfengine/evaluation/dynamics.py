@@ -82,7 +82,9 @@ def measure_dynamics(
         mean_flow=float(torch.cat(means).mean()),
         freeze_fraction=freeze_fraction(video),
         pair_speeds=speed,
-        pair_frames=torch.cat([torch.arange(start, end) for start, end in runs]),
+        pair_frames=torch.cat(
+            [torch.arange(start, end, dtype=torch.int64, device="cpu") for start, end in runs]
+        ),
         drift=drift,
     )
 
@@ -141,5 +143,9 @@ def _runs(pairs: int, most: int) -> list[tuple[int, int]]:
         return [(0, pairs)]
     length = min(_RUN_PAIRS, most)
     count = most // length
-    spread = torch.linspace(0, pairs - length, count).round().int().tolist() if count > 1 else [0]
+    spread = (
+        torch.linspace(0, pairs - length, count, dtype=torch.float32, device="cpu").round().int().tolist()
+        if count > 1
+        else [0]
+    )
     return [(start, start + length) for start in spread]

@@ -65,11 +65,11 @@ def period_power(signal: Tensor, period: int) -> tuple[float, float]:
     Summed over signals and the two frequencies. A straight line is taken out first, the ends are faded.
     """
     count = len(signal)
-    time = torch.arange(count, dtype=torch.float64)
+    time = torch.arange(count, dtype=torch.float64, device="cpu")
     line = torch.stack((torch.ones_like(time), time / count), dim=1)
     values = signal.double()
     values = values - line @ torch.linalg.lstsq(line, values).solution
-    fade = torch.hann_window(count, periodic=False, dtype=torch.float64)
+    fade = torch.hann_window(count, periodic=False, dtype=torch.float64, device="cpu")
 
     def power(frequency: float) -> float:
         wave = torch.exp(-2j * torch.pi * frequency * time) * fade

@@ -87,7 +87,9 @@ def picture_flow(pictures: Tensor, height: int, width: int) -> OpticalFlow:
         flow, mask = _trusted_flow(pairs)
         vectors.append(flow)
         masks.append(mask & _has_contrast(pictures[start:end]))
-    unit = torch.tensor((width / pictures.shape[-1], height / pictures.shape[-2]), device=pictures.device)
+    unit = torch.tensor(
+        (width / pictures.shape[-1], height / pictures.shape[-2]), dtype=torch.float32, device=pictures.device
+    )
     return OpticalFlow(torch.cat(vectors).permute(0, 2, 3, 1) * unit, torch.cat(masks))
 
 
@@ -166,8 +168,8 @@ def _without_jitter(here: Tensor, there: Tensor, flow: Tensor) -> Tensor:
 def _warped(pictures: Tensor, flow: Tensor) -> Tensor:
     """What lies in `pictures` where the flow leads to; the border goes on outwards."""
     height, width = pictures.shape[-2:]
-    x = torch.arange(width, device=flow.device) + 0.5 + flow[:, 0]
-    y = (torch.arange(height, device=flow.device) + 0.5)[:, None] + flow[:, 1]
+    x = torch.arange(width, dtype=torch.float32, device=flow.device) + 0.5 + flow[:, 0]
+    y = (torch.arange(height, dtype=torch.float32, device=flow.device) + 0.5)[:, None] + flow[:, 1]
     grid = torch.stack((2 * x / width - 1, 2 * y / height - 1), dim=-1)
     return functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 

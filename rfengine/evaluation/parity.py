@@ -148,8 +148,10 @@ def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:
         "first_flow": relative_error(torch.cat(flows, 2).transpose(1, 2), golden.recorded("first_flow")),
         **_cache_errors(golden, cache),
     }
-    warped = torch.tensor(golden.header["warped_timesteps"], dtype=torch.float64)
-    errors["timesteps"] = relative_error(torch.tensor(runner.schedule.denoising_timesteps), warped)
+    warped = torch.tensor(golden.header["warped_timesteps"], dtype=torch.float64, device="cpu")
+    errors["timesteps"] = relative_error(
+        torch.tensor(runner.schedule.denoising_timesteps, dtype=torch.float32, device="cpu"), warped
+    )
     return errors
 
 

@@ -47,9 +47,13 @@ def measure_repetition(frames: Tensor | ndarray | Frames, window_frames: int = 1
             f"{count} frames are too few; repetition needs {_LEAST_WINDOWS * window_frames + 1}"
         )
     features = layout_features(video)
-    starts = torch.arange(count // 2, count - window_frames)
+    starts = torch.arange(count // 2, count - window_frames, dtype=torch.int64, device="cpu")
     if len(starts) > _MOST_WINDOWS:
-        starts = starts[torch.linspace(0, len(starts) - 1, _MOST_WINDOWS).round().long()]
+        starts = starts[
+            torch.linspace(0, len(starts) - 1, _MOST_WINDOWS, dtype=torch.float32, device="cpu")
+            .round()
+            .long()
+        ]
     scores, lags = [], []
     for start in starts.tolist():
         window = features[start : start + window_frames]
@@ -57,8 +61,8 @@ def measure_repetition(frames: Tensor | ndarray | Frames, window_frames: int = 1
         best, place = _best_match(window, features[: start - window_frames])
         scores.append(max(0.0, 1 - best / (_MOTION * step)))
         lags.append(start - place)
-    score = torch.tensor(scores)
-    found = torch.tensor(lags)[score > 0.5]
+    score = torch.tensor(scores, dtype=torch.float32, device="cpu")
+    found = torch.tensor(lags, dtype=torch.int64, device="cpu")[score > 0.5]
     return Repetition(
         score=float(score.mean()),
         repeated=float((score > 0.5).float().mean()),

@@ -68,7 +68,7 @@ def check_world_size(video: Frames) -> None:
 def _presence(window: Tensor, facts: CaptionFacts, world: WorldConfig) -> float:
     """The share of frames in which every object the caption names is there."""
     seen = {entry.colour: entry.presence for entry in detect(window, world).objects}
-    there = torch.ones(len(window), dtype=torch.bool)
+    there = torch.ones(len(window), dtype=torch.bool, device="cpu")
     for _, colour, _ in facts.objects:
         there &= seen.get(colour, torch.zeros_like(there))
     return float(there.float().mean())

@@ -151,7 +151,9 @@ def main(arguments: Sequence[str]) -> None:
     tokens, window, heads, head_dim = map(int, sizes)
     generator = torch.Generator(device).manual_seed(SEED)
     q, keys, values = (
-        torch.randn(1, length, heads, head_dim, generator=generator, device=device).to(getattr(torch, dtype))
+        torch.randn(1, length, heads, head_dim, generator=generator, dtype=torch.float32, device=device).to(
+            getattr(torch, dtype)
+        )
         for length in (tokens, window, window)
     )
     filled = torch.full((1,), window, dtype=torch.int32, device=device)
