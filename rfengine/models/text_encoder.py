@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,8 @@ _QUOTED_WORDS = 6  # how much of the dropped text a warning quotes
 _QUOTED_CHARACTERS = 60
 _QUOTED_REASON = 200  # characters of another library's error
 _MOST_TOKENIZER_BYTES = 64 << 20  # that of umt5-xxl has 17 MB
+# transformers loads a class when it is asked for, and says that it has none to a second thread meanwhile
+_one_import_at_a_time = Lock()
 _SAMPLE_TEXT = "a \u00fc\u4f60 \U0001f600 1"  # tried once, so that a damaged file is seen before a prompt
 
 
@@ -183,7 +186,8 @@ def build_umt5(config: TextConfig) -> nn.Module:
     Built inside `torch.device("meta")` it costs no memory and waits for its weights. Attention is the plain
     form: scores in the model's dtype, its finite minimum at masked keys, softmax in float32 (spec 5.1).
     """
-    from transformers import UMT5Config, UMT5EncoderModel
+    with _one_import_at_a_time:
+        from transformers import UMT5Config, UMT5EncoderModel
 
     umt5_config = UMT5Config(
         vocab_size=config.vocab_size,
@@ -299,7 +303,8 @@ class TextEncoder:
 
 def _place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Move `model` to device and dtype in place, tied weights staying tied; float16 keeps `wo` in float32."""
-    from transformers import PreTrainedModel
+    with _one_import_at_a_time:
+        from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
         model.tie_weights()

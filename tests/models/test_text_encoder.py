@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -591,3 +593,22 @@ def test_a_cache_directory_that_cannot_be_made_costs_a_warning(small, tmp_path, 
     found = cached_encoder(small, tmp_path / "file" / "states").encode(PROMPTS[:1])
     assert torch.equal(found, TextEncoder(small, BYTES, 64).encode(PROMPTS[:1]))
     assert "cannot be kept in" in caplog.text
+
+
+def test_threads_that_build_their_first_encoder_at_once_all_get_one():
+    code = (
+        "import threading, torch\n"
+        "from rfengine.config import TextConfig\n"
+        "from rfengine.models.text_encoder import build_umt5\n"
+        "start, built = threading.Barrier(4), []\n"
+        "def build():\n"
+        "    start.wait()\n"
+        "    with torch.device('meta'):\n"
+        "        built.append(build_umt5(TextConfig(259, 16, 16, 24, 2, 1, tokenizer='bytes')))\n"
+        "threads = [threading.Thread(target=build) for _ in range(4)]\n"
+        "[thread.start() for thread in threads]\n"
+        "[thread.join() for thread in threads]\n"
+        "assert len(built) == 4\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
