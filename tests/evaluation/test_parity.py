@@ -295,7 +295,7 @@ def test_file_without_config_foreign_file_and_truncated_file_are_errors(tmp_path
     for path, told in (
         (plain, "config"),
         (cut, "truncated"),
-        (Path(__file__), "header"),
+        (Path(__file__), "neither safetensors nor a torch pickle"),
         (tmp_path / "no", "exist"),
     ):
         with pytest.raises(ValueError, match=told) as caught:
