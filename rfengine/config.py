@@ -77,7 +77,7 @@ class VAEConfig:
 
     base_dim: Annotated[int, Range(2, 1024)] = 96  # a step between two levels halves it
     z_dim: Channels = 16
-    dim_mult: Annotated[tuple[int, ...], Entries(2, 7), Range(1, 64)] = (1, 2, 4, 4)
+    dim_mult: Annotated[tuple[int, ...], Entries(1, 7), Range(1, 64)] = (1, 2, 4, 4)
     num_res_blocks: Annotated[int, Range(1, 64)] = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latents_mean: Annotated[tuple[float, ...], Range(-1e4, 1e4)] = (

@@ -79,7 +79,6 @@ class Pipeline:
         self.config = config
         self.model = model
         self.vae = vae
-        self.text_encoder = text_encoder
         with own_state():
             open_decoder = open_decoder or _full_decoder(config, vae, model.ops)
             self._parts = _stream_parts(config, model, vae, text_encoder, fingerprint, open_decoder)
@@ -143,6 +142,15 @@ class Pipeline:
         )
         open_decoder = _decoder_opener(directory, config, vae.eval(), wanted, number, decoding)
         return cls(config, model.eval(), vae, encoder, mark, open_decoder)
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """What makes the text states of streams that are opened from now on."""
+        return self._parts.text_encoder
+
+    @text_encoder.setter
+    def text_encoder(self, text_encoder: TextEncoder) -> None:
+        self._parts = replace(self._parts, text_encoder=text_encoder)
 
     @property
     def backend(self) -> str:
