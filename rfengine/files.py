@@ -174,3 +174,14 @@ def _integer(digits: str) -> int:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def json_object(text: str, source: object) -> dict[str, Any]:
+    """The object that a JSON text is; source: what errors call it. Raises ValueError for anything else."""
+    try:
+        values = strict_json(text)
+    except ValueError as error:
+        raise ValueError(f"{source} is not valid JSON ({error}); get the file again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{source} holds a {type(values).__name__}, not a JSON object; get the file again")
+    return values

@@ -17,7 +17,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 from rfengine.checkpoint.layouts import list_names
-from rfengine.files import read_text, strict_json
+from rfengine.files import json_object, read_text, strict_json
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def _matched(patterns: Patterns, layers: tuple[str, ...], default: float | None)
 
 def read_adapter_config(path: Path) -> ScaleStatement:
     """What PEFT's adapter_config.json says. Raises ValueError for damaged files and what is not merged."""
-    return _from_options(_json_object(read_text(path, _MAX_CONFIG_BYTES), str(path)), str(path))
+    return _from_options(json_object(read_text(path, _MAX_CONFIG_BYTES), str(path)), str(path))
 
 
 def header_statements(metadata: Mapping[str, str], label: str, has_alphas: bool) -> list[ScaleStatement]:
@@ -113,7 +113,7 @@ def header_statements(metadata: Mapping[str, str], label: str, has_alphas: bool)
     statements = []
     if DIFFUSERS_KEY in metadata:
         where = f"{DIFFUSERS_KEY} in {source}"
-        statements += _from_prefixed(_json_object(metadata[DIFFUSERS_KEY], where), where)
+        statements += _from_prefixed(json_object(metadata[DIFFUSERS_KEY], where), where)
     prefixed = {key: _parsed(value) for key, value in metadata.items() if "." in key}
     statements += _from_prefixed(prefixed, source)
     names = [(_HEADER_ALPHAS, _HEADER_RANKS)]
@@ -293,16 +293,6 @@ def _switch(key: str, value: Any, source: str) -> bool | None:
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"{source} has {key} {shortened(value)}; it has to be true or false")
     return value
-
-
-def _json_object(text: str, source: str) -> dict[str, Any]:
-    try:
-        values = strict_json(text)
-    except ValueError as error:
-        raise ValueError(f"{source} is not valid JSON ({error}); get the file again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{source} holds a {type(values).__name__}, not a JSON object; get the file again")
-    return values
 
 
 def _parsed(text: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rfengine.checkpoint.file_format import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, absence
 from rfengine.checkpoint.layouts import list_names
-from rfengine.files import read_text, strict_json
+from rfengine.files import json_object, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     refuse_dangling(path)
-    text = read_text(path, MAX_JSON_BYTES)
-    try:
-        values = strict_json(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); get the file again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object; get the file again")
-    return values
+    return json_object(read_text(path, MAX_JSON_BYTES), path)
 
 
 def refuse_dangling(path: Path) -> None:
