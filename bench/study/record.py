@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rfengine.files import write_text
+
 Curve = tuple[tuple[float, float], ...]
 Record = TypeVar("Record")
 
@@ -60,9 +62,7 @@ class Records:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write `record` whole or not at all, numbers to six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_rounded(record)) + "\n")
-    partial.rename(path)
+    write_text(path, json.dumps(_rounded(record)) + "\n")
 
 
 def read_records(folder: Path) -> Records:

@@ -66,9 +66,7 @@ def encode_clips(setting: Setting) -> None:
         StageRun(setting.directory, "clips_encoding", setting.size.clip_minutes),
         _CLIP_SEED,
     )
-    partial = setting.clips_path.with_suffix(".partial")
-    save_dataset(dataset, partial)
-    partial.rename(setting.clips_path)
+    save_dataset(dataset, setting.clips_path)
 
 
 def training_configs(setting: Setting) -> dict[str, TrainConfig]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rfengine.files import replaced
+
 Values = dict[str, float]
 Unit = dict[str, Any]  # what torch.save keeps: videos, and what the record needs of all units at once
 
@@ -24,7 +26,6 @@ def unit(directory: Path, name: str, settings: dict[str, Any], make: Callable[[]
             return kept["unit"]
     directory.mkdir(parents=True, exist_ok=True)
     made = make()
-    partial = path.with_suffix(".partial")
-    torch.save({"settings": settings, "unit": made}, partial)
-    partial.rename(path)
+    with replaced(path) as partial:
+        torch.save({"settings": settings, "unit": made}, partial)
     return made

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rfengine.files import file_sha256, read_text, write_text
+from rfengine.files import file_sha256, json_object, read_text, write_text
 
 RECORD_FILE = "run.json"
 _FORMAT = 2
@@ -50,12 +50,9 @@ def check_record(directory: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_text(path, _LIMIT_BYTES))
-    except (ValueError, RecursionError) as error:
+        return json_object(read_text(path, _LIMIT_BYTES), path)
+    except ValueError as error:
         raise DamagedCheckpointError(f"its {RECORD_FILE} cannot be read") from error
-    if not isinstance(content, dict):
-        raise DamagedCheckpointError(f"its {RECORD_FILE} holds no JSON object")
-    return content
 
 
 def _difference(path: Path, digest: str) -> str:
