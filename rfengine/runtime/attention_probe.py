@@ -3,7 +3,7 @@
 None of these kernels had seen a GPU when they were written. One that hangs or breaks the device does it in a
 process that is ended after LIMIT_S, and costs nothing else.
 
-    python -m rfengine.runtime.attention_probe triton-descriptor cuda:0 bfloat16 TOKENS WINDOW_TOKENS HEADS HEAD_DIM
+    python -m rfengine.runtime.attention_probe FORM DEVICE DTYPE TOKENS WINDOW_TOKENS HEADS HEAD_DIM
 """
 
 from __future__ import annotations
