@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import pytest
 import torch
-from training_step import Clock, Options, measure, watched
+import training_step
+from training_step import Clock, Options, measure, product_rate, watched
 
 from rfengine.models.dit import WanDiT
 
 
-def test_parts_add_up_to_the_step():
+def test_parts_add_up_to_the_step(monkeypatch):
     plain = WanDiT.forward_chunk
+    monkeypatch.setattr(training_step, "product_rate", lambda device, dtype: 1e9)
     report = measure(Options(recipe="toy_dmd", batch=4, cycles=1))
     assert WanDiT.forward_chunk is plain
     assert report["steps"] == 5 and set(report["parts"]) == {"model", "rest"}
     assert sum(report["parts"].values()) == pytest.approx(report["seconds_per_step"], abs=1e-3)
-    assert report["times_the_floor"] > 1 and report["parts"]["model"] > report["parts"]["rest"] > 0
+    assert report["floor_seconds"] == pytest.approx(report["gflop_per_step"], abs=0.01)
+    times = report["seconds_per_step"] / report["floor_seconds"]
+    assert report["times_the_floor"] == pytest.approx(times, abs=0.01)
+    assert min(report["parts"].values()) > 0
+
+
+@pytest.mark.parametrize("slow", [torch.bfloat16, torch.float32])
+def test_the_floor_is_at_the_rate_of_the_fastest_type(monkeypatch, slow):
+    now, product = [0.0], torch.nn.functional.linear
+
+    def linear(a, b):
+        now[0] += 4.0 if a.dtype == slow else 2.0
+        return product(a, b)
+
+    monkeypatch.setattr(training_step, "_SIDE", 8)
+    monkeypatch.setattr(Clock, "now", lambda clock: now[0])
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    assert product_rate(torch.device("cpu"), torch.bfloat16) == 2 * 8**3 / 2.0
 
 
 def test_time_inside_a_timed_call_is_counted_once(monkeypatch):
