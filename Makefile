@@ -13,11 +13,11 @@ demo: $(VENV)/.core  ## eight seconds of video from a prompt, on any machine
 	$(VENV)/bin/rfengine generate "$(PROMPT)" --model tiny --seconds 8 --seed 7 -o demo.mp4
 
 test: $(VENV)/.dev  ## all tests; those that need a GPU skip themselves where there is none
-	$(VENV)/bin/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.dev  ## the kernel tests and all that need a GPU, on the GPU that is here
-	$(VENV)/bin/python -m pytest -n $(WORKERS) tests/kernels $(PYTEST_ARGS)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) -m gpu $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m gpu $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint  ## what pre-commit and CI check
 	$(VENV)/bin/ruff check .

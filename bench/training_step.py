@@ -35,7 +35,7 @@ from rfengine.models.vae import WanVAE
 from rfengine.training.build import build_stage
 from rfengine.training.parallel import Ranks
 from rfengine.training.resources import plan_resources
-from rfengine.training.train_config import TrainConfig
+from rfengine.training.train_config import Precision, TrainConfig
 
 _PASSES = ("forward_chunk", "context_pass", "forward_clip", "text_keys_values", "modulation")
 _SIDE = 2048  # of the matrices whose product gives the rate
@@ -48,6 +48,7 @@ class Options:
 
     recipe: Annotated[str, Doc("As for rfengine train.")] = "toy_re_dmd"
     batch: Annotated[int | None, Doc("Samples of one pass; the recipe's where nothing is given.")] = None
+    precision: Annotated[Precision | None, Doc("Of the arithmetic; else the recipe's.")] = None
     teacher: Annotated[str, Doc("A checkpoint directory; it starts the critic as well.")] = "tiny"
     cycles: Annotated[int, Range(1, 1_000_000), Doc("How many cycles of critic_updates steps are timed.")] = 3
     device: Annotated[str, Doc("cpu, cuda or cuda:N.")] = "cpu"
@@ -153,7 +154,10 @@ def measure(options: Options) -> dict[str, Any]:
 
 def _config(options: Options) -> TrainConfig:
     config = train_config(TrainOptions(recipe=options.recipe, batch=options.batch))
-    return replace(config, teacher=options.teacher, critic=options.teacher, average_start=0)
+    precision = options.precision or config.precision
+    return replace(
+        config, teacher=options.teacher, critic=options.teacher, average_start=0, precision=precision
+    )
 
 
 def main() -> None:

@@ -27,9 +27,10 @@ UNINITIALISED = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # workers that each start a thread per core take the cores from one another
+    # workers that each start a thread per core take the cores from one another, and so do their children
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -86,13 +86,13 @@ class _Sampler:
         ).to(self.setting.device)
         empty = negative_states(engine.model.text_len, engine.model.text_dim).to(self.setting.device)
         guidance = toy_dmd(engine).distillation.guidance
-        with torch.autocast(self.setting.device.type, torch.bfloat16):
+        with self.setting.casting():
             ways = follow_flow(self.model, engine.schedule, noise, states, empty, guidance, _TEACHER_SUBSTEPS)
         return ways[:, -1]
 
     @torch.no_grad()
     def pixels(self, latents: Tensor) -> Tensor:
-        with torch.autocast(self.setting.device.type, torch.bfloat16):
+        with self.setting.casting():
             chunks = iter(latents.split(self.engine.cache.chunk_frames, dim=2))
             return torch.cat(list(decode_chunks(self.vae, chunks)), dim=2).float().cpu()
 

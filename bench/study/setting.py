@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,11 @@ class Setting:
     @property
     def records(self) -> Path:
         return self.directory / "records"
+
+    def casting(self) -> AbstractContextManager[None]:
+        """The arithmetic in which models are sampled."""
+        halves = self.size.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=halves)
 
     def checkpoint(self, model: str) -> Path:
         """The checkpoint directory of a model of the study."""

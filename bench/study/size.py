@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rfengine.training.train_config import Precision
+
 
 @dataclass(frozen=True)
 class StudySize:
@@ -14,7 +16,8 @@ class StudySize:
     too, and its student is streamed. training_seeds: of every distillation; the streams are those of the
     first. captions, sampling_seeds: short clips of every model, once with full captions and once with open
     ones. stream_captions: of the streams of stream_seconds, long_captions: of those of long_seconds. alphas:
-    of EMA-Sink. flow_clips: captions whose clips get an optical flow as well.
+    of EMA-Sink. flow_clips: captions whose clips get an optical flow as well. batch: of every
+    training. precision: of its arithmetic, and of sampling.
     """
 
     name: str
@@ -32,6 +35,8 @@ class StudySize:
     long_seconds: int
     alphas: tuple[float, ...] = (0.9, 0.99, 0.999)
     flow_clips: int = 64
+    batch: int = 16
+    precision: Precision = "bfloat16"
 
     @property
     def evicting_model(self) -> str:
@@ -97,5 +102,7 @@ SMOKE = StudySize(
     long_seconds=9,
     alphas=(0.9,),
     flow_clips=1,
+    batch=4,
+    precision="float32",
 )
 SIZES = {size.name: size for size in (CPU, GPU, SMOKE)}

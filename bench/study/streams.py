@@ -124,7 +124,7 @@ def _stream(
     chunks = -(-(seconds * engine.fps + engine.vae.temporal_stride - 1) // size)
     latents = roll_out(dit.eval(), engine, states.to(device, torch.bfloat16), chunks, seed)
     parts: list[list[Tensor]] = [[] for _ in scenes]
-    with torch.autocast(device.type, torch.bfloat16):
+    with setting.casting():
         for pixels in decode_chunks(vae, (chunk.float() for chunk in latents)):
             for place, video in enumerate(pixels.float().cpu().split(1)):
                 parts[place].append(torch.as_tensor(frames_from_pixels(video)))

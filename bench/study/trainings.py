@@ -86,7 +86,10 @@ def training_configs(setting: Setting) -> dict[str, TrainConfig]:
             configs[seeded_name(name, seed)] = dataclasses.replace(
                 config, steps=size.student_steps, student=start, seed=seed
             )
-    return configs
+    return {
+        name: dataclasses.replace(config, batch=size.batch, precision=size.precision)
+        for name, config in configs.items()
+    }
 
 
 def run_training(setting: Setting, name: str) -> None:

@@ -14,10 +14,11 @@ from tyro.conf import Positional
 from rfengine.cli.terminal import find_device
 from rfengine.memory import free_memory
 from rfengine.training import recipes
-from rfengine.training.parallel import Ranks, ranks_from_environment
-from rfengine.training.train_config import Parallelism, TrainConfig
+from rfengine.training.cpu_arithmetic import multiplies_bfloat16
+from rfengine.training.train_config import Parallelism, Precision, TrainConfig
 
 if TYPE_CHECKING:
+    from rfengine.training.parallel import Ranks
     from rfengine.training.reward import RewardGuard
     from rfengine.training.trainer import Trainer
 
@@ -69,6 +70,8 @@ class TrainOptions:
     """Temperature of the reward."""
     lora_rank: int | None = None
     """Train adapters of this rank in place of the weights."""
+    precision: Precision | None = None
+    """Of the arithmetic; the weights are float32."""
     parallel: Parallelism | None = None
     """replicated: every rank holds all; sharded: a share."""
     offload_teacher: bool | None = None
@@ -88,6 +91,8 @@ def run(options: TrainOptions) -> int:
     # torch tells each save and load of one process that it takes it for one process
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views that nothing changes
+    from rfengine.training.parallel import ranks_from_environment  # a second of imports, for training alone
+
     with ranks_from_environment(device) as (ranks, own_device):
         _train(config, directory, own_device, ranks, options)
     return 0
@@ -139,6 +144,11 @@ def _train(
     plan = plan_resources(config, ranks.count, device.type)
     if ranks.rank == 0:
         print(plan.render(), flush=True)
+        if config.precision == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16():
+            warnings.warn(
+                "this CPU has no bfloat16 products; --precision float32 is several times as fast",
+                stacklevel=2,
+            )
     if options.plan:
         return
     free = free_memory(device)

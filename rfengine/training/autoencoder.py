@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rfengine.config import VAEConfig
 from rfengine.models.vae import DecoderState, EncoderState, WanVAE
+from rfengine.training.cpu_arithmetic import cpu_autocast
 from rfengine.training.parallel import average_over_workers
 from rfengine.training.stage_run import StageRun, WeightAverage
 from rfengine.training.toy_detector import accuracy
@@ -100,7 +101,7 @@ def _step(
 
     The first `past` latent frames only fill the causal states: streams are long, and late frames need them.
     """
-    with torch.autocast("cpu", torch.bfloat16):
+    with cpu_autocast():
         states, seen = _states_after(vae, pixels, past)
         pixels, weight = pixels[:, :, seen:], weight[:, :, seen:]
         mean, log_variance = vae.encode_moments(pixels, states[0])

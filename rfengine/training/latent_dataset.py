@@ -16,6 +16,7 @@ from rfengine.files import replaced
 from rfengine.models.vae import WanVAE
 from rfengine.training.autoencoder import as_model_pixels
 from rfengine.training.caption_encoder import text_states
+from rfengine.training.cpu_arithmetic import cpu_autocast
 from rfengine.training.stage_run import StageRun
 from rfengine.training.toy_world import (
     Scene,
@@ -60,7 +61,7 @@ def encode_dataset(
     while run.progress < 1:
         drawn = sample_scenes(_BATCH, seed * 1_000_003 + run.step, WorldConfig(), "train")
         clips = [render(scene, frames) for scene in drawn]
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode(), cpu_autocast():
             latents.append(vae.encode(as_model_pixels(clips)).half())
         foreground += [foreground_cells(scene, clip, vae) for scene, clip in zip(drawn, clips, strict=True)]
         scenes += drawn

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from rfengine.models.dit import WanDiT
@@ -37,6 +36,8 @@ def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
 
     A sharded model is left alone: FSDP brings what it needs.
     """
+    from torch.distributed.tensor import DTensor  # it takes a second, and only training needs it
+
     parameters = list(model.parameters())
     homes = [parameter.data for parameter in parameters]
     if all(isinstance(home, DTensor) or home.device == device for home in homes):

@@ -18,6 +18,7 @@ from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import add_noise, shifted
 from rfengine.training.chunked_attention import ChunkedAttentionOps
+from rfengine.training.cpu_arithmetic import cpu_autocast
 from rfengine.training.latent_dataset import LatentDataset, load_dataset
 from rfengine.training.muon import Muon
 from rfengine.training.parallel import average_over_workers
@@ -180,7 +181,7 @@ def _loss(
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)])
     patch = config.model.patch_size[1]
     tokens = size * (clean.shape[3] // patch) * (clean.shape[4] // patch)
-    with torch.autocast("cpu", torch.bfloat16):
+    with cpu_autocast():
         flow = model.forward_clip(
             latents,
             config.schedule.num_train_timesteps * sigma * noisy,

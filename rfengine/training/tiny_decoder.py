@@ -26,6 +26,7 @@ from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.training.autoencoder import WORLD, as_clips, as_model_pixels
 from rfengine.training.caption_encoder import text_states
+from rfengine.training.cpu_arithmetic import cpu_autocast
 from rfengine.training.muon import Muon
 from rfengine.training.rollout import roll_out
 from rfengine.training.stage_run import StageRun, WeightAverage
@@ -175,7 +176,7 @@ def _draw(latents: Tensor, pixels: Tensor, stride: int, generator: random.Random
 def _step(
     model: TinyVAE, optimizers: tuple[torch.optim.Optimizer, ...], latents: Tensor, pixels: Tensor
 ) -> dict[str, float]:
-    with torch.autocast("cpu", torch.bfloat16):
+    with cpu_autocast():
         decoded = model.decode(latents)
     error = decoded[:, :, -pixels.shape[2] :].float() - pixels
     loss = (error.abs() + error.square()).mean()

@@ -14,6 +14,7 @@ import torch
 from cli_checks.outcome import fails, frame_count
 from rfengine import cli
 from rfengine.checkpoint.loader import read_safetensors, save_weights
+from rfengine.cli import train
 from rfengine.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +120,15 @@ def test_trajectories_are_made_once_and_then_read(model, tmp_path, monkeypatch):
         for name in ("one", "two")
     )
     assert first == second
+
+
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("precision", [[], ["--precision", "float32"]])
+def test_a_cpu_that_is_slow_in_bfloat16_is_told_of(slow, precision, monkeypatch, capsys):
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda: not slow)
+    assert cli.main(["train", "toy_dmd", "--teacher", "tiny", "--plan", "--device", "cpu", *precision]) == 0
+    told = "warning: this CPU has no bfloat16 products; --precision float32 is several times as fast"
+    assert (told in capsys.readouterr().err) == (slow and not precision)
 
 
 def test_plan_comes_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
