@@ -5,6 +5,8 @@ PROMPT  ?= a large yellow circle moving slowly to the left over a checkered floo
 VENV    := .venv
 PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
 INPUTS  := pyproject.toml setup.py constraints.txt
+# a worker takes file after file, in the order of tests/conftest.py
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-gpu lint format bench toy-study clean
 .NOTPARALLEL:  # one pip at a time in one environment
@@ -13,11 +15,11 @@ demo: $(VENV)/.core  ## eight seconds of video from a prompt, on any machine
 	$(VENV)/bin/rfengine generate "$(PROMPT)" --model tiny --seconds 8 --seed 7 -o demo.mp4
 
 test: $(VENV)/.dev  ## all tests; those that need a GPU skip themselves where there is none
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 test-gpu: $(VENV)/.dev  ## the kernel tests and all that need a GPU, on the GPU that is here
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal tests/kernels $(PYTEST_ARGS)
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m gpu $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) tests/kernels $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m gpu $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint  ## what pre-commit and CI check
 	$(VENV)/bin/ruff check .

@@ -373,6 +373,7 @@ def test_the_table_shows_every_part_and_the_totals() -> None:
     assert lines["products alone"].endswith(" 73.3 frames/s")
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_or_one_sentence(tmp_path: Path) -> None:
     def run(*options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "bench" / "roofline.py"), "--model", "tiny", *options]

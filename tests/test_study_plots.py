@@ -107,6 +107,7 @@ def drawn(folder: Path, records: Records, logs: dict[str, Path]) -> dict[str, by
     return {file.name: file.read_bytes() for file in draw(records, logs, folder)}
 
 
+@pytest.mark.slow
 def test_a_plot_changes_with_its_data_and_only_then(tmp_path: Path) -> None:
     logs = {"dmd": write_log(tmp_path / "one", ("critic_loss",), 1)}
     pair = streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "none")

@@ -58,6 +58,7 @@ def broken_engine(monkeypatch: pytest.MonkeyPatch, change: Callable[[throughput.
     monkeypatch.setattr(throughput.Engine, "load", load_broken)
 
 
+@pytest.mark.slow
 def test_figures_are_json_and_name_their_circumstances(figures: dict[str, Any]) -> None:
     assert json.loads(json.dumps(figures)) == figures
     assert figures["model"] == "tiny" and (figures["height"], figures["width"]) == (32, 32)
@@ -212,6 +213,7 @@ def test_without_a_vae_only_latents_are_measured() -> None:
     assert figures["vae_tier"] is None and "VAE none; weights" in render(figures)
 
 
+@pytest.mark.slow
 def test_the_quality_of_the_frames_is_named(figures: dict[str, Any]) -> None:
     assert "VAE full (lossless); weights" in render(figures)
     options = ThroughputOptions(**{**vars_of(SMALLEST), "vae": "tiny", "chunks": 1})

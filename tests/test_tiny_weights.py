@@ -58,6 +58,7 @@ def test_two_hundred_held_out_captions_are_drawn_as_they_say(pipe):
         assert sum(entry[attribute] for entry in right) >= 180, attribute
 
 
+@pytest.mark.slow
 def test_a_stream_of_a_minute_neither_freezes_nor_explodes(pipe):
     scene = sample_scenes(1, 5, MOVING, "held_out")[0]
     stream = pipe.stream(caption(scene), seed=3)

@@ -10,6 +10,7 @@ from training_step import Clock, Options, measure, product_rate, watched
 from rfengine.models.dit import WanDiT
 
 
+@pytest.mark.slow
 def test_parts_add_up_to_the_step(monkeypatch):
     plain = WanDiT.forward_chunk
     monkeypatch.setattr(training_step, "product_rate", lambda device, dtype: 1e9)

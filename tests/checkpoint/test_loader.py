@@ -183,6 +183,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 def test_loading_never_holds_the_weights_twice(tmp_path: Path) -> None:
     """Peak memory above the start, in file sizes, for a file of about 200 MB in float32."""

@@ -43,6 +43,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (directory / "tensorrt").iterdir()}
 
 
+@pytest.mark.slow
 def test_export_writes_one_onnx_file_for_each_graph(exported: Path) -> None:
     names = sorted(contents(exported))
     assert len(names) == 2

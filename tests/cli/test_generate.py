@@ -174,6 +174,7 @@ def test_prompt_may_begin_with_a_dash_after_two(
     assert made == [prompt]
 
 
+@pytest.mark.slow
 def test_batch_goes_on_where_the_terminal_cannot_print_a_name(model: Path, tmp_path: Path) -> None:
     (tmp_path / "видео").mkdir()
     (tmp_path / "p.txt").write_text("a circle\na square\n")
@@ -377,6 +378,7 @@ def test_interrupt_before_the_first_frames_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT] * 2])
 def test_interrupted_process_exits_with_130_and_its_file_plays(
     model: Path, tmp_path: Path, signals: list[signal.Signals]

@@ -51,6 +51,7 @@ def test_a_form_of_the_attention_is_taken_by_its_name(monkeypatch, backend, form
     assert seen == [("q", "keys", "values", "filled", form)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [CacheConfig(alpha=0.9), CacheConfig(sink="frozen", positions="absolute"), CacheConfig(1, 3, "none", 0)],

@@ -41,6 +41,7 @@ def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, t
     return result.latents, {name: value.grad for name, value in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_rollout_and_its_gradients_on_triton_equal_the_reference(checkpointing):
     rollout = RolloutConfig(4, 4, 2, same_exit=False, checkpointing=checkpointing)

@@ -241,6 +241,7 @@ class Work(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_work_and_memory_stay_flat_over_2000_chunks():
     model = small_model(WanConfig(12, 12, 1, 1, text_dim=16, text_len=8, freq_dim=16, in_dim=4, out_dim=4))
     from rfengine.cache.kv_cache import StreamingKVCache

@@ -26,6 +26,7 @@ def exported_once(session_export, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_check, "export_graph", program_of)
 
 
+@pytest.mark.slow
 def test_float32_agrees_node_by_node_over_several_chunks(session_export, exported_once) -> None:
     agreement = check_in_onnxruntime(session_export.vae, LATENTS, GRID.height, GRID.width)
     assert agreement.chunks == 3
@@ -59,6 +60,7 @@ def test_history_that_is_lost_shows_from_the_second_chunk_on(
     assert agreement.pixels > 100 * TOLERANCE and agreement.nodes <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_float16_graph_of_the_first_latent_runs() -> None:
     """Bound: some 40 roundings to 11 bits on values around one."""
     agreement = check_in_onnxruntime(random_vae().half(), 1, GRID.height, GRID.width)

@@ -93,12 +93,14 @@ def worst_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.T
     return max((found[name].double() - expected[name].double()).abs().max().item() for name in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["replicated", "sharded", "recomputed"])
 def test_two_ranks_equal_one(alone, two_ranks, name):
     found = torch.load(two_ranks / f"{name}.pt", weights_only=True)
     assert worst_difference(found, alone) <= 1e-5
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_with_adapters(two_ranks, tmp_path):
     found = torch.load(two_ranks / "sharded adapters.pt", weights_only=True)
     assert worst_difference(found, trained(tmp_path, "run", lora_rank=2)) <= 1e-5

@@ -52,6 +52,7 @@ def test_latents_of_both_kinds_have_the_size_of_a_stream(teacher):
     assert float(teacher.pixels(encoded).abs().max()) <= 1
 
 
+@pytest.mark.slow
 def test_a_short_training_nears_the_teacher_and_goes_on_where_it_was(tmp_path, teacher):
     torch.manual_seed(0)
     untrained = TinyVAE(CONFIG).eval().requires_grad_(False)

@@ -33,6 +33,7 @@ def test_shipped_weights_draw_what_held_out_captions_say(shipped):
     assert accuracies["shape"] >= 0.7 and accuracies["speed"] >= 0.8
 
 
+@pytest.mark.slow
 def test_shipped_weights_hold_their_object_and_its_speed_for_twelve_seconds(shipped):
     report = report_stream(*shipped, chunks=17, seed=5)
     assert [part["from_second"] for part in report] == [0.0, 10.0]
