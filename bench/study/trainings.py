@@ -6,18 +6,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from study.setting import Setting
 from study.size import seeded_name
 from study.tables import SHIPPED, WITHOUT_EVICTION
-from torch import Tensor
 
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_safetensors
-from rfengine.config import EngineConfig, to_dict
+from rfengine.config import to_dict
 from rfengine.models.text_encoder import build_umt5
 from rfengine.training.build import build_stage
 from rfengine.training.checkpoint_parts import base_engine, export_checkpoint, load_vae
@@ -50,7 +47,8 @@ def train_start(setting: Setting) -> None:
         if not (directory / f"{result}.pt").exists():
             minutes = MINUTES[stage] * setting.size.start_scale
             run_stage(Options(stage, directory, minutes, threads=setting.threads))
-    _leave(load_transformer(engine, directory).state_dict(), engine, setting.checkpoint("start"))
+    start = load_transformer(engine, directory).state_dict()
+    export_checkpoint(start, engine, _BASE, setting.checkpoint("start"))
 
 
 def encode_clips(setting: Setting) -> None:
@@ -101,7 +99,7 @@ def run_training(setting: Setting, name: str) -> None:
         reason = Trainer(config, stage, setting.directory / name, ranks).run()
         if reason:
             raise KeyboardInterrupt(f"{name}: {reason}")
-        _leave(averaged_state(stage), config.engine, setting.checkpoint(name))
+        export_checkpoint(averaged_state(stage), config.engine, _BASE, setting.checkpoint(name))
 
 
 def average_with_start(setting: Setting, name: str) -> None:
@@ -116,11 +114,4 @@ def average_with_start(setting: Setting, name: str) -> None:
         for model in ("start", name)
     ]
     weights = {key: torch.lerp(value.float(), ends[1][key].float(), 0.5) for key, value in ends[0].items()}
-    _leave(weights, base_engine(_BASE), setting.checkpoint(SHIPPED))
-
-
-def _leave(weights: Mapping[str, Tensor], engine: EngineConfig, directory: Path) -> None:
-    """Write a checkpoint directory whole or not at all."""
-    partial = directory.with_name(f"{directory.name}_partial")
-    export_checkpoint(weights, engine, _BASE, partial)
-    partial.rename(directory)
+    export_checkpoint(weights, base_engine(_BASE), _BASE, setting.checkpoint(SHIPPED))

@@ -1,4 +1,4 @@
-"""The directory that a conversion writes: whole or not at all, and one conversion at a time."""
+"""A checkpoint directory that is being written: whole or not at all, and one conversion at a time."""
 
 from __future__ import annotations
 
@@ -43,19 +43,33 @@ def reserved(destination: Path) -> Iterator[None]:
 
 @contextmanager
 def new_directory(destination: Path) -> Iterator[Path]:
-    """A directory beside `destination` that takes its name at the end, or goes if anything fails.
+    """A directory beside `destination` that takes its name at the end, and the place of what is there.
 
-    Raises RuntimeError when it cannot be written.
+    If anything fails it goes, and what is there stays. Raises RuntimeError when it cannot be written.
     """
     beside = partial_path(destination)
     try:
         beside.mkdir()
         yield beside
-        beside.rename(destination)
+        _take_name(beside, destination)
     except OSError as error:
         raise _cannot_write(destination, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _take_name(directory: Path, name: Path) -> None:
+    if not name.exists():
+        directory.rename(name)
+        return
+    former = partial_path(name)
+    name.rename(former)  # no rename takes the place of a directory with files
+    try:
+        directory.rename(name)
+    except BaseException:
+        former.rename(name)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _cannot_write(destination: Path, error: OSError) -> RuntimeError:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rfengine.checkpoint.destination import new_directory
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
 from rfengine.checkpoint.manifest import MANIFEST_FILE, write_manifest
@@ -70,14 +71,19 @@ def export_checkpoint(
     weights: Mapping[str, Tensor], engine: EngineConfig, base: str, destination: Path
 ) -> None:
     """Write a directory that Pipeline and load_transformer read: `weights` in float16 as the transformer, and
-    the VAE, the text encoder and the tokenizer of `base`, with a manifest of all."""
-    destination.mkdir(parents=True, exist_ok=True)
-    for path in checkpoint_directory(base).iterdir():
-        if path.is_file() and path.name != MANIFEST_FILE and not path.name.startswith("transformer"):
-            shutil.copyfile(path, destination / path.name)
-        elif path.is_dir() and path.name == "tokenizer":
-            shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
-    write_config(destination, engine)
+    the VAE, the text encoder and the tokenizer of `base`, with a manifest of all.
+
+    It is whole or not there: what `destination` held stays until the new one is. RuntimeError when it cannot
+    be written.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
     halves = {name: value.detach().half().contiguous() for name, value in weights.items()}
-    save_weights(destination / "transformer.safetensors", halves)
-    write_manifest(destination)
+    with new_directory(destination) as directory:
+        for path in checkpoint_directory(base).iterdir():
+            if path.is_file() and path.name != MANIFEST_FILE and not path.name.startswith("transformer"):
+                shutil.copyfile(path, directory / path.name)
+            elif path.is_dir() and path.name == "tokenizer":
+                shutil.copytree(path, directory / path.name)
+        write_config(directory, engine)
+        save_weights(directory / "transformer.safetensors", halves)
+        write_manifest(directory)

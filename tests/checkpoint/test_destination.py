@@ -52,3 +52,35 @@ def test_a_destination_with_the_longest_name_is_written(tmp_path: Path) -> None:
     with reserved(out), new_directory(out) as directory:
         (directory / "file").touch()
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_what_is_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with pytest.raises(KeyError), new_directory(out) as directory:
+        (directory / "new").touch()
+        raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    with new_directory(out) as directory:
+        (directory / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_what_is_there_comes_back_when_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    out.mkdir()
+    (out / "old").touch()
+
+    def refused(path: Path, target: Path) -> Path:
+        if (path / "new").exists():
+            raise OSError("no more")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    told = r"cannot write .*out \(no more\); free space or choose another place"
+    with pytest.raises(RuntimeError, match=told), new_directory(out) as directory:
+        (directory / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
