@@ -31,8 +31,8 @@ OPTIONS = {
     ],
     "train": [
         "recipe", "directory", "resume", "device", "plan", "steps", "batch", "accumulation", "data",
-        "student", "teacher", "critic", "base", "reward", "guard", "beta", "lora_rank", "parallel",
-        "offload_teacher", "save_every", "sample_every", "seed",
+        "student", "teacher", "critic", "base", "reward", "guard", "beta", "lora_rank", "precision",
+        "parallel", "offload_teacher", "save_every", "sample_every", "seed",
     ],
 }  # fmt: skip
 
