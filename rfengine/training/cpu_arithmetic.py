@@ -15,6 +15,7 @@ def cpu_autocast() -> AbstractContextManager[None]:
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN has products and convolutions in bfloat16 for this CPU (on x86 it needs AVX-512).
 
-    Without them torch falls back on plain loops: a convolution of the toy VAE takes seconds.
+    Without them, or in a build of torch without oneDNN, plain loops are left: a convolution of the toy VAE
+    takes seconds.
     """
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

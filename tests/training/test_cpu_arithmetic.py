@@ -17,3 +17,8 @@ def test_arithmetic_is_what_the_cpu_is_fast_in(monkeypatch, has_bfloat16, dtype)
 
 def test_the_library_tells_of_this_cpu():
     assert isinstance(cpu_arithmetic.multiplies_bfloat16(), bool)
+
+
+def test_a_build_without_the_library_has_no_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert cpu_arithmetic.multiplies_bfloat16() is False
