@@ -153,11 +153,14 @@ def measure(options: Options) -> dict[str, Any]:
 
 
 def _config(options: Options) -> TrainConfig:
-    config = train_config(TrainOptions(recipe=options.recipe, batch=options.batch))
-    precision = options.precision or config.precision
-    return replace(
-        config, teacher=options.teacher, critic=options.teacher, average_start=0, precision=precision
+    given = TrainOptions(
+        recipe=options.recipe,
+        batch=options.batch,
+        precision=options.precision,
+        teacher=options.teacher,
+        critic=options.teacher,
     )
+    return replace(train_config(given), average_start=0)
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from study.size import StudySize
 
+from rfengine.training.stages import casting
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -28,10 +30,9 @@ class Setting:
     def records(self) -> Path:
         return self.directory / "records"
 
-    def casting(self) -> AbstractContextManager[None]:
+    def casting(self) -> AbstractContextManager:
         """The arithmetic in which models are sampled."""
-        halves = self.size.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=halves)
+        return casting(self.device, self.size.precision)
 
     def checkpoint(self, model: str) -> Path:
         """The checkpoint directory of a model of the study."""

@@ -16,8 +16,8 @@ class StudySize:
     too, and its student is streamed. training_seeds: of every distillation; the streams are those of the
     first. captions, sampling_seeds: short clips of every model, once with full captions and once with open
     ones. stream_captions: of the streams of stream_seconds, long_captions: of those of long_seconds. alphas:
-    of EMA-Sink. flow_clips: captions whose clips get an optical flow as well. batch: of every
-    training. precision: of its arithmetic, and of sampling.
+    of EMA-Sink. flow_clips: captions whose clips get an optical flow as well. batch: samples of one
+    training pass. precision: of the arithmetic in training and sampling.
     """
 
     name: str

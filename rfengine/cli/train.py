@@ -85,14 +85,14 @@ class TrainOptions:
 
 
 def run(options: TrainOptions) -> int:
+    from rfengine.training.parallel import ranks_from_environment  # a second of imports, for training alone
+
     config = train_config(options)
     directory = _run_directory(options)
     device = find_device(options.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # torch tells each save and load of one process that it takes it for one process
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views that nothing changes
-    from rfengine.training.parallel import ranks_from_environment  # a second of imports, for training alone
-
     with ranks_from_environment(device) as (ranks, own_device):
         _train(config, directory, own_device, ranks, options)
     return 0

@@ -173,7 +173,7 @@ def _trajectories(config: TrainConfig, encode: Encode, device: torch.device, ran
             return torch.randn(count, channels, config.clip_frames, *sides, generator=own), states
 
         def follow(noise: Tensor, states: Tensor) -> Tensor:
-            with casting(device, config):
+            with casting(device, config.precision):
                 return follow_flow(
                     teacher,
                     engine.schedule,

@@ -21,7 +21,7 @@ from rfengine.schedule import FlowSchedule, add_noise, shifted
 from rfengine.training.distillation import Distillation, PromptBatch, StudentLoss
 from rfengine.training.parallel import Ranks, full
 from rfengine.training.stage_run import WeightAverage
-from rfengine.training.train_config import AdamConfig, TrainConfig
+from rfengine.training.train_config import AdamConfig, Precision, TrainConfig
 
 Figures = dict[str, float]
 
@@ -209,7 +209,7 @@ class TeacherStage:
         sigma = shifted(uniform, config.engine.schedule.shift).to(device)
         noise = torch.randn(clean.shape, generator=own).to(device)
         x_t = add_noise(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        with casting(device, config):
+        with casting(device, config.precision):
             timesteps = config.engine.schedule.num_train_timesteps * sigma
             flow = self.model.forward_clip(x_t, timesteps, states)
         return (flow.float() - (noise - clean)).square().mean()
@@ -246,7 +246,7 @@ class TrajectoryStage:
         x_t = states.gather(1, rows[:, None, None, :, None, None].expand(-1, 1, *states.shape[2:])).squeeze(1)
         sigma = torch.tensor(self._schedule.denoising_sigmas, device=device)[rows]
         timesteps = torch.tensor(self._schedule.denoising_timesteps, device=device)[rows]
-        with casting(device, config):
+        with casting(device, config.precision):
             flow = self.model.forward_clip(x_t, timesteps, texts, mask=causal_mask(chunks, x_t, config))
         x0 = x_t - sigma[:, None, :, None, None] * flow.float()
         return (x0 - states[:, -1]).square().mean()
@@ -263,8 +263,8 @@ def causal_mask(chunks: int, latents: Tensor, config: TrainConfig) -> Tensor:
     return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(latents.device)
 
 
-def casting(device: torch.device, config: TrainConfig) -> AbstractContextManager:
+def casting(device: torch.device, precision: Precision) -> AbstractContextManager:
     """bfloat16 arithmetic on float32 weights where the precision asks for it."""
-    if config.precision == "float32":
+    if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
