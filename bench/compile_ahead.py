@@ -27,7 +27,6 @@ from absent_gpu import (
 )
 from torch import nn
 
-from rfengine import backends
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.evaluation.parity import replay
@@ -35,7 +34,7 @@ from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
-from rfengine.ops import OP_NAMES, Ops
+from rfengine.ops import OP_NAMES, Ops, backends
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
 

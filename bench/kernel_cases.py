@@ -17,7 +17,7 @@ from engine_shapes import Draw, Shapes
 from kernel_inputs import Arguments
 from torch import Tensor
 
-from rfengine import reference
+from rfengine.ops import reference
 
 HALF = 2  # bytes of an element in 16 bits
 SINGLE = 4

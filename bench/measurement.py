@@ -20,7 +20,7 @@ from kernel_inputs import Arguments
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rfengine import native
+from rfengine.ops import native
 from rfengine.runtime.timing import capture_calls, count_cold_sets
 
 RUNS = 60

@@ -5,7 +5,7 @@
 //          luma L = 0.2126 r + 0.7152 g + 0.0722 b     Y = round(109.5 L + 125.5)         16 to 235
 //          Cb = round(112 / 1.8556 (m_b - L_m) + 128)  Cr = round(112 / 1.5748 (m_r - L_m) + 128)   16 to 240
 //
-// Single float32 operations in the order of rfengine/reference.py; ties round to even. A thread packs runs of 16
+// Single float32 operations in the order of rfengine/ops/reference.py; ties round to even. A thread packs runs of 16
 // pixels (NV12: of two rows), with 16-byte accesses where `vectors` says that every run is aligned and whole.
 // Bound: memory, 6 bytes read and 3 (RGB24) or 1.5 (NV12) written for a pixel in 16 bits.
 #pragma once

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import rfengine
-from rfengine.backends import backend_reasons
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.checkpoint.directories import checkpoint_directory, part_files
 from rfengine.checkpoint.loader import read_config
@@ -31,6 +30,7 @@ from rfengine.memory import free_memory
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, choose_ops
+from rfengine.ops.backends import backend_reasons
 from rfengine.pipeline import VAE_TIERS
 from rfengine.runtime.autotune import cached_decisions
 from rfengine.runtime.switches import runtime_switches

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from kernel_checks.tolerance import assert_within_reference_error
-from rfengine import reference
-from rfengine.backends import backend_reasons, has_backend, implementation
-from rfengine.ops import OP_NAMES
+from rfengine.ops import OP_NAMES, reference
+from rfengine.ops.backends import backend_reasons, has_backend, implementation
 
 
 def layer(dtype, device):

@@ -16,9 +16,9 @@ from random_weights import GivenTextStates
 from torch import Tensor
 
 from inputs import relative_error
-from rfengine import reference
 from rfengine.config import CacheConfig, EngineConfig, WanConfig
 from rfengine.grid import LatentGrid
+from rfengine.ops import reference
 from rfengine.pipeline import Pipeline
 from rfengine.schedule import chunk_noise
 

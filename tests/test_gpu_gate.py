@@ -27,9 +27,9 @@ from gate.record import Record
 from kernel_cases import CASES, CASES_BY_NAME
 from measurement import ABSENT, check, seeded_draw
 
-from rfengine import reference
 from rfengine.config import PRESETS
 from rfengine.evaluation.throughput_options import ThroughputOptions
+from rfengine.ops import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE_BENCHES = {"vae"}  # of a model, not of one kernel file

@@ -2,7 +2,7 @@
 inspected.
 
 Without a GPU the thread functions of csrc/ are compiled for the host and run over the very grid and
-arguments that rfengine/native.py launches with; where there is one, the same tests run the fatbin itself.
+arguments that rfengine/ops/native.py launches with; where there is one, the same tests run the fatbin itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfengine import native, reference
+from rfengine.ops import native, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

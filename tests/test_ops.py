@@ -4,8 +4,8 @@ import inspect
 import pytest
 import torch
 
-from rfengine import ops, reference
-from rfengine.ops import OP_NAMES, REFERENCE_OPS, Ops, choose_ops
+from rfengine import ops
+from rfengine.ops import OP_NAMES, REFERENCE_OPS, Ops, choose_ops, reference
 
 
 def test_auto_runs_the_reference_on_a_cpu():

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rfengine import reference
 from rfengine.models.embeddings import rotary_table
+from rfengine.ops import reference
 
 torch.manual_seed(0)
 

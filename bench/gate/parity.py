@@ -9,9 +9,9 @@ from pathlib import Path
 from gate.part import Item, Setting
 from gate.record import Result
 
-from rfengine.backends import backend_reasons
 from rfengine.config import Backend, DTypeName
 from rfengine.evaluation.parity import replay
+from rfengine.ops.backends import backend_reasons
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 BACKENDS: tuple[Backend, ...] = ("reference", "triton", "native", "cudnn", "flash")

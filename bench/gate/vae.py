@@ -23,7 +23,6 @@ from gate.record import Result
 from random_weights import fill
 from torch import Tensor
 
-from rfengine.backends import backend_reasons
 from rfengine.config import PRESETS, EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
@@ -31,6 +30,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import choose_ops
+from rfengine.ops.backends import backend_reasons
 from rfengine.runtime.full_decoder import psnr_db
 from rfengine.runtime.timing import capture_calls
 

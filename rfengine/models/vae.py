@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfengine import reference
 from rfengine.config import VAEConfig
 from rfengine.models.decoder import FrameLayout
+from rfengine.ops import reference
 
 RGB_CHANNELS = 3
 NORM_FLOOR = 1e-12  # smallest L2 norm over channels that is divided by

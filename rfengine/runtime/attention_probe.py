@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfengine.backends import family, implementation
+from rfengine.ops.backends import family, implementation
 from rfengine.runtime.contests import Contest, Site, backend_contests
 from rfengine.runtime.trials import Trials
 from rfengine.runtime.tuning_cache import Subject, TuningCache

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfengine.backends import (
+from rfengine.config import EngineConfig
+from rfengine.grid import LatentGrid
+from rfengine.ops import REFERENCE_OPS, Ops, default_choice, op_of, shape_key
+from rfengine.ops.backends import (
     SIXTEEN_BITS,
     backend_reasons,
     family,
@@ -19,9 +22,6 @@ from rfengine.backends import (
     implementation,
     is_hopper,
 )
-from rfengine.config import EngineConfig
-from rfengine.grid import LatentGrid
-from rfengine.ops import REFERENCE_OPS, Ops, default_choice, op_of, shape_key
 from rfengine.runtime.timing import Arguments
 from rfengine.runtime.tuning_cache import Subject
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfengine.backends import implementation
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, Ops, shape_key
-from rfengine.reference import fold_upsample_weight
+from rfengine.ops.backends import implementation
+from rfengine.ops.reference import fold_upsample_weight
 from rfengine.runtime.contests import Contest, Site, contenders
 from rfengine.runtime.timing import Arguments
 

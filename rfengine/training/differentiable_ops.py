@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rfengine import reference
-from rfengine.ops import Ops
+from rfengine.ops import Ops, reference
 
 
 class DifferentiableOps(Ops):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rfengine import reference
 from rfengine.cache.kv_cache import EMPTY, CachePlan, LayerCache, StreamingKVCache
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.limits import Range, check_fields
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
 from rfengine.models.vae import WanVAE
+from rfengine.ops import reference
 from rfengine.schedule import FlowSchedule
 
 Chunks = Annotated[int, Range(1, 4096)]

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rfengine import reference
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import EMASink
 from rfengine.config import CacheConfig, ScheduleConfig, WanConfig
@@ -20,6 +19,7 @@ from rfengine.evaluation.parity import ParityReport, relative_error, replay, tol
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import ChannelNorm
+from rfengine.ops import reference
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
 

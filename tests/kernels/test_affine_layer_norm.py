@@ -3,8 +3,8 @@ import torch
 
 from kernel_checks.against_reference import assert_op_matches
 from kernel_checks.interpreter_rounding import round_to_nearest_even
-from rfengine import reference
 from rfengine.kernels.affine_layer_norm import affine_layer_norm
+from rfengine.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

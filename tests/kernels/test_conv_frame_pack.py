@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from rfengine import reference  # noqa: E402
 from rfengine.kernels import conv_frame_pack as kernels  # noqa: E402
+from rfengine.ops import reference  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("pointer", "descriptor")

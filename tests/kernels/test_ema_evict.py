@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kernel_checks.bits import DTYPES, assert_same_bits, values
 from kernel_checks.interpreter_rounding import round_to_nearest_even
-from rfengine import reference
 from rfengine.kernels.ema_evict import ema_evict
+from rfengine.ops import reference
 
 
 @pytest.fixture(autouse=True)

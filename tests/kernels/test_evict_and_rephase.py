@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kernel_checks.bits import DTYPES, angles, assert_same_bits, values
 from kernel_checks.interpreter_rounding import round_to_nearest_even
-from rfengine import reference
 from rfengine.kernels.evict_and_rephase import evict_and_rephase
+from rfengine.ops import reference
 
 
 @pytest.fixture(autouse=True)

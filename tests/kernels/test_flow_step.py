@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from kernel_checks.bits import DTYPES, assert_same_bits, values
 from kernel_checks.interpreter_rounding import round_to_nearest_even
-from rfengine import reference
 from rfengine.kernels.flow_step import flow_step
+from rfengine.ops import reference
 
 
 @pytest.fixture(autouse=True)

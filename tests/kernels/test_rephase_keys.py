@@ -7,8 +7,8 @@ import torch
 
 from kernel_checks.bits import DEVICE, DTYPES, angles, assert_same_bits, values
 from kernel_checks.interpreter_rounding import round_to_nearest_even
-from rfengine import reference
 from rfengine.kernels.rephase_keys import rephase_keys
+from rfengine.ops import reference
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_checks.tolerance import assert_within_reference_error
-from rfengine import reference
 from rfengine.kernels import sink_window_attention_descriptor as descriptor
 from rfengine.kernels.sink_window_attention import (
     choose_form,
     sink_window_attention,
     sink_window_attention_slot,
 )
+from rfengine.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("pointer", "descriptor", "specialised")

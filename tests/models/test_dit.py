@@ -10,7 +10,7 @@ from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import PRESETS, CacheConfig, WanConfig
 from rfengine.models.dit import WanDiT, joined_view, pack_weights
 from rfengine.ops import REFERENCE_OPS, Ops
-from rfengine.reference import unpatchify
+from rfengine.ops.reference import unpatchify
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.streaming_layers import Residual, TimeDoubling
 from rfengine.models.vae import CausalConv, WanVAE
 from rfengine.ops import REFERENCE_OPS, Ops
-from rfengine.reference import frame_pack, frame_pack_nv12
+from rfengine.ops.reference import frame_pack, frame_pack_nv12
 
 SMALL = VAEConfig(
     base_dim=4,

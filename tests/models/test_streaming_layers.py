@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rfengine import reference
 from rfengine.config import VAEConfig
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.streaming_layers import activation_unit
 from rfengine.models.vae import WanVAE
-from rfengine.ops import REFERENCE_OPS, Ops
+from rfengine.ops import REFERENCE_OPS, Ops, reference
 
 NARROW = VAEConfig(base_dim=8)  # the published decoder, a twelfth as wide
 SIZE = (2, 3)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from inputs import GRID, noise_of, relative_error, small_cache, small_model, small_runner, text_states
 from rfengine.config import CacheConfig, WanConfig
-from rfengine.reference import unpatchify
+from rfengine.ops.reference import unpatchify
 
 CHUNKS = 7
 

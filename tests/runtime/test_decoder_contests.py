@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from inputs import GRID, small_pipeline
-from rfengine.backends import implementation
 from rfengine.config import PRESETS, RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import choose_ops
+from rfengine.ops.backends import implementation
 from rfengine.runtime import contests
 from rfengine.runtime.autotune import tune_decoder
 from rfengine.runtime.contests import Site

@@ -8,7 +8,7 @@ from inputs import SMALL, noise_of, relative_error, small_model, small_runner
 from rfengine.config import CacheConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import OP_NAMES, Ops
-from rfengine.reference import sink_window_attention
+from rfengine.ops.reference import sink_window_attention
 
 CHUNKS = 12
 SETTINGS = [

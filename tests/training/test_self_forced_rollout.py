@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from inputs import GRID, SMALL, small_model, text_states
 from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig
 from rfengine.models.embeddings import patchify, rotary_table
-from rfengine.reference import rms_norm, rotate, unpatchify
+from rfengine.ops.reference import rms_norm, rotate, unpatchify
 from rfengine.schedule import FlowSchedule
 from rfengine.training.differentiable_ops import DifferentiableOps
 from rfengine.training.rollout import RolloutConfig, RolloutPlan, draw_plan, self_forced_rollout

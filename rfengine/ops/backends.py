@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from rfengine import native, reference
+from rfengine.ops import native, reference
 
 # File in kernels/ of every op that has a Triton form; an op that is not here runs on the reference.
 _TRITON_FILES = {

@@ -9,8 +9,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from rfengine.backends import SIXTEEN_BITS, backend_reasons, family, has_backend, implementation, is_hopper
 from rfengine.config import Backend
+from rfengine.ops.backends import (
+    SIXTEEN_BITS,
+    backend_reasons,
+    family,
+    has_backend,
+    implementation,
+    is_hopper,
+)
 
 logger = logging.getLogger(__name__)
 
