@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import DecoderKind, to_dict
+from rfengine.cuda_graph import made_current
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
 from rfengine.models.decoder import FrameDecoder, reset_state
@@ -22,7 +23,6 @@ from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import check_prompt
 from rfengine.runtime.chunk_runner import ChunkRunner, StepCallback
-from rfengine.runtime.cuda_graph import made_current
 from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker, PendingFrames
 from rfengine.runtime.turns import Turns
 from rfengine.schedule import chunk_noise

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import EMPTY, CachePlan, PendingContext, StreamingKVCache
+from rfengine.cuda_graph import CapturedCall, GraphPool, graph_pool
 from rfengine.host_state import ordinary
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
-from rfengine.runtime.cuda_graph import CapturedCall, GraphPool, graph_pool
-from rfengine.runtime.nvtx_ranges import nvtx_range
+from rfengine.nvtx_ranges import nvtx_range
 from rfengine.schedule import FlowSchedule
 
 StepCallback = Callable[[int, float, Tensor], Tensor | None]

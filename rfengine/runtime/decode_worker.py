@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from rfengine.cuda_graph import CapturedCall, GraphPool, graph_pool, made_current
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
-from rfengine.runtime.cuda_graph import CapturedCall, GraphPool, graph_pool, made_current
-from rfengine.runtime.nvtx_ranges import nvtx_range
+from rfengine.nvtx_ranges import nvtx_range
 
 if TYPE_CHECKING:
     from numpy import ndarray

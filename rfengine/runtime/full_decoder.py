@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from rfengine.config import Backend, EngineConfig
+from rfengine.cuda_graph import made_current
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import RGB_CHANNELS, WanVAE
 from rfengine.ops import Ops, choose_ops
-from rfengine.runtime.cuda_graph import made_current
 from rfengine.runtime.switches import runtime_switches
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rfengine.runtime.cuda_graph import recording
+from rfengine.cuda_graph import recording
 
 Arguments = tuple[Any, ...]
 Sampler = Callable[[], float]

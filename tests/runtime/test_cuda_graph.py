@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from rfengine.runtime import cuda_graph
-from rfengine.runtime.cuda_graph import WARM_UP_CALLS, CapturedCall, graph_pool
+from rfengine import cuda_graph
+from rfengine.cuda_graph import WARM_UP_CALLS, CapturedCall, graph_pool
 
 
 class FakeStream:

@@ -7,8 +7,8 @@ import torch
 
 from chunk_stream import Stream
 from inputs import small_model, small_runner
+from rfengine import nvtx_ranges
 from rfengine.config import CacheConfig
-from rfengine.runtime import nvtx_ranges
 
 
 @pytest.fixture(autouse=True)
