@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rfengine.ops import native
-from rfengine.runtime.timing import capture_calls, count_cold_sets
+from rfengine.tuning.timing import capture_calls, count_cold_sets
 
 RUNS = 60
 LONGEST_S = 0.3  # that the timed runs of one contender take together

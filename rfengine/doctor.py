@@ -32,9 +32,9 @@ from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, choose_ops
 from rfengine.ops.backends import backend_reasons
 from rfengine.pipeline import VAE_TIERS
-from rfengine.runtime.autotune import cached_decisions
 from rfengine.runtime.switches import runtime_switches
 from rfengine.runtime.tensorrt_api import import_tensorrt
+from rfengine.tuning.autotune import cached_decisions
 
 MIB = 2**20
 _REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "tqdm", "tyro", "ftfy")

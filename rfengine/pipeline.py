@@ -349,7 +349,7 @@ def tuned_ops(config: EngineConfig, requested: Backend, dtype: torch.dtype, devi
     """The ops of the requested backend; for "auto", those that won where autotune is on."""
     if not runtime_switches(config.runtime, device)["autotune"].on:
         return choose_ops(requested, device, dtype=dtype)
-    from rfengine.runtime.autotune import tune
+    from rfengine.tuning.autotune import tune
 
     choice = tune(config, LatentGrid.of(config), dtype, device, requested=requested)
     return choose_ops(requested, device, choice.overrides, choice.folds_gate, dtype)

@@ -250,7 +250,7 @@ def test_the_gate_compares_in_few_rounds(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_the_engine_logs_while_it_tunes_is_told_line_by_line(tmp_path: Path) -> None:
-    logger = logging.getLogger("rfengine.runtime.autotune")
+    logger = logging.getLogger("rfengine.tuning.autotune")
 
     def load() -> Any:
         logger.info("autotune: measures %s", "linear@4x4")

@@ -11,9 +11,9 @@ from gate.record import Result
 
 from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
-from rfengine.runtime.attention_probe import LIMIT_S, attention_problems
-from rfengine.runtime.contests import Site
-from rfengine.runtime.tuning_cache import TuningCache, default_cache_path, describe_machine
+from rfengine.tuning.attention_probe import LIMIT_S, attention_problems
+from rfengine.tuning.candidates import Site
+from rfengine.tuning.record import TuningCache, default_cache_path, describe_machine
 
 MODEL = "wan-1.3b"
 

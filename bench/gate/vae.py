@@ -32,7 +32,7 @@ from rfengine.models.vae import WanVAE
 from rfengine.ops import choose_ops
 from rfengine.ops.backends import backend_reasons
 from rfengine.runtime.full_decoder import psnr_db
-from rfengine.runtime.timing import capture_calls
+from rfengine.tuning.timing import capture_calls
 
 BENCH = Path(__file__).resolve().parents[1]
 RUNS = 20

@@ -68,7 +68,7 @@ def decoder_ops(
     overrides = _fp8_override(config, requested, device)
     measures = requested == "auto" and runtime_switches(config.runtime, device)["autotune"].on
     if device.type == "cuda" and (measures or requested == "cudnn"):
-        from rfengine.runtime.autotune import tune_decoder
+        from rfengine.tuning.autotune import tune_decoder
 
         overrides |= tune_decoder(config, grid, dtype, device, requested=requested).overrides
     return choose_ops(requested, device, overrides)

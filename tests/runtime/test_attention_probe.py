@@ -11,11 +11,12 @@ import torch
 
 from inputs import GRID, small_pipeline
 from rfengine import ops
-from rfengine.runtime import attention_probe, autotune, contests
-from rfengine.runtime.attention_probe import Verdict, attention_problems, main, probe, problem_of
-from rfengine.runtime.contests import Site
-from rfengine.runtime.trials import Trials
-from rfengine.runtime.tuning_cache import Subject, TuningCache, describe_machine
+from rfengine.tuning import attention_probe, autotune
+from rfengine.tuning import candidates as contests
+from rfengine.tuning.attention_probe import Verdict, attention_problems, main, probe, problem_of
+from rfengine.tuning.candidates import Site
+from rfengine.tuning.record import Subject, TuningCache, describe_machine
+from rfengine.tuning.trials import Trials
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SUBJECT = Subject("sink_window_attention", (6, 14, 2, 8), "float32", ("cudnn", "triton"))
@@ -147,5 +148,5 @@ def test_a_result_of_nan_or_of_another_shape_is_a_problem() -> None:
 
 def test_the_command_runs_this_module_at_the_shape_of_the_subject() -> None:
     command = attention_probe._command(SUBJECT, "triton-pointer", torch.device("cuda", 1))
-    assert command[1:4] == ["-P", "-m", "rfengine.runtime.attention_probe"]
+    assert command[1:4] == ["-P", "-m", "rfengine.tuning.attention_probe"]
     assert command[4:] == ["triton-pointer", "cuda:1", "float32", "6", "14", "2", "8"]

@@ -12,10 +12,12 @@ from rfengine import ops
 from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, choose_ops
-from rfengine.runtime import autotune, contests, tuning_cache
-from rfengine.runtime.autotune import Choice, cached_decisions, choose, decide, tune
-from rfengine.runtime.contests import Contest, Site, backend_contests, gate_contest
-from rfengine.runtime.tuning_cache import Decision, Subject, TuningCache, default_cache_path
+from rfengine.tuning import autotune
+from rfengine.tuning import candidates as contests
+from rfengine.tuning import record as tuning_cache
+from rfengine.tuning.autotune import Choice, cached_decisions, choose, decide, tune
+from rfengine.tuning.candidates import Contest, Site, backend_contests, gate_contest
+from rfengine.tuning.record import Decision, Subject, TuningCache, default_cache_path
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ from rfengine.config import PRESETS, RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import choose_ops
 from rfengine.ops.backends import implementation
-from rfengine.runtime import contests
-from rfengine.runtime.autotune import tune_decoder
-from rfengine.runtime.contests import Site
-from rfengine.runtime.decoder_contests import convolution_shapes, decoder_contests
+from rfengine.tuning import candidates as contests
+from rfengine.tuning.autotune import tune_decoder
+from rfengine.tuning.candidates import Site
+from rfengine.tuning.convolutions import convolution_shapes, decoder_contests
 
 CPU = torch.device("cpu")
 CONFIG = small_pipeline().config  # 8, 8, 4 and 4 channels at 4 x 6 latents
@@ -111,7 +111,7 @@ class FakeLibrary:
 
             return {"triton": triton, "cudnn": cudnn}
 
-        monkeypatch.setattr("rfengine.runtime.decoder_contests.contenders", contenders)
+        monkeypatch.setattr("rfengine.tuning.convolutions.contenders", contenders)
 
 
 class Clock:

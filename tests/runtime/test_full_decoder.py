@@ -20,8 +20,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
 from rfengine.pipeline import Pipeline
-from rfengine.runtime import autotune, full_decoder
-from rfengine.runtime.autotune import Choice
+from rfengine.runtime import full_decoder
 from rfengine.runtime.full_decoder import (
     LEAST_PSNR_DB,
     decoded_psnr,
@@ -30,7 +29,9 @@ from rfengine.runtime.full_decoder import (
     psnr_db,
     require_psnr,
 )
-from rfengine.runtime.tuning_cache import Decision, Subject
+from rfengine.tuning import autotune
+from rfengine.tuning.autotune import Choice
+from rfengine.tuning.record import Decision, Subject
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 FP8 = RuntimeConfig(vae_precision="fp8")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rfengine.runtime.timing import capture_calls
+from rfengine.tuning.timing import capture_calls
 
 
 @contextmanager

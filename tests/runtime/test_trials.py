@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfengine.runtime import autotune
-from rfengine.runtime.autotune import cached_decisions, decide
-from rfengine.runtime.contests import Contest
-from rfengine.runtime.trials import LostDeviceError, Trials, is_lost
-from rfengine.runtime.tuning_cache import Subject, TuningCache, describe_machine
+from rfengine.tuning import autotune
+from rfengine.tuning.autotune import cached_decisions, decide
+from rfengine.tuning.candidates import Contest
+from rfengine.tuning.record import Subject, TuningCache, describe_machine
+from rfengine.tuning.trials import LostDeviceError, Trials, is_lost
 
 CPU = torch.device("cpu")
 ILLEGAL = "an illegal memory access was encountered"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from rfengine.files import locked
-from rfengine.runtime import tuning_cache
-from rfengine.runtime.tuning_cache import Decision, Subject, TuningCache, default_cache_path
+from rfengine.tuning import record as tuning_cache
+from rfengine.tuning.record import Decision, Subject, TuningCache, default_cache_path
 
 MACHINE = {"gpu": "none", "kernels": "1"}
 

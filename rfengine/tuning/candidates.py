@@ -22,8 +22,8 @@ from rfengine.ops.backends import (
     implementation,
     is_hopper,
 )
-from rfengine.runtime.timing import Arguments
-from rfengine.runtime.tuning_cache import Subject
+from rfengine.tuning.record import Subject
+from rfengine.tuning.timing import Arguments
 
 FOLDS_GATE = "folds_gate"  # the key of the one decision that is no backend of an op
 APART, FOLDED = "apart", "folded"

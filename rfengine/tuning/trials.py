@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from rfengine.files import locked, partial_path
-from rfengine.runtime.tuning_cache import Decision, Subject, TuningCache
+from rfengine.tuning.record import Decision, Subject, TuningCache
 
 logger = logging.getLogger(__name__)
 NOT_BACK = "it did not come back: the process that first ran it was ended while it did"

@@ -21,12 +21,12 @@ from torch import Tensor
 from rfengine.config import Backend, EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import op_of
-from rfengine.runtime.attention_probe import probe_contenders
-from rfengine.runtime.contests import FOLDED, FOLDS_GATE, Contest, Site, backend_contests, gate_contest
-from rfengine.runtime.decoder_contests import decoder_contests
-from rfengine.runtime.timing import Arguments, Sampler, Timer, count_cold_sets, graph_sampler
-from rfengine.runtime.trials import LostDeviceError, Trials, is_lost
-from rfengine.runtime.tuning_cache import Decision, Subject, TuningCache, default_cache_path, describe_machine
+from rfengine.tuning.attention_probe import probe_contenders
+from rfengine.tuning.candidates import FOLDED, FOLDS_GATE, Contest, Site, backend_contests, gate_contest
+from rfengine.tuning.convolutions import decoder_contests
+from rfengine.tuning.record import Decision, Subject, TuningCache, default_cache_path, describe_machine
+from rfengine.tuning.timing import Arguments, Sampler, Timer, count_cold_sets, graph_sampler
+from rfengine.tuning.trials import LostDeviceError, Trials, is_lost
 
 logger = logging.getLogger(__name__)
 SAMPLES = 15

@@ -22,8 +22,8 @@ from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, Ops, shape_key
 from rfengine.ops.backends import implementation
 from rfengine.ops.reference import fold_upsample_weight
-from rfengine.runtime.contests import Contest, Site, contenders
-from rfengine.runtime.timing import Arguments
+from rfengine.tuning.candidates import Contest, Site, contenders
+from rfengine.tuning.timing import Arguments
 
 ERROR_FACTOR = 2.0  # times the error of rounding the exact sum once
 _STEADY_CALL = 1

@@ -3,7 +3,7 @@
 None of these kernels had seen a GPU when they were written. One that hangs or breaks the device does it in a
 process that is ended after LIMIT_S, and costs nothing else.
 
-    python -m rfengine.runtime.attention_probe FORM DEVICE DTYPE TOKENS WINDOW_TOKENS HEADS HEAD_DIM
+    python -m rfengine.tuning.attention_probe FORM DEVICE DTYPE TOKENS WINDOW_TOKENS HEADS HEAD_DIM
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfengine.ops.backends import family, implementation
-from rfengine.runtime.contests import Contest, Site, backend_contests
-from rfengine.runtime.trials import Trials
-from rfengine.runtime.tuning_cache import Subject, TuningCache
+from rfengine.tuning.candidates import Contest, Site, backend_contests
+from rfengine.tuning.record import Subject, TuningCache
+from rfengine.tuning.trials import Trials
 
 logger = logging.getLogger(__name__)
 ATTENTION = "sink_window_attention"
