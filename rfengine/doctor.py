@@ -25,6 +25,7 @@ from rfengine.checkpoint.loader import read_config
 from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, DTypeName, EngineConfig, RuntimeConfig
+from rfengine.export.tensorrt_api import import_tensorrt
 from rfengine.grid import LatentGrid
 from rfengine.memory import free_memory
 from rfengine.models.streaming_decoder import StreamingDecoder
@@ -33,7 +34,6 @@ from rfengine.ops import REFERENCE_OPS, choose_ops
 from rfengine.ops.backends import backend_reasons
 from rfengine.pipeline import VAE_TIERS
 from rfengine.runtime.switches import runtime_switches
-from rfengine.runtime.tensorrt_api import import_tensorrt
 from rfengine.tuning.autotune import cached_decisions
 
 MIB = 2**20

@@ -123,7 +123,7 @@ class Pipeline:
         if runtime is not None:
             config = replace(config, runtime=runtime)
         if config.runtime.vae == "tensorrt":
-            from rfengine.runtime.tensorrt_api import import_tensorrt
+            from rfengine.export.tensorrt_api import import_tensorrt
 
             import_tensorrt()  # refuse before the weights are read, which can take minutes
         decoding = _present(decode_device(config.runtime, target))
@@ -375,7 +375,7 @@ def _decoder_opener(
         tiny.eval()
         return lambda grid: tiny
     if kind == "tensorrt":
-        from rfengine.runtime.tensorrt import TensorRTDecoder
+        from rfengine.export.tensorrt_decoder import TensorRTDecoder
 
         chunk_frames = config.cache.chunk_frames
         graphs = runtime_switches(config.runtime, device)["graphs"].on

@@ -319,7 +319,7 @@ def test_ops_are_those_that_won_where_autotune_is_on(saved, monkeypatch):
 
 def test_without_tensorrt_its_decoder_is_one_sentence_before_the_weights_are_read(saved, monkeypatch):
     from rfengine.config import RuntimeConfig
-    from rfengine.runtime import tensorrt_api
+    from rfengine.export import tensorrt_api
 
     def absent():
         raise RuntimeError("TensorRT cannot be imported; pip install tensorrt")
@@ -332,9 +332,9 @@ def test_without_tensorrt_its_decoder_is_one_sentence_before_the_weights_are_rea
 
 def test_engines_are_opened_once_for_each_size(pipe, saved, monkeypatch):
     from rfengine.config import RuntimeConfig
+    from rfengine.export import tensorrt_api
+    from rfengine.export.tensorrt_decoder import TensorRTDecoder
     from rfengine.models.streaming_decoder import StreamingDecoder
-    from rfengine.runtime import tensorrt_api
-    from rfengine.runtime.tensorrt import TensorRTDecoder
 
     opened = []
 

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     from rfengine.config import EngineConfig
-    from rfengine.runtime.onnx_export import ExportSpec, Stage
+    from rfengine.export.onnx_export import ExportSpec, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ class ExportVAEOptions:
 def run(options: ExportVAEOptions) -> int:
     from rfengine.checkpoint.directories import checkpoint_directory
     from rfengine.checkpoint.loader import read_config
+    from rfengine.export.engine_folders import export_folder
+    from rfengine.export.onnx_export import STAGES, ExportSpec, read_onnx, vae_fingerprint
     from rfengine.grid import LatentGrid
-    from rfengine.runtime.engine_folders import export_folder
-    from rfengine.runtime.onnx_export import STAGES, ExportSpec, read_onnx, vae_fingerprint
 
     directory = checkpoint_directory(options.directory)
     config = read_config(directory)
@@ -75,7 +75,7 @@ def run(options: ExportVAEOptions) -> int:
 
 def _device_for_engines() -> torch.device:
     """The GPU that engines are built for; raises RuntimeError, before any work, where they cannot be."""
-    from rfengine.runtime.tensorrt_api import import_tensorrt
+    from rfengine.export.tensorrt_api import import_tensorrt
 
     otherwise = "or write the ONNX files alone with --onnx-only"
     try:
@@ -94,11 +94,11 @@ def _export(
 ) -> None:
     """Check the export of these weights in onnxruntime, then write the ONNX files of `stages`."""
     from rfengine.checkpoint.loader import load_part
+    from rfengine.export.decoder_graphs import DecoderGraph
+    from rfengine.export.onnx_check import check_in_onnxruntime
+    from rfengine.export.onnx_export import DTYPES, export_graph, missing_packages, write_onnx
     from rfengine.grid import LatentGrid
-    from rfengine.models.decoder_graphs import DecoderGraph
     from rfengine.models.vae import WanVAE
-    from rfengine.runtime.onnx_check import check_in_onnxruntime
-    from rfengine.runtime.onnx_export import DTYPES, export_graph, missing_packages, write_onnx
 
     with torch.device("meta"):
         vae = WanVAE(config.vae)
@@ -123,9 +123,9 @@ def _export(
 
 
 def _build(spec: ExportSpec, folder: Path, device: torch.device, force: bool) -> None:
-    from rfengine.runtime.onnx_export import STAGES
-    from rfengine.runtime.tensorrt_api import import_tensorrt
-    from rfengine.runtime.tensorrt_engine import EngineTarget, build_engine
+    from rfengine.export.onnx_export import STAGES
+    from rfengine.export.tensorrt_api import import_tensorrt
+    from rfengine.export.tensorrt_engine import EngineTarget, build_engine
 
     target = EngineTarget.of(import_tensorrt(), device)
     for stage in STAGES:

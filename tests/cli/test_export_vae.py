@@ -14,9 +14,9 @@ from cli_checks.outcome import fails
 from rfengine import cli
 from rfengine.cli import export_vae
 from rfengine.config import RuntimeConfig
-from rfengine.models.decoder_graphs import DecoderGraph
+from rfengine.export import onnx_check, onnx_export
+from rfengine.export.decoder_graphs import DecoderGraph
 from rfengine.pipeline import Pipeline
-from rfengine.runtime import onnx_check, onnx_export
 from tensorrt_checks.fake import install
 
 onnx = pytest.importorskip("onnx")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rfengine.config import VAEConfig
-from rfengine.models.decoder_graphs import LATENTS, PIXELS, DecoderGraph, state_input, state_output
+from rfengine.export.decoder_graphs import LATENTS, PIXELS, DecoderGraph, state_input, state_output
 from rfengine.models.vae import WanVAE
 from tensorrt_checks.small_export import random_vae
 

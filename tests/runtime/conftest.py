@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from torch.onnx import ONNXProgram
 
-from rfengine.models.decoder_graphs import DecoderGraph
+from rfengine.export.decoder_graphs import DecoderGraph
+from rfengine.export.onnx_export import STAGES, ExportSpec, Stage, export_graph, vae_fingerprint, write_onnx
 from rfengine.models.vae import WanVAE
-from rfengine.runtime.onnx_export import STAGES, ExportSpec, Stage, export_graph, vae_fingerprint, write_onnx
 from tensorrt_checks.small_export import GRID, LATENTS, VAE, write_checkpoint
 
 

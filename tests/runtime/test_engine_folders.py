@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rfengine.checkpoint.directories import checkpoint_directory
-from rfengine.runtime import engine_folders as module
-from rfengine.runtime.engine_folders import engine_folders, export_folder
+from rfengine.export import engine_folders as module
+from rfengine.export.engine_folders import engine_folders, export_folder
 
 MARK = "0123456789abcdef" * 4
 

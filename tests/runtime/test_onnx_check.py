@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rfengine.runtime import onnx_check
-from rfengine.runtime.onnx_check import check_in_onnxruntime
+from rfengine.export import onnx_check
+from rfengine.export.onnx_check import check_in_onnxruntime
 from tensorrt_checks.small_export import GRID, LATENTS, random_vae
 
 onnx = pytest.importorskip("onnx")

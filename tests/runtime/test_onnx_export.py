@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from rfengine.checkpoint.loader import save_weights
-from rfengine.models.decoder_graphs import DecoderGraph
-from rfengine.runtime import onnx_export
-from rfengine.runtime.onnx_export import (
+from rfengine.export import onnx_export
+from rfengine.export.decoder_graphs import DecoderGraph
+from rfengine.export.onnx_export import (
     STAGES,
     ExportSpec,
     export_graph,

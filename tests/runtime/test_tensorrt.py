@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from rfengine.export import tensorrt_decoder as tensorrt_module
+from rfengine.export.decoder_graphs import DecoderGraph
+from rfengine.export.engine_folders import engine_folders
+from rfengine.export.onnx_export import STAGES, export_graph, write_onnx
+from rfengine.export.tensorrt_decoder import TensorRTDecoder
+from rfengine.export.tensorrt_engine import build_engine
 from rfengine.models.decoder import reset_state
-from rfengine.models.decoder_graphs import DecoderGraph
 from rfengine.ops import REFERENCE_OPS
-from rfengine.runtime import tensorrt as tensorrt_module
-from rfengine.runtime.engine_folders import engine_folders
-from rfengine.runtime.onnx_export import STAGES, export_graph, write_onnx
-from rfengine.runtime.tensorrt import TensorRTDecoder
-from rfengine.runtime.tensorrt_engine import build_engine
 from tensorrt_checks.fake import RecordedCall, install
 from tensorrt_checks.small_export import GRID, LATENTS, VAE, noise
 

@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from rfengine.runtime import tensorrt_api
-from rfengine.runtime.tensorrt_api import import_tensorrt, make_logger, network_flags, torch_dtypes
+from rfengine.export import tensorrt_api
+from rfengine.export.tensorrt_api import import_tensorrt, make_logger, network_flags, torch_dtypes
 from tensorrt_checks import fake
 
 # protocol by the class of TensorRT that it stands for

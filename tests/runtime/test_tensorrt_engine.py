@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rfengine.checkpoint.tensor_file import read_header
-from rfengine.runtime.onnx_export import STAGES
-from rfengine.runtime.tensorrt_api import import_tensorrt
-from rfengine.runtime.tensorrt_engine import EngineTarget, build_engine, read_engine
+from rfengine.export.onnx_export import STAGES
+from rfengine.export.tensorrt_api import import_tensorrt
+from rfengine.export.tensorrt_engine import EngineTarget, build_engine, read_engine
 from tensorrt_checks.fake import install
 
 CPU = torch.device("cpu")

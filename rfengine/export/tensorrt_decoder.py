@@ -18,14 +18,10 @@ from torch import Tensor
 from rfengine.checkpoint.loader import read_config
 from rfengine.config import VAEConfig
 from rfengine.cuda_graph import CapturedCall
-from rfengine.grid import LatentGrid
-from rfengine.models.decoder import FrameLayout
-from rfengine.models.decoder_graphs import LATENTS, PIXELS, DecoderGraph, state_input, state_output
-from rfengine.models.vae import DecoderState, WanVAE
-from rfengine.ops import choose_ops
-from rfengine.runtime.engine_folders import engine_folders
-from rfengine.runtime.onnx_export import DTYPES, STAGES, ExportSpec, Precision, Stage, vae_fingerprint
-from rfengine.runtime.tensorrt_api import (
+from rfengine.export.decoder_graphs import LATENTS, PIXELS, DecoderGraph, state_input, state_output
+from rfengine.export.engine_folders import engine_folders
+from rfengine.export.onnx_export import DTYPES, STAGES, ExportSpec, Precision, Stage, vae_fingerprint
+from rfengine.export.tensorrt_api import (
     CudaEngine,
     ExecutionContext,
     TensorRT,
@@ -33,7 +29,11 @@ from rfengine.runtime.tensorrt_api import (
     make_logger,
     torch_dtypes,
 )
-from rfengine.runtime.tensorrt_engine import EngineTarget, read_engine
+from rfengine.export.tensorrt_engine import EngineTarget, read_engine
+from rfengine.grid import LatentGrid
+from rfengine.models.decoder import FrameLayout
+from rfengine.models.vae import DecoderState, WanVAE
+from rfengine.ops import choose_ops
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import torch
 
 from rfengine.checkpoint.loader import read_safetensors, save_weights
 from rfengine.checkpoint.tensor_file import read_header
-from rfengine.runtime.onnx_export import ExportSpec, Stage, read_onnx, write_whole
-from rfengine.runtime.tensorrt_api import TensorRT, import_tensorrt, make_logger, network_flags
+from rfengine.export.onnx_export import ExportSpec, Stage, read_onnx, write_whole
+from rfengine.export.tensorrt_api import TensorRT, import_tensorrt, make_logger, network_flags
 
 WORKSPACE_BYTES = 8 << 30  # what a tactic may take while it is tried and when it runs
 _ENGINE = "engine"  # the tensor in the file

@@ -21,9 +21,9 @@ import torch
 
 from rfengine.checkpoint.loader import fingerprint
 from rfengine.config import Pixels, VAEConfig, to_dict
+from rfengine.export.decoder_graphs import DecoderGraph
 from rfengine.files import replaced
 from rfengine.limits import Range, check_fields
-from rfengine.models.decoder_graphs import DecoderGraph
 
 if TYPE_CHECKING:
     from onnx import ModelProto

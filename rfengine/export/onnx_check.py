@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from rfengine.models.decoder_graphs import PIXELS, DecoderGraph, state_output
+from rfengine.export.decoder_graphs import PIXELS, DecoderGraph, state_output
+from rfengine.export.onnx_export import STAGES, export_graph, missing_packages
 from rfengine.models.vae import WanVAE
-from rfengine.runtime.onnx_export import STAGES, export_graph, missing_packages
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
