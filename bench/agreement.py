@@ -25,7 +25,7 @@ from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.pipeline import Pipeline
 from rfengine.runtime.chunk_runner import ChunkRunner
-from rfengine.runtime.switches import runtime_switches
+from rfengine.runtime.options import runtime_switches
 from rfengine.schedule import FlowSchedule, chunk_noise
 
 SEED = 11

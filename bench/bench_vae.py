@@ -52,7 +52,7 @@ from rfengine.evaluation.throughput_options import Switch
 from rfengine.grid import LatentGrid
 from rfengine.limits import Range, check_options
 from rfengine.models.streaming_decoder import FP8_TIER
-from rfengine.runtime.full_decoder import drawn_clip, psnr_db
+from rfengine.runtime.decoders import drawn_clip, psnr_db
 
 CHECKED_CHUNKS = 3
 WARM_UP_CHUNKS = 3  # the first of a video, one like all others, one that is recorded

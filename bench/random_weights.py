@@ -14,7 +14,7 @@ from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.pipeline import Pipeline, tuned_ops
-from rfengine.runtime.full_decoder import open_full_decoder
+from rfengine.runtime.decoders import open_full_decoder
 
 SEED = 0
 BIAS_SCALE = 0.02

@@ -37,7 +37,7 @@ from rfengine.cli.process import run_process
 from rfengine.evaluation.throughput_options import ThroughputOptions
 from rfengine.limits import check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
-from rfengine.runtime.switches import runtime_switches
+from rfengine.runtime.options import runtime_switches
 
 PROFILED_CHUNKS = 3
 CHUNKS_A_ROUND = 5

@@ -24,7 +24,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
-from rfengine.runtime.full_decoder import FP8_CAPABILITY, decoder_ops
+from rfengine.runtime.decoders import FP8_CAPABILITY, decoder_ops
 
 Decode = Callable[[Tensor], Tensor]
 OURS, PLAIN, BY_LATENT = "rfengine", "plain, chunk by chunk", "plain, latent by latent"

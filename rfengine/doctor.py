@@ -33,7 +33,7 @@ from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, choose_ops
 from rfengine.ops.backends import backend_reasons
 from rfengine.pipeline import VAE_TIERS
-from rfengine.runtime.switches import runtime_switches
+from rfengine.runtime.options import runtime_switches
 from rfengine.tuning.autotune import cached_decisions
 
 MIB = 2**20

@@ -27,8 +27,8 @@ from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeLane
-from rfengine.runtime.full_decoder import open_full_decoder, require_psnr
-from rfengine.runtime.switches import decode_device, runtime_switches
+from rfengine.runtime.decoders import open_full_decoder, require_psnr
+from rfengine.runtime.options import decode_device, runtime_switches
 from rfengine.runtime.turns import Turns
 from rfengine.schedule import FlowSchedule, as_seed
 from rfengine.snapshot import Snapshot

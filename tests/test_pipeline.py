@@ -290,7 +290,7 @@ def test_the_tiny_decoder_makes_frames_of_a_lower_tier(saved):
 def test_ops_are_those_that_won_where_autotune_is_on(saved, monkeypatch):
     from rfengine import pipeline
     from rfengine.config import RuntimeConfig
-    from rfengine.runtime.switches import Switch, runtime_switches
+    from rfengine.runtime.options import Switch, runtime_switches
     from rfengine.tuning import autotune
 
     asked = []

@@ -27,7 +27,7 @@ from torch import Tensor
 from rfengine.config import PRESETS
 from rfengine.evaluation.throughput_options import ThroughputOptions
 from rfengine.models.streaming_decoder import StreamingDecoder
-from rfengine.runtime.switches import Switch
+from rfengine.runtime.options import Switch
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = ThroughputOptions(device="cpu", model="tiny", height=32, width=32, chunks=3)

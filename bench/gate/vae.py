@@ -31,7 +31,7 @@ from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import choose_ops
 from rfengine.ops.backends import backend_reasons
-from rfengine.runtime.full_decoder import psnr_db
+from rfengine.runtime.decoders import psnr_db
 from rfengine.tuning.timing import capture_calls
 
 BENCH = Path(__file__).resolve().parents[1]

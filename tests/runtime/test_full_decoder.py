@@ -20,8 +20,8 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
 from rfengine.pipeline import Pipeline
-from rfengine.runtime import full_decoder
-from rfengine.runtime.full_decoder import (
+from rfengine.runtime import decoders as full_decoder
+from rfengine.runtime.decoders import (
     LEAST_PSNR_DB,
     decoded_psnr,
     decoder_ops,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rfengine.config import RuntimeConfig
-from rfengine.runtime.switches import decode_device, runtime_switches
+from rfengine.runtime.options import decode_device, runtime_switches
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -19,7 +19,7 @@ from rfengine.models.decoder import FrameDecoder
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import RGB_CHANNELS, WanVAE
 from rfengine.ops import Ops, choose_ops
-from rfengine.runtime.switches import runtime_switches
+from rfengine.runtime.options import runtime_switches
 
 logger = logging.getLogger(__name__)
 LEAST_PSNR_DB = 45.0
