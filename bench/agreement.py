@@ -20,9 +20,9 @@ from chunk_times import recorded_chunks
 from torch import Tensor, nn
 
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.evaluation.parity import relative_error, tolerance
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
+from rfengine.parity.replay import relative_error, tolerance
 from rfengine.pipeline import Pipeline
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.options import runtime_switches

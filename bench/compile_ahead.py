@@ -29,12 +29,12 @@ from torch import nn
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import EngineConfig, WanConfig
-from rfengine.evaluation.parity import replay
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import OP_NAMES, Ops, backends
+from rfengine.parity.replay import replay
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
 

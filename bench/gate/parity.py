@@ -10,8 +10,8 @@ from gate.part import Item, Setting
 from gate.record import Result
 
 from rfengine.config import Backend, DTypeName
-from rfengine.evaluation.parity import replay
 from rfengine.ops.backends import backend_reasons
+from rfengine.parity.replay import replay
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 BACKENDS: tuple[Backend, ...] = ("reference", "triton", "native", "cudnn", "flash")

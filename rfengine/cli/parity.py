@@ -28,8 +28,8 @@ class ParityOptions:
 
 
 def run(options: ParityOptions) -> int:
-    from rfengine.evaluation.parity import replay
     from rfengine.ops import choose_ops
+    from rfengine.parity.replay import replay
 
     if not options.files:
         raise ValueError("0 files are given; name at least one golden file")

@@ -63,7 +63,7 @@ def test_every_file_gets_its_line_whatever_goes_wrong(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("rfengine.evaluation.parity.replay", fail)
+    monkeypatch.setattr("rfengine.parity.replay.replay", fail)
     assert cli.main(["parity", "one", "two"]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["file"] for line in lines] == ["one", "two"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rfengine.checkpoint.loader import read_safetensors, save_weights
-from rfengine.evaluation.golden_file import GoldenFile
+from rfengine.parity.golden_file import GoldenFile
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("*.safetensors"))

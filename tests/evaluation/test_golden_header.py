@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rfengine.checkpoint.tensor_file import read_header
-from rfengine.evaluation.golden_header import check_golden_header, parse_golden_header
+from rfengine.parity.golden_header import check_golden_header, parse_golden_header
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("*.safetensors"))

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import EMASink
 from rfengine.config import CacheConfig, ScheduleConfig, WanConfig
-from rfengine.evaluation.parity import ParityReport, relative_error, replay, tolerance
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import ChannelNorm
 from rfengine.ops import reference
+from rfengine.parity.replay import ParityReport, relative_error, replay, tolerance
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
 

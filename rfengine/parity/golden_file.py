@@ -16,7 +16,7 @@ from rfengine.checkpoint.layouts import Part, engine_names, list_names
 from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, expected_shapes, infer_config
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors, read_header
 from rfengine.config import VAEConfig, to_dict
-from rfengine.evaluation.golden_header import check_golden_header, parse_golden_header
+from rfengine.parity.golden_header import check_golden_header, parse_golden_header
 
 PARTS: dict[str, Part] = {"causal": "transformer", "vae": "vae", "umt5": "text_encoder"}
 # Axes of every t.* by kind: of those that must be there, and of those that may.

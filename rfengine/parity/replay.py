@@ -17,7 +17,6 @@ from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import Backend, CacheConfig, DTypeName, ScheduleConfig, VAEConfig, WanConfig
-from rfengine.evaluation.golden_file import GoldenFile
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder
 from rfengine.models.dit import WanDiT
@@ -25,6 +24,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops
+from rfengine.parity.golden_file import GoldenFile
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
 
