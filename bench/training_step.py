@@ -33,9 +33,9 @@ from rfengine.limits import Range, check_options
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.training.build import build_stage
+from rfengine.training.config import Precision, TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.resources import plan_resources
-from rfengine.training.train_config import Precision, TrainConfig
 
 _PASSES = ("forward_chunk", "context_pass", "forward_clip", "text_keys_values", "modulation")
 _SIDE = 2048  # of the matrices whose product gives the rate

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageSequence
 from torch.nn import functional
 
-from rfengine.training.toy_world import BACKGROUNDS, WorldConfig, background_image
+from rfengine.toy.world import BACKGROUNDS, WorldConfig, background_image
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_ERROR = 0.02  # mean of the difference of a frame, of 1; the 32 colours of the file cost 0.0163

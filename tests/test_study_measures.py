@@ -11,8 +11,8 @@ from study.streams import sink_names, split_sink_names, true_video, with_sink
 from study.units import unit
 
 from rfengine.config import PRESETS
-from rfengine.training.toy_reward import ToyReward
-from rfengine.training.toy_world import WorldConfig, caption, sample_scenes
+from rfengine.toy.reward import ToyReward
+from rfengine.toy.world import WorldConfig, caption, sample_scenes
 
 
 def test_energy_distance_of_points_on_a_line() -> None:

@@ -10,8 +10,8 @@ import torch
 import rfengine
 from rfengine import Pipeline
 from rfengine.config import RuntimeConfig
-from rfengine.training.toy_detector import detect, score
-from rfengine.training.toy_world import Scene, WorldConfig, caption, sample_scenes
+from rfengine.toy.detector import detect, score
+from rfengine.toy.world import Scene, WorldConfig, caption, sample_scenes
 
 MOVING = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
 

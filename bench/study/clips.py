@@ -13,17 +13,16 @@ from torch import Tensor
 
 from rfengine.evaluation.dynamics import measure_dynamics
 from rfengine.ops import choose_ops
-from rfengine.training.autoencoder import as_clips
+from rfengine.toy.data import negative_states
+from rfengine.toy.detector import detect, score
+from rfengine.toy.reward import ToyReward
+from rfengine.toy.world import Scene, WorldConfig, caption, open_caption, sample_scenes
 from rfengine.training.checkpoint_parts import base_engine, load_transformer, load_vae, text_states_of
 from rfengine.training.recipes import toy_dmd
 from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.stages import seeded
-from rfengine.training.toy_data import negative_states
-from rfengine.training.toy_detector import detect, score
-from rfengine.training.toy_reward import ToyReward
-from rfengine.training.toy_world import Scene, WorldConfig, caption, open_caption, sample_scenes
 from rfengine.training.trajectories import follow_flow
-from rfengine.video import frames_from_pixels
+from rfengine.video import as_clips, frames_from_pixels
 
 CAPTION_SEED = 29
 _BATCH = 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rfengine.training.train_config import Precision
+from rfengine.training.config import Precision
 
 
 @dataclass(frozen=True)

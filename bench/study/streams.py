@@ -19,10 +19,10 @@ from rfengine.evaluation.dynamics import measure_dynamics
 from rfengine.evaluation.toy_accuracy import toy_accuracy
 from rfengine.evaluation.video_frames import ChunkGrid
 from rfengine.ops import choose_ops
+from rfengine.toy.reward import ToyReward
+from rfengine.toy.world import START_JITTER, Scene, WorldConfig, caption, render, sample_scenes
 from rfengine.training.checkpoint_parts import base_engine, load_transformer, load_vae, text_states_of
 from rfengine.training.rollout import decode_chunks, roll_out
-from rfengine.training.toy_reward import ToyReward
-from rfengine.training.toy_world import START_JITTER, Scene, WorldConfig, caption, render, sample_scenes
 from rfengine.video import frames_from_pixels
 
 CAPTION_SEED = 31

@@ -12,20 +12,21 @@ from study.setting import Setting
 from study.size import seeded_name
 from study.tables import SHIPPED, WITHOUT_EVICTION
 
+from recipes.tiny.run import MINUTES, Options, load_transformer, run_stage
+from recipes.tiny.stage_run import StageRun
+from recipes.tiny.videos import encode_dataset
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_safetensors
 from rfengine.config import to_dict
 from rfengine.models.text_encoder import build_umt5
+from rfengine.toy.data import save_dataset
 from rfengine.training.build import build_stage
 from rfengine.training.checkpoint_parts import base_engine, export_checkpoint, load_vae
-from rfengine.training.latent_dataset import encode_dataset, save_dataset
+from rfengine.training.checkpoints import locked_run
+from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd, toy_re_dmd, toy_re_dmd_no_eviction, toy_teacher
 from rfengine.training.samples import averaged_state
-from rfengine.training.stage_run import StageRun
-from rfengine.training.tiny_model import MINUTES, Options, load_transformer, run_stage
-from rfengine.training.train_config import TrainConfig
-from rfengine.training.train_state import locked_run
 from rfengine.training.trainer import Trainer
 
 _BASE = "tiny"  # whose VAE and text encoder the whole study uses

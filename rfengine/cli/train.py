@@ -14,8 +14,8 @@ from tyro.conf import Positional
 from rfengine.cli.terminal import find_device
 from rfengine.memory import free_memory
 from rfengine.training import recipes
+from rfengine.training.config import Parallelism, Precision, TrainConfig
 from rfengine.training.cpu_arithmetic import multiplies_bfloat16
-from rfengine.training.train_config import Parallelism, Precision, TrainConfig
 
 if TYPE_CHECKING:
     from rfengine.training.parallel import Ranks
@@ -138,8 +138,8 @@ def _run_directory(options: TrainOptions) -> Path:
 def _train(
     config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, options: TrainOptions
 ) -> None:
+    from rfengine.training.checkpoints import locked_run
     from rfengine.training.resources import plan_resources
-    from rfengine.training.train_state import locked_run
 
     plan = plan_resources(config, ranks.count, device.type)
     if ranks.rank == 0:
@@ -164,7 +164,7 @@ def _train_to_the_end(
     from rfengine.checkpoint.loader import save_weights
     from rfengine.training.build import build_stage
     from rfengine.training.checkpoint_parts import export_checkpoint
-    from rfengine.training.lora_layers import lora_weights, merged_weights
+    from rfengine.training.lora import lora_weights, merged_weights
     from rfengine.training.samples import SampleWriter, averaged_state
     from rfengine.training.trainer import Trainer
 

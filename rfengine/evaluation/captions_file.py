@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rfengine.evaluation.video_report import Captions
 from rfengine.files import read_text, strict_json
-from rfengine.training.toy_reward import parse_caption
+from rfengine.toy.captions import parse_caption
 
 _MOST_BYTES = 64 * 2**20
 

@@ -14,9 +14,10 @@ from rfengine.evaluation.video_frames import (
     split_ranges,
     windows,
 )
-from rfengine.training.toy_detector import detect, score
-from rfengine.training.toy_reward import CaptionFacts, ToyReward, parse_caption
-from rfengine.training.toy_world import SPEEDS, Scene, SceneObject, WorldConfig
+from rfengine.toy.captions import CaptionFacts, parse_caption
+from rfengine.toy.detector import detect, score
+from rfengine.toy.reward import ToyReward
+from rfengine.toy.world import SPEEDS, Scene, SceneObject, WorldConfig
 
 if TYPE_CHECKING:
     from numpy import ndarray

@@ -13,17 +13,20 @@ from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.ops import Ops, choose_ops, default_choice
 from rfengine.prompts import read_prompts
+from rfengine.toy.data import LatentDataset, ToyClips, ToyPrompts, load_dataset, negative_states
+from rfengine.toy.reward import ToyReward
 from rfengine.training.checkpoint_parts import Encode, load_transformer, load_vae, text_states_of
-from rfengine.training.differentiable_ops import DifferentiableOps
+from rfengine.training.config import TrainConfig
+from rfengine.training.data import FilePrompts, LatentClips
 from rfengine.training.distillation import (
     Distillation,
     DistillationModels,
     PromptBatch,
     StudentLoss,
 )
-from rfengine.training.latent_dataset import LatentDataset, load_dataset
-from rfengine.training.lora_layers import add_adapters
-from rfengine.training.memory_savers import recompute_blocks
+from rfengine.training.lora import add_adapters
+from rfengine.training.memory import recompute_blocks
+from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks, shard
 from rfengine.training.reward import MotionReward, WeightedSum
 from rfengine.training.stages import (
@@ -38,10 +41,6 @@ from rfengine.training.stages import (
     casting,
     seeded,
 )
-from rfengine.training.toy_data import ToyClips, ToyPrompts, negative_states
-from rfengine.training.toy_reward import ToyReward
-from rfengine.training.train_config import TrainConfig
-from rfengine.training.training_data import FilePrompts, LatentClips
 from rfengine.training.trajectories import TrajectoryFile, follow_flow, make_trajectories
 from rfengine.training.video_reward import VideoReward
 
@@ -132,7 +131,7 @@ def _clips(config: TrainConfig, encode: Encode, device: torch.device) -> Clips:
     if not path.is_file():
         raise ValueError(
             f"the clips {path} do not exist; give the toy world's file, which `python -m "
-            "rfengine.training.tiny_model --stage videos` makes, or a directory of latents"
+            "recipes.tiny.run --stage videos` makes, or a directory of latents"
         )
     return ToyClips(_toy_dataset(path, config), config.clip_frames, config.engine.cache.chunk_frames)
 

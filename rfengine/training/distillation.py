@@ -20,7 +20,7 @@ from rfengine.limits import Range, check_fields
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.schedule import add_noise
-from rfengine.training.memory_savers import on_device
+from rfengine.training.memory import on_device
 from rfengine.training.re_dmd import (
     critic_loss,
     distribution_loss,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rfengine.config import PRESETS, EngineConfig
+from rfengine.training.config import AdamConfig, TrainConfig
 from rfengine.training.distillation import DistillationConfig
 from rfengine.training.rollout import RolloutConfig
-from rfengine.training.train_config import AdamConfig, TrainConfig
 
 _TOY_FRAMES = 9  # latent frames of the toy teacher's clips: three chunks, 33 pixel frames from the start
 _TOY_TEACHER = "runs/toy_study/teacher/checkpoint"

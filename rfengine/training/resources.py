@@ -18,7 +18,7 @@ from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
-from rfengine.training.train_config import TrainConfig
+from rfengine.training.config import TrainConfig
 
 _KEPT_OF_WIDTH, _KEPT_OF_FFN = 18, 2  # tensors of a block that backward reads
 _ARENAS = 3  # raw keys, rotated keys, values

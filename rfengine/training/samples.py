@@ -10,15 +10,15 @@ from torch import Tensor
 
 from rfengine.ops import choose_ops
 from rfengine.prompts import read_prompts
+from rfengine.toy.data import negative_states
+from rfengine.toy.world import WorldConfig, caption, sample_scenes
 from rfengine.training.checkpoint_parts import load_transformer, load_vae, text_states_of
-from rfengine.training.lora_layers import merged_weights
+from rfengine.training.config import TrainConfig
+from rfengine.training.data import latent_prompt
+from rfengine.training.lora import merged_weights
 from rfengine.training.parallel import Ranks, full_tensors
 from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.stages import TrainingStage, seeded
-from rfengine.training.toy_data import negative_states
-from rfengine.training.toy_world import WorldConfig, caption, sample_scenes
-from rfengine.training.train_config import TrainConfig
-from rfengine.training.training_data import latent_prompt
 from rfengine.training.trajectories import follow_flow
 from rfengine.video import VideoWriter, frames_from_pixels
 

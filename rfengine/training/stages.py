@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule, add_noise, shifted
+from rfengine.training.config import AdamConfig, Precision, TrainConfig
 from rfengine.training.distillation import Distillation, PromptBatch, StudentLoss
 from rfengine.training.parallel import Ranks, full
-from rfengine.training.stage_run import WeightAverage
-from rfengine.training.train_config import AdamConfig, Precision, TrainConfig
+from rfengine.training.weight_average import WeightAverage
 
 Figures = dict[str, float]
 

@@ -12,10 +12,10 @@ from types import FrameType
 
 from rfengine.config import to_dict
 from rfengine.stop_signals import stop_signals
+from rfengine.training.checkpoints import CheckpointDirectory, TrainState
+from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import Figures, TrainingStage
-from rfengine.training.train_config import TrainConfig
-from rfengine.training.train_state import CheckpointDirectory, TrainState
 from rfengine.training.training_log import TrainingLog
 
 logger = logging.getLogger(__name__)

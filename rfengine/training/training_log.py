@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rfengine.training.config import TrainConfig
 from rfengine.training.log_file import LOG_FILE, keep_until
 from rfengine.training.stages import Figures
-from rfengine.training.train_config import TrainConfig
 
 
 class TrainingLog:

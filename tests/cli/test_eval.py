@@ -19,7 +19,7 @@ from rfengine import cli
 from rfengine.cli import eval as evaluate
 from rfengine.evaluation import video_report
 from rfengine.files import locked
-from rfengine.training.toy_world import WorldConfig, caption
+from rfengine.toy.world import WorldConfig, caption
 from rfengine.video import Video
 
 

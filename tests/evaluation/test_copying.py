@@ -7,7 +7,7 @@ import pytest
 from evaluation_checks.distortions import CLIPS, SCENE, copied_start, distorted, textured_clip, toy_clip
 from rfengine.evaluation.copying import SinkTrace, measure_copying, trace_sink
 from rfengine.evaluation.video_frames import NotMeasurableError
-from rfengine.training.toy_world import Scene
+from rfengine.toy.world import Scene
 
 
 def independent(clip: str) -> list[SinkTrace]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rfengine.evaluation.optical_flow import OpticalFlow, moving_speed, optical_flow
-from rfengine.training.toy_world import DIRECTIONS, SPEEDS, Scene, SceneObject, WorldConfig, render
+from rfengine.toy.world import DIRECTIONS, SPEEDS, Scene, SceneObject, WorldConfig, render
 
 
 def texture(side: int = 80) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from evaluation_checks.distortions import CLIPS, as_frames, distorted, loop, noise_ramp, pulse, textured_clip
 from rfengine.evaluation.repetition import measure_repetition
 from rfengine.evaluation.video_frames import NotMeasurableError
-from rfengine.training.toy_world import Scene, SceneObject, render
+from rfengine.toy.world import Scene, SceneObject, render
 
 clips = pytest.mark.parametrize("clip", CLIPS)
 

@@ -10,8 +10,8 @@ import torch
 from evaluation_checks.distortions import as_frames, textured_clip, toy_clip
 from rfengine.evaluation.toy_accuracy import toy_accuracy
 from rfengine.evaluation.video_frames import NotMeasurableError
-from rfengine.training.toy_detector import ATTRIBUTES
-from rfengine.training.toy_world import (
+from rfengine.toy.detector import ATTRIBUTES
+from rfengine.toy.world import (
     Scene,
     SceneObject,
     WorldConfig,

@@ -9,7 +9,7 @@ from evaluation_checks.distortions import SCENE, as_frames, distorted, textured_
 from rfengine.evaluation.report import METRICS
 from rfengine.evaluation.video_frames import ChunkGrid
 from rfengine.evaluation.video_report import MeasureOptions, measure_video, with_copying
-from rfengine.training.toy_world import Scene, SceneObject, WorldConfig, caption, render
+from rfengine.toy.world import Scene, SceneObject, WorldConfig, caption, render
 
 FEW = MeasureOptions(flow_pairs=2)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rfengine.training.toy_world import Scene, SceneObject, WorldConfig, render
+from rfengine.toy.world import Scene, SceneObject, WorldConfig, render
 
 WORLD = WorldConfig(48, 176)  # wide, so that what moves sideways does not come back within a clip
 SCENE = Scene((SceneObject("red", "square", "large"),), "moving", "fast", "right", "dotted wall")

@@ -11,7 +11,7 @@ from inputs import relative_error, small_model, text_states
 from rfengine.config import WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import Ops, choose_ops
-from rfengine.training.differentiable_ops import DifferentiableOps
+from rfengine.training.ops import DifferentiableOps
 from rfengine.training.rollout import RolloutConfig, RolloutPlan, self_forced_rollout
 from training_checks.small_distillation import ENGINE
 

@@ -2,18 +2,17 @@ import dataclasses
 
 import torch
 
-from rfengine.config import PRESETS
-from rfengine.models.vae import WanVAE
-from rfengine.training.autoencoder import (
+from recipes.tiny.vae import (
     _states_after,
-    as_clips,
-    as_model_pixels,
     evaluate_autoencoder,
     sample_clips,
     train_autoencoder,
     with_measured_statistics,
 )
-from rfengine.training.toy_world import is_held_out
+from rfengine.config import PRESETS
+from rfengine.models.vae import WanVAE
+from rfengine.toy.world import is_held_out
+from rfengine.video import as_clips, as_model_pixels
 
 CONFIG = dataclasses.replace(PRESETS["tiny"].vae, base_dim=4, dim_mult=(1, 1, 1, 1))
 

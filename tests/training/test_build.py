@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.toy.world import WorldConfig, caption, sample_scenes
 from rfengine.training.build import build_reward, build_stage, held_out_score
 from rfengine.training.checkpoint_parts import base_engine, text_states_of
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_re_dmd, wan_1_3b_reward_forcing
 from rfengine.training.rollout import RolloutConfig
-from rfengine.training.toy_world import WorldConfig, caption, sample_scenes
 
 CPU = torch.device("cpu")
 CAPTION = caption(sample_scenes(1, 0, WorldConfig(), "train")[0])

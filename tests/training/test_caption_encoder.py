@@ -1,8 +1,8 @@
 import torch
 
+from recipes.tiny.text_encoder import LABELS, scene_labels, text_states, train_caption_encoder
 from rfengine.config import PRESETS
-from rfengine.training.caption_encoder import LABELS, scene_labels, text_states, train_caption_encoder
-from rfengine.training.toy_world import Scene, SceneObject, WorldConfig, caption, sample_scenes
+from rfengine.toy.world import Scene, SceneObject, WorldConfig, caption, sample_scenes
 
 
 def test_labels_name_every_attribute_and_the_missing_second_object():

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from recipes.tiny.chunked_attention import ChunkedAttentionOps
+from recipes.tiny.transformer import LAYOUTS, Segment, layout_mask
 from rfengine.ops import REFERENCE_OPS
-from rfengine.training.chunked_attention import ChunkedAttentionOps
-from rfengine.training.teacher_forcing import LAYOUTS, Segment, layout_mask
 
 
 def assert_agree(query_tokens: int, key_tokens: int, chunk_tokens: int, mask: torch.Tensor | None) -> None:

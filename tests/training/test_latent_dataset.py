@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from recipes.tiny.stage_run import StageRun
+from recipes.tiny.videos import encode_dataset, foreground_cells
 from rfengine.config import PRESETS
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.vae import WanVAE
-from rfengine.training.latent_dataset import encode_dataset, foreground_cells, load_dataset, save_dataset
-from rfengine.training.stage_run import StageRun
-from rfengine.training.toy_world import Scene, SceneObject, render
+from rfengine.toy.data import load_dataset, save_dataset
+from rfengine.toy.world import Scene, SceneObject, render
 
 VAE_CONFIG = dataclasses.replace(PRESETS["tiny"].vae, base_dim=4, dim_mult=(1, 1, 1, 1))
 

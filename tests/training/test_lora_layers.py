@@ -9,7 +9,7 @@ from inputs import SMALL, small_model, text_states
 from rfengine.checkpoint.lora import merge_lora
 from rfengine.checkpoint.lora_names import parse_lora
 from rfengine.models.dit import WanDiT
-from rfengine.training.lora_layers import add_adapters, lora_weights, merged_weights
+from rfengine.training.lora import add_adapters, lora_weights, merged_weights
 
 
 def flow(model: WanDiT) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from inputs import SMALL, small_model, text_states
-from rfengine.training.memory_savers import on_device, recompute_blocks
+from rfengine.training.memory import on_device, recompute_blocks
 
 
 def gradients(recomputed: bool) -> tuple[dict[str, torch.Tensor], int]:

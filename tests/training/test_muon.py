@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from rfengine.training.muon import Muon, orthogonalise
+from recipes.tiny.muon import Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 48), (1, 24, 72), (3, 72, 24)])

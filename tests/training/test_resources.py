@@ -15,7 +15,7 @@ from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.training import recipes
-from rfengine.training.lora_layers import add_adapters, lora_weights
+from rfengine.training.lora import add_adapters, lora_weights
 from rfengine.training.resources import (
     _block_activations,
     adapter_parameters,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rfengine.toy.reward import ToyReward
+from rfengine.toy.world import BACKGROUNDS, Scene, SceneObject, caption, render
 from rfengine.training.reward import GuardConfig, MotionReward, RewardGuard, WeightedSum
-from rfengine.training.toy_reward import ToyReward
-from rfengine.training.toy_world import BACKGROUNDS, Scene, SceneObject, caption, render
 
 FRAMES = torch.zeros(2, 3, 16, 16, 3)
 PROMPTS = ["a", "b"]

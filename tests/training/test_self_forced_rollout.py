@@ -13,7 +13,7 @@ from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfi
 from rfengine.models.embeddings import patchify, rotary_table
 from rfengine.ops.reference import rms_norm, rotate, unpatchify
 from rfengine.schedule import FlowSchedule
-from rfengine.training.differentiable_ops import DifferentiableOps
+from rfengine.training.ops import DifferentiableOps
 from rfengine.training.rollout import RolloutConfig, RolloutPlan, draw_plan, self_forced_rollout
 
 STEPS = (1000, 750, 500)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rfengine.training.stage_run import StageRun, WeightAverage
+from recipes.tiny.stage_run import StageRun
+from rfengine.training.weight_average import WeightAverage
 
 
 def test_a_resumed_run_keeps_its_steps_and_its_clock(tmp_path):

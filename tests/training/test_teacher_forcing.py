@@ -3,13 +3,7 @@ import dataclasses
 import pytest
 import torch
 
-from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.config import PRESETS, CacheConfig, EngineConfig, WanConfig
-from rfengine.grid import LatentGrid
-from rfengine.models.dit import WanDiT
-from rfengine.training.latent_dataset import LatentDataset, save_dataset
-from rfengine.training.parallel import run_workers
-from rfengine.training.teacher_forcing import (
+from recipes.tiny.transformer import (
     LATE,
     LAYOUTS,
     OPENING,
@@ -20,6 +14,12 @@ from rfengine.training.teacher_forcing import (
     layout_weights,
     train_transformer,
 )
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.config import PRESETS, CacheConfig, EngineConfig, WanConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.dit import WanDiT
+from rfengine.toy.data import LatentDataset, save_dataset
+from rfengine.training.parallel import run_workers
 
 CONFIG = dataclasses.replace(
     PRESETS["tiny"],

@@ -3,11 +3,7 @@ import random
 import pytest
 import torch
 
-from rfengine.checkpoint.directories import checkpoint_directory
-from rfengine.checkpoint.loader import read_config
-from rfengine.config import TinyVAEConfig
-from rfengine.models.tiny_vae import TinyVAE
-from rfengine.training.tiny_decoder import (
+from recipes.tiny.decoder import (
     _CONTEXT,
     _WINDOW,
     Teacher,
@@ -15,7 +11,11 @@ from rfengine.training.tiny_decoder import (
     evaluate_tiny_decoder,
     train_tiny_decoder,
 )
-from rfengine.training.toy_world import sample_scenes
+from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.loader import read_config
+from rfengine.config import TinyVAEConfig
+from rfengine.models.tiny_vae import TinyVAE
+from rfengine.toy.world import sample_scenes
 
 CONFIG = TinyVAEConfig(z_dim=8, widths=(8, 8, 4, 4), memory_blocks=1)
 

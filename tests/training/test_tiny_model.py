@@ -3,13 +3,13 @@ import json
 
 import torch
 
+from recipes.tiny.run import export, load_config, load_transformer
 from rfengine.checkpoint.loader import load_part, read_config
 from rfengine.checkpoint.manifest import verify
 from rfengine.config import PRESETS, to_dict
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.vae import WanVAE
-from rfengine.training.tiny_model import export, load_config, load_transformer
 
 
 def write_untrained_run(directory) -> None:

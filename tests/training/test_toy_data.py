@@ -6,9 +6,8 @@ import dataclasses
 
 import torch
 
-from rfengine.training.latent_dataset import LatentDataset
-from rfengine.training.toy_data import ToyClips, ToyPrompts
-from rfengine.training.toy_world import SPEEDS
+from rfengine.toy.data import LatentDataset, ToyClips, ToyPrompts
+from rfengine.toy.world import SPEEDS
 
 DATA = LatentDataset(
     latents=torch.arange(15).half()[None, None, :, None, None].expand(6, 2, 15, 4, 4)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from rfengine.training.toy_detector import ATTRIBUTES, accuracy, detect, score
-from rfengine.training.toy_world import WorldConfig, ground_truth, render, sample_scenes
+from rfengine.toy.detector import ATTRIBUTES, accuracy, detect, score
+from rfengine.toy.world import WorldConfig, ground_truth, render, sample_scenes
 
 EVERY_MOTION = WorldConfig(motion_weights=(3, 1, 1, 1), pair_share=0.25)
 

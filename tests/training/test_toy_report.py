@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import rfengine
+from recipes.tiny.report import report_accuracy, report_stream
 from rfengine.checkpoint.loader import load_part, read_config
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.vae import WanVAE
-from rfengine.training.toy_report import report_accuracy, report_stream
 
 SHIPPED = Path(rfengine.__file__).parent / "weights" / "tiny"
 

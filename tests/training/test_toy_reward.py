@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rfengine.training.toy_reward import ToyReward, parse_caption
-from rfengine.training.toy_world import (
+from rfengine.toy.captions import parse_caption
+from rfengine.toy.reward import ToyReward
+from rfengine.toy.world import (
     SPEEDS,
     Scene,
     SceneObject,

@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from rfengine.training.toy_world import (
+from rfengine.toy.world import (
     BACKGROUNDS,
     DIRECTIONS,
     PALETTE,

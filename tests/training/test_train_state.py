@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from rfengine.training.stage_run import WeightAverage
-from rfengine.training.train_state import CheckpointDirectory, TrainState, locked_run
+from rfengine.training.checkpoints import CheckpointDirectory, TrainState, locked_run
+from rfengine.training.weight_average import WeightAverage
 
 IDENTITY = {"name": "small", "betas": (0.0, 0.5), "seed": 0}
 

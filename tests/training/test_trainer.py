@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from inputs import small_model, text_states
+from rfengine.training.checkpoints import CheckpointDirectory, TrainState
+from rfengine.training.config import AdamConfig, TrainConfig
 from rfengine.training.distillation import Distillation
 from rfengine.training.parallel import Ranks
 from rfengine.training.rollout import RolloutConfig
 from rfengine.training.stages import DistillationStage, TeacherStage, TrajectoryStage, seeded
-from rfengine.training.train_config import AdamConfig, TrainConfig
-from rfengine.training.train_state import CheckpointDirectory, TrainState
 from rfengine.training.trainer import Trainer
 from training_checks.small_distillation import ENGINE, PLAIN, distillation_models
 from training_checks.small_runs import DrawnPrompts

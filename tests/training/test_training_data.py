@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rfengine.checkpoint.loader import save_weights
-from rfengine.training.training_data import FilePrompts, LatentClips
+from rfengine.training.data import FilePrompts, LatentClips
 
 
 def states_of(texts: list[str]) -> torch.Tensor:

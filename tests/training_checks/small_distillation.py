@@ -7,8 +7,8 @@ import torch
 from inputs import SMALL, small_model, text_states
 from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig
 from rfengine.models.vae import WanVAE
-from rfengine.training.differentiable_ops import DifferentiableOps
 from rfengine.training.distillation import DistillationConfig, DistillationModels
+from rfengine.training.ops import DifferentiableOps
 
 ENGINE = EngineConfig(
     name="small",

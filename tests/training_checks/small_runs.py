@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from inputs import text_states
+from rfengine.training.config import AdamConfig, TrainConfig
 from rfengine.training.distillation import Distillation
-from rfengine.training.lora_layers import add_adapters
-from rfengine.training.memory_savers import recompute_blocks
+from rfengine.training.lora import add_adapters
+from rfengine.training.memory import recompute_blocks
 from rfengine.training.parallel import Ranks, full_tensors, shard
 from rfengine.training.rollout import RolloutConfig
 from rfengine.training.stages import DistillationStage
-from rfengine.training.train_config import AdamConfig, TrainConfig
 from rfengine.training.trainer import Trainer
 from training_checks.small_distillation import ENGINE, PLAIN, distillation_models
 

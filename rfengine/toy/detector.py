@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfengine.training.toy_world import (
+from rfengine.toy.world import (
     BACKGROUNDS,
     DIRECTIONS,
     PALETTE,

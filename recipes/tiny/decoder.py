@@ -15,6 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from recipes.tiny.muon import Muon
+from recipes.tiny.stage_run import StageRun
+from recipes.tiny.text_encoder import text_states
+from recipes.tiny.vae import WORLD
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.loader import load_part
 from rfengine.checkpoint.pickle_file import open_pickle
@@ -24,14 +28,12 @@ from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
-from rfengine.training.autoencoder import WORLD, as_clips, as_model_pixels
-from rfengine.training.caption_encoder import text_states
+from rfengine.toy.detector import accuracy
+from rfengine.toy.world import Scene, WorldConfig, caption, render, sample_scenes
 from rfengine.training.cpu_arithmetic import cpu_autocast
-from rfengine.training.muon import Muon
 from rfengine.training.rollout import roll_out
-from rfengine.training.stage_run import StageRun, WeightAverage
-from rfengine.training.toy_detector import accuracy
-from rfengine.training.toy_world import Scene, WorldConfig, caption, render, sample_scenes
+from rfengine.training.weight_average import WeightAverage
+from rfengine.video import as_clips, as_model_pixels
 
 _CLIPS = 160  # of each kind
 _CHUNKS = 5  # of each clip

@@ -1,38 +1,79 @@
-"""Latents of toy-world videos, encoded once, with their text states, so that training does nothing else."""
+"""The toy world as a source of prompts and of clips for the stages of training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.files import replaced
-from rfengine.models.vae import WanVAE
-from rfengine.training.autoencoder import as_model_pixels
-from rfengine.training.caption_encoder import text_states
-from rfengine.training.cpu_arithmetic import cpu_autocast
-from rfengine.training.stage_run import StageRun
-from rfengine.training.toy_world import (
-    Scene,
+from rfengine.toy.world import (
     WorldConfig,
-    background_image,
     caption,
     open_caption,
-    render,
     sample_scenes,
 )
 
-_BATCH = 8
-_REMEDY = "make it again with `python -m rfengine.training.tiny_model --stage videos`"
-_MIN_CHANGE = (
-    0.05  # of the range from 0 to 1: a pixel that differs this much from the background is foreground
-)
+
+def negative_states(text_len: int, text_dim: int) -> Tensor:
+    """The empty text of the toy world: zeros [1, text_len, text_dim]."""
+    return torch.zeros(1, text_len, text_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class ToyPrompts:
+    """Captions of training scenes, open_share of them without their speed.
+
+    encode: texts to states [N, L, D], on the CPU.
+    """
+
+    encode: Callable[[list[str]], Tensor]
+    open_share: float = 0.5
+    world: WorldConfig = WorldConfig()
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
+        seed = int(torch.randint(2**62, (), generator=generator))
+        scenes = sample_scenes(count, seed, self.world, "train")
+        opened = random.Random(seed)
+        texts = [open_caption(s) if opened.random() < self.open_share else caption(s) for s in scenes]
+        return texts, self.encode(texts)
+
+
+@dataclass(frozen=True, slots=True)
+class ToyClips:
+    """Clips of `frames` latent frames out of encoded videos, half of them from the start, the others from a
+    later chunk on; their texts are the caption, with the given shares the caption without its speed or
+    nothing."""
+
+    dataset: LatentDataset
+    frames: int
+    chunk_frames: int
+    open_share: float = 0.3
+    empty_share: float = 0.1
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        data = self.dataset
+        rows = torch.randint(len(data.latents), (count,), generator=generator)
+        choices = random.Random(int(torch.randint(2**62, (), generator=generator)))
+        late = (data.latents.shape[2] - self.frames) // self.chunk_frames
+        clips, states = [], []
+        for row in rows.tolist():
+            start = choices.randint(1, late) * self.chunk_frames if late and choices.random() < 0.5 else 0
+            clips.append(data.latents[row, :, start : start + self.frames].float())
+            kind = choices.random()
+            texts = data.texts if kind >= self.open_share + self.empty_share else data.open_texts
+            known = float(kind >= self.empty_share)
+            states.append(texts[data.text_rows[row]].float() * known)
+        return torch.stack(clips), torch.stack(states)
+
+
+_REMEDY = "make it again with `python -m recipes.tiny.run --stage videos`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,41 +90,6 @@ class LatentDataset:
     texts: Tensor
     open_texts: Tensor
     text_rows: Tensor
-
-
-def encode_dataset(
-    vae: WanVAE, text_model: nn.Module, text_len: int, latent_frames: int, run: StageRun, seed: int
-) -> LatentDataset:
-    """Draw and encode training videos of `latent_frames` until the budget of `run` is used."""
-    frames = 1 + vae.config.temporal_stride * (latent_frames - 1)
-    scenes: list[Scene] = []
-    latents, foreground = [], []
-    while run.progress < 1:
-        drawn = sample_scenes(_BATCH, seed * 1_000_003 + run.step, WorldConfig(), "train")
-        clips = [render(scene, frames) for scene in drawn]
-        with torch.inference_mode(), cpu_autocast():
-            latents.append(vae.encode(as_model_pixels(clips)).half())
-        foreground += [foreground_cells(scene, clip, vae) for scene, clip in zip(drawn, clips, strict=True)]
-        scenes += drawn
-        run.tick(videos=float(len(scenes)))
-    run.log(videos=len(scenes))
-    return LatentDataset(
-        torch.cat(latents), torch.stack(foreground), *encode_captions(scenes, text_model, text_len)
-    )
-
-
-def encode_captions(
-    scenes: Sequence[Scene], text_model: nn.Module, text_len: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """texts, open_texts and text_rows of a LatentDataset of these scenes."""
-    by_caption = {caption(scene): open_caption(scene) for scene in scenes}
-    texts = sorted(by_caption)
-    rows = {text: index for index, text in enumerate(texts)}
-    return (
-        text_states(text_model, texts, text_len).half(),
-        text_states(text_model, [by_caption[text] for text in texts], text_len).half(),
-        torch.tensor([rows[caption(scene)] for scene in scenes]),
-    )
 
 
 def save_dataset(dataset: LatentDataset, path: Path) -> None:
@@ -130,12 +136,3 @@ def _problem(dataset: LatentDataset) -> str:
     if rows.min() < 0 or rows.max() >= len(texts):
         return f"text_rows from {int(rows.min())} to {int(rows.max())} of {len(texts)} texts"
     return ""
-
-
-def foreground_cells(scene: Scene, clip: Tensor, vae: WanVAE) -> Tensor:
-    """Latent cells [F, h, w] (bool) in whose pixels and frames a shape of the clip [T, H, W, 3] is seen."""
-    world = WorldConfig(height=clip.shape[1], width=clip.shape[2])
-    change = (clip - background_image(scene.background, world)).abs().amax(-1) > _MIN_CHANGE
-    cells = F.max_pool2d(change.float()[:, None], vae.config.spatial_stride)[:, 0]
-    later = cells[1:].unflatten(0, (-1, vae.config.temporal_stride)).amax(1)
-    return torch.cat([cells[:1], later]) > 0

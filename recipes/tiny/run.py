@@ -1,6 +1,6 @@
 """Trains the shipped `tiny` checkpoint on the toy world, stage by stage.
 
-`python -m rfengine.training.tiny_model --stage vae`, then text, videos, starts, dit, evaluate, export and, on
+`python -m recipes.tiny.run --stage vae`, then text, videos, starts, dit, evaluate, export and, on
 the exported checkpoint, tiny_decoder;
 docs/tiny_training holds the logs of the run that made the shipped weights.
 """
@@ -17,6 +17,13 @@ from typing import Annotated, Literal
 import torch
 from torch import nn
 
+from recipes.tiny.decoder import Teacher, evaluate_tiny_decoder, train_tiny_decoder
+from recipes.tiny.report import report_accuracy, report_stream
+from recipes.tiny.stage_run import StageRun
+from recipes.tiny.text_encoder import train_caption_encoder
+from recipes.tiny.transformer import train_transformer
+from recipes.tiny.vae import evaluate_autoencoder, train_autoencoder, with_measured_statistics
+from recipes.tiny.videos import encode_dataset
 from rfengine.checkpoint.directories import read_json
 from rfengine.checkpoint.loader import read_config, save_weights, write_config
 from rfengine.checkpoint.manifest import write_manifest
@@ -27,14 +34,8 @@ from rfengine.limits import Range, check_options
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.vae import WanVAE
-from rfengine.training.autoencoder import evaluate_autoencoder, train_autoencoder, with_measured_statistics
-from rfengine.training.caption_encoder import train_caption_encoder
-from rfengine.training.latent_dataset import encode_dataset, save_dataset
+from rfengine.toy.data import save_dataset
 from rfengine.training.parallel import run_workers
-from rfengine.training.stage_run import StageRun
-from rfengine.training.teacher_forcing import train_transformer
-from rfengine.training.tiny_decoder import Teacher, evaluate_tiny_decoder, train_tiny_decoder
-from rfengine.training.toy_report import report_accuracy, report_stream
 
 Stage = Literal["vae", "text", "videos", "starts", "dit", "evaluate", "export", "tiny_decoder"]
 EIGHT_STEPS = (1000, 875, 750, 625, 500, 375, 250, 125)

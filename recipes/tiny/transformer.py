@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from recipes.tiny.chunked_attention import ChunkedAttentionOps
+from recipes.tiny.muon import Muon
+from recipes.tiny.stage_run import StageRun
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import add_noise, shifted
-from rfengine.training.chunked_attention import ChunkedAttentionOps
+from rfengine.toy.data import LatentDataset, load_dataset
 from rfengine.training.cpu_arithmetic import cpu_autocast
-from rfengine.training.latent_dataset import LatentDataset, load_dataset
-from rfengine.training.muon import Muon
 from rfengine.training.parallel import average_over_workers
-from rfengine.training.stage_run import StageRun, WeightAverage
+from rfengine.training.weight_average import WeightAverage
 
 _ADAM_RATE = 1.5e-3
 _MUON_RATE = 0.015

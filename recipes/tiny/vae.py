@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from recipes.tiny.stage_run import StageRun
 from rfengine.config import VAEConfig
 from rfengine.models.vae import DecoderState, EncoderState, WanVAE
+from rfengine.toy.detector import accuracy
+from rfengine.toy.world import Scene, WorldConfig, background_image, render, sample_scenes
 from rfengine.training.cpu_arithmetic import cpu_autocast
 from rfengine.training.parallel import average_over_workers
-from rfengine.training.stage_run import StageRun, WeightAverage
-from rfengine.training.toy_detector import accuracy
-from rfengine.training.toy_world import Scene, WorldConfig, background_image, render, sample_scenes
+from rfengine.training.weight_average import WeightAverage
+from rfengine.video import as_clips, as_model_pixels
 
 WORLD = WorldConfig(motion_weights=(0.7, 0.1, 0.1, 0.1), pair_share=0.15)
 
@@ -76,16 +78,6 @@ def sample_clips(count: int, frames: int, seed: int) -> tuple[list[Scene], Tenso
     ]
     clips = [render(scene, frames, generator.randrange(_LATE_FRAMES), WORLD) for scene in scenes]
     return scenes, as_model_pixels(clips)
-
-
-def as_model_pixels(clips: Sequence[Tensor]) -> Tensor:
-    """Clips [T, H, W, 3] from 0 to 1 -> [B, 3, T, H, W] from -1 to 1."""
-    return torch.stack(list(clips)).permute(0, 4, 1, 2, 3) * 2 - 1
-
-
-def as_clips(pixels: Tensor) -> list[Tensor]:
-    """[B, 3, T, H, W] around -1 to 1 -> clips [T, H, W, 3] from 0 to 1."""
-    return list(((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1))
 
 
 def _foreground_weight(pixels: Tensor, scenes: Sequence[Scene]) -> Tensor:

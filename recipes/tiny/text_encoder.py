@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.tiny.stage_run import StageRun
 from rfengine.config import EngineConfig
 from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
-from rfengine.training.stage_run import StageRun
-from rfengine.training.toy_world import (
+from rfengine.toy.world import (
     BACKGROUNDS,
     DIRECTIONS,
     MOTIONS,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from recipes.tiny.text_encoder import text_states
 from rfengine.config import EngineConfig
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
-from rfengine.training.autoencoder import as_clips
-from rfengine.training.caption_encoder import text_states
+from rfengine.toy.detector import accuracy, detect, score
+from rfengine.toy.world import SPEEDS, Scene, WorldConfig, caption, sample_scenes
 from rfengine.training.rollout import decode_chunks, roll_out
-from rfengine.training.toy_detector import accuracy, detect, score
-from rfengine.training.toy_world import SPEEDS, Scene, WorldConfig, caption, sample_scenes
+from rfengine.video import as_clips
 
 _BATCH = 16
 _PART_SECONDS = 10

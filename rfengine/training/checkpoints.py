@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from rfengine.files import locked
 from rfengine.training.checkpoint_reader import first_cause, read_checkpoint
 from rfengine.training.checkpoint_record import DamagedCheckpointError, check_record, write_record
-from rfengine.training.stage_run import WeightAverage
+from rfengine.training.weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
