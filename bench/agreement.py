@@ -19,10 +19,11 @@ import torch
 from chunk_times import recorded_chunks
 from torch import Tensor, nn
 
+from rfengine.accuracy import relative_error
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
-from rfengine.parity.replay import relative_error, tolerance
+from rfengine.parity.replay import tolerance
 from rfengine.pipeline import Pipeline
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.options import runtime_switches

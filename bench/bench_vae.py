@@ -44,6 +44,7 @@ from vae_decoders import (
 )
 from vae_layers import floor_of, layer_parts, measure_layers
 
+from rfengine.accuracy import psnr_db
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import read_config
 from rfengine.cli.process import run_process
@@ -52,7 +53,7 @@ from rfengine.evaluation.throughput_options import Switch
 from rfengine.grid import LatentGrid
 from rfengine.limits import Range, check_options
 from rfengine.models.streaming_decoder import FP8_TIER
-from rfengine.runtime.decoders import drawn_clip, psnr_db
+from rfengine.runtime.decoders import drawn_clip
 
 CHECKED_CHUNKS = 3
 WARM_UP_CHUNKS = 3  # the first of a video, one like all others, one that is recorded

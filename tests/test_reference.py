@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rfengine.models.embeddings import rotary_table
 from rfengine.ops import reference
+from rfengine.rotary import rotary_table
 
 torch.manual_seed(0)
 

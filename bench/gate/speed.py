@@ -28,8 +28,8 @@ from gate.record import Result
 from measured_engine import Engine
 from torch import Tensor
 
+from rfengine.accuracy import relative_error
 from rfengine.evaluation.throughput_options import ThroughputOptions
-from rfengine.parity.replay import relative_error
 
 CHUNKS, VARIANT_CHUNKS = 30, 20
 ROUNDS, COMPARED_CHUNKS = 3, 2  # a chunk of the baseline takes more than half a second

@@ -23,6 +23,7 @@ from gate.record import Result
 from random_weights import fill
 from torch import Tensor
 
+from rfengine.accuracy import psnr_db
 from rfengine.config import PRESETS, EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
@@ -31,7 +32,6 @@ from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import choose_ops
 from rfengine.ops.backends import backend_reasons
-from rfengine.runtime.decoders import psnr_db
 from rfengine.tuning.timing import capture_calls
 
 BENCH = Path(__file__).resolve().parents[1]

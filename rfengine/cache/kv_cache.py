@@ -16,8 +16,8 @@ from torch import Tensor
 from rfengine.cache.sink_policy import build_sink_policy
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.grid import LatentGrid
-from rfengine.models.embeddings import rotary_table
 from rfengine.ops import REFERENCE_OPS, Ops
+from rfengine.rotary import rotary_table
 
 EMPTY = -1
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from rfengine.cache.kv_cache import CachePlan, LayerCache, StreamingKVCache, TextKeysValues
 from rfengine.config import WanConfig
-from rfengine.models.embeddings import patchify, rotary_table, timestep_sinusoid
+from rfengine.models.embeddings import patchify, timestep_sinusoid
 from rfengine.ops import REFERENCE_OPS, Ops
+from rfengine.rotary import rotary_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rfengine.accuracy import relative_error
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import Backend, CacheConfig, DTypeName, ScheduleConfig, VAEConfig, WanConfig
 from rfengine.grid import LatentGrid
@@ -97,18 +98,6 @@ def tolerance(kind: str, dtype: DTypeName) -> float:
     if dtype == "float32":
         return _FLOAT32_TOLERANCES[kind]
     return _EPSILONS[kind] * torch.finfo(getattr(torch, dtype)).eps
-
-
-def relative_error(found: Tensor, recorded: Tensor) -> float:
-    """norm(found - recorded) / norm(recorded), in float64; infinite where that is no number.
-
-    Where everything recorded is 0, the norm of `found` stands for it. Raises ValueError for different shapes.
-    """
-    if found.shape != recorded.shape:
-        raise ValueError(f"the engine gives {list(found.shape)} where {list(recorded.shape)} is recorded")
-    found, recorded = found.detach().cpu().double(), recorded.double()
-    error = float((found - recorded).norm() / (float(recorded.norm()) or 1.0))
-    return error if math.isfinite(error) else math.inf
 
 
 def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rfengine.accuracy import psnr_db
 from rfengine.config import Backend, EngineConfig
 from rfengine.cuda_graph import made_current
 from rfengine.grid import LatentGrid
@@ -115,12 +116,6 @@ def decoded_psnr(vae: WanVAE, decoder: FrameDecoder, dtype: torch.dtype) -> floa
             found = torch.cat([decoder.decode(part, state) for part in calls], dim=2)
             psnrs.append(psnr_db(found, exact.decode(latents)))
     return min(psnrs)
-
-
-def psnr_db(found: Tensor, exact: Tensor) -> float:
-    """Of pixels that are clamped to [-1, 1], in dB; infinite where they are equal."""
-    error = (found.double().clamp(-1, 1) - exact.double().clamp(-1, 1)).square().mean().item()
-    return 10 * math.log10(4 / error) if error else math.inf
 
 
 def drawn_clip(frames: int, height: int, width: int) -> Tensor:

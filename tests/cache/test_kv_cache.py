@@ -4,7 +4,7 @@ import torch
 from inputs import GRID, SMALL, small_cache
 from rfengine.cache.kv_cache import EMPTY, StreamingKVCache
 from rfengine.config import CacheConfig
-from rfengine.models.embeddings import rotary_table
+from rfengine.rotary import rotary_table
 
 FRAMES = GRID.frame_tokens
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rfengine.accuracy import relative_error
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import EMASink
 from rfengine.config import CacheConfig, ScheduleConfig, WanConfig
@@ -19,7 +20,7 @@ from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import ChannelNorm
 from rfengine.ops import reference
-from rfengine.parity.replay import ParityReport, relative_error, replay, tolerance
+from rfengine.parity.replay import ParityReport, replay, tolerance
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
 

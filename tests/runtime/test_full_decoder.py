@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from inputs import GRID, small_pipeline
+from rfengine.accuracy import psnr_db
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_config
 from rfengine.config import RuntimeConfig
@@ -26,7 +27,6 @@ from rfengine.runtime.decoders import (
     decoded_psnr,
     decoder_ops,
     open_full_decoder,
-    psnr_db,
     require_psnr,
 )
 from rfengine.tuning import autotune

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from inputs import GRID, SMALL, small_model, text_states
 from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig
-from rfengine.models.embeddings import patchify, rotary_table
+from rfengine.models.embeddings import patchify
 from rfengine.ops.reference import rms_norm, rotate, unpatchify
+from rfengine.rotary import rotary_table
 from rfengine.schedule import FlowSchedule
 from rfengine.training.ops import DifferentiableOps
 from rfengine.training.rollout import RolloutConfig, RolloutPlan, draw_plan, self_forced_rollout
