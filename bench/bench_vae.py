@@ -27,7 +27,6 @@ from agreement import truth_precision
 from chunk_times import synchronize
 from command_line import parse_options
 from conditions import device_name, state, versions
-from gpu_rates import GPU, gpu_of, measured_cpu
 from torch import Tensor
 from typing_extensions import Doc
 from vae_decoders import (
@@ -49,6 +48,7 @@ from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import read_config
 from rfengine.cli.process import run_process
 from rfengine.config import PRESETS, Backend, DTypeName
+from rfengine.costs.rates import GPU, gpu_of, measured_cpu
 from rfengine.evaluation.throughput_options import Switch
 from rfengine.grid import LatentGrid
 from rfengine.limits import Range, check_options

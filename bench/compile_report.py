@@ -29,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that 
 import torch
 import triton
 from absent_gpu import ARCHITECTURES, KILO, Architecture, recorded_launches, seen_architecture
-from engine_shapes import Draw, Shapes
 from kernel_cases import CASES, KernelCase
+from kernel_inputs import Draw
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import PTXASError
 
 from rfengine.cli.process import run_process
 from rfengine.config import PRESETS, DTypeName
+from rfengine.costs.shapes import Shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_shapes import Shapes
 from kernel_cases import KernelCase
 from measurement import (
     ABSENT,
@@ -19,6 +18,8 @@ from measurement import (
     seeded_draw,
 )
 from pytest_benchmark.fixture import BenchmarkFixture
+
+from rfengine.costs.shapes import Shapes
 
 HERE = Path(__file__).parent
 MEASURED: list[str] = []

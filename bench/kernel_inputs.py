@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from engine_shapes import Draw, Shapes, VaeLevel
 from torch import Tensor
+
+from rfengine.costs.shapes import Shapes, VaeLevel
 
 Arguments = tuple[Tensor | float | int | bool | str | None, ...]
 
@@ -275,3 +277,34 @@ def frame_attention(shapes: Shapes, draw: Draw) -> Arguments:
 def conv_frame_pack(shapes: Shapes, draw: Draw) -> Arguments:
     size = shapes.vae_levels[-1]
     return _halo(size, draw), _weight(draw, 3, size.channels, 3, 3, 3), draw.rows(3, scale=0.1)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Makes inputs: random where there is a seed, else left as allocated, for compiling alone."""
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
+    generator: torch.Generator | None = None
+
+    def rows(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
+        """Normal values in the dtype of the model."""
+        if self.generator is None:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        values = torch.randn(shape, generator=self.generator, dtype=self.dtype, device=self.device)
+        return values.mul_(scale).add_(mean)
+
+    def table(self, *shape: int) -> Tensor:
+        """Normal values in float32."""
+        return replace(self, dtype=torch.float32).rows(*shape, scale=0.2)
+
+    def e4m3(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal values rounded to e4m3; `scale` should keep them below 448."""
+        if self.generator is None:
+            return replace(self, dtype=torch.float8_e4m3fn).rows(*shape)
+        return self.rows(*shape, scale=scale).to(torch.float8_e4m3fn)
+
+    def angles(self, tokens: int, head_dim: int) -> Tensor:
+        """Cosines and sines [2, tokens, E / 2]."""
+        turn = self.table(tokens, head_dim // 2)
+        return torch.stack((turn.cos(), turn.sin())) if self.generator else turn.new_empty(2, *turn.shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from engine_shapes import Shapes
 from random_weights import SEED as WEIGHTS_SEED
 from random_weights import GivenTextStates, random_pipeline
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part
 from rfengine.config import PRESETS, RuntimeConfig
+from rfengine.costs.shapes import Shapes
 from rfengine.evaluation.throughput_options import Switch, ThroughputOptions
 from rfengine.grid import LatentGrid
 from rfengine.models.tiny_vae import TinyVAE

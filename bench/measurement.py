@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_shapes import Draw, Shapes
 from kernel_cases import KernelCase
-from kernel_inputs import Arguments
+from kernel_inputs import Arguments, Draw
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rfengine.costs.shapes import Shapes
 from rfengine.ops import native
 from rfengine.tuning.timing import capture_calls, count_cold_sets
 

@@ -20,12 +20,12 @@ from unittest.mock import patch
 
 import torch
 from chunk_times import synchronize
-from chunk_work import ChunkWork, Part
-from engine_shapes import Shapes
-from gpu_rates import GPU, floor_ms
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.costs.chunk import ChunkWork, Part
+from rfengine.costs.rates import GPU, floor_ms
+from rfengine.costs.shapes import Shapes
 from rfengine.ops import Ops
 
 LINEARS, SELF_ATTENTION, CROSS_ATTENTION = "linears", "self-attention", "cross-attention"

@@ -18,15 +18,15 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-from chunk_work import GROUPS, PRODUCTS, ChunkWork, Part, Precision, prompt_parts
 from command_line import parse_options
-from engine_shapes import Shapes
-from gpu_rates import GPU, GPUS, GPUName, arithmetic_ms, floor_ms, memory_ms
 from typing_extensions import Doc
 
 from rfengine.checkpoint.loader import read_config
 from rfengine.cli.process import run_process
 from rfengine.config import PRESETS
+from rfengine.costs.chunk import GROUPS, PRODUCTS, ChunkWork, Part, Precision, prompt_parts
+from rfengine.costs.rates import GPU, GPUS, GPUName, arithmetic_ms, floor_ms, memory_ms
+from rfengine.costs.shapes import Shapes
 
 
 @dataclass(frozen=True)

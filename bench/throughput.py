@@ -27,13 +27,13 @@ from chunk_times import ChunkTimes, frames_of, latents_of, recorded_chunks, time
 from command_line import parse_options
 from comparison import compare
 from conditions import device_name, state, versions
-from gpu_rates import GPU, gpu_of, measured_cpu
 from measured_engine import Engine
 from part_times import PartTime, measure_parts, part_floors, steady_flops
 from throughput_plot import check_plot, draw
 from throughput_table import render
 
 from rfengine.cli.process import run_process
+from rfengine.costs.rates import GPU, gpu_of, measured_cpu
 from rfengine.evaluation.throughput_options import ThroughputOptions
 from rfengine.limits import check_options
 from rfengine.models.streaming_decoder import StreamingDecoder

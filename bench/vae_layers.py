@@ -14,12 +14,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from chunk_work import Part
-from gpu_rates import GPU, floor_ms
 from torch import Tensor
 from vae_decoders import Setting
-from vae_work import decode_work
 
+from rfengine.costs.chunk import Part
+from rfengine.costs.rates import GPU, floor_ms
+from rfengine.costs.vae import decode_work
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import Upsample
 

@@ -16,9 +16,9 @@ import vae_decoders
 from bench_vae import Options, WrongDecoderError, measure, render
 from vae_decoders import BY_LATENT, FP8_ROW, OURS, PLAIN, TINY_ROW, Setting, diffusers_contenders
 from vae_layers import REST, layer_parts, layer_paths
-from vae_work import decode_work
 
 from rfengine.config import PRESETS, VAEConfig
+from rfengine.costs.vae import decode_work
 from rfengine.grid import LatentGrid
 
 ROOT = Path(__file__).resolve().parents[1]

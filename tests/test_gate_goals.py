@@ -7,12 +7,13 @@ from typing import Any
 
 import gpu_gate
 import pytest
-from engine_shapes import Shapes
 from gate.goals import CACHE_MS, ROW_SHARE, Goal, judge
 from gate.record import Record
 from gate.summary import summarise
-from gpu_rates import GPUS
 from kernel_cases import CASES_BY_NAME
+
+from rfengine.costs.rates import GPUS
+from rfengine.costs.shapes import Shapes
 
 
 def results_of(**parts: list[dict[str, Any]]) -> dict[str, Any]:

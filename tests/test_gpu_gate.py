@@ -19,7 +19,6 @@ import gpu_gate
 import measurement
 import pytest
 import torch
-from engine_shapes import Shapes
 from gate import attention, graphs, kernels, parity, speed, suite, vae
 from gate.device import check_corners
 from gate.part import AbsentError, Item, Setting, run_items
@@ -28,6 +27,7 @@ from kernel_cases import CASES, CASES_BY_NAME
 from measurement import ABSENT, check, seeded_draw
 
 from rfengine.config import PRESETS
+from rfengine.costs.shapes import Shapes
 from rfengine.evaluation.throughput_options import ThroughputOptions
 from rfengine.ops import reference
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from engine_shapes import Shapes
-from gpu_rates import GPUS, gpu_of
 from part_times import (
     COPIES,
     FUSED,
@@ -24,6 +22,8 @@ from part_times import (
 from roofline import Options, roofline
 
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.costs.rates import GPUS, gpu_of
+from rfengine.costs.shapes import Shapes
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.ops import OP_NAMES, Ops
 

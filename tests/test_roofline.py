@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from chunk_work import ChunkWork, prompt_parts
-from engine_shapes import Shapes
 from roofline import Options, render, roofline
 from torch.utils.flop_counter import FlopCounterMode
-from vae_work import VAEWork, decode_work, encode_work
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import PRESETS, EngineConfig
+from rfengine.costs.chunk import ChunkWork, prompt_parts
+from rfengine.costs.shapes import Shapes
+from rfengine.costs.vae import VAEWork, decode_work, encode_work
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 

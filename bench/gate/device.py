@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from conditions import device_name, state, versions
-from engine_shapes import Shapes
 from gate.part import AbsentError, Item, Setting
 from gate.record import Result
 from measurement import FLASH_MODULES, SDPA, measured_ceilings
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rfengine.config import PRESETS
+from rfengine.costs.shapes import Shapes
 
 RUNS, WARM_UPS = 30, 5
 LAUNCHES = 200

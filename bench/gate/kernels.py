@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from engine_shapes import Shapes
 from gate.part import Item, Setting
 from gate.record import Result
 from kernel_cases import CASES, CASES_BY_NAME, KernelCase
 from measurement import Ceilings, check, measure_case, measure_compiled, measured_ceilings, seeded_draw
 
 from rfengine.config import PRESETS
+from rfengine.costs.shapes import Shapes
 
 SMALL_CASE = "rms_norm"
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from chunk_work import Part
+
+from rfengine.costs.chunk import Part
 
 GPUName = Literal["a100", "h100", "h200", "rtx4090"]
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from engine_shapes import Shapes
-from kernel_cases import CASES_BY_NAME, HALF
-from vae_work import VAEWork, decode_work
+from rfengine.costs.ops import BYTES, HALF
+from rfengine.costs.shapes import Shapes
+from rfengine.costs.vae import VAEWork, decode_work
 
 Precision = Literal["bf16", "fp8-linears", "fp8"]
 GROUPS = (
@@ -154,7 +154,7 @@ class ChunkWork:
             ("gated_residual_adaptive_norm", f"gated_residual_adaptive_norm{fp8}", 2 * calls),
         ):
             if count:
-                yield Part("row kernels", name, bytes=CASES_BY_NAME[case].floor_bytes(shapes) * count)
+                yield Part("row kernels", name, bytes=BYTES[case](shapes) * count)
         elements = shapes.tokens * shapes.config.model.ffn_dim * calls
         yield Part("row kernels", "GELU", bytes=elements * (HALF + self.linear_bytes))
 
@@ -165,18 +165,18 @@ class ChunkWork:
         name = "rephase_keys"
         if cache.sink == "ema":
             name = "evict_and_rephase" + ("" if cache.sink_precision == "split" else "_plain")
-        yield Part("eviction", name, bytes=CASES_BY_NAME[name].floor_bytes(self.shapes))
+        yield Part("eviction", name, bytes=BYTES[name](self.shapes))
 
     def _decoding(self) -> Iterator[Part]:
         shapes, fp8 = self.shapes, self.precision == "fp8"
         work = decode_work(shapes.config.vae, shapes.grid, shapes.frames, self.index == 0)
         yield from _vae_parts(work, fp8)
-        flow = CASES_BY_NAME["flow_step"].floor_bytes(shapes)
+        flow = BYTES["flow_step"](shapes)
         yield Part("copies", "flow_step", bytes=flow * (self.passes - 1))
         copied = HALF * work.copied_elements
         yield Part("copies", "VAE history and upsampling", bytes=copied, decodes=True)
         pixels = self.pixel_frames * shapes.grid.height * shapes.grid.width
-        packed = CASES_BY_NAME["frame_pack"].floor_bytes(shapes) * pixels // shapes.pixels
+        packed = BYTES["frame_pack"](shapes) * pixels // shapes.pixels
         yield Part("copies", "frame_pack", bytes=packed, decodes=True)
 
 

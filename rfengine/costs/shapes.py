@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from rfengine.config import PRESETS, EngineConfig
 from rfengine.grid import LatentGrid
 
@@ -95,34 +92,3 @@ class Shapes:
 
     def with_layers(self, layers: int) -> Shapes:
         return Shapes(replace(self.config, model=replace(self.config.model, num_layers=layers)))
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Makes inputs: random where there is a seed, else left as allocated, for compiling alone."""
-
-    device: torch.device | str = "cpu"
-    dtype: torch.dtype = torch.bfloat16
-    generator: torch.Generator | None = None
-
-    def rows(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        """Normal values in the dtype of the model."""
-        if self.generator is None:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        values = torch.randn(shape, generator=self.generator, dtype=self.dtype, device=self.device)
-        return values.mul_(scale).add_(mean)
-
-    def table(self, *shape: int) -> Tensor:
-        """Normal values in float32."""
-        return replace(self, dtype=torch.float32).rows(*shape, scale=0.2)
-
-    def e4m3(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal values rounded to e4m3; `scale` should keep them below 448."""
-        if self.generator is None:
-            return replace(self, dtype=torch.float8_e4m3fn).rows(*shape)
-        return self.rows(*shape, scale=scale).to(torch.float8_e4m3fn)
-
-    def angles(self, tokens: int, head_dim: int) -> Tensor:
-        """Cosines and sines [2, tokens, E / 2]."""
-        turn = self.table(tokens, head_dim // 2)
-        return torch.stack((turn.cos(), turn.sin())) if self.generator else turn.new_empty(2, *turn.shape)

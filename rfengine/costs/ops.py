@@ -1,0 +1,121 @@
+"""Bytes that an op has to move once and FLOPs it has to do: its floor, as functions of Shapes.
+
+Shapes: L layers, B batch (1), T tokens of a chunk, S tokens of the window, H heads, E head dim, D dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rfengine.costs.shapes import Shapes
+
+HALF = 2  # bytes of an element in 16 bits
+
+
+SINGLE = 4
+
+
+def slot_bytes(bytes_for_element: int) -> Callable[[Shapes], int]:
+    """Bytes for each element of one slot of all layers."""
+    return lambda s: s.layers * s.chunk * bytes_for_element
+
+
+def row_bytes(bytes_for_element: int) -> Callable[[Shapes], int]:
+    return lambda s: s.chunk * bytes_for_element
+
+
+def rephase_bytes(shapes: Shapes) -> int:
+    rotation = shapes.window_tokens * shapes.head_dim * SINGLE
+    return shapes.layers * shapes.window_tokens * shapes.dim * 2 * HALF + rotation
+
+
+def attention_flops(shapes: Shapes) -> int:
+    return 4 * shapes.tokens * shapes.window_tokens * shapes.dim
+
+
+def attention_bytes(shapes: Shapes) -> int:
+    return 2 * HALF * (shapes.tokens + shapes.window_tokens) * shapes.dim
+
+
+def flow_bytes(shapes: Shapes) -> int:
+    grid = shapes.grid
+    return 4 * HALF * shapes.config.model.out_dim * shapes.frames * grid.latent_height * grid.latent_width
+
+
+def ffn_dim(shapes: Shapes) -> int:
+    return shapes.config.model.ffn_dim
+
+
+def product_flops(outputs: Callable[[Shapes], int]) -> Callable[[Shapes], int]:
+    """Of a product between D and `outputs` numbers, either way."""
+    return lambda s: 2 * s.tokens * s.dim * outputs(s)
+
+
+def product_bytes(outputs: Callable[[Shapes], int], rows_of_dim: int = 1) -> Callable[[Shapes], int]:
+    """Rows in and out and the weight; rows_of_dim: how many rows of D numbers are read or written."""
+    return lambda s: HALF * (rows_of_dim * s.chunk + (s.tokens + s.dim) * outputs(s))
+
+
+def conv_flops(level: int) -> Callable[[Shapes], int]:
+    return lambda s: 2 * 27 * s.vae_levels[level].channels ** 2 * s.vae_levels[level].pixels
+
+
+def conv_bytes(level: int, bytes_in: int = HALF) -> Callable[[Shapes], int]:
+    """The halo in and the result out."""
+
+    def moved(shapes: Shapes) -> int:
+        size = shapes.vae_levels[level]
+        halo = size.pixels * (size.frames + 2) // size.frames
+        return size.channels * (halo * bytes_in + size.pixels * HALF)
+
+    return moved
+
+
+def time_conv_bytes(shapes: Shapes) -> int:
+    """Twice the channels come out."""
+    return conv_bytes(0)(shapes) + HALF * shapes.vae_levels[0].channels * shapes.vae_levels[0].pixels
+
+
+def phase_flops(level: int) -> Callable[[Shapes], int]:
+    """Four taps of C channels for each of the C / 2 channels of every pixel."""
+    return lambda s: 8 * s.vae_levels[level - 1].channels ** 2 // 2 * s.vae_levels[level].pixels
+
+
+def phase_bytes(level: int) -> Callable[[Shapes], int]:
+    return lambda s: HALF * s.vae_levels[level - 1].channels * 3 * s.vae_levels[level].pixels // 4
+
+
+def norm_bytes(level: int) -> Callable[[Shapes], int]:
+    """x and the residual read, their sum and the result written."""
+    return lambda s: 4 * HALF * s.vae_levels[level].channels * s.vae_levels[level].pixels
+
+
+def frame_attention_flops(shapes: Shapes) -> int:
+    size = shapes.vae_levels[0]
+    return 4 * size.channels * size.pixels * size.height * size.width
+
+
+def pack_bytes(bytes_out: float) -> Callable[[Shapes], int]:
+    return lambda s: conv_bytes(-1)(s) + int((bytes_out - HALF * s.vae_levels[-1].channels) * s.pixels)
+
+
+def pack_flops(shapes: Shapes) -> int:
+    return 2 * 27 * 3 * shapes.vae_levels[-1].channels * shapes.pixels
+
+
+# by name; _plain: the sink in one part, _raw: keys before rotation are written too
+BYTES: dict[str, Callable[[Shapes], int]] = {
+    "adaptive_layer_norm": row_bytes(4),
+    "adaptive_layer_norm_fp8": row_bytes(3),
+    "gated_residual_adaptive_norm": row_bytes(8),
+    "gated_residual_adaptive_norm_fp8": row_bytes(7),
+    "rms_norm": row_bytes(4),
+    "qk_norm_rope_write": row_bytes(12),
+    "qk_norm_rope_write_raw": row_bytes(14),
+    "rephase_keys": rephase_bytes,
+    # rotating costs 4 bytes an element of the window, less reading the sink's new keys: they are in registers
+    "evict_and_rephase": lambda s: slot_bytes(2 * 10 - HALF)(s) + rephase_bytes(s),
+    "evict_and_rephase_plain": lambda s: slot_bytes(2 * 6 - HALF)(s) + rephase_bytes(s),
+    "flow_step": flow_bytes,
+    "frame_pack": lambda s: s.pixels * 9,
+}
