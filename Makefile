@@ -33,7 +33,7 @@ bench: $(VENV)/.core  ## frames per second of this machine, end to end and part 
 	$(VENV)/bin/python bench/throughput.py $(BENCH_ARGS)
 
 toy-study: $(VENV)/.dev  ## DMD against Re-DMD, sinks, eviction: trained and measured; STUDY_ARGS="--size gpu" on a GPU
-	$(VENV)/bin/python bench/toy_study.py $(STUDY_ARGS)
+	$(VENV)/bin/python -m studies.toy.run $(STUDY_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -29,12 +29,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import torch
-from conditions import commit, device_name, state, versions
 from gate.processes import run_part
 from gate.record import Record
 from gate.summary import summarise
 from measurement import ABSENT
 
+from rfengine.benchmark.conditions import commit, device_name, state, versions
 from rfengine.cli.process import run_process
 
 BENCH = Path(__file__).resolve().parent

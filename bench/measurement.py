@@ -142,7 +142,7 @@ def seeded_draw(seed: int, device: str = "cuda", dtype: torch.dtype = torch.bflo
 
 
 def check(case: KernelCase, shapes: Shapes, draw: Draw) -> None:
-    """AssertionError unless the kernel is as near to float64 as tests/kernel_checks/tolerance.py asks."""
+    """AssertionError unless the kernel is as near to float64 as tests/support/tolerance.py asks."""
     tolerance = _tests_tolerance()
     arguments = case.inputs(shapes.with_layers(min(CHECKED_LAYERS, shapes.layers)), draw)
     found, expected = (

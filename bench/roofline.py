@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
-from command_line import parse_options
 from typing_extensions import Doc
 
+from rfengine.benchmark.command_line import parse_options
 from rfengine.checkpoint.loader import read_config
 from rfengine.cli.process import run_process
 from rfengine.config import PRESETS

@@ -24,9 +24,9 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
 
 import torch
-from command_line import parse_options
 from typing_extensions import Doc
 
+from rfengine.benchmark.command_line import parse_options
 from rfengine.cli.process import run_process
 from rfengine.cli.train import TrainOptions, train_config
 from rfengine.limits import Range, check_options

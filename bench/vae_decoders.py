@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from random_weights import SEED, fill
 from torch import Tensor, nn
 
+from rfengine.benchmark.random_weights import SEED, fill
 from rfengine.checkpoint.directories import checkpoint_directory, part_files
 from rfengine.checkpoint.layouts import diffusers_vae_from_wan
 from rfengine.checkpoint.loader import load_part

@@ -8,10 +8,10 @@ import numpy
 import pytest
 import torch
 
-from inputs import small_pipeline
 from rfengine import Pipeline
 from rfengine.diffusers_call import requested_videos
 from rfengine.schedule import MAX_SEED
+from support.models import small_pipeline
 
 
 @pytest.fixture(scope="module")

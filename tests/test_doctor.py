@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from inputs import small_pipeline
 from rfengine import __version__, doctor
 from rfengine.checkpoint.loader import write_config
 from rfengine.config import PRESETS
 from rfengine.doctor import MIB, examine, memory_needs, render
 from rfengine.grid import LatentGrid
+from support.models import small_pipeline
 
 
 def told(report: dict[str, Any]) -> str:

@@ -11,10 +11,10 @@ import numpy
 import pytest
 import torch
 
-from inputs import small_pipeline
 from rfengine import Pipeline
 from rfengine.config import RuntimeConfig
 from rfengine.host_state import ordinary, own_state
+from support.models import small_pipeline
 
 Setting = Callable[[], AbstractContextManager[object]]
 

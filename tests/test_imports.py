@@ -19,31 +19,38 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rfengine"
 
 LAYERS = [
-    {"files", "limits", "prompts", "stop_signals"},
-    {"config", "host_state", "video", "memory"},
-    {"grid", "schedule", "reference"},
-    {"native", "kernels"},
-    {"backends"},
+    {"files", "limits", "stop_signals"},
+    {
+        "accuracy", "config", "cuda_graph", "host_state", "memory", "nvtx_ranges", "prompts", "rotary",
+        "video",
+    },
+    {"grid", "schedule"},
+    {"kernels"},
     {"ops"},
-    {"models", "cache", "checkpoint"},
+    {"cache"},
+    {"models"},
+    {"checkpoint"},
+    {"costs", "toy"},
+    {"tuning", "export"},
     {"runtime"},
-    {"pipeline", "diffusers_call", "snapshot", "stream"},
+    {"diffusers_call", "snapshot", "stream"},
+    {"pipeline"},
     {"rfengine"},  # the names in rfengine/__init__.py
-    {"serving", "training", "evaluation", "doctor"},
+    {"doctor", "evaluation", "parity", "serving"},
+    {"benchmark", "training"},
     {"cli"},
-]
+]  # fmt: skip
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # who may import these at all
 ONLY_FROM = {
-    "kernels": {"backends"},
-    "native": {"backends", "doctor"},
-    "rfengine": {"serving", "evaluation", "doctor", "cli"},
+    "kernels": {"ops"},
+    "rfengine": {"benchmark", "cli", "doctor", "evaluation", "serving"},
 }
 # what these may not import although it lies below them
 NEVER_INTO = {
     "training": {"runtime", "pipeline", "stream", "rfengine"},
-    "serving": {unit for units in LAYERS[:8] for unit in units},
+    "serving": {unit for units in LAYERS[:11] for unit in units},
 }
 # heavy or optional packages: imported inside the function that needs them, wherever that is
 ONLY_INSIDE_FUNCTIONS = {
@@ -139,7 +146,27 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
         pytest.fail(f"circle of imports: {' -> '.join(error.args[1])}")
 
 
-def test_only_the_named_units_import_kernels_native_and_the_public_names() -> None:
+def test_packages_do_not_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for _, importer, imported in unit_edges():
+        graph.setdefault(importer, set()).add(imported)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"circle of packages: {' -> '.join(error.args[1])}")
+
+
+def test_nothing_changes_where_python_looks_for_modules() -> None:
+    changes = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.path", "site.addsitedir")
+    ]
+    assert changes == []
+
+
+def test_only_the_named_units_import_kernels_and_the_public_names() -> None:
     strangers = [
         f"{place}: {importer} imports {imported}"
         for place, importer, imported in unit_edges()
@@ -252,10 +279,10 @@ def test_no_size_of_one_resolution_is_burned_in() -> None:
 
 def test_the_engine_names_dtype_and_device_wherever_it_makes_a_tensor() -> None:
     # what is left out comes from the host program's defaults; a module's parameters are replaced when it is
-    # loaded, and a training runs in a process of its own
+    # loaded, and a training or a benchmark runs in a process of its own
     found = []
     for path in sources():
-        if unit_of(module_of(path)) == "training":
+        if unit_of(module_of(path)) in ("benchmark", "toy", "training"):
             continue
         parameters = {
             id(call)

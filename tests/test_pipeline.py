@@ -8,9 +8,9 @@ import numpy
 import pytest
 import torch
 
-from inputs import small_pipeline
 from rfengine import Pipeline, memory
 from rfengine.config import RuntimeConfig
+from support.models import small_pipeline
 
 
 @pytest.fixture(scope="module")

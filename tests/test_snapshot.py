@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from inputs import small_pipeline
 from rfengine import Pipeline
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.tensor_file import read_header
 from rfengine.snapshot import Snapshot
+from support.models import small_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import numpy
 import pytest
 import torch
 
-from inputs import GRID, small_pipeline
 from rfengine import Pipeline
 from rfengine.config import CacheConfig, RuntimeConfig
 from rfengine.stream import Snapshot, VideoStream
+from support.models import GRID, small_pipeline
 
 WAIT = 60.0  # seconds that a test waits for another thread at most
 

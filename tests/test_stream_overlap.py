@@ -15,12 +15,12 @@ import numpy
 import pytest
 import torch
 
-from inputs import small_pipeline
 from rfengine import Pipeline, VideoStream
 from rfengine.config import RuntimeConfig
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import chunk_noise
+from support.models import small_pipeline
 
 WAIT = 20.0  # seconds that a test waits for another thread at most
 

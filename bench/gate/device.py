@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conditions import device_name, state, versions
 from gate.part import AbsentError, Item, Setting
 from gate.record import Result
 from measurement import FLASH_MODULES, SDPA, measured_ceilings
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rfengine.benchmark.conditions import device_name, state, versions
 from rfengine.config import PRESETS
 from rfengine.costs.shapes import Shapes
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from gate.part import Item, Setting
 from gate.record import Result
-from random_weights import random_pipeline
 from torch import Tensor
 
+from rfengine.benchmark.random_weights import random_pipeline
 from rfengine.config import PRESETS, RuntimeConfig, WanConfig
 from rfengine.pipeline import Pipeline
 from rfengine.runtime import chunk_runner
@@ -98,8 +98,8 @@ def _engines(preset: str, dtype: torch.dtype, merged: bool) -> dict[str, Pipelin
 def _taped_engines() -> dict[str, Pipeline]:
     """Those of the tests at 32 x 48, with tapes for graphs."""
     sys.path.append(str(TESTS))
-    from inputs import small_pipeline
-    from taped_call import TapedCall
+    from support.models import small_pipeline
+    from support.tape import TapedCall
 
     chunk_runner.CapturedCall = TapedCall
     chunk_runner.graph_pool = object

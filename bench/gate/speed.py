@@ -9,10 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import throughput
 import torch
-from agreement import Agreement, WrongEngineError, check_agreement, engine_latents
-from chunk_times import (
+from gate.part import Item, Setting
+from gate.record import Result
+from torch import Tensor
+
+from rfengine.accuracy import relative_error
+from rfengine.benchmark import throughput
+from rfengine.benchmark.agreement import Agreement, WrongEngineError, check_agreement, engine_latents
+from rfengine.benchmark.comparison import compare
+from rfengine.benchmark.measured_engine import Engine
+from rfengine.benchmark.options import ThroughputOptions
+from rfengine.benchmark.timing import (
     LEAD_IN,
     Advance,
     ChunkTimes,
@@ -22,14 +30,6 @@ from chunk_times import (
     time_chunks,
     time_flow,
 )
-from comparison import compare
-from gate.part import Item, Setting
-from gate.record import Result
-from measured_engine import Engine
-from torch import Tensor
-
-from rfengine.accuracy import relative_error
-from rfengine.evaluation.throughput_options import ThroughputOptions
 
 CHUNKS, VARIANT_CHUNKS = 30, 20
 ROUNDS, COMPARED_CHUNKS = 3, 2  # a chunk of the baseline takes more than half a second

@@ -1,6 +1,6 @@
 """Part vae: milliseconds of the decoders per chunk, and how near bfloat16 comes to float32.
 
-Weights are random: a chunk costs the same, and the PSNR is that of random weights. Then bench/bench_vae.py,
+Weights are random: a chunk costs the same, and the PSNR is that of random weights. Then bench/vae.py,
 layer by layer.
 """
 
@@ -17,13 +17,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from agreement import truth_precision
 from gate.part import AbsentError, Item, Setting
 from gate.record import Result
-from random_weights import fill
 from torch import Tensor
 
 from rfengine.accuracy import psnr_db
+from rfengine.benchmark.agreement import truth_precision
+from rfengine.benchmark.random_weights import fill
 from rfengine.config import PRESETS, EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState

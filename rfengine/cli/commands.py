@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from rfengine.benchmark.options import ThroughputOptions
 from rfengine.cli import bench, convert, doctor, export_vae, generate, parity, train
 from rfengine.cli import eval as evaluate
 from rfengine.cli.exit_status import CALLER_ERROR, INTERRUPTED, OTHER_ERROR
@@ -17,7 +18,6 @@ from rfengine.cli.terminal import (
     one_line_warnings,
     stops_as_interrupt,
 )
-from rfengine.evaluation.throughput_options import ThroughputOptions
 
 Options = (
     Annotated[generate.GenerateOptions, tyro.conf.subcommand("generate")]

@@ -52,10 +52,11 @@ def gpu_of(device_name: str) -> GPU | None:
 
 def measured_cpu(dtype: torch.dtype) -> GPU:
     """What this CPU reaches with torch's threads: a large copy (read and written) and a large product."""
-    source = torch.randn(_COPY_ELEMENTS)
+    source = torch.randn(_COPY_ELEMENTS, dtype=torch.float32, device="cpu")
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _fastest_s(lambda: target.copy_(source))
-    left, right = (torch.randn(_PRODUCT_SIDE, _PRODUCT_SIDE).to(dtype) for _ in range(2))
+    size = (_PRODUCT_SIDE, _PRODUCT_SIDE)
+    left, right = (torch.randn(size, dtype=torch.float32, device="cpu").to(dtype) for _ in range(2))
     product = 2 * _PRODUCT_SIDE**3 / _fastest_s(lambda: left @ right)
     return GPU("this CPU, measured", copied / 1e12, product / 1e12, None)
 

@@ -70,7 +70,9 @@ class VAEWork:
 def decode_work(config: VAEConfig, grid: LatentGrid, frames: int, first: bool) -> VAEWork:
     """Work of decoding `frames` latent frames in one call; first: the video begins with them."""
     vae = _meta_vae(config)
-    latents = torch.empty(1, config.z_dim, frames, grid.latent_height, grid.latent_width, device="meta")
+    latents = torch.empty(
+        1, config.z_dim, frames, grid.latent_height, grid.latent_width, dtype=torch.float32, device="meta"
+    )
     state = vae.decoder_state(1, grid.latent_height, grid.latent_width, torch.float32, "meta")
     return _count(partial(vae.decode, latents), state, vae.decoder, first)
 
@@ -79,7 +81,9 @@ def encode_work(config: VAEConfig, grid: LatentGrid, frames: int, first: bool) -
     """Work of encoding to `frames` latent frames in one call; first: the video begins with them."""
     vae = _meta_vae(config)
     pixel_frames = grid.pixel_frames(frames) if first else frames * grid.temporal_stride
-    pixels = torch.empty(1, RGB_CHANNELS, pixel_frames, grid.height, grid.width, device="meta")
+    pixels = torch.empty(
+        1, RGB_CHANNELS, pixel_frames, grid.height, grid.width, dtype=torch.float32, device="meta"
+    )
     state = vae.encoder_state(1, grid.latent_height, grid.latent_width, torch.float32, "meta")
     return _count(partial(vae.encode, pixels), state, vae.encoder, first)
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from inputs import GRID, SMALL, small_cache
 from rfengine.cache.kv_cache import EMPTY, StreamingKVCache
 from rfengine.config import CacheConfig
 from rfengine.rotary import rotary_table
+from support.models import GRID, SMALL, small_cache
 
 FRAMES = GRID.frame_tokens
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from inputs import small_pipeline
 from rfengine.checkpoint.loader import save_weights, write_config
 from rfengine.models.text_encoder import build_umt5
+from support.models import small_pipeline
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cli_checks.outcome import fails, frame_count
 from rfengine import cli
+from support.outcome import fails, frame_count
 
 
 def test_converted_checkpoint_generates(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cli_checks.outcome import fails
 from rfengine import cli
+from support.outcome import fails
 
 
 def test_doctor_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cli_checks.outcome import fails
-from evaluation_checks.distortions import SCENE, frozen, textured_clip, toy_clip
-from evaluation_checks.files import corner_clip, encode
 from rfengine import cli
 from rfengine.cli import eval as evaluate
 from rfengine.evaluation import video_report
 from rfengine.files import locked
 from rfengine.toy.world import WorldConfig, caption
 from rfengine.video import Video
+from support.distortions import SCENE, frozen, textured_clip, toy_clip
+from support.outcome import fails
+from support.video_files import corner_clip, encode
 
 
 @pytest.fixture(scope="module")

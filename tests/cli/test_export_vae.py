@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cli_checks.outcome import fails
 from rfengine import cli
 from rfengine.cli import export_vae
 from rfengine.config import RuntimeConfig
 from rfengine.export import onnx_check, onnx_export
 from rfengine.export.decoder_graphs import DecoderGraph
 from rfengine.pipeline import Pipeline
-from tensorrt_checks.fake import install
+from support.outcome import fails
+from support.tensorrt import install
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -18,13 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli_checks.outcome import fails, frame_count
 from rfengine import Pipeline, VideoStream, cli
 from rfengine.checkpoint.manifest import write_manifest
 from rfengine.cli import generate
 from rfengine.config import RuntimeConfig
 from rfengine.stream import FrameChunk
 from rfengine.video import VideoWriter
+from support.outcome import fails, frame_count
 
 
 def test_generate_writes_the_length_asked_for(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cli_checks.outcome import fails
 from rfengine import cli
 from rfengine.checkpoint.loader import read_safetensors, save_weights
+from support.outcome import fails
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

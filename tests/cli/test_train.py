@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cli_checks.outcome import fails, frame_count
 from rfengine import cli
 from rfengine.checkpoint.loader import read_safetensors, save_weights
 from rfengine.cli import train
 from rfengine.pipeline import Pipeline
+from support.outcome import fails, frame_count
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--device", "cpu", "--batch", "4", "--steps", "5", "--save-every", "5"]

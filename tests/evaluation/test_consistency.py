@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 
-from evaluation_checks.distortions import CLIPS, blur_ramp, distorted, textured_clip, toy_clip
 from rfengine.evaluation.consistency import Consistency, look_features, measure_consistency
 from rfengine.evaluation.video_frames import NotMeasurableError
+from support.distortions import CLIPS, blur_ramp, distorted, textured_clip, toy_clip
 
 clips = pytest.mark.parametrize("clip", CLIPS)
 

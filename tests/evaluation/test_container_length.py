@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation_checks.files import corner_clip, encode
 from rfengine.evaluation.container_length import declared_bytes
+from support.video_files import corner_clip, encode
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.avi"])

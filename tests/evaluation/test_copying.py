@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from evaluation_checks.distortions import CLIPS, SCENE, copied_start, distorted, textured_clip, toy_clip
 from rfengine.evaluation.copying import SinkTrace, measure_copying, trace_sink
 from rfengine.evaluation.video_frames import NotMeasurableError
 from rfengine.toy.world import Scene
+from support.distortions import CLIPS, SCENE, copied_start, distorted, textured_clip, toy_clip
 
 
 def independent(clip: str) -> list[SinkTrace]:

@@ -7,7 +7,9 @@ import functools
 import pytest
 import torch
 
-from evaluation_checks.distortions import (
+from rfengine.evaluation.drift import Drift, latent_drift, measure_drift
+from rfengine.evaluation.video_frames import ChunkGrid, NotMeasurableError
+from support.distortions import (
     CLIPS,
     blur_ramp,
     distorted,
@@ -16,8 +18,6 @@ from evaluation_checks.distortions import (
     textured_clip,
     tint_ramp,
 )
-from rfengine.evaluation.drift import Drift, latent_drift, measure_drift
-from rfengine.evaluation.video_frames import ChunkGrid, NotMeasurableError
 
 clips = pytest.mark.parametrize("clip", CLIPS)
 

@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 
-from evaluation_checks.distortions import CLIPS, DISTORTIONS, distorted, noise_ramp, pulse, textured_clip
 from rfengine.evaluation.dynamics import Dynamics, freeze_fraction, measure_dynamics
 from rfengine.evaluation.video_frames import NotMeasurableError
+from support.distortions import CLIPS, DISTORTIONS, distorted, noise_ramp, pulse, textured_clip
 
 clips = pytest.mark.parametrize("clip", CLIPS)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from evaluation_checks.distortions import CLIPS, distorted, pulse, textured_clip
 from rfengine.evaluation.flicker import measure_flicker
 from rfengine.evaluation.video_frames import NotMeasurableError
+from support.distortions import CLIPS, distorted, pulse, textured_clip
 
 clips = pytest.mark.parametrize("clip", CLIPS)
 

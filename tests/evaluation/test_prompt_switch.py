@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation_checks.distortions import as_frames
 from rfengine.evaluation.prompt_switch import measure_switch_delay
 from rfengine.evaluation.toy_accuracy import toy_window_score
 from rfengine.evaluation.video_frames import NotMeasurableError
 from rfengine.toy.world import Scene, SceneObject, caption, render
+from support.distortions import as_frames
 
 OLD = Scene((SceneObject("red", "square", "large"),), "moving", "slowly", "right", "grey wall")
 NEW = Scene((SceneObject("blue", "circle", "large"),), "moving", "slowly", "right", "grey wall")

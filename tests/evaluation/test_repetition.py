@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation_checks.distortions import CLIPS, as_frames, distorted, loop, noise_ramp, pulse, textured_clip
 from rfengine.evaluation.repetition import measure_repetition
 from rfengine.evaluation.video_frames import NotMeasurableError
 from rfengine.toy.world import Scene, SceneObject, render
+from support.distortions import CLIPS, as_frames, distorted, loop, noise_ramp, pulse, textured_clip
 
 clips = pytest.mark.parametrize("clip", CLIPS)
 

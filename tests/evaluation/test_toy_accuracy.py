@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-from evaluation_checks.distortions import as_frames, textured_clip, toy_clip
 from rfengine.evaluation.toy_accuracy import toy_accuracy
 from rfengine.evaluation.video_frames import NotMeasurableError
 from rfengine.toy.detector import ATTRIBUTES
@@ -21,6 +20,7 @@ from rfengine.toy.world import (
     render,
     sample_scenes,
 )
+from support.distortions import as_frames, textured_clip, toy_clip
 
 SCENE = Scene((SceneObject("red", "square", "large"),), "moving", "fast", "right", "dotted wall")
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation_checks.distortions import textured_clip
-from evaluation_checks.files import corner_clip, encode, encode_sound
 from rfengine.evaluation import video_file
 from rfengine.evaluation.video_file import open_video
 from rfengine.evaluation.video_frames import frames_at_once
 from rfengine.video import Video
+from support.distortions import textured_clip
+from support.video_files import corner_clip, encode, encode_sound
 
 
 def shown(path: Path) -> Tensor:

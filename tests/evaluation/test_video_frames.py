@@ -9,7 +9,6 @@ import numpy
 import pytest
 import torch
 
-from evaluation_checks.distortions import pulse, textured_clip
 from rfengine.evaluation.video_frames import (
     ChosenFrames,
     ChunkGrid,
@@ -21,6 +20,7 @@ from rfengine.evaluation.video_frames import (
     split_ranges,
     windows,
 )
+from support.distortions import pulse, textured_clip
 
 
 def test_no_path_at_all_is_an_error() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation_checks.distortions import SCENE, as_frames, distorted, textured_clip, toy_clip
 from rfengine.evaluation.report import METRICS
 from rfengine.evaluation.video_frames import ChunkGrid
 from rfengine.evaluation.video_report import MeasureOptions, measure_video, with_copying
 from rfengine.toy.world import Scene, SceneObject, WorldConfig, caption, render
+from support.distortions import SCENE, as_frames, distorted, textured_clip, toy_clip
 
 FEW = MeasureOptions(flow_pairs=2)
 

@@ -3,13 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_checks.against_reference import assert_op_matches
-from kernel_checks.interpreter_rounding import round_to_nearest_even
-from kernel_checks.tolerance import assert_within_reference_error
 from rfengine.kernels import layer_norm
 from rfengine.kernels.adaptive_layer_norm import adaptive_layer_norm, adaptive_layer_norm_fp8
 from rfengine.ops import reference
 from rfengine.ops.reference import row_fp8
+from support.against_reference import assert_op_matches
+from support.interpreter_rounding import round_to_nearest_even
+from support.tolerance import assert_within_reference_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from kernel_checks.against_reference import assert_op_matches
-from kernel_checks.interpreter_rounding import round_to_nearest_even
 from rfengine.kernels.affine_layer_norm import affine_layer_norm
 from rfengine.ops import reference
+from support.against_reference import assert_op_matches
+from support.interpreter_rounding import round_to_nearest_even
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

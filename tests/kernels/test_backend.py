@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from inputs import GRID, noise_of, relative_error, small_model, small_runner, text_states
-from kernel_checks.interpreter_rounding import round_to_nearest_even
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig, VAEConfig, WanConfig
 from rfengine.kernels import sink_window_attention as kernel
@@ -14,6 +12,8 @@ from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, choose_ops
 from rfengine.ops.backends import implementation
 from rfengine.ops.reference import frame_pack
+from support.interpreter_rounding import round_to_nearest_even
+from support.models import GRID, noise_of, relative_error, small_model, small_runner, text_states
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS_OF_64 = WanConfig(128, 96, 2, 2, text_dim=16, text_len=8, freq_dim=32, in_dim=4, out_dim=4)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernel_checks.interpreter_rounding import round_to_nearest_even  # noqa: E402
-from kernel_checks.tolerance import assert_within_reference_error  # noqa: E402
 from rfengine.kernels.causal_conv3d import causal_conv3d, causal_conv3d_fp8  # noqa: E402
 from rfengine.ops import reference  # noqa: E402
+from support.interpreter_rounding import round_to_nearest_even  # noqa: E402
+from support.tolerance import assert_within_reference_error  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("pointer", "descriptor")

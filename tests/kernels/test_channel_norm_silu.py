@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from kernel_checks.interpreter_rounding import round_to_nearest_even  # noqa: E402
-from kernel_checks.tolerance import assert_within_reference_error  # noqa: E402
 from rfengine.kernels.channel_norm_silu import channel_norm_silu  # noqa: E402
 from rfengine.ops import reference  # noqa: E402
+from support.interpreter_rounding import round_to_nearest_even  # noqa: E402
+from support.tolerance import assert_within_reference_error  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_checks.bits import DTYPES, assert_same_bits, values
-from kernel_checks.interpreter_rounding import round_to_nearest_even
 from rfengine.kernels.ema_evict import ema_evict
 from rfengine.ops import reference
+from support.bits import DTYPES, assert_same_bits, values
+from support.interpreter_rounding import round_to_nearest_even
 
 
 @pytest.fixture(autouse=True)

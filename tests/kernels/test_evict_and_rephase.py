@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernel_checks.bits import DTYPES, angles, assert_same_bits, values
-from kernel_checks.interpreter_rounding import round_to_nearest_even
 from rfengine.kernels.evict_and_rephase import evict_and_rephase
 from rfengine.ops import reference
+from support.bits import DTYPES, angles, assert_same_bits, values
+from support.interpreter_rounding import round_to_nearest_even
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_checks.bits import DTYPES, assert_same_bits, values
-from kernel_checks.interpreter_rounding import round_to_nearest_even
 from rfengine.kernels.flow_step import flow_step
 from rfengine.ops import reference
+from support.bits import DTYPES, assert_same_bits, values
+from support.interpreter_rounding import round_to_nearest_even
 
 
 @pytest.fixture(autouse=True)

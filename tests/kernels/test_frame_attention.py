@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from kernel_checks.tolerance import assert_within_reference_error  # noqa: E402
 from rfengine.kernels.frame_attention import frame_attention, split_channels  # noqa: E402
 from rfengine.ops import reference  # noqa: E402
+from support.tolerance import assert_within_reference_error  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("pointer", "descriptor")

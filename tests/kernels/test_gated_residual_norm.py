@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kernel_checks.against_reference import assert_op_matches
-from kernel_checks.interpreter_rounding import round_to_nearest_even
 from rfengine.kernels import gated_residual_norm, layer_norm
 from rfengine.ops import reference
 from rfengine.ops.reference import row_fp8
+from support.against_reference import assert_op_matches
+from support.interpreter_rounding import round_to_nearest_even
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

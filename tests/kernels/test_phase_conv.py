@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from kernel_checks.tolerance import assert_within_reference_error  # noqa: E402
 from rfengine.kernels.phase_conv import phase_conv  # noqa: E402
 from rfengine.ops import reference  # noqa: E402
+from support.tolerance import assert_within_reference_error  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("pointer", "descriptor")

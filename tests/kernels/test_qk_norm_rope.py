@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernel_checks.against_reference import assert_op_matches
-from kernel_checks.bits import DEVICE, DTYPES, angles, assert_same_bits, values
-from kernel_checks.interpreter_rounding import round_to_nearest_even
-from kernel_checks.tolerance import assert_within_reference_error
 from rfengine.kernels import qk_norm_rope as qk_norm_rope_file
 from rfengine.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_write
 from rfengine.kernels.rephase_keys import rephase_keys
 from rfengine.ops import reference
+from support.against_reference import assert_op_matches
+from support.bits import DEVICE, DTYPES, angles, assert_same_bits, values
+from support.interpreter_rounding import round_to_nearest_even
+from support.tolerance import assert_within_reference_error
 
 EPS = 1e-6
 # batch, tokens, heads, head dim. Several rows in all of them: in float32 the error of a row is that of its

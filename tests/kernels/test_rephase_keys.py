@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernel_checks.bits import DEVICE, DTYPES, angles, assert_same_bits, values
-from kernel_checks.interpreter_rounding import round_to_nearest_even
 from rfengine.kernels.rephase_keys import rephase_keys
 from rfengine.ops import reference
+from support.bits import DEVICE, DTYPES, angles, assert_same_bits, values
+from support.interpreter_rounding import round_to_nearest_even
 
 
 @pytest.fixture(autouse=True)

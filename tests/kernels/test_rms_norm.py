@@ -3,12 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_checks.against_reference import assert_op_matches
-from kernel_checks.interpreter_rounding import round_to_nearest_even
-from kernel_checks.tolerance import assert_within_reference_error
 from rfengine.kernels import rms_norm as rms_norm_file
 from rfengine.kernels.rms_norm import rms_norm, rms_norm_backward
 from rfengine.ops import reference
+from support.against_reference import assert_op_matches
+from support.interpreter_rounding import round_to_nearest_even
+from support.tolerance import assert_within_reference_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_checks.tolerance import assert_within_reference_error
 from rfengine.kernels import sink_window_attention_descriptor as descriptor
 from rfengine.kernels.sink_window_attention import (
     choose_form,
@@ -16,6 +15,7 @@ from rfengine.kernels.sink_window_attention import (
     sink_window_attention_slot,
 )
 from rfengine.ops import reference
+from support.tolerance import assert_within_reference_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("pointer", "descriptor", "specialised")

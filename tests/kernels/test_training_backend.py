@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from inputs import relative_error, small_model, text_states
 from rfengine.config import WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import Ops, choose_ops
 from rfengine.training.ops import DifferentiableOps
 from rfengine.training.rollout import RolloutConfig, RolloutPlan, self_forced_rollout
-from training_checks.small_distillation import ENGINE
+from support.models import relative_error, small_model, text_states
+from support.small_distillation import ENGINE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS_OF_64 = WanConfig(

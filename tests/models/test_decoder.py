@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from inputs import GRID, SMALL, noise_of
 from rfengine.config import TinyVAEConfig, VAEConfig
 from rfengine.models.decoder import FrameDecoder, reset_state
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, reference
+from support.models import GRID, SMALL, noise_of
 
 VAE = VAEConfig(4, SMALL.in_dim, (1, 1, 2, 2), 1, latents_mean=(0.1,) * 4, latents_std=(1.2,) * 4)
 

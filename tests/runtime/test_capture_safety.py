@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from inputs import GRID, SMALL, noise_of, small_cache, small_model, small_runner, text_states
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig
 from rfengine.models.dit import TextKeysValues, WanDiT
 from rfengine.runtime import chunk_runner
+from support.models import GRID, SMALL, noise_of, small_cache, small_model, small_runner, text_states
 
 HOST_READS = {
     torch.ops.aten._local_scalar_dense.default,

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from chunk_stream import Stream, assert_same
-from inputs import GRID, SMALL, noise_of, small_model, small_runner, text_states
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import choose_ops
 from rfengine.runtime import chunk_runner
 from rfengine.runtime.chunk_runner import ChunkRunner
-from taped_call import TapedCall
+from support.models import GRID, SMALL, noise_of, small_model, small_runner, text_states
+from support.streams import Stream, assert_same
+from support.tape import TapedCall
 
 FOR_KERNELS = replace(SMALL, dim=128)  # the attention kernel has a head dim of 64 or 128
 CHUNKS = 12

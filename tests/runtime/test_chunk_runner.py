@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inputs import GRID, noise_of, relative_error, small_cache, small_model, small_runner, text_states
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.ops.reference import unpatchify
+from support.models import GRID, noise_of, relative_error, small_cache, small_model, small_runner, text_states
 
 CHUNKS = 7
 
@@ -99,8 +99,8 @@ def test_the_first_three_chunks_do_not_depend_on_alpha():
 
 @torch.no_grad()
 def test_a_batch_advances_like_single_streams():
-    from inputs import SMALL
     from rfengine.cache.kv_cache import StreamingKVCache
+    from support.models import SMALL
 
     model = small_model()
     runner = small_runner(model)

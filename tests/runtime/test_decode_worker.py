@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from inputs import GRID, SMALL, noise_of
 from rfengine.config import VAEConfig
 from rfengine.models.decoder import reset_state
 from rfengine.models.streaming_decoder import StreamingDecoder
@@ -20,7 +19,8 @@ from rfengine.models.vae import DecoderState, WanVAE
 from rfengine.ops import REFERENCE_OPS
 from rfengine.runtime import decode_worker
 from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker
-from taped_call import Tape
+from support.models import GRID, SMALL, noise_of
+from support.tape import Tape
 
 CPU = torch.device("cpu")
 WAIT = 20.0  # seconds that a test waits for another thread at most

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from chunk_stream import Stream, assert_same
-from inputs import SMALL, noise_of, relative_error, small_model, small_runner
 from rfengine.config import CacheConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import OP_NAMES, Ops
 from rfengine.ops.reference import sink_window_attention
+from support.models import SMALL, noise_of, relative_error, small_model, small_runner
+from support.streams import Stream, assert_same
 
 CHUNKS = 12
 SETTINGS = [

@@ -8,11 +8,11 @@ import dataclasses
 import pytest
 import torch
 
-from inputs import text_states
 from rfengine.training.distillation import Distillation, DistillationConfig, PromptBatch
 from rfengine.training.re_dmd import reward_weights
 from rfengine.training.rollout import RolloutConfig
-from training_checks.small_distillation import ENGINE, PLAIN, distillation_models
+from support.models import text_states
+from support.small_distillation import ENGINE, PLAIN, distillation_models
 
 ROLLOUT = RolloutConfig(4, 4, 3)
 PROMPTS = PromptBatch(

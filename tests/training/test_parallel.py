@@ -9,8 +9,8 @@ import torch
 
 from rfengine.training.parallel import Ranks, average_over_workers, ranks_from_environment, run_workers
 from rfengine.training.rollout import RolloutConfig
-from training_checks.small_distillation import distillation_models
-from training_checks.small_runs import changed, run_all, run_small
+from support.small_distillation import distillation_models
+from support.small_runs import changed, run_all, run_small
 
 
 def write_average(rank: int, directory) -> None:

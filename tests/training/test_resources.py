@@ -10,7 +10,6 @@ from roofline import Options, roofline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from inputs import text_states
 from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
@@ -25,7 +24,8 @@ from rfengine.training.resources import (
     plan_resources,
     transformer_parameters,
 )
-from training_checks.small_distillation import ENGINE
+from support.models import text_states
+from support.small_distillation import ENGINE
 
 WAN = PRESETS["wan-1.3b"]
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inputs import GRID, SMALL, small_model, text_states
 from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig
 from rfengine.models.embeddings import patchify
 from rfengine.ops.reference import rms_norm, rotate, unpatchify
@@ -16,6 +15,7 @@ from rfengine.rotary import rotary_table
 from rfengine.schedule import FlowSchedule
 from rfengine.training.ops import DifferentiableOps
 from rfengine.training.rollout import RolloutConfig, RolloutPlan, draw_plan, self_forced_rollout
+from support.models import GRID, SMALL, small_model, text_states
 
 STEPS = (1000, 750, 500)
 BATCH = 2

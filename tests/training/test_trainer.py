@@ -11,7 +11,6 @@ import signal
 import pytest
 import torch
 
-from inputs import small_model, text_states
 from rfengine.training.checkpoints import CheckpointDirectory, TrainState
 from rfengine.training.config import AdamConfig, TrainConfig
 from rfengine.training.distillation import Distillation
@@ -19,8 +18,9 @@ from rfengine.training.parallel import Ranks
 from rfengine.training.rollout import RolloutConfig
 from rfengine.training.stages import DistillationStage, TeacherStage, TrajectoryStage, seeded
 from rfengine.training.trainer import Trainer
-from training_checks.small_distillation import ENGINE, PLAIN, distillation_models
-from training_checks.small_runs import DrawnPrompts
+from support.models import small_model, text_states
+from support.small_distillation import ENGINE, PLAIN, distillation_models
+from support.small_runs import DrawnPrompts
 
 ROLLOUT = RolloutConfig(2, 4, 3)
 ADAM = AdamConfig(1e-3)

@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
-from inputs import small_model, text_states
 from rfengine.checkpoint.loader import save_weights
 from rfengine.config import ScheduleConfig, to_dict
 from rfengine.schedule import FlowSchedule, add_noise
 from rfengine.training.trajectories import TrajectoryFile, follow_flow, make_trajectories
-from training_checks.small_distillation import ENGINE
+from support.models import small_model, text_states
+from support.small_distillation import ENGINE
 
 SCHEDULE = ScheduleConfig(denoising_steps=(1000, 750, 500, 250))
 

@@ -1,0 +1,107 @@
+"""What throughput.py measures: a pipeline at one size, with text states instead of a text encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from rfengine.benchmark.options import Switch, ThroughputOptions
+from rfengine.benchmark.random_weights import SEED as WEIGHTS_SEED
+from rfengine.benchmark.random_weights import GivenTextStates, random_pipeline
+from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.loader import load_part
+from rfengine.config import PRESETS, RuntimeConfig
+from rfengine.costs.shapes import Shapes
+from rfengine.grid import LatentGrid
+from rfengine.models.tiny_vae import TinyVAE
+from rfengine.pipeline import Pipeline
+from rfengine.stream import VideoStream
+
+PROMPT = "a red circle moves right"
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is measured: a pipeline whose text states are given, at one size.
+
+    decoder: the plain module whose weights it decodes with; None where it does not decode. weights: where
+    they are from.
+    """
+
+    pipeline: Pipeline
+    grid: LatentGrid
+    decoder: nn.Module | None
+    weights: str
+
+    @classmethod
+    def load(cls, options: ThroughputOptions) -> Engine:
+        """Raises ValueError for a model, a device or a size that cannot be."""
+        device = _device(options.device)
+        model = options.model or ("wan-1.3b" if device.type == "cuda" else "tiny")
+        dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        runtime = RuntimeConfig(
+            graphs=_asked(options.graphs),
+            merged_pass=options.merged_pass,
+            overlap=_asked(options.overlap),
+            autotune=options.autotune,
+            vae="full" if options.vae == "none" else options.vae,
+            vae_precision=options.vae_precision,
+            tensorrt_directory=options.tensorrt_directory and str(options.tensorrt_directory),
+        )
+        if model != "tiny" and model in PRESETS:
+            preset = PRESETS[model]
+            grid = LatentGrid.of(preset, options.height, options.width)
+            config = replace(preset, runtime=runtime, height=grid.height, width=grid.width)
+            pipeline, decoder = random_pipeline(config, device, getattr(torch, dtype), options.backend)
+            weights = f"random, seed {WEIGHTS_SEED}: the frames are noise"
+        else:
+            pipeline = Pipeline.from_pretrained(
+                model, device, dtype, backend=options.backend, runtime=runtime
+            )
+            decoder = _plain_decoder(pipeline, model)
+            states = pipeline.text_encoder.encode([PROMPT], device, pipeline.model.dtype)
+            pipeline.text_encoder = GivenTextStates(states)
+            weights = "those that come with the package" if model == "tiny" else f"those in {model}"
+        grid = LatentGrid.of(pipeline.config, options.height, options.width)
+        return cls(pipeline, grid, None if options.vae == "none" else decoder, weights)
+
+    @property
+    def decodes(self) -> bool:
+        return self.decoder is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.model.device
+
+    @property
+    def shapes(self) -> Shapes:
+        return Shapes(replace(self.pipeline.config, height=self.grid.height, width=self.grid.width))
+
+    def stream(self) -> VideoStream:
+        return self.pipeline.stream(PROMPT, seed=SEED, height=self.grid.height, width=self.grid.width)
+
+
+def _plain_decoder(pipeline: Pipeline, model: str) -> nn.Module:
+    """The module whose weights the decoder of `pipeline` has."""
+    if pipeline.config.runtime.vae != "tiny":
+        return pipeline.vae
+    with torch.device("meta"):
+        decoder = TinyVAE(pipeline.config.tiny_vae)
+    load_part(decoder, checkpoint_directory(model), "tiny_vae", pipeline.model.dtype, pipeline.model.device)
+    return decoder.eval()
+
+
+def _device(name: str | None) -> torch.device:
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name} and torch finds no CUDA device; use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _asked(switch: Switch) -> bool | None:
+    return None if switch == "auto" else switch == "on"

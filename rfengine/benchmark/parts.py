@@ -1,0 +1,251 @@
+"""Which part of the engine the time of a chunk goes to: torch.profiler over some chunks, without graphs.
+
+Every op of the model, the eviction and the decoder run inside a range with the name of their part. A kernel
+belongs to the part whose range was open when the host launched it; outside of all ranges to the part that
+torch's own operation names; what is left over is unassigned. On a CPU it is the operations themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from rfengine.benchmark.timing import synchronize
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.costs.chunk import ChunkWork, Part
+from rfengine.costs.rates import GPU, floor_ms
+from rfengine.costs.shapes import Shapes
+from rfengine.ops import Ops
+
+LINEARS, SELF_ATTENTION, CROSS_ATTENTION = "linears", "self-attention", "cross-attention"
+ROW_KERNELS, EVICTION, VAE, COPIES = "row kernels", "eviction", "VAE", "copies"
+PARTS = (LINEARS, SELF_ATTENTION, CROSS_ATTENTION, ROW_KERNELS, EVICTION, VAE, COPIES)
+UNASSIGNED = "unassigned"
+OP_PARTS = {
+    "linear": LINEARS,
+    "linear_gelu": LINEARS,
+    "gated_linear": LINEARS,
+    "sink_window_attention": SELF_ATTENTION,
+    "clip_attention": CROSS_ATTENTION,
+    "adaptive_layer_norm": ROW_KERNELS,
+    "affine_layer_norm": ROW_KERNELS,
+    "gated_residual_adaptive_norm": ROW_KERNELS,
+    "gated_residual_affine_norm": ROW_KERNELS,
+    "rms_norm": ROW_KERNELS,
+    "qk_norm_rope": ROW_KERNELS,
+    "qk_norm_rope_write": ROW_KERNELS,
+    "unpatchify": ROW_KERNELS,
+    "flow_step": ROW_KERNELS,
+    "rephase_keys": EVICTION,
+    "ema_evict": EVICTION,
+    "evict_and_rephase": EVICTION,
+    "channel_norm_silu": VAE,
+    "causal_conv3d": VAE,
+    "causal_conv3d_fp8": VAE,
+    "phase_conv": VAE,
+    "frame_attention": VAE,
+    "conv_frame_pack": VAE,
+    "conv_frame_pack_nv12": VAE,
+    "frame_pack": VAE,
+    "frame_pack_nv12": VAE,
+}
+# of torch's operations that no range holds
+_ATEN_PARTS = {
+    "aten::linear": LINEARS,
+    "aten::addmm": LINEARS,
+    "aten::mm": LINEARS,
+    "aten::bmm": LINEARS,
+    "aten::gelu": ROW_KERNELS,
+    "aten::to": COPIES,
+    "aten::copy_": COPIES,
+    "aten::contiguous": COPIES,
+    "aten::clone": COPIES,
+    "aten::cat": COPIES,
+    "aten::stack": COPIES,
+}
+FUSED = ("GELU", "VAE history and upsampling")  # passes of their own in chunk_work.py
+_MARK, _CHUNK = "part: ", "chunk"
+_HOST = {"cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"}
+_ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+_MOVES = {"gpu_memcpy", "gpu_memset"}
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """Milliseconds of one part in one chunk, and its floor, where the device's rates are known."""
+
+    part: str
+    ms: float
+    floor_ms: float | None
+
+    @property
+    def share_of_floor(self) -> float | None:
+        """1 where the part is as fast as the device allows."""
+        return self.floor_ms / self.ms if self.floor_ms and self.ms else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "part": self.part, "ms": self.ms, "floor_ms": self.floor_ms, "share_of_floor": self.share_of_floor
+        }  # fmt: skip
+
+
+def measure_parts(
+    advance: Callable[[], object], ops: Ops, decoder: type, chunks: int, device: torch.device
+) -> dict[str, float]:
+    """Milliseconds of one chunk by part, with what is unassigned; the mean over `chunks` of them.
+
+    advance makes one chunk, without graphs; decoder is the class of what it decodes with.
+    """
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with marked_parts(ops, decoder), profile(activities=activities, acc_events=True) as profiler:
+        for _ in range(chunks):
+            with record_function(_CHUNK):
+                advance()
+                synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    times = device_times(events) if device.type == "cuda" else host_times(events)
+    return {part: times[part] / chunks / 1e3 for part in (*PARTS, UNASSIGNED)}
+
+
+@contextmanager
+def marked_parts(ops: Ops, decoder: type) -> Iterator[None]:
+    """Inside, every op of `ops`, the start of a chunk and a decoder open a range with their part's name."""
+    targets = [(ops, name, part) for name, part in OP_PARTS.items() if hasattr(ops, name)]
+    targets += [(decoder, name, VAE) for name in ("decode", "decode_frames", "run") if hasattr(decoder, name)]
+    targets += [(StreamingKVCache, name, EVICTION) for name in ("open_chunk", "evict", "begin_chunk")]
+    with ExitStack() as stack:
+        for owner, name, part in targets:
+            stack.enter_context(patch.object(owner, name, _in_range(getattr(owner, name), part)))
+        yield
+
+
+def _in_range(call: Callable[..., Any], part: str) -> Callable[..., Any]:
+    @wraps(call)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with record_function(_MARK + part):
+            return call(*args, **kwargs)
+
+    return marked
+
+
+def host_times(events: Iterable[Event]) -> Counter[str]:
+    """Microseconds by part that the host itself spent inside of chunks, from a Chrome trace."""
+    times: Counter[str] = Counter()
+    for call in _host_calls(events):
+        if call.in_chunk:
+            times[call.part or UNASSIGNED] += call.own_us
+    return times
+
+
+def device_times(events: Iterable[Event]) -> Counter[str]:
+    """Microseconds by part of what ran on the device, from a Chrome trace: kernels, copies and fills."""
+    events = list(events)
+    launched = {
+        call.correlation: call.part for call in _host_calls(events) if call.correlation and call.in_chunk
+    }
+    times: Counter[str] = Counter()
+    for event in events:
+        kind, correlation = event.get("cat"), event.get("args", {}).get("correlation")
+        if kind in _ON_DEVICE and correlation in launched:
+            part = launched[correlation] or (COPIES if kind in _MOVES else UNASSIGNED)
+            times[part] += event["dur"]
+    return times
+
+
+@dataclass
+class _HostCall:
+    """One range, operation or launch on the host: its part, and the time that nothing inside it took."""
+
+    end: float
+    part: str | None
+    own_us: float
+    in_chunk: bool
+    correlation: int | None
+
+
+def _host_calls(events: Iterable[Event]) -> Iterator[_HostCall]:
+    threads: dict[tuple[Any, Any], list[Event]] = {}
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") in _HOST:
+            threads.setdefault((event["pid"], event["tid"]), []).append(event)
+    chunks = [
+        (event["ts"], event["ts"] + event["dur"])
+        for thread in threads.values()
+        for event in thread
+        if event["name"] == _CHUNK
+    ]
+    for thread in threads.values():
+        yield from _thread_calls(sorted(thread, key=lambda event: (event["ts"], -event["dur"])), chunks)
+
+
+def _thread_calls(events: Iterable[Event], chunks: list[tuple[float, float]]) -> Iterator[_HostCall]:
+    """The calls of one thread; a part goes from a call to what it calls, unless that names its own."""
+    open_calls: list[_HostCall] = []
+    for event in events:
+        while open_calls and open_calls[-1].end <= event["ts"]:
+            yield open_calls.pop()
+        parent = open_calls[-1] if open_calls else None
+        if parent is not None:
+            parent.own_us -= event["dur"]
+        name = event["name"]
+        if name.startswith(_MARK):
+            part = name.removeprefix(_MARK)
+        else:
+            part = (parent.part if parent else None) or _ATEN_PARTS.get(name)
+        open_calls.append(
+            _HostCall(
+                end=event["ts"] + event["dur"],
+                part=part,
+                own_us=event["dur"],
+                in_chunk=any(start <= event["ts"] < end for start, end in chunks),
+                correlation=event.get("args", {}).get("correlation"),
+            )
+        )
+    yield from open_calls
+
+
+def part_floors(
+    shapes: Shapes, gpu: GPU | None, dtype: torch.dtype, decodes: bool
+) -> dict[str, float | None]:
+    """Floor of each part in a steady chunk, in ms; None for copies, which the link to the host bounds.
+
+    Bytes are counted for 16 bits, and scaled to `dtype`. What the engine does inside of another kernel counts
+    nothing. The VAE's upsampling convolutions count as they are written; folded they do 5% less in all.
+    """
+    if gpu is None:
+        return dict.fromkeys((*PARTS, UNASSIGNED))
+    wider = dtype.itemsize / torch.bfloat16.itemsize
+    scaled = GPU(gpu.name, gpu.tb_per_s / wider, gpu.bf16_tflop_per_s, gpu.fp8_tflop_per_s)
+    floors: dict[str, float | None] = dict.fromkeys(PARTS, 0.0) | {COPIES: None, UNASSIGNED: None}
+    for part in _steady_parts(shapes):
+        name = {"flow_step": ROW_KERNELS}.get(part.name, VAE if part.decodes else part.group)
+        if part.name not in FUSED and (decodes or not part.decodes):
+            floors[name] += floor_ms(part, scaled)
+    return floors
+
+
+def steady_flops(shapes: Shapes, decodes: bool) -> int:
+    """FLOPs of a steady chunk, with the VAE's where it is decoded."""
+    return sum(part.flops for part in _steady_parts(shapes) if decodes or not part.decodes)
+
+
+@cache
+def _steady_parts(shapes: Shapes) -> list[Part]:
+    return ChunkWork.steady(shapes).parts()

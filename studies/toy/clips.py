@@ -1,0 +1,159 @@
+"""Short clips of one model under held-out captions, each with and without its speed: what they show, how it
+moves, and how far they are from the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rfengine.evaluation.dynamics import measure_dynamics
+from rfengine.ops import choose_ops
+from rfengine.toy.data import negative_states
+from rfengine.toy.detector import detect, score
+from rfengine.toy.reward import ToyReward
+from rfengine.toy.world import Scene, WorldConfig, caption, open_caption, sample_scenes
+from rfengine.training.checkpoint_parts import base_engine, load_transformer, load_vae, text_states_of
+from rfengine.training.recipes import toy_dmd
+from rfengine.training.rollout import decode_chunks, roll_out
+from rfengine.training.stages import seeded
+from rfengine.training.trajectories import follow_flow
+from rfengine.video import as_clips, frames_from_pixels
+from studies.toy.record import write_record
+from studies.toy.setting import Setting
+from studies.toy.units import Unit, Values, unit
+
+CAPTION_SEED = 29
+_BATCH = 20
+_CHUNKS = 3  # as long as the teacher's clips
+_TEACHER_SUBSTEPS = 6  # Euler steps for each of the student's four
+_FLOW_PAIRS = 8
+_FAST = 0.75  # of the top speed: halfway from slow to fast
+KINDS = ("full", "open")
+
+
+def measure_clips(setting: Setting, model: str) -> None:
+    """Write the record clips_<model>; the teacher's has to be there before any other's."""
+    settings = {
+        "weights": setting.fingerprint(model),
+        "captions": setting.size.captions,
+        "flow_clips": setting.size.flow_clips,
+        "student_steps": setting.size.student_steps,
+    }
+    sampler = _Sampler(setting, model)
+    videos, fidelity = [], {}
+    for kind in KINDS:
+        units = [
+            unit(
+                setting.directory / "units" / f"clips_{model}",
+                f"{kind}_{seed}",
+                settings,
+                lambda kind=kind, seed=seed: _measure(setting, sampler, kind, seed),
+            )
+            for seed in setting.size.sampling_seeds
+        ]
+        videos += [video for made in units for video in made["videos"]]
+        fidelity[kind] = _fidelity(setting, model, kind, [made["latents"].float() for made in units])
+    record = {"kind": "clips", "model": model, "settings": settings, "fidelity": fidelity, "videos": videos}
+    write_record(setting.records / f"clips_{model}.json", record)
+
+
+class _Sampler:
+    """Clean latents of captions from one model, by rollout or along the teacher's probability flow."""
+
+    def __init__(self, setting: Setting, model: str) -> None:
+        directory, device = str(setting.checkpoint(model)), setting.device
+        self.setting, self.is_teacher = setting, model == "teacher"
+        self.engine = base_engine(directory)
+        ops = choose_ops("auto", device)
+        self.model = load_transformer(directory, self.engine.model, ops, device).eval()
+        self.vae = load_vae(directory, self.engine, device)
+        self.encode = text_states_of(directory, self.engine, device)
+
+    @torch.no_grad()
+    def latents(self, texts: Sequence[str], seed: int) -> Tensor:
+        """[B, C, F, h, w]; the students of one study get the same noise for the same texts and seed."""
+        states, engine = self.encode(list(texts)).to(self.setting.device), self.engine
+        if not self.is_teacher:
+            return torch.cat(list(roll_out(self.model, engine, states, _CHUNKS, seed)), dim=2)
+        size = (engine.model.in_dim, _CHUNKS * engine.cache.chunk_frames)
+        stride = engine.vae.spatial_stride
+        own = seeded(torch.device("cpu"), "clips", seed)
+        noise = torch.randn(
+            len(states), *size, engine.height // stride, engine.width // stride, generator=own
+        ).to(self.setting.device)
+        empty = negative_states(engine.model.text_len, engine.model.text_dim).to(self.setting.device)
+        guidance = toy_dmd(engine).distillation.guidance
+        with self.setting.casting():
+            ways = follow_flow(self.model, engine.schedule, noise, states, empty, guidance, _TEACHER_SUBSTEPS)
+        return ways[:, -1]
+
+    @torch.no_grad()
+    def pixels(self, latents: Tensor) -> Tensor:
+        with self.setting.casting():
+            chunks = iter(latents.split(self.engine.cache.chunk_frames, dim=2))
+            return torch.cat(list(decode_chunks(self.vae, chunks)), dim=2).float().cpu()
+
+
+def _measure(setting: Setting, sampler: _Sampler, kind: str, seed: int) -> Unit:
+    scenes = sample_scenes(setting.size.captions, CAPTION_SEED, WorldConfig(), "held_out")
+    first_seed = seed == setting.size.sampling_seeds[0]
+    videos, kept = [], []
+    for first in range(0, len(scenes), _BATCH):
+        drawn = scenes[first : first + _BATCH]
+        texts = [open_caption(scene) if kind == "open" else caption(scene) for scene in drawn]
+        latents = sampler.latents(texts, seed * 1_000_003 + first)
+        pixels = sampler.pixels(latents)
+        kept.append(latents.half().cpu())
+        for place, (scene, text) in enumerate(zip(drawn, texts, strict=True)):
+            values = _clip_values(scene, text, pixels[place])
+            if first_seed and first + place < setting.size.flow_clips:
+                frames = frames_from_pixels(pixels[place : place + 1])
+                values["flow_speed"] = measure_dynamics(frames, most_pairs=_FLOW_PAIRS).speed
+            videos.append({"prompt": first + place, "seed": seed, "captions": kind, "values": values})
+    return {"videos": videos, "latents": torch.cat(kept)}
+
+
+def _clip_values(scene: Scene, text: str, pixels: Tensor) -> Values:
+    """pixels: [3, T, H, W]. Whether the speed is right is no question where the caption leaves it open."""
+    frames = as_clips(pixels[None])[0]
+    rewards = {name: float(value) for name, value in ToyReward()(frames[None], [text]).items()}
+    right = {name: float(value) for name, value in score(scene, detect(frames)).items()}
+    values = right | {"reward": rewards["motion"], "agreement": rewards["agreement"]}
+    values["all"] = float(all(right.values()))
+    if scene.speed not in text:
+        values["all"] = float(all(value for name, value in right.items() if name != "speed"))
+        del values["speed"]
+    if scene.motion == "moving":
+        values["fast"] = float(rewards["motion"] > _FAST)
+    return values
+
+
+def _fidelity(setting: Setting, model: str, kind: str, latents: list[Tensor]) -> list[float]:
+    """The energy distance to the teacher's clips, one for each sampling seed; the teacher's own is that to
+    its clips of the next seed."""
+    seeds = setting.size.sampling_seeds
+    folder = setting.directory / "units" / "clips_teacher"
+    teachers = [
+        torch.load(folder / f"{kind}_{seed}.pt", weights_only=True)["unit"]["latents"].float()
+        for seed in seeds
+    ]
+    shift = int(model == "teacher")
+    return [energy_distance(own, teachers[(place + shift) % len(seeds)]) for place, own in enumerate(latents)]
+
+
+def energy_distance(first: Tensor, second: Tensor) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two sets [N, ...] under the same N captions, per root of the
+    dimension (Szekely and Rizzo, 2013).
+
+    0 for equal distributions, up to the noise of the samples. Only samples of different captions are held
+    against each other, within a set and between them.
+    """
+    one, two = first.flatten(1), second.flatten(1)
+
+    def mean(left: Tensor, right: Tensor) -> Tensor:
+        distances = torch.cdist(left, right)
+        return (distances.sum() - distances.diagonal().sum()) / (len(left) * (len(left) - 1))
+
+    return float((2 * mean(one, two) - mean(one, one) - mean(two, two)) / one.shape[1] ** 0.5)

@@ -1,0 +1,149 @@
+"""The toy study: DMD against Re-DMD, sinks against each other, training with eviction against without.
+
+python -m studies.toy.run                   # everything, part by part; what is there already is left as it is
+python -m studies.toy.run --list            # the parts, and which are done
+python -m studies.toy.run --only 'clips_*'  # these alone
+python -m studies.toy.run --size gpu        # three training seeds and the full grid, on a GPU
+Ends with records, tables and plots in --results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from rfengine.cli.process import run_process
+from studies.toy.parts import Part, run_parts, study_parts
+from studies.toy.plots import draw
+from studies.toy.record import read_records
+from studies.toy.setting import Setting
+from studies.toy.size import SIZES
+from studies.toy.tables import render, summary
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MOST_WORKERS = 256
+LOGGED_EVERY = 5  # steps of the published log: those in which the student learns
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="how much is trained and sampled")
+    parser.add_argument("--directory", type=Path, help="of what is made; runs/toy_study for the cpu size")
+    parser.add_argument(
+        "--results", type=Path, help="of tables, plots, records; studies/toy/results for the cpu size"
+    )
+    parser.add_argument("--device", help="cpu or cuda; cuda for the gpu size, else cpu")
+    parser.add_argument("--workers", type=int, help="parts at once; 4 on CUDA, else one a CPU core")
+    parser.add_argument("--only", default="*", help="parts whose name this pattern matches")
+    parser.add_argument("--list", action="store_true", help="tell the parts and stop")
+    parser.add_argument("--tables", action="store_true", help="write the results of what is there, and stop")
+    parser.add_argument("--part", help="make one part in this process")
+    options = parser.parse_args(arguments)
+    name = "toy_study" if options.size == "cpu" else f"toy_study_{options.size}"
+    options.directory = options.directory or Path("runs") / name
+    options.results = options.results or RESULTS.with_name("results" + name.removeprefix("toy_study"))
+    options.device = options.device or ("cuda" if options.size == "gpu" else "cpu")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device is {options.device}, and there is no CUDA device; give --device cpu")
+    if options.workers is None:
+        options.workers = 4 if options.device != "cpu" else os.cpu_count() or 1
+    if not 1 <= options.workers <= MOST_WORKERS:
+        parser.error(f"--workers is {options.workers}; run 1 to {MOST_WORKERS} parts at once")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    threads = max(1, (os.cpu_count() or 1) // options.workers)
+    setting = Setting(SIZES[options.size], options.directory, torch.device(options.device), threads)
+    parts = study_parts(setting)
+    if options.part:
+        return _run_part(setting, parts, options.part)
+    if options.list:
+        for part in parts.values():
+            print(f"{'done' if part.result.exists() else '    '}  {part.name}")
+        return 0
+    if not options.tables:
+        _remember_size(setting)
+        chosen = [part for part in parts.values() if fnmatch.fnmatch(part.name, options.only)]
+        if not chosen:
+            print(f"--only is {options.only!r}, which no part matches; see --list", file=sys.stderr)
+            return 2
+        failed = _run_chosen(options, setting, chosen)
+        if failed:
+            print(f"{len(failed)} parts are not there: {', '.join(failed)}", file=sys.stderr)
+            return 1
+    publish(setting, options.results)
+    return 0
+
+
+def _run_part(setting: Setting, parts: dict[str, Part], name: str) -> int:
+    if name not in parts:
+        print(f"--part is {name!r}; see --list", file=sys.stderr)
+        return 2
+    torch.set_num_threads(setting.threads)
+    missing = [need for need in parts[name].needs if not parts[need].result.exists()]
+    if missing:
+        print(f"{name} needs {', '.join(missing)}; make them first", file=sys.stderr)
+        return 1
+    parts[name].run(setting)
+    return 0
+
+
+def _run_chosen(options: argparse.Namespace, setting: Setting, chosen: list[Part]) -> list[str]:
+    command = ["-m", "studies.toy.run", "--size", options.size, "--directory", str(options.directory)]
+    command += ["--device", options.device, "--workers", str(options.workers), "--part"]
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    logs = setting.directory / "output"
+    return run_parts(chosen, command, options.workers, logs, lambda text: print(text, flush=True))
+
+
+def _remember_size(setting: Setting) -> None:
+    """Raises SystemExit where the directory holds a study of another size."""
+    path = setting.directory / "size.txt"
+    if path.exists() and path.read_text().strip() != setting.size.name:
+        raise SystemExit(
+            f"{setting.directory} holds a study of size {path.read_text().strip()}, not "
+            f"{setting.size.name}; choose another --directory"
+        )
+    setting.directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(setting.size.name + "\n")
+
+
+def publish(setting: Setting, results: Path) -> None:
+    """Copy the records and logs to `results`, and write tables and plots of them there."""
+    results.mkdir(parents=True, exist_ok=True)
+    for path in sorted(setting.records.glob("*.json")):
+        shutil.copyfile(path, results / path.name)
+    logs = {}
+    for model in ("teacher", *setting.size.students):
+        source, name = setting.directory / model / "log.jsonl", results / f"log_{model}.jsonl"
+        if source.exists():
+            lines = [line for line in source.read_text().splitlines() if line]
+            kept = [line for line in lines if json.loads(line)["step"] % LOGGED_EVERY == 0]
+            name.write_text("".join(f"{line}\n" for line in kept))
+        if name.exists():
+            logs[model] = name
+    records = read_records(results)
+    (results / "tables.md").write_text(render(records))
+    (results / "summary.json").write_text(json.dumps(summary(records), indent=1) + "\n")
+    for path in draw(records, logs, results):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(main, "toy_study"))

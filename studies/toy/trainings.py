@@ -1,0 +1,118 @@
+"""The trainings of the toy study: the student before distillation, the teacher and its clips, the distilled
+students."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+
+import torch
+
+from recipes.tiny.run import MINUTES, Options, load_transformer, run_stage
+from recipes.tiny.stage_run import StageRun
+from recipes.tiny.videos import encode_dataset
+from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.loader import load_part, read_safetensors
+from rfengine.config import to_dict
+from rfengine.models.text_encoder import build_umt5
+from rfengine.toy.data import save_dataset
+from rfengine.training.build import build_stage
+from rfengine.training.checkpoint_parts import base_engine, export_checkpoint, load_vae
+from rfengine.training.checkpoints import locked_run
+from rfengine.training.config import TrainConfig
+from rfengine.training.parallel import Ranks
+from rfengine.training.recipes import toy_dmd, toy_re_dmd, toy_re_dmd_no_eviction, toy_teacher
+from rfengine.training.samples import averaged_state
+from rfengine.training.trainer import Trainer
+from studies.toy.setting import Setting
+from studies.toy.size import seeded_name
+from studies.toy.tables import SHIPPED, WITHOUT_EVICTION
+
+_BASE = "tiny"  # whose VAE and text encoder the whole study uses
+_CLIP_SEED = 77
+_CLIP_CHUNKS = 4  # of which a clip of three begins at the first or at the second
+
+
+def train_start(setting: Setting) -> None:
+    """The student before distillation: the shipped VAE and text encoder, and a transformer by teacher forcing
+    as tiny_model.py trains it."""
+    directory = setting.directory / "start_run"
+    directory.mkdir(parents=True, exist_ok=True)
+    engine = base_engine(_BASE)
+    (directory / "vae.json").write_text(json.dumps(to_dict(engine.vae)))
+    for part, name in (("vae", "vae_weights"), ("text_encoder", "text_weights")):
+        weights, _ = read_safetensors(checkpoint_directory(_BASE) / f"{part}.safetensors")
+        torch.save({key: value.float() for key, value in weights.items()}, directory / f"{name}.pt")
+    for stage, result in (("videos", "videos"), ("starts", "starts"), ("dit", "dit_weights")):
+        if not (directory / f"{result}.pt").exists():
+            minutes = MINUTES[stage] * setting.size.start_scale
+            run_stage(Options(stage, directory, minutes, threads=setting.threads))
+    start = load_transformer(engine, directory).state_dict()
+    export_checkpoint(start, engine, _BASE, setting.checkpoint("start"))
+
+
+def encode_clips(setting: Setting) -> None:
+    """Rendered and encoded videos of four chunks, which the teacher learns from."""
+    engine, device = base_engine(_BASE), torch.device("cpu")
+    text_model = build_umt5(engine.text)
+    load_part(text_model, checkpoint_directory(_BASE), "text_encoder", torch.float32, device)
+    dataset = encode_dataset(
+        load_vae(_BASE, engine, device),
+        text_model.requires_grad_(False),
+        engine.model.text_len,
+        _CLIP_CHUNKS * engine.cache.chunk_frames,
+        StageRun(setting.directory, "clips_encoding", setting.size.clip_minutes),
+        _CLIP_SEED,
+    )
+    save_dataset(dataset, setting.clips_path)
+
+
+def training_configs(setting: Setting) -> dict[str, TrainConfig]:
+    """The trainings by the name of their model."""
+    engine, size = base_engine(_BASE), setting.size
+    start, teacher = str(setting.checkpoint("start")), str(setting.checkpoint("teacher"))
+    configs = {
+        "teacher": dataclasses.replace(
+            toy_teacher(engine, str(setting.clips_path)), steps=size.teacher_steps, student=start
+        )
+    }
+    for seed in size.training_seeds:
+        students = {"dmd": toy_dmd(engine, teacher)}
+        students |= {f"re_dmd_{beta:g}": toy_re_dmd(engine, teacher, beta) for beta in size.betas}
+        students[WITHOUT_EVICTION] = toy_re_dmd_no_eviction(engine, teacher, size.betas[0])
+        for name, config in students.items():
+            configs[seeded_name(name, seed)] = dataclasses.replace(
+                config, steps=size.student_steps, student=start, seed=seed
+            )
+    return {
+        name: dataclasses.replace(config, batch=size.batch, precision=size.precision)
+        for name, config in configs.items()
+    }
+
+
+def run_training(setting: Setting, name: str) -> None:
+    """Train model `name` to its end, from its newest checkpoint where there is one, and export it."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    config, ranks = training_configs(setting)[name], Ranks()
+    with locked_run(setting.directory / name):
+        stage = build_stage(config, setting.device, ranks)
+        reason = Trainer(config, stage, setting.directory / name, ranks).run()
+        if reason:
+            raise KeyboardInterrupt(f"{name}: {reason}")
+        export_checkpoint(averaged_state(stage), config.engine, _BASE, setting.checkpoint(name))
+
+
+def average_with_start(setting: Setting, name: str) -> None:
+    """The model that is shipped: the mean of the weights of `name` and of the start it was distilled from.
+
+    Distillation moves the weights by little, so the models on the straight line between both ends work too
+    (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022); halfway keeps what the start does
+    better.
+    """
+    ends = [
+        read_safetensors(setting.checkpoint(model) / "transformer.safetensors")[0]
+        for model in ("start", name)
+    ]
+    weights = {key: torch.lerp(value.float(), ends[1][key].float(), 0.5) for key, value in ends[0].items()}
+    export_checkpoint(weights, base_engine(_BASE), _BASE, setting.checkpoint(SHIPPED))

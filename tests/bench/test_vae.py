@@ -1,0 +1,137 @@
+"""bench/vae.py on the smallest video: figures, quality, floors, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import vae
+import vae_decoders
+from vae import Options, WrongDecoderError, measure, render
+from vae_decoders import BY_LATENT, FP8_ROW, OURS, PLAIN, TINY_ROW, Setting, diffusers_contenders
+from vae_layers import REST, layer_parts, layer_paths
+
+from rfengine.config import PRESETS, VAEConfig
+from rfengine.costs.vae import decode_work
+from rfengine.grid import LatentGrid
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALLEST = Options(
+    device="cpu", model="tiny", height=32, width=32, chunks=2, fp8="on", diffusers="off", threads=1
+)
+
+
+def setting_of(config: VAEConfig) -> Setting:
+    engine = dataclasses.replace(PRESETS["wan-1.3b"], vae=config)
+    grid = LatentGrid.of(engine, 32, 32)
+    return Setting.load(engine, None, grid, torch.float32, torch.device("cpu"), "auto")
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    found = measure(SMALLEST)
+    torch.set_num_threads(threads)
+    return found
+
+
+def test_every_decoder_has_times_and_its_distance_from_float32(figures):
+    rows = {row["decoder"]: row for row in figures["decoders"]}
+    assert list(rows) == [OURS, FP8_ROW, PLAIN, BY_LATENT, TINY_ROW]
+    assert [row["tier"] for row in rows.values()] == [
+        "lossless", "near-lossless", "lossless", "lossless", "reduced"
+    ]  # fmt: skip
+    for row in rows.values():
+        assert len(row["chunks_ms"]) == 2 and row["frame_ms"] == pytest.approx(row["chunk_ms"] / 12)
+    assert rows[OURS]["psnr_db"] > 100 > rows[FP8_ROW]["psnr_db"] > 40 > rows[TINY_ROW]["psnr_db"]
+    assert rows[PLAIN]["largest_error"] == 0 < rows[OURS]["largest_error"] < 1e-5
+    assert rows[OURS]["floor_ms"] > 0 and "floor_ms" not in rows[TINY_ROW]
+    assert figures["chunk_over_latent_by_latent"].keys() == {OURS, PLAIN}
+    assert figures["left_out"] == {"diffusers": "switched off"}
+    assert json.loads(json.dumps(figures)) == figures
+
+
+def test_the_table_has_a_line_for_every_decoder_and_every_layer(figures):
+    lines = render(figures).splitlines()
+    assert any(line.startswith(f"{TINY_ROW:<28}reduced") for line in lines)
+    assert sum(line.startswith("decoder.upsamples") for line in lines) == 13
+    assert lines[-1] == "left out: diffusers: switched off"
+
+
+def test_layers_cover_the_work_of_the_whole_but_for_what_folding_saves(figures):
+    setting = setting_of(VAEConfig())
+    parts = layer_parts(setting, 3)
+    assert list(parts) == [*layer_paths(setting), REST] and all(parts.values())
+    work = decode_work(setting.config.vae, setting.grid, 3, False)
+    upsampling = sum(2 * w.multiply_adds for path, w in work.products.items() if "resample" in path)
+    whole = sum(part.flops for held in parts.values() for part in held)
+    assert whole == pytest.approx(2 * work.multiply_adds - 5 / 9 * upsampling)
+    eights = [part for held in layer_parts(setting, 3, fp8=True).values() for part in held if part.is_fp8]
+    assert sum(part.flops > 0 for part in eights) == 17
+    assert len(figures["layers"]) == 17 and all(row["ms"] > 0 for row in figures["layers"])
+
+
+def test_diffusers_has_the_same_weights_and_streams_to_the_same_pixels():
+    pytest.importorskip("diffusers")
+    setting = setting_of(VAEConfig(base_dim=8))
+    latents, exact = vae._exact(setting, 2, False)
+    for contender in diffusers_contenders(setting, compiles=False):
+        with torch.no_grad():
+            quality = vae._quality(contender, latents, exact)
+            assert quality["psnr_db"] > 100, contender.name
+            decode = contender.frames()
+            assert [len(decode(chunk)) for chunk in latents] == [5, 8, 8]
+
+
+def test_a_wrong_decoder_is_not_timed(monkeypatch):
+    run = vae._quality
+
+    def spoiled(contender, latents, exact):
+        found = run(contender, latents, exact)
+        return {**found, "psnr_db": 60.0} if contender.name == OURS else found
+
+    monkeypatch.setattr(vae, "_quality", spoiled)
+    monkeypatch.setattr(vae, "_time", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(WrongDecoderError, match="our decoder is wrong, so nothing was timed: 60.0 dB"):
+        measure(SMALLEST)
+
+
+def test_what_cannot_run_has_its_reason_instead_of_figures(monkeypatch):
+    def broken():
+        raise RuntimeError("no compiler here\nand more")
+
+    made = vae_decoders.our_contenders
+
+    def contenders(setting, fp8):
+        every = list(made(setting, fp8))
+        return [*every, dataclasses.replace(every[0], name="broken", pixels=broken, frames=broken)]
+
+    monkeypatch.setattr(vae, "our_contenders", contenders)
+    figures = measure(dataclasses.replace(SMALLEST, chunks=1, fp8="auto"))
+    row = next(row for row in figures["decoders"] if row["decoder"] == "broken")
+    assert row == {"decoder": "broken", "tier": "lossless", "error": "RuntimeError: no compiler here"}
+    assert "no compiler here" in render(figures) and figures["left_out"]["FP8"] == "not asked for"
+
+
+def test_absent_diffusers_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(vae_decoders.importlib.util, "find_spec", lambda _: None)
+    assert vae_decoders.diffusers_absence() == "diffusers is not installed: pip install diffusers"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--chunks", "0"), "vae: --chunks is 0; it must be at least 1"),
+        (("--height", "30"), "vae: "),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_sentence(options, told):
+    command = [sys.executable, str(ROOT / "bench" / "vae.py"), "--device", "cpu", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr

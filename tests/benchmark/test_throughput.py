@@ -1,0 +1,370 @@
+"""bench/throughput.py on the smallest video: figures, refusals, and what becomes of a profile."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfengine.benchmark import agreement, comparison, conditions, throughput
+from rfengine.benchmark import timing as chunk_times
+from rfengine.benchmark.agreement import WrongEngineError, check_agreement
+from rfengine.benchmark.options import ThroughputOptions
+from rfengine.benchmark.parts import PARTS, UNASSIGNED
+from rfengine.benchmark.plot import check_plot, draw
+from rfengine.benchmark.report import render
+from rfengine.benchmark.timing import ChunkTimes, time_chunks, time_flow
+from rfengine.config import PRESETS
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.runtime.options import Switch
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALLEST = ThroughputOptions(device="cpu", model="tiny", height=32, width=32, chunks=3)
+SMALLEST_ARGUMENTS = ("--device", "cpu", "--height", "32", "--width", "32", "--chunks", "1")
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "ROUNDS", 2)
+        options = ThroughputOptions(**{**vars_of(SMALLEST), "compare": "baseline"})
+        return throughput.measure(options)
+
+
+def vars_of(options: ThroughputOptions) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in options.__dataclass_fields__}
+
+
+def broken_engine(monkeypatch: pytest.MonkeyPatch, change: Callable[[throughput.Engine], None]) -> None:
+    """Every engine that is loaded is changed; the reference it is held against is not."""
+    load = throughput.Engine.load
+
+    def load_broken(options: ThroughputOptions) -> throughput.Engine:
+        engine = load(options)
+        change(engine)
+        return engine
+
+    monkeypatch.setattr(throughput.Engine, "load", load_broken)
+
+
+@pytest.mark.slow
+def test_figures_are_json_and_name_their_circumstances(figures: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(figures)) == figures
+    assert figures["model"] == "tiny" and (figures["height"], figures["width"]) == (32, 32)
+    assert figures["versions"]["torch"] == torch.__version__
+    assert figures["versions"]["commit"]
+    assert "load_average_1_min" in figures["before"] and "load_average_1_min" in figures["after"]
+    assert figures["peak_memory_bytes"] > 0 and figures["first_frame_ms"] > 0
+
+
+def test_rates_are_those_of_twelve_frames_a_chunk(figures: dict[str, Any]) -> None:
+    slowest, median = figures["chunk_ms_p99"], figures["chunk_ms_p50"]
+    assert median <= figures["chunk_ms_p95"] <= slowest
+    assert 12e3 / slowest <= figures["frames_per_s"]
+    assert figures["real_time_factor"] == figures["frames_per_s"] / 16
+    assert figures["frames_per_s_without_vae"] > 0
+    assert figures["flop_utilisation"] > 0
+
+
+def test_parts_are_all_there_and_have_floors(figures: dict[str, Any]) -> None:
+    parts = {row["part"]: row for row in figures["parts"]}
+    assert tuple(parts) == (*PARTS, UNASSIGNED)
+    assert all(row["ms"] > 0 for row in parts.values())
+    for name in ("linears", "VAE"):
+        assert parts[name]["share_of_floor"] == parts[name]["floor_ms"] / parts[name]["ms"]
+    assert parts["copies"]["floor_ms"] is None and parts["unassigned"]["share_of_floor"] is None
+
+
+def test_comparison_gives_ratios_with_their_spread(figures: dict[str, Any]) -> None:
+    compared = figures["comparison"]
+    assert compared["rounds"] == 2 and compared["attention"] == "SDPA"
+    for name in ("end_to_end", "without_vae"):
+        ratio = compared[name]["ratio"]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    end_to_end, without = (compared[name]["baseline_chunk_ms"] for name in ("end_to_end", "without_vae"))
+    assert end_to_end["min"] > 0 and without["min"] > 0
+
+
+def test_table_has_every_figure_of_the_json(figures: dict[str, Any]) -> None:
+    shown = render(figures)
+    for row in figures["parts"]:
+        assert row["part"] in shown and f"{row['ms']:.3f}" in shown
+    for told in ("frames/s end to end", "p99", "jitter", "peak memory", "FLOP utilisation", "in turn"):
+        assert told in shown
+    assert figures["versions"]["commit"] in shown
+    assert figures["weights"] in shown
+
+
+def test_agreement_reaches_a_chunk_that_evicts(figures: dict[str, Any]) -> None:
+    latents, frames = figures["agreement"]
+    assert latents["what"] == "latents" and frames["what"] == "frames"
+    assert latents["chunks"] == frames["chunks"] == 4
+    assert latents["error"] <= latents["allowed"] and frames["error"] <= frames["allowed"]
+
+
+@pytest.mark.parametrize(
+    ("op", "scale"), [("rms_norm", 1.001), ("sink_window_attention", 1.001), ("linear", 1.0001)]
+)
+def test_an_engine_with_a_slightly_wrong_op_is_refused(
+    op: str, scale: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(engine: throughput.Engine) -> None:
+        right = getattr(engine.pipeline.model.ops, op)
+        monkeypatch.setattr(engine.pipeline.model.ops, op, lambda *given: right(*given) * scale)
+
+    broken_engine(monkeypatch, change)
+    assert throughput.main(SMALLEST_ARGUMENTS) == 1
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert (
+        told.err.count("\n") == 1 and "the engine is wrong, so nothing was measured: its latents" in told.err
+    )
+
+
+def test_an_engine_that_forgets_to_evict_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks would not show it."""
+    engine = throughput.Engine.load(SMALLEST)
+    monkeypatch.setattr(engine.pipeline.model.ops, "evict_and_rephase", lambda *given: None)
+    with pytest.raises(WrongEngineError, match="its latents of the first 4 chunks"):
+        check_agreement(engine.pipeline, engine.grid, None)
+
+
+def test_an_engine_with_a_wrong_decoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = StreamingDecoder.decode_frames
+
+    def dim(decoder: StreamingDecoder, *given: Any, **named: Any) -> Tensor:
+        return (right(decoder, *given, **named).float() * 0.98).to(torch.uint8)
+
+    monkeypatch.setattr(StreamingDecoder, "decode_frames", dim)
+    engine = throughput.Engine.load(SMALLEST)
+    with pytest.raises(WrongEngineError, match="its frames of the first 4 chunks"):
+        check_agreement(engine.pipeline, engine.grid, engine.decoder)
+
+
+def test_an_engine_that_gives_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = throughput.Engine.load(SMALLEST)
+    right = engine.pipeline.model.ops.flow_step
+    monkeypatch.setattr(engine.pipeline.model.ops, "flow_step", lambda *given: right(*given) * float("nan"))
+    with pytest.raises(WrongEngineError, match="are inf from the reference"):
+        check_agreement(engine.pipeline, engine.grid, None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_agree_with_the_reference(dtype: str) -> None:
+    engine = throughput.Engine.load(ThroughputOptions(**{**vars_of(SMALLEST), "dtype": dtype}))
+    latents, frames = check_agreement(engine.pipeline, engine.grid, engine.decoder)
+    assert latents.error > 1e-4 and frames.holds  # it is a 16-bit engine that was looked at
+
+
+@pytest.mark.parametrize(("dtype", "is_coarse"), [("bfloat16", True), ("float32", False)])
+def test_the_truth_of_sixteen_bits_alone_is_multiplied_in_tf32(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, is_coarse: bool
+) -> None:
+    """On a GPU plain float32 would take a minute or more, for a difference that nobody could see."""
+    seen: dict[tuple[str, torch.dtype], tuple[bool, bool]] = {}
+
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def note(name: str) -> None:
+        right = getattr(agreement, name)
+
+        def noted(*given: Any) -> Any:
+            seen[name, given[-1]] = flags()
+            return right(*given)
+
+        monkeypatch.setattr(agreement, name, noted)
+
+    note("reference_latents")
+    note("_decoded")
+    before = flags()
+    engine = throughput.Engine.load(ThroughputOptions(**{**vars_of(SMALLEST), "dtype": dtype}))
+    check_agreement(engine.pipeline, engine.grid, engine.decoder)
+    truth, own = (torch.float32, torch.bfloat16) if is_coarse else (torch.float64, torch.float32)
+    assert seen["reference_latents", truth] == seen["_decoded", truth] == (is_coarse, is_coarse)
+    assert seen["reference_latents", own] == before and flags() == before == (False, False)
+
+
+def test_tf32_is_put_back_after_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), agreement.truth_precision(torch.float16):
+        assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+        _ = 1 / 0
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+
+
+def test_without_a_vae_only_latents_are_measured() -> None:
+    options = ThroughputOptions(**{**vars_of(SMALLEST), "vae": "none", "chunks": 1})
+    figures = throughput.measure(options)
+    assert figures["frames_per_s"] is None and figures["first_frame_ms"] is None
+    assert [result["what"] for result in figures["agreement"]] == ["latents"]
+    assert {row["part"]: row for row in figures["parts"]}["VAE"]["ms"] == 0
+    assert "frames/s without the VAE" in render(figures)
+    assert figures["vae_tier"] is None and "VAE none; weights" in render(figures)
+
+
+@pytest.mark.slow
+def test_the_quality_of_the_frames_is_named(figures: dict[str, Any]) -> None:
+    assert "VAE full (lossless); weights" in render(figures)
+    options = ThroughputOptions(**{**vars_of(SMALLEST), "vae": "tiny", "chunks": 1})
+    assert "VAE tiny (reduced); weights" in render(throughput.measure(options))
+    eights = {**figures, "vae_tier": "near-lossless"}
+    assert "VAE full (near-lossless); weights" in render(eights)
+
+
+def test_a_preset_runs_with_random_weights_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "wan-1.3b", PRESETS["tiny"])
+    engine = throughput.Engine.load(ThroughputOptions(**{**vars_of(SMALLEST), "model": "wan-1.3b"}))
+    assert engine.weights.startswith("random, seed 0")
+    chunk = engine.stream().advance()
+    assert chunk.frames.shape == (9, 32, 32, 3) and chunk.frames.std() > 1
+    again = throughput.Engine.load(ThroughputOptions(**{**vars_of(SMALLEST), "model": "wan-1.3b"}))
+    assert (again.stream().advance().frames == chunk.frames).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "sentence"),
+    [
+        (("--chunks", "0"), 2, "--chunks is 0; it must be at least 1"),
+        (("--chunks", "1" + "0" * 30), 2, "--chunks is 1000000000000000000000000000000; it must be at most"),
+        (("--threads", "1000000000"), 2, "--threads is 1000000000; it must be at most 1024"),
+        (("--height", "65536"), 2, "height is 65536 pixels; use at most 8192"),
+        (("--model", "wan-1.3b", "--device", "cpu", "--height", "0"), 2, "height is 0 pixels; it must be a"),
+        (("--threads", "0"), 2, "--threads is 0; it must be at least 1"),
+        (("--device", "cpu", "--graphs", "on"), 1, "CUDA graphs need a CUDA device"),
+        (("--device", "cpu", "--model", "wan-14b", "--vae", "tensorrt"), 2, "give --model a checkpoint dir"),
+        (("--height", "33"), 2, "must be a multiple of 16"),
+        (("--plot", "plot.txt"), 2, "end it in .png"),
+        (("--plot", "no/such/folder/plot.png"), 2, "is no directory"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_one_sentence(
+    arguments: tuple[str, ...], status: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert throughput.main(arguments) == status
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and sentence in told
+
+
+def test_json_goes_to_a_file_beside_the_table_or_takes_its_place(
+    tmp_path: Path,
+    figures: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(throughput, "measure", lambda options: figures)
+    path = tmp_path / "results" / "figures.json"
+    assert throughput.main(("--json", str(path))) == 0
+    assert json.loads(path.read_text()) == figures
+    assert capsys.readouterr().out == render(figures) + "\n"
+    assert throughput.main(("--json", "-")) == 0
+    assert json.loads(capsys.readouterr().out) == figures
+
+
+def test_plot_is_an_image(tmp_path: Path, figures: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "parts.png"
+    draw(figures, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="pip install matplotlib"):
+        check_plot(tmp_path / "parts.png")
+
+
+def test_it_runs_where_only_a_bare_cuda_image_has_its_packages() -> None:
+    absent = "; ".join(
+        f"sys.modules[{name!r}] = None" for name in ("tyro", "av", "tqdm", "ftfy", "matplotlib")
+    )
+    script = (
+        f"import sys; {absent}; sys.path.insert(0, 'bench'); import throughput; throughput.main(['--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--compare" in done.stdout and "--no-autotune" in done.stdout
+
+
+def test_times_are_ordered_shares_and_jitter_is_the_mean_step() -> None:
+    times = ChunkTimes((0.1, 0.4, 0.2, 0.3), 48)
+    assert times.frames_per_s == pytest.approx(48)
+    assert times.percentile_ms(0.5) == pytest.approx(200)
+    assert times.percentile_ms(0.75) == pytest.approx(300)
+    assert times.percentile_ms(0.99) == pytest.approx(400)
+    assert times.jitter_ms == pytest.approx(200)
+    assert ChunkTimes((0.1,), 12).jitter_ms == 0
+
+
+@pytest.mark.parametrize(("waits", "expected"), [(True, "s.s.s.s"), (False, "s...s")])
+def test_the_device_is_idle_before_and_after_and_waited_for_as_asked(
+    waits: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(chunk_times, "synchronize", lambda device: seen.append("s"))
+
+    def advance() -> int:
+        seen.append(".")
+        return 12
+
+    times = time_chunks(advance, 3, torch.device("cpu"), waits)
+    assert "".join(seen) == expected
+    assert len(times.seconds) == 3 and times.frames == 36
+
+
+def test_an_even_stream_that_goes_one_ahead_has_even_times_in_a_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that takes 1 s for each chunk, under way while the one before it is handed out. With the
+    device idle at both ends the first chunk would take no time and the last that of two."""
+    clock, ready = [0.0], [0.0]
+
+    def advance() -> int:
+        awaited = ready[0]  # of the chunk that the call before began
+        ready[0] = max(ready[0], clock[0]) + 1.0
+        clock[0] = max(clock[0], awaited)
+        return 12
+
+    def wait(device: torch.device) -> None:
+        clock[0] = max(clock[0], ready[0])
+
+    monkeypatch.setattr(chunk_times, "synchronize", wait)
+    monkeypatch.setattr(chunk_times.time, "perf_counter", lambda: clock[0])
+    whole = time_chunks(advance, 10, torch.device("cpu"), waits=False)
+    assert whole.seconds[0] == 0 and whole.seconds[-1] == 2
+    flow = time_flow(advance, 10)
+    assert flow.seconds == (1.0,) * 10 and flow.frames_per_s == whole.frames_per_s == 12
+    assert time_flow(advance, 5, lead_in=0).seconds == (1.0,) * 5
+
+
+def test_what_nvidia_smi_does_not_tell_is_unknown() -> None:
+    told = conditions.read_state("1980, 2619, 1980, 512.30, [N/A], 44, 0x0000000000000000")
+    assert told["sm_clock_mhz"] == 1980 and told["power_w"] == 512.3
+    assert told["power_limit_w"] == "unknown" and told["clock_reasons"] == "0x0000000000000000"
+    assert set(conditions.read_state("").values()) == {"unknown"}
+
+
+def test_every_graph_is_replayed_before_the_clock_starts_and_while_it_is_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three fill the window; its two slots are each written op by op, then recorded and replayed."""
+    engine = throughput.Engine.load(SMALLEST)
+    assert chunk_times.recorded_chunks(engine.pipeline.config.cache) == 7
+    assert agreement.checked_chunks(engine.pipeline) == 4
+    switches = {"graphs": Switch(True, "asked for")}
+    monkeypatch.setattr(agreement, "runtime_switches", lambda runtime, device: switches)
+    assert agreement.checked_chunks(engine.pipeline) == 7
+
+
+def test_pipe_that_its_reader_closed_is_left_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(options: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(throughput, "run", closed)
+    with pytest.raises(BrokenPipeError):
+        throughput.main([])

@@ -1,0 +1,134 @@
+"""The plots of the toy study: which files there are, and that they show the data."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from studies.toy.plots import draw
+from studies.toy.record import Clips, Records, Streams, Video
+
+MODELS = ("start", "teacher", "dmd", "re_dmd_0.5", "re_dmd_0.2", "no_eviction")
+SINKS = ("none", "frozen", "ema_0.9", "ema_0.999", "ema_0.9_bf16", "ema_0.999_bf16")
+CLIP_VALUES = ("reward", "fast", "colour", "shape", "direction", "speed", "all")
+STREAM_VALUES = ("reward", "shape", "copying_excess", "sharpness_drift")
+CURVES = ("reward", "consistency", "sharpness_drift", "colour_drift")
+SIZE_LIMIT = 150_000
+
+
+@pytest.fixture(autouse=True)
+def needs_matplotlib() -> None:
+    pytest.importorskip("matplotlib")
+
+
+def clips_of(model: str, seed: int = 0) -> Clips:
+    draw_number = random.Random(f"{model}{seed}").random
+    videos = [
+        Video(prompt, 0, captions, {name: draw_number() for name in CLIP_VALUES}, {})
+        for prompt in range(4)
+        for captions in ("full", "open")
+    ]
+    fidelity = {"full": (draw_number(), draw_number()), "open": (draw_number(),)}
+    return Clips(model, 0, {}, fidelity, tuple(videos))
+
+
+def streams_of(model: str, sink: str, seconds: int = 60, without: str = "") -> Streams:
+    draw_number = random.Random(f"{model}{sink}").random
+    videos = [
+        Video(
+            prompt,
+            0,
+            "",
+            {name: draw_number() for name in STREAM_VALUES},
+            {
+                name: tuple((2.0**step, draw_number()) for step in range(7))
+                for name in CURVES
+                if name != without
+            },
+        )
+        for prompt in range(3)
+    ]
+    return Streams(model, 0, sink, seconds, {}, tuple(videos))
+
+
+def write_log(path: Path, names: tuple[str, ...], seed: int = 0) -> Path:
+    draw_number = random.Random(f"{path.name}{seed}").random
+    lines = [{"step": step} | {name: draw_number() for name in names} for step in range(5, 1600, 5)]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def write_logs(folder: Path) -> dict[str, Path]:
+    """As many lines as the study has with three training seeds."""
+    logs = {"teacher": write_log(folder / "teacher", ("teacher_loss",))}
+    shared = ("critic_loss", "distance", "toy.agreement")
+    for model in ("dmd", "re_dmd_1", "re_dmd_0.5", "re_dmd_0.2", "re_dmd_0.1", "no_eviction"):
+        reward = "toy.motion" if model == "dmd" else "score"
+        for seed, name in enumerate((model, f"{model}_seed1", f"{model}_seed2")):
+            logs[name] = write_log(folder / name, (*shared, reward), seed)
+    return logs
+
+
+def test_everything_drawn_is_a_small_png(tmp_path: Path) -> None:
+    streams = [streams_of(model, sink) for model in ("re_dmd_0.5", "no_eviction") for sink in SINKS]
+    streams += [streams_of("world", "true"), streams_of("re_dmd_0.5", "none", 600)]
+    records = Records(tuple(map(clips_of, MODELS)), tuple(streams))
+    files = draw(records, write_logs(tmp_path), tmp_path)
+    assert [file.name for file in files] == [
+        "models.png",
+        "trainings.png",
+        "sinks_re_dmd_0.5_60s.png",
+        "sinks_re_dmd_0.5_600s.png",
+        "sinks_no_eviction_60s.png",
+        "eviction.png",
+    ]
+    for file in files:
+        data = file.read_bytes()
+        assert data.startswith(b"\x89PNG") and len(data) < SIZE_LIMIT, file.name
+
+
+def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", ("teacher_loss",))
+    assert draw(Records(), {"teacher": log}, tmp_path) == []
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_streams_without_a_counterpart_draw_no_eviction(tmp_path: Path) -> None:
+    records = Records((), (streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "none", 600)))
+    names = [file.name for file in draw(records, {}, tmp_path)]
+    assert names == ["sinks_re_dmd_0.5_60s.png", "sinks_no_eviction_600s.png"]
+
+
+def drawn(folder: Path, records: Records, logs: dict[str, Path]) -> dict[str, bytes]:
+    folder.mkdir()
+    return {file.name: file.read_bytes() for file in draw(records, logs, folder)}
+
+
+@pytest.mark.slow
+def test_a_plot_changes_with_its_data_and_only_then(tmp_path: Path) -> None:
+    logs = {"dmd": write_log(tmp_path / "one", ("critic_loss",), 1)}
+    pair = streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "none")
+    before = drawn(tmp_path / "before", Records((clips_of("dmd"),), pair), logs)
+    assert drawn(tmp_path / "again", Records((clips_of("dmd"),), pair), logs) == before
+    logs = {"dmd": write_log(tmp_path / "other", ("critic_loss",), 2)}
+    other = streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "frozen")
+    after = drawn(tmp_path / "after", Records((clips_of("dmd", 1),), other), logs)
+    assert after.keys() == before.keys()
+    same = {name for name in before if before[name] == after[name]}
+    assert same == {"sinks_re_dmd_0.5_60s.png"}
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_every_curve_of_the_streams_is_shown(tmp_path: Path, curve: str) -> None:
+    whole, part = (streams_of("dmd", "none", without=name) for name in ("", curve))
+    assert drawn(tmp_path / "a", Records((), (whole,)), {}) != drawn(tmp_path / "b", Records((), (part,)), {})
+
+
+def test_missing_matplotlib_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="matplotlib is not installed; pip install matplotlib"):
+        draw(Records((clips_of("dmd"),)), {}, tmp_path)

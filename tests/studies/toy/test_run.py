@@ -1,0 +1,60 @@
+"""studies/toy/run.py: the whole way once, at a size that proves nothing but that it can be walked."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from studies.toy import run as toy_study
+
+TRAINED = ("start", "clips", "teacher", "re_dmd_0.5")
+MEASURED = ("clips_teacher", "clips_re_dmd_0.5", "streams_re_dmd_0.5_ema_0.9_8s")
+
+
+@pytest.mark.slow
+def test_parts_are_made_one_after_another_and_end_in_tables(tmp_path: Path) -> None:
+    directory, results = tmp_path / "study", tmp_path / "results"
+    one_thread = ["--workers", str(os.cpu_count())]
+    common = ["--size", "smoke", "--directory", str(directory), "--results", str(results), *one_thread]
+    assert toy_study.main([*common, "--part", "teacher"]) == 1  # without its clips
+    for name in (*TRAINED, *MEASURED):
+        assert toy_study.main([*common, "--part", name]) == 0, name
+    assert toy_study.main([*common, "--tables"]) == 0
+    record = json.loads((results / "streams_re_dmd_0.5_ema_0.9_8s.json").read_text())
+    assert len(record["videos"]) == 2
+    tables = (results / "tables.md").read_text()
+    assert "re_dmd_0.5, 8 s" in tables
+    assert (results / "log_re_dmd_0.5.jsonl").read_text().count("\n") == 1
+    assert (results / "models.png").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "1000000000"])
+def test_a_number_of_workers_that_cannot_be_is_refused(
+    workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        toy_study.main(["--directory", str(tmp_path), "--workers", workers, "--list"])
+    assert f"--workers is {workers}; run 1 to 256 parts at once" in capsys.readouterr().err
+
+
+def test_unknown_parts_and_mixed_sizes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--directory", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert toy_study.main([*common, "--part", "nothing"]) == 2
+    assert toy_study.main([*common, "--only", "nothing*"]) == 2
+    assert "which no part matches" in capsys.readouterr().err
+    (tmp_path / "size.txt").write_text("gpu\n")
+    with pytest.raises(SystemExit, match="holds a study of size gpu, not cpu"):
+        toy_study.main([*common, "--only", "clips"])
+
+
+def test_list_tells_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "clips.pt").touch()
+    assert toy_study.main(["--directory", str(tmp_path), "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "done  clips" in lines
+    assert "      teacher" in lines

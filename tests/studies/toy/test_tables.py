@@ -1,0 +1,299 @@
+"""The tables of the toy study, against numbers of small sets that are worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rfengine.evaluation.confidence import bootstrap_mean
+from studies.toy.record import Records, read_records
+from studies.toy.tables import LEAST_MARKED, render, summary
+
+CLIPS, SINKS = "DMD against Re-DMD", "Sinks"
+EVICTION = "Trained with eviction against without"
+Values = dict[tuple[int, int], dict[str, float]]
+
+
+def write_clips(
+    folder: Path,
+    model: str,
+    values: Values,
+    fidelity: tuple[float, ...] = (),
+    captions: str = "full",
+) -> None:
+    videos = [
+        {"prompt": prompt, "seed": seed, "captions": captions, "values": entry}
+        for (prompt, seed), entry in values.items()
+    ]
+    entry = {"kind": "clips", "model": model, "settings": {"steps": 5}}
+    entry |= {"fidelity": {captions: list(fidelity)}, "videos": videos}
+    (folder / f"clips_{model}.json").write_text(json.dumps(entry))
+
+
+def write_streams(folder: Path, model: str, sink: str, values: Values, seconds: int = 60) -> None:
+    videos = [
+        {"prompt": prompt, "seed": seed, "values": entry, "curves": {"reward": [[0, 0.5]]}}
+        for (prompt, seed), entry in values.items()
+    ]
+    entry = {"kind": "streams", "model": model, "sink": sink, "seconds": seconds}
+    entry |= {"settings": {}, "videos": videos}
+    (folder / f"streams_{model}_{sink}_{seconds}s.json").write_text(json.dumps(entry))
+
+
+def rewards(*values: float) -> Values:
+    """One sampling seed of a prompt each."""
+    return {(prompt, 0): {"reward": value} for prompt, value in enumerate(values)}
+
+
+def rows_of(text: str, title: str) -> dict[str, list[str]]:
+    """The cells of the table below a heading by their row, the heads under ""."""
+    part = text.split(f"### {title}\n", 1)[1].split("\n#")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|") and "---" not in line]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row: rest for row, *rest in cells}
+
+
+def note_of(text: str, title: str) -> str:
+    part = text.split(f"### {title}\n", 1)[1].split("\n#")[0]
+    (note,) = [line for line in part.splitlines() if line.startswith("n, clusters")]
+    return note
+
+
+def test_sampling_seeds_of_a_prompt_are_one_cluster(tmp_path: Path) -> None:
+    first = {(0, seed): {"reward": value} for seed, value in enumerate((0.0, 0.1, 0.2, 0.3))}
+    write_clips(tmp_path, "dmd", first | {(1, 0): {"reward": 1.0}})
+    records = read_records(tmp_path)
+    found = summary(records)[CLIPS]["full"]["dmd"]["reward"]
+    expected = bootstrap_mean([0.15, 1.0])  # not the 0.32 of five single videos
+    assert found["mean"] == pytest.approx(0.575) and found["count"] == 2
+    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    assert (
+        note_of(render(records), "Full captions") == "n, clusters x sampling seeds: 2 x 1 to 4 in every row."
+    )
+
+
+def test_training_seeds_are_pooled_as_clusters_of_their_own(tmp_path: Path) -> None:
+    write_clips(tmp_path, "dmd", rewards(0.0, 0.2))
+    write_clips(tmp_path, "dmd_seed1", rewards(0.4, 1.0))
+    write_clips(tmp_path, "re_dmd_0.5", rewards(0.1, 0.3))
+    write_clips(tmp_path, "re_dmd_0.5_seed2", rewards(9.0, 9.0))  # no dmd of this training seed
+    found = summary(read_records(tmp_path))[CLIPS]
+    assert found["full"].keys() == {"dmd", "re_dmd_0.5"}
+    assert found["full"]["dmd"]["reward"]["mean"] == pytest.approx(0.4)
+    assert found["full"]["dmd"]["reward"]["count"] == 4
+    paired = found["full, differences"]["re_dmd_0.5 minus dmd"]["reward"]
+    assert paired["mean"] == pytest.approx(0.1) and paired["count"] == 2
+
+
+def test_pairing_finds_a_difference_that_prompts_would_hide(tmp_path: Path) -> None:
+    spread = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    gains = (0.01, 0.02, 0.03, 0.01, 0.02, 0.03)
+    write_clips(tmp_path, "dmd", rewards(*spread))
+    write_clips(tmp_path, "re_dmd_0.5", rewards(*(a + b for a, b in zip(spread, gains, strict=True))))
+    records = read_records(tmp_path)
+    found = summary(records)[CLIPS]
+    paired = found["full, differences"]["re_dmd_0.5 minus dmd"]["reward"]
+    expected = bootstrap_mean(gains)
+    assert paired["mean"] == pytest.approx(0.02)
+    assert (paired["low"], paired["high"]) == pytest.approx((expected.low, expected.high))
+    apart = found["full"]["re_dmd_0.5"]["reward"], found["full"]["dmd"]["reward"]
+    assert apart[0]["low"] < apart[1]["high"]  # unpaired, the intervals overlap
+    cell = rows_of(render(records), "Paired differences, full captions")["re_dmd_0.5 minus dmd"][0]
+    assert cell.startswith("**+0.020** [+0.0")
+
+
+def test_only_videos_that_both_models_have_are_paired(tmp_path: Path) -> None:
+    mine = {
+        (0, 0): {"reward": 1.0},
+        (0, 1): {"reward": 5.0},
+        (1, 0): {"agreement": 0.5},
+        (2, 0): {"reward": 2.0},
+    }
+    theirs = {(0, 0): {"reward": 0.5}, (1, 0): {"reward": 0.5, "agreement": 0.25}, (2, 0): {"reward": 1.7}}
+    write_clips(tmp_path, "re_dmd_0.2", mine)
+    write_clips(tmp_path, "dmd", theirs)
+    records = read_records(tmp_path)
+    paired = summary(records)[CLIPS]["full, differences"]["re_dmd_0.2 minus dmd"]
+    assert paired["reward"]["mean"] == pytest.approx((0.5 + 0.3) / 2) and paired["reward"]["count"] == 2
+    assert paired["agreement"] == {"mean": 0.25, "low": None, "high": None, "count": 1}
+    text = render(records)
+    title = "Paired differences, full captions"
+    assert rows_of(text, title)["re_dmd_0.2 minus dmd"][1] == "+25.0"
+    assert note_of(text, title).endswith("3 x 1, reward 2 x 1, agreement 1 x 1 in every row.")
+
+
+def test_bold_needs_an_interval_without_zero_and_enough_clusters(tmp_path: Path) -> None:
+    def cell(gains: tuple[float, ...]) -> str:
+        write_clips(tmp_path, "dmd", rewards(*[0.0] * len(gains)))
+        write_clips(tmp_path, "re_dmd_0.5", rewards(*gains))
+        text = render(read_records(tmp_path))
+        return rows_of(text, "Paired differences, full captions")["re_dmd_0.5 minus dmd"][0]
+
+    enough = LEAST_MARKED
+    assert cell((-0.5, -0.4) * (enough // 2)).startswith("**-0.450** [-0.")
+    assert "**" not in cell((-0.5, 0.4) * (enough // 2))
+    assert "**" not in cell((-0.5, -0.4) * (enough // 2 - 1))
+
+
+def test_missing_values_leave_their_cells_columns_and_rows_out(tmp_path: Path) -> None:
+    write_clips(tmp_path, "start", {(0, 0): {"reward": 0.5, "colour": None}, (1, 0): {"reward": 0.7}})
+    write_clips(tmp_path, "dmd", {(0, 0): {"colour": 1}, (1, 0): {"colour": 0}, (2, 0): {"shape": 1}})
+    write_clips(tmp_path, "no_eviction", {(0, 0): {"size": 1}})  # which no table has
+    text = render(read_records(tmp_path))
+    rows = rows_of(text, "Full captions")
+    assert rows[""] == ["reward", "colour, %", "shape, %"] and list(rows) == ["", "start", "dmd"]
+    assert rows["start"][1:] == ["-", "-"] and rows["start"][0].startswith("0.600 [0.5")
+    assert (
+        rows["dmd"][0] == "-" and rows["dmd"][1].startswith("50.0 [0.0, 100.0]") and rows["dmd"][2] == "100.0"
+    )
+    assert note_of(text, "Full captions") == (
+        "n, clusters x sampling seeds: start: 2 x 1; dmd: 3 x 1, colour 2 x 1, shape 1 x 1."
+    )
+    assert "Open captions" not in text and "Paired" not in text.split("## ", 1)[1] and SINKS not in text
+
+
+def test_fidelity_is_a_mean_over_sampling_seeds_with_its_range(tmp_path: Path) -> None:
+    write_clips(tmp_path, "dmd", rewards(0.5), (0.30, 0.50, 0.40))
+    write_clips(tmp_path, "re_dmd_0.5", rewards(0.5), (0.20, 0.45, 0.10))
+    records = read_records(tmp_path)
+    text = render(records)
+    assert rows_of(text, "Full captions")["dmd"][1] == "0.4 (0.3 to 0.5)"
+    assert note_of(text, "Full captions").endswith("1 x 1, fidelity from 3 values in every row.")
+    paired = rows_of(text, "Paired differences, full captions")["re_dmd_0.5 minus dmd"][1]
+    assert paired == "-0.15 (-0.3 to -0.05)"  # -0.10, -0.05, -0.30; never bold
+    found = summary(records)[CLIPS]["full"]["dmd"]["fidelity"]
+    assert found == {"mean": pytest.approx(0.4), "low": 0.3, "high": 0.5, "count": 3}
+
+
+def test_models_columns_and_pairs_stand_in_the_order_of_the_study(tmp_path: Path) -> None:
+    names = (
+        "reward",
+        "agreement",
+        "colour",
+        "shape",
+        "direction",
+        "speed",
+        "all",
+        "fast",
+        "flow_speed",
+        "size",
+    )
+    models = (
+        "teacher",
+        "re_dmd_0.2",
+        "no_eviction",
+        "dmd",
+        "re_dmd_1",
+        "start",
+        "re_dmd_0.5",
+        "re_dmd_0.5_seed1",
+    )
+    for model in models:
+        write_clips(tmp_path, model, {(0, 0): dict.fromkeys(names, 0.5)}, (0.1,))
+    text = render(read_records(tmp_path))
+    assert text.splitlines()[2] == "Written by python studies/toy/run.py --tables"
+    rows = rows_of(text, "Full captions")
+    order = ["start", "teacher", "dmd", "re_dmd_1", "re_dmd_0.5", "re_dmd_0.2", "no_eviction"]
+    assert list(rows) == ["", *order]
+    assert rows[""] == [
+        *("reward", "flow speed", "fidelity", "agreement, %", "colour, %", "shape, %", "direction, %"),
+        *("speed, %", "all, %"),
+    ]
+    paired = [f"{model} minus dmd" for model in ("re_dmd_1", "re_dmd_0.5", "re_dmd_0.2")]
+    pairs = rows_of(text, "Paired differences, full captions")
+    assert list(pairs) == ["", *paired, "no_eviction minus re_dmd_0.5", "dmd minus start"]
+    assert pairs[""][3] == "agreement, points"
+
+
+def test_open_captions_have_the_fast_share_and_no_speed(tmp_path: Path) -> None:
+    values = {(prompt, 0): {"fast": prompt % 2, "speed": 1, "colour": 1} for prompt in range(4)}
+    write_clips(tmp_path, "dmd", values, captions="open")
+    text = render(read_records(tmp_path))
+    rows = rows_of(text, "Open captions")
+    assert rows[""] == ["fast, %", "colour, %"] and rows["dmd"][0].startswith("50.0 [")
+    assert "### Full captions" not in text
+
+
+def test_sinks_stand_below_true_videos_and_are_paired(tmp_path: Path) -> None:
+    found = {"none": 0.1, "frozen": 0.2, "ema_0.9": 0.4, "ema_0.99": 0.5, "ema_0.9_bf16": 0.7}
+    for sink, value in reversed(found.items()):
+        write_streams(tmp_path, "re_dmd_0.5", sink, rewards(value, value + 0.1))
+    write_streams(tmp_path, "re_dmd_0.5", "none", rewards(0.1), seconds=600)
+    write_streams(tmp_path, "world", "true", rewards(0.9, 0.9))
+    records = read_records(tmp_path)
+    text = render(records)
+    assert list(rows_of(text, "re_dmd_0.5, 60 s")) == ["", "true", *found]
+    assert list(rows_of(text, "re_dmd_0.5, 600 s")) == ["", "none"]
+    assert "Paired differences, re_dmd_0.5, 600 s" not in text and "### world" not in text
+    ema = ("ema_0.9", "ema_0.99", "ema_0.9_bf16")
+    expected = {
+        f"{sink} minus {other}": found[sink] - found[other] for other in ("frozen", "none") for sink in ema
+    }
+    expected["ema_0.9_bf16 minus ema_0.9"] = 0.3
+    assert list(rows_of(text, "Paired differences, re_dmd_0.5, 60 s")) == ["", *expected]
+    paired = summary(records)[SINKS]["re_dmd_0.5"]["60s, differences"]
+    assert {row: cells["reward"]["mean"] for row, cells in paired.items()} == pytest.approx(expected)
+
+
+def test_eviction_is_compared_for_the_sinks_that_both_models_have(tmp_path: Path) -> None:
+    for sink, values in {"none": (0.2, 0.4), "frozen": (0.5, 0.6), "ema_0.9": (0.9, 0.9)}.items():
+        write_streams(tmp_path, "re_dmd_0.5", sink, rewards(*values))
+    write_streams(tmp_path, "no_eviction", "frozen", rewards(0.1, 0.4))
+    write_streams(tmp_path, "no_eviction", "none", rewards(0.3))
+    write_streams(tmp_path, "world", "true", rewards(1.0))
+    found = summary(read_records(tmp_path))[EVICTION]["60s"]
+    assert list(found) == ["none", "frozen"]
+    assert found["none"]["reward"] == {"mean": pytest.approx(-0.1), "low": None, "high": None, "count": 1}
+    assert found["frozen"]["reward"]["mean"] == pytest.approx((0.4 + 0.2) / 2)
+
+
+def test_summary_is_json_and_the_folder_may_hold_it(tmp_path: Path) -> None:
+    write_clips(tmp_path, "dmd", rewards(0.25, 0.75))
+    (tmp_path / "summary.json").write_text(json.dumps(summary(read_records(tmp_path)), allow_nan=False))
+    again = json.loads((tmp_path / "summary.json").read_text())
+    assert again[CLIPS]["full"]["dmd"]["reward"]["mean"] == 0.5
+    assert len(read_records(tmp_path).clips) == 1
+
+
+def test_no_record_is_said_in_a_sentence(tmp_path: Path) -> None:
+    assert read_records(tmp_path) == Records()
+    assert "No record is there yet." in render(Records()) and summary(Records()) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"kind": "streams"}, 'it does not say "kind": "clips"'),
+        ({"model": "start"}, "it holds what belongs into clips_start.json"),
+        ({"fidelity": None}, "no attribute 'items'"),
+        ({"videos": []}, "it has no video"),
+        ({"videos": [{"prompt": 0, "captions": "full", "values": {}}]}, "'seed' is missing"),
+        ({"videos": [{"prompt": 0, "seed": 0, "values": {}}]}, "captions are ''"),
+        (
+            {"videos": [{"prompt": 3, "seed": 1, "captions": "full", "values": {}}] * 2},
+            "prompt 3 with seed 1 is there 2 times",
+        ),
+        (
+            {"videos": [{"prompt": 0, "seed": 0, "captions": "full", "values": {"reward": float("nan")}}]},
+            "nan is no finite number",
+        ),
+    ],
+)
+def test_a_file_that_is_no_record_is_refused_in_a_sentence(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    write_clips(tmp_path, "dmd", rewards(0.5))
+    path = tmp_path / "clips_dmd.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"clips_dmd.json is no record of .*{re.escape(told)}"):
+        read_records(tmp_path)
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "streams_dmd_none_60s.json").write_text("{")
+    with pytest.raises(ValueError, match="streams_dmd_none_60s.json is no record"):
+        read_records(tmp_path)

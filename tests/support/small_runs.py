@@ -1,0 +1,81 @@
+"""A small DMD training that any number of ranks can make, alone in a process or as its workers."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from rfengine.training.config import AdamConfig, TrainConfig
+from rfengine.training.distillation import Distillation
+from rfengine.training.lora import add_adapters
+from rfengine.training.memory import recompute_blocks
+from rfengine.training.parallel import Ranks, full_tensors, shard
+from rfengine.training.rollout import RolloutConfig
+from rfengine.training.stages import DistillationStage
+from rfengine.training.trainer import Trainer
+from support.models import text_states
+from support.small_distillation import ENGINE, PLAIN, distillation_models
+
+# a large eps: with a first beta of 0 a step is g / (|g| + eps), which would turn rounding into signs
+ADAM = AdamConfig(1e-2, eps=1e-1)
+DMD = TrainConfig(
+    name="small",
+    stage="dmd",
+    engine=ENGINE,
+    steps=3,
+    batch=1,
+    optimizer=ADAM,
+    data="",
+    critic_optimizer=ADAM,
+    critic_updates=3,
+    accumulation=2,
+    distillation=PLAIN,
+    rollout=RolloutConfig(4, 4, 3),
+    average_decay=0.5,
+    save_every=1,
+)
+
+
+class DrawnPrompts:
+    def draw(self, count, generator):
+        numbers = torch.randint(5, (count,), generator=generator).tolist()
+        return [f"prompt {number}" for number in numbers], torch.cat([text_states(n) for n in numbers])
+
+
+def small_trainer(directory: Path, config: TrainConfig) -> Trainer:
+    models, ranks = distillation_models(), Ranks()
+    if config.checkpointing:
+        recompute_blocks(models.critic)
+    for model in (models.student, models.critic):
+        if config.lora_rank is not None:
+            add_adapters(model, config.lora_rank, config.seed)
+    if config.parallel == "sharded":
+        for model in (models.student, models.teacher, models.critic):
+            shard(model, "cpu")
+    distillation = Distillation(ENGINE, models, config.distillation, config.rollout)
+    return Trainer(config, DistillationStage(config, distillation, DrawnPrompts(), ranks), directory, ranks)
+
+
+def run_small(rank: int, directory: Path, config: TrainConfig, result: Path) -> None:
+    """Train to the configured step, from a checkpoint where there is one; the first rank saves the end."""
+    trainer = small_trainer(directory, config)
+    trainer.run()
+    found = {}
+    for name, model in trainer.state.models.items():
+        found |= {f"{name}.{key}": value for key, value in full_tensors(model.state_dict()).items()}
+    for name, average in trainer.state.averages.items():
+        found |= {f"{name}_average.{key}": value for key, value in full_tensors(average.values).items()}
+    if rank == 0:
+        torch.save(found | {"step": torch.tensor(trainer.state.step)}, result)
+
+
+def run_all(rank: int, jobs: list[tuple[Path, TrainConfig, Path]]) -> None:
+    """run_small one after another: processes are slow to start."""
+    for directory, config, result in jobs:
+        run_small(rank, directory, config, result)
+
+
+def changed(**changes: object) -> TrainConfig:
+    return dataclasses.replace(DMD, **changes)
