@@ -8,7 +8,7 @@ import pytest
 
 from rfengine import cli
 from rfengine.benchmark.options import ThroughputOptions
-from rfengine.cli from support.outcome import fails
+from support.outcome import fails
 
 
 def test_options_reach_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
