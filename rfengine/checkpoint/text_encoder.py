@@ -9,6 +9,7 @@ from torch import nn
 
 from rfengine.checkpoint.directories import part_files, tokenizer_directory
 from rfengine.checkpoint.loader import load_part
+from rfengine.checkpoint.text_states import TextStateFiles
 from rfengine.config import EngineConfig, TextConfig
 from rfengine.models.text_encoder import (
     ByteTokenizer,
@@ -25,11 +26,12 @@ def open_text_encoder(
     device: torch.device,
     dtype: torch.dtype,
     cache: str | Path | None = None,
-    mark: str = "",
+    fingerprint: str = "",
 ) -> TextEncoder:
-    """The encoder of `directory`; its weights are read at the first prompt that no cache holds.
+    """The encoder of `directory`; its weights are read at the first prompt that the cache does not hold.
 
-    cache, mark: see TextEncoder. Raises ValueError where the directory has no text encoder or no tokenizer.
+    cache: directory that keeps text states; it needs the checkpoint's fingerprint. Raises ValueError where
+    the directory has no text encoder or no tokenizer.
     """
     folder = tokenizer_directory(directory)
     by_bytes = config.text.tokenizer == "bytes"
@@ -45,8 +47,9 @@ def open_text_encoder(
         load_part(umt5, directory, "text_encoder", dtype, device)
         return umt5
 
-    tokenizer, length, dim = open_tokenizer(folder, config.text), config.model.text_len, config.text.dim
-    return TextEncoder(load, tokenizer, length, device, dtype, cache, mark, dim)
+    tokenizer, length = open_tokenizer(folder, config.text), config.model.text_len
+    files = None if cache is None else TextStateFiles(cache, fingerprint, length, config.text.dim)
+    return TextEncoder(load, tokenizer, length, device, dtype, files)
 
 
 def open_tokenizer(folder: Path | None, config: TextConfig) -> Tokenizer:

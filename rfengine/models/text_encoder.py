@@ -1,10 +1,8 @@
-"""Text states: prompt cleaning, tokenizers, the UMT5 encoder and its results on disk (spec 5)."""
+"""Text states: prompt cleaning, tokenizers and the UMT5 encoder."""
 
 from __future__ import annotations
 
-import hashlib
 import html
-import json
 import logging
 import os
 import re
@@ -12,13 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors, read_header, write_safetensors
 from rfengine.config import TextConfig
 from rfengine.files import read_text
 from rfengine.host_state import own_state
@@ -208,15 +205,21 @@ def build_umt5(config: TextConfig) -> nn.Module:
     return UMT5EncoderModel(umt5_config).eval()
 
 
+class StateCache(Protocol):
+    """Keeps the valid rows [n, dim] of the text states of a cleaned prompt (checkpoint/text_states.py)."""
+
+    def load(self, text: str, length: int, dtype: torch.dtype) -> Tensor | None:
+        """The `length` rows of `text`, or None where they have to be computed."""
+
+    def store(self, text: str, states: Tensor) -> None: ...
+
+
 class TextEncoder:
     """Prompts to text states [B, text_len, dim]; rows at and after a prompt's true length are exactly 0.
 
-    `model` is a UMT5EncoderModel, or a function that builds one, called when a prompt is first not found on
-    disk. It is moved to `device` and `dtype` in place and stays there wherever the states are asked for. In
-    float16 the last projection of each feed-forward stays in float32, and with it the residual stream.
-
-    With `cache_directory` the valid rows of each prompt are kept there, one safetensors file per fingerprint,
-    text_len, dtype and cleaned text; `fingerprint` must name the weights and the tokenizer.
+    `model` is a UMT5EncoderModel, or a function that builds one, called at the first prompt that `cache` does
+    not hold. It is moved to `device` and `dtype` in place and stays there, whatever device `encode` returns
+    on. In float16 the last projection of each feed-forward stays in float32, and with it the residual stream.
     """
 
     def __init__(
@@ -226,21 +229,15 @@ class TextEncoder:
         text_len: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        cache_directory: str | Path | None = None,
-        fingerprint: str = "",
-        dim: int | None = None,
+        cache: StateCache | None = None,
     ) -> None:
-        """dim: of the states, where it is known before the model is built; states on disk are held against
-        it. Raises ValueError when a cache directory comes without a fingerprint."""
         self.tokenizer = tokenizer
         self.text_len = text_len
         self.device = torch.device(device)
         self.dtype = dtype
         self._model = _place(model, self.device, dtype) if isinstance(model, nn.Module) else None
         self._build_model = model
-        self._files = None
-        if cache_directory is not None:
-            self._files = _StateFiles(Path(cache_directory), fingerprint, text_len, dim)
+        self._cache = cache
 
     @own_state()
     def encode(
@@ -286,13 +283,13 @@ class TextEncoder:
         return functional.pad(states, (0, 0, 0, columns.numel() - longest))
 
     def _states(self, text: str, ids: Tensor, mask: Tensor) -> Tensor:
-        """Valid rows [n, dim] of one prompt, from disk if they are there."""
+        """Valid rows [n, dim] of one prompt, from the cache if they are there."""
         length = int(mask.sum())
-        states = None if self._files is None else self._files.load(text, length, self.dtype)
+        states = None if self._cache is None else self._cache.load(text, length, self.dtype)
         if states is None:
             states = self.encode_ids(ids, mask)[0, :length]
-            if self._files is not None:
-                self._files.store(text, states)
+            if self._cache is not None:
+                self._cache.store(text, states)
         return states
 
     def _loaded_model(self) -> nn.Module:
@@ -314,65 +311,3 @@ def _place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
         keep = dtype == torch.float16 and name.endswith(".wo.weight")
         parameter.data = parameter.data.to(device=device, dtype=torch.float32 if keep else dtype)
     return model.eval()
-
-
-class _StateFiles:
-    """Valid rows of text states on disk, one file per prompt, each with the checksum of its rows."""
-
-    def __init__(self, directory: Path, fingerprint: str, text_len: int, dim: int | None) -> None:
-        if not fingerprint:
-            raise ValueError(f"fingerprint is empty; states in {directory} need one that names their weights")
-        self.directory = directory
-        self._owner = (fingerprint, text_len)
-        self._dim = dim
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            logger.warning(
-                "text states cannot be kept in %s (%s); choose another directory", directory, error
-            )
-
-    def _path(self, text: str, dtype: torch.dtype) -> Path:
-        key = hashlib.sha256(json.dumps([*self._owner, str(dtype), text]).encode()).hexdigest()
-        return self.directory / f"{key}.safetensors"
-
-    def load(self, text: str, length: int, dtype: torch.dtype) -> Tensor | None:
-        """The `length` rows of `text` on the CPU, or None if they are absent or, with a warning, damaged."""
-        path = self._path(text, dtype)
-        if not os.path.lexists(path):
-            return None
-        try:
-            states = self._read(path, length, dtype)
-        except (ValueError, RuntimeError) as error:
-            logger.warning("cached text states %s cannot be read (%s); they are computed again", path, error)
-            return None
-        if states is None:
-            logger.warning("cached text states %s are damaged; they are computed again", path)
-        return states
-
-    def _read(self, path: Path, length: int, dtype: torch.dtype) -> Tensor | None:
-        """The rows, or None where they are not those that were stored. Raises ValueError and RuntimeError for
-        a file that cannot be read; nothing larger than the rows is."""
-        _, metadata = read_header(path)
-        found = open_safetensors(path).get("states")
-        if found is None or len(found.shape) != 2 or (found.shape[0], found.dtype) != (length, dtype):
-            return None
-        if self._dim not in (None, found.shape[1]):
-            return None
-        states = found.read()
-        whole = metadata.get("sha256") == _checksum(states) and bool(states.isfinite().all())
-        return states if whole else None
-
-    def store(self, text: str, states: Tensor) -> None:
-        """Write the rows; of several who do so at once the last one wins. A disk that refuses is a warning,
-        not an error."""
-        rows = states.detach().cpu().contiguous()
-        path = self._path(text, rows.dtype)
-        try:
-            write_safetensors(path, {"states": StoredTensor.of(rows)}, {"sha256": _checksum(rows)})
-        except (OSError, RuntimeError) as error:
-            logger.warning("text states cannot be kept at %s (%s); they are computed each time", path, error)
-
-
-def _checksum(states: Tensor) -> str:
-    return hashlib.sha256(states.contiguous().view(torch.uint8).numpy()).hexdigest()
