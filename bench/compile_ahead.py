@@ -33,7 +33,8 @@ from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
-from rfengine.ops import OP_NAMES, Ops, backends
+from rfengine.ops import Ops, backends
+from rfengine.ops.table import OPS, has_backend
 from rfengine.parity.replay import replay
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
@@ -75,7 +76,7 @@ def fill_cache(
 
 def engine_ops(architecture: Architecture) -> Iterator[Ops]:
     """Every op on Triton where it has a form: with each form of the window attention, with folded gates."""
-    choice = {op: "triton" if backends.has_backend(op, "triton") else "reference" for op in OP_NAMES}
+    choice = {op: "triton" if has_backend(op, "triton") else "reference" for op in OPS}
     yield Ops(choice)
     yield Ops(choice, folds_gate=True)
     if architecture.capability == 90:

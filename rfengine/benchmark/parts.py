@@ -27,39 +27,12 @@ from rfengine.costs.chunk import ChunkWork, Part
 from rfengine.costs.rates import GPU, floor_ms
 from rfengine.costs.shapes import Shapes
 from rfengine.ops import Ops
+from rfengine.ops.table import OPS
 
 LINEARS, SELF_ATTENTION, CROSS_ATTENTION = "linears", "self-attention", "cross-attention"
 ROW_KERNELS, EVICTION, VAE, COPIES = "row kernels", "eviction", "VAE", "copies"
 PARTS = (LINEARS, SELF_ATTENTION, CROSS_ATTENTION, ROW_KERNELS, EVICTION, VAE, COPIES)
 UNASSIGNED = "unassigned"
-OP_PARTS = {
-    "linear": LINEARS,
-    "linear_gelu": LINEARS,
-    "gated_linear": LINEARS,
-    "sink_window_attention": SELF_ATTENTION,
-    "clip_attention": CROSS_ATTENTION,
-    "adaptive_layer_norm": ROW_KERNELS,
-    "affine_layer_norm": ROW_KERNELS,
-    "gated_residual_adaptive_norm": ROW_KERNELS,
-    "gated_residual_affine_norm": ROW_KERNELS,
-    "rms_norm": ROW_KERNELS,
-    "qk_norm_rope": ROW_KERNELS,
-    "qk_norm_rope_write": ROW_KERNELS,
-    "unpatchify": ROW_KERNELS,
-    "flow_step": ROW_KERNELS,
-    "rephase_keys": EVICTION,
-    "ema_evict": EVICTION,
-    "evict_and_rephase": EVICTION,
-    "channel_norm_silu": VAE,
-    "causal_conv3d": VAE,
-    "causal_conv3d_fp8": VAE,
-    "phase_conv": VAE,
-    "frame_attention": VAE,
-    "conv_frame_pack": VAE,
-    "conv_frame_pack_nv12": VAE,
-    "frame_pack": VAE,
-    "frame_pack_nv12": VAE,
-}
 # of torch's operations that no range holds
 _ATEN_PARTS = {
     "aten::linear": LINEARS,
@@ -127,7 +100,7 @@ def measure_parts(
 @contextmanager
 def marked_parts(ops: Ops, decoder: type) -> Iterator[None]:
     """Inside, every op of `ops`, the start of a chunk and a decoder open a range with their part's name."""
-    targets = [(ops, name, part) for name, part in OP_PARTS.items() if hasattr(ops, name)]
+    targets = [(ops, name, op.part) for name, op in OPS.items()]
     targets += [(decoder, name, VAE) for name in ("decode", "decode_frames", "run") if hasattr(decoder, name)]
     targets += [(StreamingKVCache, name, EVICTION) for name in ("open_chunk", "evict", "begin_chunk")]
     with ExitStack() as stack:

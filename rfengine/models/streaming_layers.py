@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfengine.models.vae import NORM_FLOOR, CausalConv, ChannelNorm, FrameAttention, ResidualBlock, Upsample
-from rfengine.ops import Ops, convolution_backend
+from rfengine.ops import Ops
 from rfengine.ops.reference import channel_fp8, fold_upsample_weight
 
 HISTORY = CausalConv.slot_frames
@@ -133,7 +133,7 @@ class DecoderCall:
         if scale is not None:
             out = bias.new_empty(halo.shape[0] - HISTORY, *halo.shape[1:3], weight.shape[0])
             return Pending(self.ops.causal_conv3d_fp8(halo, weight, scale, bias, out))
-        now, later = bias_by(convolution_backend(self.ops, "causal_conv3d", halo, weight), bias)
+        now, later = bias_by(self.ops.backend_of("causal_conv3d", halo, weight), bias)
         return Pending(self.ops.causal_conv3d(halo, weight, now), later)
 
     def norm_silu(self, pending: Pending, gamma: Tensor, convolution: Convolution) -> tuple[Tensor, Tensor]:
@@ -223,7 +223,7 @@ class SizeDoubling:
 
     def __call__(self, pending: Pending, call: DecoderCall) -> Pending:
         total = pending.total()
-        now, later = bias_by(convolution_backend(call.ops, "phase_conv", total, self.weight), self.bias)
+        now, later = bias_by(call.ops.backend_of("phase_conv", total, self.weight), self.bias)
         return Pending(call.ops.phase_conv(total, self.weight, now), later)
 
 

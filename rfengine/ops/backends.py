@@ -1,58 +1,22 @@
-"""Backends: which can run on a device and why another cannot, and the function that runs an op on one."""
+"""Which backends a device supports, why the others are unavailable, and the ops that libraries run."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rfengine.ops import native, reference
 
-# File in kernels/ of every op that has a Triton form; an op that is not here runs on the reference.
-_TRITON_FILES = {
-    "adaptive_layer_norm": "adaptive_layer_norm",
-    "affine_layer_norm": "affine_layer_norm",
-    "gated_residual_adaptive_norm": "gated_residual_norm",
-    "gated_residual_affine_norm": "gated_residual_norm",
-    "rms_norm": "rms_norm",
-    "qk_norm_rope": "qk_norm_rope",
-    "qk_norm_rope_write": "qk_norm_rope",
-    "sink_window_attention": "sink_window_attention",
-    "clip_attention": "sink_window_attention",
-    "rephase_keys": "rephase_keys",
-    "ema_evict": "ema_evict",
-    "evict_and_rephase": "evict_and_rephase",
-    "flow_step": "flow_step",
-    "frame_pack": "frame_pack",
-    "frame_pack_nv12": "frame_pack",
-    "linear": "linear",
-    "linear_gelu": "linear",
-    "gated_linear": "linear",
-    "channel_norm_silu": "channel_norm_silu",
-    "causal_conv3d": "causal_conv3d",
-    "causal_conv3d_fp8": "causal_conv3d",
-    "phase_conv": "phase_conv",
-    "frame_attention": "frame_attention",
-    "conv_frame_pack": "conv_frame_pack",
-    "conv_frame_pack_nv12": "conv_frame_pack",
-}
-# forms of Triton's window attention besides the one it takes by itself: backends "triton-descriptor", ...
-_ATTENTION_FORMS = ("descriptor", "pointer")
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-_NATIVE_OPS = ("evict_and_rephase",)
-_ATTENTION_OPS = ("sink_window_attention", "clip_attention")
-_CUBLASLT_OPS = ("linear", "linear_gelu")
-_CONVOLUTION_OPS = ("causal_conv3d", "phase_conv")
 
 
 def backend_reasons(device: torch.device | str) -> dict[str, str]:
-    """Every backend by name, with the reason why it cannot run on `device`, or "" where it can."""
+    """For every backend by name, why it cannot run on `device`, or "" where it can."""
     on_cuda = torch.device(device).type == "cuda"
     needs_cuda = "" if on_cuda else f"it needs a CUDA device and this one is {torch.device(device).type}"
     return {
@@ -74,62 +38,6 @@ def is_hopper(device: torch.device | str) -> bool:
 def family(backend: str) -> str:
     """The backend that this is a form of: "triton" for "triton-pointer"; any other is its own."""
     return backend.partition("-")[0]
-
-
-def has_backend(op: str, backend: str) -> bool:
-    """Whether `op` has a form for `backend`."""
-    name, _, form = backend.partition("-")
-    if form:
-        return op == "sink_window_attention" and name == "triton" and form in _ATTENTION_FORMS
-    if backend == "triton":
-        return op in _TRITON_FILES
-    if backend == "native":
-        return op in _NATIVE_OPS
-    if backend == "cublaslt":
-        return op in _CUBLASLT_OPS
-    if backend == "cudnn" and op in _CONVOLUTION_OPS:
-        return True
-    return backend == "reference" or op in _ATTENTION_OPS
-
-
-def implementation(op: str, backend: str) -> Callable:
-    """The function that runs `op` on `backend`, with the signature of the op in reference.py."""
-    if backend == "reference":
-        return getattr(reference, op)
-    if backend == "native":
-        return getattr(native, op)
-    if backend == "cublaslt":
-        return _cublaslt_linear if op == "linear" else _cublaslt_linear_gelu
-    if backend == "cudnn" and op in _CONVOLUTION_OPS:
-        return _cudnn_causal_conv3d if op == "causal_conv3d" else reference.join_phases
-    if backend in ("cudnn", "flash"):
-        return _library_attention(op, _cudnn_attention if backend == "cudnn" else _flash_attention)
-    form = backend.partition("-")[2] or None
-    module = importlib.import_module(f"rfengine.kernels.{_TRITON_FILES[op]}")
-    if op == "clip_attention":
-        return _triton_clip_attention(module.sink_window_attention, module.HEAD_DIMS)
-    kernel = getattr(module, op)
-    if op != "sink_window_attention":
-        return kernel
-
-    def window_attention(
-        q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor
-    ) -> Tensor:
-        return kernel(q, keys, values, filled_tokens, form)
-
-    return window_attention
-
-
-def _triton_clip_attention(attend: Callable[..., Tensor], head_dims: Sequence[int]) -> Callable:
-    """The attention of the window over a whole clip: all its keys are filled. With a mask, or a head the
-    kernel is not made for, the reference."""
-
-    def clip_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None or q.shape[-1] not in head_dims:
-            return reference.clip_attention(q, k, v, mask)
-        return attend(q, k, v, torch.full((1,), k.shape[1], dtype=torch.int32, device=q.device))
-
-    return clip_attention
 
 
 def _triton_absence(on_cuda: bool) -> str:
@@ -164,35 +72,41 @@ def _flash_absence() -> str:
     return "" if present else "flash-attn is not installed: pip install rfengine[flash]"
 
 
-def _library_attention(
-    op: str, attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-) -> Callable:
-    """The op on a library's attention, which takes q, k, v [B, T, H, E] and a mask or None."""
-    if op == "clip_attention":
-        return attend
+def triton_window_attention(
+    q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor, form: str | None = None
+) -> Tensor:
+    """form: "descriptor" or "pointer"; None leaves it to the kernel."""
+    from rfengine.kernels import sink_window_attention as kernel
 
-    def window_attention(
-        q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor
-    ) -> Tensor:
-        return attend(q, keys[:, :kv_len], values[:, :kv_len], None)
-
-    return window_attention
+    return kernel.sink_window_attention(q, keys, values, filled_tokens, form)
 
 
-def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def triton_clip_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The window's kernel over a whole clip, all of whose keys are filled. The reference runs where there is
+    a mask or a head dim that the kernel is not made for."""
+    from rfengine.kernels import sink_window_attention as kernel
+
+    if mask is not None or q.shape[-1] not in kernel.HEAD_DIMS:
+        return reference.clip_attention(q, k, v, mask)
+    filled = torch.full((1,), k.shape[1], dtype=torch.int32, device=q.device)
+    return kernel.sink_window_attention(q, k, v, filled)
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return reference.clip_attention(q, k, v, mask)
 
 
-def _cudnn_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """The op on torch's convolution of channels-last views, in the dtype of its inputs."""
-    result = reference.convolve_frames(x, weight, bias)
-    return result if out is None else out.copy_(result)
+def cudnn_window_attention(
+    q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor
+) -> Tensor:
+    return cudnn_attention(q, keys[:, :kv_len], values[:, :kv_len], None)
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """flash-attn's; the reference runs where there is a mask."""
     if mask is not None:
         return reference.clip_attention(q, k, v, mask)
     from flash_attn import flash_attn_func
@@ -200,11 +114,23 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     return flash_attn_func(q, k, v)
 
 
-def _cublaslt_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def flash_window_attention(
+    q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor
+) -> Tensor:
+    return flash_attention(q, keys[:, :kv_len], values[:, :kv_len], None)
+
+
+def cudnn_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """torch's convolution of channels-last views, in the dtype of its inputs."""
+    result = reference.convolve_frames(x, weight, bias)
+    return result if out is None else out.copy_(result)
+
+
+def cublaslt_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
 
 
-def _cublaslt_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def cublaslt_linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU in the epilogue of the product, rounded once after it. torch has no gradient of that."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
         return reference.linear_gelu(x, weight, bias)

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfengine.ops.backends import family, implementation
+from rfengine.ops.backends import family
+from rfengine.ops.table import implementation
 from rfengine.tuning.candidates import Contest, Site, backend_contests
 from rfengine.tuning.record import Subject, TuningCache
 from rfengine.tuning.trials import Trials

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rfengine.config import Backend, EngineConfig
 from rfengine.grid import LatentGrid
-from rfengine.ops import op_of
+from rfengine.ops.table import op_of
 from rfengine.tuning.attention_probe import probe_contenders
 from rfengine.tuning.candidates import FOLDED, FOLDS_GATE, Contest, Site, backend_contests, gate_contest
 from rfengine.tuning.convolutions import decoder_contests

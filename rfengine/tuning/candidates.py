@@ -13,15 +13,9 @@ from torch import Tensor
 
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
-from rfengine.ops import REFERENCE_OPS, Ops, default_choice, op_of, shape_key
-from rfengine.ops.backends import (
-    SIXTEEN_BITS,
-    backend_reasons,
-    family,
-    has_backend,
-    implementation,
-    is_hopper,
-)
+from rfengine.ops import REFERENCE_OPS, Ops, default_choice
+from rfengine.ops.backends import SIXTEEN_BITS, backend_reasons, family, is_hopper
+from rfengine.ops.table import OPS, implementation, op_of, shape_key
 from rfengine.tuning.record import Subject
 from rfengine.tuning.timing import Arguments
 
@@ -29,15 +23,6 @@ FOLDS_GATE = "folds_gate"  # the key of the one decision that is no backend of a
 APART, FOLDED = "apart", "folded"
 CHECKED_ROWS = 128
 ARENA_BYTES = 2**29  # of the arenas that eviction is timed on: fewer layers than a large model has
-_CANDIDATES = {
-    "sink_window_attention": ("triton", "triton-descriptor", "triton-pointer", "cudnn", "flash"),
-    "clip_attention": ("cudnn", "flash"),
-    "linear": ("cublaslt", "triton"),
-    "linear_gelu": ("cublaslt", "triton"),
-    "evict_and_rephase": ("triton", "native"),
-    "causal_conv3d": ("triton", "cudnn"),
-    "phase_conv": ("triton", "cudnn"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +98,10 @@ def contenders(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, C
     has_forms = dtype in SIXTEEN_BITS and is_hopper(device)
     able = [
         name
-        for name in _CANDIDATES[op]
-        if has_backend(op, name) and not reasons[family(name)] and (has_forms or family(name) == name)
+        for name in OPS[op].backends
+        if name not in OPS[op].by_request
+        and not reasons[family(name)]
+        and (has_forms or family(name) == name)
     ]
     return {name: implementation(op, name) for name in dict.fromkeys((usual, *able))}
 

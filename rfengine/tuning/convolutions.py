@@ -19,9 +19,9 @@ from torch import Tensor
 
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
-from rfengine.ops import REFERENCE_OPS, Ops, shape_key
-from rfengine.ops.backends import implementation
+from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.ops.reference import fold_upsample_weight
+from rfengine.ops.table import implementation, shape_key
 from rfengine.tuning.candidates import Contest, Site, contenders
 from rfengine.tuning.timing import Arguments
 

@@ -12,7 +12,7 @@ from roofline import Options, roofline
 from rfengine.benchmark.parts import (
     COPIES,
     FUSED,
-    OP_PARTS,
+    PARTS,
     UNASSIGNED,
     device_times,
     host_times,
@@ -25,7 +25,8 @@ from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.costs.rates import GPUS, gpu_of
 from rfengine.costs.shapes import Shapes
 from rfengine.models.streaming_decoder import StreamingDecoder
-from rfengine.ops import OP_NAMES, Ops
+from rfengine.ops import Ops
+from rfengine.ops.table import OPS
 
 
 def event(kind: str, name: str, start: float, length: float, **details: Any) -> dict[str, Any]:
@@ -100,12 +101,11 @@ def test_kernels_of_a_decoding_thread_count_while_a_chunk_runs() -> None:
 
 
 def test_every_op_has_a_part() -> None:
-    ours = {name for name in OP_NAMES if callable(getattr(Ops, name))}
-    assert ours <= set(OP_PARTS)
+    assert {op.part for op in OPS.values()} <= set(PARTS)
 
 
 def test_marks_are_gone_afterwards() -> None:
-    ops = Ops(dict.fromkeys(OP_NAMES, "reference"))
+    ops = Ops(dict.fromkeys(OPS, "reference"))
     begin, decode = StreamingKVCache.evict, StreamingDecoder.decode_frames
     with marked_parts(ops, StreamingDecoder):
         assert "rms_norm" in vars(ops) and StreamingKVCache.evict is not begin
@@ -114,7 +114,7 @@ def test_marks_are_gone_afterwards() -> None:
 
 
 def test_parts_of_a_real_profile_add_up_to_the_chunk() -> None:
-    ops = Ops(dict.fromkeys(OP_NAMES, "reference"))
+    ops = Ops(dict.fromkeys(OPS, "reference"))
     x, weight = torch.ones(64, 256), torch.ones(256)
     seconds: list[float] = []
 

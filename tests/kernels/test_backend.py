@@ -10,8 +10,8 @@ from rfengine.models.dit import WanDiT
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, choose_ops
-from rfengine.ops.backends import implementation
 from rfengine.ops.reference import frame_pack
+from rfengine.ops.table import implementation
 from support.interpreter_rounding import round_to_nearest_even
 from support.models import GRID, noise_of, relative_error, small_model, small_runner, text_states
 

@@ -4,8 +4,9 @@ import importlib.util
 import pytest
 import torch
 
-from rfengine.ops import OP_NAMES, reference
-from rfengine.ops.backends import backend_reasons, has_backend, implementation
+from rfengine.ops import reference
+from rfengine.ops.backends import backend_reasons
+from rfengine.ops.table import OPS, has_backend, implementation
 from support.tolerance import assert_within_reference_error
 
 
@@ -17,7 +18,7 @@ def layer(dtype, device):
 
 
 def test_cublaslt_runs_the_two_products_that_end_in_a_bias_and_nothing_else():
-    assert {op for op in OP_NAMES if has_backend(op, "cublaslt")} == {"linear", "linear_gelu"}
+    assert {op for op in OPS if has_backend(op, "cublaslt")} == {"linear", "linear_gelu"}
     assert "needs a CUDA device" in backend_reasons("cpu")["cublaslt"]
 
 

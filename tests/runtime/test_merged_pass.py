@@ -5,7 +5,7 @@ import torch
 
 from rfengine.config import CacheConfig
 from rfengine.models.dit import WanDiT
-from rfengine.ops import OP_NAMES, Ops
+from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.ops.reference import sink_window_attention
 from support.models import SMALL, noise_of, relative_error, small_model, small_runner
 from support.streams import Stream, assert_same
@@ -54,7 +54,7 @@ def test_merged_passes_are_as_exact_as_separate_ones(config, dtype):
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_device_is_told_how_much_each_chunk_sees(model, merged):
     """Kernels read the fill from device memory, the reference its copy on the host."""
-    ops = Ops(dict.fromkeys(OP_NAMES, "reference"))
+    ops = Ops(REFERENCE_OPS.choice)
 
     def attention(q, keys, values, kv_len, filled_tokens):
         return sink_window_attention(q, keys, values, filled_tokens.item())

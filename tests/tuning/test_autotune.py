@@ -10,7 +10,8 @@ import torch
 from rfengine import ops
 from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
-from rfengine.ops import REFERENCE_OPS, choose_ops
+from rfengine.ops import REFERENCE_OPS, Ops, choose_ops
+from rfengine.ops.table import OPS
 from rfengine.tuning import autotune
 from rfengine.tuning import candidates as contests
 from rfengine.tuning import record as tuning_cache
@@ -336,13 +337,14 @@ def test_every_contest_accepts_the_reference_and_refuses_a_changed_result(dtype)
         assert "from float64" in autotune._error_of(each, spoiled, arguments), each.subject
 
 
-def test_decisions_of_the_engine_bind_by_shape():
+def test_decisions_of_the_engine_bind_by_shape(monkeypatch):
     calls = {"linear@6x4": "reference", "linear": "reference"}
     ops = choose_ops("auto", "cpu", calls)
     assert ops.choice["linear@6x4"] == "reference"
     with pytest.raises(ValueError, match="there is no op 'rms_norm@6x4'"):
         choose_ops("auto", "cpu", {"rms_norm@6x4": "reference"})
-    ops._run["linear@6x4"] = lambda x, weight, bias: "by shape"
+    monkeypatch.setitem(OPS["linear"].backends, "cublaslt", lambda x, weight, bias: "by shape")
+    ops = Ops(calls | {"linear@6x4": "cublaslt"})
     x = torch.zeros(2, 4)
     assert ops.linear(x, torch.zeros(6, 4), torch.zeros(6)) == "by shape"
     assert ops.linear(x, torch.zeros(5, 4), torch.zeros(5)).shape == (2, 5)

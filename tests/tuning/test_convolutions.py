@@ -12,7 +12,7 @@ import torch
 from rfengine.config import PRESETS, RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import choose_ops
-from rfengine.ops.backends import implementation
+from rfengine.ops.table import implementation
 from rfengine.tuning import candidates as contests
 from rfengine.tuning.autotune import tune_decoder
 from rfengine.tuning.candidates import Site
