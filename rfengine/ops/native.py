@@ -2,8 +2,7 @@
 
 Both loaders work on the primary context of the device, the one torch uses, so pointers of tensors are valid
 as they are, and a launch is captured by a CUDA graph like any other once its kernel has run before. Importing
-this needs torch alone. Shapes: L layers, B batch, S tokens, H heads, E head dim; of pixels: T frames, H rows,
-W columns.
+this needs torch alone. Shapes: L layers, B batch, S tokens, H heads, E head dim.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from numpy import generic
 
-FATBIN = Path(__file__).with_name("_native.fatbin")
+FATBIN = Path(__file__).parents[1] / "_native.fatbin"  # where CMakeLists.txt and setup.py put it
 THREADS = 256  # of every block, as in csrc/scalars.cuh
-RUN = 16  # pixels of one row that a thread packs, as in csrc/frame_pack.cuh
 VECTOR_BYTES = 16
 # blocks of a launch: four waves of 8 blocks on each of 132 multiprocessors; unmeasured
 TARGET_BLOCKS = 4096
@@ -237,49 +235,8 @@ def evict_and_rephase(
     driver.launch(f"evict_and_rephase_{suffix}", _grid(tokens * columns, layers * batch), THREADS, arguments)
 
 
-def frame_pack(pixels: Tensor, driver: Driver | None = None) -> Tensor:
-    """reference.frame_pack: decoded pixels [3, T, H, W] to RGB24, uint8 [T, H, W, 3], bit for bit.
-
-    The rows of a frame must lie one below the other (ValueError); the strides of channel and frame are free.
-    """
-    _, frames, height, width = _frames(pixels)
-    packed = torch.empty((frames, height, width, 3), dtype=torch.uint8, device=pixels.device)
-    runs = -(-height * width // RUN)
-    _pack("rgb24", pixels, packed, runs, height * width % RUN == 0, driver)
-    return packed
-
-
-def frame_pack_nv12(pixels: Tensor, driver: Driver | None = None) -> Tensor:
-    """reference.frame_pack_nv12: decoded pixels [3, T, H, W] to NV12, uint8 [T, H * 3 / 2, W], bit for bit.
-
-    Strides as for frame_pack. Raises ValueError for an odd height or width.
-    """
-    _, frames, height, width = _frames(pixels)
-    _check(
-        height % 2 == width % 2 == 0,
-        f"frames are {height} x {width}; NV12 needs even sides: crop or pad them",
-    )
-    packed = torch.empty((frames, height * 3 // 2, width), dtype=torch.uint8, device=pixels.device)
-    runs = -(-width // RUN) * (height // 2)
-    _pack("nv12", pixels, packed, runs, width % RUN == 0, driver)
-    return packed
-
-
-def _pack(form: str, pixels: Tensor, packed: Tensor, runs: int, whole: bool, driver: Driver | None) -> None:
-    """Launch with 16-byte accesses where every run is whole and aligned, else with single ones."""
-    driver = driver or load_driver(pixels.device)
-    _check_device(driver, (pixels, packed))
-    channel, frame = pixels.stride()[:2]
-    offsets = (pixels.data_ptr(), *(stride * pixels.element_size() for stride in (channel, frame)))
-    vectors = whole and all(offset % VECTOR_BYTES == 0 for offset in offsets)
-    _, frames, height, width = pixels.shape
-    arguments = _arguments((pixels, packed), (channel, frame), (frames, height, width, int(vectors)), ())
-    driver.launch(f"frame_pack_{form}_{_suffix(pixels)}", _grid(runs, frames), THREADS, arguments)
-
-
 def _grid(threads: int, rows: int) -> tuple[int, int]:
-    """Blocks for `threads` threads, times the rows that run side by side; a thread goes through the others
-    in turn."""
+    """Blocks for `threads` threads, and the rows that run side by side; a thread loops over the others."""
     blocks = -(-threads // THREADS)
     return blocks, max(1, min(rows, -(-TARGET_BLOCKS // blocks), MAX_GRID_Y))
 
@@ -338,30 +295,15 @@ def _arena(name: str, arena: Tensor) -> torch.Size:
     return arena.shape
 
 
-def _frames(pixels: Tensor) -> torch.Size:
-    _check(
-        pixels.ndim == 4 and pixels.shape[0] == 3,
-        f"pixels are {tuple(pixels.shape)}; they must be [3, T, H, W]",
-    )
-    _check(
-        pixels.stride()[2:] == (pixels.shape[3], 1),
-        f"pixels are {_layout(pixels)}; the rows of a frame must be contiguous",
-    )
-    return pixels.shape
-
-
-def _check_device(driver: Driver, tensors: tuple[Tensor | None, ...]) -> None:
+def _check_addresses(driver: Driver, tensors: tuple[Tensor | None, ...]) -> None:
     for tensor in tensors:
-        if tensor is not None and tensor.device != driver.device:
+        if tensor is None:
+            continue
+        if tensor.device != driver.device:
             raise ValueError(
                 f"a tensor is on {tensor.device} but the kernels on {driver.device}; move it there"
             )
-
-
-def _check_addresses(driver: Driver, tensors: tuple[Tensor | None, ...]) -> None:
-    _check_device(driver, tensors)
-    for tensor in tensors:
-        if tensor is not None and tensor.data_ptr() % VECTOR_BYTES:
+        if tensor.data_ptr() % VECTOR_BYTES:
             raise ValueError(
                 f"a tensor starts at address {tensor.data_ptr()}; it must be a multiple of {VECTOR_BYTES}"
             )

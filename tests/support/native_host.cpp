@@ -1,7 +1,6 @@
 // The thread functions of csrc/ on the processor: every kernel of the fatbin as a loop over its grid, with the same
-// name and parameters. tests/test_native.py holds what they compute against the reference.
+// name and parameters. tests/ops/test_native.py compares what they compute with the reference.
 #include "evict_and_rephase.cuh"
-#include "frame_pack.cuh"
 
 namespace {
 
@@ -27,19 +26,6 @@ void over_grid(int grid_x, int grid_y, const Arguments& of, void (*thread)(const
               low_keys ? rfengine::evict_and_rephase<ELEMENT, true> : rfengine::evict_and_rephase<ELEMENT, false>);   \
   }
 
-#define HOST_FRAME_PACK(NAME, FORMAT, ELEMENT)                                                                 \
-  extern "C" void NAME(int grid_x, int grid_y, const void* pixels, uint8_t* packed, long long channel,         \
-                       long long frame, int frames, int height, int width, int vectors) {                      \
-    const rfengine::FramePack of{pixels, packed, channel, frame, frames, height, width, vectors};              \
-    over_grid(grid_x, grid_y, of, rfengine::FORMAT<rfengine::ELEMENT>);                                        \
-  }
-
 HOST_EVICT_AND_REPHASE(evict_and_rephase_bf16, BF16)
 HOST_EVICT_AND_REPHASE(evict_and_rephase_f16, F16)
 HOST_EVICT_AND_REPHASE(evict_and_rephase_f32, F32)
-HOST_FRAME_PACK(frame_pack_rgb24_bf16, frame_pack_rgb24, BF16)
-HOST_FRAME_PACK(frame_pack_rgb24_f16, frame_pack_rgb24, F16)
-HOST_FRAME_PACK(frame_pack_rgb24_f32, frame_pack_rgb24, F32)
-HOST_FRAME_PACK(frame_pack_nv12_bf16, frame_pack_nv12, BF16)
-HOST_FRAME_PACK(frame_pack_nv12_f16, frame_pack_nv12, F16)
-HOST_FRAME_PACK(frame_pack_nv12_f32, frame_pack_nv12, F32)
