@@ -269,18 +269,17 @@ class RuntimeConfig:
     """How the engine runs on a machine. None of it changes a result beyond rounding, but vae="tiny" and
     vae_precision="fp8".
 
-    graphs: replay a chunk as one CUDA graph; None is on where the device is CUDA. merged_pass: run the
-    context pass of a chunk together with the first step of the next. overlap: decode a chunk beside the next
-    one; None is on where the device is CUDA. decode_device: where the VAE runs; the model's device where it
-    is None. autotune: time the backends at the engine's own shapes at start-up, and keep what won. vae:
-    "full" is the lossless decoder, "tensorrt" the same as an engine that `rfengine export-vae` built, "tiny"
-    a small decoder of lower quality. vae_precision: "fp8" runs the large convolutions of the full decoder in
-    FP8, and is refused where its frames are further than 45 dB from those in float32. tensorrt_directory:
-    where the engine lies; beside the checkpoint or in the user's cache directory where it is None.
+    graphs: replay a chunk as one CUDA graph; None is on where the device is CUDA. overlap: decode a chunk
+    beside the next one; None is on where the device is CUDA. decode_device: where the VAE runs; the model's
+    device where it is None. autotune: time the backends at the engine's own shapes at start-up, and keep what
+    won. vae: "full" is the lossless decoder, "tensorrt" the same as an engine that `rfengine export-vae`
+    built, "tiny" a small decoder of lower quality. vae_precision: "fp8" runs the large convolutions of the
+    full decoder in FP8, and is refused where its frames are further than 45 dB from those in float32.
+    tensorrt_directory: where the engine is; beside the checkpoint or in the user's cache directory where it
+    is None.
     """
 
     graphs: bool | None = None
-    merged_pass: bool = False
     overlap: bool | None = None
     decode_device: DeviceName | None = None
     autotune: bool = True

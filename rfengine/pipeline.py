@@ -410,7 +410,7 @@ def _stream_parts(
         open_decoder=open_decoder,
         decoder_kind=config.runtime.vae,
         lane=DecodeLane(next(vae.parameters()).device, overlap, graphs),
-        runner=ChunkRunner(model, FlowSchedule(config.schedule), graphs, config.runtime.merged_pass),
+        runner=ChunkRunner(model, FlowSchedule(config.schedule), graphs),
         cache_config=config.cache,
         text_encoder=text_encoder,
         fingerprint=fingerprint,

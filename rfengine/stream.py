@@ -332,7 +332,6 @@ class VideoStream:
             with self._closed_on_error(), self._computing():
                 if mode == "hard":
                     self._restart()
-                self._parts.runner.flush(self._cache)
                 self._set_text(text, text_states)
                 if mode == "recache":
                     self._parts.runner.recache(self._cache, self._window_latents, self._text)
@@ -398,7 +397,6 @@ class VideoStream:
             self._check_open()
             with self._closed_on_error(), self._computing():
                 self._worker.wait()
-                self._parts.runner.flush(self._cache)
                 tensors = {f"cache.{name}": tensor for name, tensor in self._cache.tensors().items()}
                 tensors |= {
                     f"decoder.{name}": tensor for name, tensor in self._decoder_state.tensors().items()

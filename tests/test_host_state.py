@@ -97,7 +97,7 @@ def pipe(request: pytest.FixtureRequest) -> Pipeline:
     made = small_pipeline()
     if request.param == "plain":
         return made
-    config = dataclasses.replace(made.config, runtime=RuntimeConfig(overlap=True, merged_pass=True))
+    config = dataclasses.replace(made.config, runtime=RuntimeConfig(overlap=True))
     return Pipeline(config, made.model, made.vae, made.text_encoder, "small-0")
 
 

@@ -250,7 +250,7 @@ def test_a_missing_cuda_device_is_one_sentence():
 def test_the_runtime_can_be_replaced(pipe, saved):
     from rfengine.config import RuntimeConfig
 
-    runtime = RuntimeConfig(overlap=True, merged_pass=True)
+    runtime = RuntimeConfig(overlap=True)
     loaded = Pipeline.from_pretrained(saved, runtime=runtime)
     assert loaded.config.runtime == runtime and loaded.vae_tier == "lossless"
     assert Pipeline.from_pretrained(saved).config.runtime == RuntimeConfig()

@@ -65,22 +65,18 @@ def items(setting: Setting) -> list[Item]:
         (f"{SHIPPED} bfloat16", "wan-1.3b", torch.bfloat16, 35),  # what the goal is for comes first
         ("small float32", "tiny", torch.float32, 5), ("small bfloat16", "tiny", torch.bfloat16, 5),
     ]  # fmt: skip
-    return [
-        Item(name + told, _comparison(preset, dtype, merged), least_s)
-        for merged, told in ((False, ""), (True, ", merged pass"))
-        for name, preset, dtype, least_s in makers
-    ]
+    return [Item(name, _comparison(preset, dtype), least_s) for name, preset, dtype, least_s in makers]
 
 
-def _comparison(preset: str, dtype: torch.dtype, merged: bool) -> Callable[[], Iterator[Result]]:
-    return lambda: _compared(lambda: _engines(preset, dtype, merged))
+def _comparison(preset: str, dtype: torch.dtype) -> Callable[[], Iterator[Result]]:
+    return lambda: _compared(lambda: _engines(preset, dtype))
 
 
-def _engines(preset: str, dtype: torch.dtype, merged: bool) -> dict[str, Pipeline]:
+def _engines(preset: str, dtype: torch.dtype) -> dict[str, Pipeline]:
     """Pipelines of the same random weights; the first runs op by op."""
 
     def runtime(graphs: bool, overlap: bool) -> RuntimeConfig:
-        return RuntimeConfig(graphs, merged, overlap, autotune=False)
+        return RuntimeConfig(graphs, overlap, autotune=False)
 
     config = replace(PRESETS[preset], runtime=runtime(False, False))
     eager, _ = random_pipeline(config, torch.device("cuda"), dtype, "auto")

@@ -37,7 +37,6 @@ FLAT_CHUNKS = 1000  # what the goal asks for
 TOLD_EVERY = 10
 LEAST_TENTHS = 20  # chunks below which a tenth of them says nothing
 VARIANTS: dict[str, dict[str, Any]] = {
-    "merged pass": {"merged_pass": True},
     "no VAE": {"vae": "none"},
     "tiny VAE": {"vae": "tiny"},
     "graphs off": {"graphs": "off"},

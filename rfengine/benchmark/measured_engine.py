@@ -44,7 +44,6 @@ class Engine:
         dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         runtime = RuntimeConfig(
             graphs=_asked(options.graphs),
-            merged_pass=options.merged_pass,
             overlap=_asked(options.overlap),
             autotune=options.autotune,
             vae="full" if options.vae == "none" else options.vae,

@@ -45,7 +45,6 @@ class ThroughputOptions:
     overlap: Annotated[
         Switch, Doc("Decoding beside the next chunk; auto is on where the device is CUDA.")
     ] = "auto"
-    merged_pass: Annotated[bool, Doc("The context pass with the first step of the next chunk.")] = False
     autotune: Annotated[bool, Doc("Time the backends at start-up and keep what won.")] = True
     compare: Annotated[
         Literal["baseline"] | None, Doc("Alternate with the field's usual way and give the ratio.")

@@ -102,7 +102,7 @@ def marked_parts(ops: Ops, decoder: type) -> Iterator[None]:
     """Inside, every op of `ops`, the start of a chunk and a decoder open a range with their part's name."""
     targets = [(ops, name, op.part) for name, op in OPS.items()]
     targets += [(decoder, name, VAE) for name in ("decode", "decode_frames", "run") if hasattr(decoder, name)]
-    targets += [(StreamingKVCache, name, EVICTION) for name in ("open_chunk", "evict", "begin_chunk")]
+    targets.append((StreamingKVCache, "begin_chunk", EVICTION))
     with ExitStack() as stack:
         for owner, name, part in targets:
             stack.enter_context(patch.object(owner, name, _in_range(getattr(owner, name), part)))

@@ -28,8 +28,7 @@ def _head(figures: dict[str, Any]) -> list[str]:
         f"steps, window {figures['window_frames']}, {figures['dtype']}, VAE {figures['vae']}{tier}; "
         f"weights: {figures['weights']}",
         f"backend {figures['backend']}, graphs {_on(figures['graphs'])}, "
-        f"overlap {_on(figures['overlap'])}, "
-        f"merged pass {_on(figures['merged_pass'])}, autotune {_on(figures['autotune'])}",
+        f"overlap {_on(figures['overlap'])}, autotune {_on(figures['autotune'])}",
         f"{figures['device']}, {figures['threads']} threads; commit {versions['commit']}, {', '.join(known)}",
         f"before: {_state(figures['before'])}",
         f"after: {_state(figures['after'])}",

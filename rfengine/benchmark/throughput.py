@@ -101,7 +101,7 @@ def _setting(engine: Engine, options: ThroughputOptions) -> dict[str, Any]:
         "vae": options.vae,
         "vae_precision": options.vae_precision,
         "vae_tier": engine.pipeline.vae_tier if engine.decodes else None,
-        **{name: switches[name].on for name in ("graphs", "overlap", "merged_pass", "autotune")},
+        **{name: switches[name].on for name in ("graphs", "overlap", "autotune")},
         "device": device_name(engine.device),
         "threads": torch.get_num_threads(),
         "chunks": options.chunks,

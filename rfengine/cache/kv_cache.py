@@ -8,7 +8,7 @@ Shapes: L layers, B batch, S arena tokens, T tokens of a chunk, H heads, E head 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,15 +52,6 @@ class TextKeysValues:
 
 
 @dataclass(frozen=True, slots=True)
-class PendingContext:
-    """A context pass that is still to run: the chunk's plan, its clean latents [B, C, F, h, w], its text."""
-
-    plan: CachePlan
-    latents: Tensor
-    text: TextKeysValues
-
-
-@dataclass(frozen=True, slots=True)
 class LayerCache:
     """One layer's views for one chunk: the arena to read, [B, S, H, E], and the chunk's slot to write, [B, T,
     H, E]."""
@@ -90,9 +81,7 @@ class StreamingKVCache:
     sines [2, S, E / 2] of every slot's present time index; query_rotation: [2, T, E / 2], those of the chunk
     that has begun. filled_tokens: int32 [1], how much of S the chunk sees. Memory is fixed from the start.
 
-    pending: the context pass of the last committed chunk where it has not run yet (merged passes). Until then
-    that chunk's slot holds the keys and values of its last denoising step; context_rotation and
-    context_filled_tokens are its query_rotation and filled_tokens while the next chunk is shown.
+    A chunk is planned (plan_chunk), begun (begin_chunk), computed, and committed (commit).
     """
 
     def __init__(
@@ -118,8 +107,6 @@ class StreamingKVCache:
         self.filled_tokens = torch.zeros(1, dtype=torch.int32, device=device)
         self.rotation = torch.zeros(2, arena[2], model.head_dim // 2, dtype=torch.float32, device=device)
         self.query_rotation = self.rotation[:, : self.chunk_tokens].clone()
-        self.context_rotation = torch.zeros_like(self.query_rotation)
-        self.context_filled_tokens = torch.zeros_like(self.filled_tokens)
         places = range(config.window_frames) if config.positions == "relative" else range(0)
         self._place_rotation = self._rotation_of(places)  # relative positions use these time indices only
         self._shown_times = [EMPTY] * config.window_chunks  # time index that `rotation` holds for every slot
@@ -132,13 +119,11 @@ class StreamingKVCache:
     def _stand_before(self, chunk: int) -> None:
         self.next_chunk = chunk
         self.begun_chunk = chunk - 1  # the last chunk whose eviction and re-phasing were done
-        self.pending: PendingContext | None = None
-        self._torn = False  # a merged pass began and did not end
 
     def reset(self) -> None:
         """Back to the start of a video, in place: every address stays, and the state is that of a new
         cache."""
-        for tensor in self._state().values():
+        for tensor in self.tensors().values():
             tensor.zero_()
         self._start()
 
@@ -166,17 +151,12 @@ class StreamingKVCache:
         own."""
         chunks = self.slot_chunks[: slot + 1]
         plan = CachePlan(self.slot_chunks[slot], slot, False, slot + 1, self._slot_times(chunks))
-        self.show(plan)
+        self._show(plan)
         return plan
 
-    def show(self, plan: CachePlan) -> None:
+    def _show(self, plan: CachePlan) -> None:
         """Bring what the device reads, the fill and the rotations, to the view of `plan`; keys stay as they
         are."""
-        if self._torn:
-            raise RuntimeError(
-                f"chunk {self.next_chunk} failed inside a merged pass and left the cache half-way; "
-                "reset it or load a saved state"
-            )
         self.filled_tokens.fill_(plan.filled_slots * self.chunk_tokens)
         for slot, time in enumerate(plan.slot_times):
             if time != self._shown_times[slot]:
@@ -203,55 +183,25 @@ class StreamingKVCache:
         order = {chunk: place for place, chunk in enumerate(sorted(chunks))}
         return tuple(order[chunk] * frames for chunk in chunks)
 
-    def open_chunk(self, plan: CachePlan) -> CachePlan:
-        """Show the next chunk's view, and beside it that of a pending context pass. Returns the plan, without
-        its eviction where that was done already."""
+    def begin_chunk(self, plan: CachePlan) -> None:
+        """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes
+        nothing."""
         if plan.chunk != self.next_chunk:
             raise RuntimeError(
                 f"the plan is for chunk {plan.chunk} but chunk {self.next_chunk} is next; plan again"
             )
-        self.show(plan)
-        if self.pending is not None:
-            self.context_filled_tokens.fill_(self.pending.plan.filled_slots * self.chunk_tokens)
-            self.context_rotation.copy_(self._chunk_rotation(self.pending.plan.query_time))
-        return replace(plan, evicts=False) if self.begun_chunk == plan.chunk else plan
-
-    def begin_chunk(self, plan: CachePlan) -> None:
-        """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes
-        nothing."""
-        self.evict(self.open_chunk(plan))
-        self.mark_begun(plan)
-
-    def evict(self, plan: CachePlan) -> None:
-        """The device's part of begin_chunk, for all layers; the host's state stays."""
-        if plan.evicts:  # then every slot is filled
+        self._show(plan)
+        if plan.evicts and self.begun_chunk != plan.chunk:  # then every slot is filled
             leaving = self.slot_tokens(plan.slot).start
             self.policy.evict(self.raw_keys, self.keys, self.values, self.rotation, leaving)
+        self.begun_chunk = plan.chunk
 
-    def evict_layer(self, index: int, plan: CachePlan) -> None:
-        """evict for one layer."""
-        if plan.evicts:
-            one, leaving = slice(index, index + 1), self.slot_tokens(plan.slot).start
-            raw = None if self.raw_keys is None else self.raw_keys[one]
-            policy = self.policy.layer(index)
-            policy.evict(raw, self.keys[one], self.values[one], self.rotation, leaving)
-
-    def mark_torn(self) -> None:
-        """A merged pass starts: it evicts layer by layer, so it can not be repeated until mark_begun."""
-        self._torn = True
-
-    def mark_begun(self, plan: CachePlan) -> None:
-        """The planned chunk's eviction and re-phasing are done, and with them any pending context pass."""
-        self.begun_chunk, self.pending, self._torn = plan.chunk, None, False
-
-    def commit(self, plan: CachePlan, pending: PendingContext | None = None) -> None:
-        """The chunk's final keys and values are in its slot, or will be by `pending`: go on to the next
-        chunk."""
+    def commit(self, plan: CachePlan) -> None:
+        """The chunk's final keys and values are in its slot: the next chunk follows."""
         if plan.chunk != self.next_chunk or self.begun_chunk != plan.chunk:
             raise RuntimeError(f"chunk {plan.chunk} has not begun; call begin_chunk before commit")
         self.slot_chunks[plan.slot] = plan.chunk
         self.next_chunk += 1
-        self.pending = pending
 
     def slot_tokens(self, slot: int) -> slice:
         return slice(slot * self.chunk_tokens, (slot + 1) * self.chunk_tokens)
@@ -271,10 +221,6 @@ class StreamingKVCache:
             self.filled_tokens,
         )
 
-    def context_layer(self, index: int, plan: CachePlan) -> LayerCache:
-        """The views of one layer for a pending context pass beside the next chunk."""
-        return replace(self.layer(index, plan, keep_raw=True), filled_tokens=self.context_filled_tokens)
-
     def chronological(self, arena: Tensor) -> Tensor:
         """The valid tokens of an arena [L, B, S, H, E] in the order sink, then oldest to newest; a copy."""
         filled = [slot for slot, chunk in enumerate(self.slot_chunks) if chunk != EMPTY]
@@ -283,13 +229,6 @@ class StreamingKVCache:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the state by name, not copied; the integers are slot_chunks and next_chunk."""
-        if self.pending is not None:
-            raise RuntimeError(
-                f"the context pass of chunk {self.pending.plan.chunk} is pending; call ChunkRunner.flush"
-            )
-        return self._state()
-
-    def _state(self) -> dict[str, Tensor]:
         raw = {} if self.raw_keys is None else {"raw_keys": self.raw_keys}
         return {"keys": self.keys, "values": self.values, **raw, **self.policy.tensors()}
 
@@ -300,7 +239,7 @@ class StreamingKVCache:
         and when the slots cannot be those before `next_chunk`: the state is of another model, size or cache
         configuration, or damaged.
         """
-        state = self._state()
+        state = self.tensors()
         for name in sorted(state.keys() | tensors.keys()):
             own, saved = state.get(name), tensors.get(name)
             if own is None or saved is None or saved.shape != own.shape or not saved.is_floating_point():

@@ -24,9 +24,6 @@ class SinkPolicy(Protocol):
         rotation: [2, S, E / 2].
         """
 
-    def layer(self, index: int) -> SinkPolicy:
-        """The policy of one layer, on views of the same state; its arenas are [1, B, S, H, E]."""
-
     def tensors(self) -> dict[str, Tensor]:
         """State beside the arenas, for snapshots."""
 
@@ -42,9 +39,6 @@ class NoSink:
     ) -> None:
         if raw is not None:
             self.ops.rephase_keys(raw, rotated, rotation)
-
-    def layer(self, index: int) -> SinkPolicy:
-        return self
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -77,12 +71,6 @@ class EMASink:
         self.ops.evict_and_rephase(
             raw, rotated, values, low_keys, low_values, rotation, self.sink_tokens, leaving, self.alpha
         )
-
-    def layer(self, index: int) -> SinkPolicy:
-        if self.low is None:
-            return self
-        keys, values = (low[index : index + 1] for low in self.low)
-        return EMASink(self.ops, self.alpha, self.sink_tokens, (keys, values))
 
     def tensors(self) -> dict[str, Tensor]:
         if self.low is None:

@@ -62,8 +62,6 @@ class GenerateOptions:
     """Replay each chunk as one CUDA graph; on with CUDA."""
     overlap: bool | None = None
     """Decode a chunk beside the next one; on with CUDA."""
-    merged_pass: bool = False
-    """Run the context pass of a chunk together with the first step of the next."""
     autotune: bool = True
     """Time the backends at the start, once for each GPU and size."""
     verify: bool = False
@@ -77,7 +75,6 @@ def run(options: GenerateOptions) -> int:
     _check_request(options)
     runtime = RuntimeConfig(
         graphs=options.graphs,
-        merged_pass=options.merged_pass,
         overlap=options.overlap,
         decode_device=options.decode_device,
         autotune=options.autotune,

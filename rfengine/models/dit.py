@@ -112,7 +112,14 @@ class SelfAttention(Projections):
     def over_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> Tensor:
         """Write this chunk's slot of one layer and attend to the window; x [B, T, D], rotation [2, T, E /
         2]."""
-        return self._write_and_attend(self.project(x, self.q, self.k, self.v), rotation, cache)
+        q = self.ops.qk_norm_rope_write(
+            *self.project(x, self.q, self.k, self.v),
+            self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
+            cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
+        )  # fmt: skip
+        return self.ops.sink_window_attention(
+            q, cache.keys, cache.values, cache.kv_len, cache.filled_tokens
+        ).flatten(2)
 
     def over_clip(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """Attend among all tokens of x [B, T, D] where mask [T, T] allows it."""
@@ -132,31 +139,6 @@ class SelfAttention(Projections):
             k, k, v, weight, weight, rotation, self.eps,
             cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
         )  # fmt: skip
-
-    def over_two_views(
-        self,
-        x: Tensor,
-        rotations: tuple[Tensor, Tensor],
-        views: tuple[LayerCache, LayerCache],
-        between: Callable[[], None],
-    ) -> Tensor:
-        """over_cache for both halves of x [B, 2 T, D], each over its own view, by one projection.
-
-        `between` is called when the first half has written its slot and attended, before the second does.
-        """
-        halves = zip(*(part.chunk(2, dim=1) for part in self.project(x, self.q, self.k, self.v)), strict=True)
-        first = self._write_and_attend(next(halves), rotations[0], views[0])
-        between()
-        return torch.cat((first, self._write_and_attend(next(halves), rotations[1], views[1])), dim=1)
-
-    def _write_and_attend(self, projected: tuple[Tensor, ...], rotation: Tensor, cache: LayerCache) -> Tensor:
-        q = self.ops.qk_norm_rope_write(
-            *projected, self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
-            cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
-        )  # fmt: skip
-        return self.ops.sink_window_attention(
-            q, cache.keys, cache.values, cache.kv_len, cache.filled_tokens
-        ).flatten(2)
 
 
 class CrossAttention(Projections):
@@ -331,41 +313,6 @@ class WanDiT(nn.Module):
         _, normed = self._run_blocks(latents, modulation, text, attend, last)
         view = cache.layer(last, plan, keep_raw=True)
         self.blocks[last].self_attn.write_cache(normed, cache.query_rotation, view)
-
-    def merged_pass(
-        self,
-        latents: Tensor,
-        modulation: Modulation,
-        text: TextKeysValues,
-        cache: StreamingKVCache,
-        plan: CachePlan,
-        context_plan: CachePlan,
-    ) -> Tensor:
-        """The context pass of one chunk and forward_chunk of the next in one; returns the next one's tokens.
-
-        latents: [B, C, 2 chunk_frames, h, w], the clean chunk, then the new one; modulation has a row for
-        each. In every layer the clean chunk's final keys and values are written and it attends to its own
-        view; then that layer evicts and re-phases; then the new chunk writes its slot and attends to its
-        view. A layer reads no keys but its own, so each of them sees just what it sees in a pass of its own.
-        """
-
-        def attend(layer: int) -> Callable[[SelfAttention, Tensor], Tensor]:
-            rotations = (cache.context_rotation, cache.query_rotation)
-            views = (cache.context_layer(layer, context_plan), cache.layer(layer, plan, keep_raw=False))
-            return lambda attention, x: attention.over_two_views(
-                x, rotations, views, lambda: cache.evict_layer(layer, plan)
-            )
-
-        last = len(self.blocks) - 1
-        x, normed = self._run_blocks(latents, modulation, text, attend, last)
-        (_, x), (clean, normed) = x.chunk(2, dim=1), normed.chunk(2, dim=1)
-        block, view = self.blocks[last], cache.context_layer(last, context_plan)
-        block.self_attn.write_cache(clean, cache.context_rotation, view)
-        cache.evict_layer(last, plan)
-        rows, following = modulation.layers[last, :, 1:], modulation.head[:, 1:]
-        keys_values, attend_last = (text.keys[last], text.values[last]), _over_cache(cache, plan, False)(last)
-        _, normed = block(x, normed, rows, following, keys_values, attend_last)
-        return self.head.head(normed)
 
     def forward_clip(
         self,

@@ -18,7 +18,7 @@ class Switch:
 
 
 def runtime_switches(runtime: RuntimeConfig, device: torch.device) -> dict[str, Switch]:
-    """graphs, merged_pass, overlap, autotune and decode_device (a device other than the model's), by name.
+    """graphs, overlap, autotune and decode_device (a device other than the model's), by name.
 
     Raises RuntimeError for what was asked for and cannot be had on `device`.
     """
@@ -30,9 +30,6 @@ def runtime_switches(runtime: RuntimeConfig, device: torch.device) -> dict[str, 
     decoding = decode_device(runtime, device)
     return {
         "graphs": _switch(runtime.graphs, on_cuda, device),
-        "merged_pass": Switch(
-            runtime.merged_pass, "asked for" if runtime.merged_pass else "off unless asked for"
-        ),
         "overlap": _switch(runtime.overlap, on_cuda, device),
         "autotune": Switch(
             runtime.autotune and on_cuda,

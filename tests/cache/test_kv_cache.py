@@ -109,47 +109,6 @@ def test_a_repeated_begin_folds_nothing_twice():
     assert once[0, 0, 0, 0, 0].item() == 1.5
 
 
-def test_eviction_on_the_device_leaves_the_hosts_state():
-    cache = small_cache(CacheConfig(alpha=0.5))
-    for _ in range(3):
-        advance_with_frame_numbers(cache)
-    plan = cache.open_chunk(cache.plan_chunk())
-    host = (list(cache.slot_chunks), cache.next_chunk, cache.begun_chunk)
-    cache.evict(plan)
-    assert cache.values[0, 0, 0, 0, 0].item() == 1.5
-    assert (cache.slot_chunks, cache.next_chunk, cache.begun_chunk) == host
-    assert cache.open_chunk(plan).evicts
-    cache.mark_begun(plan)
-    assert not cache.open_chunk(plan).evicts
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        CacheConfig(alpha=0.5),
-        CacheConfig(alpha=0.5, sink_precision="bf16", window_frames=12),
-        CacheConfig(sink="frozen"),
-        CacheConfig(sink="none", sink_frames=0, positions="absolute"),
-    ],
-)
-def test_evicting_layer_by_layer_is_evicting(config):
-    whole, layered = small_cache(config, dtype=torch.bfloat16), small_cache(config, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    random = {
-        name: torch.randn(tensor.shape, generator=generator) for name, tensor in whole.tensors().items()
-    }
-    slots = config.window_chunks
-    for cache in (whole, layered):
-        cache.load(random, list(range(slots)), slots)
-    plan = whole.open_chunk(whole.plan_chunk())
-    whole.evict(plan)
-    layered.open_chunk(plan)
-    for layer in range(SMALL.num_layers):
-        layered.evict_layer(layer, plan)
-    for name, tensor in layered.tensors().items():
-        assert torch.equal(tensor, whole.tensors()[name]), name
-
-
 def test_a_reset_cache_is_a_new_one():
     cache, new = small_cache(CacheConfig(alpha=0.5)), small_cache(CacheConfig(alpha=0.5))
     for _ in range(5):

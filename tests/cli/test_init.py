@@ -13,15 +13,15 @@ from rfengine.cli.commands import Options
 OPTIONS = {
     "generate": [
         "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
-        "backend", "vae", "vae_precision", "tensorrt_directory", "graphs", "overlap", "merged_pass",
-        "autotune", "verify", "decode_device",
+        "backend", "vae", "vae_precision", "tensorrt_directory", "graphs", "overlap", "autotune",
+        "verify", "decode_device",
     ],
     "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
     "parity": ["files", "backend", "device", "dtype"],
     "doctor": ["json", "model", "height", "width", "dtype", "renew"],
     "bench": [
         "model", "height", "width", "chunks", "backend", "dtype", "vae", "vae_precision",
-        "tensorrt_directory", "graphs", "overlap", "merged_pass", "autotune", "compare", "threads", "device",
+        "tensorrt_directory", "graphs", "overlap", "autotune", "compare", "threads", "device",
         "json", "plot",
     ],
     "export-vae": ["directory", "out", "height", "width", "latents", "precision", "onnx_only", "force"],

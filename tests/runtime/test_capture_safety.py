@@ -53,11 +53,10 @@ class Watch(TorchDispatchMode):
         return results
 
 
-@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("config", SETTINGS)
-def test_a_chunk_reads_nothing_on_the_host_and_runs_the_same_ops_once_the_window_is_full(config, merged):
+def test_a_chunk_reads_nothing_on_the_host_and_runs_the_same_ops_once_the_window_is_full(config):
     model, cache = small_model(), small_cache(config)
-    runner, text = small_runner(model, merged_pass=merged), model.text_keys_values(text_states())
+    runner, text = small_runner(model), model.text_keys_values(text_states())
     ran = []
     for chunk in range(config.window_chunks + 4):
         noise = noise_of(chunk, config.chunk_frames)
@@ -69,7 +68,7 @@ def test_a_chunk_reads_nothing_on_the_host_and_runs_the_same_ops_once_the_window
     assert len(steady[0]) > 100
 
 
-def recorded_functions(monkeypatch, model, cache, merged: bool, text: TextKeysValues, device: str) -> list:
+def recorded_functions(monkeypatch, model, cache, text: TextKeysValues, device: str) -> list:
     """The functions that the runner gives to CapturedCall, none of which has run yet."""
     functions = []
 
@@ -83,7 +82,7 @@ def recorded_functions(monkeypatch, model, cache, merged: bool, text: TextKeysVa
 
     monkeypatch.setattr(chunk_runner, "CapturedCall", Given)
     monkeypatch.setattr(chunk_runner, "graph_pool", object)
-    runner = small_runner(model, graphs=True, merged_pass=merged)
+    runner = small_runner(model, graphs=True)
     for chunk in range(3 * cache.config.window_chunks):
         noise = noise_of(chunk, cache.config.chunk_frames).to(device)
         runner.advance(cache, cache.plan_chunk(), noise, text)
@@ -91,14 +90,13 @@ def recorded_functions(monkeypatch, model, cache, merged: bool, text: TextKeysVa
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("config", SETTINGS[2:4])
-def test_recorded_functions_stay_on_the_device(config, merged, monkeypatch):
+def test_recorded_functions_stay_on_the_device(config, monkeypatch):
     """On the meta device there is no number to read, and the host's tensors are another device's."""
     model = WanDiT(SMALL).to("meta").eval()
     cache = StreamingKVCache(SMALL, config, GRID, device="meta")
     text = model.text_keys_values(torch.empty(1, 8, SMALL.text_dim, device="meta"))
-    functions = recorded_functions(monkeypatch, model, cache, merged, text, "meta")
+    functions = recorded_functions(monkeypatch, model, cache, text, "meta")
     assert len(functions) == config.window_chunks - config.sink_chunks
     ran = []
     for function in functions:
@@ -121,11 +119,10 @@ def live_memory() -> set[int]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
-def test_recorded_functions_keep_no_new_memory_and_no_host_state(merged, monkeypatch):
+def test_recorded_functions_keep_no_new_memory_and_no_host_state(monkeypatch):
     model, cache = small_model(), small_cache(CacheConfig())
     text = model.text_keys_values(text_states())
-    functions = recorded_functions(monkeypatch, model, cache, merged, text, "cpu")
+    functions = recorded_functions(monkeypatch, model, cache, text, "cpu")
     before, host = live_memory(), dict(vars(cache))
     for function in functions:
         result = function()
@@ -147,10 +144,9 @@ def test_the_watch_sees_what_it_looks_for(act, complaint):
         act()
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_memory_of_the_cache_stays_where_it_is(merged):
+def test_memory_of_the_cache_stays_where_it_is():
     model, cache = small_model(), small_cache(CacheConfig())
-    runner, text = small_runner(model, merged_pass=merged), model.text_keys_values(text_states())
+    runner, text = small_runner(model), model.text_keys_values(text_states())
 
     def places() -> dict[str, int]:
         low = {f"low.{place}": low for place, low in enumerate(cache.policy.low)}
@@ -162,7 +158,6 @@ def test_memory_of_the_cache_stays_where_it_is(merged):
     before = places()
     for chunk in range(6):
         runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 3), text)
-    runner.flush(cache)
     cache.load({name: value.clone() for name, value in cache.tensors().items()}, cache.slot_chunks, 6)
     cache.reset()
     assert places() == before

@@ -49,27 +49,25 @@ def model():
     return small_model()
 
 
-def in_both_modes(model, config: CacheConfig, merged: bool, story) -> None:
+def in_both_modes(model, config: CacheConfig, story) -> None:
     """What `story` does to a stream leaves the same latents and cache with graphs and without."""
     states = []
     for graphs in (False, True):
-        stream = Stream(small_runner(model, graphs=graphs, merged_pass=merged), config)
+        stream = Stream(small_runner(model, graphs=graphs), config)
         story(stream)
         states.append(stream.state())
     assert_same(*states)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("config", SETTINGS)
-def test_replayed_chunks_equal_eager_ones_bit_for_bit(model, config, merged, tapes):
-    in_both_modes(model, config, merged, lambda stream: stream.advance(CHUNKS))
+def test_replayed_chunks_equal_eager_ones_bit_for_bit(model, config, tapes):
+    in_both_modes(model, config, lambda stream: stream.advance(CHUNKS))
     assert len(tapes) == config.window_chunks - config.sink_chunks
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_prompt_switch_reaches_the_graphs(model, merged, tapes):
+def test_a_prompt_switch_reaches_the_graphs(model, tapes):
     def story(stream: Stream) -> None:
         stream.advance(8)
         stream.set_text(1)
@@ -78,16 +76,14 @@ def test_a_prompt_switch_reaches_the_graphs(model, merged, tapes):
         stream.runner.recache(stream.cache, stream.latents, stream.text)
         stream.advance(6)
 
-    in_both_modes(model, CacheConfig(window_frames=12), merged, story)
+    in_both_modes(model, CacheConfig(window_frames=12), story)
     assert tapes
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
-def test_restoring_a_snapshot_into_a_cache_with_graphs_continues_it(model, merged, tapes):
-    stream = Stream(small_runner(model, graphs=True, merged_pass=merged), CacheConfig(alpha=0.5))
+def test_restoring_a_snapshot_into_a_cache_with_graphs_continues_it(model, tapes):
+    stream = Stream(small_runner(model, graphs=True), CacheConfig(alpha=0.5))
     stream.advance(8)
-    stream.runner.flush(stream.cache)
     saved = {name: value.clone() for name, value in stream.cache.tensors().items()}
     slots, chunk = list(stream.cache.slot_chunks), stream.cache.next_chunk
     stream.advance(5)
@@ -99,16 +95,15 @@ def test_restoring_a_snapshot_into_a_cache_with_graphs_continues_it(model, merge
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
-def test_two_interleaved_streams_do_not_disturb_each_other(model, merged, tapes):
+def test_two_interleaved_streams_do_not_disturb_each_other(model, tapes):
     def alone(seed: int, config: CacheConfig) -> dict[str, torch.Tensor]:
-        stream = Stream(small_runner(model, graphs=False, merged_pass=merged), config, seed)
+        stream = Stream(small_runner(model, graphs=False), config, seed)
         stream.set_text(seed)
         stream.advance(CHUNKS)
         return stream.state()
 
     runner, configs = (
-        small_runner(model, graphs=True, merged_pass=merged),
+        small_runner(model, graphs=True),
         (CacheConfig(), CacheConfig(window_frames=12)),
     )
     streams = [Stream(runner, config, seed) for seed, config in enumerate(configs)]
@@ -123,9 +118,8 @@ def test_two_interleaved_streams_do_not_disturb_each_other(model, merged, tapes)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
-def test_after_a_reset_the_graphs_serve_the_next_video(model, merged, tapes):
-    runner = small_runner(model, graphs=True, merged_pass=merged)
+def test_after_a_reset_the_graphs_serve_the_next_video(model, tapes):
+    runner = small_runner(model, graphs=True)
     stream, fresh = (Stream(runner, CacheConfig(alpha=0.5)) for _ in range(2))
     stream.advance(9)
     recorded = len(tapes)
@@ -138,14 +132,13 @@ def test_after_a_reset_the_graphs_serve_the_next_video(model, merged, tapes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
-def test_chunks_with_a_callback_mix_with_replayed_ones(model, merged, tapes):
+def test_chunks_with_a_callback_mix_with_replayed_ones(model, tapes):
     def story(stream: Stream) -> None:
         stream.advance(7)
         stream.advance(2, on_step=lambda step, timestep, latents: latents * 0.5 if step == 0 else None)
         stream.advance(3)
 
-    in_both_modes(model, CacheConfig(), merged, story)
+    in_both_modes(model, CacheConfig(), story)
     assert tapes
 
 
@@ -159,9 +152,8 @@ def test_what_advance_returns_is_not_overwritten(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
-def test_a_recorded_program_reads_nothing_that_belongs_to_the_caller(model, merged, tapes):
-    stream = Stream(small_runner(model, graphs=True, merged_pass=merged), CacheConfig())
+def test_a_recorded_program_reads_nothing_that_belongs_to_the_caller(model, tapes):
+    stream = Stream(small_runner(model, graphs=True), CacheConfig())
     given = []
 
     def remember(runner, cache, plan, noise, text, on_step=None):
@@ -175,16 +167,14 @@ def test_a_recorded_program_reads_nothing_that_belongs_to_the_caller(model, merg
     assert not callers & set.union(*read)
     assert read[0] == read[1]  # the arenas, the static inputs, the tables and the weights
     cache = stream.cache
-    arenas = [*cache._state().values(), cache.rotation, cache.query_rotation]
+    arenas = [cache.keys, cache.values, cache.raw_keys, cache.query_rotation]
     assert {tensor.untyped_storage().data_ptr() for tensor in arenas} <= read[0]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("merged", "flushed"), [(False, False), (True, False), (True, True)])
-def test_a_failed_recording_leaves_the_cache_as_it_was(model, merged, flushed, monkeypatch):
+def test_a_failed_recording_leaves_the_cache_as_it_was(model, monkeypatch):
     broken, smooth = (
-        Stream(small_runner(model, graphs=graphs, merged_pass=merged), CacheConfig(alpha=0.5))
-        for graphs in (True, False)
+        Stream(small_runner(model, graphs=graphs), CacheConfig(alpha=0.5)) for graphs in (True, False)
     )
 
     def record(function, *_):
@@ -199,8 +189,6 @@ def test_a_failed_recording_leaves_the_cache_as_it_was(model, merged, flushed, m
         broken.advance()
     broken.runner.graphs = False
     for stream in (broken, smooth):
-        if flushed:
-            stream.runner.flush(stream.cache)
         stream.advance(4)
     assert_same(broken.state(), smooth.state())
 
@@ -236,10 +224,10 @@ def test_graphs_are_freed_with_their_cache(model, monkeypatch):
     assert len(pools) == 2 and len(runner._graphs_by_cache) == 2
 
 
-def on_cuda(merged: bool, graphs: bool) -> dict[str, torch.Tensor]:
+def on_cuda(graphs: bool) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = WanDiT(FOR_KERNELS, choose_ops("auto", "cuda")).to("cuda", torch.bfloat16).eval()
-    runner, config = small_runner(model, graphs=graphs, merged_pass=merged), CacheConfig(alpha=0.5)
+    runner, config = small_runner(model, graphs=graphs), CacheConfig(alpha=0.5)
     cache = StreamingKVCache(FOR_KERNELS, config, GRID, dtype=model.dtype, device="cuda", ops=model.ops)
     texts, states = [model.text_keys_values(text_states(seed).cuda()) for seed in range(3)], {}
     for chunk in range(2 * CHUNKS):
@@ -248,7 +236,6 @@ def on_cuda(merged: bool, graphs: bool) -> dict[str, torch.Tensor]:
         text = texts[chunk // 9]
         noise = noise_of(chunk, 3).to("cuda", model.dtype)
         states[f"latents.{chunk}"] = runner.advance(cache, cache.plan_chunk(), noise, text)
-    runner.flush(cache)
     if graphs:
         calls = runner._graphs_by_cache[cache].calls.values()
         assert sum(call is not None for call in calls) == 2
@@ -257,9 +244,8 @@ def on_cuda(merged: bool, graphs: bool) -> dict[str, torch.Tensor]:
 
 @pytest.mark.gpu
 @torch.no_grad()
-@pytest.mark.parametrize("merged", [False, True])
-def test_cuda_graphs_equal_eager_launches_bit_for_bit(merged):
-    assert_same(on_cuda(merged, graphs=True), on_cuda(merged, graphs=False))
+def test_cuda_graphs_equal_eager_launches_bit_for_bit():
+    assert_same(on_cuda(graphs=True), on_cuda(graphs=False))
 
 
 @pytest.mark.gpu

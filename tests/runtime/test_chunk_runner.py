@@ -8,8 +8,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfengine.config import CacheConfig, WanConfig
-from rfengine.ops.reference import unpatchify
-from support.models import GRID, noise_of, relative_error, small_cache, small_model, small_runner, text_states
+from rfengine.models.dit import WanDiT
+from rfengine.ops import REFERENCE_OPS, Ops
+from rfengine.ops.reference import sink_window_attention, unpatchify
+from support.models import (
+    GRID,
+    SMALL,
+    noise_of,
+    relative_error,
+    small_cache,
+    small_model,
+    small_runner,
+    text_states,
+)
 
 CHUNKS = 7
 
@@ -100,7 +111,6 @@ def test_the_first_three_chunks_do_not_depend_on_alpha():
 @torch.no_grad()
 def test_a_batch_advances_like_single_streams():
     from rfengine.cache.kv_cache import StreamingKVCache
-    from support.models import SMALL
 
     model = small_model()
     runner = small_runner(model)
@@ -128,6 +138,20 @@ def test_a_stream_goes_on_past_latent_frame_1024(positions):
         latents = runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 8), text)
     assert cache.next_chunk * config.chunk_frames > 1024
     assert latents.isfinite().all() and 0.1 < latents.std() < 10
+
+
+@torch.no_grad()
+def test_the_device_reads_how_much_each_chunk_sees():
+    """Kernels read the fill from device memory, the reference its copy on the host."""
+    model, ops = small_model(), Ops(REFERENCE_OPS.choice)
+
+    def attention(q, keys, values, kv_len, filled_tokens):
+        return sink_window_attention(q, keys, values, filled_tokens.item())
+
+    ops._run["sink_window_attention"] = attention
+    other = WanDiT(SMALL, ops).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run(CacheConfig(), 6, other), run(CacheConfig(), 6, model))
 
 
 def test_recache_under_the_same_text_changes_nothing():

@@ -23,8 +23,8 @@ def test_on_cuda_graphs_overlap_and_tuning_are_on_and_on_a_cpu_nothing_is() -> N
 def test_each_can_be_asked_for_and_switched_off() -> None:
     off = RuntimeConfig(graphs=False, overlap=False, autotune=False)
     assert switched_on(off, CUDA) == set()
-    asked = RuntimeConfig(overlap=True, merged_pass=True)
-    assert switched_on(asked, CPU) == {"overlap", "merged_pass"}
+    asked = RuntimeConfig(overlap=True)
+    assert switched_on(asked, CPU) == {"overlap"}
 
 
 def test_every_switch_has_its_reason() -> None:

@@ -31,10 +31,8 @@ def small_model(config: WanConfig = SMALL, seed: int = 0) -> WanDiT:
     return model
 
 
-def small_runner(
-    model: WanDiT, steps: tuple[int, ...] = (1000, 500), graphs: bool = False, merged_pass: bool = False
-) -> ChunkRunner:
-    return ChunkRunner(model, FlowSchedule(ScheduleConfig(denoising_steps=steps)), graphs, merged_pass)
+def small_runner(model: WanDiT, steps: tuple[int, ...] = (1000, 500), graphs: bool = False) -> ChunkRunner:
+    return ChunkRunner(model, FlowSchedule(ScheduleConfig(denoising_steps=steps)), graphs)
 
 
 def small_cache(

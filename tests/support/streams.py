@@ -30,7 +30,6 @@ class Stream:
             self.latents[plan.chunk] = self.runner.advance(self.cache, plan, noise, self.text, on_step)
 
     def state(self) -> dict[str, torch.Tensor]:
-        self.runner.flush(self.cache)
         latents = {f"latents.{chunk}": value for chunk, value in self.latents.items()}
         return latents | {name: value.clone() for name, value in self.cache.tensors().items()}
 
