@@ -125,7 +125,7 @@ def run_decoders(config: EngineConfig, dtype: torch.dtype, ops: Ops) -> None:
     for decoder in decoders:
         state = decoder.decoder_state(1, *size, dtype, "cpu")
         for state.frames in (0, chunk):
-            decoder.run(latents, state, "rgb24")
+            decoder.run(latents, state, packed=True)
 
 
 @contextlib.contextmanager

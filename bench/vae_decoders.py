@@ -160,7 +160,7 @@ def _graphed(decoder: StreamingDecoder, setting: Setting) -> Callable[[], Decode
                 held["latents"] = latents.clone()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
-                    held["frames"] = decoder.run(held["latents"], state, "rgb24")
+                    held["frames"] = decoder.run(held["latents"], state, packed=True)
                 held["graph"] = graph
             held["latents"].copy_(latents)
             held["graph"].replay()

@@ -90,7 +90,7 @@ def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> 
     state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta")
     with torch.no_grad():
         for _ in range(2):  # the first chunk, then any other
-            decoder.run(latents, state)
+            decoder.run(latents, state, packed=False)
             state.frames += config.cache.chunk_frames
     return MemoryNeeds(
         transformer=_count_weights(model) * size,

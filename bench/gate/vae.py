@@ -121,7 +121,7 @@ def _timed(setting: Setting, name: str) -> Callable[[], Iterator[Result]]:
             return
         yield result | {"ms": _median_ms(lambda: decoder.decode_frames(latents, state)), "graph": False}
         if isinstance(decoder, StreamingDecoder):
-            graph = capture_calls(lambda given: decoder.run(given, state, "rgb24"), [(latents,)])
+            graph = capture_calls(lambda given: decoder.run(given, state, packed=True), [(latents,)])
             yield result | {"ms": _median_ms(graph.replay), "graph": True}
 
     return run

@@ -31,7 +31,6 @@ from rfengine.export.tensorrt_api import (
 )
 from rfengine.export.tensorrt_engine import EngineTarget, read_engine
 from rfengine.grid import LatentGrid
-from rfengine.models.decoder import FrameLayout
 from rfengine.models.vae import DecoderState, WanVAE
 from rfengine.ops import choose_ops
 
@@ -193,7 +192,7 @@ class TensorRTDecoder:
         self.device = device
         self.graphs = graphs
         self._log = make_logger(trt)
-        self._pack = choose_ops("auto", device)
+        self._ops = choose_ops("auto", device)
         with torch.cuda.device(device):
             self._runtime = trt.Runtime(self._log)  # must outlive its engines
             self.engines: dict[Stage, CudaEngine] = {}
@@ -280,12 +279,9 @@ class TensorRTDecoder:
         return self._run(latents, state).clone()
 
     @torch.no_grad()
-    def decode_frames(self, latents: Tensor, state: TensorRTState, layout: FrameLayout = "rgb24") -> Tensor:
-        """Frames of the next chunk, uint8 on the device: [T, H, W, 3], or NV12 [T, H * 3 / 2, W]."""
-        pack = {"rgb24": self._pack.frame_pack, "nv12": self._pack.frame_pack_nv12}
-        if layout not in pack:
-            raise ValueError(f"layout is {layout!r}; use {' or '.join(map(repr, pack))}")
-        return pack[layout](self._run(latents, state)[0])
+    def decode_frames(self, latents: Tensor, state: TensorRTState) -> Tensor:
+        """RGB frames uint8 [T, H, W, 3] of the next chunk, on the device."""
+        return self._ops.frame_pack(self._run(latents, state)[0])
 
     def reason(self) -> str:
         """What TensorRT last said of an error."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-
-FrameLayout = Literal["rgb24", "nv12"]
 
 
 class FrameDecoderState(Protocol):
@@ -46,13 +44,9 @@ class FrameDecoder(Protocol):
     def decode(self, latents: Tensor, state: FrameDecoderState) -> Tensor:
         """Pixels [B, 3, T, H, W], not clamped, of normalised latents [B, z, F, h, w]; updates `state`."""
 
-    def decode_frames(
-        self, latents: Tensor, state: FrameDecoderState, layout: FrameLayout = "rgb24"
-    ) -> Tensor:
-        """Frames of one video, latents [1, z, F, h, w], on its device; updates `state`.
-
-        uint8 [T, H, W, 3] for "rgb24", [T, H * 3 / 2, W] for "nv12" (reference.frame_pack_nv12).
-        """
+    def decode_frames(self, latents: Tensor, state: FrameDecoderState) -> Tensor:
+        """RGB frames uint8 [T, H, W, 3] of one video, latents [1, z, F, h, w], on their device; updates
+        `state`."""
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfengine.config import VAEPrecision
-from rfengine.models.decoder import FrameLayout
 from rfengine.models.streaming_layers import (
     HISTORY,
     Attention,
@@ -112,22 +111,22 @@ class StreamingDecoder:
         for a state of another model, size, dtype or device, and for latents on a CPU that are not finite;
         on a GPU that would be a wait for the host, so the caller looks at them with the frames.
         """
-        return self._counted(latents, state, None)
+        return self._counted(latents, state, packed=False)
 
-    def decode_frames(self, latents: Tensor, state: DecoderState, layout: FrameLayout = "rgb24") -> Tensor:
-        """decode as bytes on the device: uint8 [T, H, W, 3] for "rgb24", [T, H * 3 / 2, W] for "nv12"."""
-        return self._counted(latents, state, layout)
+    def decode_frames(self, latents: Tensor, state: DecoderState) -> Tensor:
+        """decode as RGB bytes on the device, uint8 [T, H, W, 3]."""
+        return self._counted(latents, state, packed=True)
 
-    def _counted(self, latents: Tensor, state: DecoderState, layout: FrameLayout | None) -> Tensor:
+    def _counted(self, latents: Tensor, state: DecoderState, packed: bool) -> Tensor:
         self.check(latents, state)
-        frames = self.run(latents, state, layout)
+        frames = self.run(latents, state, packed)
         state.frames += latents.shape[2]
         self.capturable_frames = latents.shape[2]
         return frames
 
     @torch.no_grad()
-    def run(self, latents: Tensor, state: DecoderState, layout: FrameLayout | None = None) -> Tensor:
-        """decode, or decode_frames where there is a layout, without the check and without counting frames."""
+    def run(self, latents: Tensor, state: DecoderState, packed: bool) -> Tensor:
+        """decode_frames where `packed`, else decode, without the check and without counting frames."""
         call = DecoderCall(self._ops, state.slots, self._halos, latents.shape[2], state.frames == 0)
         hidden = F.linear(latents[0].permute(1, 2, 3, 0).float(), self._first_matrix, self._first_offset).to(
             self._first.weight.dtype
@@ -140,10 +139,9 @@ class StreamingDecoder:
         _, halo = call.norm_silu(pending, self._last_gamma, self._last)
         call.keep(self._last, halo)
         weight, bias = self._last.weight, self._last.bias
-        if layout is None:
-            return self._ops.causal_conv3d(halo, weight, bias).permute(3, 0, 1, 2).unsqueeze(0)
-        pack = self._ops.conv_frame_pack if layout == "rgb24" else self._ops.conv_frame_pack_nv12
-        return pack(halo, weight, bias)
+        if packed:
+            return self._ops.conv_frame_pack(halo, weight, bias)
+        return self._ops.causal_conv3d(halo, weight, bias).permute(3, 0, 1, 2).unsqueeze(0)
 
     def check(self, latents: Tensor, state: DecoderState) -> None:
         """Raise ValueError for what decode refuses."""

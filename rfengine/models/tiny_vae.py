@@ -8,13 +8,11 @@ published weights, which number every layer of the decoder, those without parame
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from rfengine.config import TinyVAEConfig
-from rfengine.models.decoder import FrameLayout
 from rfengine.models.vae import RGB_CHANNELS, CausalState
 from rfengine.ops import REFERENCE_OPS, Ops
 
@@ -134,19 +132,11 @@ class TinyVAE(nn.Module):
             self.capturable_frames = latents.shape[2]
         return pixels
 
-    def decode_frames(
-        self, latents: Tensor, state: TinyDecoderState | None, layout: FrameLayout = "rgb24"
-    ) -> Tensor:
-        """decode of one video, as bytes: uint8 [T, H, W, 3] for "rgb24", [T, H * 3 / 2, W] for "nv12".
-
-        Raises ValueError as decode does, for more than one video and for another layout.
-        """
-        if layout not in get_args(FrameLayout):
-            raise ValueError(f"layout is {layout!r}; use 'rgb24' or 'nv12'")
+    def decode_frames(self, latents: Tensor, state: TinyDecoderState | None) -> Tensor:
+        """decode of one video as RGB bytes, uint8 [T, H, W, 3]; ValueError for more than one video."""
         if latents.shape[0] != 1:
             raise ValueError(f"latents are {tuple(latents.shape)}; frames are packed of one video at a time")
-        pixels = self.decode(latents, state)[0].contiguous()  # rows of planes, which is what kernels pack
-        return self.ops.frame_pack(pixels) if layout == "rgb24" else self.ops.frame_pack_nv12(pixels)
+        return self.ops.frame_pack(self.decode(latents, state)[0].contiguous())  # kernels pack rows of planes
 
     def decoder_state(
         self,

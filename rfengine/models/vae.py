@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfengine.config import VAEConfig
-from rfengine.models.decoder import FrameLayout
 from rfengine.ops import reference
 
 RGB_CHANNELS = 3
@@ -340,15 +339,11 @@ class WanVAE(nn.Module):
             state.frames += latents.shape[2]
         return pixels
 
-    def decode_frames(
-        self, latents: Tensor, state: DecoderState | None = None, layout: FrameLayout = "rgb24"
-    ) -> Tensor:
-        """Frames of one video, latents [1, z, F, h, w], as decode but packed: uint8 [T, H, W, 3] for "rgb24",
-        [T, H * 3 / 2, W] for "nv12"."""
+    def decode_frames(self, latents: Tensor, state: DecoderState | None = None) -> Tensor:
+        """decode of one video as RGB bytes, uint8 [T, H, W, 3]."""
         if latents.shape[0] != 1:
             raise ValueError(f"latents are {tuple(latents.shape)}; frames are packed one video at a time")
-        pixels = self.decode(latents, state)[0]
-        return reference.frame_pack(pixels) if layout == "rgb24" else reference.frame_pack_nv12(pixels)
+        return reference.frame_pack(self.decode(latents, state)[0])
 
     def encoder_state(
         self,

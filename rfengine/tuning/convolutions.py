@@ -93,7 +93,7 @@ def convolution_shapes(site: Site) -> dict[ConvolutionShape, list[int]]:
         1, config.vae.z_dim, chunk, grid.latent_height, grid.latent_width, dtype=site.dtype, device="meta"
     )
     for state.frames in (0, _STEADY_CALL):
-        decoder.run(latents, state, "rgb24")
+        decoder.run(latents, state, packed=True)
     return ops.calls
 
 

@@ -73,13 +73,11 @@ def test_stream_equals_the_plain_decoder_in_pixels_and_state(export, journal, de
     assert [stage for stage, _ in journal.executions] == ["first", "steady", "steady", "steady"]
 
 
-@pytest.mark.parametrize("layout", ["rgb24", "nv12"])
-def test_frames_are_packed_as_everywhere(export, decoder, layout) -> None:
+def test_frames_are_packed_as_everywhere(export, decoder) -> None:
     ours, theirs = fresh_states(export, decoder)
-    pack = {"rgb24": REFERENCE_OPS.frame_pack, "nv12": REFERENCE_OPS.frame_pack_nv12}[layout]
     for chunk in range(2):
-        wanted = pack(plain(export, noise(chunk), theirs)[0])
-        frames = decoder.decode_frames(noise(chunk), ours, layout)
+        wanted = REFERENCE_OPS.frame_pack(plain(export, noise(chunk), theirs)[0])
+        frames = decoder.decode_frames(noise(chunk), ours)
         assert frames.dtype == torch.uint8 and frames.shape == wanted.shape
         assert (frames.int() - wanted.int()).abs().max() <= 1
 
@@ -208,8 +206,6 @@ def test_wrong_input_leaves_the_stream_usable(export, decoder) -> None:
         other.decode(noise(1), ours)
     with pytest.raises(ValueError, match="the state is of another decoder"):
         decoder.decode(noise(1), theirs)
-    with pytest.raises(ValueError, match="layout is 'yuv'; use 'rgb24' or 'nv12'"):
-        decoder.decode_frames(noise(1), ours, "yuv")
     with pytest.raises(ValueError, match="slot 'conv1' is"):
         smaller = export.vae.decoder_state(1, 2, 2, torch.float32, "cpu")
         ours.load(smaller.tensors(), 3)

@@ -15,7 +15,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.streaming_layers import Residual, TimeDoubling
 from rfengine.models.vae import CausalConv, WanVAE
 from rfengine.ops import REFERENCE_OPS, Ops
-from rfengine.ops.reference import frame_pack, frame_pack_nv12
+from rfengine.ops.reference import frame_pack
 
 SMALL = VAEConfig(
     base_dim=4,
@@ -103,12 +103,11 @@ def test_bfloat16_errs_no_more_than_the_plain_decoder_does(ops):
 
 def test_frames_are_the_packed_pixels():
     decoder, latents = decoder_of(), noise(1, 4, 6, 2, 3)
-    states = [fresh_state(decoder) for _ in range(3)]
+    states = [fresh_state(decoder) for _ in range(2)]
     for part in latents.split([3, 3], dim=2):
         pixels = decoder.decode(part, states[0])[0]
         assert torch.equal(decoder.decode_frames(part, states[1]), frame_pack(pixels))
-        assert torch.equal(decoder.decode_frames(part, states[2], "nv12"), frame_pack_nv12(pixels))
-    assert [state.frames for state in states] == [6, 6, 6]
+    assert [state.frames for state in states] == [6, 6]
 
 
 def test_first_latent_gives_one_frame_and_later_ones_four():
@@ -176,7 +175,7 @@ def test_steady_call_reads_nothing_on_the_host_and_keeps_its_ops_and_addresses()
     state, ran, addresses = fresh_state(decoder), [], []
     for _ in range(4):
         with Watch() as watch:
-            decoder.run(noise(1, 4, 3, 2, 3), state, "rgb24")
+            decoder.run(noise(1, 4, 3, 2, 3), state, packed=True)
         state.frames += 3
         ran.append(watch.ran)
         kept = {**decoder._halos, **state.slots}
@@ -192,7 +191,7 @@ def test_between_the_ops_nothing_is_padded_concatenated_or_laid_out_anew():
     state = fresh_state(decoder)
     decoder.decode(noise(1, 4, 3, 2, 3), state)
     with Watch() as watch:
-        decoder.run(noise(1, 4, 3, 2, 3), state)
+        decoder.run(noise(1, 4, 3, 2, 3), state, packed=False)
     ran = [op.split(".")[1] for op in watch.ran]
     # two copies of two frames for each convolution, and the latents into the first halo
     assert ran.count("copy_") == 2 * len(state.slots) + 1

@@ -166,8 +166,6 @@ def test_frames_are_the_packed_pixels():
     decoder, x = tiny(), latents(3)
     pixels = decoder.decode(x)[0]
     assert torch.equal(decoder.decode_frames(x, fresh_state(decoder, x)), reference.frame_pack(pixels))
-    packed = decoder.decode_frames(x, fresh_state(decoder, x), "nv12")
-    assert torch.equal(packed, reference.frame_pack_nv12(pixels)) and packed.shape == (9, 36, 40)
 
 
 def test_a_later_chunk_does_the_same_work_on_tensors_that_stay():
@@ -217,8 +215,6 @@ def test_latents_and_states_that_do_not_fit_are_refused():
         decoder.decode(x, full.decoder_state(1, 3, 5, torch.float32, "cpu"))
     with pytest.raises(ValueError, match="packed of one video at a time"):
         decoder.decode_frames(latents(2, batch=2), None)
-    with pytest.raises(ValueError, match="layout is 'yuv'; use 'rgb24' or 'nv12'"):
-        decoder.decode_frames(x, None, "yuv")
 
 
 def test_a_refused_call_leaves_the_state_as_it_was():

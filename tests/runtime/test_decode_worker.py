@@ -43,7 +43,7 @@ class AddingDecoder:
     def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
         raise AssertionError("a worker asks for frames")
 
-    def decode_frames(self, latents: Tensor, state: DecoderState, layout: str = "rgb24") -> Tensor:
+    def decode_frames(self, latents: Tensor, state: DecoderState) -> Tensor:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         if self.gate is not None:
@@ -63,10 +63,10 @@ class FailingDecoder(AddingDecoder):
         super().__init__()
         self.error = ZeroDivisionError("the decoder is broken")
 
-    def decode_frames(self, latents: Tensor, state: DecoderState, layout: str = "rgb24") -> Tensor:
+    def decode_frames(self, latents: Tensor, state: DecoderState) -> Tensor:
         if self.calls == 1:
             raise self.error
-        return super().decode_frames(latents, state, layout)
+        return super().decode_frames(latents, state)
 
 
 def latents_of(value: float) -> Tensor:
