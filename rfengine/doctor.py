@@ -1,6 +1,6 @@
-"""Doctor: one report of versions, the GPU, backends with the reason why each is on or off, and memory.
+"""Doctor: a report of versions, the GPU, memory, and each backend on or off with the reason.
 
-Nothing that is absent makes it fail: what cannot be found out is None, and says so in the text.
+Nothing that is absent makes it fail: an unknown value is None, and the text says so.
 """
 
 from __future__ import annotations
@@ -11,26 +11,21 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import rfengine
-from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.checkpoint.directories import checkpoint_directory, part_files
 from rfengine.checkpoint.loader import read_config
 from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
-from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, DTypeName, EngineConfig, RuntimeConfig
+from rfengine.costs.memory import memory_needs
 from rfengine.export.tensorrt_api import import_tensorrt
 from rfengine.grid import LatentGrid
 from rfengine.memory import free_memory
-from rfengine.models.streaming_decoder import StreamingDecoder
-from rfengine.models.vae import WanVAE
-from rfengine.ops import REFERENCE_OPS, choose_ops
+from rfengine.ops import choose_ops
 from rfengine.ops.backends import backend_reasons
 from rfengine.pipeline import VAE_TIERS
 from rfengine.runtime.options import runtime_switches
@@ -40,7 +35,7 @@ MIB = 2**20
 _REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "tqdm", "tyro", "ftfy")
 _OPTIONAL = (
     "triton", "flash-attn", "pycuda", "cuda-core", "nvtx", "tensorrt", "onnx", "onnxruntime",
-    "tensorboard", "matplotlib", "fastapi", "uvicorn", "websockets",
+    "tensorboard", "matplotlib",
 )  # fmt: skip
 _HOW_TO_GET = {
     "pycuda": "it has no wheel: build its source archive without cuRAND (README), or take cuda-core",
@@ -51,75 +46,13 @@ _HOW_TO_GET = {
 _DRIVER_TIMEOUT = 10.0  # seconds that nvidia-smi gets
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class MemoryNeeds:
-    """Bytes that one stream needs, without activations.
-
-    keys_values, raw_keys: the arenas of the cache; raw keys are kept with relative positions.
-    sink_remainder: what rounding took from an averaged sink. cross_attention: keys and values of the text.
-    vae_buffers: what the lossless decoder works in, once for all streams.
-    """
-
-    transformer: int
-    vae: int
-    text_encoder: int
-    keys_values: int
-    raw_keys: int
-    sink_remainder: int
-    cross_attention: int
-    vae_state: int
-    vae_buffers: int
-
-    @property
-    def total(self) -> int:
-        return sum(dataclasses.astuple(self))
-
-
-def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> MemoryNeeds:
-    """What one stream of `config` at `grid` needs with weights and state in `dtype`; nothing is allocated."""
-    model, size = config.model, dtype.itemsize
-    cache = StreamingKVCache(model, config.cache, grid, dtype=dtype, device="meta").tensors()
-    arenas = {name: cache.pop(name).nbytes for name in ("keys", "values", "raw_keys") if name in cache}
-    with torch.device("meta"):
-        vae = WanVAE(config.vae).to(dtype)
-        latents = torch.empty(
-            1, config.vae.z_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width,
-            dtype=dtype, device="meta",
-        )  # fmt: skip
-    decoder = StreamingDecoder(vae, REFERENCE_OPS)
-    state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta")
-    with torch.no_grad():
-        for _ in range(2):  # the first chunk, then any other
-            decoder.run(latents, state, packed=False)
-            state.frames += config.cache.chunk_frames
-    return MemoryNeeds(
-        transformer=_count_weights(model) * size,
-        vae=_count_weights(config.vae) * size,
-        text_encoder=_count_weights(config.text) * size,
-        keys_values=arenas["keys"] + arenas["values"],
-        raw_keys=arenas.get("raw_keys", 0),
-        sink_remainder=_nbytes(cache.values()),
-        cross_attention=2 * model.num_layers * model.text_len * model.dim * size,
-        vae_state=_nbytes(state.tensors().values()),
-        vae_buffers=decoder.halo_bytes,
-    )
-
-
-def _count_weights(config: Any) -> int:
-    return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
-
-
-def _nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
-
-
 def examine(
     model: str = "tiny", height: int | None = None, width: int | None = None, dtype: DTypeName | None = None
 ) -> dict[str, Any]:
     """The report as plain JSON values; sizes are bytes.
 
-    model: a preset or a checkpoint directory, whose memory is reckoned at height x width pixels in dtype and
-    whose files are read and held against their manifest.
+    model: a preset or a checkpoint directory, whose memory is computed at height x width pixels in dtype and
+    whose files are read and compared with their manifest.
     Raises ValueError for an unknown model and a size that is no multiple of the patch, RuntimeError where the
     configuration is damaged and the manifest knows it.
     """
@@ -158,7 +91,7 @@ def examine(
 
 
 def _files(model: str) -> dict[str, str] | None:
-    """What differs of each file from the manifest of `model`, "" where nothing does; None without one."""
+    """How each file differs from the manifest of `model`, "" where it does not; None without a manifest."""
     if model != "tiny" and model in PRESETS:
         return None
     return differences(checkpoint_directory(model))
@@ -176,7 +109,7 @@ def _read_config(model: str, files: dict[str, str] | None) -> EngineConfig:
 
 
 def _switches(runtime: RuntimeConfig, device: str) -> dict[str, Any]:
-    """What of the runtime is on without options, and the ranges for a profiler, each with its reason."""
+    """Which runtime options are on by default, and the ranges for a profiler, each with its reason."""
     switches = runtime_switches(runtime, torch.device(device))
     report = {name: dataclasses.asdict(switch) for name, switch in switches.items()}
     absences = [
@@ -201,7 +134,7 @@ def _decoders(model: str) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
+    """The processor's own name where the system reports it, else its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -259,74 +192,81 @@ def _h264() -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """The report of `examine` as text."""
+    sections = [_machine_lines, _package_lines, _backend_lines, _runtime_lines, _memory_lines, _file_lines]
+    return "\n\n".join("\n".join(lines) for lines in (section(report) for section in sections) if lines)
+
+
+def _machine_lines(report: dict[str, Any]) -> list[str]:
     torch_report, cpu = report["torch"], report["cpu"]
-    lines = [
+    gpus = [
+        f"GPU      {gpu['name']}, sm {gpu['capability']}, {_mib(gpu['free'])} free of {_mib(gpu['total'])}"
+        for gpu in report["gpus"]
+    ]
+    return [
         f"rfengine {report['rfengine']}, Python {report['python']}, {report['system']}",
         f"torch    {torch_report['version']}, CUDA {torch_report['cuda'] or 'not built in'}",
         f"driver   {report['driver'] or 'absent: no nvidia-smi answers'}",
         f"CPU      {cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} threads used by torch",
+        *(gpus or ["GPU      none that torch can use"]),
     ]
-    for gpu in report["gpus"]:
-        free, total = _mib(gpu["free"]), _mib(gpu["total"])
-        lines.append(f"GPU      {gpu['name']}, sm {gpu['capability']}, {free} free of {total}")
-    if not report["gpus"]:
-        lines.append("GPU      none that torch can use")
-    return "\n".join(
-        [
-            *lines, "", *_package_lines(report), "", *_backend_lines(report), "", *_runtime_lines(report), "",
-            *_memory_lines(report), *_file_lines(report),
-        ]
-    )  # fmt: skip
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:<13} {text}"
+
+
+def _on_or_off(reason: str) -> str:
+    return f"off: {reason}" if reason else "on"
 
 
 def _package_lines(report: dict[str, Any]) -> list[str]:
-    lines = ["packages"]
-    for name, version in report["packages"].items():
-        lines.append(f"  {name:<13} {version or f'absent: {_how_to_get(name)}'}")
-    h264 = report["h264"]
+    packages, h264 = report["packages"].items(), report["h264"]
     libraries = ", ".join(f"{name} {version}" for name, version in h264.get("libraries", {}).items())
-    lines.append(
-        f"  {'libx264':<13} " + (f"in PyAV, with {libraries}" if h264["libx264"] else h264["reason"])
-    )
-    return lines
+    return [
+        "packages",
+        *(_row(name, version or f"absent: {_how_to_get(name)}") for name, version in packages),
+        _row("libx264", f"in PyAV, with {libraries}" if h264["libx264"] else h264["reason"]),
+    ]
 
 
 def _backend_lines(report: dict[str, Any]) -> list[str]:
     backends = report["backends"]
     lines = [f"backends on {backends['device']}"]
-    for name, reason in backends["reasons"].items():
-        lines.append(f"  {name:<13} {f'off: {reason}' if reason else 'on'}")
+    lines += [_row(name, _on_or_off(reason)) for name, reason in backends["reasons"].items()]
     chosen = backends["auto"]
     for name in sorted(set(chosen.values())):
         taken = [op for op, backend in chosen.items() if backend == name]
-        lines.append(
-            f"  auto takes {name} for {'every op' if len(taken) == len(chosen) else ', '.join(taken)}"
-        )
+        ops = "every op" if len(taken) == len(chosen) else ", ".join(taken)
+        lines.append(f"  auto takes {name} for {ops}")
     return lines
 
 
 def _runtime_lines(report: dict[str, Any]) -> list[str]:
     runtime = report["runtime"]
-    lines = [f"runtime on {runtime['device']}, where nothing else is asked for"]
-    for name, switch in runtime["switches"].items():
-        lines.append(f"  {name:<13} {'on' if switch['on'] else 'off'}: {switch['reason']}")
-    lines += [f"  autotuned: {decision}" for decision in runtime["autotuned"]]
-    lines.append("decoders")
-    for name, decoder in runtime["decoders"].items():
-        reason = decoder["reason"]
-        lines.append(f"  {name:<13} {decoder['tier']}, {f'off: {reason}' if reason else 'on'}")
-    return lines
+    return [
+        f"runtime on {runtime['device']}, where nothing else is asked for",
+        *(
+            _row(name, f"{'on' if switch['on'] else 'off'}: {switch['reason']}")
+            for name, switch in runtime["switches"].items()
+        ),
+        *(f"  autotuned: {decision}" for decision in runtime["autotuned"]),
+        "decoders",
+        *(
+            _row(name, f"{decoder['tier']}, {_on_or_off(decoder['reason'])}")
+            for name, decoder in runtime["decoders"].items()
+        ),
+    ]
 
 
 def _memory_lines(report: dict[str, Any]) -> list[str]:
     memory = report["memory"]
+    needs, free = memory["needs"], memory["free"]
     size = f"{memory['height']} x {memory['width']} pixels"
+    shown = {name.replace("_", " "): _mib(needed) for name, needed in needs.items()}
+    shown[f"free on {memory['device']}"] = "unknown" if free is None else _mib(free)
     lines = [f"memory of {memory['model']} at {size} in {memory['dtype']}, without activations"]
-    for name, needed in memory["needs"].items():
-        lines.append(f"  {name.replace('_', ' '):<16} {_mib(needed):>12}")
-    free = memory["free"]
-    lines.append(f"  {'free on ' + memory['device']:<16} {_mib(free) if free is not None else 'unknown':>12}")
-    if free is not None and free < memory["needs"]["total"]:
+    lines += [f"  {name:<16} {amount:>12}" for name, amount in shown.items()]
+    if free is not None and free < needs["total"]:
         lines.append(
             "  this does not fit: take a smaller model or size, 16 bits, or keep the text encoder on the CPU"
         )
@@ -338,7 +278,7 @@ def _file_lines(report: dict[str, Any]) -> list[str]:
     if files is None:
         return []
     wrong = [f"  {name} {reason}" for name, reason in files.items() if reason]
-    return ["", f"files against {MANIFEST_FILE}", *(wrong or [f"  ok: all {len(files)} are as it says"])]
+    return [f"files against {MANIFEST_FILE}", *(wrong or [f"  ok: all {len(files)} are as it says"])]
 
 
 def _mib(size: int) -> str:

@@ -1,0 +1,80 @@
+"""Memory of one stream: weights, cache, and the state and buffers of the decoder, in bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.checkpoint.shapes import expected_shapes
+from rfengine.config import EngineConfig
+from rfengine.grid import LatentGrid
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.vae import WanVAE
+from rfengine.ops import REFERENCE_OPS
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """Bytes that one stream needs, without activations.
+
+    keys_values, raw_keys: the arenas of the cache; raw keys are kept with relative positions.
+    sink_remainder: the low part of an averaged sink. cross_attention: keys and values of the text.
+    vae_buffers: of the lossless decoder, shared by all streams.
+    """
+
+    transformer: int
+    vae: int
+    text_encoder: int
+    keys_values: int
+    raw_keys: int
+    sink_remainder: int
+    cross_attention: int
+    vae_state: int
+    vae_buffers: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> MemoryNeeds:
+    """What one stream of `config` at `grid` needs, with weights and state in `dtype`; allocates nothing."""
+    model, size = config.model, dtype.itemsize
+    cache = StreamingKVCache(model, config.cache, grid, dtype=dtype, device="meta").tensors()
+    arenas = {name: cache.pop(name).nbytes for name in ("keys", "values", "raw_keys") if name in cache}
+    with torch.device("meta"):
+        vae = WanVAE(config.vae).to(dtype)
+        latents = torch.empty(
+            1, config.vae.z_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width,
+            dtype=dtype, device="meta",
+        )  # fmt: skip
+    decoder = StreamingDecoder(vae, REFERENCE_OPS)
+    state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta")
+    with torch.no_grad():
+        for _ in range(2):  # the first chunk, then any other
+            decoder.run(latents, state, packed=False)
+            state.frames += config.cache.chunk_frames
+    return MemoryNeeds(
+        transformer=_count_weights(model) * size,
+        vae=_count_weights(config.vae) * size,
+        text_encoder=_count_weights(config.text) * size,
+        keys_values=arenas["keys"] + arenas["values"],
+        raw_keys=arenas.get("raw_keys", 0),
+        sink_remainder=_nbytes(cache.values()),
+        cross_attention=2 * model.num_layers * model.text_len * model.dim * size,
+        vae_state=_nbytes(state.tensors().values()),
+        vae_buffers=decoder.halo_bytes,
+    )
+
+
+def _count_weights(config: Any) -> int:
+    return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
