@@ -377,15 +377,11 @@ def _decoder_opener(
     if kind == "tensorrt":
         from rfengine.export.tensorrt_decoder import TensorRTDecoder
 
-        chunk_frames = config.cache.chunk_frames
         graphs = runtime_switches(config.runtime, device)["graphs"].on
 
         @functools.cache
         def open_engine(grid: LatentGrid) -> TensorRTDecoder:
-            folder = config.runtime.tensorrt_directory
-            return TensorRTDecoder.open(
-                directory, config.vae, grid, dtype, device, chunk_frames, graphs, folder
-            )
+            return TensorRTDecoder.open(directory, config, grid, dtype, device, graphs)
 
         return open_engine
     return open_full_decoder(config, vae, requested, dtype, device)

@@ -338,7 +338,8 @@ def test_engines_are_opened_once_for_each_size(pipe, saved, monkeypatch):
 
     opened = []
 
-    def open_engine(directory, config, grid, dtype, device, chunk_frames, graphs, folder):
+    def open_engine(directory, config, grid, dtype, device, graphs):
+        chunk_frames = config.cache.chunk_frames
         opened.append((directory, grid.height, grid.width, dtype, device, chunk_frames, graphs))
         return StreamingDecoder(pipe.vae, pipe.model.ops)
 

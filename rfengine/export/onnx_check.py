@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from rfengine.accuracy import relative_error
 from rfengine.export.decoder_graphs import PIXELS, DecoderGraph, state_output
 from rfengine.export.onnx_export import STAGES, export_graph, missing_packages
 from rfengine.models.vae import WanVAE
@@ -15,7 +16,6 @@ from rfengine.models.vae import WanVAE
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
-_SMALLEST_NORM = 1e-12  # of a tensor that is zero, such as a slot nobody wrote
 _CHUNKS = 3  # the first graph once, the steady one with a history of it and with one of its own
 
 
@@ -23,10 +23,10 @@ _CHUNKS = 3  # the first graph once, the steady one with a history of it and wit
 class Agreement:
     """Largest differences of a stream that onnxruntime decodes.
 
-    pixels: absolute, against WanVAE.decode with its own state. state, of every slot of it, and nodes, of
-    node_count values inside both graphs against PyTorch's for the same inputs: norm of the difference over
-    norm of the tensor. (A single value has no bound there: where all channels of a pixel are near zero, their
-    norm divides rounding by next to nothing.)
+    pixels: absolute, against WanVAE.decode with its own state. state: of every slot, and nodes: of node_count
+    values inside both graphs against PyTorch's for the same inputs, both relative in the norm of a tensor. (A
+    single value has no bound: where all channels of a pixel are near zero, ChannelNorm divides rounding by
+    next to nothing.)
     """
 
     chunks: int
@@ -47,7 +47,7 @@ class Agreement:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a traced program and keeps what every node gives, by the name that the exporter takes for it."""
+    """Runs a traced program and keeps the value of every node under the name that the exporter gives it."""
 
     def __init__(self, program: ONNXProgram) -> None:
         super().__init__(program.exported_program.module(check_guards=False))
@@ -61,7 +61,7 @@ class _Recorder(fx.Interpreter):
 
 
 class _Session:
-    """One graph in onnxruntime with every value that PyTorch has too as an output."""
+    """One graph in onnxruntime; its outputs include every value that PyTorch has too."""
 
     def __init__(self, graph: DecoderGraph) -> None:
         import onnxruntime
@@ -87,7 +87,7 @@ class _Session:
         self.recorder.run(*given)
         worst = 0.0
         for name in self.inner_names:
-            worst = max(worst, _relative(answers[name], self.recorder.values[name]))
+            worst = max(worst, relative_error(answers[name], self.recorder.values[name]))
         return {name: answers[name] for name in self.graph.output_names}, worst
 
 
@@ -95,9 +95,8 @@ class _Session:
 def check_in_onnxruntime(vae: WanVAE, latents: int, height: int, width: int) -> Agreement:
     """Decode a stream of chunks of noise with both graphs in onnxruntime on the CPU and with `vae`; compare.
 
-    Both graphs are exported for it at height x width pixels in the dtype of `vae`, float32 or float16; the
-    state that one call of onnxruntime gives is what its next call gets. Raises RuntimeError when a package is
-    missing.
+    Both graphs are exported at height x width pixels in the dtype of `vae`, float32 or float16; onnxruntime
+    carries its own state from call to call. Raises RuntimeError when a package is missing.
     """
     if missing_packages("onnxruntime"):
         raise RuntimeError("onnxruntime cannot be imported and the check needs it; pip install onnxruntime")
@@ -117,16 +116,8 @@ def check_in_onnxruntime(vae: WanVAE, latents: int, height: int, width: int) -> 
         pixels = vae.decode(noise, state)
         held = state.tensors()
         slots = {name: outputs.get(state_output(name), torch.zeros_like(slot)) for name, slot in held.items()}
-        of_pixels = max(of_pixels, _difference(outputs[PIXELS], pixels))
-        of_state = max(of_state, *(_relative(slots[name], slot) for name, slot in held.items()))
+        of_pixels = max(of_pixels, (outputs[PIXELS].float() - pixels.float()).abs().max().item())
+        of_state = max(of_state, *(relative_error(slots[name], slot) for name, slot in held.items()))
         of_nodes = max(of_nodes, inner)
     count = sum(len(session.inner_names) for session in sessions)
     return Agreement(_CHUNKS, of_pixels, of_state, of_nodes, count)
-
-
-def _difference(one: Tensor, other: Tensor) -> float:
-    return (one.float() - other.float()).abs().max().item()
-
-
-def _relative(one: Tensor, wanted: Tensor) -> float:
-    return ((one.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=_SMALLEST_NORM)).item()

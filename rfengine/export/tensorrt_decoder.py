@@ -1,8 +1,7 @@
 """TensorRTDecoder: the lossless decoder of WanVAE as engines that `rfengine export-vae` built.
 
-The state of a stream is two sets of buffers: a call reads one and writes the other, and the next call has
-them the other way round, so that no state is ever copied. Each of the two directions is recorded as a CUDA
-graph when it is first run.
+The state of a stream is two sets of buffers: a call reads one and writes the other, and the next call does
+the opposite, so that no state is ever copied. Each direction is captured as a CUDA graph at its first run.
 """
 
 from __future__ import annotations
@@ -11,24 +10,18 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.loader import read_config
-from rfengine.config import VAEConfig
+from rfengine.config import EngineConfig, VAEConfig
 from rfengine.cuda_graph import CapturedCall
 from rfengine.export.decoder_graphs import LATENTS, PIXELS, DecoderGraph, state_input, state_output
 from rfengine.export.engine_folders import engine_folders
 from rfengine.export.onnx_export import DTYPES, STAGES, ExportSpec, Precision, Stage, vae_fingerprint
-from rfengine.export.tensorrt_api import (
-    CudaEngine,
-    ExecutionContext,
-    TensorRT,
-    import_tensorrt,
-    make_logger,
-    torch_dtypes,
-)
+from rfengine.export.tensorrt_api import import_tensorrt, make_logger, torch_dtypes
 from rfengine.export.tensorrt_engine import EngineTarget, read_engine
 from rfengine.grid import LatentGrid
 from rfengine.models.vae import DecoderState, WanVAE
@@ -41,7 +34,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Bindings:
-    """Names and shapes of what an engine reads and writes, in the order of its graph."""
+    """Names and shapes of an engine's inputs and outputs, in the order of its graph."""
 
     latents: Shape
     pixels: Shape
@@ -71,7 +64,7 @@ class Bindings:
 
 
 class TensorRTState:
-    """What a TensorRT decoder remembers of one video; TensorRTDecoder.decoder_state makes one.
+    """State of a TensorRT decoder for one video; TensorRTDecoder.decoder_state makes one.
 
     Names and values of the slots are those of DecoderState. `frames` counts the latent frames seen.
     """
@@ -119,7 +112,7 @@ class TensorRTState:
         return copy
 
     def run(self, latents: Tensor) -> Tensor:
-        """The pixels of the next chunk, in a buffer that the next call overwrites; the state goes on."""
+        """The pixels of the next chunk, in a buffer that the next call overwrites; advances the state."""
         stage: Stage = "steady" if self.frames else "first"
         self._latents.copy_(latents)
         if stage == "first":  # slots that the first call leaves out start from zero
@@ -135,8 +128,8 @@ class TensorRTState:
         self.frames += latents.shape[2]
         return self._pixels[stage]
 
-    def _context(self, stage: Stage) -> ExecutionContext:
-        """A context whose activations lie in the state's own memory; the two stages never run together."""
+    def _context(self, stage: Stage) -> Any:
+        """A context with its activations in the state's own memory; the two stages never run together."""
         trt, engine = self.decoder.trt, self.decoder.engines[stage]
         with torch.cuda.device(self.decoder.device):
             context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -180,7 +173,7 @@ class TensorRTDecoder:
 
     def __init__(
         self,
-        trt: TensorRT,
+        trt: ModuleType,
         engines: Mapping[Stage, bytes],
         bindings: Mapping[Stage, Bindings],
         device: torch.device,
@@ -195,7 +188,7 @@ class TensorRTDecoder:
         self._ops = choose_ops("auto", device)
         with torch.cuda.device(device):
             self._runtime = trt.Runtime(self._log)  # must outlive its engines
-            self.engines: dict[Stage, CudaEngine] = {}
+            self.engines: dict[Stage, Any] = {}
             for stage, content in engines.items():
                 engine = self._runtime.deserialize_cuda_engine(content)
                 if engine is None:
@@ -209,45 +202,47 @@ class TensorRTDecoder:
     @classmethod
     def open(
         cls,
-        directory: Path | str,
-        vae_config: VAEConfig,
+        directory: Path,
+        config: EngineConfig,
         grid: LatentGrid,
         dtype: torch.dtype,
-        device: torch.device | str,
-        chunk_frames: int | None = None,
-        graphs: bool = True,
-        folder: Path | str | None = None,
+        device: torch.device,
+        graphs: bool,
     ) -> TensorRTDecoder:
         """The decoder from the engines that `rfengine export-vae` built of a checkpoint directory.
 
-        dtype: of the model. float16 and bfloat16 serve each other: an engine of the other one is taken where
-        there is none of its own. chunk_frames: latent frames of every call; those of the checkpoint's cache
-        where it is None. graphs: replay the steady call as a CUDA graph. folder: where the engines lie;
-        where export-vae leaves them by itself when it is None.
-        Raises RuntimeError when TensorRT is missing, and ValueError, which names the command that builds it,
-        when there is no engine for this VAE, size, GPU and version, or a damaged one.
+        They are looked for in config.runtime.tensorrt_directory, else where export-vae leaves them. Each call
+        decodes config.cache.chunk_frames latents. dtype: of the model; float16 and bfloat16 serve each other,
+        so an engine of the other is used where there is none of its own. graphs: replay the steady call as a
+        CUDA graph.
+        Raises RuntimeError when TensorRT is missing; ValueError, with the command that builds it, when there
+        is no engine for this VAE, size, GPU and version, or a damaged one.
         """
-        directory, device = Path(directory), _indexed(device)
+        device, latents, given = (
+            _indexed(device),
+            config.cache.chunk_frames,
+            config.runtime.tensorrt_directory,
+        )
         trt = import_tensorrt()
         target = EngineTarget.of(trt, device)
-        latents = chunk_frames or read_config(directory).cache.chunk_frames
-        mark = vae_fingerprint(directory, vae_config)
+        fingerprint = vae_fingerprint(directory, config.vae)
         specs = [
-            ExportSpec(mark, grid.height, grid.width, latents, precision) for precision in _precisions(dtype)
+            ExportSpec(fingerprint, grid.height, grid.width, latents, precision)
+            for precision in _precisions(dtype)
         ]
-        given = Path(folder) if folder else None
+        folders = engine_folders(directory, fingerprint, Path(given) if given else None)
         size = f"--height {grid.height} --width {grid.width} --latents {latents}"
         build = f"rfengine export-vae {directory} {size}{f' --out {given}' if given else ''} --precision"
-        spec, held = _find_engine(specs, engine_folders(directory, mark, given), target, build)
+        spec, folder = _find_engine(specs, folders, target, build)
         rebuild = f"{build} {spec.precision}"
-        engines = {stage: read_engine(held, spec, stage, target, rebuild) for stage in STAGES}
+        engines = {stage: read_engine(folder, spec, stage, target, rebuild) for stage in STAGES}
         logger.info("the decoder is TensorRT %s in %s", target.tensorrt, spec.precision)
         with torch.device("meta"):
-            vae = WanVAE(vae_config).to(DTYPES[spec.precision])
+            vae = WanVAE(config.vae).to(DTYPES[spec.precision])
         bindings = {}
         for stage in STAGES:
             graph = DecoderGraph(vae, latents, grid.latent_height, grid.latent_width, stage == "first")
-            bindings[stage] = Bindings.of(graph, vae_config)
+            bindings[stage] = Bindings.of(graph, config.vae)
         return cls(trt, engines, bindings, device, graphs)
 
     def decoder_state(
@@ -284,7 +279,7 @@ class TensorRTDecoder:
         return self._ops.frame_pack(self._run(latents, state)[0])
 
     def reason(self) -> str:
-        """What TensorRT last said of an error."""
+        """TensorRT's last error message."""
         return self._log.reason()
 
     def _size(self) -> tuple[int, int, int]:
@@ -299,8 +294,8 @@ class TensorRTDecoder:
             raise ValueError("the state is of another decoder; make one with decoder_state of this one")
         return state.run(latents)
 
-    def _check_bindings(self, stage: Stage, engine: CudaEngine) -> None:
-        """Hold names, directions, shapes and types of the engine against those that the state binds."""
+    def _check_bindings(self, stage: Stage, engine: Any) -> None:
+        """Compare names, directions, shapes and types of the engine with those that the state binds."""
         modes, dtypes = self.trt.TensorIOMode, torch_dtypes(self.trt)
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         found = {
@@ -325,8 +320,8 @@ class TensorRTDecoder:
 def _find_engine(
     specs: list[ExportSpec], folders: tuple[Path, ...], target: EngineTarget, build: str
 ) -> tuple[ExportSpec, Path]:
-    """The first of `specs` that has an engine for `target`, and the folder with it; else the first of all and
-    the folder that has it for another target.
+    """The first of `specs` with an engine for `target`, and its folder; else the first of all and the folder
+    that has it for another target.
 
     build: the command that builds one, up to its precision. Raises ValueError where no folder has any.
     """
@@ -345,7 +340,7 @@ def _find_engine(
 
 
 def _indexed(device: torch.device | str) -> torch.device:
-    """The device with its number, as a tensor on it would tell."""
+    """The device with its index, as tensors on it have."""
     device = torch.device(device)
     if device.type != "cuda" or device.index is not None:
         return device

@@ -10,13 +10,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from rfengine.checkpoint.loader import read_safetensors, save_weights
 from rfengine.checkpoint.tensor_file import read_header
 from rfengine.export.onnx_export import ExportSpec, Stage, read_onnx, write_whole
-from rfengine.export.tensorrt_api import TensorRT, import_tensorrt, make_logger, network_flags
+from rfengine.export.tensorrt_api import import_tensorrt, make_logger, network_flags
 
 WORKSPACE_BYTES = 8 << 30  # what a tactic may take while it is tried and when it runs
 _ENGINE = "engine"  # the tensor in the file
@@ -31,7 +32,7 @@ class EngineTarget:
     tensorrt: str
 
     @classmethod
-    def of(cls, trt: TensorRT, device: torch.device) -> EngineTarget:
+    def of(cls, trt: ModuleType, device: torch.device) -> EngineTarget:
         capability = torch.cuda.get_device_capability(device)
         return cls(torch.cuda.get_device_name(device), capability, trt.__version__)
 
@@ -46,7 +47,7 @@ class EngineTarget:
 
     @staticmethod
     def words(metadata: Mapping[str, str]) -> str:
-        """How an error names the target that the metadata of an engine file tell."""
+        """The target in the metadata of an engine file, as errors name it."""
         gpu, capability, version = (
             metadata.get(f"rfengine.{name}", "?") for name in ("gpu", "capability", "tensorrt")
         )
@@ -89,7 +90,7 @@ def build_engine(folder: Path, spec: ExportSpec, stage: Stage, device: torch.dev
     return path
 
 
-def _build(trt: TensorRT, onnx_file: Path, names: list[str], timings: bytes) -> tuple[bytearray, bytes]:
+def _build(trt: ModuleType, onnx_file: Path, names: list[str], timings: bytes) -> tuple[bytearray, bytes]:
     """The serialized engine and the timing cache. names: inputs and outputs that the network must have."""
     log = make_logger(trt)
     builder = trt.Builder(log)
@@ -109,7 +110,7 @@ def _build(trt: TensorRT, onnx_file: Path, names: list[str], timings: bytes) -> 
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, WORKSPACE_BYTES)
     cache = config.create_timing_cache(timings)
     if cache is None or not config.set_timing_cache(cache, False):
-        cache = config.create_timing_cache(b"")  # what was kept is damaged: time anew
+        cache = config.create_timing_cache(b"")  # the kept one is damaged: time again
         if cache is None or not config.set_timing_cache(cache, False):
             raise RuntimeError(f"TensorRT {trt.__version__} takes no timing cache ({log.reason()})")
     plan = builder.build_serialized_network(network, config)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rfengine.config import CacheConfig, EngineConfig, RuntimeConfig
 from rfengine.export import tensorrt_decoder as tensorrt_module
 from rfengine.export.decoder_graphs import DecoderGraph
 from rfengine.export.engine_folders import engine_folders
@@ -17,7 +18,7 @@ from rfengine.export.tensorrt_decoder import TensorRTDecoder
 from rfengine.export.tensorrt_engine import build_engine
 from rfengine.models.decoder import reset_state
 from rfengine.ops import REFERENCE_OPS
-from support.small_export import GRID, LATENTS, VAE, noise
+from support.small_export import CONFIG, GRID, LATENTS, noise
 from support.tensorrt import RecordedCall, install
 
 CPU = torch.device("cpu")
@@ -37,9 +38,19 @@ def journal(request, export, monkeypatch):
 
 @pytest.fixture
 def decoder(export, journal) -> TensorRTDecoder:
-    decoder = TensorRTDecoder.open(export.directory, VAE, GRID, torch.float32, "cpu", graphs=False)
+    decoder = opened(export)
     assert decoder.graphs is False
     return decoder
+
+
+def opened(export, config=CONFIG, grid=GRID, dtype=torch.float32, folder=None) -> TensorRTDecoder:
+    runtime = RuntimeConfig(vae="tensorrt", tensorrt_directory=folder and str(folder))
+    config = dataclasses.replace(config, runtime=runtime)
+    return TensorRTDecoder.open(export.directory, config, grid, dtype, CPU, graphs=False)
+
+
+def with_chunks_of(latents: int) -> EngineConfig:
+    return dataclasses.replace(CONFIG, cache=CacheConfig(latents, 2 * latents, sink="none", sink_frames=0))
 
 
 def fresh_states(export, decoder: TensorRTDecoder):
@@ -101,7 +112,7 @@ def test_single_latents_start_from_zero_where_the_first_call_leaves_slots_out(ex
         program = export_graph(DecoderGraph(export.vae, 1, *SIZE, first=stage == "first"))
         write_onnx(program, spec, stage, export.folder)
         build_engine(export.folder, spec, stage, CPU)
-    single = TensorRTDecoder.open(export.directory, VAE, GRID, torch.float32, "cpu", 1, graphs=False)
+    single = opened(export, with_chunks_of(1))
     ours, _ = fresh_states(export, single)
     for _ in range(2):
         theirs = export.vae.decoder_state(1, *SIZE, torch.float32, "cpu")
@@ -195,7 +206,7 @@ def test_decoder_runs_without_graphs_where_capture_fails(export, decoder, monkey
 
 def test_wrong_input_leaves_the_stream_usable(export, decoder) -> None:
     ours, theirs = fresh_states(export, decoder)
-    other = TensorRTDecoder.open(export.directory, VAE, GRID, torch.float32, "cpu", graphs=False)
+    other = opened(export)
     decoder.decode(noise(0), ours)
     plain(export, noise(0), theirs)
     with pytest.raises(
@@ -223,12 +234,12 @@ def test_state_of_another_size_is_refused(decoder, asked) -> None:
 def test_open_names_the_command_that_builds_what_is_missing(export, journal) -> None:
     other = dataclasses.replace(GRID, height=32)
     with pytest.raises(ValueError) as refused:
-        TensorRTDecoder.open(export.directory, VAE, other, torch.bfloat16, "cpu", chunk_frames=5)
+        opened(export, with_chunks_of(5), other, torch.bfloat16)
     command = f"rfengine export-vae {export.directory} --height 32 --width 24 --latents 5 --precision bf16"
     assert f"build it with `{command}`" in str(refused.value)
     assert f"{export.folder} has no engine" in str(refused.value) and ", nor has " in str(refused.value)
     with pytest.raises(ValueError, match="dtype is torch.float64; a TensorRT decoder serves torch.float16"):
-        TensorRTDecoder.open(export.directory, VAE, GRID, torch.float64, "cpu")
+        opened(export, dtype=torch.float64)
 
 
 def test_engines_are_found_in_the_cache_directory_and_in_a_folder_that_is_given(
@@ -238,16 +249,15 @@ def test_engines_are_found_in_the_cache_directory_and_in_a_folder_that_is_given(
     cached = engine_folders(export.directory, export.spec.vae_fingerprint)[1]
     cached.parent.mkdir(parents=True)
     export.folder.rename(cached)
-    request = (export.directory, VAE, GRID, torch.float32, "cpu")
-    assert TensorRTDecoder.open(*request, graphs=False).engines
+    assert opened(export).engines
     cached.rename(tmp_path / "mine")
     with pytest.raises(ValueError, match="has no engine"):
-        TensorRTDecoder.open(*request)
-    assert TensorRTDecoder.open(*request, graphs=False, folder=tmp_path / "mine").engines
+        opened(export)
+    assert opened(export, folder=tmp_path / "mine").engines
     with pytest.raises(
         ValueError, match=f"^{tmp_path}/no has no engine .*; build it with .* --out {tmp_path}/no"
     ):
-        TensorRTDecoder.open(*request, folder=tmp_path / "no")
+        opened(export, folder=tmp_path / "no")
 
 
 def test_half_precisions_serve_each_other_and_float32_serves_neither(export, journal) -> None:
@@ -256,9 +266,9 @@ def test_half_precisions_serve_each_other_and_float32_serves_neither(export, jou
         there = next(export.folder.glob(f"{export.spec.stem(stage)}-*.engine"))
         there.rename(there.with_name(there.name.replace(export.spec.stem(stage), half.stem(stage))))
     with pytest.raises(ValueError, match="says precision fp32 where fp16 is needed"):  # it was looked at
-        TensorRTDecoder.open(export.directory, VAE, GRID, torch.bfloat16, "cpu")
+        opened(export, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="has no engine vae-.*-fp32-first"):
-        TensorRTDecoder.open(export.directory, VAE, GRID, torch.float32, "cpu")
+        opened(export)
 
 
 def test_engine_that_tensorrt_does_not_load_is_one_sentence(decoder) -> None:
