@@ -20,7 +20,8 @@ from torch.utils.module_tracker import ModuleTracker
 
 from rfengine.config import VAEConfig
 from rfengine.grid import LatentGrid
-from rfengine.models.vae import RGB_CHANNELS, CausalState, ChannelNorm, Downsample, Upsample, WanVAE
+from rfengine.models.decoder import CausalState
+from rfengine.models.vae import RGB_CHANNELS, ChannelNorm, Downsample, Upsample, WanVAE
 
 aten = torch.ops.aten
 

@@ -246,18 +246,13 @@ class TensorRTDecoder:
         return cls(trt, engines, bindings, device, graphs)
 
     def decoder_state(
-        self,
-        batch: int,
-        latent_height: int,
-        latent_width: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, batch: int, height: int, width: int, dtype: torch.dtype, device: torch.device | str
     ) -> TensorRTState:
         """A fresh state, in the dtype of the engines whatever `dtype` is.
 
         Raises ValueError for another size or device than that of the engines.
         """
-        given, held = (batch, latent_height, latent_width), self._size()
+        given, held = (batch, height, width), self._size()
         if given != held or _indexed(device) != self.device:
             raise ValueError(
                 f"batch, height and width are {given} on {device}; these engines decode latents of {held} on "

@@ -1,4 +1,4 @@
-"""StreamingDecoder: the decoder of WanVAE on fused channels-last ops, one video at a time (spec 4.3, 4.5)."""
+"""StreamingDecoder: the decoder of WanVAE on fused channels-last ops, one video at a time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfengine.config import VAEPrecision
+from rfengine.models.decoder import check_state
 from rfengine.models.streaming_layers import (
     HISTORY,
     Attention,
@@ -21,7 +22,7 @@ from rfengine.models.streaming_layers import (
     gamma_of,
     matrix_of,
 )
-from rfengine.models.vae import DecoderState, FrameAttention, ResidualBlock, Upsample, WanVAE
+from rfengine.models.vae import DecoderState, FrameAttention, ResidualBlock, Upsample, WanVAE, slot_shapes
 from rfengine.ops import Ops
 
 FP8_TIER = "near-lossless"  # quality of the frames with FP8 convolutions
@@ -30,20 +31,20 @@ FP8_TIER = "near-lossless"  # quality of the frames with FP8 convolutions
 class StreamingDecoder:
     """A FrameDecoder of one video, with the weights that a WanVAE has when this is made.
 
-    It gives what WanVAE.decode gives, up to rounding; its states and their snapshots are those of the WanVAE.
-    A stream keeps only the two past frames of each temporal convolution. The halo buffers are lent to one
-    convolution at a time and belong to the decoder, one of each size for each number of latents in a call,
-    made by the first such call and kept. At 832x480 in bf16 and three latents that is 1.9 GB for each stream
-    and 1.9 GB once, where a buffer for each convolution would take 12 GB for each stream; the price is 3.8 GB
-    more of copies per chunk. Calls on one decoder must therefore not overlap, whichever stream they are for.
+    Output equals WanVAE.decode up to rounding; states and their snapshots are those of the WanVAE. A stream
+    keeps only the two past frames of each temporal convolution. The halo buffers belong to the decoder: one
+    of each size for each number of latents in a call, made by the first such call, kept, and used by one
+    convolution at a time. At 832x480 in bf16 and three latents that is 1.9 GB for each stream and 1.9 GB
+    once; a buffer for each convolution would take 12 GB for each stream. The price is 3.8 GB more of copies
+    per chunk. Calls on one decoder must therefore not overlap, whichever stream they are for.
 
-    `run` reads nothing on the host. For a state that has seen a latent it is the same work at the same
-    addresses whenever it gets as many latents, so it can be recorded in a CUDA graph once it has run with so
-    many. capturable_frames: the latents of the last call. tier: the quality of the frames.
+    `run` reads nothing on the host. For a state that has seen a latent, calls with the same number of latents
+    do the same work at the same addresses, so after one such call it can be captured in a CUDA graph.
+    capturable_frames: the latents of the last call.
 
-    precision "fp8": the large residual convolutions multiply in e4m3. They are those of 3x3x3 behind the
-    first doubling of the size, to as many channels as they come from: 17 in the published decoder. The norm
-    in front writes e4m3 into the halo, in a fixed unit (activation_unit); weights have a scale by channel.
+    precision "fp8": the large residual convolutions multiply in e4m3: those of 3x3x3 after the first doubling
+    of the size with as many output as input channels, 17 in the published decoder. The norm before them
+    writes e4m3 into the halo, in a fixed unit (activation_unit); weights have a scale by channel.
     """
 
     def __init__(self, vae: WanVAE, ops: Ops, precision: VAEPrecision = "default") -> None:
@@ -53,7 +54,6 @@ class StreamingDecoder:
         self._vae = vae
         self._ops = ops
         self._halos: dict[tuple[int | torch.dtype, ...], Tensor] = {}
-        self._slot_shapes: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
         self._first_matrix, self._first_offset = _denormalising_matrix(vae)
         decoder, rate, is_large = vae.decoder, 1, False
         self._first = Convolution.of(decoder.conv1, rate)
@@ -80,7 +80,7 @@ class StreamingDecoder:
 
     @property
     def halo_bytes(self) -> int:
-        """Memory of the halo buffers that calls so far have made; all streams share them."""
+        """Bytes of the halo buffers so far; all streams share them."""
         return sum(halo.nbytes for halo in self._halos.values())
 
     @property
@@ -91,25 +91,20 @@ class StreamingDecoder:
         return tuple(convolution.slot for convolution in every if convolution.scale is not None)
 
     def decoder_state(
-        self,
-        batch: int,
-        latent_height: int,
-        latent_width: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, batch: int, height: int, width: int, dtype: torch.dtype, device: torch.device | str
     ) -> DecoderState:
         """A fresh state, as WanVAE.decoder_state makes it; batch must be 1 (ValueError)."""
         if batch != 1:
             raise ValueError(f"batch is {batch}; this decoder takes one video, WanVAE.decode takes several")
-        return self._vae.decoder_state(batch, latent_height, latent_width, dtype, device)
+        return self._vae.decoder_state(batch, height, width, dtype, device)
 
     def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
         """Pixels [1, 3, T, H, W], not clamped, of normalised latents [1, z, F, h, w].
 
         The first latent of a video gives one pixel frame, each later one config.temporal_stride. Updates
-        `state` in place. Raises ValueError before anything is changed for latents of another layout or size,
-        for a state of another model, size, dtype or device, and for latents on a CPU that are not finite;
-        on a GPU that would be a wait for the host, so the caller looks at them with the frames.
+        `state` in place. Raises ValueError, before anything changes, for latents of another layout or size,
+        for a state of another model, size, dtype or device, and for latents on a CPU that are not finite (on
+        a GPU the host would have to wait, so the caller checks them with the frames).
         """
         return self._counted(latents, state, packed=False)
 
@@ -151,31 +146,10 @@ class StreamingDecoder:
                 f"latents are {tuple(latents.shape)}; give [1, {channels}, frames, height, width] "
                 "with at least one frame"
             )
-        if not isinstance(state, DecoderState):
-            raise ValueError(f"state is a {type(state).__name__}; this call needs a DecoderState")
-        held = {name: tuple(slot.shape) for name, slot in state.slots.items()}
-        asked = self._shapes(*latents.shape[3:])
-        if held != asked:
-            name = next(name for name in (*asked, *held) if held.get(name) != asked.get(name))
-            raise ValueError(
-                f"slot {name!r} of the state is {held.get(name)}, this decoder and latents of "
-                f"{tuple(latents.shape)} ask for {asked.get(name)}; make the state for this model and size"
-            )
-        slot, weight = next(iter(state.slots.values())), self._first.weight
-        if not slot.device == latents.device == weight.device or slot.dtype != weight.dtype:
-            raise ValueError(
-                f"the state is {slot.dtype} on {slot.device}, the weights are {weight.dtype} on "
-                f"{weight.device} and the latents on {latents.device}; bring them together"
-            )
+        shapes = slot_shapes(self._vae.decoder, 1, *latents.shape[3:])
+        check_state(state, DecoderState, shapes, self._first.weight)
         if latents.is_cpu and not torch.isfinite(latents).all():
             raise ValueError("the latents are not finite; nothing was decoded and the state is as it was")
-
-    def _shapes(self, height: int, width: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every slot for latents of this size."""
-        if (height, width) not in self._slot_shapes:
-            state = self._vae.decoder_state(1, height, width, torch.float32, "meta")
-            self._slot_shapes[height, width] = {name: tuple(slot.shape) for name, slot in state.slots.items()}
-        return self._slot_shapes[height, width]
 
 
 def _denormalising_matrix(vae: WanVAE) -> tuple[Tensor, Tensor]:

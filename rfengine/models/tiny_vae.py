@@ -1,19 +1,18 @@
-"""Tiny decoder of video latents (TAEHV, spec 4.9): convolutions over single frames, one frame of memory.
+"""Tiny decoder of video latents (TAEHV): convolutions over single frames, one frame of memory.
 
-About a twenty-fifth of the work of the full decoder, at a lower quality. Sub-modules carry the names of the
-published weights, which number every layer of the decoder, those without parameters too. Activations are
-[B, T, H, W, C], contiguous, so that a convolution sees channels-last frames and nothing is laid out anew.
+About a twenty-fifth of the work of the full decoder, at a lower quality. Sub-modules have the names of the
+published weights (taew2_1), which number every layer, also those without parameters. Activations are
+[B, T, H, W, C], contiguous, so that a convolution sees channels-last frames and nothing is copied.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from rfengine.config import TinyVAEConfig
-from rfengine.models.vae import RGB_CHANNELS, CausalState
+from rfengine.models.decoder import CausalState, check_state
+from rfengine.models.vae import RGB_CHANNELS
 from rfengine.ops import REFERENCE_OPS, Ops
 
 _SOFT_LIMIT = 3.0  # of the latents: tanh(x / 3) * 3
@@ -59,7 +58,7 @@ class MemoryBlock(nn.Module):
 class TemporalGrow(nn.Module):
     """One frame becomes `factor` frames, each a product of its channels; then height and width double.
 
-    The published order is the other way round; a product of the channels of one pixel does not mind.
+    The published order is the opposite; the result is the same, since the product is within a pixel.
     """
 
     def __init__(self, channels: int, factor: int) -> None:
@@ -76,14 +75,12 @@ class TemporalGrow(nn.Module):
 
 
 class TinyVAE(nn.Module):
-    """The tiny decoder, for whole clips and streams alike: faster and of lower quality than the full one.
+    """The tiny decoder, a FrameDecoder: faster and of lower quality than the full one.
 
-    Without a state the latents are a whole video from its start, nothing is kept and gradients flow. With one
-    they continue the video the state has seen, and the state is updated in place, outside the autograd graph.
-    It is a FrameDecoder. tier: the quality of the frames. capturable_frames: the latents of the last call.
+    Without a state the latents are a whole video from its start, nothing is kept and gradients flow. With a
+    state they continue the video that it has seen, and the state is updated in place, outside the autograd
+    graph. capturable_frames: the latents of the last call.
     """
-
-    tier = "reduced"
 
     def __init__(self, config: TinyVAEConfig, ops: Ops = REFERENCE_OPS) -> None:
         super().__init__()
@@ -139,31 +136,26 @@ class TinyVAE(nn.Module):
         return self.ops.frame_pack(self.decode(latents, state)[0].contiguous())  # kernels pack rows of planes
 
     def decoder_state(
-        self,
-        batch: int,
-        latent_height: int,
-        latent_width: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, batch: int, height: int, width: int, dtype: torch.dtype, device: torch.device | str
     ) -> TinyDecoderState:
-        """A fresh state for decoding `batch` videos of latent_height x latent_width latents.
-
-        The weights go into the memory layout of the activations, once.
-        """
-        shapes = self._slot_shapes(batch, latent_height, latent_width)
+        """A fresh state for `batch` videos of height x width latents; also lays the weights out in memory as
+        the activations are."""
+        shapes = self._slot_shapes(batch, height, width)
         with torch.inference_mode(False):  # such a state serves calls inside and outside of inference mode
             self.to(memory_format=torch.channels_last)
             return TinyDecoderState(
-                {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes}
+                {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
             )
 
-    def _slot_shapes(self, batch: int, height: int, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Path and shape of each memory block's slot, in execution order."""
+    def _slot_shapes(self, batch: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each memory block's slot by path, in execution order."""
+        shapes = {}
         for layer in self.decoder.values():
             if isinstance(layer, MemoryBlock):
-                yield layer.slot, (batch, height, width, layer.channels)
+                shapes[layer.slot] = (batch, height, width, layer.channels)
             elif isinstance(layer, TemporalGrow):
                 height, width = 2 * height, 2 * width
+        return shapes
 
     def _check(self, latents: Tensor, state: TinyDecoderState | None) -> None:
         channels = self.config.z_dim
@@ -172,24 +164,9 @@ class TinyVAE(nn.Module):
                 f"latents are {tuple(latents.shape)}; give [batch, {channels}, frames, height, width] "
                 "with at least one frame"
             )
-        if state is None:
-            return
-        if not isinstance(state, TinyDecoderState):
-            raise ValueError(f"state is a {type(state).__name__}; this call needs a TinyDecoderState")
-        asked = dict(self._slot_shapes(latents.shape[0], *latents.shape[3:]))
-        if asked.keys() != state.slots.keys():
-            raise ValueError(
-                f"the state has slots {', '.join(state.slots)} and the decoder {', '.join(asked)}; "
-                "make the state with this decoder"
-            )
-        for name, slot in state.slots.items():
-            held = (*slot.shape, slot.dtype, slot.device)
-            wanted = (*asked[name], self.dtype, latents.device)
-            if held != wanted:
-                raise ValueError(
-                    f"slot {name!r} of the state is {held}, the input and the weights ask for {wanted}; "
-                    "make the state for this batch, size, dtype and device"
-                )
+        if state is not None:
+            shapes = self._slot_shapes(latents.shape[0], *latents.shape[3:])
+            check_state(state, TinyDecoderState, shapes, self.decoder["1"].weight)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:

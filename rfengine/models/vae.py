@@ -1,78 +1,35 @@
-"""Causal video VAE of Wan2.1 with explicit streaming state (spec 4.1-4.5).
+"""Causal video VAE of Wan2.1 with explicit streaming state.
 
-Every temporal convolution looks back at most two frames, so its last two input frames are all a stream has to
-keep. Zeros stand for the frames before the video, which makes the ordinary convolution the same at the start
-and later on; only the temporal up- and downsampling treat the very first frame apart. A call therefore takes
-any number of frames in one pass. Sub-modules are registered in the order they run and carry the original
-parameter names.
+Every temporal convolution looks back at most two frames, so a stream keeps its last two input frames. Zeros
+stand for the frames before the video, which makes the ordinary convolution the same at the start and later;
+only the temporal up- and downsampling treat the very first frame apart. A call therefore takes any number of
+frames in one pass. Sub-modules are registered in the order they run and have the published parameter names.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfengine.config import VAEConfig
+from rfengine.models.decoder import CausalState, check_state
 from rfengine.ops import reference
 
 RGB_CHANNELS = 3
 NORM_FLOOR = 1e-12  # smallest L2 norm over channels that is divided by
 
 
-class CausalState:
-    """What one half of the VAE remembers of a video: the last input frames of its temporal convolutions.
-
-    `slots` maps the path of a convolution, in execution order, to its frames [B, C, frames, h, w]; they are
-    allocated once, zero at the start, and updated in place. `frames` counts the latent frames seen.
-    """
-
-    def __init__(self, slots: dict[str, Tensor], frames: int = 0) -> None:
-        self.slots = slots
-        self.frames = frames
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The live slots by name; the next call overwrites them, so copy them (or use clone) to keep them."""
-        return dict(self.slots)
-
-    def load(self, tensors: dict[str, Tensor], frames: int) -> None:
-        """Copy a snapshot into the slots, in place; raises ValueError where names or shapes do not fit."""
-        if type(frames) is not int or frames < 0:
-            raise ValueError(f"frames is {frames}; a state has seen 0 latent frames or more")
-        if tensors.keys() != self.slots.keys():
-            other = sorted(tensors.keys() ^ self.slots.keys())
-            raise ValueError(
-                f"{len(other)} slot names differ, such as {other[0]!r}; load a snapshot of the same VAE"
-            )
-        for name, tensor in tensors.items():
-            given, held = tuple(tensor.shape), tuple(self.slots[name].shape)
-            if given != held:
-                raise ValueError(
-                    f"slot {name!r} is {given} in the snapshot and {held} in the state; "
-                    "load a snapshot of the same VAE, batch and resolution"
-                )
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                self.slots[name].copy_(tensor)
-        self.frames = frames
-
-    def clone(self) -> CausalState:
-        """An independent copy."""
-        return type(self)({name: slot.clone() for name, slot in self.slots.items()}, self.frames)
-
-
 class EncoderState(CausalState):
-    """State of WanVAE.encode; WanVAE.encoder_state makes one."""
+    """State of WanVAE.encode, with slots [B, C, frames, h, w]; WanVAE.encoder_state makes one."""
 
 
 class DecoderState(CausalState):
-    """State of WanVAE.decode; WanVAE.decoder_state makes one."""
+    """State of WanVAE.decode, with slots [B, C, 2, h, w]; WanVAE.decoder_state makes one."""
 
 
 class ChannelNorm(nn.Module):
-    """x / max(L2 norm over channels, 1e-12) * sqrt(C) * gamma, over axis 1 (spec 4.2)."""
+    """x / max(L2 norm over channels, 1e-12) * sqrt(C) * gamma, over axis 1."""
 
     def __init__(self, channels: int, trailing_axes: int) -> None:
         super().__init__()
@@ -104,7 +61,7 @@ class CausalConv(nn.Conv3d):
 
 
 class StridedTimeConv(nn.Conv3d):
-    """Halves the frame rate after the first frame of the video, which passes as it is (spec 4.2, 4.5)."""
+    """Halves the frame rate after the first frame of the video, which passes as it is."""
 
     slot_frames = 1
 
@@ -125,7 +82,7 @@ class StridedTimeConv(nn.Conv3d):
 
 
 class DoublingTimeConv(CausalConv):
-    """Doubles the frame rate after the first frame of the video, which passes as it is (spec 4.2, 4.5)."""
+    """Doubles the frame rate after the first frame of the video, which passes as it is."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 2 * channels, (3, 1, 1))
@@ -136,7 +93,7 @@ class DoublingTimeConv(CausalConv):
             return self._double(x, state)
         if x.shape[2] == 1:
             return x
-        # the first frame is in nobody's history: the frames after it start from zeros
+        # the first frame is not part of any later frame's history: those start from zeros
         return torch.cat([x[:, :, :1], self._double(x[:, :, 1:], state)], dim=2)
 
     def _double(self, x: Tensor, state: CausalState | None) -> Tensor:
@@ -210,7 +167,7 @@ class Downsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels [B, 3, T, H, W] -> moments [B, 2z, F, h, w] (spec 4.4)."""
+    """Pixels [B, 3, T, H, W] -> moments [B, 2z, F, h, w]."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -235,7 +192,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, z, F, h, w] -> pixels [B, 3, T, H, W] (spec 4.3)."""
+    """Latents [B, z, F, h, w] -> pixels [B, 3, T, H, W]."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -262,11 +219,11 @@ class Decoder(nn.Module):
 
 
 class WanVAE(nn.Module):
-    """Encoder and decoder of a causal video VAE, whole clips and streams alike (spec 4).
+    """Encoder and decoder of a causal video VAE, for whole clips and streams alike.
 
-    Without a state the input is a whole clip from its start, nothing is kept and gradients flow. With one the
-    input continues the video the state has seen, and the state is updated in place, outside the autograd
-    graph. Inputs are cast to the dtype of the weights, outputs come in the dtype the layers give.
+    Without a state the input is a whole clip from its start, nothing is kept and gradients flow. With a state
+    the input continues the video that it has seen, and the state is updated in place, outside the autograd
+    graph. Inputs are cast to the dtype of the weights.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -295,9 +252,9 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def encode_in_groups(self, pixels: Tensor, latent_frames: int = 3) -> Tensor:
-        """encode of a whole clip, `latent_frames` at a time: the memory of one group, and no gradients.
+        """encode of a whole clip, `latent_frames` at a time, with the memory of one group and no gradients.
 
-        pixels: as encode takes them at the start of a video, on any device; a group is moved to the weights.
+        pixels: as at the start of a video, on any device; each group is moved to the weights' device.
         """
         if latent_frames < 1:
             raise ValueError(f"latent_frames is {latent_frames}; a group has at least one latent frame")
@@ -331,7 +288,9 @@ class WanVAE(nn.Module):
                 f"latents are {tuple(latents.shape)}; give [batch, {channels}, frames, height, width] "
                 "with at least one frame"
             )
-        self._check_state(state, DecoderState, latents)
+        if state is not None:
+            shapes = slot_shapes(self.decoder, latents.shape[0], *latents.shape[3:])
+            check_state(state, DecoderState, shapes, self.conv2.weight)
         shift, scale = self._statistics(latents.device)
         hidden = (latents.float() * scale + shift).to(self.conv2.weight.dtype)
         pixels = self.decoder(_channels_last(self.conv2(hidden)), state)
@@ -346,32 +305,22 @@ class WanVAE(nn.Module):
         return reference.frame_pack(self.decode(latents, state)[0])
 
     def encoder_state(
-        self,
-        batch: int,
-        latent_height: int,
-        latent_width: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, batch: int, height: int, width: int, dtype: torch.dtype, device: torch.device | str
     ) -> EncoderState:
-        """A fresh state for encoding `batch` videos of latent_height x latent_width latents."""
+        """A fresh state for encoding `batch` videos of height x width latents."""
         stride = self.config.spatial_stride
-        shapes = _slot_shapes(self.encoder, batch, latent_height * stride, latent_width * stride)
+        shapes = slot_shapes(self.encoder, batch, height * stride, width * stride)
         return EncoderState(_zero_slots(shapes, dtype, device))
 
     def decoder_state(
-        self,
-        batch: int,
-        latent_height: int,
-        latent_width: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, batch: int, height: int, width: int, dtype: torch.dtype, device: torch.device | str
     ) -> DecoderState:
-        """A fresh state for decoding `batch` videos of latent_height x latent_width latents."""
-        shapes = _slot_shapes(self.decoder, batch, latent_height, latent_width)
+        """A fresh state for decoding `batch` videos of height x width latents."""
+        shapes = slot_shapes(self.decoder, batch, height, width)
         return DecoderState(_zero_slots(shapes, dtype, device))
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents, float32 whatever the weights are; made once per device."""
+        """Mean and standard deviation of the latents, always float32; made once per device."""
         if device not in self._statistics_on:
             with torch.inference_mode(False):  # a later training step may use them too
                 self._statistics_on[device] = tuple(
@@ -398,24 +347,10 @@ class WanVAE(nn.Module):
             place = "at the start of a video" if first else "after the start of a video"
             wanted = f"1 + a multiple of {stride}" if first else f"a multiple of {stride}"
             raise ValueError(f"pixels have {frames} frames; {place} give {wanted}")
-        self._check_state(state, EncoderState, pixels)
+        if state is not None:
+            shapes = slot_shapes(self.encoder, pixels.shape[0], *pixels.shape[3:])
+            check_state(state, EncoderState, shapes, self.conv1.weight)
         return first + (frames - first) // stride
-
-    def _check_state(self, state: CausalState | None, kind: type[CausalState], x: Tensor) -> None:
-        if state is None:
-            return
-        if not isinstance(state, kind):
-            raise ValueError(f"state is a {type(state).__name__}; this call needs a {kind.__name__}")
-        half, weight = self.decoder if kind is DecoderState else self.encoder, self.conv2.weight
-        shapes = _slot_shapes(half, x.shape[0], *x.shape[3:])
-        asked = {name: (*shape, weight.dtype, x.device) for name, shape in shapes}
-        held = {name: (*slot.shape, slot.dtype, slot.device) for name, slot in state.slots.items()}
-        if held != asked:
-            name = next(name for name in (*asked, *held) if held.get(name) != asked.get(name))
-            raise ValueError(
-                f"slot {name!r} of the state is {held.get(name)}, the input and the weights ask for "
-                f"{asked.get(name)}; make the state for this model, batch, size, dtype and device"
-            )
 
 
 def _middle(channels: int) -> nn.ModuleList:
@@ -428,30 +363,29 @@ def _head(channels: int, out_channels: int) -> nn.ModuleDict:
     return nn.ModuleDict({"0": ChannelNorm(channels, 3), "2": CausalConv(channels, out_channels)})
 
 
-def _slot_shapes(
-    half: nn.Module, batch: int, height: int, width: int
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of each temporal convolution's slot, in execution order, for an input of this size."""
+def slot_shapes(half: nn.Module, batch: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+    """The slot shape of each temporal convolution by name, in execution order, at an input of this size."""
+    shapes = {}
     for name, module in half.named_modules():
         if isinstance(module, CausalConv | StridedTimeConv):
-            yield name, (batch, module.in_channels, module.slot_frames, height, width)
+            shapes[name] = (batch, module.in_channels, module.slot_frames, height, width)
         elif isinstance(module, nn.UpsamplingNearest2d):
             height, width = 2 * height, 2 * width
         elif isinstance(module, nn.ZeroPad2d):
             height, width = height // 2, width // 2
+    return shapes
 
 
 def _zero_slots(
-    shapes: Iterator[tuple[str, tuple[int, ...]]], dtype: torch.dtype, device: torch.device | str
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:
     with torch.inference_mode(False):  # such a state serves calls inside and outside of inference mode
-        return {
-            name: _channels_last(torch.zeros(shape, dtype=dtype, device=device)) for name, shape in shapes
-        }
+        zeros = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        return {name: _channels_last(slot) for name, slot in zeros.items()}
 
 
 def _convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
-    """The convolution; a small float32 batch of one would fall to a kernel far slower than oneDNN's."""
+    """The convolution; on a CPU torch would run a small float32 batch of one far slower than oneDNN does."""
     plain = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if plain and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(
@@ -461,7 +395,7 @@ def _convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """The memory layout that every layer keeps and that the norm over channels and oneDNN want."""
+    """The memory layout of every layer, which the norm over channels and oneDNN need."""
     return x.contiguous(memory_format=torch.channels_last_3d)
 
 

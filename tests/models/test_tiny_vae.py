@@ -203,12 +203,12 @@ def test_latents_and_states_that_do_not_fit_are_refused():
         decoder.decode(x[:, :3])
     with pytest.raises(ValueError, match="with at least one frame"):
         decoder.decode(x[:, :, :0])
-    with pytest.raises(ValueError, match="slot '3' of the state is .* make the state for this batch, size"):
+    with pytest.raises(ValueError, match="slot '3' of the state is .* make the state for this model"):
         decoder.decode(x, decoder.decoder_state(1, 3, 6, torch.float32, "cpu"))
     with pytest.raises(ValueError, match=r"torch.bfloat16.* ask for .*torch.float32"):
         decoder.decode(x, decoder.decoder_state(1, 3, 5, torch.bfloat16, "cpu"))
     other = tiny(TinyVAEConfig(z_dim=4, widths=(12, 8, 6, 5), memory_blocks=1))
-    with pytest.raises(ValueError, match="make the state with this decoder"):
+    with pytest.raises(ValueError, match="slot '.+' of the state is .* make the state for this model"):
         decoder.decode(x, fresh_state(other, x))
     full = WanVAE(PRESETS["tiny"].vae)
     with pytest.raises(ValueError, match="state is a DecoderState; this call needs a TinyDecoderState"):
@@ -227,7 +227,3 @@ def test_a_refused_call_leaves_the_state_as_it_was():
     assert state.frames == frames
     for name, slot in state.tensors().items():
         assert torch.equal(slot, before.slots[name])
-
-
-def test_it_is_named_a_reduced_tier():
-    assert TinyVAE.tier == "reduced"

@@ -37,8 +37,8 @@ class AddingDecoder:
         self.most_running = 0
         self.gate: threading.Event | None = None
 
-    def decoder_state(self, batch, latent_height, latent_width, dtype, device) -> DecoderState:
-        return DecoderState({"sum": torch.zeros(latent_height, latent_width, dtype=dtype)})
+    def decoder_state(self, batch, height, width, dtype, device) -> DecoderState:
+        return DecoderState({"sum": torch.zeros(height, width, dtype=dtype)})
 
     def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
         raise AssertionError("a worker asks for frames")
