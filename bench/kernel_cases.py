@@ -263,10 +263,6 @@ CASES: tuple[KernelCase, ...] = (
     ),
     KernelCase("flow_step", "flow_step", inputs.flow_step, BYTES["flow_step"]),
     KernelCase("frame_pack", "frame_pack", inputs.pixels, BYTES["frame_pack"], results=_bytes_as_numbers),
-    KernelCase(
-        "frame_pack_nv12", "frame_pack", inputs.pixels, lambda s: s.pixels * 15 // 2,
-        results=_bytes_as_numbers
-    ),
     *(
         KernelCase(
             f"linear_{name}", "linear", inputs.linear(outputs), product_bytes(outputs),
@@ -324,12 +320,9 @@ CASES: tuple[KernelCase, ...] = (
         "frame_attention", "frame_attention", inputs.frame_attention,
         lambda s: 4 * HALF * s.vae_levels[0].channels * s.vae_levels[0].pixels, frame_attention_flops,
     ),
-    *(
-        KernelCase(
-            name, "conv_frame_pack", inputs.conv_frame_pack, pack_bytes(bytes_out), pack_flops,
-            results=_bytes_as_numbers,
-        )
-        for name, bytes_out in (("conv_frame_pack", 3), ("conv_frame_pack_nv12", 1.5))
+    KernelCase(
+        "conv_frame_pack", "conv_frame_pack", inputs.conv_frame_pack, pack_bytes, pack_flops,
+        results=_bytes_as_numbers,
     ),
     *(
         KernelCase(

@@ -20,10 +20,11 @@ from rfengine.checkpoint.layouts import diffusers_vae_from_wan
 from rfengine.checkpoint.loader import load_part
 from rfengine.config import Backend, EngineConfig, RuntimeConfig, VAEConfig
 from rfengine.grid import LatentGrid
-from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
+from rfengine.pipeline import VAE_TIERS
 from rfengine.runtime.decoders import FP8_CAPABILITY, decoder_ops
 
 Decode = Callable[[Tensor], Tensor]
@@ -97,10 +98,10 @@ def our_contenders(setting: Setting, fp8: bool) -> Iterator[Contender]:
         yield replace(_streams(f"{OURS}, CUDA graph", decoder, setting), frames=_graphed(decoder, setting))
     if fp8:
         eights = StreamingDecoder(setting.vae, setting.ops("fp8"), "fp8")
-        yield _streams(FP8_ROW, eights, setting)
+        yield _streams(FP8_ROW, eights, setting, FP8_TIER)
         if setting.device.type == "cuda":
             name = f"{FP8_ROW}, CUDA graph"
-            yield replace(_streams(name, eights, setting), frames=_graphed(eights, setting))
+            yield replace(_streams(name, eights, setting, FP8_TIER), frames=_graphed(eights, setting))
     yield _streams(PLAIN, setting.vae, setting)
     yield _by_latent(_streams(BY_LATENT, setting.vae, setting))
 
@@ -120,10 +121,12 @@ def tiny_contender(setting: Setting, directory: str | None) -> Contender:
         tiny = TinyVAE(setting.config.tiny_vae, ops)
         fill(tiny, torch.Generator().manual_seed(SEED))
         tiny.to(setting.device, setting.dtype)
-    return _streams(TINY_ROW, tiny.requires_grad_(False).eval(), setting)
+    return _streams(TINY_ROW, tiny.requires_grad_(False).eval(), setting, VAE_TIERS["tiny"])
 
 
-def _streams(name: str, decoder: WanVAE | StreamingDecoder | TinyVAE, setting: Setting) -> Contender:
+def _streams(
+    name: str, decoder: WanVAE | StreamingDecoder | TinyVAE, setting: Setting, tier: str = "lossless"
+) -> Contender:
     def pixels() -> Decode:
         state = setting.state_of(decoder)
         return lambda latents: decoder.decode(latents, state)
@@ -132,7 +135,7 @@ def _streams(name: str, decoder: WanVAE | StreamingDecoder | TinyVAE, setting: S
         state = setting.state_of(decoder)
         return lambda latents: decoder.decode_frames(latents, state)
 
-    return Contender(name, getattr(decoder, "tier", "lossless"), pixels, frames)
+    return Contender(name, tier, pixels, frames)
 
 
 def _by_latent(contender: Contender) -> Contender:

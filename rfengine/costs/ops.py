@@ -95,8 +95,8 @@ def frame_attention_flops(shapes: Shapes) -> int:
     return 4 * size.channels * size.pixels * size.height * size.width
 
 
-def pack_bytes(bytes_out: float) -> Callable[[Shapes], int]:
-    return lambda s: conv_bytes(-1)(s) + int((bytes_out - HALF * s.vae_levels[-1].channels) * s.pixels)
+def pack_bytes(shapes: Shapes) -> int:
+    return conv_bytes(-1)(shapes) + (3 - HALF * shapes.vae_levels[-1].channels) * shapes.pixels
 
 
 def pack_flops(shapes: Shapes) -> int:

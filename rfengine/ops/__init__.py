@@ -185,14 +185,8 @@ class Ops:
     def conv_frame_pack(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._run["conv_frame_pack"](x, weight, bias)
 
-    def conv_frame_pack_nv12(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._run["conv_frame_pack_nv12"](x, weight, bias)
-
     def frame_pack(self, pixels: Tensor) -> Tensor:
         return self._run["frame_pack"](pixels)
-
-    def frame_pack_nv12(self, pixels: Tensor) -> Tensor:
-        return self._run["frame_pack_nv12"](pixels)
 
     def __deepcopy__(self, memo: dict) -> Ops:
         return self

@@ -226,23 +226,6 @@ def conv_frame_pack(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check(weight.shape[0] == 3, f"the weight gives {weight.shape[0]} channels; a frame has 3")
 
 
-def conv_frame_pack_nv12(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    conv_frame_pack(x, weight, bias)
-    _even(*x.shape[1:3])
-
-
 def frame_pack(pixels: Tensor) -> None:
     fits = pixels.ndim == 4 and pixels.shape[0] == 3
     _check(fits, f"pixels are {tuple(pixels.shape)}; they must be [3, T, H, W]")
-
-
-def frame_pack_nv12(pixels: Tensor) -> None:
-    frame_pack(pixels)
-    _even(*pixels.shape[2:])
-
-
-def _even(height: int, width: int) -> None:
-    _check(
-        height % 2 == width % 2 == 0,
-        f"frames are {height} x {width}; NV12 needs an even height and width",
-    )

@@ -268,36 +268,12 @@ def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, nex
 
 
 def frame_pack(pixels: Tensor) -> Tensor:
-    """Decoded pixels [3, T, H, W] in [-1, 1], clamped, to RGB24: uint8 [T, H, W, 3].
+    """Decoded pixels [3, T, H, W] in [-1, 1], clamped, to RGB bytes: uint8 [T, H, W, 3].
 
     A byte is (x + 1) * 127.5 in float32, rounded to nearest, ties to even. Pixels must not be NaN.
     """
     scaled = (pixels.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
-
-
-def frame_pack_nv12(pixels: Tensor) -> Tensor:
-    """Decoded pixels [3, T, H, W] in [-1, 1], clamped, to NV12 (BT.709, limited): uint8 [T, H * 3 / 2, W].
-
-    Rows 0 to H - 1 are luma, 16 to 235. The H / 2 rows below hold Cb, Cr in turn, 16 to 240, of the mean over
-    each block of 2 x 2 pixels: chroma is sited at the centre of its block, which an encoder has to be told.
-    All in float32, rounded once to a byte, to nearest, ties to even. H and W must be even; pixels must not
-    be NaN.
-    """
-    clamped = pixels.float().clamp(-1, 1)
-    rows = clamped.unflatten(2, (-1, 2)).unflatten(4, (-1, 2))
-    top, bottom = (rows[:, :, :, row, :, 0] + rows[:, :, :, row, :, 1] for row in (0, 1))
-    mean = (top + bottom) * 0.25
-    mean_luma = _luma(mean)
-    blue = (mean[2] - mean_luma) * (112 / 1.8556) + 128
-    red = (mean[0] - mean_luma) * (112 / 1.5748) + 128
-    chroma = torch.stack((blue, red), dim=-1).flatten(2)
-    return torch.cat((_luma(clamped) * 109.5 + 125.5, chroma), dim=1).round().to(torch.uint8)
-
-
-def _luma(rgb: Tensor) -> Tensor:
-    """BT.709 luma of [3, ...], in the range of its input."""
-    return 0.2126 * rgb[0] + 0.7152 * rgb[1] + 0.0722 * rgb[2]
 
 
 def channel_norm_silu(
@@ -444,13 +420,4 @@ def conv_frame_pack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     x: [T + kt - 1, H, W, C], normed and activated; weight: [3, C, kt, kh, kw]; bias: [3].
     """
-    return frame_pack(_wide_pixels(x, weight, bias))
-
-
-def conv_frame_pack_nv12(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """frame_pack_nv12 of causal_conv3d, otherwise as conv_frame_pack: uint8 [T, H * 3 / 2, W]."""
-    return frame_pack_nv12(_wide_pixels(x, weight, bias))
-
-
-def _wide_pixels(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return causal_conv3d(_wide(x), weight, bias).permute(3, 0, 1, 2)
+    return frame_pack(causal_conv3d(_wide(x), weight, bias).permute(3, 0, 1, 2))

@@ -144,16 +144,8 @@ OPS: dict[str, Op] = {
         reference.conv_frame_pack, "VAE", checks.conv_frame_pack,
         backends={"triton": "conv_frame_pack:conv_frame_pack"},
     ),
-    "conv_frame_pack_nv12": Op(
-        reference.conv_frame_pack_nv12, "VAE", checks.conv_frame_pack_nv12,
-        backends={"triton": "conv_frame_pack:conv_frame_pack_nv12"},
-    ),
     "frame_pack": Op(
         reference.frame_pack, "VAE", checks.frame_pack, backends={"triton": "frame_pack:frame_pack"}
-    ),
-    "frame_pack_nv12": Op(
-        reference.frame_pack_nv12, "VAE", checks.frame_pack_nv12,
-        backends={"triton": "frame_pack:frame_pack_nv12"},
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The last convolution and the packing of its pixels: the bytes of the two reference functions in turn."""
+"""The last convolution and the packing of its pixels: the bytes of the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rfengine.ops import reference  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMS = ("pointer", "descriptor")
-NAMES = ("conv_frame_pack", "conv_frame_pack_nv12")
 
 
 def exact_inputs(frames, height, width, channels, dtype):
@@ -30,35 +29,21 @@ def exact_inputs(frames, height, width, channels, dtype):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("sizes", [(1, 2, 2, 8), (2, 4, 18, 16), (1, 10, 4, 48)], ids=str)
-def test_bytes_of_exact_sums_are_those_of_the_reference(form, name, dtype, sizes):
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 8), (2, 4, 18, 16), (1, 10, 4, 48), (3, 5, 7, 16)], ids=str)
+def test_bytes_of_exact_sums_are_those_of_the_reference(form, dtype, sizes):
     arguments = exact_inputs(*sizes, dtype)
-    packed = getattr(kernels, name)(*arguments, form)
-    assert torch.equal(packed, getattr(reference, name)(*arguments))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_rgb24_serves_odd_sizes(form):
-    arguments = exact_inputs(3, 5, 7, 16, torch.float16)
     assert torch.equal(kernels.conv_frame_pack(*arguments, form), reference.conv_frame_pack(*arguments))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_bytes_of_any_sums_are_at_most_one_apart(name):
+def test_bytes_of_any_sums_are_at_most_one_apart():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(4, 6, 8, 16, generator=generator).to(DEVICE)
     weight = (0.03 * torch.randn(3, 16, 3, 3, 3, generator=generator)).to(DEVICE)
-    packed, expected = getattr(kernels, name)(x, weight, None), getattr(reference, name)(x, weight, None)
+    packed, expected = kernels.conv_frame_pack(x, weight, None), reference.conv_frame_pack(x, weight, None)
     apart = (packed.int() - expected.int()).abs()
     # sums in another order may turn a tie, and nothing else
     assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01
-
-
-def test_nv12_of_an_odd_height_is_refused():
-    with pytest.raises(ValueError, match="even sides"):
-        kernels.conv_frame_pack_nv12(*exact_inputs(1, 3, 4, 8, torch.float32))
 
 
 def test_a_weight_of_other_channels_is_an_error():
@@ -67,7 +52,6 @@ def test_a_weight_of_other_channels_is_an_error():
         kernels.conv_frame_pack(x, weight[:2], bias)
 
 
-@pytest.mark.parametrize("nv12", [False, True])
-def test_operator_passes_opcheck(nv12):
+def test_operator_passes_opcheck():
     x, weight, bias = exact_inputs(1, 2, 4, 8, torch.float32)
-    torch.library.opcheck(torch.ops.rfengine.conv_frame_pack, (x.contiguous(), weight, bias, nv12, None))
+    torch.library.opcheck(torch.ops.rfengine.conv_frame_pack, (x.contiguous(), weight, bias, None))

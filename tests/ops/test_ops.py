@@ -88,7 +88,6 @@ def test_every_op_has_the_signature_of_its_reference(name):
         (lambda o: o.adaptive_layer_norm(torch.zeros(1, 5, 4), *[torch.zeros(1, 2, 4)] * 2, 0), "modulation"),
         (lambda o: o.rms_norm(torch.zeros(1, 4), torch.zeros(3), 1e-6), "weight is"),
         (lambda o: o.frame_pack(torch.zeros(1, 2, 4, 4)), r"pixels are \(1, 2, 4, 4\)"),
-        (lambda o: o.frame_pack_nv12(torch.zeros(3, 2, 4, 5)), "frames are 4 x 5; NV12 needs an even"),
         (
             lambda o: o.gated_linear(
                 torch.zeros(1, 4, 2), torch.zeros(1, 3, 8), torch.zeros(2, 8), torch.zeros(2), None
@@ -149,7 +148,6 @@ EIGHTS = FRAMES.to(torch.float8_e4m3fn), KERNEL.to(torch.float8_e4m3fn)
         (lambda o: o.phase_conv(FRAMES, KERNEL, None), "a phase weight of"),
         (lambda o: o.frame_attention(FRAMES, FRAMES, FRAMES), "it must be .frames, positions"),
         (lambda o: o.conv_frame_pack(FRAMES, KERNEL, None), "gives 4 channels"),
-        (lambda o: o.conv_frame_pack_nv12(FRAMES[:, :1], KERNEL[:3], None), "frames are 1 x 2; NV12 needs"),
     ],
 )
 def test_shapes_of_the_decoder_that_do_not_fit_are_refused(call, message):
