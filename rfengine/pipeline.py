@@ -25,14 +25,11 @@ from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops
-from rfengine.runtime.chunk_runner import ChunkRunner
-from rfengine.runtime.decode_worker import DecodeLane
 from rfengine.runtime.decoders import open_full_decoder, require_psnr
 from rfengine.runtime.options import decode_device, runtime_switches
-from rfengine.runtime.turns import Turns
-from rfengine.schedule import FlowSchedule, as_seed
+from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
-from rfengine.stream import FrameChunk, StreamParts, VideoStream
+from rfengine.stream import Engine, FrameChunk, VideoStream
 from rfengine.video import Video
 
 if TYPE_CHECKING:
@@ -81,7 +78,7 @@ class Pipeline:
         self.vae = vae
         with own_state():
             open_decoder = open_decoder or _full_decoder(config, vae, model.ops)
-            self._parts = _stream_parts(config, model, vae, text_encoder, fingerprint, open_decoder)
+            self._engine = Engine.of(config, model, vae, text_encoder, fingerprint, open_decoder)
 
     @classmethod
     @own_state()
@@ -146,11 +143,11 @@ class Pipeline:
     @property
     def text_encoder(self) -> TextEncoder:
         """What makes the text states of streams that are opened from now on."""
-        return self._parts.text_encoder
+        return self._engine.text_encoder
 
     @text_encoder.setter
     def text_encoder(self, text_encoder: TextEncoder) -> None:
-        self._parts = replace(self._parts, text_encoder=text_encoder)
+        self._engine = replace(self._engine, text_encoder=text_encoder)
 
     @property
     def backend(self) -> str:
@@ -191,8 +188,8 @@ class Pipeline:
         number = as_seed(seed)
         grid = LatentGrid.of(self.config, height, width)
         self._require_stream_fits(grid)
-        with self._parts.turns, own_state():
-            stream = VideoStream(self._parts, grid, prompt, self._parts.encode_text(prompt), number)
+        with self._engine.turns, own_state():
+            stream = VideoStream(self._engine, grid, prompt, self._engine.encode_text(prompt), number)
             if start_frames is not None:
                 stream.continue_from(start_frames)
         return stream
@@ -202,8 +199,8 @@ class Pipeline:
         one. Raises ValueError where it is damaged, or of another model or setting."""
         info = snapshot.stream_info()
         grid = LatentGrid.of(self.config, info.height, info.width)
-        with self._parts.turns, own_state():
-            return VideoStream.from_snapshot(self._parts, grid, snapshot)
+        with self._engine.turns, own_state():
+            return VideoStream.from_snapshot(self._engine, grid, snapshot)
 
     def _require_stream_fits(self, grid: LatentGrid) -> None:
         """Refuse what would not fit on its own: the cache, and the largest layer of the full decoder."""
@@ -214,7 +211,7 @@ class Pipeline:
         if config.runtime.vae == "full":
             frames = config.cache.chunk_frames * grid.temporal_stride
             values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]
-            place = self._parts.lane.device
+            place = self._engine.lane.device
             needs[place] = (
                 needs.get(place, 0) + 2 * values * itemsize
             )  # of a layer, what goes in and comes out
@@ -295,7 +292,7 @@ class Pipeline:
         """
         if output_type not in ("np", "pt", "pil", "latent"):
             raise ValueError(f"output_type is {output_type!r}; use 'np', 'pt', 'pil' or 'latent'")
-        Guidance(negative_prompt, guidance_scale, num_inference_steps).check(self._parts.runner.num_steps)
+        Guidance(negative_prompt, guidance_scale, num_inference_steps).check(self._engine.runner.num_steps)
         count = self.frame_count(num_frames=num_frames)
         wanted = requested_videos(prompt, num_videos_per_prompt, generator, seed)
         if output_type != "latent":
@@ -385,34 +382,6 @@ def _decoder_opener(
 
         return open_engine
     return open_full_decoder(config, vae, requested, dtype, device)
-
-
-def _stream_parts(
-    config: EngineConfig,
-    model: WanDiT,
-    vae: WanVAE,
-    text_encoder: TextEncoder,
-    fingerprint: str,
-    open_decoder: OpenDecoder,
-) -> StreamParts:
-    """What all streams share. Nothing in it knows the pipeline: a circle would keep the models until Python's
-    collector runs."""
-    switches = runtime_switches(config.runtime, model.device)
-    overlap, graphs = switches["overlap"].on, switches["graphs"].on
-    beside = overlap and model.device.type == "cuda"
-    return StreamParts(
-        model=model,
-        vae=vae,
-        open_decoder=open_decoder,
-        decoder_kind=config.runtime.vae,
-        lane=DecodeLane(next(vae.parameters()).device, overlap, graphs),
-        runner=ChunkRunner(model, FlowSchedule(config.schedule), graphs),
-        cache_config=config.cache,
-        text_encoder=text_encoder,
-        fingerprint=fingerprint,
-        turns=Turns(),
-        compute_stream=torch.cuda.Stream(model.device, priority=-1) if beside else None,
-    )
 
 
 def _full_decoder(config: EngineConfig, vae: WanVAE, ops: Ops) -> OpenDecoder:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.config import DecoderKind, to_dict
+from rfengine.config import EngineConfig, to_dict
 from rfengine.cuda_graph import made_current
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
@@ -24,8 +24,9 @@ from rfengine.models.vae import WanVAE
 from rfengine.prompts import check_prompt
 from rfengine.runtime.chunk_runner import ChunkRunner, StepCallback
 from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker, PendingFrames
+from rfengine.runtime.options import runtime_switches
 from rfengine.runtime.turns import Turns
-from rfengine.schedule import chunk_noise
+from rfengine.schedule import FlowSchedule, chunk_noise
 from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
 from rfengine.video import pixels_from_frames
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from numpy import ndarray
 
-    from rfengine.config import CacheConfig
     from rfengine.models.text_encoder import TextEncoder
 
 PromptMode = Literal["soft", "recache", "hard"]
@@ -64,26 +64,45 @@ class FrameChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamParts:
-    """What a stream uses and does not own: the loaded models, shared by all streams of a pipeline.
+class Engine:
+    """The loaded models and what runs them, shared by all streams of a pipeline.
 
-    open_decoder gives what makes the frames of one size, vae encodes; both are on the lane's device.
-    lane.overlap: streams go one chunk ahead. compute_stream: the CUDA stream that all denoising runs on then,
-    of a higher priority than the lane's. turns: held by the one stream that uses the parts; graphs, halos and
-    the lane serve one at a time.
+    open_decoder returns the decoder of one size; vae encodes; both are on the lane's device. lane.overlap:
+    streams compute one chunk ahead. compute_stream: the CUDA stream of all denoising then, of a higher
+    priority than the lane's. turns: held by the one stream that uses the engine; graphs, halos and the lane
+    serve one at a time. Nothing here may refer to the pipeline: a circle would keep the models until Python's
+    collector runs.
     """
 
+    config: EngineConfig
     model: WanDiT
     vae: WanVAE
-    open_decoder: Callable[[LatentGrid], FrameDecoder]
-    decoder_kind: DecoderKind
-    lane: DecodeLane
-    runner: ChunkRunner
-    cache_config: CacheConfig
     text_encoder: TextEncoder
     fingerprint: str
+    open_decoder: Callable[[LatentGrid], FrameDecoder]
+    lane: DecodeLane
+    runner: ChunkRunner
     turns: Turns
     compute_stream: torch.cuda.Stream | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: EngineConfig,
+        model: WanDiT,
+        vae: WanVAE,
+        text_encoder: TextEncoder,
+        fingerprint: str,
+        open_decoder: Callable[[LatentGrid], FrameDecoder],
+    ) -> Engine:
+        """The engine of loaded models, with the runtime options of `config` resolved for their devices."""
+        switches = runtime_switches(config.runtime, model.device)
+        overlap, graphs = switches["overlap"].on, switches["graphs"].on
+        lane = DecodeLane(next(vae.parameters()).device, overlap, graphs)
+        runner = ChunkRunner(model, FlowSchedule(config.schedule), graphs)
+        beside = overlap and model.device.type == "cuda"
+        stream = torch.cuda.Stream(model.device, priority=-1) if beside else None
+        return cls(config, model, vae, text_encoder, fingerprint, open_decoder, lane, runner, Turns(), stream)
 
     def encode_text(self, prompt: str) -> Tensor:
         """The text states [1, text_len, text_dim] of one prompt, as the model takes them. Raises ValueError
@@ -134,23 +153,21 @@ class VideoStream:
     caller has set in torch (default dtype and device, autocast, inference and gradient mode) changes nothing.
     """
 
-    def __init__(
-        self, parts: StreamParts, grid: LatentGrid, prompt: str, text_states: Tensor, seed: int
-    ) -> None:
+    def __init__(self, engine: Engine, grid: LatentGrid, prompt: str, text_states: Tensor, seed: int) -> None:
         self.grid = grid
         self.seed = seed
         self.closed = False
         self.latents: Tensor | None = None  # clean latents [1, C, F, h, w] of the last chunk
-        self._parts = parts
+        self._engine = engine
         self._busy = False  # inside a call
         self._set_text(prompt, ordinary(text_states))
         self._index = 0
         self._undecoded = False  # a chunk was computed whose latents the decoder has not seen
-        self._worker = DecodeWorker(parts.open_decoder(grid), parts.lane)
-        model = parts.model
+        self._worker = DecodeWorker(engine.open_decoder(grid), engine.lane)
+        model = engine.model
         with self._computing():
             self._cache = StreamingKVCache(
-                model.config, parts.cache_config, grid, dtype=model.dtype, device=model.device, ops=model.ops
+                model.config, engine.config.cache, grid, dtype=model.dtype, device=model.device, ops=model.ops
             )
         self._decoder_state = self._worker.new_state(1, grid.latent_height, grid.latent_width, model.dtype)
         self._window_latents: dict[int, Tensor] = {}
@@ -161,7 +178,7 @@ class VideoStream:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """One call on the stream: alone on the pipeline, and under torch's own settings."""
-        with self._parts.turns, own_state():
+        with self._engine.turns, own_state():
             if self._busy:
                 raise RuntimeError(
                     f"chunk {self._index} of the stream is being made; call the stream once its on_step has "
@@ -177,9 +194,9 @@ class VideoStream:
     def _computing(self) -> Iterator[None]:
         """Launch on the model's device, which may not be the current one, and on the denoising's CUDA stream,
         after and before all else that the caller launches."""
-        own = self._parts.compute_stream
+        own = self._engine.compute_stream
         if own is None:
-            with made_current(self._parts.model.device):
+            with made_current(self._engine.model.device):
                 yield
             return
         outer = torch.cuda.current_stream(own.device)
@@ -190,13 +207,13 @@ class VideoStream:
 
     def _set_text(self, prompt: str, text_states: Tensor) -> None:
         with self._computing():
-            text = self._parts.model.text_keys_values(text_states.to(self._parts.model.device))
+            text = self._engine.model.text_keys_values(text_states.to(self._engine.model.device))
         self.prompt, self._text_states, self._text = prompt, text_states, text
 
     @property
     def num_steps(self) -> int:
         """Denoising steps of one chunk."""
-        return self._parts.runner.num_steps
+        return self._engine.runner.num_steps
 
     def __iter__(self) -> VideoStream:
         return self
@@ -247,7 +264,7 @@ class VideoStream:
     def _advance(self, on_step: StepCallback | None, decode: bool, ahead: bool) -> FrameChunk:
         started = time.perf_counter()
         current = self._ahead or self._compute(on_step, decode)
-        go_ahead = ahead and self._parts.lane.overlap and self._handed_out
+        go_ahead = ahead and self._engine.lane.overlap and self._handed_out
         frames, decode_ms = self._no_frames(), 0.0
         try:
             self._ahead = self._compute(None, True) if go_ahead else None
@@ -269,11 +286,11 @@ class VideoStream:
         started = time.perf_counter()
         with self._computing():
             plan = self._cache.plan_chunk()
-            x0 = self._parts.runner.advance(self._cache, plan, self._noise(plan.chunk), self._text, on_step)
+            x0 = self._engine.runner.advance(self._cache, plan, self._noise(plan.chunk), self._text, on_step)
             self._remember(plan.chunk, x0)
             denoise_ms = (time.perf_counter() - started) * 1e3
             pending = self._worker.submit(x0, self._decoder_state) if decode else None
-            if self._parts.compute_stream is not None:  # the device works meanwhile
+            if self._engine.compute_stream is not None:  # the device works meanwhile
                 self._drawn = (plan.chunk + 1, self._draw_noise(plan.chunk + 1))
         return _Computed(x0, pending, denoise_ms)
 
@@ -285,11 +302,11 @@ class VideoStream:
         drawn = self._drawn
         noise = drawn[1] if drawn is not None and drawn[0] == chunk else self._draw_noise(chunk)
         self._drawn = None
-        return noise.to(self._parts.model.device, non_blocking=True)
+        return noise.to(self._engine.model.device, non_blocking=True)
 
     def _draw_noise(self, chunk: int) -> Tensor:
         """_noise in host memory; at a large size the host takes a while."""
-        model, frames = self._parts.model, self._parts.cache_config.chunk_frames
+        model, frames = self._engine.model, self._engine.config.cache.chunk_frames
         shape = (1, model.config.in_dim, frames, self.grid.latent_height, self.grid.latent_width)
         draws = [chunk_noise(self.seed, chunk, step, shape) for step in range(self.num_steps)]
         noise = torch.stack(draws).to(model.dtype)
@@ -300,7 +317,7 @@ class VideoStream:
     def _remember(self, chunk: int, latents: Tensor) -> None:
         """Keep the clean latents of the chunks in the window: a prompt switch may recompute them."""
         self._window_latents[chunk] = latents
-        self._window_latents.pop(chunk - self._parts.cache_config.window_chunks, None)
+        self._window_latents.pop(chunk - self._engine.config.cache.window_chunks, None)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -310,7 +327,7 @@ class VideoStream:
 
     def close(self) -> None:
         """End the stream; every later call on it is an error."""
-        with self._parts.turns:
+        with self._engine.turns:
             self.closed = True
             self._ahead = None
             self._worker.close()
@@ -328,13 +345,13 @@ class VideoStream:
             raise ValueError(f"mode is {mode!r}; use 'soft', 'recache' or 'hard'")
         with self._turn():
             self._check_open()
-            text_states = self._parts.encode_text(text)
+            text_states = self._engine.encode_text(text)
             with self._closed_on_error(), self._computing():
                 if mode == "hard":
                     self._restart()
                 self._set_text(text, text_states)
                 if mode == "recache":
-                    self._parts.runner.recache(self._cache, self._window_latents, self._text)
+                    self._engine.runner.recache(self._cache, self._window_latents, self._text)
 
     def _restart(self) -> None:
         """Go back to the start of a video in the memory that is there, which recorded graphs go on using."""
@@ -363,7 +380,7 @@ class VideoStream:
 
     def _clip_pixels(self, frames: ndarray) -> Tensor:
         """The pixels [1, 3, T, H, W] of a clip that is used: whole chunks of its end."""
-        chunk_frames = self._parts.cache_config.chunk_frames
+        chunk_frames = self._engine.config.cache.chunk_frames
         pixels = pixels_from_frames(frames)
         size = (self.grid.height, self.grid.width)
         if tuple(pixels.shape[-2:]) != size:
@@ -380,12 +397,12 @@ class VideoStream:
         return pixels[:, :, -self.grid.pixel_frames(latent_frames) :]
 
     def _prefill(self, pixels: Tensor) -> None:
-        parts, chunk_frames = self._parts, self._parts.cache_config.chunk_frames
-        latents = parts.vae.encode_in_groups(pixels, chunk_frames)
+        engine, chunk_frames = self._engine, self._engine.config.cache.chunk_frames
+        latents = engine.vae.encode_in_groups(pixels, chunk_frames)
         with self._closed_on_error(), self._computing():
-            for piece in latents.to(parts.model.device).split(chunk_frames, dim=2):
+            for piece in latents.to(engine.model.device).split(chunk_frames, dim=2):
                 plan = self._cache.plan_chunk()
-                parts.runner.prefill(self._cache, plan, piece, self._text)
+                engine.runner.prefill(self._cache, plan, piece, self._text)
                 self._remember(plan.chunk, piece)
                 self._worker.submit(piece, self._decoder_state)
                 self._index += 1
@@ -402,7 +419,7 @@ class VideoStream:
                     f"decoder.{name}": tensor for name, tensor in self._decoder_state.tensors().items()
                 }
                 tensors |= {
-                    f"window_latents.{chunk}": each.to(self._parts.model.dtype)
+                    f"window_latents.{chunk}": each.to(self._engine.model.dtype)
                     for chunk, each in self._window_latents.items()
                 }
                 if self._ahead is not None:
@@ -411,7 +428,7 @@ class VideoStream:
                 copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
             info = {
                 "format": SNAPSHOT_FORMAT,
-                **_settings(self._parts),
+                **_settings(self._engine),
                 "prompt": self.prompt,
                 "seed": self.seed,
                 "height": self.grid.height,
@@ -424,14 +441,14 @@ class VideoStream:
             return Snapshot(copies, info)
 
     @classmethod
-    def from_snapshot(cls, parts: StreamParts, grid: LatentGrid, snapshot: Snapshot) -> VideoStream:
+    def from_snapshot(cls, engine: Engine, grid: LatentGrid, snapshot: Snapshot) -> VideoStream:
         """The stream a snapshot was taken of. Raises ValueError when it is of another model, decoder, format
         or setting, or damaged: before anything is taken over, and mostly before anything is allocated."""
         info = snapshot.stream_info()
-        snapshot.check(_settings(parts))
+        snapshot.check(_settings(engine))
         others = {name: each for name, each in snapshot.tensors.items() if not name.startswith("decoder.")}
-        check_tensors(others, _expected_tensors(parts, grid, info))
-        stream = cls(parts, grid, info.prompt, snapshot.tensors["text_states"], info.seed)
+        check_tensors(others, _expected_tensors(engine, grid, info))
+        stream = cls(engine, grid, info.prompt, snapshot.tensors["text_states"], info.seed)
         with stream._closed_on_error(), stream._computing():
             check_tensors(snapshot.group("decoder"), stream._decoder_state.tensors())
             stream._load(snapshot, info)
@@ -442,7 +459,7 @@ class VideoStream:
         self._cache.load(snapshot.group("cache"), list(info.slot_chunks), info.next_chunk)
         self._decoder_state.load(snapshot.group("decoder"), info.decoded_frames)
         self._window_latents = {
-            chunk: ordinary(snapshot.tensors[f"window_latents.{chunk}"]).to(self._parts.model.device)
+            chunk: ordinary(snapshot.tensors[f"window_latents.{chunk}"]).to(self._engine.model.device)
             for chunk in info.window_chunks
         }
         self._index, self._undecoded = info.index, info.undecoded
@@ -452,11 +469,11 @@ class VideoStream:
             self._ahead = _Computed(latents, frames, denoise_ms=0.0)
 
 
-def _expected_tensors(parts: StreamParts, grid: LatentGrid, info: StreamInfo) -> dict[str, Tensor]:
+def _expected_tensors(engine: Engine, grid: LatentGrid, info: StreamInfo) -> dict[str, Tensor]:
     """What a snapshot holds beside the decoder's state, on the meta device."""
-    model, frames = parts.model, parts.cache_config.chunk_frames
+    model, frames = engine.model, engine.config.cache.chunk_frames
     config, dtype = model.config, model.dtype
-    cache = StreamingKVCache(config, parts.cache_config, grid, dtype=dtype, device="meta", ops=model.ops)
+    cache = StreamingKVCache(config, engine.config.cache, grid, dtype=dtype, device="meta", ops=model.ops)
     latents = (1, config.in_dim, frames, grid.latent_height, grid.latent_width)
     shapes = {f"window_latents.{chunk}": latents for chunk in info.window_chunks}
     shapes["text_states"] = (1, config.text_len, config.text_dim)
@@ -468,12 +485,12 @@ def _expected_tensors(parts: StreamParts, grid: LatentGrid, info: StreamInfo) ->
     return expected
 
 
-def _settings(parts: StreamParts) -> dict[str, Any]:
+def _settings(engine: Engine) -> dict[str, Any]:
     """What a snapshot and the pipeline that restores it must agree on, as JSON values."""
     return {
-        "fingerprint": parts.fingerprint,
-        "dtype": str(parts.model.dtype),
-        "decoder": parts.decoder_kind,
-        "cache": json.loads(json.dumps(to_dict(parts.cache_config))),
-        "denoising_timesteps": list(parts.runner.schedule.denoising_timesteps),
+        "fingerprint": engine.fingerprint,
+        "dtype": str(engine.model.dtype),
+        "decoder": engine.config.runtime.vae,
+        "cache": json.loads(json.dumps(to_dict(engine.config.cache))),
+        "denoising_timesteps": list(engine.runner.schedule.denoising_timesteps),
     }

@@ -193,7 +193,7 @@ def own_stream(overlapped: Pipeline, monkeypatch: pytest.MonkeyPatch) -> tuple[P
     monkeypatch.setattr(ChunkRunner, "advance", advance)
     monkeypatch.setattr("rfengine.stream.chunk_noise", noise_of)
     pipe = with_runtime(overlapped, RuntimeConfig(overlap=True))
-    pipe._parts = dataclasses.replace(pipe._parts, compute_stream=FakeStream("own", log))
+    pipe._engine = dataclasses.replace(pipe._engine, compute_stream=FakeStream("own", log))
     return pipe, log
 
 
@@ -231,8 +231,8 @@ def test_without_a_stream_of_its_own_the_models_device_is_current(monkeypatch: p
 
     monkeypatch.setattr(torch.cuda, "device", on_device)
     for device in (torch.device("cuda", 1), torch.device("cpu")):
-        parts = SimpleNamespace(compute_stream=None, model=SimpleNamespace(device=device))
-        with VideoStream._computing(SimpleNamespace(_parts=parts)):
+        engine = SimpleNamespace(compute_stream=None, model=SimpleNamespace(device=device))
+        with VideoStream._computing(SimpleNamespace(_engine=engine)):
             pass
     assert entered == [torch.device("cuda", 1), -1]
 

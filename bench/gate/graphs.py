@@ -104,9 +104,9 @@ def _taped_engines() -> dict[str, Pipeline]:
     engines = {
         name: Pipeline(eager.config, eager.model, eager.vae, text, MARK) for name in ("op by op", "graphs")
     }
-    runner = engines["graphs"]._parts.runner
+    runner = engines["graphs"]._engine.runner
     taped = ChunkRunner(runner.model, runner.schedule, graphs=True)
-    engines["graphs"]._parts = replace(engines["graphs"]._parts, runner=taped)
+    engines["graphs"]._engine = replace(engines["graphs"]._engine, runner=taped)
     return engines
 
 
