@@ -34,13 +34,6 @@ _FROM_16_TO_235, _FROM_0_TO_255 = 1, 2  # FFmpeg's names of the ranges are tv an
 _EXACT_BILINEAR = 0x2 | 0x40000  # SWS_BILINEAR | SWS_ACCURATE_RND of libswscale
 
 
-def frames_from_pixels(pixels: Tensor) -> ndarray:
-    """Decoder output [1, 3, T, H, W] in [-1, 1] to RGB frames, uint8 [T, H, W, 3]: clamped, rounded to
-    nearest."""
-    scaled = (pixels[0].float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu().numpy()
-
-
 def pixels_from_frames(frames: ndarray) -> Tensor:
     """RGB frames, uint8 [T, H, W, 3], to the VAE's pixels [1, 3, T, H, W] in [-1, 1], float32.
 

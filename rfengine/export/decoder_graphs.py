@@ -1,11 +1,10 @@
 """The decoder of WanVAE as pure functions of static shapes, for export: tensors in, tensors out.
 
 Two graphs serve a stream: one decodes the first chunk of a video, the steady one every later chunk. Both take
-the same number of latent frames, so each chunk of a stream is one call. In the first graph nothing stands
-before the video, and latent 0 passes the temporal doublings apart from the latents after it, whose history
-there starts from zeros (spec 4.5); with one latent in a chunk it is the graph of the first latent alone.
-Every layer is written in operators that ONNX has, on [1, C, frames, h, w]: the convolution of a frame has a
-kernel of (1, 3, 3), so that no frame is ever moved into the batch.
+the same number of latent frames, so each chunk of a stream is one call. In the first graph the history is
+zero, and latent 0 passes the temporal doublings without being part of the history of the latents after it.
+Every layer is written in ONNX's operators on [1, C, frames, h, w]: the convolution of a frame has a kernel of
+(1, 3, 3), so that no frame moves into the batch.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def state_input(slot: str) -> str:
 
 
 def state_output(slot: str) -> str:
-    """Name of the output that holds what the next call takes for a slot of DecoderState."""
+    """Name of the output that holds a slot of DecoderState for the next call."""
     return f"next_{slot.replace('.', '_')}"
 
 
@@ -83,14 +82,14 @@ class DecoderGraph(nn.Module):
 
 
 class _History:
-    """The frames before a call by slot name (none in a first call), and those that it leaves behind."""
+    """The frames before a call by slot name (none in a first call), and those kept for the next call."""
 
     def __init__(self, given: dict[str, Tensor]) -> None:
         self.given = given
         self.left: dict[str, Tensor] = {}
 
     def in_front_of(self, slot: str, x: Tensor) -> Tensor:
-        """[1, C, T, h, w] -> [1, C, 2 + T, h, w]; the last two frames of it are left behind."""
+        """[1, C, T, h, w] -> [1, C, 2 + T, h, w], whose last two frames are kept."""
         if slot in self.given:
             x = torch.cat([self.given[slot], x], dim=2)
         else:

@@ -1,8 +1,8 @@
-"""Layers of StreamingDecoder on channels-last frames [T, H, W, C], and what a call of it carries along.
+"""Layers of StreamingDecoder on channels-last frames [T, H, W, C], and the context of one call.
 
-Whatever feeds a temporal convolution writes into the convolution's halo buffer [T + 2, H, W, C], which has
-the two frames before the chunk in front: nothing is padded, concatenated or laid out anew. A sum (of a
-convolution, its bias and the residual) is left to the op that reads it.
+The layer before a temporal convolution writes into the convolution's halo buffer [T + 2, H, W, C], which
+begins with the two frames before the chunk: nothing is padded, concatenated or copied to another layout. A
+sum (of a convolution, its bias and the residual) is left to the op that reads it.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class Pending(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
-    """Weights of a temporal convolution, channels last; its slot; the frames per latent it works on.
+    """Weights of a temporal convolution, channels last; its slot; `rate`: frames per latent at its input.
 
-    `of` lays the module's own weight out so as well: there is one copy of it, whichever decoder runs.
-    Where the weight is float8_e4m3fn, so is its halo, in units of `unit`, and `scale` [Cout] is what the sums
-    are multiplied by. A slot holds the frames themselves, whatever the unit.
+    `of` gives the module's own weight that layout too: there is one copy of it, whichever decoder runs.
+    Where the weight is float8_e4m3fn, so is its halo, in units of `unit`, and the sums are multiplied by
+    `scale` [Cout]. A slot holds the frames themselves, whatever the unit.
     """
 
     slot: str
@@ -71,7 +71,7 @@ class Convolution:
 
     @classmethod
     def fp8_of(cls, module: CausalConv, rate: int, gamma: Tensor) -> Convolution:
-        """The same in e4m3, for an input that the norm of `gamma` and a SiLU give."""
+        """The same in e4m3, for an input from the norm of `gamma` and a SiLU."""
         values, scale = channel_fp8(module.weight.detach())
         unit = activation_unit(gamma)
         weight = values.contiguous(memory_format=torch.channels_last_3d)
@@ -79,12 +79,12 @@ class Convolution:
 
 
 def activation_unit(gamma: Tensor) -> float:
-    """The unit in e4m3 of what the norm of `gamma` [C] and a SiLU give: nothing saturates, exactly.
+    """The e4m3 unit for the output of the norm of `gamma` [C] and a SiLU, in which nothing saturates.
 
     A channel over the L2 norm is at most 1, so its norm is at most sqrt(C) * max |gamma| and its SiLU is no
-    larger. e4m3 is a floating-point format, so room that is not used costs no precision, only the smallest
-    values. A power of two, so that its product with e4m3 values is exact in bfloat16: a slot gives back the
-    very values that were kept. 1 on the meta device, which has no values.
+    larger. e4m3 is a floating-point format, so unused range costs no precision, only the smallest values. A
+    power of two, so that its product with e4m3 values is exact in bfloat16 and a slot returns the values that
+    were kept. 1 on the meta device, which has no values.
     """
     if gamma.is_meta:
         return 1.0
@@ -94,9 +94,9 @@ def activation_unit(gamma: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class DecoderCall:
-    """One call: the ops, the slots of the stream, the buffers of the decoder, and how many latents it takes.
+    """One call: the ops, the slots of the stream, the buffers of the decoder, the number of latents.
 
-    fresh: the stream has seen no latent. On cuDNN, where a bias is a pass of its own, the op behind adds it.
+    fresh: the stream has seen no latent. On cuDNN, where a bias is a separate pass, the next op adds it.
     """
 
     ops: Ops
@@ -111,7 +111,7 @@ class DecoderCall:
         dtype = convolution.weight.dtype
         key = (self.latent_frames, *size, dtype)
         if key not in self.halos:
-            # for the frames of a later call: the first of a video gives fewer from as many latents
+            # for the frames of a later call: a video's first call has fewer from as many latents
             shape = (self.latent_frames * convolution.rate + HISTORY, *size)
             with torch.inference_mode(False):
                 self.halos[key] = torch.zeros(shape, dtype=dtype, device=x.device)
@@ -146,9 +146,9 @@ Layer = Callable[[Pending, DecoderCall], Pending]
 
 
 class Residual:
-    """norm, SiLU, convolution, norm, SiLU, convolution, and beside them the input or a product of it.
+    """norm, SiLU, convolution, norm, SiLU, convolution, plus the input or a projection of it.
 
-    fp8: convolutions to as many channels as they come from multiply in e4m3.
+    fp8: convolutions with as many output as input channels multiply in e4m3.
     """
 
     def __init__(self, block: ResidualBlock, rate: int, fp8: bool = False) -> None:
@@ -186,9 +186,9 @@ class Attention:
 
 
 class TimeDoubling:
-    """Two frames for each, but for the first of a video, which passes and is in nobody's history (spec 4.5).
+    """Two frames for each, except the first of a video, which passes and is in no later frame's history.
 
-    The weight gives even frames in its first half and odd frames in its second; each half writes its own.
+    The first half of the weight makes even frames, the second odd ones; each half writes its own.
     """
 
     def __init__(self, convolution: Convolution) -> None:
@@ -214,7 +214,7 @@ class TimeDoubling:
 
 
 class SizeDoubling:
-    """Nearest-2x and the 3 x 3 convolution behind it, as 2 x 2 phases."""
+    """Nearest-2x and the 3 x 3 convolution after it, as 2 x 2 phases."""
 
     def __init__(self, block: Upsample) -> None:
         convolution = block.resample[1]
@@ -228,7 +228,7 @@ class SizeDoubling:
 
 
 def bias_by(backend: str, bias: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The bias for the convolution itself and that for the op behind it; one of them is None."""
+    """The bias for the convolution itself and the bias for the next op; one of them is None."""
     return (None, bias) if backend == "cudnn" else (bias, None)
 
 

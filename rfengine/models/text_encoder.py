@@ -30,17 +30,17 @@ PAD_ID = 0
 EOS_ID = 1
 UNKNOWN_ID = 2
 _SPECIAL_TOKENS = {"<pad>": PAD_ID, "</s>": EOS_ID, "<unk>": UNKNOWN_ID}
-_QUOTED_WORDS = 6  # how much of the dropped text a warning quotes
+_QUOTED_WORDS = 6  # of the dropped text, in a warning
 _QUOTED_CHARACTERS = 60
 _QUOTED_REASON = 200  # characters of another library's error
 _MOST_TOKENIZER_BYTES = 64 << 20  # that of umt5-xxl has 17 MB
-# transformers loads a class when it is asked for, and says that it has none to a second thread meanwhile
+# transformers loads a class lazily, and a second thread that asks meanwhile gets an ImportError
 _one_import_at_a_time = Lock()
 _SAMPLE_TEXT = "a \u00fc\u4f60 \U0001f600 1"  # tried once, so that a damaged file is seen before a prompt
 
 
 def clean_text(text: str) -> str:
-    """The prompt as the encoder was trained to see it (spec 5.2).
+    """The prompt in the form that the published model was trained on.
 
     Broken encodings are repaired, HTML entities unescaped twice, every run of whitespace becomes one space,
     the ends are stripped. Not idempotent (a thrice escaped entity changes again): clean a prompt once.
@@ -52,7 +52,7 @@ def clean_text(text: str) -> str:
 
 
 class Tokenizer:
-    """Turns cleaned text into token ids; a subclass says how one text is split."""
+    """Turns cleaned text into token ids; a subclass splits one text."""
 
     def encode(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
         """Ids and mask of `texts`, each [B, length] int64: content, EOS, then padding, where the mask is 0.
@@ -83,7 +83,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def _remainder(self, text: str, kept: int) -> str:
-        """What the text says after its first `kept` tokens."""
+        """The text after its first `kept` tokens."""
         raise NotImplementedError
 
 
@@ -115,10 +115,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """The UMT5 vocabulary, read from the `tokenizer.json` of a local directory; nothing is ever downloaded.
+    """The UMT5 vocabulary from the `tokenizer.json` of a local directory; nothing is ever downloaded.
 
-    The file is run as it is written. The T5 class that AutoTokenizer picks for it in transformers 5 rebuilds
-    the pipeline from the vocabulary alone and loses byte fallback: rare characters would become <unk>.
+    The file is run as written. The T5 class that AutoTokenizer picks for it in transformers 5 rebuilds the
+    pipeline from the vocabulary alone and loses byte fallback: rare characters would become <unk>.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -162,9 +162,9 @@ def _read_tokenizer(path: Path) -> TokenizerFile:
 
 @contextmanager
 def _named_failures(path: Path) -> Iterator[None]:
-    """Turn what the tokenizers library raises for a damaged file into a ValueError that names the file.
+    """Turn the exceptions of the tokenizers library for a damaged file into a ValueError that names the file.
 
-    It raises plain Exceptions, and where its Rust code panics an exception beside them.
+    It raises plain Exceptions, and a BaseException where its Rust code panics.
     """
     try:
         yield
@@ -178,10 +178,10 @@ def _named_failures(path: Path) -> Iterator[None]:
 
 
 def build_umt5(config: TextConfig) -> nn.Module:
-    """A UMT5EncoderModel of the given shape, in eval mode, with fresh random weights and transformers' names.
+    """A UMT5EncoderModel of the given shape, in eval mode, with random weights and transformers' names.
 
-    Built inside `torch.device("meta")` it costs no memory and waits for its weights. Attention is the plain
-    form: scores in the model's dtype, its finite minimum at masked keys, softmax in float32 (spec 5.1).
+    Built inside `torch.device("meta")` it takes no memory and needs its weights loaded. Attention is eager:
+    scores in the model's dtype, its finite minimum at masked keys, softmax in float32.
     """
     with _one_import_at_a_time:
         from transformers import UMT5Config, UMT5EncoderModel
@@ -245,7 +245,7 @@ class TextEncoder:
     ) -> Tensor:
         """Text states [B, text_len, dim] of `prompts`, on `device`, in `dtype`: by default the encoder's.
 
-        Each prompt goes through the encoder alone: its states depend neither on the others nor on the disk.
+        Each prompt goes through the encoder alone, so its states depend neither on the others nor on a cache.
         Raises ValueError for a single string, no prompt, or a prompt that is empty once cleaned.
         """
         if isinstance(prompts, str):
@@ -266,8 +266,8 @@ class TextEncoder:
     def encode_ids(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Text states [B, L, dim] of token ids and mask [B, L], on the encoder's device and in its dtype.
 
-        The encoder runs on the columns up to the longest prompt only: padding is masked, so valid rows stay
-        the same. Raises ValueError unless every mask row is a run of ones followed by zeros.
+        The encoder runs only on the columns up to the longest prompt; padding is masked, so valid rows do not
+        change. Raises ValueError unless every mask row is a run of ones followed by zeros.
         """
         if ids.shape != mask.shape or ids.ndim != 2:
             raise ValueError(f"ids are {list(ids.shape)}, mask is {list(mask.shape)}; both must be [B, L]")

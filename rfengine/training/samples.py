@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rfengine.ops import choose_ops
+from rfengine.ops.reference import frame_pack
 from rfengine.prompts import read_prompts
 from rfengine.toy.data import negative_states
 from rfengine.toy.world import WorldConfig, caption, sample_scenes
@@ -20,7 +21,7 @@ from rfengine.training.parallel import Ranks, full_tensors
 from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.stages import TrainingStage, seeded
 from rfengine.training.trajectories import follow_flow
-from rfengine.video import VideoWriter, frames_from_pixels
+from rfengine.video import VideoWriter
 
 _VIDEOS = 4
 _MOST_CHUNKS = 9
@@ -56,7 +57,7 @@ class SampleWriter:
         try:
             for pixels in self._pixels(weights):
                 for writer, video in zip(writers, pixels.split(1), strict=True):
-                    writer.write(frames_from_pixels(video))
+                    writer.write(frame_pack(video[0]).cpu().numpy())
             for writer in writers:
                 writer.close()
         finally:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rfengine.evaluation.dynamics import measure_dynamics
 from rfengine.ops import choose_ops
+from rfengine.ops.reference import frame_pack
 from rfengine.toy.data import negative_states
 from rfengine.toy.detector import detect, score
 from rfengine.toy.reward import ToyReward
@@ -19,7 +20,7 @@ from rfengine.training.recipes import toy_dmd
 from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.stages import seeded
 from rfengine.training.trajectories import follow_flow
-from rfengine.video import as_clips, frames_from_pixels
+from rfengine.video import as_clips
 from studies.toy.record import write_record
 from studies.toy.setting import Setting
 from studies.toy.units import Unit, Values, unit
@@ -109,7 +110,7 @@ def _measure(setting: Setting, sampler: _Sampler, kind: str, seed: int) -> Unit:
         for place, (scene, text) in enumerate(zip(drawn, texts, strict=True)):
             values = _clip_values(scene, text, pixels[place])
             if first_seed and first + place < setting.size.flow_clips:
-                frames = frames_from_pixels(pixels[place : place + 1])
+                frames = frame_pack(pixels[place]).cpu().numpy()
                 values["flow_speed"] = measure_dynamics(frames, most_pairs=_FLOW_PAIRS).speed
             videos.append({"prompt": first + place, "seed": seed, "captions": kind, "values": values})
     return {"videos": videos, "latents": torch.cat(kept)}

@@ -16,11 +16,11 @@ from rfengine.evaluation.dynamics import measure_dynamics
 from rfengine.evaluation.toy_accuracy import toy_accuracy
 from rfengine.evaluation.video_frames import ChunkGrid
 from rfengine.ops import choose_ops
+from rfengine.ops.reference import frame_pack
 from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import START_JITTER, Scene, WorldConfig, caption, render, sample_scenes
 from rfengine.training.checkpoint_parts import base_engine, load_transformer, load_vae, text_states_of
 from rfengine.training.rollout import decode_chunks, roll_out
-from rfengine.video import frames_from_pixels
 from studies.toy.record import write_record
 from studies.toy.setting import Setting
 from studies.toy.units import Unit, Values, unit
@@ -127,7 +127,7 @@ def _stream(
     with setting.casting():
         for pixels in decode_chunks(vae, (chunk.float() for chunk in latents)):
             for place, video in enumerate(pixels.float().cpu().split(1)):
-                parts[place].append(torch.as_tensor(frames_from_pixels(video)))
+                parts[place].append(frame_pack(video[0]))
     return [torch.cat(frames)[: seconds * engine.fps] for frames in parts]
 
 

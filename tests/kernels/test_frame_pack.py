@@ -44,10 +44,3 @@ def test_rows_with_gaps_are_refused() -> None:
 
 def test_the_operator_is_registered_correctly() -> None:
     torch.library.opcheck(torch.ops.rfengine.frame_pack.default, (pixels_of((1, 4, 8), torch.float32),))
-
-
-def test_bytes_are_what_the_video_writer_takes() -> None:
-    from rfengine.video import frames_from_pixels
-
-    pixels = pixels_of((2, 6, 10), torch.float32)
-    assert reference.frame_pack(pixels).cpu().numpy().tolist() == frames_from_pixels(pixels[None]).tolist()

@@ -264,3 +264,9 @@ def test_last_convolution_packs_its_unrounded_sum():
     assert torch.equal(reference.conv_frame_pack(x, weight, bias), reference.frame_pack(pixels))
     rounded = reference.frame_pack(pixels.bfloat16())
     assert (reference.conv_frame_pack(x, weight, bias) != rounded).any()
+
+
+def test_pixels_are_clamped_and_rounded_to_the_nearest_level() -> None:
+    row = torch.tensor([-2.0, -1.0, 0.0, 0.6 / 127.5 - 1, 1.0, 3.0])
+    pixels = row.reshape(1, 1, 1, 6).expand(3, 1, 1, 6)
+    assert reference.frame_pack(pixels)[0, 0, :, 0].tolist() == [0, 0, 128, 1, 255, 255]
