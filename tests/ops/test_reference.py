@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from rfengine.ops import reference
 from rfengine.rotary import rotary_table
 
-torch.manual_seed(0)
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 def test_the_reference_that_kernels_are_held_to_is_not_rounded_to_tf32():
