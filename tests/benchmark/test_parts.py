@@ -106,11 +106,11 @@ def test_every_op_has_a_part() -> None:
 
 def test_marks_are_gone_afterwards() -> None:
     ops = Ops(dict.fromkeys(OPS, "reference"))
-    begin, decode = StreamingKVCache.evict, StreamingDecoder.decode_frames
+    begin, decode = StreamingKVCache.begin_chunk, StreamingDecoder.decode_frames
     with marked_parts(ops, StreamingDecoder):
-        assert "rms_norm" in vars(ops) and StreamingKVCache.evict is not begin
+        assert "rms_norm" in vars(ops) and StreamingKVCache.begin_chunk is not begin
     assert "rms_norm" not in vars(ops)
-    assert StreamingKVCache.evict is begin and StreamingDecoder.decode_frames is decode
+    assert StreamingKVCache.begin_chunk is begin and StreamingDecoder.decode_frames is decode
 
 
 def test_parts_of_a_real_profile_add_up_to_the_chunk() -> None:
