@@ -11,7 +11,7 @@ def rotary_table(head_dim: int, time_indices: Tensor, rows: int, columns: int) -
     float32.
 
     time_indices: integers [F], of any size: no table ends. Pairs are ordered time, row, column; an axis of n
-    dimensions has the frequencies 10000^(-2i / n). Computed in float64 (spec 1.5).
+    dimensions has the frequencies 10000^(-2i / n). Computed in float64.
     """
     side = 2 * (head_dim // 6)
     axes = (head_dim - 2 * side, side, side)

@@ -1,7 +1,7 @@
 """StreamingKVCache: a contiguous arena [sink | slot | slot | ...] for every layer, written in place.
 
-Attention does not care about the order of keys, so a chunk that leaves is overwritten where it lies: nothing
-is rolled or concatenated. All decisions are integers on the host, made once for each chunk in a CachePlan.
+Attention does not care about the order of keys, so a chunk that leaves is overwritten where it is: nothing is
+rolled or concatenated. All decisions are integers on the host, made once for each chunk in a CachePlan.
 Shapes: L layers, B batch, S arena tokens, T tokens of a chunk, H heads, E head dim.
 """
 
@@ -26,10 +26,9 @@ EMPTY = -1
 class CachePlan:
     """Where one chunk is written, what leaves for it, and which time index every slot has then.
 
-    chunk: number of the chunk in the stream. slot: the slot it is written to. evicts: whether the chunk that
-    lies there leaves the window. filled_slots: slots that hold something once this chunk is written; they
-    come first.
-    slot_times: time index of the first latent frame of every filled slot.
+    chunk: number of the chunk in the stream. slot: the slot it is written to. evicts: whether the chunk in
+    that slot leaves the window. filled_slots: slots that hold something once this chunk is written; they come
+    first. slot_times: time index of the first latent frame of every filled slot.
     """
 
     chunk: int
@@ -41,14 +40,6 @@ class CachePlan:
     @property
     def query_time(self) -> int:
         return self.slot_times[self.slot]
-
-
-@dataclass(frozen=True, slots=True)
-class TextKeysValues:
-    """Cross-attention keys and values of one prompt for every layer: [L, B, text_len, H, E] each."""
-
-    keys: Tensor
-    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +67,13 @@ def arena_shape(
 class StreamingKVCache:
     """Keys and values of the sink and the window, for all layers.
 
+    A chunk is planned (plan_chunk), begun (begin_chunk), computed over its layers' views (layer), and
+    committed (commit).
+
     keys: rotated keys [L, B, S, H, E]; values: the same shape; raw_keys: keys after the norm and before
     rotation, kept only with relative positions, where a slot's time index changes. rotation: cosines and
     sines [2, S, E / 2] of every slot's present time index; query_rotation: [2, T, E / 2], those of the chunk
     that has begun. filled_tokens: int32 [1], how much of S the chunk sees. Memory is fixed from the start.
-
-    A chunk is planned (plan_chunk), begun (begin_chunk), computed, and committed (commit).
     """
 
     def __init__(
@@ -94,7 +86,6 @@ class StreamingKVCache:
         device: torch.device | str = "cpu",
         ops: Ops = REFERENCE_OPS,
     ) -> None:
-        self.ops = ops
         self.config = config
         self.grid = grid
         self.head_dim = model.head_dim
@@ -110,13 +101,10 @@ class StreamingKVCache:
         places = range(config.window_frames) if config.positions == "relative" else range(0)
         self._place_rotation = self._rotation_of(places)  # relative positions use these time indices only
         self._shown_times = [EMPTY] * config.window_chunks  # time index that `rotation` holds for every slot
-        self._start()
+        self._stand_before(0, [EMPTY] * config.window_chunks)
 
-    def _start(self) -> None:
-        self.slot_chunks = [EMPTY] * self.config.window_chunks
-        self._stand_before(0)
-
-    def _stand_before(self, chunk: int) -> None:
+    def _stand_before(self, chunk: int, slot_chunks: Sequence[int]) -> None:
+        self.slot_chunks = list(slot_chunks)
         self.next_chunk = chunk
         self.begun_chunk = chunk - 1  # the last chunk whose eviction and re-phasing were done
 
@@ -125,7 +113,7 @@ class StreamingKVCache:
         cache."""
         for tensor in self.tensors().values():
             tensor.zero_()
-        self._start()
+        self._stand_before(0, [EMPTY] * self.config.window_chunks)
 
     @property
     def sink_tokens(self) -> int:
@@ -133,18 +121,27 @@ class StreamingKVCache:
 
     def plan_chunk(self) -> CachePlan:
         """Decide, without changing anything, what the next chunk does to the cache."""
-        evicts = EMPTY not in self.slot_chunks
         if self.begun_chunk == self.next_chunk:
             raise RuntimeError(f"chunk {self.next_chunk} has begun; commit it before the next one is planned")
-        if evicts:
-            window = range(self.config.sink_chunks, self.config.window_chunks)
-            slot = min(window, key=lambda index: self.slot_chunks[index])
-        else:
-            slot = self.slot_chunks.index(EMPTY)
         chunks = list(self.slot_chunks)
+        evicts = EMPTY not in chunks
+        slot = self.policy.leaving(chunks) if evicts else chunks.index(EMPTY)
         chunks[slot] = self.next_chunk
         filled = [chunk for chunk in chunks if chunk != EMPTY]
         return CachePlan(self.next_chunk, slot, evicts, len(filled), self._slot_times(filled))
+
+    def begin_chunk(self, plan: CachePlan) -> None:
+        """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes
+        nothing."""
+        if plan.chunk != self.next_chunk:
+            raise RuntimeError(
+                f"the plan is for chunk {plan.chunk} but chunk {self.next_chunk} is next; plan again"
+            )
+        self._show(plan)
+        if plan.evicts and self.begun_chunk != plan.chunk:  # then every slot is filled
+            leaving = self.slot_tokens(plan.slot).start
+            self.policy.evict(self.raw_keys, self.keys, self.values, self.rotation, leaving)
+        self.begun_chunk = plan.chunk
 
     def begin_rewrite(self, slot: int) -> CachePlan:
         """Make ready to write the chunk of a filled slot once more; it sees the slots up to and with its
@@ -153,6 +150,13 @@ class StreamingKVCache:
         plan = CachePlan(self.slot_chunks[slot], slot, False, slot + 1, self._slot_times(chunks))
         self._show(plan)
         return plan
+
+    def commit(self, plan: CachePlan) -> None:
+        """The chunk's final keys and values are in its slot: the next chunk follows."""
+        if plan.chunk != self.next_chunk or self.begun_chunk != plan.chunk:
+            raise RuntimeError(f"chunk {plan.chunk} has not begun; call begin_chunk before commit")
+        self.slot_chunks[plan.slot] = plan.chunk
+        self.next_chunk += 1
 
     def _show(self, plan: CachePlan) -> None:
         """Bring what the device reads, the fill and the rotations, to the view of `plan`; keys stay as they
@@ -183,43 +187,16 @@ class StreamingKVCache:
         order = {chunk: place for place, chunk in enumerate(sorted(chunks))}
         return tuple(order[chunk] * frames for chunk in chunks)
 
-    def begin_chunk(self, plan: CachePlan) -> None:
-        """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes
-        nothing."""
-        if plan.chunk != self.next_chunk:
-            raise RuntimeError(
-                f"the plan is for chunk {plan.chunk} but chunk {self.next_chunk} is next; plan again"
-            )
-        self._show(plan)
-        if plan.evicts and self.begun_chunk != plan.chunk:  # then every slot is filled
-            leaving = self.slot_tokens(plan.slot).start
-            self.policy.evict(self.raw_keys, self.keys, self.values, self.rotation, leaving)
-        self.begun_chunk = plan.chunk
-
-    def commit(self, plan: CachePlan) -> None:
-        """The chunk's final keys and values are in its slot: the next chunk follows."""
-        if plan.chunk != self.next_chunk or self.begun_chunk != plan.chunk:
-            raise RuntimeError(f"chunk {plan.chunk} has not begun; call begin_chunk before commit")
-        self.slot_chunks[plan.slot] = plan.chunk
-        self.next_chunk += 1
-
     def slot_tokens(self, slot: int) -> slice:
         return slice(slot * self.chunk_tokens, (slot + 1) * self.chunk_tokens)
 
     def layer(self, index: int, plan: CachePlan, keep_raw: bool) -> LayerCache:
-        """The views of one layer for the planned chunk; keep_raw also gives the slot of the raw keys."""
+        """The views of one layer for the planned chunk; keep_raw adds the slot of the raw keys."""
         tokens = self.slot_tokens(plan.slot)
         keys, values = self.keys[index], self.values[index]
         raw = self.raw_keys[index][:, tokens] if keep_raw and self.raw_keys is not None else None
-        return LayerCache(
-            keys,
-            values,
-            keys[:, tokens],
-            values[:, tokens],
-            raw,
-            plan.filled_slots * self.chunk_tokens,
-            self.filled_tokens,
-        )
+        filled = plan.filled_slots * self.chunk_tokens
+        return LayerCache(keys, values, keys[:, tokens], values[:, tokens], raw, filled, self.filled_tokens)
 
     def chronological(self, arena: Tensor) -> Tensor:
         """The valid tokens of an arena [L, B, S, H, E] in the order sink, then oldest to newest; a copy."""
@@ -232,7 +209,7 @@ class StreamingKVCache:
         raw = {} if self.raw_keys is None else {"raw_keys": self.raw_keys}
         return {"keys": self.keys, "values": self.values, **raw, **self.policy.tensors()}
 
-    def load(self, tensors: dict[str, Tensor], slot_chunks: list[int], next_chunk: int) -> None:
+    def load(self, tensors: dict[str, Tensor], slot_chunks: Sequence[int], next_chunk: int) -> None:
         """Take over a state saved between two chunks, in place, cast to the cache's dtype.
 
         Raises ValueError, before anything is changed, when a tensor is missing, unknown or of another shape,
@@ -251,8 +228,7 @@ class StreamingKVCache:
         check_slots(self.config, slot_chunks, next_chunk)
         for name, own in state.items():
             own.copy_(tensors[name])
-        self.slot_chunks = list(slot_chunks)
-        self._stand_before(next_chunk)
+        self._stand_before(next_chunk, slot_chunks)
 
 
 def check_slots(config: CacheConfig, slot_chunks: Sequence[int], next_chunk: int) -> None:

@@ -1,8 +1,7 @@
-"""WanDiT: the Wan2.1 transformer, causal over the streaming cache or bidirectional over a whole clip (spec
-1).
+"""WanDiT: the Wan2.1 transformer, causal over the streaming cache or bidirectional over a whole clip.
 
-Parameter names and shapes are those of the original checkpoints (spec 1.2). B batch, F latent frames, T
-tokens, D model dim, H heads, E head dim, L layers, C latent channels.
+Parameter names and shapes are those of the original checkpoints. B batch, F latent frames, T tokens, D model
+dim, H heads, E head dim, L layers, C latent channels.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfengine.cache.kv_cache import CachePlan, LayerCache, StreamingKVCache, TextKeysValues
+from rfengine.cache.kv_cache import CachePlan, LayerCache, StreamingKVCache
 from rfengine.config import WanConfig
 from rfengine.models.embeddings import patchify, timestep_sinusoid
 from rfengine.ops import REFERENCE_OPS, Ops
@@ -33,6 +32,14 @@ class Modulation:
 
     layers: Tensor
     head: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TextKeysValues:
+    """Cross-attention keys and values of one prompt for every layer: [L, B, text_len, H, E] each."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class Linear(nn.Linear):
@@ -54,9 +61,9 @@ class LinearGELU(Linear):
 
 
 class Projections(nn.Module):
-    """Queries, keys and values of x: apart, or by one product where pack_weights laid the weights together.
+    """Queries, keys and values of x: one product where pack_weights joined the weights, else one for each.
 
-    The weights stay parameters of their own names in either case. What moves them apart again (`.to()`,
+    The weights remain parameters of their own names in either case. What moves them apart again (`.to()`,
     copying the model, state loaded with assign=True) is seen at the next call, as is a recorded gradient: the
     layers are then called one by one.
     """
@@ -70,7 +77,7 @@ class Projections(nn.Module):
 
     @torch.no_grad()
     def pack(self, *layers: nn.Linear) -> None:
-        """Lay the weights of `layers` one after another in one memory, and their biases; needs no more."""
+        """Place the weights of `layers` one after another in one tensor's memory, and their biases."""
         for name in ("weight", "bias"):
             parts = [getattr(layer, name) for layer in layers]
             joined = torch.cat([part.data for part in parts])
@@ -89,8 +96,7 @@ class Projections(nn.Module):
 
 
 def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
-    """One view of tensors that lie one after another in one storage, without gradient; None where they do
-    not."""
+    """One view, without gradient, of tensors that follow each other in one storage; None for any others."""
     first = parts[0].detach()
     place = first.data_ptr()
     for part in parts:
@@ -104,7 +110,8 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
 
 
 class SelfAttention(Projections):
-    """Both ways give the attention [B, T, D] before its output projection `o`, which the block applies."""
+    """over_cache and over_clip return the attention [B, T, D] before its output projection `o`, which the
+    block applies."""
 
     def pack_weights(self) -> None:
         self.pack(self.q, self.k, self.v)
@@ -134,7 +141,7 @@ class SelfAttention(Projections):
         over_cache."""
         k, v = self.project(x, self.k, self.v)
         weight = self.norm_k.weight
-        # the op wants queries: the keys stand in for them, and what it returns is the keys again
+        # no queries here: k is passed twice, and the result is ignored
         self.ops.qk_norm_rope_write(
             k, k, v, weight, weight, rotation, self.eps,
             cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
@@ -166,8 +173,8 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block. It takes and gives the residual stream and its norm for the next reader, so that
-    every residual addition is fused: with the norm that follows it, or (ops.folds_gate) with the product
+    """One transformer block. It takes and returns the residual stream and its norm for the next reader, so
+    that every residual addition is fused: with the norm that follows it, or (ops.folds_gate) with the product
     before it."""
 
     def __init__(self, config: WanConfig, ops: Ops) -> None:
@@ -193,7 +200,7 @@ class Block(nn.Module):
         attend: Callable[[SelfAttention, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """x, normed: [B, T, D]; rows: [B, F, 6, D] of this block; following: [B, F, 2, D], shift and scale
-        next. attend gives the self-attention before its output projection."""
+        of the next one. attend returns the self-attention before its output projection."""
         _, _, gate, shift, scale, gate_ffn = rows.unbind(2)
         x, normed = self._add_affine(x, attend(self.self_attn, normed), gate)
         x, normed = self._add_adaptive(
@@ -203,7 +210,7 @@ class Block(nn.Module):
         return self._add_adaptive(x, expand(normed), contract, gate_ffn, *following.unbind(2))
 
     def _add_affine(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        """(x + gate * projection of y, its norm3); the caller gives x up."""
+        """(x + gate * projection of y, its norm3). x may be overwritten; do not use it afterwards."""
         projection, weight, bias = self.self_attn.o, self.norm3.weight, self.norm3.bias
         if self.ops.folds_gate:
             x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
@@ -213,7 +220,7 @@ class Block(nn.Module):
     def _add_adaptive(
         self, x: Tensor, y: Tensor, projection: Linear, gate: Tensor | None, shift: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(x + gate * projection of y, its modulated norm); the caller gives x up."""
+        """(x + gate * projection of y, its modulated norm). x may be overwritten, as in _add_affine."""
         if self.ops.folds_gate:
             x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
             return x, self.ops.adaptive_layer_norm(x, shift, scale, self.eps)
@@ -255,8 +262,7 @@ class WanDiT(nn.Module):
         return self.patch_embedding.weight.device
 
     def modulation(self, timesteps: Tensor) -> Modulation:
-        """Modulation for timesteps [B, F] or [1, 1], floats from 0 to 1000, never rounded (spec 1.4, steps 3
-        to 6)."""
+        """Modulation for timesteps [B, F] or [1, 1], floats from 0 to 1000, never rounded."""
         sinusoid = timestep_sinusoid(timesteps, self.config.freq_dim).to(self.dtype)
         embedded = self.time_embedding(sinusoid)
         rows = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
@@ -266,7 +272,7 @@ class WanDiT(nn.Module):
     def text_keys_values(self, text_states: Tensor) -> TextKeysValues:
         """Cross-attention keys and values of text states [B, <= text_len, text_dim], once for each prompt.
 
-        Rows up to text_len are zeros: they take part, as in the published model (spec 1.4, step 4).
+        Rows up to text_len are zeros: they take part, as in the published model.
         """
         length, limit = text_states.shape[1], self.config.text_len
         if length > limit or text_states.shape[2] != self.config.text_dim:
@@ -290,7 +296,7 @@ class WanDiT(nn.Module):
         """Causal pass of one chunk over the cache; overwrites the chunk's slot. Returns tokens [B, T, P * P *
         C].
 
-        latents: [B, C, chunk_frames, h, w]. keep_raw stores the raw keys as well: the context pass does.
+        latents: [B, C, chunk_frames, h, w]. keep_raw stores the raw keys as well, as the context pass does.
         """
         attend = _over_cache(cache, plan, keep_raw)
         _, normed = self._run_blocks(latents, modulation, text, attend, len(self.blocks))
@@ -304,7 +310,8 @@ class WanDiT(nn.Module):
         cache: StreamingKVCache,
         plan: CachePlan,
     ) -> None:
-        """forward_chunk with keep_raw for the keys and values it leaves: the last layer stops after its own.
+        """Leave the keys and values that forward_chunk with keep_raw leaves; the last layer stops after its
+        own.
 
         latents: [B, C, chunk_frames, h, w], clean.
         """
@@ -374,7 +381,7 @@ def _over_cache(
 
 
 def pack_weights(model: WanDiT) -> None:
-    """Lay the query, key and value weights of every attention together, for inference: one product each.
+    """Join the query, key and value weights of every attention in memory, for inference: one product each.
 
     In place, and without more memory once done. Call it when the weights are loaded, on their device and in
     their dtype; training never needs it.

@@ -1,4 +1,4 @@
-"""Sinusoids of the timestep, rotary tables, and patches."""
+"""Sinusoids of the timestep, and patches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from torch import Tensor
 
 
 def timestep_sinusoid(timesteps: Tensor, dim: int) -> Tensor:
-    """[..., dim]: cosines first, then sines, of timestep * 10000^(-k / (dim / 2)); float64 (spec 1.4, step
-    2)."""
+    """[..., dim]: cosines first, then sines, of timestep * 10000^(-k / (dim / 2)); float64."""
     half = dim // 2
     frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
     angles = timesteps.double().unsqueeze(-1) * frequencies
