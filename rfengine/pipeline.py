@@ -211,7 +211,7 @@ class Pipeline:
         if config.runtime.vae == "full":
             frames = config.cache.chunk_frames * grid.temporal_stride
             values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]
-            place = self._engine.lane.device
+            place = self._engine.queue.device
             needs[place] = (
                 needs.get(place, 0) + 2 * values * itemsize
             )  # of a layer, what goes in and comes out

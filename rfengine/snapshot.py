@@ -1,7 +1,7 @@
 """Snapshot: a stream between two chunks, as tensors and JSON values, in memory or in one file.
 
 A file may come from anywhere: its checksum covers every tensor and every value, and what a stream takes over
-is first held against what it expects.
+is first compared with what it expects.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfengine.cache.kv_cache import check_slots
-from rfengine.config import CacheConfig, from_dict
+from rfengine.cache.kv_cache import StreamingKVCache, check_slots
+from rfengine.config import CacheConfig, WanConfig, from_dict
 from rfengine.files import strict_json
+from rfengine.grid import LatentGrid
 from rfengine.schedule import MAX_SEED
 
 logger = logging.getLogger(__name__)
@@ -169,6 +170,23 @@ class Snapshot:
         """The tensors called `name`.something, by that something."""
         prefix = f"{name}."
         return {key[len(prefix) :]: tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
+
+
+def expected_tensors(
+    info: StreamInfo, model: WanConfig, grid: LatentGrid, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What a snapshot holds beside the decoder's state, by name, on the meta device."""
+    frames = info.cache.chunk_frames
+    cache = StreamingKVCache(model, info.cache, grid, dtype=dtype, device="meta")
+    latents = (1, model.in_dim, frames, grid.latent_height, grid.latent_width)
+    shapes = {f"window_latents.{chunk}": latents for chunk in info.window_chunks}
+    shapes["text_states"] = (1, model.text_len, model.text_dim)
+    expected = {f"cache.{name}": tensor for name, tensor in cache.tensors().items()}
+    expected |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    if info.ahead:
+        pixels = (frames * grid.temporal_stride, grid.height, grid.width, 3)
+        expected["ahead.frames"] = torch.empty(pixels, dtype=torch.uint8, device="meta")
+    return expected
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

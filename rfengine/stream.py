@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,11 +24,11 @@ from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import check_prompt
 from rfengine.runtime.chunk_runner import ChunkRunner, StepCallback
-from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker, PendingFrames
+from rfengine.runtime.decode_worker import DecodedFrames, DecodeQueue, DecodeWorker, StreamFrames, finished
 from rfengine.runtime.options import runtime_switches
 from rfengine.runtime.turns import Turns
 from rfengine.schedule import FlowSchedule, chunk_noise
-from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
+from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors, expected_tensors
 from rfengine.video import pixels_from_frames
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ class ChunkTimings:
     """Milliseconds of one chunk.
 
     denoise_ms: the host in the chunk's denoising; CUDA runs behind it. decode_ms: the decoding where it ran;
-    without overlap it includes the wait for the denoising. call_ms: the whole call that gave the chunk; with
-    overlap this is what a chunk costs the caller, and the other two lie partly in the call before it.
+    without overlap it includes the wait for the denoising. call_ms: the whole call that returned the chunk;
+    with overlap this is what a chunk costs the caller, and part of the other two is in the call before it.
     """
 
     denoise_ms: float
@@ -67,9 +68,9 @@ class FrameChunk:
 class Engine:
     """The loaded models and what runs them, shared by all streams of a pipeline.
 
-    open_decoder returns the decoder of one size; vae encodes; both are on the lane's device. lane.overlap:
+    open_decoder returns the decoder of one size; vae encodes; both are on the queue's device. queue.overlap:
     streams compute one chunk ahead. compute_stream: the CUDA stream of all denoising then, of a higher
-    priority than the lane's. turns: held by the one stream that uses the engine; graphs, halos and the lane
+    priority than the queue's. turns: held by the one stream that uses the engine; graphs, halos and the queue
     serve one at a time. Nothing here may refer to the pipeline: a circle would keep the models until Python's
     collector runs.
     """
@@ -80,7 +81,7 @@ class Engine:
     text_encoder: TextEncoder
     fingerprint: str
     open_decoder: Callable[[LatentGrid], FrameDecoder]
-    lane: DecodeLane
+    queue: DecodeQueue
     runner: ChunkRunner
     turns: Turns
     compute_stream: torch.cuda.Stream | None = None
@@ -98,11 +99,13 @@ class Engine:
         """The engine of loaded models, with the runtime options of `config` resolved for their devices."""
         switches = runtime_switches(config.runtime, model.device)
         overlap, graphs = switches["overlap"].on, switches["graphs"].on
-        lane = DecodeLane(next(vae.parameters()).device, overlap, graphs)
+        queue = DecodeQueue(next(vae.parameters()).device, overlap, graphs)
         runner = ChunkRunner(model, FlowSchedule(config.schedule), graphs)
         beside = overlap and model.device.type == "cuda"
         stream = torch.cuda.Stream(model.device, priority=-1) if beside else None
-        return cls(config, model, vae, text_encoder, fingerprint, open_decoder, lane, runner, Turns(), stream)
+        return cls(
+            config, model, vae, text_encoder, fingerprint, open_decoder, queue, runner, Turns(), stream
+        )
 
     def encode_text(self, prompt: str) -> Tensor:
         """The text states [1, text_len, text_dim] of one prompt, as the model takes them. Raises ValueError
@@ -113,25 +116,11 @@ class Engine:
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """A chunk that is denoised, or on its way there, and not handed out. pending is None without decoding."""
+    """A chunk that is denoised, or on its way there, and not handed out. frames: None without decoding."""
 
     latents: Tensor
-    pending: PendingFrames | None
+    frames: Future[DecodedFrames] | StreamFrames | None
     denoise_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class _SavedFrames:
-    """PendingFrames of a snapshot: decoded before it was taken."""
-
-    frames: ndarray
-    milliseconds: float = 0.0
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> _SavedFrames:
-        return self
 
 
 class VideoStream:
@@ -144,13 +133,14 @@ class VideoStream:
     switch of the prompt shows one chunk later (see set_prompt), and the last call has begun a chunk that
     nobody takes unless it says ahead=False, as `take` does. A snapshot holds the chunk that is ahead.
 
-    After an error inside a chunk the stream is closed: its state could be half-way. Restore a snapshot to go
-    on.
+    After an error inside a chunk the stream is closed: its state could be half-way. Restore a snapshot to
+    continue.
 
     Streams of one pipeline may run in several threads: each call waits for its turn and keeps it to its end,
-    so they go on chunk by chunk, in the order of asking. Threads that share one stream get its chunks in that
-    order too, each chunk once. A call on a stream from inside its own on_step raises RuntimeError. What the
-    caller has set in torch (default dtype and device, autocast, inference and gradient mode) changes nothing.
+    so they advance chunk by chunk, in the order of asking. Threads that share one stream get its chunks in
+    that order too, each chunk once. A call on a stream from inside its own on_step raises RuntimeError. What
+    the caller has set in torch (default dtype and device, autocast, inference and gradient mode) changes
+    nothing.
     """
 
     def __init__(self, engine: Engine, grid: LatentGrid, prompt: str, text_states: Tensor, seed: int) -> None:
@@ -160,29 +150,33 @@ class VideoStream:
         self.latents: Tensor | None = None  # clean latents [1, C, F, h, w] of the last chunk
         self._engine = engine
         self._busy = False  # inside a call
-        self._set_text(prompt, ordinary(text_states))
         self._index = 0
         self._undecoded = False  # a chunk was computed whose latents the decoder has not seen
-        self._worker = DecodeWorker(engine.open_decoder(grid), engine.lane)
+        self._worker = DecodeWorker(engine.open_decoder(grid), engine.queue)
         model = engine.model
         with self._computing():
+            self._set_text(prompt, ordinary(text_states))
             self._cache = StreamingKVCache(
                 model.config, engine.config.cache, grid, dtype=model.dtype, device=model.device, ops=model.ops
             )
         self._decoder_state = self._worker.new_state(1, grid.latent_height, grid.latent_width, model.dtype)
-        self._window_latents: dict[int, Tensor] = {}
+        self._window_latents: dict[int, Tensor] = {}  # clean: a prompt switch may recompute the window
         self._ahead: _Computed | None = None
-        self._drawn: tuple[int, Tensor] | None = None  # a chunk and its noise on the host
+        self._drawn: dict[int, Tensor] = {}  # noise on the host of a chunk to come
         self._handed_out = False  # a chunk, since the start of this video
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """One call on the stream: alone on the pipeline, and under torch's own settings."""
+        """One call on the stream while it is open: alone on the pipeline, and under torch's own settings."""
         with self._engine.turns, own_state():
             if self._busy:
                 raise RuntimeError(
                     f"chunk {self._index} of the stream is being made; call the stream once its on_step has "
                     "returned"
+                )
+            if self.closed:
+                raise RuntimeError(
+                    f"the stream was closed in chunk {self._index}; restore a snapshot or start a new one"
                 )
             self._busy = True
             try:
@@ -205,9 +199,17 @@ class VideoStream:
             yield
         outer.wait_stream(own)
 
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """A step that fails half-way leaves a state from which nothing may continue."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     def _set_text(self, prompt: str, text_states: Tensor) -> None:
-        with self._computing():
-            text = self._engine.model.text_keys_values(text_states.to(self._engine.model.device))
+        text = self._engine.model.text_keys_values(text_states.to(self._engine.model.device))
         self.prompt, self._text_states, self._text = prompt, text_states, text
 
     @property
@@ -229,7 +231,7 @@ class VideoStream:
     def advance(
         self, on_step: StepCallback | None = None, decode: bool = True, ahead: bool = True
     ) -> FrameChunk:
-        """Give the next chunk; on_step is ChunkRunner.advance's.
+        """Return the next chunk; on_step is ChunkRunner.advance's.
 
         ahead: whether the chunk after it may be begun, where the stream overlaps; with on_step and without
         decode it never is. Without decode, frames are empty and only the latents advance; such a stream can
@@ -237,7 +239,6 @@ class VideoStream:
         RuntimeError also for on_step or not decode where this chunk was already begun by the call before.
         """
         with self._turn():
-            self._check_open()
             if decode and self._undecoded:
                 raise RuntimeError(
                     f"chunk {self._index - 1} was not decoded; decode every chunk of a stream or none"
@@ -252,34 +253,27 @@ class VideoStream:
             with self._closed_on_error():
                 return self._advance(on_step, decode, ahead and plain)
 
-    @contextmanager
-    def _closed_on_error(self) -> Iterator[None]:
-        """A step that fails half-way leaves a state that nothing may go on from."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
-
     def _advance(self, on_step: StepCallback | None, decode: bool, ahead: bool) -> FrameChunk:
         started = time.perf_counter()
         current = self._ahead or self._compute(on_step, decode)
-        go_ahead = ahead and self._engine.lane.overlap and self._handed_out
-        frames, decode_ms = self._no_frames(), 0.0
+        go_ahead = ahead and self._engine.queue.overlap and self._handed_out
         try:
             self._ahead = self._compute(None, True) if go_ahead else None
-            if current.pending is not None:
-                decoded = current.pending.result()
-                frames, decode_ms = decoded.frames, decoded.milliseconds
+            decoded = self._no_frames() if current.frames is None else current.frames.result()
         except BaseException:
             del current  # it may hold the error, whose traceback holds this frame: a circle
             raise
         self.latents = current.latents
         call_ms = (time.perf_counter() - started) * 1e3
-        chunk = FrameChunk(frames, self._index, ChunkTimings(current.denoise_ms, decode_ms, call_ms))
+        timings = ChunkTimings(current.denoise_ms, decoded.milliseconds, call_ms)
+        chunk = FrameChunk(decoded.frames, self._index, timings)
         self._index += 1
         self._handed_out = True
         return chunk
+
+    def _no_frames(self) -> DecodedFrames:
+        empty = torch.zeros(0, self.grid.height, self.grid.width, 3, dtype=torch.uint8, device="cpu")
+        return DecodedFrames(empty.numpy(), 0.0)
 
     def _compute(self, on_step: StepCallback | None, decode: bool) -> _Computed:
         """Denoise the next chunk and submit its latents to the decoder."""
@@ -289,19 +283,15 @@ class VideoStream:
             x0 = self._engine.runner.advance(self._cache, plan, self._noise(plan.chunk), self._text, on_step)
             self._remember(plan.chunk, x0)
             denoise_ms = (time.perf_counter() - started) * 1e3
-            pending = self._worker.submit(x0, self._decoder_state) if decode else None
+            frames = self._worker.submit(x0, self._decoder_state) if decode else None
             if self._engine.compute_stream is not None:  # the device works meanwhile
-                self._drawn = (plan.chunk + 1, self._draw_noise(plan.chunk + 1))
-        return _Computed(x0, pending, denoise_ms)
-
-    def _no_frames(self) -> ndarray:
-        return torch.zeros(0, self.grid.height, self.grid.width, 3, dtype=torch.uint8, device="cpu").numpy()
+                self._drawn = {plan.chunk + 1: self._draw_noise(plan.chunk + 1)}
+        return _Computed(x0, frames, denoise_ms)
 
     def _noise(self, chunk: int) -> Tensor:
         """[num_steps, 1, C, F, h, w] of one chunk, from (seed, chunk, step) alone."""
-        drawn = self._drawn
-        noise = drawn[1] if drawn is not None and drawn[0] == chunk else self._draw_noise(chunk)
-        self._drawn = None
+        drawn, self._drawn = self._drawn, {}
+        noise = drawn[chunk] if chunk in drawn else self._draw_noise(chunk)
         return noise.to(self._engine.model.device, non_blocking=True)
 
     def _draw_noise(self, chunk: int) -> Tensor:
@@ -315,15 +305,8 @@ class VideoStream:
         return noise
 
     def _remember(self, chunk: int, latents: Tensor) -> None:
-        """Keep the clean latents of the chunks in the window: a prompt switch may recompute them."""
         self._window_latents[chunk] = latents
         self._window_latents.pop(chunk - self._engine.config.cache.window_chunks, None)
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise RuntimeError(
-                f"the stream was closed in chunk {self._index}; restore a snapshot or start a new one"
-            )
 
     def close(self) -> None:
         """End the stream; every later call on it is an error."""
@@ -337,14 +320,13 @@ class VideoStream:
         after it, since it is there already.
 
         "soft" changes the text only: the window still shows the old one. "recache" also recomputes the
-        window's keys and values under the new text, from the clean latents kept for it (spec 2.7). "hard"
-        starts anew at once, and what was ahead is dropped: what follows is what a new stream with this prompt
-        and seed gives, and FrameChunk.index goes on.
+        window's keys and values under the new text, from the clean latents kept for it, as LongLive does.
+        "hard" restarts the video: output equals a new stream with this prompt and seed, what was ahead is
+        dropped, and FrameChunk.index keeps counting.
         """
         if mode not in ("soft", "recache", "hard"):
             raise ValueError(f"mode is {mode!r}; use 'soft', 'recache' or 'hard'")
         with self._turn():
-            self._check_open()
             text_states = self._engine.encode_text(text)
             with self._closed_on_error(), self._computing():
                 if mode == "hard":
@@ -354,7 +336,7 @@ class VideoStream:
                     self._engine.runner.recache(self._cache, self._window_latents, self._text)
 
     def _restart(self) -> None:
-        """Go back to the start of a video in the memory that is there, which recorded graphs go on using."""
+        """Return to the start of a video in the memory that is there, which recorded graphs still use."""
         self._worker.wait()
         self._ahead = None
         self._handed_out = False
@@ -370,13 +352,20 @@ class VideoStream:
         last frames are used. The stream then yields what comes after it. Raises ValueError for a clip that is
         too short or of another size, RuntimeError when the stream has begun.
         """
+        engine, chunk_frames = self._engine, self._engine.config.cache.chunk_frames
         with self._turn():
-            self._check_open()
             if self._cache.next_chunk:
                 raise RuntimeError(
                     f"the stream is at chunk {self._cache.next_chunk}; continue a clip with a new stream"
                 )
-            self._prefill(self._clip_pixels(frames))
+            latents = engine.vae.encode_in_groups(self._clip_pixels(frames), chunk_frames)
+            with self._closed_on_error(), self._computing():
+                for piece in latents.to(engine.model.device).split(chunk_frames, dim=2):
+                    plan = self._cache.plan_chunk()
+                    engine.runner.prefill(self._cache, plan, piece, self._text)
+                    self._remember(plan.chunk, piece)
+                    self._worker.submit(piece, self._decoder_state)
+                    self._index += 1
 
     def _clip_pixels(self, frames: ndarray) -> Tensor:
         """The pixels [1, 3, T, H, W] of a clip that is used: whole chunks of its end."""
@@ -396,34 +385,26 @@ class VideoStream:
         latent_frames = complete // chunk_frames * chunk_frames
         return pixels[:, :, -self.grid.pixel_frames(latent_frames) :]
 
-    def _prefill(self, pixels: Tensor) -> None:
-        engine, chunk_frames = self._engine, self._engine.config.cache.chunk_frames
-        latents = engine.vae.encode_in_groups(pixels, chunk_frames)
-        with self._closed_on_error(), self._computing():
-            for piece in latents.to(engine.model.device).split(chunk_frames, dim=2):
-                plan = self._cache.plan_chunk()
-                engine.runner.prefill(self._cache, plan, piece, self._text)
-                self._remember(plan.chunk, piece)
-                self._worker.submit(piece, self._decoder_state)
-                self._index += 1
-
     def snapshot(self) -> Snapshot:
         """A copy of the whole state between two chunks; Pipeline.restore continues it bit for bit, with or
         without overlap."""
+        dtype = self._engine.model.dtype
         with self._turn():
-            self._check_open()
             with self._closed_on_error(), self._computing():
                 self._worker.wait()
-                tensors = {f"cache.{name}": tensor for name, tensor in self._cache.tensors().items()}
-                tensors |= {
-                    f"decoder.{name}": tensor for name, tensor in self._decoder_state.tensors().items()
+                window = {str(chunk): each.to(dtype) for chunk, each in self._window_latents.items()}
+                groups = {
+                    "cache": self._cache.tensors(),
+                    "decoder": self._decoder_state.tensors(),
+                    "window_latents": window,
                 }
-                tensors |= {
-                    f"window_latents.{chunk}": each.to(self._engine.model.dtype)
-                    for chunk, each in self._window_latents.items()
+                tensors = {
+                    f"{group}.{name}": tensor
+                    for group, members in groups.items()
+                    for name, tensor in members.items()
                 }
                 if self._ahead is not None:
-                    tensors["ahead.frames"] = torch.from_numpy(self._ahead.pending.result().frames)
+                    tensors["ahead.frames"] = torch.from_numpy(self._ahead.frames.result().frames)
                 tensors["text_states"] = self._text_states
                 copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
             info = {
@@ -447,7 +428,7 @@ class VideoStream:
         info = snapshot.stream_info()
         snapshot.check(_settings(engine))
         others = {name: each for name, each in snapshot.tensors.items() if not name.startswith("decoder.")}
-        check_tensors(others, _expected_tensors(engine, grid, info))
+        check_tensors(others, expected_tensors(info, engine.model.config, grid, engine.model.dtype))
         stream = cls(engine, grid, info.prompt, snapshot.tensors["text_states"], info.seed)
         with stream._closed_on_error(), stream._computing():
             check_tensors(snapshot.group("decoder"), stream._decoder_state.tensors())
@@ -456,7 +437,7 @@ class VideoStream:
 
     def _load(self, snapshot: Snapshot, info: StreamInfo) -> None:
         """Take over what is checked."""
-        self._cache.load(snapshot.group("cache"), list(info.slot_chunks), info.next_chunk)
+        self._cache.load(snapshot.group("cache"), info.slot_chunks, info.next_chunk)
         self._decoder_state.load(snapshot.group("decoder"), info.decoded_frames)
         self._window_latents = {
             chunk: ordinary(snapshot.tensors[f"window_latents.{chunk}"]).to(self._engine.model.device)
@@ -464,25 +445,9 @@ class VideoStream:
         }
         self._index, self._undecoded = info.index, info.undecoded
         if info.ahead:
-            frames = _SavedFrames(snapshot.tensors["ahead.frames"].numpy().copy())
+            frames = finished(DecodedFrames(snapshot.tensors["ahead.frames"].numpy().copy(), 0.0))
             latents = self._window_latents[info.next_chunk - 1]
             self._ahead = _Computed(latents, frames, denoise_ms=0.0)
-
-
-def _expected_tensors(engine: Engine, grid: LatentGrid, info: StreamInfo) -> dict[str, Tensor]:
-    """What a snapshot holds beside the decoder's state, on the meta device."""
-    model, frames = engine.model, engine.config.cache.chunk_frames
-    config, dtype = model.config, model.dtype
-    cache = StreamingKVCache(config, engine.config.cache, grid, dtype=dtype, device="meta", ops=model.ops)
-    latents = (1, config.in_dim, frames, grid.latent_height, grid.latent_width)
-    shapes = {f"window_latents.{chunk}": latents for chunk in info.window_chunks}
-    shapes["text_states"] = (1, config.text_len, config.text_dim)
-    expected = {f"cache.{name}": tensor for name, tensor in cache.tensors().items()}
-    expected |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    if info.ahead:
-        pixels = (frames * grid.temporal_stride, grid.height, grid.width, 3)
-        expected["ahead.frames"] = torch.empty(pixels, dtype=torch.uint8, device="meta")
-    return expected
 
 
 def _settings(engine: Engine) -> dict[str, Any]:

@@ -395,7 +395,7 @@ def alive_after(make: Callable[[], Pipeline], use: Callable[[Pipeline], object])
     """Whether the model, the VAE and the text encoder of a pipeline are there once it is dropped."""
     own = make()
     models = [weakref.ref(each) for each in (own.model, own.vae, own.text_encoder)]
-    thread = own._engine.lane.thread
+    thread = own._engine.queue.thread
     use(own)
     del own
     if thread is not None:

@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,17 +38,7 @@ class DecodedFrames:
     milliseconds: float
 
 
-class PendingFrames(Protocol):
-    """Frames of one submit, finished or not."""
-
-    def done(self) -> bool:
-        """Whether result() would return, or raise, at once."""
-
-    def result(self) -> DecodedFrames:
-        """Wait for the frames; raises what decoding raised, at every call."""
-
-
-class DecodeLane:
+class DecodeQueue:
     """Where all decodes of one decoder run, one after the other, whichever stream they are for.
 
     device: where the decoder's weights are. overlap: decode beside what the caller does next, on a CUDA
@@ -87,62 +77,79 @@ class DecodeLane:
 class DecodeWorker:
     """Decodes the chunks of one stream in the order they are submitted, at most `depth` at a time.
 
-    Latents from another device than the lane's are copied there. Frames that nobody takes are kept in
-    ordinary memory, so a caller may take them late or never; nothing waits for him. An error of an overlapped
-    decode is raised by its result and by every later submit and result: a state that is half-way decodes
-    nothing more.
+    Latents from another device than the queue's are copied there. Frames that nobody takes are kept in
+    ordinary memory, so a caller may take them late or never; nothing waits for them. An error of an
+    overlapped decode is raised by its result and by every later submit and result: a state that is half-way
+    decodes nothing more.
     """
 
-    def __init__(self, decoder: FrameDecoder, lane: DecodeLane, depth: int = DEPTH) -> None:
+    def __init__(self, decoder: FrameDecoder, queue: DecodeQueue, depth: int = DEPTH) -> None:
         if depth < 1:
             raise ValueError(f"depth is {depth}; at least one decode is in flight")
         self.decoder = decoder
-        self._lane = lane
+        self._queue = queue
         self._depth = depth
-        self._pending: deque[PendingFrames] = deque()
+        self._in_flight: deque[Future[DecodedFrames] | StreamFrames] = deque()
         self._closed = False
-        if lane.stream is not None:
-            self._decoding = _StreamDecoding(decoder, lane, depth)
-        else:
-            self._decoding = (_ThreadDecoding if lane.overlap else _CallerDecoding)(decoder, lane)
+        self._on_stream = None if queue.stream is None else _StreamDecoding(decoder, queue, depth)
 
     def new_state(
         self, batch: int, latent_height: int, latent_width: int, dtype: torch.dtype
     ) -> FrameDecoderState:
         """A fresh state on the worker's device, in memory that is released in the order of its stream."""
-        lane = self._lane
-        with torch.cuda.stream(lane.stream):  # None, without a stream, changes nothing
-            state = self.decoder.decoder_state(batch, latent_height, latent_width, dtype, lane.device)
-        if lane.stream is not None:  # a snapshot may be loaded next, over the zeros
-            torch.cuda.current_stream(lane.device).wait_stream(lane.stream)
+        queue = self._queue
+        with torch.cuda.stream(queue.stream):  # None, without a stream, changes nothing
+            state = self.decoder.decoder_state(batch, latent_height, latent_width, dtype, queue.device)
+        if queue.stream is not None:  # a snapshot may be loaded next, over the zeros
+            torch.cuda.current_stream(queue.device).wait_stream(queue.stream)
         return state
 
-    def submit(self, latents: Tensor, state: FrameDecoderState) -> PendingFrames:
+    def submit(self, latents: Tensor, state: FrameDecoderState) -> Future[DecodedFrames] | StreamFrames:
         """Decode latents [1, z, F, h, w], which what the caller launched before still may write.
 
         Waits while `depth` decodes run. Raises the error of an earlier decode, RuntimeError once closed.
         """
         if self._closed:
             raise RuntimeError("the decode worker is closed; start a new stream")
-        if self._pending and self._pending[-1].done():
-            self._pending[-1].result()
-        while len(self._pending) >= self._depth:
-            self._pending[0].result()  # stays where it fails, so the next submit fails too
-            self._pending.popleft()
-        self._pending.append(self._decoding.start(latents, state))
-        return self._pending[-1]
+        if self._in_flight and self._in_flight[-1].done():
+            self._in_flight[-1].result()
+        while len(self._in_flight) >= self._depth:
+            self._in_flight[0].result()  # stays where it fails, so the next submit fails too
+            self._in_flight.popleft()
+        self._in_flight.append(self._start(latents, state))
+        return self._in_flight[-1]
+
+    def _start(self, latents: Tensor, state: FrameDecoderState) -> Future[DecodedFrames] | StreamFrames:
+        if self._on_stream is not None:
+            return self._on_stream.start(latents, state)
+        decoder, queue = self.decoder, self._queue
+        if queue.thread is None:
+            return finished(_decode_to_host(decoder, queue.device, latents, state))
+        last = self._in_flight[-1] if self._in_flight else None
+        return queue.thread.submit(_decode_after, last, decoder, queue.device, latents, state)
 
     def wait(self) -> None:
         """Return once everything that was submitted is decoded; the state may then be read and changed."""
-        for pending in self._pending:
-            pending.result()
+        for decode in self._in_flight:
+            decode.result()
 
     def close(self) -> None:
         """Drop what has not begun and wait for what has. Frames that were finished can still be taken."""
-        if not self._closed:
-            self._closed = True
-            self._decoding.close()
-            self._pending.clear()  # an error in it leads back here by its traceback
+        if self._closed:
+            return
+        self._closed = True
+        if self._on_stream is not None:
+            self._on_stream.close()
+        else:
+            wait([future for future in self._in_flight if not future.cancel()])
+        self._in_flight.clear()  # an error in it leads back here by its traceback
+
+
+def finished(decoded: DecodedFrames) -> Future[DecodedFrames]:
+    """A future of frames that are there."""
+    future: Future[DecodedFrames] = Future()
+    future.set_result(decoded)
+    return future
 
 
 @torch.no_grad()
@@ -165,53 +172,6 @@ def _decode_to_host(
     return DecodedFrames(host, (time.perf_counter() - started) * 1e3)
 
 
-@dataclass(frozen=True, slots=True)
-class _Finished:
-    """Frames that were decoded where they were submitted."""
-
-    decoded: DecodedFrames
-
-    def done(self) -> bool:
-        return True
-
-    def result(self) -> DecodedFrames:
-        return self.decoded
-
-
-class _CallerDecoding:
-    """Decodes at once, on the caller's thread and stream."""
-
-    def __init__(self, decoder: FrameDecoder, lane: DecodeLane) -> None:
-        self._decoder, self._lane = decoder, lane
-
-    def start(self, latents: Tensor, state: FrameDecoderState) -> PendingFrames:
-        return _Finished(_decode_to_host(self._decoder, self._lane.device, latents, state))
-
-    def close(self) -> None: ...
-
-
-class _ThreadDecoding:
-    """Decodes on the lane's thread. A decode begins by asking for the result of the one before it, whose
-    error thus reaches all later ones."""
-
-    def __init__(self, decoder: FrameDecoder, lane: DecodeLane) -> None:
-        self._decoder, self._lane = decoder, lane
-        self._unfinished: deque[Future[DecodedFrames]] = deque()
-
-    def start(self, latents: Tensor, state: FrameDecoderState) -> PendingFrames:
-        last = self._unfinished[-1] if self._unfinished else None
-        while self._unfinished and self._unfinished[0].done():
-            self._unfinished.popleft()
-        self._unfinished.append(
-            self._lane.thread.submit(_decode_after, last, self._decoder, self._lane.device, latents, state)
-        )
-        return self._unfinished[-1]
-
-    def close(self) -> None:
-        wait([future for future in self._unfinished if not future.cancel()])
-        self._unfinished.clear()
-
-
 def _decode_after(
     last: Future[DecodedFrames] | None,
     decoder: FrameDecoder,
@@ -219,8 +179,11 @@ def _decode_after(
     latents: Tensor,
     state: FrameDecoderState,
 ) -> DecodedFrames:
-    """No method, and without `last` in the end: an error's traceback keeps its calls and what they know, and
-    must not lead back to the future that holds the error."""
+    """_decode_to_host once `last` is decoded, whose error thus reaches all later decodes.
+
+    No method, and without `last` in the end: an error's traceback keeps its calls and what they know, and
+    must not lead back to the future that holds the error.
+    """
     try:
         if last is not None:
             last.result()
@@ -230,19 +193,18 @@ def _decode_after(
 
 
 class _StreamDecoding:
-    """Decodes on the lane's CUDA stream, after all that the caller's stream was given so far; a result waits
-    on the host for the decode's event."""
+    """Decodes on the queue's CUDA stream, after all that the caller's stream was given so far."""
 
-    def __init__(self, decoder: FrameDecoder, lane: DecodeLane, depth: int) -> None:
-        self._decoder, self._lane = decoder, lane
+    def __init__(self, decoder: FrameDecoder, queue: DecodeQueue, depth: int) -> None:
+        self._decoder, self._queue = decoder, queue
         self._captured: _CapturedDecode | None = None
         self._seen_latents = 0  # latents of the last call that was the steady work and ran op by op
         self._buffers: deque[Tensor] = deque([_pinned(0)] * depth)
-        weakref.finalize(self, lane.stream.synchronize)  # a graph must not be dropped while it runs
+        weakref.finalize(self, queue.stream.synchronize)  # a graph must not be dropped while it runs
 
-    def start(self, latents: Tensor, state: FrameDecoderState) -> PendingFrames:
-        stream = self._lane.stream
-        stream.wait_stream(torch.cuda.current_stream(self._lane.device))
+    def start(self, latents: Tensor, state: FrameDecoderState) -> StreamFrames:
+        stream = self._queue.stream
+        stream.wait_stream(torch.cuda.current_stream(self._queue.device))
         brought = self._bring(latents)
         started, done = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
@@ -252,31 +214,31 @@ class _StreamDecoding:
             host[:-1].view(frames.shape).copy_(frames, non_blocking=True)
             host[-1:].copy_(finite.view(torch.uint8), non_blocking=True)
             done.record(stream)
-        return _StreamPending(host, tuple(frames.shape), started, done)
+        return StreamFrames(host, tuple(frames.shape), started, done)
 
     def _bring(self, latents: Tensor) -> Tensor:
-        """The latents on the lane's device, in memory that stays theirs until the lane has read it."""
-        stream = self._lane.stream
-        if latents.device == self._lane.device:
+        """The latents on the queue's device, in memory that stays theirs until the queue has read it."""
+        stream = self._queue.stream
+        if latents.device == self._queue.device:
             latents.record_stream(stream)
             return latents
-        copying = self._lane.copy_stream(latents.device)
+        copying = self._queue.copy_stream(latents.device)
         copying.wait_stream(torch.cuda.current_stream(latents.device))
         latents.record_stream(copying)
         with torch.cuda.stream(copying), torch.cuda.stream(stream):
-            return _moved(latents, self._lane.device, non_blocking=True)
+            return _moved(latents, self._queue.device, non_blocking=True)
 
     def _run(self, latents: Tensor, state: FrameDecoderState) -> tuple[Tensor, Tensor]:
         """Op by op, or from the second call of steady work on as a graph: the first builds its kernels."""
         count = latents.shape[2]
         steady = state.frames > 0 and getattr(self._decoder, "capturable_frames", 0) == count
-        if not (self._lane.graphs and steady):
+        if not (self._queue.graphs and steady):
             return _decode(self._decoder, latents, state)
         if self._seen_latents != count:
             self._seen_latents = count
             return _decode(self._decoder, latents, state)
         if self._captured is None or self._captured.state is not state:
-            self._captured = self._lane.capture(self._decoder, latents, state)
+            self._captured = self._queue.capture(self._decoder, latents, state)
         return self._captured.replay(latents)
 
     def _buffer(self, size: int) -> Tensor:
@@ -288,7 +250,7 @@ class _StreamDecoding:
         return buffer[:size]
 
     def close(self) -> None:
-        self._lane.stream.synchronize()
+        self._queue.stream.synchronize()
         self._captured = None
 
 
@@ -300,8 +262,9 @@ def _pinned(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=size > 0)
 
 
-class _StreamPending:
-    """Frames on their way to a pinned buffer; its last byte says whether the latents were finite."""
+class StreamFrames:
+    """Frames on their way to a pinned buffer, to be awaited as a Future is; the buffer's last byte says
+    whether the latents were finite."""
 
     def __init__(
         self, host: Tensor, shape: tuple[int, ...], started: torch.cuda.Event, done: torch.cuda.Event
@@ -311,9 +274,11 @@ class _StreamPending:
         self._decoded: DecodedFrames | None = None
 
     def done(self) -> bool:
+        """Whether result() would return, or raise, at once."""
         return self._decoded is not None or self._done.query()
 
     def result(self) -> DecodedFrames:
+        """Wait for the frames. Raises RuntimeError for latents that were not finite, at every call."""
         if self._decoded is None:
             self._done.synchronize()
             if not self._host[-1].item():

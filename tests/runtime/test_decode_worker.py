@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy
@@ -18,7 +19,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import DecoderState, WanVAE
 from rfengine.ops import REFERENCE_OPS
 from rfengine.runtime import decode_worker
-from rfengine.runtime.decode_worker import DecodeLane, DecodeWorker
+from rfengine.runtime.decode_worker import DecodedFrames, DecodeQueue, DecodeWorker, StreamFrames
 from support.models import GRID, SMALL, noise_of
 from support.tape import Tape
 
@@ -73,18 +74,18 @@ def latents_of(value: float) -> Tensor:
     return torch.full((1, 1, 3, 2, 2), value / 3)
 
 
-def values_of(*pending: decode_worker.PendingFrames) -> list[int]:
+def values_of(*pending: Future[DecodedFrames] | StreamFrames) -> list[int]:
     return [int(each.result().frames[0, 0, 0, 0]) for each in pending]
 
 
 def on_thread(decoder: AddingDecoder, depth: int = 2) -> tuple[DecodeWorker, DecoderState]:
-    worker = DecodeWorker(decoder, DecodeLane(CPU, overlap=True), depth)
+    worker = DecodeWorker(decoder, DecodeQueue(CPU, overlap=True), depth)
     return worker, worker.new_state(1, 2, 2, torch.float32)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_frames_come_in_the_order_of_the_chunks(overlap: bool) -> None:
-    worker = DecodeWorker(AddingDecoder(), DecodeLane(CPU, overlap))
+    worker = DecodeWorker(AddingDecoder(), DecodeQueue(CPU, overlap))
     state = worker.new_state(1, 2, 2, torch.float32)
     pending = [worker.submit(latents_of(value), state) for value in (1, 2, 3, 4)]
     assert values_of(*pending) == [1, 3, 6, 10]  # frames that are taken late are still those of their chunk
@@ -121,9 +122,9 @@ def test_a_decode_runs_beside_its_caller() -> None:
     assert values_of(pending) == [5]
 
 
-def test_streams_of_one_lane_are_decoded_one_after_the_other() -> None:
-    decoder, lane = AddingDecoder(), DecodeLane(CPU, overlap=True)
-    workers = [DecodeWorker(decoder, lane) for _ in range(3)]
+def test_streams_of_one_queue_are_decoded_one_after_the_other() -> None:
+    decoder, queue = AddingDecoder(), DecodeQueue(CPU, overlap=True)
+    workers = [DecodeWorker(decoder, queue) for _ in range(3)]
     states = [worker.new_state(1, 2, 2, torch.float32) for worker in workers]
     pending = [worker.submit(latents_of(7), state) for worker, state in zip(workers, states, strict=True)]
     assert values_of(*pending) == [7, 7, 7] and decoder.most_running == 1
@@ -167,7 +168,7 @@ def test_what_is_queued_behind_an_error_is_not_decoded() -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_latents_that_are_not_finite_are_an_error(overlap: bool) -> None:
-    worker = DecodeWorker(AddingDecoder(), DecodeLane(CPU, overlap))
+    worker = DecodeWorker(AddingDecoder(), DecodeQueue(CPU, overlap))
     state = worker.new_state(1, 2, 2, torch.float32)
     with pytest.raises(RuntimeError, match="the latents of a chunk hold values that are not finite"):
         worker.submit(latents_of(float("nan")), state).result()
@@ -194,7 +195,7 @@ def test_closing_waits_for_the_decode_that_runs_and_drops_the_rest() -> None:
 
 def test_a_worker_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="depth is 0; at least one decode is in flight"):
-        DecodeWorker(AddingDecoder(), DecodeLane(CPU), depth=0)
+        DecodeWorker(AddingDecoder(), DecodeQueue(CPU), depth=0)
 
 
 # CUDA, recorded
@@ -257,10 +258,10 @@ class Recording:
         yield
         self.current.pop()
 
-    def lane(self, graphs: bool = False) -> DecodeLane:
-        lane = DecodeLane(torch.device("cuda", 0), overlap=True, graphs=graphs)
-        assert lane.thread is None
-        return lane
+    def queue(self, graphs: bool = False) -> DecodeQueue:
+        queue = DecodeQueue(torch.device("cuda", 0), overlap=True, graphs=graphs)
+        assert queue.thread is None
+        return queue
 
 
 class TapedCall:
@@ -302,9 +303,9 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 
 def on_stream(recording: Recording, decoder: AddingDecoder, depth: int = 2, graphs: bool = False):
-    lane = recording.lane(graphs)
-    lane.device = CPU  # where the latents of these tests are
-    worker = DecodeWorker(decoder, lane, depth)
+    queue = recording.queue(graphs)
+    queue.device = CPU  # where the latents of these tests are
+    worker = DecodeWorker(decoder, queue, depth)
     return worker, worker.new_state(1, 2, 2, torch.float32)
 
 
@@ -324,7 +325,7 @@ def test_a_decode_follows_the_denoising_and_its_result_the_decode(recording: Rec
 
 def test_the_denoising_never_waits_for_a_copy_to_another_gpu(recording: Recording) -> None:
     decoder = AddingDecoder()
-    worker = DecodeWorker(decoder, recording.lane())
+    worker = DecodeWorker(decoder, recording.queue())
     state = decoder.decoder_state(1, 2, 2, torch.float32, "cpu")
     recording.log.clear()
     assert values_of(worker.submit(latents_of(3), state)) == [3]
@@ -338,9 +339,9 @@ def test_the_denoising_never_waits_for_a_copy_to_another_gpu(recording: Recordin
 def test_pinned_buffers_are_used_again_and_frames_stay_what_they_were(recording: Recording) -> None:
     worker, state = on_stream(recording, AddingDecoder(), depth=2)
     pending = [worker.submit(latents_of(1), state) for _ in range(6)]
-    buffers = {buffer.data_ptr() for buffer in worker._decoding._buffers}
+    buffers = {buffer.data_ptr() for buffer in worker._on_stream._buffers}
     later = [worker.submit(latents_of(1), state) for _ in range(2)]
-    assert {buffer.data_ptr() for buffer in worker._decoding._buffers} == buffers
+    assert {buffer.data_ptr() for buffer in worker._on_stream._buffers} == buffers
     assert values_of(*pending, *later) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
@@ -358,16 +359,16 @@ def test_steady_decodes_are_recorded_once_and_replayed(recording: Recording) -> 
     assert graphed.calls == 4  # the first chunk of each video, a steady one op by op, and the recording
 
 
-def test_graphs_of_one_lane_share_a_pool_until_none_is_left(recording: Recording) -> None:
-    lane = recording.lane(graphs=True)
-    lane.device = CPU
+def test_graphs_of_one_queue_share_a_pool_until_none_is_left(recording: Recording) -> None:
+    queue = recording.queue(graphs=True)
+    queue.device = CPU
 
     def recorded() -> tuple[DecodeWorker, object]:
-        worker = DecodeWorker(AddingDecoder(), lane)
+        worker = DecodeWorker(AddingDecoder(), queue)
         state = worker.new_state(1, 2, 2, torch.float32)
         for _ in range(3):
             worker.submit(latents_of(1), state)
-        return worker, worker._decoding._captured._call.pool
+        return worker, worker._on_stream._captured._call.pool
 
     (first, pool), (second, same) = recorded(), recorded()
     assert pool is same is not None
@@ -390,7 +391,7 @@ def test_a_streaming_decoder_gives_the_same_frames_from_its_graph(recording: Rec
         state = worker.new_state(1, GRID.latent_height, GRID.latent_width, torch.float32)
         chunks = [noise_of(chunk, latents, steps=1)[0] for chunk in range(5)]
         results.append([worker.submit(chunk, state) for chunk in chunks])
-        assert (worker._decoding._captured is not None) == graphs
+        assert (worker._on_stream._captured is not None) == graphs
     for plain, graphed in zip(*results, strict=True):
         assert numpy.array_equal(plain.result().frames, graphed.result().frames)
 
