@@ -26,7 +26,7 @@ VAEPrecision = Literal["default", "fp8"]
 Config = TypeVar("Config")
 
 # Far above every published model, and low enough that nothing of that size takes long to describe. What a
-# checkpoint really has is held against its tensors (checkpoint/agreement.py).
+# checkpoint really has is compared with its tensors (checkpoint/agreement.py).
 Layers = Annotated[int, Range(1, 1024)]
 Heads = Annotated[int, Range(1, 1024)]
 Width = Annotated[int, Range(1, 65536)]
@@ -39,7 +39,7 @@ Pixels = Annotated[int, Range(1, MAX_PIXELS)]
 
 @dataclass(frozen=True, slots=True)
 class WanConfig:
-    """Shape of one Wan2.1 text-to-video transformer (spec 1.1)."""
+    """Shape of one Wan2.1 text-to-video transformer."""
 
     dim: Width
     ffn_dim: HiddenWidth
@@ -73,7 +73,7 @@ class WanConfig:
 
 @dataclass(frozen=True, slots=True)
 class VAEConfig:
-    """Shape of the causal video VAE and the statistics of its latents (spec 4.1)."""
+    """Shape of the causal video VAE; the statistics of its latents are those of the Wan2.1 VAE."""
 
     base_dim: Annotated[int, Range(2, 1024)] = 96  # a step between two levels halves it
     z_dim: Channels = 16
@@ -113,7 +113,7 @@ class VAEConfig:
 
 @dataclass(frozen=True, slots=True)
 class TinyVAEConfig:
-    """Shape of the tiny decoder; the defaults are the published taew2_1 (spec 4.9)."""
+    """Shape of the tiny decoder; the defaults are the published taew2_1."""
 
     z_dim: Channels = 16
     # of the levels with memory blocks, then of the last one
@@ -154,7 +154,7 @@ def require_same_latents(tiny_vae: TinyVAEConfig, vae: VAEConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """Shape of the UMT5 text encoder (spec 5.1) and the tokenizer in front of it."""
+    """Shape of the UMT5 text encoder and the tokenizer in front of it."""
 
     vocab_size: Annotated[int, Range(3, 4194304)] = 256384
     dim: Width = 4096
@@ -192,7 +192,7 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """What a query can see: chunk, window and sink, all in latent frames (spec 2)."""
+    """What a query can see: chunk, window and sink, all in latent frames (arXiv 2512.04678)."""
 
     chunk_frames: Annotated[int, Range(1, 64)] = 3
     window_frames: Annotated[int, Range(1, 512)] = 9  # sink and current chunk included
@@ -246,7 +246,7 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleConfig:
-    """Flow-matching schedule and the fixed denoising steps of the few-step sampler (spec 3.1)."""
+    """Flow-matching schedule and the fixed denoising steps of the few-step sampler."""
 
     shift: Annotated[float, Range(1e-3, 1e3)] = 5.0
     num_train_timesteps: Annotated[int, Range(1, 100000)] = 1000
@@ -266,7 +266,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """How the engine runs on a machine. None of it changes a result beyond rounding, but vae="tiny" and
+    """How the engine runs on a machine. None of it changes a result beyond rounding, except vae="tiny" and
     vae_precision="fp8".
 
     graphs: replay a chunk as one CUDA graph; None is on where the device is CUDA. overlap: decode a chunk

@@ -21,7 +21,7 @@ _one_capture_at_a_time = Lock()  # torch allows no two in a process, and a decod
 def graph_pool() -> GraphPool:
     """A memory pool for graphs that never run at the same time; those that do need one each.
 
-    Once every graph of a pool is gone torch takes no new one into it: ask for another pool then.
+    Once every graph of a pool is gone torch accepts no new one in it: ask for another pool then.
     """
     return torch.cuda.graph_pool_handle()
 
@@ -41,8 +41,8 @@ def recording(
 ) -> Iterator[None]:
     """Record the block on `stream` into `graph`.
 
-    After a failure the stream is the caller's again and a small graph is recorded before the error goes on: a
-    capture that does not end well leaves torch's default generator of the device in its state of capturing,
+    After a failure the stream is the caller's again and a small graph is recorded before the error is raised:
+    a capture that does not end well leaves torch's default generator of the device in its state of capturing,
     where every later draw raises, and the next capture that ends well puts it back.
     """
     try:

@@ -1,6 +1,6 @@
 """FlowSchedule: sigmas, warped timesteps, the few-step sampler's constants, and the noise that feeds it.
 
-Flow matching (spec 3.1): x_t = (1 - sigma) * x0 + sigma * noise, and the model predicts flow = noise - x0.
+Flow matching: x_t = (1 - sigma) * x0 + sigma * noise, and the model predicts flow = noise - x0.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ MAX_SEED = 2**63 - 1
 
 
 class FlowSchedule:
-    """The shifted sigma table and what the fixed denoising steps read from it (spec 3.1).
+    """The shifted sigma table and what the fixed denoising steps read from it.
 
     sigmas, timesteps: float32 [num_train_timesteps], falling; timesteps = num_train_timesteps * sigmas.
     denoising_timesteps, denoising_sigmas: one float for each step of the sampler.
-    context_timestep: 0.0, what the context pass tells the model.
+    context_timestep: 0.0, the timestep of the context pass.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
@@ -43,7 +43,7 @@ class FlowSchedule:
 
 
 def shifted(uniform: Tensor, shift: float) -> Tensor:
-    """Sigmas for uniform values in [0, 1]: shift * u / (1 + (shift - 1) * u) (spec 3.1)."""
+    """Sigmas for uniform values in [0, 1]: shift * u / (1 + (shift - 1) * u)."""
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 

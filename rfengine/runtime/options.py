@@ -1,4 +1,4 @@
-"""What of a RuntimeConfig is on for one device, and why."""
+"""Resolve a RuntimeConfig for a device: each option, on or off, with the reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rfengine.config import RuntimeConfig
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """Whether a part of the runtime is on, and the reason in half a sentence."""
+    """Whether an option is on, and the reason in half a sentence."""
 
     on: bool
     reason: str
@@ -20,7 +20,7 @@ class Switch:
 def runtime_switches(runtime: RuntimeConfig, device: torch.device) -> dict[str, Switch]:
     """graphs, overlap, autotune and decode_device (a device other than the model's), by name.
 
-    Raises RuntimeError for what was asked for and cannot be had on `device`.
+    Raises RuntimeError for an option that `device` does not support.
     """
     on_cuda = device.type == "cuda"
     if runtime.graphs and not on_cuda:
