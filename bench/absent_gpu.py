@@ -156,8 +156,7 @@ def seen_architecture(architecture: Architecture) -> Iterator[None]:
         "linear_tile",
     )  # fmt: skip
     capability = divmod(architecture.capability, 10)
-    answers = {"capability_of": capability, "_capability": capability}
-    answers |= dict.fromkeys(("count_processors", "_count_processors"), architecture.processors)
+    answers = {"capability_of": capability, "count_processors": architecture.processors}
     with contextlib.ExitStack() as patches:
         for file in files:
             module = importlib.import_module(f"rfengine.kernels.{file}")

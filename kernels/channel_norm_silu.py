@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.device import rows_per_program
+
 LARGEST_E4M3 = tl.constexpr(448.0)
 
 
@@ -62,23 +64,18 @@ def _channel_norm_silu_kernel(
     tl.store(to, y.to(out.dtype.element_ty), mask=inside)
 
 
-def row_launch(channels: int) -> tuple[int, int, int]:
-    """BLOCK_C, rows of one program and num_warps: 4,096 elements for 128 threads; unmeasured on a GPU."""
-    block = triton.next_power_of_2(channels)
-    return block, max(4096 // block, 1), 4
-
-
 @torch.library.custom_op("rfengine::channel_norm_silu", mutates_args=["x", "out"])
 def _channel_norm_silu(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, out: Tensor, out_scale: float
 ) -> None:
     frames, height, width, channels = x.shape
-    block, rows, num_warps = row_launch(channels)
+    block = triton.next_power_of_2(channels)
+    rows = rows_per_program(block)
     residual_strides = (0, 0, 0) if residual is None else residual.stride()[:3]
     _channel_norm_silu_kernel[(triton.cdiv(height * width, rows), frames)](
         x, bias, residual, gamma, out, *x.stride()[:3], *residual_strides, *out.stride()[:3],
         height, width, channels**0.5, out_scale,
-        CHANNELS=channels, BLOCK_C=block, ROWS=rows, num_warps=num_warps,
+        CHANNELS=channels, BLOCK_C=block, ROWS=rows, num_warps=4,
     )  # fmt: skip
 
 

@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rfengine.kernels.device import capability_of, count_processors, fits_descriptor
+
 Form = Literal["descriptor", "pointer"]
 KILO = 1024
 
@@ -154,20 +156,12 @@ class Tile:
         return size.phases * triton.cdiv(size.channels_out, self.rows + self.tail) * size.frames * blocks
 
 
-def capability_of(x: Tensor) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-
-
-def count_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def choose_form(x: Tensor, weight: Tensor, form: str | None) -> Form:
     """The form asked for, or that of the device, dtype and layout; weight as in `operands`. ValueError for an
     unknown form and for one that cannot read these tensors."""
     if form not in (None, *get_args(Form)):
         raise ValueError(f"form is {form!r}; it must be one of {get_args(Form)}, or None to choose")
-    readable = fits_descriptor(x, weight)
+    readable = fits_box(x, weight)
     if form == "descriptor" and not readable:
         raise ValueError(
             f"x has strides {x.stride()} and weight {weight.stride()}; the descriptor form needs 16-byte "
@@ -175,17 +169,16 @@ def choose_form(x: Tensor, weight: Tensor, form: str | None) -> Form:
         )
     # sm_120 has neither the shared memory nor the matrix instructions these tiles are made for; the
     # interpreter, which has no capability, is far faster in this form
-    capability = capability_of(x)
+    capability = capability_of(x.device)
     modern = capability is None or (capability in ((9, 0), (10, 0), (10, 3)) and x.dtype != torch.float32)
     return form or ("descriptor" if readable and modern else "pointer")
 
 
-def fits_descriptor(x: Tensor, weight: Tensor) -> bool:
-    item = x.element_size()
-    aligned = all(stride * item % 16 == 0 for stride in x.stride()[:3])
+def fits_box(x: Tensor, weight: Tensor) -> bool:
+    """Whether TMA can read both: boxes of x, and the weight as a matrix whose rows are channels out."""
     matrix = weight.movedim(3 if weight.ndim == 6 else 1, -1)
-    starts = x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
-    return aligned and starts and x.stride(3) == 1 and matrix.is_contiguous() and x.shape[3] * item % 16 == 0
+    rows_aligned = x.shape[3] * x.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+    return fits_descriptor(x) and matrix.is_contiguous() and rows_aligned
 
 
 def split_rows(channels_out: int, form: Form) -> list[tuple[int, int]]:

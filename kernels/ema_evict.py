@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rfengine.kernels.rephase_keys import check_layout, rows_per_program
+from rfengine.kernels.device import rows_per_program
+from rfengine.kernels.rephase_keys import check_layout
 
 
 @triton.jit

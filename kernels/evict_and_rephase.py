@@ -20,13 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.device import rows_per_program
 from rfengine.kernels.ema_evict import average, check_pairs
 from rfengine.kernels.rephase_keys import (
     check_layout,
     check_rotation,
     load_rotation,
     rotate_pairs,
-    rows_per_program,
 )
 
 

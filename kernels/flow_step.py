@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.device import contiguous_rows
+
 
 @triton.jit
 def _flow_step_kernel(
@@ -68,8 +70,8 @@ def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, nex
             "they must be [B, F H W / P^2, P^2 C]"
         )
     out = x.new_empty(x.shape)
-    tokens, x = (t if t.stride(-1) == 1 else t.contiguous() for t in (tokens, x))
-    fresh = x if noise is None else noise if noise.stride(-1) == 1 else noise.contiguous()
+    tokens, x = map(contiguous_rows, (tokens, x))
+    fresh = x if noise is None else contiguous_rows(noise)
     # about a thousand elements for each program: enough programs for every SM at a chunk's size (unmeasured)
     block_c = triton.next_power_of_2(channels)
     block_w = max(16, 1024 // block_c)

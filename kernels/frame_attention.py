@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rfengine.kernels.convolution_tile import Form, capability_of
+from rfengine.kernels.convolution_tile import Form
+from rfengine.kernels.device import capability_of, fits_descriptor
 
 LOG2_E = 1.4426950408889634
 LARGEST_HEAD = 512
@@ -151,16 +152,12 @@ def choose_launch(form: Form, dtype: torch.dtype, channels: int) -> Launch:
 def choose_form(q: Tensor, k: Tensor, v: Tensor, form: str | None) -> Form:
     if form not in (None, *get_args(Form)):
         raise ValueError(f"form is {form!r}; it must be one of {get_args(Form)}, or None to choose")
-    item = q.element_size()
-    readable = all(
-        tensor.data_ptr() % 16 == 0 and all(stride * item % 16 == 0 for stride in tensor.stride()[:2])
-        for tensor in (q, k, v)
-    )
+    readable = all(map(fits_descriptor, (q, k, v)))
     if form == "descriptor" and not readable:
         raise ValueError(
             "the descriptor form needs q, k and v with 16-byte starts and strides: call contiguous()"
         )
-    modern = capability_of(q) in (None, (9, 0), (10, 0), (10, 3)) and q.dtype != torch.float32
+    modern = capability_of(q.device) in (None, (9, 0), (10, 0), (10, 3)) and q.dtype != torch.float32
     return form or ("descriptor" if readable and modern else "pointer")
 
 

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.device import contiguous_rows, row_launch, rows_per_sum
+
 # B batch, F latent frames, T tokens, D model dim; a table is [B or 1, F or 1, D], or [D] for all tokens
 
 
@@ -153,27 +155,6 @@ def _layer_norm_backward_kernel(
         tl.store(part + 2 * tables, grad_gate, mask=inside)
 
 
-def row_launch(dim: int) -> tuple[int, int]:
-    """BLOCK_D and num_warps for rows of `dim`, a row to a program.
-
-    16 elements of every vector to a thread: two 16-byte loads in bf16, and the sums of the backward pass with
-    a gate fit the registers: nothing spills on sm_90 but that pass in float32 at 5120. Not timed on a GPU.
-    """
-    block = triton.next_power_of_2(dim)
-    return block, min(max(block // 512, 1), 16)
-
-
-def chunk_tokens_of(rows: int) -> int:
-    """Rows one backward program sums over, so that about 512 programs, four for each SM of an H100, share the
-    work and their partial sums stay small beside the rows. Not timed on a GPU."""
-    return triton.cdiv(rows, 512)
-
-
-def contiguous_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself when its last axis is contiguous, as the kernels need it; otherwise a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def check_dtype(x: Tensor) -> None:
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x is {x.dtype}; the norm kernels serve bfloat16, float16 and float32: cast it")
@@ -225,7 +206,7 @@ def layer_norm_backward(
     """
     batch, tokens, dim = total.shape
     frames = _frames(gate, factor, offset)
-    chunk_tokens = chunk_tokens_of(batch * tokens)
+    chunk_tokens = rows_per_sum(batch * tokens)
     chunks = triton.cdiv(tokens // frames, chunk_tokens)
     block, num_warps = row_launch(dim)
     grad_x = total.new_empty(total.shape)

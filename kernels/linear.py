@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from rfengine.kernels.device import contiguous_rows, fits_descriptor
 from rfengine.kernels.linear_tile import choose_tile, describe_device
 
 # M rows (B batch * T tokens), N outputs, K inputs of a layer; F latent frames. A tile of the output has
@@ -141,12 +142,6 @@ def _linear_kernel(
         )  # fmt: skip
 
 
-def _fits_descriptor(matrix: Tensor) -> bool:
-    """Whether TMA can read a matrix: 16 bits, start and rows at multiples of 16 bytes."""
-    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-    return matrix.element_size() == 2 and aligned
-
-
 def _check(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor | None, gate: Tensor | None) -> None:
     dtypes = {tensor.dtype for tensor in (y, weight, bias, x) if tensor is not None}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
@@ -168,15 +163,15 @@ def _multiply(
     _check(y, weight, bias, x, gate)
     columns, inputs = weight.shape
     out = y.new_empty(*y.shape[:-1], columns)
-    left = y.reshape(-1, inputs)
-    left = left if left.stride(1) == 1 else left.contiguous()
+    left = contiguous_rows(y.reshape(-1, inputs))
     rows = left.shape[0]
     if not out.numel():
         return out
     device = describe_device(y.device)
     tile = choose_tile(rows, columns, y.dtype, device)
     sources = (left, weight, weight)
-    tma = device.capability >= (9, 0) and _fits_descriptor(left) and _fits_descriptor(weight)
+    readable = left.element_size() == 2 and fits_descriptor(left) and fits_descriptor(weight)
+    tma = device.capability >= (9, 0) and readable
     if tma:
         blocks = ([size, tile.depth] for size in (tile.rows, tile.columns, tile.tail or tile.columns))
         sources = tuple(map(TensorDescriptor.from_tensor, sources, blocks))

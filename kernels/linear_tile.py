@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 import triton
 
+from rfengine.kernels.device import capability_of, count_processors
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -72,15 +74,6 @@ def choose_tile(rows: int, columns: int, dtype: torch.dtype, device: Device) -> 
 
 
 def describe_device(device: torch.device) -> Device:
-    capability = capability_of(device)
+    capability = capability_of(device) or (0, 0)
     kilobytes = {8: 163 if capability in ((8, 0), (8, 7)) else 99, 9: 227, 10: 227}.get(capability[0], 99)
     return Device(count_processors(device), kilobytes * 1024, capability)
-
-
-def capability_of(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-
-
-def count_processors(device: torch.device) -> int:
-    """Multiprocessors; 4 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

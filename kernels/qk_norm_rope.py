@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.device import contiguous_rows, row_launch, rows_per_sum
 from rfengine.kernels.rephase_keys import check_layout, check_rotation, rotate_pairs
 
 
@@ -131,18 +132,6 @@ def _qk_norm_rope_backward_kernel(
     tl.store(partial + slot * D + column, total, mask=mask)
 
 
-def row_warps(block: int) -> int:
-    """Warps for a row of `block` elements: 16 elements of every tensor for each thread, two 16-byte loads of
-    each in flight in 16-bit. Unmeasured on a GPU."""
-    return min(16, max(1, block // 512))
-
-
-def rows_per_sum(rows: int) -> int:
-    """Rows whose weight gradients one program adds up: at most 512 programs each for q and k, about eight for
-    every SM of a large GPU. Unmeasured on a GPU."""
-    return triton.cdiv(rows, 512)
-
-
 def _check(rotation: Tensor, dim: int, **tensors: Tensor | None) -> None:
     check_layout(**tensors)
     check_rotation(rotation)
@@ -164,13 +153,13 @@ def qk_norm_rope(
     head_dim = dim // num_heads
     _check(rotation, head_dim, q=q, k=k, weight_q=weight_q, weight_k=weight_k)
     out_q, out_k = (x.new_empty(batch, tokens, num_heads, head_dim) for x in (q, k))
-    block = triton.next_power_of_2(dim)
+    block, num_warps = row_launch(dim)
     _qk_norm_rope_kernel[(tokens, batch)](
         q, k, k, weight_q, weight_k, rotation, out_q, out_k, out_k, out_k,
         *q.stride()[:2], *k.stride()[:2], *k.stride()[:2],
         *out_k.stride()[:3], *out_k.stride()[:3], *out_k.stride()[:3],
         tokens, eps,
-        D=dim, E=head_dim, HAS_V=False, HAS_RAW=False, BLOCK=block, num_warps=row_warps(block),
+        D=dim, E=head_dim, HAS_V=False, HAS_RAW=False, BLOCK=block, num_warps=num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
     return out_q, out_k
@@ -197,19 +186,19 @@ def qk_norm_rope_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k [B, T, D] and of the two weights [D] from those of the rotated q, k [B, T, H, E]."""
-    grad_q, grad_k = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_q, grad_k))
+    grad_q, grad_k = map(contiguous_rows, (grad_q, grad_k))
     batch, tokens, dim = q.shape
     rows = batch * tokens
     rows_per_program = rows_per_sum(rows)
     programs = triton.cdiv(rows, rows_per_program)
     dq, dk = q.new_empty(batch, tokens, dim), k.new_empty(batch, tokens, dim)
     partial = q.new_empty(2, programs, dim, dtype=torch.float32)
-    block = triton.next_power_of_2(dim)
+    block, num_warps = row_launch(dim)
     _qk_norm_rope_backward_kernel[(programs, 2)](
         q, k, weight_q, weight_k, rotation, grad_q, grad_k, dq, dk, partial,
         *q.stride()[:2], *k.stride()[:2], *grad_q.stride()[:3], *grad_k.stride()[:3],
         tokens, rows, rows_per_program, eps,
-        D=dim, E=grad_q.shape[-1], BLOCK=block, num_warps=row_warps(block),
+        D=dim, E=grad_q.shape[-1], BLOCK=block, num_warps=num_warps,
     )  # fmt: skip
     dweight_q, dweight_k = partial.sum(dim=1).unbind()
     return dq, dk, dweight_q.to(weight_q.dtype, copy=True), dweight_k.to(weight_k.dtype, copy=True)
@@ -270,13 +259,13 @@ def qk_norm_rope_write(
     )  # fmt: skip
     out_q = q.new_empty(batch, tokens, heads, head_dim)
     raw = keys if raw_keys is None else raw_keys
-    block = triton.next_power_of_2(dim)
+    block, num_warps = row_launch(dim)
     _qk_norm_rope_kernel[(tokens, batch)](
         q, k, v, weight_q, weight_k, rotation, out_q, keys, values, raw,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *keys.stride()[:3], *values.stride()[:3], *raw.stride()[:3],
         tokens, eps,
-        D=dim, E=head_dim, HAS_V=True, HAS_RAW=raw_keys is not None, BLOCK=block, num_warps=row_warps(block),
+        D=dim, E=head_dim, HAS_V=True, HAS_RAW=raw_keys is not None, BLOCK=block, num_warps=num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
     return out_q

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.device import rows_per_program
+
 
 @triton.jit
 def rotate_pairs(x, cos, sin, ROWS: tl.constexpr, WIDTH: tl.constexpr):
@@ -55,12 +57,6 @@ def _rephase_keys_kernel(
     cos, sin = load_rotation(rotation, token, valid, num_tokens, E, WIDTH)
     target = rotated + layer * rotated_l + b * rotated_b + token * rotated_s + head * rotated_h + column
     tl.store(target, rotate_pairs(x, cos, sin, ROWS, WIDTH).to(rotated.dtype.element_ty), mask=mask)
-
-
-def rows_per_program(width: int) -> int:
-    """Rows of `width` elements in one tile: 4096 elements, so that each of 128 threads has 32 of them, four
-    16-byte loads of every 16-bit tensor in flight, in about 50 registers. Unmeasured on a GPU."""
-    return max(1, 4096 // width)
 
 
 def check_layout(**tensors: Tensor | None) -> None:

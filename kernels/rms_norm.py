@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rfengine.kernels.layer_norm import check_dtype, chunk_tokens_of, contiguous_rows, row_launch
+from rfengine.kernels.device import contiguous_rows, row_launch, rows_per_sum
+from rfengine.kernels.layer_norm import check_dtype
 
 # B batch, T tokens, D normalised axis; leading axes beyond [B, T, D] are folded into B
 
@@ -88,7 +89,7 @@ def rms_norm_backward(x: Tensor, weight: Tensor, grad_normed: Tensor, eps: float
     """Gradients of x and of weight; the latter in two stages, without atomics."""
     rows, grad_rows = _as_rows(x), _as_rows(grad_normed)
     batch, tokens, dim = rows.shape
-    chunk_tokens = chunk_tokens_of(batch * tokens)
+    chunk_tokens = rows_per_sum(batch * tokens)
     chunks = triton.cdiv(tokens, chunk_tokens)
     grad_x = x.new_empty(x.shape)
     partials = x.new_empty((batch, chunks, dim), dtype=torch.float32)

@@ -26,12 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.device import capability_of, fits_descriptor
 from rfengine.kernels.sink_window_attention_backward import attention_backward_keys, attention_backward_query
-from rfengine.kernels.sink_window_attention_descriptor import (
-    attend_with_descriptors,
-    fits_descriptor,
-    weigh_keys,
-)
+from rfengine.kernels.sink_window_attention_descriptor import attend_with_descriptors, weigh_keys
 
 # B batch, Tq query tokens, T tokens of a slot, S arena tokens, H heads, D head dim
 
@@ -129,13 +126,9 @@ def pointer_launch(
     return 128, 4096 // head_dim, 8, 3
 
 
-def _capability(q: Tensor) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-
-
 def _attend_with_pointers(q: Tensor, keys: Tensor, values: Tensor, kv_len: Tensor) -> tuple[Tensor, Tensor]:
     batch, tokens, heads, head_dim = q.shape
-    block_m, block_n, warps, stages = pointer_launch(_capability(q), q.dtype, head_dim)
+    block_m, block_n, warps, stages = pointer_launch(capability_of(q.device), q.dtype, head_dim)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
     _sink_window_attention_kernel[(triton.cdiv(tokens, block_m), heads, batch)](
@@ -172,9 +165,10 @@ def _attend(
     q: Tensor, keys: Tensor, values: Tensor, kv_len: Tensor, form: str | None
 ) -> tuple[Tensor, Tensor]:
     _check(q, keys, values, kv_len)
-    readable = all(fits_descriptor(tensor) for tensor in (q, keys, values))
+    operands = (q, keys, values)
+    readable = all(each.stride(2) == q.shape[3] and fits_descriptor(each) for each in operands)
     if form is None:
-        form = choose_form(_capability(q), q.dtype) if readable else "pointer"
+        form = choose_form(capability_of(q.device), q.dtype) if readable else "pointer"
     if form not in get_args(Form):
         raise ValueError(f"the form is {form!r}; it must be one of {get_args(Form)}")
     with torch.cuda.device_of(q):

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.device import contiguous_rows
+
 # B batch, Tq query tokens, T tokens of the slot, S arena tokens, H heads, D head dim
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -183,7 +185,7 @@ def attention_backward_query(
 
     grad may have any strides but those of a broadcast last axis, which is copied; out and lse are contiguous.
     """
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad = contiguous_rows(grad)
     batch, tokens, heads, head_dim = q.shape
     block_m, block_n, warps, stages = backward_launch(q.dtype)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -220,7 +222,7 @@ def attention_backward_keys(
 
     They are zero from kv_len on.
     """
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad = contiguous_rows(grad)
     batch, tokens, heads, head_dim = q.shape
     block_n, block_m, warps, stages = backward_launch(q.dtype)
     grad_keys = torch.empty((batch, slot_tokens, heads, head_dim), dtype=q.dtype, device=q.device)

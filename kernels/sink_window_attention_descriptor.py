@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.device import count_processors
+
 # B batch, Tq query tokens, S arena tokens, H heads, D head dim. Units, parts: see above.
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -222,22 +224,9 @@ def split_tiles(tiles: int, processors: int, most_parts: int) -> TileSplit:
     return TileSplit(tiles, 0, 1) if parts == 1 or cut == 0 else TileSplit(tiles - cut, cut, parts)
 
 
-def fits_descriptor(tensor: Tensor) -> bool:
-    """Whether TMA can read a [B, T, H, D] view: heads adjacent, start and strides multiples of 16 bytes."""
-    item = tensor.element_size()
-    strides = (tensor.stride(0), tensor.stride(1))
-    adjacent = tensor.stride(3) == 1 and tensor.stride(2) == tensor.shape[3]
-    return adjacent and tensor.data_ptr() % 16 == 0 and all(stride * item % 16 == 0 for stride in strides)
-
-
 def _allocate_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for a launch's descriptors, from torch's allocator: from the pool of a graph being captured."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _count_processors(device: torch.device) -> int:
-    """Multiprocessors, each of which holds one program (its shared memory fills it); 4 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def attend_with_descriptors(
@@ -245,7 +234,7 @@ def attend_with_descriptors(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Tq, H, D], natural log-sum-exp [B, H, Tq] float32); inputs as in sink_window_attention."""
     batch, tokens, heads, head_dim = q.shape
-    processors = _count_processors(q.device)
+    processors = count_processors(q.device)  # each holds one program, which fills its shared memory
     # a part has at least four tiles of keys of a full arena, and eight parts are the most that can pay
     most_parts = max(1, min(8, keys.shape[1] // (4 * block_n)))
     split = split_tiles(triton.cdiv(tokens, block_m) * heads, processors, most_parts)

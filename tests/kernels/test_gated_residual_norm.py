@@ -47,7 +47,7 @@ def test_a_row_that_serves_several_frames_or_samples_gets_the_sum_of_their_gradi
 
 
 def test_programs_that_sum_over_several_tokens_leave_none_out(monkeypatch):
-    monkeypatch.setattr(layer_norm, "chunk_tokens_of", lambda rows: 4)  # 7 tokens in a frame: 4, then 3
+    monkeypatch.setattr(layer_norm, "rows_per_sum", lambda rows: 4)  # 7 tokens in a frame: 4, then 3
     assert_op_matches(*op_pair(NAMES[0]), inputs(NAMES[0], tokens=21))
 
 

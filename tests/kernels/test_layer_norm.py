@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from rfengine.kernels.layer_norm import Affine, chunk_tokens_of, layer_norm, layer_norm_backward, row_launch
+from rfengine.kernels.device import row_launch, rows_per_sum
+from rfengine.kernels.layer_norm import Affine, layer_norm, layer_norm_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,7 +34,7 @@ def test_a_program_covers_a_row(dim):
 
 @pytest.mark.parametrize("rows", [1, 48, 4680, 100_000])
 def test_backward_programs_share_all_rows_and_stay_few(rows):
-    assert 1 <= -(-rows // chunk_tokens_of(rows)) <= 512
+    assert 1 <= -(-rows // rows_per_sum(rows)) <= 512
 
 
 def test_gradients_are_bitwise_the_same_in_every_run():

@@ -43,7 +43,7 @@ def test_rows_are_rounded_before_the_weight_and_again_after_it(dtype):
 
 
 def test_programs_that_sum_over_several_tokens_leave_none_out(monkeypatch):
-    monkeypatch.setattr(rms_norm_file, "chunk_tokens_of", lambda rows: 4)
+    monkeypatch.setattr(rms_norm_file, "rows_per_sum", lambda rows: 4)
     assert_op_matches(rms_norm, reference.rms_norm, inputs(2, 7, 24))
 
 

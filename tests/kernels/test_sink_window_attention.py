@@ -55,7 +55,7 @@ def test_single_precision_matches_reference_at_its_own_rounding(tokens, kv_len, 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_batches_and_the_parts_of_the_last_wave_are_put_together(form, monkeypatch):
-    monkeypatch.setattr(descriptor, "_count_processors", lambda device: 4)
+    monkeypatch.setattr(descriptor, "count_processors", lambda device: 4)
     q, keys, values, length = arena(2, 130, 1024, 3, 64, torch.float16, 517)
     split = descriptor.split_tiles(6, 4, 2)
     assert (split.whole, split.cut, split.parts) == (4, 2, 2)
@@ -64,7 +64,7 @@ def test_batches_and_the_parts_of_the_last_wave_are_put_together(form, monkeypat
 
 @pytest.mark.parametrize("form", FORMS)
 def test_log_sum_exp_is_natural_and_in_single_precision(form, monkeypatch):
-    monkeypatch.setattr(descriptor, "_count_processors", lambda device: 2)
+    monkeypatch.setattr(descriptor, "count_processors", lambda device: 2)
     q, keys, values, length = arena(2, 40, 1024, 3, 64, torch.float16, 300)
     _, log_sum_exp = torch.ops.rfengine.sink_window_attention(q, keys, values, length, form)
 
@@ -77,7 +77,7 @@ def test_log_sum_exp_is_natural_and_in_single_precision(form, monkeypatch):
 
 @pytest.mark.parametrize("form", ["descriptor", "specialised"])
 def test_parts_without_keys_do_not_count(form, monkeypatch):
-    monkeypatch.setattr(descriptor, "_count_processors", lambda device: 8)
+    monkeypatch.setattr(descriptor, "count_processors", lambda device: 8)
     q, keys, values, length = arena(1, 20, 2048, 2, 64, torch.float16, 200)
     assert descriptor.split_tiles(2, 8, 4).parts == 4  # two tiles of keys
     assert_like_reference(sink_window_attention(q, keys, values, length, form), q, keys, values, length)
