@@ -6,11 +6,9 @@ import importlib
 import importlib.util
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from kernel_inputs import Arguments, Draw
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rfengine.accuracy import beyond_reference_error
 from rfengine.costs.shapes import Shapes
 from rfengine.ops import native
 from rfengine.tuning.timing import capture_calls, count_cold_sets
@@ -142,22 +141,15 @@ def seeded_draw(seed: int, device: str = "cuda", dtype: torch.dtype = torch.bflo
 
 
 def check(case: KernelCase, shapes: Shapes, draw: Draw) -> None:
-    """AssertionError unless the kernel is as near to float64 as tests/support/tolerance.py asks."""
-    tolerance = _tests_tolerance()
+    """AssertionError unless the kernel is as near to float64 as accuracy.beyond_reference_error asks."""
     arguments = case.inputs(shapes.with_layers(min(CHECKED_LAYERS, shapes.layers)), draw)
     found, expected = (
         _results(case, run, _map(Tensor.clone, arguments)) for run in (case.kernel(), case.meaning())
     )
     truth = _results(case, case.meaning(), _map(_widened, arguments))
     for index, tensors in enumerate(zip(found, expected, truth, strict=True)):
-        tolerance.assert_within_reference_error(f"{case.name}, result {index}", *tensors)
-
-
-def _tests_tolerance() -> Any:
-    tests = str(Path(__file__).resolve().parents[1] / "tests")
-    if tests not in sys.path:
-        sys.path.append(tests)
-    return importlib.import_module("kernel_checks.tolerance")
+        problem = beyond_reference_error(*tensors)
+        assert not problem, f"{case.name}, result {index} is {problem}"
 
 
 def _results(case: KernelCase, run: Callable[..., Any], arguments: Arguments) -> list[Tensor]:

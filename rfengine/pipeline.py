@@ -347,8 +347,10 @@ def tuned_ops(config: EngineConfig, requested: Backend, dtype: torch.dtype, devi
     if not runtime_switches(config.runtime, device)["autotune"].on:
         return choose_ops(requested, device, dtype=dtype)
     from rfengine.tuning.autotune import tune
+    from rfengine.tuning.candidates import TuningShapes, transformer_cases
 
-    choice = tune(config, LatentGrid.of(config), dtype, device, requested=requested)
+    shapes = TuningShapes(config, LatentGrid.of(config), dtype, device)
+    choice = tune(transformer_cases(shapes), device, requested=requested)
     return choose_ops(requested, device, choice.overrides, choice.folds_gate, dtype)
 
 

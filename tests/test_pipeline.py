@@ -291,18 +291,19 @@ def test_ops_are_those_that_won_where_autotune_is_on(saved, monkeypatch):
     from rfengine import pipeline
     from rfengine.config import RuntimeConfig
     from rfengine.runtime.options import Switch, runtime_switches
-    from rfengine.tuning import autotune
+    from rfengine.tuning import autotune, candidates
 
     asked = []
 
-    def tune(config, grid, dtype, device, requested):
-        asked.append((grid.height, grid.width, dtype, device, requested))
+    def tune(shapes, device, requested):
+        asked.append((shapes.grid.height, shapes.grid.width, shapes.dtype, device, requested))
         return autotune.Choice()
 
     def tuning(runtime, device):
         return runtime_switches(runtime, device) | {"autotune": Switch(runtime.autotune, "for the test")}
 
     monkeypatch.setattr(autotune, "tune", tune)
+    monkeypatch.setattr(candidates, "transformer_cases", lambda shapes: shapes)
     monkeypatch.setattr(pipeline, "runtime_switches", tuning)
     Pipeline.from_pretrained(saved, "cpu", "bfloat16")
     assert asked == [(32, 48, torch.bfloat16, torch.device("cpu"), "auto")]

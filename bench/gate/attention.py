@@ -12,7 +12,7 @@ from gate.record import Result
 from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
 from rfengine.tuning.attention_probe import LIMIT_S, attention_problems
-from rfengine.tuning.candidates import Site
+from rfengine.tuning.candidates import TuningShapes
 from rfengine.tuning.record import TuningCache, default_cache_path, describe_machine
 
 MODEL = "wan-1.3b"
@@ -27,7 +27,7 @@ def _tried(setting: Setting) -> Iterator[Result]:
         raise AbsentError("a self-check has no GPU to try them on")
     config, device = PRESETS[MODEL], torch.device("cuda", torch.cuda.current_device())
     cache = TuningCache(default_cache_path(), describe_machine(device))
-    problems = attention_problems(Site(config, LatentGrid.of(config), torch.bfloat16, device), cache)
+    problems = attention_problems(TuningShapes(config, LatentGrid.of(config), torch.bfloat16, device), cache)
     for form, problem in problems.items():
         yield {"form": form, "problem": problem}
     refused = [f"{form}: {problem}" for form, problem in problems.items() if problem]

@@ -69,9 +69,12 @@ def decoder_ops(
     overrides = _fp8_override(config, requested, device)
     measures = requested == "auto" and runtime_switches(config.runtime, device)["autotune"].on
     if device.type == "cuda" and (measures or requested == "cudnn"):
-        from rfengine.tuning.autotune import tune_decoder
+        from rfengine.tuning.autotune import tune
+        from rfengine.tuning.candidates import TuningShapes
+        from rfengine.tuning.convolutions import decoder_cases
 
-        overrides |= tune_decoder(config, grid, dtype, device, requested=requested).overrides
+        shapes = TuningShapes(config, grid, dtype, device)
+        overrides |= tune(decoder_cases(shapes), device, requested=requested).overrides
     return choose_ops(requested, device, overrides)
 
 

@@ -1,9 +1,9 @@
 """Autotune: which backend runs each op at the engine's own shapes, measured at start-up and kept in a file.
 
-Rule: the fastest contender wins, by the median of its samples; the contenders are sampled in turn, so that a
-change of the clock meets all of them alike. The default stays unless the gain is above the noise: 2 % of the
-default's median, or the larger of the two interquartile spreads, whichever is more. A contender that fails,
-or whose results are further from float64 than twice the reference's own error, is refused.
+Rule: the fastest candidate wins, by the median of its samples; the candidates are sampled alternating, so
+that a change of the clock meets all of them alike. The default stays unless the gain is above the noise: 2 %
+of the default's median, or the larger of the two interquartile spreads, whichever is more. A candidate that
+fails, or whose results are further from float64 than twice the reference's own error, is refused.
 """
 
 from __future__ import annotations
@@ -11,28 +11,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from rfengine.config import Backend, EngineConfig
-from rfengine.grid import LatentGrid
+from rfengine.config import Backend
 from rfengine.ops.table import op_of
-from rfengine.tuning.attention_probe import probe_contenders
-from rfengine.tuning.candidates import FOLDED, FOLDS_GATE, Contest, Site, backend_contests, gate_contest
-from rfengine.tuning.convolutions import decoder_contests
-from rfengine.tuning.record import Decision, Subject, TuningCache, default_cache_path, describe_machine
-from rfengine.tuning.timing import Arguments, Sampler, Timer, count_cold_sets, graph_sampler
+from rfengine.tuning.attention_probe import probe_candidates
+from rfengine.tuning.candidates import FOLDED, FOLDS_GATE, Case, TuningCase
+from rfengine.tuning.record import CaseKey, Decision, TuningCache, default_cache_path, describe_machine
+from rfengine.tuning.timing import Sampler, Timer, count_cold_sets, graph_sampler
 from rfengine.tuning.trials import LostDeviceError, Trials, is_lost
 
 logger = logging.getLogger(__name__)
 SAMPLES = 15
 WARM_UP_SAMPLES = 3
 NOISE_SHARE = 0.02
-ERROR_FACTOR = 2.0  # times the error of the reference in the same dtype
 SEED = 0
 _PATIENCE = "autotune builds and times the backends on %s, once for each size; this can take minutes"
 
@@ -46,17 +42,15 @@ class Choice:
     @property
     def overrides(self) -> dict[str, str]:
         """Backend by op, or by op and shape of the weight."""
-        return {each.subject.key: each.backend for each in self.decisions if each.subject.key != FOLDS_GATE}
+        return {each.key.name: each.backend for each in self.decisions if each.key.name != FOLDS_GATE}
 
     @property
     def folds_gate(self) -> bool:
-        return any(each.subject.key == FOLDS_GATE and each.backend == FOLDED for each in self.decisions)
+        return any(each.key.name == FOLDS_GATE and each.backend == FOLDED for each in self.decisions)
 
 
 def tune(
-    config: EngineConfig,
-    grid: LatentGrid,
-    dtype: torch.dtype,
+    cases: Iterable[Case],
     device: torch.device | str,
     *,
     requested: Backend = "auto",
@@ -64,77 +58,47 @@ def tune(
     cache_path: str | Path | None = None,
     timer: Timer | None = None,
 ) -> Choice:
-    """Decide what runs a stream of `config` at `grid`, from the cache file where it knows, else by measuring.
+    """Decide each of `cases`, from the cache file where it knows the answer, else by measuring.
 
-    requested: any backend but "auto" is a choice already: nothing is measured. forced: backend by key of
-    Ops.choice, or "folds_gate" with "folded" or "apart"; an op stands for all its shapes. cache_path: the
-    file, by default autotune.json in the user's cache directory. timer: replaces the CUDA clock; without it
-    nothing is measured on any other device. Raises RuntimeError where every contender of an op fails or is
-    wrong.
+    requested: any backend except "auto" is a choice already: nothing is measured. forced: backend by key of
+    Ops.choice, or "folds_gate" with "folded" or "apart"; an op stands for all its shapes. A cuDNN that either
+    asks for is checked in every case with a check of its own. cache_path: the file, by default autotune.json
+    in the user's cache directory. timer: replaces the CUDA clock; without it nothing is measured on any other
+    device, and `cases` is not read. Raises RuntimeError where every candidate of a case fails or is wrong, or
+    a cuDNN that was asked for.
     """
-    device = torch.device(device)
-    decisions = _forced(forced or {})
-    if requested == "auto" and (device.type == "cuda" or timer is not None):
-        site = Site(config, grid, dtype, device)
-        cache = TuningCache(Path(cache_path or default_cache_path()), describe_machine(device))
-        decisions += _hold(backend_contests(site), decisions, cache, timer)
-        decisions += _hold([gate_contest(site, Choice(tuple(decisions)).overrides)], decisions, cache, timer)
-    return Choice(tuple(decisions))
-
-
-def tune_decoder(
-    config: EngineConfig,
-    grid: LatentGrid,
-    dtype: torch.dtype,
-    device: torch.device | str,
-    *,
-    requested: Backend = "auto",
-    forced: Mapping[str, str] | None = None,
-    cache_path: str | Path | None = None,
-    timer: Timer | None = None,
-) -> Choice:
-    """tune, for the convolutions of the decoder: a choice for each of their shapes at `grid`.
-
-    A cuDNN that was asked for, by `requested` or by `forced`, is checked at every shape that it would run.
-    Raises RuntimeError as tune does, and where such a check fails.
-    """
-    device = torch.device(device)
-    forced = dict(forced or {})
-    decisions = _forced(forced)
-    if device.type == "cuda" or timer is not None:
-        contests = decoder_contests(Site(config, grid, dtype, device))
-        cache = TuningCache(Path(cache_path or default_cache_path()), describe_machine(device))
-        for contest in contests:
-            key = contest.subject.key
-            if forced.get(key, forced.get(op_of(key), requested)) == "cudnn":
-                _require_right(contest, "cudnn", cache)
-        if requested == "auto":
-            decisions += _hold(contests, decisions, cache, timer)
-    return Choice(tuple(decisions))
-
-
-def _forced(backends: Mapping[str, str]) -> list[Decision]:
-    decisions = [Decision(Subject(key), backend, "forced") for key, backend in backends.items()]
+    device, forced = torch.device(device), dict(forced or {})
+    decisions = [Decision(CaseKey(name), backend, "forced") for name, backend in forced.items()]
     for decision in decisions:
         logger.info("autotune: %s", decision)
-    return decisions
+    if device.type != "cuda" and timer is None:
+        return Choice(tuple(decisions))
+    cases = list(cases)
+    cache = TuningCache(Path(cache_path or default_cache_path()), describe_machine(device))
+    for case in cases:
+        if isinstance(case, TuningCase) and case.check is not None:
+            name = case.key.name
+            if forced.get(name, forced.get(op_of(name), requested)) == "cudnn":
+                _require_right(case, "cudnn", cache)
+    if requested == "auto":
+        decisions += _decide_all(cases, decisions, cache, timer)
+    return Choice(tuple(decisions))
 
 
-def _require_right(contest: Contest, backend: str, cache: TuningCache) -> None:
-    """RuntimeError where `backend` is wrong or fails; the cache keeps what was found. Where it cannot run
-    here at all, choose_ops says so."""
-    if backend not in contest.contenders:
+def _require_right(case: TuningCase, backend: str, cache: TuningCache) -> None:
+    """Raise RuntimeError where `backend` is wrong or fails; the cache keeps the verdict. Where it cannot run
+    here at all, choose_ops reports it."""
+    if backend not in case.candidates:
         return
     trials = Trials(cache)
-    known = trials.verdict(contest.subject, backend) or cache.find(contest.subject)
+    known = trials.verdict(case.key, backend) or cache.find(case.key)
     if known is None:
-        generator = torch.Generator(contest.device).manual_seed(SEED)
-        with torch.no_grad(), _current(contest.device), trials.running(contest.subject, backend):
-            problem = _attempt(contest, backend, lambda: _problem(contest, backend, generator), trials)
-        known = trials.judge(contest.subject, backend, problem)
+        with torch.no_grad(), _current(case.device), trials.running(case.key, backend):
+            problem = _attempt(case, backend, lambda: _check(case, backend, _seeded(case)), trials)
+        known = trials.judge(case.key, backend, problem)
     if backend in known.refused:
         raise RuntimeError(
-            f"backend {backend!r} is asked for and refused for {contest.subject}: {known.refused[backend]}; "
+            f"backend {backend!r} is asked for and refused for {case.key}: {known.refused[backend]}; "
             "use 'auto', which leaves it out there"
         )
 
@@ -144,30 +108,31 @@ def cached_decisions(device: torch.device | str, cache_path: str | Path | None =
     return TuningCache(Path(cache_path or default_cache_path()), describe_machine(device)).decisions()
 
 
-def _hold(
-    contests: Sequence[Contest], made: Sequence[Decision], cache: TuningCache, timer: Timer | None
+def _decide_all(
+    cases: Sequence[Case], made: Sequence[Decision], cache: TuningCache, timer: Timer | None
 ) -> list[Decision]:
-    """Decisions of the contests that nothing in `made` settles; each new one goes into the cache at once, so
-    that a start which is broken off need not begin anew."""
-    settled = {decision.subject.key for decision in made}
-    decisions = []
+    """Decisions of the cases that nothing in `made` settles. Each new one is stored at once, so that a start
+    which is interrupted need not measure it again."""
+    settled = {decision.key.name for decision in made}
+    decisions: list[Decision] = []
     trials = Trials(cache)
-    is_told = timer is not None
-    for contest in contests:
-        key = contest.subject.key
-        if key in settled or op_of(key) in settled:
+    has_warned = timer is not None
+    for case in cases:
+        if not isinstance(case, TuningCase):
+            case = case(Choice((*made, *decisions)).overrides)
+        if case.key.name in settled or op_of(case.key.name) in settled:
             continue
-        if len(contest.contenders) == 1:
-            decisions.append(Decision(contest.subject, contest.default, "the only one that runs here"))
+        if len(case.candidates) == 1:
+            decisions.append(Decision(case.key, case.default, "the only one that runs here"))
             continue
-        decision = cache.find(contest.subject)
+        decision = cache.find(case.key)
         if decision is None:
-            if not is_told:
-                logger.warning(_PATIENCE, contest.device)
-                is_told = True
-            logger.info("autotune: measures %s", contest.subject)
-            untried = probe_contenders(contest, trials)
-            decision = decide(contest, timer, trials, untried)
+            if not has_warned:
+                logger.warning(_PATIENCE, case.device)
+                has_warned = True
+            logger.info("autotune: measures %s", case.key)
+            untried = probe_candidates(case, trials)
+            decision = decide(case, timer, trials, untried)
             if not untried:  # else the next start tries again
                 cache.store([decision])
         logger.info("autotune: %s", decision)
@@ -176,90 +141,92 @@ def _hold(
 
 
 def decide(
-    contest: Contest,
+    case: TuningCase,
     timer: Timer | None = None,
     trials: Trials | None = None,
     left_out: Mapping[str, str] | None = None,
 ) -> Decision:
-    """Check and time the contenders of one contest, and choose.
+    """Check and time the candidates of one case, and choose.
 
-    timer: replaces the CUDA clock. trials: what is known of contenders that did not come back, and keeps it.
-    left_out: why by contenders that are not to be run.
+    timer: replaces the CUDA clock. trials: knows candidates that did not come back, and keeps new ones.
+    left_out: reason by candidate that is not to be run.
     Raises RuntimeError where all of them fail or are wrong, LostDeviceError where one breaks the device.
     """
-    device = contest.device
-    refused = dict(left_out or {}) | (trials.refused(contest.subject) if trials else {})
-    with torch.no_grad(), _current(device):
-        samplers = _prepare(contest, timer or graph_sampler, refused, trials)
-        times = _sample(contest, samplers, refused, trials)
-    if device.type == "cuda":
+    refused = dict(left_out or {}) | (trials.refused(case.key) if trials else {})
+    with torch.no_grad(), _current(case.device):
+        samplers = _prepare(case, timer or graph_sampler, refused, trials)
+        times = _sample(case, samplers, refused, trials)
+    if case.device.type == "cuda":
         torch.cuda.empty_cache()
     if not times:
         raise RuntimeError(
-            f"every backend of {contest.subject} fails: {refused}; turn autotune off and choose one by name"
+            f"every backend of {case.key} fails: {refused}; turn autotune off and choose one by name"
         )
-    backend, reason = choose(times, contest.default)
+    backend, reason = choose(times, case.default)
     notes = [reason, *(f"{name} refused: {problem}" for name, problem in refused.items())]
-    return Decision(contest.subject, backend, "; ".join(notes), times, refused)
+    return Decision(case.key, backend, "; ".join(notes), times, refused)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def _seeded(case: TuningCase) -> torch.Generator:
+    return torch.Generator(case.device).manual_seed(SEED)
+
+
+def _check(case: TuningCase, name: str, generator: torch.Generator) -> str:
+    """Why the results of a candidate are wrong, or ""."""
+    return case.problem(case.candidates[name], case.make_inputs(generator))
+
+
 def _prepare(
-    contest: Contest, timer: Timer, refused: dict[str, str], trials: Trials | None
+    case: TuningCase, timer: Timer, refused: dict[str, str], trials: Trials | None
 ) -> dict[str, Sampler]:
-    """What samples each contender that is right; why others are not goes into `refused`."""
-    generator = torch.Generator(contest.device).manual_seed(SEED)
-    on_cuda = contest.device.type == "cuda"
-    count = count_cold_sets(contest.device, contest.set_bytes) if on_cuda else 1
-    sets = [contest.make_inputs(generator) for _ in range(count)]
+    """The sampler of each candidate that is right; why others are not goes into `refused`."""
+    generator = _seeded(case)
+    count = count_cold_sets(case.device, case.set_bytes) if case.device.type == "cuda" else 1
+    sets = [case.make_inputs(generator) for _ in range(count)]
     samplers: dict[str, Sampler] = {}
-    for name, run in contest.contenders.items():
+    for name, run in case.candidates.items():
         if name in refused:
             continue
 
         def first_run(name: str = name, run: Callable[..., object] = run) -> str:
-            problem = _problem(contest, name, generator)
+            problem = _check(case, name, generator)
             if not problem:
                 sampler = timer(run, sets)
                 sampler()
                 samplers[name] = sampler
             return problem
 
-        with trials.running(contest.subject, name) if trials else contextlib.nullcontext():
-            problem = _attempt(contest, name, first_run, trials)
+        with trials.running(case.key, name) if trials else contextlib.nullcontext():
+            problem = _attempt(case, name, first_run, trials)
         if problem:
             refused[name] = problem
     return samplers
 
 
-def _attempt(contest: Contest, name: str, run: Callable[[], str], trials: Trials | None) -> str:
-    """Why a contender is refused: what `run` returns, or raises. LostDeviceError where the device is lost."""
+def _attempt(case: TuningCase, name: str, run: Callable[[], str], trials: Trials | None) -> str:
+    """Why a candidate is refused: what `run` returns, or raises. LostDeviceError where the device is lost."""
     try:
         return run()
     # a launcher or a compiler may raise anything (KeyError, AssertionError), and whatever it is, the other
-    # contenders can do the work: broad on purpose, and the reason is kept
+    # candidates can do the work: broad on purpose, and the reason is kept
     except Exception as error:  # noqa: BLE001
         problem = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        if is_lost(contest.device, error):
+        if is_lost(case.device, error):
             if trials:
-                trials.judge(contest.subject, name, f"it broke the device: {problem}")
-            raise LostDeviceError(contest.subject, name, problem) from error
+                trials.judge(case.key, name, f"it broke the device: {problem}")
+            raise LostDeviceError(case.key, name, problem) from error
         return problem
 
 
-def _problem(contest: Contest, name: str, generator: torch.Generator) -> str:
-    """Why the results of a contender are wrong, or ""."""
-    return _error_of(contest, contest.contenders[name], contest.make_inputs(generator))
-
-
 def _sample(
-    contest: Contest, samplers: Mapping[str, Sampler], refused: dict[str, str], trials: Trials | None
+    case: TuningCase, samplers: Mapping[str, Sampler], refused: dict[str, str], trials: Trials | None
 ) -> dict[str, tuple[float, float]]:
-    """Median and interquartile spread by contender; every round samples all, each round the other way. One
-    that fails goes into `refused`."""
+    """Median and interquartile spread by candidate; every round samples all, in alternating order. One that
+    fails goes into `refused`."""
     samples: dict[str, list[float]] = {name: [] for name in samplers}
 
     def sample(name: str) -> str:
@@ -271,7 +238,7 @@ def _sample(
         for name in order:
             if name in refused:
                 continue
-            problem = _attempt(contest, name, lambda name=name: sample(name), trials)
+            problem = _attempt(case, name, lambda name=name: sample(name), trials)
             if problem:
                 refused[name] = problem
     return {
@@ -285,7 +252,7 @@ def _summary(values: list[float]) -> tuple[float, float]:
 
 
 def choose(times: Mapping[str, tuple[float, float]], default: str) -> tuple[str, str]:
-    """The winner and why, from median and spread by contender (the rule is at the top)."""
+    """The winner and why, from median and spread by candidate (the rule is at the top)."""
     ranked = sorted(times, key=lambda name: times[name][0])
     listed = ", ".join(f"{name} {times[name][0]:.4f} ms (spread {times[name][1]:.4f})" for name in ranked)
     best = ranked[0]
@@ -297,37 +264,3 @@ def choose(times: Mapping[str, tuple[float, float]], default: str) -> tuple[str,
     if usual - least > max(NOISE_SHARE * usual, usual_spread, spread):
         return best, f"{listed}; {1 - least / usual:.1%} below the default {default}"
     return default, f"{listed}; within the noise, so the default stays"
-
-
-def _error_of(contest: Contest, run: Callable[..., object], arguments: Arguments) -> str:
-    """Why the results of `run` are wrong, or "" where they are right: against the reference in float64."""
-    if contest.check is not None:
-        return contest.check(run, arguments)
-    part = contest.part(arguments)  # before the call, which may write into its arguments
-    expected = _results(contest, contest.meaning, _map(Tensor.clone, part))
-    truth = _results(contest, contest.meaning, _map(_widened, part))
-    found = _results(contest, run, arguments)
-    for index, (ours, plain, exact) in enumerate(zip(found, expected, truth, strict=True)):
-        if ours.shape != exact.shape:
-            return f"result {index} is {tuple(ours.shape)}, not {tuple(exact.shape)}"
-        error, usual = (_distance(result, exact) for result in (ours, plain))
-        limit = ERROR_FACTOR * usual + torch.finfo(plain.dtype).eps / 16
-        if not error <= limit:  # a NaN is refused as well
-            return f"result {index} is {error:.2e} from float64, the limit is {limit:.2e}"
-    return ""
-
-
-def _results(contest: Contest, run: Callable[..., object], arguments: Arguments) -> tuple[Tensor, ...]:
-    return contest.results(arguments, run(*arguments))
-
-
-def _distance(result: Tensor, exact: Tensor) -> float:
-    return ((result.double() - exact.double()).norm() / exact.double().norm()).item()
-
-
-def _map(change: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
-    return tuple(change(item) if isinstance(item, Tensor) else item for item in arguments)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor.clone()

@@ -1,42 +1,46 @@
-"""Contests: what autotune.py can choose, as calls at the engine's own shapes with a check of each.
+"""Autotune cases: for each op and shape, the candidate implementations and a correctness check.
 
 T tokens of a chunk, S tokens of the window, D dim, H heads, E head dim, N outputs and K inputs of a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from rfengine.accuracy import beyond_reference_error
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops, default_choice
 from rfengine.ops.backends import SIXTEEN_BITS, backend_reasons, family, is_hopper
 from rfengine.ops.table import OPS, implementation, op_of, shape_key
-from rfengine.tuning.record import Subject
+from rfengine.tuning.record import CaseKey
 from rfengine.tuning.timing import Arguments
 
-FOLDS_GATE = "folds_gate"  # the key of the one decision that is no backend of an op
+FOLDS_GATE = "folds_gate"  # the name of the one decision that is no backend of an op
 APART, FOLDED = "apart", "folded"
+ATTENTION = "sink_window_attention"
 CHECKED_ROWS = 128
 ARENA_BYTES = 2**29  # of the arenas that eviction is timed on: fewer layers than a large model has
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
-    """One thing to choose: which of `contenders` runs fastest on arguments such as make_inputs gives.
+class TuningCase:
+    """One choice: which of `candidates` runs fastest on arguments as make_inputs makes them.
 
-    contenders: functions by the names in the subject, the default first. meaning: the op in plain PyTorch.
-    results: the tensors to check, from the arguments after a call and what it returned; with the arguments of
-    `part` in place of all, the same tensors from less work. check: why the results of a contender on some
-    arguments are wrong, or "", in place of that comparison with `meaning` in float64.
+    candidates: functions by their names in the key, the default first. set_bytes: of one set of arguments.
+    meaning: the op in plain PyTorch. part: arguments of less work, from all of them. results: the tensors to
+    compare, from the arguments after a call and what it returned; for `part` they are the same tensors.
+    check: says why the results of a candidate on some arguments are wrong, or "", in place of that comparison
+    with `meaning` in float64; such a case is also checked for a cuDNN that was asked for by name.
     """
 
-    subject: Subject
-    contenders: Mapping[str, Callable[..., object]]
+    key: CaseKey
+    candidates: Mapping[str, Callable[..., object]]
     device: torch.device
     make_inputs: Callable[[torch.Generator], Arguments]
     set_bytes: int
@@ -47,12 +51,36 @@ class Contest:
 
     @property
     def default(self) -> str:
-        return self.subject.contenders[0]
+        return self.key.candidates[0]
+
+    def problem(self, run: Callable[..., object], arguments: Arguments) -> str:
+        """Why the results of `run` are wrong, or ""."""
+        if self.check is not None:
+            return self.check(run, arguments)
+        part = self.part(arguments)  # before the call, which may write into its arguments
+        expected = self._results(self.meaning, _map(Tensor.clone, part))
+        truth = self._results(self.meaning, _map(_widened, part))
+        found = self._results(run, arguments)
+        for index, tensors in enumerate(zip(found, expected, truth, strict=True)):
+            if problem := beyond_reference_error(*tensors):
+                return f"result {index} is {problem}"
+        return ""
+
+    def _results(self, run: Callable[..., object], arguments: Arguments) -> tuple[Tensor, ...]:
+        return self.results(arguments, run(*arguments))
+
+
+def _map(change: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
+    return tuple(change(item) if isinstance(item, Tensor) else item for item in arguments)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """Where and for what contests are held: one stream of `config` at `grid`."""
+class TuningShapes:
+    """What the cases are made for: one stream of `config` at `grid`."""
 
     config: EngineConfig
     grid: LatentGrid
@@ -63,38 +91,28 @@ class Site:
     def tokens(self) -> int:
         return self.config.cache.chunk_frames * self.grid.frame_tokens
 
-    def subject(self, key: str, shape: tuple[int, ...], able: Iterable[str], given: str = "") -> Subject:
-        return Subject(key, shape, str(self.dtype).removeprefix("torch."), tuple(able), given)
+    @property
+    def window(self) -> int:
+        return self.config.cache.window_frames * self.grid.frame_tokens
 
     def rows(self, generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
-        return values.mul_(scale).to(self.dtype)
+        return normal(generator, self.dtype, shape, scale)
 
 
-def backend_contests(site: Site) -> list[Contest]:
-    """The contests between backends of one op: attention, every product's shape, eviction."""
-    model = site.config.model
-    contests = [_window_attention(site), _text_attention(site)]
-    # q, k and v at once; every output projection and the queries of the text; both of the feed-forward part
-    for op, outputs, inputs in (
-        ("linear", 3 * model.dim, model.dim),
-        ("linear", model.dim, model.dim),
-        ("linear_gelu", model.ffn_dim, model.dim),
-        ("linear", model.dim, model.ffn_dim),
-    ):
-        contests.append(_product(site, op, outputs, inputs))
-    if site.config.cache.sink == "ema":
-        contests.append(_eviction(site))
-    return contests
+def normal(
+    generator: torch.Generator, dtype: torch.dtype, shape: tuple[int, ...], scale: float = 1.0
+) -> Tensor:
+    """Normal numbers, drawn in float32 on the generator's device."""
+    values = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return values.mul_(scale).to(dtype)
 
 
-def contenders(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., object]]:
+def runnable(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[..., object]]:
     """The backends of `op` that can run here, the one it has by default first.
 
     On Hopper in 16 bits all forms of Triton's attention; elsewhere it has one alone.
     """
     reasons = backend_reasons(device)
-    usual = default_choice(device, dtype)[op]
     has_forms = dtype in SIXTEEN_BITS and is_hopper(device)
     able = [
         name
@@ -103,81 +121,128 @@ def contenders(op: str, device: torch.device, dtype: torch.dtype) -> dict[str, C
         and not reasons[family(name)]
         and (has_forms or family(name) == name)
     ]
-    return {name: implementation(op, name) for name in dict.fromkeys((usual, *able))}
+    default = default_choice(device, dtype)[op]
+    return {name: implementation(op, name) for name in dict.fromkeys((default, *able))}
 
 
-def _contest(
-    site: Site,
-    key: str,
+def case_key(
+    name: str,
     shape: tuple[int, ...],
-    elements: int,
+    dtype: torch.dtype,
+    candidates: Mapping[str, object],
+    depends_on: str = "",
+) -> CaseKey:
+    return CaseKey(name, shape, str(dtype).removeprefix("torch."), tuple(candidates), depends_on)
+
+
+# a case, or what makes one from the overrides decided before it
+Case = TuningCase | Callable[[Mapping[str, str]], TuningCase]
+
+
+def transformer_cases(shapes: TuningShapes) -> Iterator[Case]:
+    """The cases of the transformer and its cache: attention, every product's shape, eviction, and last the
+    folded gates, a case that depends on the backends chosen before it."""
+    model = shapes.config.model
+    yield window_attention_case(shapes)
+    yield _text_attention(shapes)
+    # q, k and v at once; every output projection and the queries of the text; both of the feed-forward part
+    for op, outputs, inputs in (
+        ("linear", 3 * model.dim, model.dim),
+        ("linear", model.dim, model.dim),
+        ("linear_gelu", model.ffn_dim, model.dim),
+        ("linear", model.dim, model.ffn_dim),
+    ):
+        yield _product(shapes, op, outputs, inputs)
+    if shapes.config.cache.sink == "ema":
+        yield _eviction(shapes)
+    yield partial(gate_case, shapes)
+
+
+def _row_case(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
     make_inputs: Callable[[torch.Generator], Arguments],
-    part: Callable[[Arguments], Arguments],
-) -> Contest:
-    """A contest whose result is one tensor [B, T, ...], of which the last rows are checked."""
-    able = contenders(op_of(key), site.device, site.dtype)
-    return Contest(
-        site.subject(key, shape, able), able, site.device, make_inputs, elements * site.dtype.itemsize,
-        implementation(op_of(key), "reference"), part, lambda _, returned: (returned[:, -CHECKED_ROWS:],),
+    elements: int,
+) -> TuningCase:
+    """A case whose first argument and result are rows [1, T, ...], T of the shape; about CHECKED_ROWS of
+    them, spread over all and with the last, are compared."""
+    tokens, able = shape[0], runnable(op_of(name), device, dtype)
+    step = max(1, tokens // CHECKED_ROWS)
+    spread = slice((tokens - 1) % step, None, step)
+
+    def results(_: Arguments, returned: Tensor) -> tuple[Tensor, ...]:
+        return (returned[:, spread] if returned.shape[1] == tokens else returned,)
+
+    return TuningCase(
+        case_key(name, shape, dtype, able), able, device, make_inputs, elements * dtype.itemsize,
+        implementation(op_of(name), "reference"),
+        lambda arguments: (arguments[0][:, spread], *arguments[1:]), results,
     )  # fmt: skip
 
 
-def _last_rows(arguments: Arguments) -> Arguments:
-    return arguments[0][:, -CHECKED_ROWS:], *arguments[1:]
-
-
-def _window_attention(site: Site) -> Contest:
-    model, frames = site.config.model, site.config.cache.window_frames
-    window, heads = frames * site.grid.frame_tokens, (model.num_heads, model.head_dim)
+def attention_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> TuningCase:
+    """The attention of a chunk over a full window. shape: T, S, H, E."""
+    tokens, window, heads, head_dim = shape
 
     def make_inputs(generator: torch.Generator) -> Arguments:
-        filled = torch.full((1,), window, dtype=torch.int32, device=site.device)
-        q = site.rows(generator, 1, site.tokens, *heads)
-        return q, *(site.rows(generator, 1, window, *heads) for _ in range(2)), window, filled
+        rows = partial(normal, generator, dtype)
+        filled = torch.full((1,), window, dtype=torch.int32, device=device)
+        keys, values = (rows((1, window, heads, head_dim)) for _ in range(2))
+        return rows((1, tokens, heads, head_dim)), keys, values, window, filled
 
-    shape, elements = (site.tokens, window, *heads), 2 * (site.tokens + window) * model.dim
-    return _contest(site, "sink_window_attention", shape, elements, make_inputs, _last_rows)
+    elements = 2 * (tokens + window) * heads * head_dim
+    return _row_case(ATTENTION, shape, dtype, device, make_inputs, elements)
 
 
-def _text_attention(site: Site) -> Contest:
-    model = site.config.model
+def window_attention_case(shapes: TuningShapes) -> TuningCase:
+    model = shapes.config.model
+    size = (shapes.tokens, shapes.window, model.num_heads, model.head_dim)
+    return attention_case(size, shapes.dtype, shapes.device)
+
+
+def _text_attention(shapes: TuningShapes) -> TuningCase:
+    model, tokens = shapes.config.model, shapes.tokens
     heads = (model.num_heads, model.head_dim)
 
     def make_inputs(generator: torch.Generator) -> Arguments:
-        q = site.rows(generator, 1, site.tokens, *heads)
-        return q, *(site.rows(generator, 1, model.text_len, *heads) for _ in range(2)), None
+        q = shapes.rows(generator, 1, tokens, *heads)
+        return q, *(shapes.rows(generator, 1, model.text_len, *heads) for _ in range(2)), None
 
-    shape, elements = (site.tokens, model.text_len, *heads), 2 * (site.tokens + model.text_len) * model.dim
-    return _contest(site, "clip_attention", shape, elements, make_inputs, _last_rows)
+    shape, elements = (tokens, model.text_len, *heads), 2 * (tokens + model.text_len) * model.dim
+    return _row_case("clip_attention", shape, shapes.dtype, shapes.device, make_inputs, elements)
 
 
-def _product(site: Site, op: str, outputs: int, inputs: int) -> Contest:
+def _product(shapes: TuningShapes, op: str, outputs: int, inputs: int) -> TuningCase:
+    tokens = shapes.tokens
+
     def make_inputs(generator: torch.Generator) -> Arguments:
-        return site.rows(generator, 1, site.tokens, inputs), *_layer(site, generator, outputs, inputs)
+        return shapes.rows(generator, 1, tokens, inputs), *_layer(shapes, generator, outputs, inputs)
 
-    shape = (site.tokens, outputs, inputs)
-    elements = site.tokens * (outputs + inputs) + outputs * inputs
-    return _contest(site, shape_key(op, outputs, inputs), shape, elements, make_inputs, _last_rows)
-
-
-def _layer(site: Site, generator: torch.Generator, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    return site.rows(generator, outputs, inputs, scale=inputs**-0.5), site.rows(generator, outputs)
+    elements = tokens * (outputs + inputs) + outputs * inputs
+    name, shape = shape_key(op, outputs, inputs), (tokens, outputs, inputs)
+    return _row_case(name, shape, shapes.dtype, shapes.device, make_inputs, elements)
 
 
-def _eviction(site: Site) -> Contest:
-    model, cache = site.config.model, site.config.cache
-    window, sink = (frames * site.grid.frame_tokens for frames in (cache.window_frames, cache.sink_frames))
-    layer_bytes = 3 * window * model.dim * site.dtype.itemsize
+def _layer(
+    shapes: TuningShapes, generator: torch.Generator, outputs: int, inputs: int
+) -> tuple[Tensor, Tensor]:
+    return shapes.rows(generator, outputs, inputs, scale=inputs**-0.5), shapes.rows(generator, outputs)
+
+
+def _eviction(shapes: TuningShapes) -> TuningCase:
+    model, cache, window = shapes.config.model, shapes.config.cache, shapes.window
+    sink = cache.sink_frames * shapes.grid.frame_tokens
+    layer_bytes = 3 * window * model.dim * shapes.dtype.itemsize
     layers = min(model.num_layers, max(1, ARENA_BYTES // layer_bytes))
-    heads, leaving = (model.num_heads, model.head_dim), window - site.tokens
+    heads, leaving = (model.num_heads, model.head_dim), window - shapes.tokens
     is_split = cache.sink_precision == "split"
 
     def make_inputs(generator: torch.Generator) -> Arguments:
-        arenas = [site.rows(generator, layers, 1, window, *heads) for _ in range(3)]
-        low = [site.rows(generator, layers, 1, sink, *heads, scale=2.0**-10) for _ in range(2)]
-        turn = torch.randn(
-            window, model.head_dim // 2, generator=generator, dtype=torch.float32, device=site.device
-        )
+        arenas = [shapes.rows(generator, layers, 1, window, *heads) for _ in range(3)]
+        low = [shapes.rows(generator, layers, 1, sink, *heads, scale=2.0**-10) for _ in range(2)]
+        turn = normal(generator, torch.float32, (window, model.head_dim // 2))
         rotation = torch.stack((turn.cos(), turn.sin()))
         return *arenas, *(low if is_split else (None, None)), rotation, sink, leaving, cache.alpha
 
@@ -192,40 +257,38 @@ def _eviction(site: Site) -> Contest:
         pairs = ((raw, low_keys), (values, low_values))
         return rotated, *(arena[:, :, :sink].double() + low.double() for arena, low in pairs)
 
-    able = contenders("evict_and_rephase", site.device, site.dtype)
-    return Contest(
-        site.subject("evict_and_rephase", (layers, window, *heads), able), able, site.device, make_inputs,
-        layers * layer_bytes, implementation("evict_and_rephase", "reference"), last_layer, results,
+    name = "evict_and_rephase"
+    able = runnable(name, shapes.device, shapes.dtype)
+    return TuningCase(
+        case_key(name, (layers, window, *heads), shapes.dtype, able), able, shapes.device, make_inputs,
+        layers * layer_bytes, implementation(name, "reference"), last_layer, results,
     )  # fmt: skip
 
 
-def gate_contest(site: Site, overrides: Mapping[str, str]) -> Contest:
+def gate_case(shapes: TuningShapes, overrides: Mapping[str, str]) -> TuningCase:
     """Whether the three residual additions of a block are folded into the product before each, or fused with
     the norm after it; `overrides` say what runs the products."""
-    model, tokens = site.config.model, site.tokens
+    model, tokens, device = shapes.config.model, shapes.tokens, shapes.device
 
     def make_inputs(generator: torch.Generator) -> Arguments:
-        x, y = (site.rows(generator, 1, tokens, model.dim) for _ in range(2))
-        hidden = site.rows(generator, 1, tokens, model.ffn_dim)
-        shapes = ((model.dim, model.dim), (model.dim, model.dim), (model.dim, model.ffn_dim))
-        layers = [tensor for shape in shapes for tensor in _layer(site, generator, *shape)]
-        table = 0.2 * torch.randn(
-            1, 1, 6, model.dim, generator=generator, dtype=torch.float32, device=site.device
-        )
-        norm = (site.rows(generator, model.dim) for _ in range(2))
+        x, y = (shapes.rows(generator, 1, tokens, model.dim) for _ in range(2))
+        hidden = shapes.rows(generator, 1, tokens, model.ffn_dim)
+        sizes = ((model.dim, model.dim), (model.dim, model.dim), (model.dim, model.ffn_dim))
+        layers = [tensor for size in sizes for tensor in _layer(shapes, generator, *size)]
+        table = normal(generator, torch.float32, (1, 1, 6, model.dim), scale=0.2)
+        norm = (shapes.rows(generator, model.dim) for _ in range(2))
         return x, y, hidden, table, *norm, *layers
 
-    ops = Ops(default_choice(site.device, site.dtype) | dict(overrides))
+    ops = Ops(default_choice(device, shapes.dtype) | dict(overrides))
     able = {APART: _apart(ops, model.eps)}
-    if not backend_reasons(site.device)["triton"]:
+    if not backend_reasons(device)["triton"]:
         able[FOLDED] = _folded(Ops(ops.choice | {"gated_linear": "triton"}), model.eps)
-    keys = (shape_key("linear", model.dim, inputs) for inputs in (model.dim, model.ffn_dim))
-    given = "products by " + ", ".join(ops.choice.get(key, ops.choice["linear"]) for key in keys)
-    weights = model.dim * (2 * model.dim + model.ffn_dim)
-    return Contest(
-        site.subject(FOLDS_GATE, (tokens, model.dim, model.ffn_dim), able, given), able, site.device,
-        make_inputs, (tokens * (2 * model.dim + model.ffn_dim) + weights) * site.dtype.itemsize,
-        _apart(REFERENCE_OPS, model.eps),
+    products = (shape_key("linear", model.dim, inputs) for inputs in (model.dim, model.ffn_dim))
+    depends_on = "products by " + ", ".join(ops.choice.get(key, ops.choice["linear"]) for key in products)
+    key = case_key(FOLDS_GATE, (tokens, model.dim, model.ffn_dim), shapes.dtype, able, depends_on)
+    elements = tokens * (2 * model.dim + model.ffn_dim) + model.dim * (2 * model.dim + model.ffn_dim)
+    return TuningCase(
+        key, able, device, make_inputs, elements * shapes.dtype.itemsize, _apart(REFERENCE_OPS, model.eps),
         lambda arguments: (*(tensor[:, -CHECKED_ROWS:] for tensor in arguments[:3]), *arguments[3:]),
         lambda _, returned: tuple(tensor[:, -CHECKED_ROWS:] for tensor in returned),
     )  # fmt: skip

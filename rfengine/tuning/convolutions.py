@@ -1,7 +1,7 @@
-"""Contests between the backends of the decoder's convolutions, at every shape that one stream has.
+"""Autotune cases of the decoder's convolutions, one for every shape that one stream has.
 
-No table of layers is kept here: the decoder is run once without data, and its calls are written down. A
-contender is right where every frame of its result is as near to the exact sum as rounding is, at the sizes of
+No table of layers is kept here: the decoder is run once without data, and its calls are recorded. A
+candidate is right where every frame of its result is as near to the exact sum as rounding is, at the sizes of
 the first chunk and of all later ones; the convolutions of cuDNN are silently wrong in some versions, at large
 sizes alone, and the sum is therefore formed here without a convolution, tap by tap.
 """
@@ -9,7 +9,7 @@ sizes alone, and the sum is therefore formed here without a convolution, tap by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,22 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfengine.accuracy import REFERENCE_FACTOR, relative_error
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.ops.reference import fold_upsample_weight
 from rfengine.ops.table import implementation, shape_key
-from rfengine.tuning.candidates import Contest, Site, contenders
+from rfengine.tuning.candidates import TuningCase, TuningShapes, case_key, runnable
 from rfengine.tuning.timing import Arguments
 
-ERROR_FACTOR = 2.0  # times the error of rounding the exact sum once
 _STEADY_CALL = 1
 
 
 @dataclass(frozen=True, slots=True)
 class ConvolutionShape:
-    """One shape of causal_conv3d or phase_conv. into: the layer gives it a bias and every other frame to
-    write."""
+    """One shape of causal_conv3d or phase_conv. into: the layer passes a bias and an `out` of every other
+    frame."""
 
     op: str
     weight: tuple[int, ...]
@@ -56,8 +56,8 @@ class ConvolutionShape:
         return into, out
 
 
-class _WrittenDown(Ops):
-    """The reference, which also keeps the shapes of its convolutions: frames of the result by shape."""
+class _RecordingOps(Ops):
+    """The reference, which also records its convolutions: frame counts of the result by shape."""
 
     def __init__(self) -> None:
         super().__init__(REFERENCE_OPS.choice)
@@ -80,52 +80,53 @@ class _WrittenDown(Ops):
             counts.append(frames)
 
 
-def convolution_shapes(site: Site) -> dict[ConvolutionShape, list[int]]:
-    """Every shape of the decoder's convolutions in 16 or 32 bits, and the frames that it gives at once: of a
-    chunk of the stream last, before it those of its first chunk where they are fewer."""
-    config, grid, chunk = site.config, site.grid, site.config.cache.chunk_frames
+def convolution_shapes(shapes: TuningShapes) -> dict[ConvolutionShape, list[int]]:
+    """Each convolution shape of the decoder in 16 or 32 bits with its output frame counts: [first chunk, if
+    shorter], steady chunk."""
+    config, grid, chunk = shapes.config, shapes.grid, shapes.config.cache.chunk_frames
     with torch.device("meta"):
-        vae = WanVAE(config.vae).to(site.dtype)
-    ops = _WrittenDown()
+        vae = WanVAE(config.vae).to(shapes.dtype)
+    ops = _RecordingOps()
     decoder = StreamingDecoder(vae, ops, config.runtime.vae_precision)
-    state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, site.dtype, "meta")
+    state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, shapes.dtype, "meta")
     latents = torch.empty(
-        1, config.vae.z_dim, chunk, grid.latent_height, grid.latent_width, dtype=site.dtype, device="meta"
+        1, config.vae.z_dim, chunk, grid.latent_height, grid.latent_width, dtype=shapes.dtype, device="meta"
     )
     for state.frames in (0, _STEADY_CALL):
         decoder.run(latents, state, packed=True)
     return ops.calls
 
 
-def decoder_contests(site: Site) -> list[Contest]:
-    """A contest for each of convolution_shapes."""
-    return [_contest(site, shape, frames) for shape, frames in convolution_shapes(site).items()]
+def decoder_cases(shapes: TuningShapes) -> Iterator[TuningCase]:
+    """A case for each of convolution_shapes."""
+    for shape, frames in convolution_shapes(shapes).items():
+        yield _case(shapes, shape, frames)
 
 
-def _contest(site: Site, shape: ConvolutionShape, frames: list[int]) -> Contest:
+def _case(shapes: TuningShapes, shape: ConvolutionShape, frames: list[int]) -> TuningCase:
     channels, channels_out = shape.channels
     kernel = math.prod(shape.weight) // (channels * channels_out)
     size = (shape.height, shape.width)
 
     def make_inputs(generator: torch.Generator) -> Arguments:
-        x = site.rows(generator, frames[-1] + shape.past, *size, channels)
+        x = shapes.rows(generator, frames[-1] + shape.past, *size, channels)
         if shape.op == "phase_conv":
-            weight = site.rows(generator, channels_out, channels, 3, 3, scale=(9 * channels) ** -0.5)
+            weight = shapes.rows(generator, channels_out, channels, 3, 3, scale=(9 * channels) ** -0.5)
             return x, fold_upsample_weight(weight), None
-        weight = site.rows(generator, *shape.weight, scale=(kernel * channels) ** -0.5)
+        weight = shapes.rows(generator, *shape.weight, scale=(kernel * channels) ** -0.5)
         weight = weight.contiguous(memory_format=torch.channels_last_3d)
         if not shape.into:
             return x, weight, None
-        pairs = site.rows(generator, frames[-1], 2, *size, channels_out)
-        return x, weight, site.rows(generator, channels_out), pairs[:, 0]
+        pairs = shapes.rows(generator, frames[-1], 2, *size, channels_out)
+        return x, weight, shapes.rows(generator, channels_out), pairs[:, 0]
 
-    able = contenders(shape.op, site.device, site.dtype)
+    able = runnable(shape.op, shapes.device, shapes.dtype)
     scale = 4 if shape.op == "phase_conv" else 1
     elements = (frames[-1] + shape.past) * channels + frames[-1] * channels_out * scale
     first = f"and {frames[0]} frames at the start" if len(frames) > 1 else ""
-    return Contest(
-        site.subject(shape.key, (frames[-1], *size), able, first), able, site.device, make_inputs,
-        elements * math.prod(size) * site.dtype.itemsize, implementation(shape.op, "reference"),
+    return TuningCase(
+        case_key(shape.key, (frames[-1], *size), shapes.dtype, able, first), able, shapes.device, make_inputs,
+        elements * math.prod(size) * shapes.dtype.itemsize, implementation(shape.op, "reference"),
         lambda arguments: arguments, lambda _, returned: (returned,),
         check=partial(_wrong_frame, shape, frames),
     )  # fmt: skip
@@ -134,7 +135,7 @@ def _contest(site: Site, shape: ConvolutionShape, frames: list[int]) -> Contest:
 def _wrong_frame(
     shape: ConvolutionShape, frame_counts: list[int], run: Callable[..., Tensor], arguments: Arguments
 ) -> str:
-    """Which frame of the result of `run` is wrong and by how much; "" where all are right."""
+    """The first wrong frame of the result of `run` with its error; "" where all are right."""
     x, weight, bias, *into = arguments
     products = math.prod(shape.weight) // shape.channels[1]
     # sums in another order differ by as much
@@ -144,8 +145,8 @@ def _wrong_frame(
         for frame in range(count):
             given = x[frame : frame + shape.past + 1]
             exact = _exact_frame(shape, given, weight, bias)
-            error = _distance(found[frame], exact)
-            limit = ERROR_FACTOR * _distance(exact.to(x.dtype), exact) + order
+            error = relative_error(found[frame], exact)
+            limit = REFERENCE_FACTOR * relative_error(exact.to(x.dtype), exact) + order
             if not error <= limit:  # a NaN is refused as well
                 return f"frame {frame} of {count} is {error:.2e} from float32, the limit is {limit:.2e}"
     return ""
@@ -181,7 +182,3 @@ def _by_taps(
                 pixels = padded[dt, top : top + height, left : left + width]
                 total.addmm_(pixels.reshape(-1, channels), taps[:, :, dt, dh, dw].t())
     return total.unflatten(0, (height, width))
-
-
-def _distance(result: Tensor, exact: Tensor) -> float:
-    return ((result.to(exact.dtype) - exact).norm() / exact.norm()).item()

@@ -1,7 +1,7 @@
-"""The file that keeps what autotune.py decided: JSON, by machine and by contest.
+"""The file that keeps what autotune.py decided: JSON, by machine and by case.
 
-An entry holds for one GPU, driver, set of versions and kernels, and for one subject: what was asked, at which
-shape. Entries of other machines stay where they are.
+An entry is valid for one GPU, driver, set of versions and kernels, and for one case key. Entries of other
+machines stay where they are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from rfengine.files import locked, read_text, replaced, strict_json
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
 _DRIVER_VERSION = Path("/sys/module/nvidia/version")
 _KERNELS = Path(__file__).parents[1] / "kernels"
 _MOST_BYTES = 16 << 20  # of the file; an entry has about 700
@@ -32,39 +32,40 @@ _PLACE_WITHOUT_HOME = Path("/tmp")
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What a decision is about. key: of Ops.choice, or "folds_gate". given: what else it depends on."""
+class CaseKey:
+    """Cache key of a decision. name: a key of Ops.choice, or "folds_gate". depends_on: other settings that
+    affect it."""
 
-    key: str
+    name: str
     shape: tuple[int, ...] = ()
     dtype: str = ""
-    contenders: tuple[str, ...] = ()
-    given: str = ""
+    candidates: tuple[str, ...] = ()
+    depends_on: str = ""
 
     def __str__(self) -> str:
         size = f" at {'x'.join(map(str, self.shape))} in {self.dtype}" if self.shape else ""
-        return f"{self.key}{size}{self.given and f' ({self.given})'}"
+        return f"{self.name}{size}{self.depends_on and f' ({self.depends_on})'}"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What one contest ended with.
+    """The outcome of one case.
 
-    milliseconds: median and interquartile spread of one call by contender. refused: reason by contender that
+    milliseconds: median and interquartile spread of one call by candidate. refused: reason by candidate that
     failed or was wrong.
     """
 
-    subject: Subject
+    key: CaseKey
     backend: str
     reason: str
     milliseconds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.subject}: {self.backend}, {self.reason}"
+        return f"{self.key}: {self.backend}, {self.reason}"
 
 
-Entry = tuple[dict[str, str], Decision]  # the machine, and what was decided on it
+Entry = tuple[dict[str, str], Decision]  # the machine, and a decision made on it
 
 
 def default_cache_path() -> Path:
@@ -85,7 +86,7 @@ def describe_machine(device: torch.device | str) -> dict[str, str]:
         "torch": torch.__version__,
         "cudnn": str(torch.backends.cudnn.version()),
         **{name: _version(name) for name in ("triton", "flash-attn")},
-        "kernels": _kernel_mark(),
+        "kernels": _kernels_fingerprint(),
     }
 
 
@@ -97,7 +98,7 @@ def _version(package: str) -> str:
 
 
 @functools.cache
-def _kernel_mark() -> str:
+def _kernels_fingerprint() -> str:
     """Changes with any kernel: a new one has to win again."""
     digest = hashlib.sha256()
     for path in sorted(_KERNELS.glob("*.py")):
@@ -113,22 +114,22 @@ class TuningCache:
         self.path = path
         self.machine = dict(machine)
         self._entries = _read(path)
-        self._is_told = False  # that the file cannot be written
+        self._has_warned = False  # that the file cannot be written
 
     def decisions(self) -> list[Decision]:
         """Those of this machine."""
         return [decision for machine, decision in self._entries if machine == self.machine]
 
-    def find(self, subject: Subject) -> Decision | None:
-        return next((decision for decision in self.decisions() if decision.subject == subject), None)
+    def find(self, key: CaseKey) -> Decision | None:
+        return next((decision for decision in self.decisions() if decision.key == key), None)
 
     def store(self, decisions: Iterable[Decision]) -> None:
-        """Add `decisions` to the file, in place of older ones of the same machine and subject; what other
+        """Add `decisions` to the file, in place of older ones of the same machine and key; what other
         processes have added since it was read stays.
 
         The file is replaced as a whole. Where it cannot be written, a warning says so and it stays as it was.
         """
-        new = {decision.subject: decision for decision in decisions}
+        new = {decision.key: decision for decision in decisions}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = self.path.with_name(f".{self.path.name}.lock")
@@ -138,16 +139,16 @@ class TuningCache:
         except (OSError, RuntimeError, ValueError) as error:
             self._take(self._entries, new)
             logger.log(
-                logging.DEBUG if self._is_told else logging.WARNING,
+                logging.DEBUG if self._has_warned else logging.WARNING,
                 "autotune: %s is not written, so the next start measures again: %s", self.path, error,
             )  # fmt: skip
-            self._is_told = True
+            self._has_warned = True
 
-    def _take(self, entries: Iterable[Entry], new: Mapping[Subject, Decision]) -> None:
+    def _take(self, entries: Iterable[Entry], new: Mapping[CaseKey, Decision]) -> None:
         kept = [
             (machine, decision)
             for machine, decision in entries
-            if machine != self.machine or decision.subject not in new
+            if machine != self.machine or decision.key not in new
         ]
         self._entries = kept + [(self.machine, decision) for decision in new.values()]
 
@@ -191,25 +192,24 @@ def _read(path: Path, warns: bool = True) -> list[Entry]:
 
 def _entry(
     machine: dict[str, str],
-    subject: dict[str, Any],
+    key: dict[str, Any],
     backend: str,
     reason: str,
     milliseconds: dict[str, list[float]],
     refused: dict[str, str],
 ) -> Entry:
     """Raises TypeError, KeyError, ValueError or AttributeError where the values are not what store writes."""
-    lists = {name: tuple(subject[name]) for name in ("shape", "contenders")}
-    about = Subject(**{**subject, **lists})
-    if any(type(size) is not int for size in about.shape):
+    case = CaseKey(**{**key, "shape": tuple(key["shape"]), "candidates": tuple(key["candidates"])})
+    if any(type(size) is not int for size in case.shape):
         raise TypeError("a shape is not made of integers")
     for text in (
-        about.key, about.dtype, about.given, *about.contenders, backend, reason,
+        case.name, case.dtype, case.depends_on, *case.candidates, backend, reason,
         *machine, *machine.values(), *refused, *refused.values(), *milliseconds,
     ):  # fmt: skip
         text.encode()  # AttributeError for no text, ValueError for half a character
-    if backend not in about.contenders:
-        raise ValueError(f"{about} is decided for {backend!r}, which is no contender")
+    if backend not in case.candidates:
+        raise ValueError(f"{case} is decided for {backend!r}, which is no candidate")
     times = {name: (float(median), float(spread)) for name, (median, spread) in milliseconds.items()}
     if not all(math.isfinite(value) for pair in times.values() for value in pair):
-        raise ValueError(f"{about} has times that are not finite")
-    return dict(machine), Decision(about, backend, reason, times, dict(refused))
+        raise ValueError(f"{case} has times that are not finite")
+    return dict(machine), Decision(case, backend, reason, times, dict(refused))

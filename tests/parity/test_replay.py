@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rfengine.accuracy import relative_error
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import EMASink
 from rfengine.config import CacheConfig, ScheduleConfig, WanConfig
@@ -327,10 +326,3 @@ def test_report_says_what_the_command_line_promises() -> None:
         "file": "a", "kind": "vae", "dtype": "float32", "backend": "reference", "max_rel_err": 2e-7,
         "tolerance": 3e-6, "errors": {"x": 1e-7, "y": 2e-7}, "ok": True,
     }  # fmt: skip
-
-
-def test_relative_error_is_the_norm_of_the_difference_over_that_of_the_recording() -> None:
-    assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
-    assert relative_error(torch.tensor([0.5]), torch.zeros(1)) == 0.5
-    with pytest.raises(ValueError, match="recorded"):
-        relative_error(torch.zeros(2), torch.zeros(3))

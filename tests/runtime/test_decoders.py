@@ -11,7 +11,6 @@ import weakref
 import pytest
 import torch
 
-from rfengine.accuracy import psnr_db
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import load_part, read_config
 from rfengine.config import RuntimeConfig
@@ -28,9 +27,9 @@ from rfengine.runtime.decoders import (
     open_full_decoder,
     require_psnr,
 )
-from rfengine.tuning import autotune
+from rfengine.tuning import autotune, convolutions
 from rfengine.tuning.autotune import Choice
-from rfengine.tuning.record import Decision, Subject
+from rfengine.tuning.record import CaseKey, Decision
 from support.models import GRID, small_pipeline
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -71,13 +70,6 @@ def test_frames_too_far_from_float32_are_refused_with_the_number(tiny):
     rough.decoder.head["2"].bias.data[:] = math.nan
     with pytest.raises(RuntimeError, match="its frames are nan dB"):
         open_full_decoder(config, rough, "auto", torch.float32, CPU)
-
-
-def test_psnr_is_that_of_pixels_from_minus_one_to_one():
-    exact = torch.zeros(1, 3, 2, 4, 4)
-    assert psnr_db(exact, exact) == math.inf
-    assert psnr_db(exact + 0.02, exact) == pytest.approx(40)
-    assert psnr_db(exact + 5, exact + 3) == math.inf  # clamped
 
 
 def test_a_pipeline_in_fp8_says_so_and_makes_other_frames():
@@ -151,11 +143,12 @@ def test_backends_are_chosen_on_cuda_and_a_requested_cudnn_is_always_checked(
     config = dataclasses.replace(small_pipeline().config, runtime=runtime)
     calls, chosen = [], []
 
-    def tune(config, grid, dtype, device, *, requested):
-        calls.append((grid, requested))
-        return Choice((Decision(Subject("phase_conv@1"), "cudnn", "faster"),))
+    def tune(shapes, device, *, requested):
+        calls.append((shapes.grid, requested))
+        return Choice((Decision(CaseKey("phase_conv@1"), "cudnn", "faster"),))
 
-    monkeypatch.setattr(autotune, "tune_decoder", tune)
+    monkeypatch.setattr(autotune, "tune", tune)
+    monkeypatch.setattr(convolutions, "decoder_cases", lambda shapes: shapes)
     monkeypatch.setattr(full_decoder, "choose_ops", lambda *given: chosen.append(given) or REFERENCE_OPS)
     decoder_ops(config, GRID, requested, torch.bfloat16, CUDA)
     assert calls == ([] if asked is None else [(GRID, asked)])

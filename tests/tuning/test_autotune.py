@@ -1,4 +1,4 @@
-"""The whole choice on a CPU, with an injected clock and contenders that only pretend to be backends."""
+"""The whole choice on a CPU, with an injected clock and candidates that only pretend to be backends."""
 
 import json
 import logging
@@ -13,11 +13,11 @@ from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops, choose_ops
 from rfengine.ops.table import OPS
 from rfengine.tuning import autotune
-from rfengine.tuning import candidates as contests
+from rfengine.tuning import candidates as tuning_candidates
 from rfengine.tuning import record as tuning_cache
 from rfengine.tuning.autotune import Choice, cached_decisions, choose, decide, tune
-from rfengine.tuning.candidates import Contest, Site, backend_contests, gate_contest
-from rfengine.tuning.record import Decision, Subject, TuningCache, default_cache_path
+from rfengine.tuning.candidates import TuningCase, TuningShapes, gate_case, transformer_cases
+from rfengine.tuning.record import CaseKey, Decision, TuningCache, default_cache_path
 from support.models import GRID, small_pipeline
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def double(x):
 
 
 class Clock:
-    """Gives each contender, by the name of its function, its milliseconds; counts what is timed."""
+    """Gives each candidate, by the name of its function, its milliseconds; counts what is timed."""
 
     def __init__(self, **milliseconds):
         self.milliseconds = milliseconds
@@ -42,11 +42,11 @@ class Clock:
         return lambda: next(rest, values[-1] if isinstance(values, list) else values)
 
 
-def contest(key="rms_norm", default="plain", **contenders):
-    """A contest to double [1, 200, 4]; contenders are functions by name."""
-    ordered = {default: contenders[default], **contenders}
-    return Contest(
-        Subject(key, (200, 4), "float32", tuple(ordered)), ordered, CPU,
+def case(key="rms_norm", default="plain", **candidates):
+    """A case to double [1, 200, 4]; candidates are functions by name."""
+    ordered = {default: candidates[default], **candidates}
+    return TuningCase(
+        CaseKey(key, (200, 4), "float32", tuple(ordered)), ordered, CPU,
         lambda generator: (torch.randn(1, 200, 4, generator=generator),), 3200, double,
         lambda arguments: (arguments[0][:, -8:],), lambda _, returned: (returned[:, -8:],),
     )  # fmt: skip
@@ -73,21 +73,17 @@ def broken(x):
 
 
 @pytest.fixture
-def held(monkeypatch):
-    """tune() with these contests in place of the engine's own, and no gate to fold."""
+def held():
+    """tune() of these cases."""
 
     def hold(*given, **options):
-        monkeypatch.setattr(autotune, "backend_contests", lambda site: list(given))
-        monkeypatch.setattr(
-            autotune, "gate_contest", lambda site, overrides: contest("folds_gate", plain=plain)
-        )
-        return tune(small_pipeline().config, GRID, torch.float32, CPU, **options)
+        return tune(given, CPU, **options)
 
     return hold
 
 
-def test_the_fastest_contender_wins_and_says_by_how_much():
-    decision = decide(contest(plain=plain, other=other), Clock(plain=2.0, other=1.5))
+def test_the_fastest_candidate_wins_and_says_by_how_much():
+    decision = decide(case(plain=plain, other=other), Clock(plain=2.0, other=1.5))
     assert decision.backend == "other"
     assert decision.reason == (
         "other 1.5000 ms (spread 0.0000), plain 2.0000 ms (spread 0.0000); 25.0% below the default plain"
@@ -113,7 +109,7 @@ def test_within_the_noise_the_default_stays(times, winner):
 
 def test_an_outlier_does_not_decide():
     first_is_slow = [50.0] * 4 + [1.0] * 20
-    decision = decide(contest(plain=plain, other=other), Clock(plain=2.0, other=first_is_slow))
+    decision = decide(case(plain=plain, other=other), Clock(plain=2.0, other=first_is_slow))
     assert decision.backend == "other" and decision.milliseconds["other"][0] == 1.0
 
 
@@ -125,22 +121,22 @@ def test_an_outlier_does_not_decide():
         (wrong_at_the_end, "from float64"),
     ],
 )
-def test_a_contender_that_fails_or_is_wrong_is_refused_with_the_reason(run, reason):
+def test_a_candidate_that_fails_or_is_wrong_is_refused_with_the_reason(run, reason):
     clock = Clock(plain=2.0, **{run.__name__: 0.1})
-    decision = decide(contest(plain=plain, other=run), clock)
+    decision = decide(case(plain=plain, other=run), clock)
     assert decision.backend == "plain" and clock.timed == ["plain"]
     assert reason in decision.refused["other"] and reason in decision.reason
 
 
 def test_a_default_that_fails_gives_way():
-    decision = decide(contest(plain=broken, other=other), Clock(other=2.0))
+    decision = decide(case(plain=broken, other=other), Clock(other=2.0))
     assert decision.backend == "other" and "the default plain is out" in decision.reason
     with pytest.raises(RuntimeError, match="every backend of rms_norm at 200x4 in float32 fails"):
-        decide(contest(plain=broken, other=wrong), Clock())
+        decide(case(plain=broken, other=wrong), Clock())
 
 
 def test_an_answer_is_kept_and_nothing_is_timed_again(held, tmp_path, caplog):
-    path, asked = tmp_path / "deep" / "autotune.json", contest(plain=plain, other=other)
+    path, asked = tmp_path / "deep" / "autotune.json", case(plain=plain, other=other)
     clock = Clock(plain=2.0, other=1.0)
     with caplog.at_level(logging.INFO):
         first = held(asked, timer=clock, cache_path=path)
@@ -155,19 +151,19 @@ def test_an_answer_is_kept_and_nothing_is_timed_again(held, tmp_path, caplog):
 def test_what_was_measured_before_a_start_broke_off_is_kept(tmp_path):
     path = tmp_path / "autotune.json"
     cache = tuning_cache.TuningCache(path, tuning_cache.describe_machine(CPU))
-    asked = [contest(plain=plain, other=other), contest("linear@4x4", plain=broken, other=wrong)]
+    asked = [case(plain=plain, other=other), case("linear@4x4", plain=broken, other=wrong)]
     with pytest.raises(RuntimeError, match="every backend"):
-        autotune._hold(asked, [], cache, Clock(plain=2.0, other=1.0))
+        autotune._decide_all(asked, [], cache, Clock(plain=2.0, other=1.0))
     assert [decision.backend for decision in cached_decisions(CPU, path)] == ["other"]
 
 
 def test_who_waits_for_a_measurement_is_told_once_what_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(autotune, "graph_sampler", Clock(plain=2.0, other=1.0))
-    asked = [contest(key, plain=plain, other=other) for key in ("rms_norm", "linear@4x4")]
+    asked = [case(key, plain=plain, other=other) for key in ("rms_norm", "linear@4x4")]
     for expected in (1, 0):  # nothing is measured the second time
         caplog.clear()
         cache = tuning_cache.TuningCache(tmp_path / "a.json", tuning_cache.describe_machine(CPU))
-        autotune._hold(asked, [], cache, None)
+        autotune._decide_all(asked, [], cache, None)
         told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert ["times the backends on cpu" in message for message in told] == [True] * expected
 
@@ -176,21 +172,34 @@ def test_two_processes_that_tune_at_once_keep_what_both_found(tmp_path):
     path = tmp_path / "autotune.json"
     one, two = (tuning_cache.TuningCache(path, tuning_cache.describe_machine(CPU)) for _ in range(2))
     for cache, key in ((one, "rms_norm"), (two, "linear@4x4"), (one, "linear@8x8")):
-        cache.store([decide(contest(key, plain=plain, other=other), Clock(plain=2.0, other=1.0))])
-    found = {decision.subject.key for decision in cached_decisions(CPU, path)}
+        cache.store([decide(case(key, plain=plain, other=other), Clock(plain=2.0, other=1.0))])
+    found = {decision.key.name for decision in cached_decisions(CPU, path)}
     assert found == {"rms_norm", "linear@4x4", "linear@8x8"}
 
 
-def test_another_shape_or_another_set_of_contenders_is_measured(held, tmp_path):
+def test_another_shape_or_another_set_of_candidates_is_measured(held, tmp_path):
     path, clock = tmp_path / "autotune.json", Clock(plain=2.0, other=1.0)
-    held(contest(plain=plain, other=other), timer=clock, cache_path=path)
-    held(contest("linear@4x4", plain=plain, other=other), timer=clock, cache_path=path)
-    held(contest(plain=plain, third=other), timer=clock, cache_path=path)
+    held(case(plain=plain, other=other), timer=clock, cache_path=path)
+    held(case("linear@4x4", plain=plain, other=other), timer=clock, cache_path=path)
+    held(case(plain=plain, third=other), timer=clock, cache_path=path)
     assert len(clock.timed) == 6 and len(cached_decisions(CPU, path)) == 3
 
 
+def test_a_case_that_depends_on_others_is_made_from_their_winners(held, tmp_path):
+    given = []
+
+    def depends(overrides):
+        given.append(overrides)
+        return case("linear@4x4", plain=plain)
+
+    held(
+        case(plain=plain, other=other), depends, timer=Clock(plain=2.0, other=1.0), cache_path=tmp_path / "a"
+    )
+    assert given == [{"rms_norm": "other"}]
+
+
 def test_what_another_gpu_found_is_neither_used_nor_lost(held, tmp_path, monkeypatch):
-    path, asked = tmp_path / "autotune.json", contest(plain=plain, other=other)
+    path, asked = tmp_path / "autotune.json", case(plain=plain, other=other)
     held(asked, timer=Clock(plain=2.0, other=1.0), cache_path=path)
     machine = tuning_cache.describe_machine(CPU)
     monkeypatch.setattr(autotune, "describe_machine", lambda _: machine | {"gpu": "another"})
@@ -214,7 +223,7 @@ def test_what_another_gpu_found_is_neither_used_nor_lost(held, tmp_path, monkeyp
     ],
 )
 def test_a_damaged_file_is_ignored_in_one_sentence_and_written_anew(held, tmp_path, caplog, damage):
-    path, asked = tmp_path / "autotune.json", contest(plain=plain, other=other)
+    path, asked = tmp_path / "autotune.json", case(plain=plain, other=other)
     held(asked, timer=Clock(plain=2.0, other=1.0), cache_path=path)
     path.write_text(damage(path.read_text()), encoding="utf-8")
     clock = Clock(plain=2.0, other=1.0)
@@ -228,25 +237,25 @@ def test_a_damaged_file_is_ignored_in_one_sentence_and_written_anew(held, tmp_pa
 def test_a_file_that_cannot_be_written_costs_only_a_warning(held, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "autotune.json"
-    choice = held(contest(plain=plain, other=other), timer=Clock(plain=2.0, other=1.0), cache_path=path)
+    choice = held(case(plain=plain, other=other), timer=Clock(plain=2.0, other=1.0), cache_path=path)
     assert choice.overrides == {"rms_norm": "other"} and "is not written" in caplog.text
     cache = tuning_cache.TuningCache(path, tuning_cache.describe_machine(CPU))
     caplog.clear()
-    for _ in range(3):  # one for each contest would bury what else is told
+    for _ in range(3):  # one for each case would bury what else is reported
         cache.store(choice.decisions)
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
 
 
 def test_a_failed_write_leaves_the_old_file_whole(held, tmp_path, monkeypatch, caplog):
     path = tmp_path / "autotune.json"
-    held(contest(plain=plain, other=other), timer=Clock(plain=2.0, other=1.0), cache_path=path)
+    held(case(plain=plain, other=other), timer=Clock(plain=2.0, other=1.0), cache_path=path)
     before = path.read_bytes()
 
     def refuse(*_):
         raise OSError("disk is full")
 
     monkeypatch.setattr(os, "replace", refuse)
-    held(contest("rotate", plain=plain, other=other), timer=Clock(plain=2.0, other=1.0), cache_path=path)
+    held(case("rotate", plain=plain, other=other), timer=Clock(plain=2.0, other=1.0), cache_path=path)
     assert path.read_bytes() == before and "disk is full" in caplog.text
 
 
@@ -254,25 +263,24 @@ def test_a_forced_choice_is_not_timed(held, tmp_path):
     clock = Clock()
     for forced in ({"rms_norm": "reference"}, {"rms_norm": "reference", "folds_gate": "folded"}):
         choice = held(
-            contest(plain=plain, other=other), forced=forced, timer=clock, cache_path=tmp_path / "a.json"
+            case(plain=plain, other=other), forced=forced, timer=clock, cache_path=tmp_path / "a.json"
         )
         assert choice.overrides == {"rms_norm": "reference"}
         assert choice.folds_gate == ("folds_gate" in forced)
     shaped = held(
-        contest("linear@4x4", plain=plain, other=other),
+        case("linear@4x4", plain=plain, other=other),
         forced={"linear": "reference"},
         timer=clock,
         cache_path=tmp_path / "a.json",
     )
     assert shaped.overrides == {"linear": "reference"}
-    asked_for = held(contest(plain=plain, other=other), requested="reference", timer=clock)
+    asked_for = held(case(plain=plain, other=other), requested="reference", timer=clock)
     assert asked_for == Choice() and clock.timed == [] and not (tmp_path / "a.json").exists()
 
 
 def test_a_cpu_measures_nothing():
-    config = small_pipeline().config
-    assert tune(config, GRID, torch.float32, "cpu") == Choice()
-    choice = tune(config, GRID, torch.float32, "cpu", forced={"linear": "reference"})
+    assert tune([case(plain=plain, other=other)], "cpu") == Choice()
+    choice = tune([case(plain=plain, other=other)], "cpu", forced={"linear": "reference"})
     assert choice.overrides == {"linear": "reference"}
     assert choose_ops("auto", "cpu", choice.overrides, choice.folds_gate).folds_gate is False
 
@@ -285,12 +293,13 @@ def test_the_file_lies_in_the_users_cache_directory(monkeypatch, tmp_path):
     assert default_cache_path() == tmp_path / ".cache" / "rfengine" / "autotune.json"
 
 
-def test_contests_are_those_of_the_engines_own_shapes(monkeypatch):
-    monkeypatch.setattr(contests, "contenders", lambda *_: {"one": plain})
+def test_cases_are_those_of_the_engines_own_shapes(monkeypatch):
+    monkeypatch.setattr(tuning_candidates, "runnable", lambda *_: {"one": plain})
     config = PRESETS["wan-1.3b"]
     for height, tokens in ((480, 4680), (240, 2340)):
-        site = Site(config, LatentGrid.of(config, height), torch.bfloat16, CPU)
-        shapes = {each.subject.key: each.subject.shape for each in backend_contests(site)}
+        stream = TuningShapes(config, LatentGrid.of(config, height), torch.bfloat16, CPU)
+        *cases, gate = transformer_cases(stream)
+        shapes = {each.key.name: each.key.shape for each in cases}
         assert shapes["sink_window_attention"] == (tokens, 3 * tokens, 12, 128)
         assert shapes["clip_attention"] == (tokens, 512, 12, 128)
         assert {key: shape for key, shape in shapes.items() if key.startswith("linear")} == {
@@ -300,12 +309,12 @@ def test_contests_are_those_of_the_engines_own_shapes(monkeypatch):
             "linear@1536x8960": (tokens, 1536, 8960),
         }
         assert shapes["evict_and_rephase"][1:] == (3 * tokens, 12, 128)
-        assert gate_contest(site, {}).subject.shape == (tokens, 1536, 8960)
+        assert gate({}).key.shape == (tokens, 1536, 8960)
 
 
 def test_on_hopper_every_form_of_tritons_attention_contends_with_cudnn(monkeypatch):
-    reasons = dict.fromkeys(contests.backend_reasons("cpu"), "") | {"flash": "it is not installed"}
-    for module in (contests, ops):
+    reasons = dict.fromkeys(tuning_candidates.backend_reasons("cpu"), "") | {"flash": "it is not installed"}
+    for module in (tuning_candidates, ops):
         monkeypatch.setattr(module, "backend_reasons", lambda device: reasons)
     for capability, dtype, expected in (
         ((9, 0), torch.bfloat16, ["cudnn", "triton", "triton-descriptor", "triton-pointer"]),
@@ -313,19 +322,19 @@ def test_on_hopper_every_form_of_tritons_attention_contends_with_cudnn(monkeypat
         ((8, 0), torch.bfloat16, ["triton", "cudnn"]),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        monkeypatch.setattr(contests, "implementation", lambda op, backend: plain)
-        able = contests.contenders("sink_window_attention", torch.device("cuda"), dtype)
+        monkeypatch.setattr(tuning_candidates, "implementation", lambda op, backend: plain)
+        able = tuning_candidates.runnable("sink_window_attention", torch.device("cuda"), dtype)
         assert list(able) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_every_contest_accepts_the_reference_and_refuses_a_changed_result(dtype):
-    site = Site(small_pipeline().config, GRID, dtype, CPU)
-    held = [*backend_contests(site), gate_contest(site, {})]
-    assert len({each.subject.key for each in held}) == 8
-    for each in held:
+def test_every_case_accepts_the_reference_and_refuses_a_changed_result(dtype):
+    shapes = TuningShapes(small_pipeline().config, GRID, dtype, CPU)
+    *cases, gate = transformer_cases(shapes)
+    assert len({each.key.name for each in (*cases, gate({}))}) == 8
+    for each in (*cases, gate({})):
         arguments = each.make_inputs(torch.Generator().manual_seed(0))
-        assert autotune._error_of(each, each.meaning, arguments) == "", each.subject
+        assert each.problem(each.meaning, arguments) == "", each.key
 
         def spoiled(*arguments, meaning=each.meaning):
             returned = meaning(*arguments)
@@ -334,7 +343,7 @@ def test_every_contest_accepts_the_reference_and_refuses_a_changed_result(dtype)
             return returned
 
         arguments = each.make_inputs(torch.Generator().manual_seed(0))
-        assert "from float64" in autotune._error_of(each, spoiled, arguments), each.subject
+        assert "from float64" in each.problem(spoiled, arguments), each.key
 
 
 def test_decisions_of_the_engine_bind_by_shape(monkeypatch):
@@ -351,28 +360,29 @@ def test_decisions_of_the_engine_bind_by_shape(monkeypatch):
 
 
 def test_folding_is_offered_where_triton_runs_and_depends_on_the_products(monkeypatch):
-    site = Site(small_pipeline().config, GRID, torch.float32, CPU)
+    shapes = TuningShapes(small_pipeline().config, GRID, torch.float32, CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert tuple(gate_contest(site, {}).contenders) == ("apart",)
+    assert tuple(gate_case(shapes, {}).candidates) == ("apart",)
     pytest.importorskip("triton")
-    monkeypatch.setattr(contests, "backend_reasons", lambda _: {"triton": ""})
+    monkeypatch.setattr(tuning_candidates, "backend_reasons", lambda _: {"triton": ""})
     chosen = []
-    monkeypatch.setattr(contests, "Ops", lambda choice: chosen.append(choice) or REFERENCE_OPS)
-    both = gate_contest(site, {"linear@48x64": "reference"})
-    assert tuple(both.contenders) == ("apart", "folded")
-    assert both.subject.given == "products by reference, reference"
+    monkeypatch.setattr(tuning_candidates, "Ops", lambda choice: chosen.append(choice) or REFERENCE_OPS)
+    both = gate_case(shapes, {"linear@48x64": "reference"})
+    assert tuple(both.candidates) == ("apart", "folded")
+    assert both.key.depends_on == "products by reference, reference"
     assert chosen[0]["linear@48x64"] == "reference" and chosen[1]["gated_linear"] == "triton"
-    folded = Decision(both.subject, "folded", "faster")
+    folded = Decision(both.key, "folded", "faster")
     assert Choice((folded,)).folds_gate and Choice((folded,)).overrides == {}
     arguments = both.make_inputs(torch.Generator().manual_seed(0))
-    assert autotune._error_of(both, both.contenders["folded"], arguments) == ""
+    assert both.problem(both.candidates["folded"], arguments) == ""
 
 
 @pytest.mark.gpu
 def test_a_gpu_decides_everything_and_remembers(tmp_path):
     config, path = PRESETS["tiny"], tmp_path / "autotune.json"
     grid = LatentGrid.of(config)
-    choice = tune(config, grid, torch.bfloat16, "cuda", cache_path=path)
+    shapes = TuningShapes(config, grid, torch.bfloat16, torch.device("cuda"))
+    choice = tune(transformer_cases(shapes), "cuda", cache_path=path)
     choose_ops("auto", "cuda", choice.overrides, choice.folds_gate)
-    assert tune(config, grid, torch.bfloat16, "cuda", cache_path=path) == choice
+    assert tune(transformer_cases(shapes), "cuda", cache_path=path) == choice
     assert cached_decisions("cuda", path)

@@ -1,4 +1,4 @@
-"""Every layer shape of the decoder has its contest; a cuDNN that is wrong at one of them is refused there."""
+"""Every layer shape of the decoder has its case; a cuDNN that is wrong at one of them is refused there."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rfengine.config import PRESETS, RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import choose_ops
 from rfengine.ops.table import implementation
-from rfengine.tuning import candidates as contests
-from rfengine.tuning.autotune import tune_decoder
-from rfengine.tuning.candidates import Site
-from rfengine.tuning.convolutions import convolution_shapes, decoder_contests
+from rfengine.tuning import candidates as tuning_candidates
+from rfengine.tuning.autotune import tune
+from rfengine.tuning.candidates import TuningShapes
+from rfengine.tuning.convolutions import convolution_shapes, decoder_cases
 from support.models import GRID, small_pipeline
 
 CPU = torch.device("cpu")
@@ -26,8 +26,8 @@ PHASE_KEY = "phase_conv@2x2x4x8x2x2x4x6"
 
 
 def shapes_of(config, height=None, dtype=torch.bfloat16):
-    site = Site(config, LatentGrid.of(config, height), dtype, CPU)
-    return {shape.key: frames for shape, frames in convolution_shapes(site).items()}
+    shapes = TuningShapes(config, LatentGrid.of(config, height), dtype, CPU)
+    return {shape.key: frames for shape, frames in convolution_shapes(shapes).items()}
 
 
 def test_shapes_are_those_of_every_layer_at_the_streams_size():
@@ -50,7 +50,7 @@ def test_shapes_are_those_of_every_layer_at_the_streams_size():
     ]
 
 
-def test_convolutions_in_fp8_are_in_no_contest():
+def test_convolutions_in_fp8_are_in_no_case():
     config = dataclasses.replace(PRESETS["wan-1.3b"], runtime=RuntimeConfig(vae_precision="fp8"))
     left = set(shapes_of(PRESETS["wan-1.3b"])) - set(shapes_of(config))
     assert left == {
@@ -63,31 +63,31 @@ def test_convolutions_in_fp8_are_in_no_contest():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_right_convolutions_pass_and_one_wrong_frame_does_not(dtype):
     frames = shapes_of(CONFIG, dtype=dtype)
-    for contest in decoder_contests(Site(CONFIG, GRID, dtype, CPU)):
-        op = contest.subject.key.partition("@")[0]
-        arguments = contest.make_inputs(torch.Generator().manual_seed(0))
-        for run in (contest.meaning, implementation(op, "cudnn")):
-            assert contest.check(run, arguments) == "", contest.subject
-        first = frames[contest.subject.key][0]
+    for case in decoder_cases(TuningShapes(CONFIG, GRID, dtype, CPU)):
+        op = case.key.name.partition("@")[0]
+        arguments = case.make_inputs(torch.Generator().manual_seed(0))
+        for run in (case.meaning, implementation(op, "cudnn")):
+            assert case.check(run, arguments) == "", case.key
+        first = frames[case.key.name][0]
 
-        def spoiled(*arguments, meaning=contest.meaning):
+        def spoiled(*arguments, meaning=case.meaning):
             result = meaning(*arguments)
             result[-1, 1, 2, 0] *= -9
             return result
 
-        assert f"frame {first - 1} of {first} is" in contest.check(spoiled, arguments), contest.subject
+        assert f"frame {first - 1} of {first} is" in case.check(spoiled, arguments), case.key
 
 
 def test_wrong_only_with_the_frames_of_the_first_chunk_is_wrong():
-    held = decoder_contests(Site(CONFIG, GRID, torch.float32, CPU))
-    contest = next(each for each in held if "9 frames" in each.subject.given)
+    held = decoder_cases(TuningShapes(CONFIG, GRID, torch.float32, CPU))
+    case = next(each for each in held if "9 frames" in each.key.depends_on)
 
     def first_is_wrong(x, *rest):
-        result = contest.meaning(x, *rest)
+        result = case.meaning(x, *rest)
         return 2 * result if result.shape[0] == 9 else result
 
-    arguments = contest.make_inputs(torch.Generator().manual_seed(0))
-    assert "frame 0 of 9 is" in contest.check(first_is_wrong, arguments)
+    arguments = case.make_inputs(torch.Generator().manual_seed(0))
+    assert "frame 0 of 9 is" in case.check(first_is_wrong, arguments)
 
 
 class FakeLibrary:
@@ -98,7 +98,7 @@ class FakeLibrary:
         # the last sizes of the wrong key are those of x
         sizes = [int(size) for size in wrong.partition("@")[2].split("x")]
 
-        def contenders(op, device, dtype):
+        def candidates(op, device, dtype):
             def cudnn(x, weight, *rest):
                 self.calls.append(op)
                 result = implementation(op, "cudnn")(x, weight, *rest)
@@ -111,7 +111,7 @@ class FakeLibrary:
 
             return {"triton": triton, "cudnn": cudnn}
 
-        monkeypatch.setattr("rfengine.tuning.convolutions.contenders", contenders)
+        monkeypatch.setattr("rfengine.tuning.convolutions.runnable", candidates)
 
 
 class Clock:
@@ -126,7 +126,8 @@ class Clock:
 
 
 def tuned(path, clock=None, **options):
-    return tune_decoder(CONFIG, GRID, torch.float32, CPU, cache_path=path, timer=clock or Clock(), **options)
+    cases = decoder_cases(TuningShapes(CONFIG, GRID, torch.float32, CPU))
+    return tune(cases, CPU, cache_path=path, timer=clock or Clock(), **options)
 
 
 def test_a_backend_that_is_wrong_at_one_shape_is_refused_there_alone(monkeypatch, tmp_path, caplog):
@@ -181,26 +182,27 @@ def test_a_right_backend_that_is_asked_for_is_not_timed(monkeypatch, tmp_path):
     assert all(key in forced or key.startswith("phase") for key in choice.overrides)
 
 
-def test_a_cpu_measures_nothing_and_a_device_alone_has_no_contest(tmp_path, monkeypatch):
+def test_a_cpu_measures_nothing_and_a_device_alone_has_no_case(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # a test of a kernel in the same process has set it
-    assert tune_decoder(CONFIG, GRID, torch.float32, "cpu").decisions == ()
+    unread = decoder_cases(TuningShapes(CONFIG, GRID, torch.float32, CPU))
+    assert tune(unread, "cpu").decisions == () and next(unread).key.name in shapes_of(CONFIG)
     choice = tuned(tmp_path / "a.json")
     assert set(choice.overrides.values()) == {"reference"} and not (tmp_path / "a.json").exists()
     ops = choose_ops("auto", "cpu", choice.overrides)
     assert ops.choice[WRONG_KEY] == "reference"
 
 
-def test_the_backends_of_a_contest_are_those_that_can_run(monkeypatch):
-    monkeypatch.setattr(contests, "backend_reasons", lambda _: {"triton": "", "cudnn": ""})
-    monkeypatch.setattr(contests, "default_choice", lambda *_: {"phase_conv": "triton"})
-    assert list(contests.contenders("phase_conv", CPU, torch.float32)) == ["triton", "cudnn"]
+def test_the_backends_of_a_case_are_those_that_can_run(monkeypatch):
+    monkeypatch.setattr(tuning_candidates, "backend_reasons", lambda _: {"triton": "", "cudnn": ""})
+    monkeypatch.setattr(tuning_candidates, "default_choice", lambda *_: {"phase_conv": "triton"})
+    assert list(tuning_candidates.runnable("phase_conv", CPU, torch.float32)) == ["triton", "cudnn"]
 
 
 @pytest.mark.gpu
 def test_a_gpu_decides_every_convolution_and_remembers(tmp_path):
     config, path = PRESETS["tiny"], tmp_path / "autotune.json"
-    grid = LatentGrid.of(config)
-    choice = tune_decoder(config, grid, torch.bfloat16, "cuda", cache_path=path)
+    shapes = TuningShapes(config, LatentGrid.of(config), torch.bfloat16, torch.device("cuda"))
+    choice = tune(decoder_cases(shapes), "cuda", cache_path=path)
     assert set(choice.overrides) == set(shapes_of(config))
     choose_ops("auto", "cuda", choice.overrides)
-    assert tune_decoder(config, grid, torch.bfloat16, "cuda", cache_path=path) == choice
+    assert tune(decoder_cases(shapes), "cuda", cache_path=path) == choice

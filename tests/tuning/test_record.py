@@ -13,14 +13,14 @@ import pytest
 
 from rfengine.files import locked
 from rfengine.tuning import record as tuning_cache
-from rfengine.tuning.record import Decision, Subject, TuningCache, default_cache_path
+from rfengine.tuning.record import CaseKey, Decision, TuningCache, default_cache_path
 
 MACHINE = {"gpu": "none", "kernels": "1"}
 
 
 def decision(key: str) -> Decision:
-    subject = Subject(key, (3, 4), "float32", ("plain", "other"), "a")
-    return Decision(subject, "other", "it is faster", {"plain": (2.0, 0.1), "other": (1.0, 0.1)}, {"x": "y"})
+    case = CaseKey(key, (3, 4), "float32", ("plain", "other"), "a")
+    return Decision(case, "other", "it is faster", {"plain": (2.0, 0.1), "other": (1.0, 0.1)}, {"x": "y"})
 
 
 def stored(path: Path, count: int) -> list[Decision]:
@@ -34,10 +34,10 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def store_fifty(path: Path, name: str, start: multiprocessing.Barrier) -> None:
+def store_ten(path: Path, name: str, start: multiprocessing.Barrier) -> None:
     cache = TuningCache(path, MACHINE)
     start.wait()
-    for number in range(50):
+    for number in range(10):
         cache.store([decision(f"{name}-{number}")])
 
 
@@ -45,14 +45,14 @@ def store_fifty(path: Path, name: str, start: multiprocessing.Barrier) -> None:
 def test_four_processes_that_store_at_once_keep_every_entry(tmp_path):
     path, context = tmp_path / "autotune.json", multiprocessing.get_context("fork")
     start = context.Barrier(4)
-    processes = [context.Process(target=store_fifty, args=(path, name, start)) for name in "abcd"]
+    processes = [context.Process(target=store_ten, args=(path, name, start)) for name in "abcd"]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    kept = {each.subject.key for each in TuningCache(path, MACHINE).decisions()}
-    assert kept == {f"{name}-{number}" for name in "abcd" for number in range(50)}
+    kept = {each.key.name for each in TuningCache(path, MACHINE).decisions()}
+    assert kept == {f"{name}-{number}" for name in "abcd" for number in range(10)}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -64,7 +64,7 @@ def test_a_record_that_stays_locked_is_left_as_it_was_with_a_warning(tmp_path, m
     cache = TuningCache(path, MACHINE)
     with locked(tmp_path / ".autotune.json.lock", "trying the test"):
         cache.store([decision("late")])
-    assert path.read_bytes() == before and cache.find(decision("late").subject) == decision("late")
+    assert path.read_bytes() == before and cache.find(decision("late").key) == decision("late")
     (warning,) = warnings_of(caplog)
     assert "is not written, so the next start measures again" in warning
 
@@ -76,7 +76,7 @@ def test_a_damaged_entry_costs_itself_alone(tmp_path, caplog):
     damages = [
         {"backend": 3}, {"backend": "fourth"}, {"reason": None}, {"reason": "\ud800"}, {"machine": [1]},
         {"milliseconds": {"plain": [1.0]}}, {"milliseconds": {"plain": ["x", 1.0]}}, {"refused": 3},
-        {"subject": {"key": "op1", "shape": [[3]], "contenders": ["other"]}}, {"subject": []}, {"more": 1},
+        {"key": {"name": "op1", "shape": [[3]], "candidates": ["other"]}}, {"key": []}, {"more": 1},
     ]  # fmt: skip
     for damage in damages:
         values = json.loads(json.dumps(whole))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rfengine.tuning import autotune
 from rfengine.tuning.autotune import cached_decisions, decide
-from rfengine.tuning.candidates import Contest
-from rfengine.tuning.record import Subject, TuningCache, describe_machine
+from rfengine.tuning.candidates import TuningCase
+from rfengine.tuning.record import CaseKey, TuningCache, describe_machine
 from rfengine.tuning.trials import LostDeviceError, Trials, is_lost
 
 CPU = torch.device("cpu")
@@ -26,10 +26,10 @@ def double(x):
     return 2 * x
 
 
-def contest(key="rms_norm", **contenders):
+def case(key="rms_norm", **candidates):
     """Contenders by name, the default first, that have to double [1, 20, 4]."""
-    return Contest(
-        Subject(key, (20, 4), "float32", tuple(contenders)), contenders, CPU,
+    return TuningCase(
+        CaseKey(key, (20, 4), "float32", tuple(candidates)), candidates, CPU,
         lambda generator: (torch.randn(1, 20, 4, generator=generator),), 320, double,
         lambda arguments: arguments, lambda _, returned: (returned,),
     )  # fmt: skip
@@ -43,13 +43,13 @@ def timer(run, sets):
     return sample
 
 
-def hold(path, *contests):
+def hold(path, *cases):
     cache = TuningCache(Path(path), describe_machine(CPU))
-    return autotune._hold(contests, [], cache, timer)
+    return autotune._decide_all(cases, [], cache, timer)
 
 
 def started(path: Path, bad: Callable[[Tensor], object]) -> int:
-    """The number of a process that holds a contest, and has come as far as the first run of `bad`."""
+    """The number of a process that holds a case, and has come as far as the first run of `bad`."""
     heard, said = os.pipe()
     process = os.fork()
     if not process:
@@ -59,7 +59,7 @@ def started(path: Path, bad: Callable[[Tensor], object]) -> int:
             return bad(x)
 
         try:
-            hold(path, contest(plain=double, bad=say_and_run, late=double))
+            hold(path, case(plain=double, bad=say_and_run, late=double))
         finally:
             os._exit(99)
     assert os.read(heard, 5) == b"begun"
@@ -97,16 +97,16 @@ def never(x):
         ZeroDivisionError("by zero"), Exception("of a kind nobody knows"), torch.OutOfMemoryError("20 GiB"),
     ],
 )  # fmt: skip
-def test_a_contender_that_raises_anything_is_refused_with_it(error):
+def test_a_candidate_that_raises_anything_is_refused_with_it(error):
     def bad(x):
         raise error
 
-    decision = decide(contest(bad=bad, plain=double), timer)
+    decision = decide(case(bad=bad, plain=double), timer)
     assert decision.backend == "plain"
     assert decision.refused["bad"] == f"{type(error).__name__}: {str(error).strip()}"
 
 
-def test_a_contender_that_raises_only_while_it_is_timed_is_refused():
+def test_a_candidate_that_raises_only_while_it_is_timed_is_refused():
     runs = []
 
     def tired(x):
@@ -115,7 +115,7 @@ def test_a_contender_that_raises_only_while_it_is_timed_is_refused():
             raise KeyError("cache")
         return 2 * x
 
-    decision = decide(contest(plain=double, tired=tired), timer)
+    decision = decide(case(plain=double, tired=tired), timer)
     assert decision.backend == "plain" and "KeyError" in decision.refused["tired"]
     assert set(decision.milliseconds) == {"plain"}
 
@@ -126,26 +126,26 @@ def test_an_interrupted_trial_is_no_refusal(tmp_path):
 
     path = tmp_path / "autotune.json"
     with pytest.raises(KeyboardInterrupt):
-        hold(path, contest(plain=double, late=interrupted))
+        hold(path, case(plain=double, late=interrupted))
     assert list(tmp_path.iterdir()) == []
-    (decision,) = hold(path, contest(plain=double, late=double))
+    (decision,) = hold(path, case(plain=double, late=double))
     assert not decision.refused
 
 
 @pytest.mark.parametrize(("bad", "code"), [(hang, -signal.SIGKILL), (fault, -signal.SIGSEGV), (leave, 3)])
-def test_after_a_contender_that_did_not_come_back_the_next_start_goes_round_it(tmp_path, caplog, bad, code):
+def test_after_a_candidate_that_did_not_come_back_the_next_start_goes_round_it(tmp_path, caplog, bad, code):
     path = tmp_path / "autotune.json"
     process = started(path, bad)
     if bad is hang:
         os.kill(process, signal.SIGKILL)  # as a limit of time ends it
     assert ended(process) == code
-    (decision,) = hold(path, contest(plain=double, bad=never, late=double))
+    (decision,) = hold(path, case(plain=double, bad=never, late=double))
     assert decision.backend == "plain" and list(decision.refused) == ["bad"]
     assert decision.refused["bad"].startswith("it did not come back") and str(path) in decision.refused["bad"]
     assert "bad is left out in rms_norm at 20x4 in float32: it did not come back" in caplog.text
     assert list(tmp_path.iterdir()) == [path]
-    # and for good, whatever it contends with
-    (again,) = hold(path, contest(bad=never, third=double))
+    # and for good, whatever it is compared with
+    (again,) = hold(path, case(bad=never, third=double))
     assert again.backend == "third" and "did not come back" in again.refused["bad"]
 
 
@@ -153,44 +153,46 @@ def test_what_did_not_come_back_is_tried_again_after_the_kernels_changed(tmp_pat
     path = tmp_path / "autotune.json"
     ended(started(path, leave))
     machine = describe_machine(CPU) | {"kernels": "others"}
-    (decision,) = autotune._hold([contest(plain=double, bad=double)], [], TuningCache(path, machine), timer)
+    (decision,) = autotune._decide_all(
+        [case(plain=double, bad=double)], [], TuningCache(path, machine), timer
+    )
     assert not decision.refused
 
 
-def test_the_mark_of_a_process_that_lives_refuses_nothing(tmp_path):
+def test_the_trial_file_of_a_process_that_lives_refuses_nothing(tmp_path):
     path = tmp_path / "autotune.json"
     process = started(path, hang)
     try:
-        (decision,) = hold(path, contest(plain=double, bad=double))
+        (decision,) = hold(path, case(plain=double, bad=double))
         assert not decision.refused
     finally:
         os.kill(process, signal.SIGKILL)
         ended(process)
 
 
-def test_a_mark_that_is_being_made_refuses_nothing(tmp_path):
+def test_a_trial_file_that_is_being_made_refuses_nothing(tmp_path):
     """Between the making of a file and its lock another process may look."""
     path = tmp_path / "autotune.json"
-    asked = contest(plain=double, late=double)
+    asked = case(plain=double, late=double)
     found = Trials(TuningCache(path, describe_machine(CPU)))
-    mark = found._mark(asked.subject, "late")
-    mark.with_name(f".{mark.name}.1-0.partial").touch()
-    assert not found.refused(asked.subject)
+    trial = found._trial_path(asked.key, "late")
+    trial.with_name(f".{trial.name}.1-0.partial").touch()
+    assert not found.refused(asked.key)
 
 
 @pytest.mark.parametrize("told", ["CUDA error: ", "Triton Error [CUDA]: "])
-def test_a_contender_that_breaks_the_device_ends_the_start_and_the_next_goes_round_it(tmp_path, told):
+def test_a_candidate_that_breaks_the_device_ends_the_start_and_the_next_goes_round_it(tmp_path, told):
     def bad(x):
         raise RuntimeError(told + ILLEGAL)
 
     path = tmp_path / "autotune.json"
     with pytest.raises(LostDeviceError) as lost:
-        hold(path, contest(plain=double, bad=bad, late=never))
+        hold(path, case(plain=double, bad=bad, late=never))
     assert str(lost.value) == (
         f"bad has broken the device in rms_norm at 20x4 in float32 (RuntimeError: {told}{ILLEGAL}); nothing "
         "runs on it until this process is started again, and then bad is left out there"
     )
-    (decision,) = hold(path, contest(plain=double, bad=never, late=double))
+    (decision,) = hold(path, case(plain=double, bad=never, late=double))
     assert decision.backend == "plain" and "it broke the device" in decision.refused["bad"]
     assert any("broke the device" in str(each) for each in cached_decisions(CPU, path))
 
@@ -206,7 +208,7 @@ def test_any_error_after_which_the_device_does_nothing_is_its_loss(monkeypatch):
     assert is_lost(torch.device("cuda"), refusal) and not is_lost(CPU, refusal)
 
 
-def test_where_nothing_can_be_written_contenders_are_tried_without_a_mark(tmp_path, caplog):
+def test_where_nothing_can_be_written_candidates_are_tried_without_a_trial_file(tmp_path, caplog):
     (tmp_path / "file").touch()
-    (decision,) = hold(tmp_path / "file" / "autotune.json", contest(plain=double, late=double))
+    (decision,) = hold(tmp_path / "file" / "autotune.json", case(plain=double, late=double))
     assert decision.backend == "plain"
