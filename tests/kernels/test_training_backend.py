@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS_OF_64 = WanConfig(
     dim=128, ffn_dim=64, num_heads=2, num_layers=1, text_dim=16, text_len=8, in_dim=4, out_dim=4
 )
-CONFIG = dataclasses.replace(ENGINE, model=HEADS_OF_64)
+CONFIG = dataclasses.replace(ENGINE, model=HEADS_OF_64, width=16)  # 2 x 1 tokens in a frame
 
 
 def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -28,7 +28,7 @@ def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, t
     model.load_state_dict(small_model(HEADS_OF_64).state_dict())
     generator = torch.Generator().manual_seed(5)
     noise = {
-        (chunk, step): torch.randn(1, 4, 3, 4, 6, generator=generator)
+        (chunk, step): torch.randn(1, 4, 3, 4, 2, generator=generator)
         for chunk in range(4)
         for step in (0, 1)
     }
