@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that 
 from typing_extensions import Doc
 
 from rfengine.benchmark.command_line import parse_options
-from rfengine.checkpoint.loader import read_config
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.process import run_process
 from rfengine.config import PRESETS
 from rfengine.costs.chunk import GROUPS, PRODUCTS, ChunkWork, Part, Precision, prompt_parts
@@ -83,7 +83,7 @@ def roofline(options: Options) -> dict[str, Any]:
 
 
 def _chunk_work(options: Options) -> ChunkWork:
-    config = PRESETS[options.model] if options.model in PRESETS else read_config(Path(options.model))
+    config = PRESETS[options.model] if options.model in PRESETS else Checkpoint.open(options.model).config
     height = config.height if options.height is None else options.height
     width = config.width if options.width is None else options.width
     shapes = Shapes(replace(config, height=height, width=width))

@@ -45,8 +45,7 @@ from rfengine.benchmark.command_line import parse_options
 from rfengine.benchmark.conditions import device_name, state, versions
 from rfengine.benchmark.options import Switch
 from rfengine.benchmark.timing import synchronize
-from rfengine.checkpoint.directories import checkpoint_directory
-from rfengine.checkpoint.loader import read_config
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.process import run_process
 from rfengine.config import PRESETS, Backend, DTypeName
 from rfengine.costs.rates import GPU, gpu_of, measured_cpu
@@ -140,7 +139,7 @@ def _setting(options: Options) -> tuple[Setting, str | None]:
         raise ValueError(f"--device is {device} and torch finds no CUDA device; use --device cpu")
     model = options.model or ("wan-1.3b" if device.type == "cuda" else "tiny")
     directory = None if model != "tiny" and model in PRESETS else model
-    config = PRESETS[model] if directory is None else read_config(checkpoint_directory(directory))
+    config = PRESETS[model] if directory is None else Checkpoint.open(directory).config
     grid = LatentGrid.of(config, options.height, options.width)
     name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     dtype = getattr(torch, name)

@@ -14,10 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from rfengine.benchmark.random_weights import SEED, fill
-from rfengine.checkpoint.directories import checkpoint_directory, part_files
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.layouts import diffusers_vae_from_wan
-from rfengine.checkpoint.loader import load_part
 from rfengine.config import Backend, EngineConfig, RuntimeConfig, VAEConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
@@ -69,16 +67,9 @@ class Setting:
         backend: Backend,
     ) -> Setting:
         """directory: the checkpoint; None fills the models with seeded random weights."""
-        if directory is None:
-            vae = WanVAE(config.vae)
-            fill(vae, torch.Generator().manual_seed(SEED))
-            vae.to(device, dtype)
-            weights = f"random, seed {SEED}"
-        else:
-            with torch.device("meta"):
-                vae = WanVAE(config.vae)
-            load_part(vae, checkpoint_directory(directory), "vae", dtype, device)
-            weights = f"those of {directory}"
+        checkpoint = Checkpoint.random(config) if directory is None else Checkpoint.open(directory)
+        vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", dtype, device)
+        weights = f"random, seed {checkpoint.seed}" if directory is None else f"those of {directory}"
         return cls(config, grid, vae.requires_grad_(False).eval(), weights, dtype, device, backend)
 
     def ops(self, precision: str = "default") -> Ops:
@@ -112,15 +103,11 @@ def has_fp8(device: torch.device) -> bool:
 
 def tiny_contender(setting: Setting, directory: str | None) -> Contender:
     """The tiny decoder, with random weights where the checkpoint has none of it."""
-    ops = setting.ops()
-    if directory is not None and part_files(checkpoint_directory(directory), "tiny_vae"):
-        with torch.device("meta"):
-            tiny = TinyVAE(setting.config.tiny_vae, ops)
-        load_part(tiny, checkpoint_directory(directory), "tiny_vae", setting.dtype, setting.device)
-    else:
-        tiny = TinyVAE(setting.config.tiny_vae, ops)
-        fill(tiny, torch.Generator().manual_seed(SEED))
-        tiny.to(setting.device, setting.dtype)
+    config, ops = setting.config.tiny_vae, setting.ops()
+    checkpoint = Checkpoint.random(setting.config) if directory is None else Checkpoint.open(directory)
+    if not checkpoint.has("tiny_vae"):
+        checkpoint = Checkpoint.random(setting.config)
+    tiny = checkpoint.load(lambda: TinyVAE(config, ops), "tiny_vae", setting.dtype, setting.device)
     return _streams(TINY_ROW, tiny.requires_grad_(False).eval(), setting, VAE_TIERS["tiny"])
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import rfengine
-from rfengine.checkpoint.directories import checkpoint_directory, part_files
-from rfengine.checkpoint.loader import read_config
+from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
 from rfengine.config import PRESETS, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.costs.memory import memory_needs
@@ -57,7 +57,8 @@ def examine(
     configuration is damaged and the manifest knows it.
     """
     files = _files(model)
-    config = _read_config(model, files)
+    checkpoint = _open(model, files)
+    config = checkpoint.config
     grid = LatentGrid.of(config, height, width)
     on_cuda = torch.cuda.is_available()
     name = dtype or ("bfloat16" if on_cuda else "float32")
@@ -78,7 +79,8 @@ def examine(
             "auto": choose_ops("auto", device, dtype=getattr(torch, name)).choice,
         },
         "runtime": {
-            "device": device, "switches": _switches(config.runtime, device), "decoders": _decoders(model),
+            "device": device, "switches": _switches(config.runtime, device),
+            "decoders": _decoders(checkpoint),
             "autotuned": [str(decision) for decision in cached_decisions(device)],
         },
         "memory": {
@@ -97,10 +99,12 @@ def _files(model: str) -> dict[str, str] | None:
     return differences(checkpoint_directory(model))
 
 
-def _read_config(model: str, files: dict[str, str] | None) -> EngineConfig:
-    """The configuration of `model`; where it is refused and files differ, RuntimeError says both."""
+def _open(model: str, files: dict[str, str] | None) -> Checkpoint:
+    """The checkpoint `model`; where it is refused and files differ, RuntimeError says both."""
+    if model != "tiny" and model in PRESETS:
+        return Checkpoint.random(PRESETS[model])
     try:
-        return PRESETS[model] if model in PRESETS else read_config(Path(model))
+        return Checkpoint.open(model)
     except ValueError as error:
         wrong = [f"{name} {reason}" for name, reason in (files or {}).items() if reason]
         if not wrong:
@@ -121,11 +125,11 @@ def _switches(runtime: RuntimeConfig, device: str) -> dict[str, Any]:
     return report
 
 
-def _decoders(model: str) -> dict[str, Any]:
-    """Quality of every kind of decoder, and the reason why it cannot be used with `model`, or ""."""
+def _decoders(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Quality of every kind of decoder, and the reason why it cannot be used with `checkpoint`, or ""."""
     reasons = {"full": "", "tiny": "", "tensorrt": ""}
-    if (model == "tiny" or model not in PRESETS) and not part_files(checkpoint_directory(model), "tiny_vae"):
-        reasons["tiny"] = f"{model} has no tiny_vae"
+    if not checkpoint.has("tiny_vae"):
+        reasons["tiny"] = f"{checkpoint.path} has no tiny_vae"
     try:
         import_tensorrt()
     except RuntimeError as error:

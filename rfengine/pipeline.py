@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import arena_shape
-from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.diffusers_call import Generators, Guidance, OutputType, packed, requested_videos
 from rfengine.grid import LatentGrid
@@ -84,7 +84,7 @@ class Pipeline:
     @own_state()
     def from_pretrained(
         cls,
-        source: str | Path = "tiny",
+        source: str | Path | Checkpoint = "tiny",
         device: str | torch.device | None = None,
         dtype: DTypeName | torch.dtype | None = None,
         *,
@@ -94,7 +94,8 @@ class Pipeline:
         backend: Backend | None = None,
         runtime: RuntimeConfig | None = None,
     ) -> Pipeline:
-        """Load "tiny", which comes with the package, or a checkpoint directory (README, published weights).
+        """Load "tiny", which comes with the package, a checkpoint directory (README, published weights) or
+        an open Checkpoint.
 
         device: "cuda" where there is one, else "cpu". dtype: bfloat16 on CUDA, else float32. text_device:
         where the text encoder runs; "cpu" keeps it off the GPU. text_cache: directory that keeps text states
@@ -103,9 +104,6 @@ class Pipeline:
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs,
         RuntimeError when the backend or a part of the runtime cannot run on the device.
         """
-        from rfengine.checkpoint.loader import fingerprint, load_part, read_config
-        from rfengine.checkpoint.text_encoder import open_text_encoder
-
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if target.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError(
@@ -113,8 +111,8 @@ class Pipeline:
             )
         target = _present(target)
         number = _dtype(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
-        directory = checkpoint_directory(source)
-        config = read_config(directory)
+        checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+        config = checkpoint.config
         if cache is not None:
             config = replace(config, cache=cache)
         if runtime is not None:
@@ -126,19 +124,13 @@ class Pipeline:
         decoding = _present(decode_device(config.runtime, target))
         wanted = backend or config.backend
         ops = tuned_ops(config, wanted, number, target)
-        with torch.device("meta"):
-            model = WanDiT(config.model, ops)
-            vae = WanVAE(config.vae)
-        load_part(model, directory, "transformer", number, target)
+        model = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", number, target)
         if target.type == "cuda":  # on a CPU one product is no faster than three
             pack_weights(model)
-        load_part(vae, directory, "vae", number, decoding)
-        mark = fingerprint(directory)
-        encoder = open_text_encoder(
-            directory, config, torch.device(text_device or target), number, text_cache, mark
-        )
-        open_decoder = _decoder_opener(directory, config, vae.eval(), wanted, number, decoding)
-        return cls(config, model.eval(), vae, encoder, mark, open_decoder)
+        vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", number, decoding)
+        encoder = checkpoint.text_encoder(torch.device(text_device or target), number, text_cache)
+        open_decoder = _decoder_opener(checkpoint, config, vae.eval(), wanted, number, decoding)
+        return cls(config, model.eval(), vae, encoder, checkpoint.fingerprint(), open_decoder)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -355,7 +347,7 @@ def tuned_ops(config: EngineConfig, requested: Backend, dtype: torch.dtype, devi
 
 
 def _decoder_opener(
-    directory: Path,
+    checkpoint: Checkpoint,
     config: EngineConfig,
     vae: WanVAE,
     requested: Backend,
@@ -365,13 +357,10 @@ def _decoder_opener(
     """What gives the decoder of config.runtime.vae for a size; a TensorRT engine is of one size alone."""
     kind = config.runtime.vae
     if kind == "tiny":
-        from rfengine.checkpoint.loader import load_part
         from rfengine.models.tiny_vae import TinyVAE
 
-        with torch.device("meta"):
-            tiny = TinyVAE(config.tiny_vae, choose_ops(requested, device))
-        load_part(tiny, directory, "tiny_vae", dtype, device)
-        tiny.eval()
+        ops = choose_ops(requested, device)
+        tiny = checkpoint.load(lambda: TinyVAE(config.tiny_vae, ops), "tiny_vae", dtype, device).eval()
         return lambda grid: tiny
     if kind == "tensorrt":
         from rfengine.export.tensorrt_decoder import TensorRTDecoder
@@ -380,7 +369,7 @@ def _decoder_opener(
 
         @functools.cache
         def open_engine(grid: LatentGrid) -> TensorRTDecoder:
-            return TensorRTDecoder.open(directory, config, grid, dtype, device, graphs)
+            return TensorRTDecoder.open(checkpoint.path, config, grid, dtype, device, graphs)
 
         return open_engine
     return open_full_decoder(config, vae, requested, dtype, device)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rfengine import __version__, doctor
-from rfengine.checkpoint.loader import write_config
+from rfengine.checkpoint.checkpoint import write_config
 from rfengine.doctor import examine, render
 from support.models import small_pipeline
 

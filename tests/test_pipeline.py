@@ -164,7 +164,8 @@ def test_an_unknown_dtype_is_refused():
 @pytest.fixture
 def saved(pipe, tmp_path):
     """The small pipeline's weights in the engine's own directory layout."""
-    from rfengine.checkpoint.loader import save_weights, write_config
+    from rfengine.checkpoint.checkpoint import write_config
+    from rfengine.checkpoint.loader import save_weights
 
     write_config(tmp_path, pipe.config)
     save_weights(tmp_path / "transformer.safetensors", pipe.model.state_dict())
@@ -260,7 +261,8 @@ def test_the_runtime_can_be_replaced(pipe, saved):
 
 
 def test_the_tiny_decoder_makes_frames_of_a_lower_tier(saved):
-    from rfengine.checkpoint.loader import save_weights, write_config
+    from rfengine.checkpoint.checkpoint import write_config
+    from rfengine.checkpoint.loader import save_weights
     from rfengine.config import EngineConfig, RuntimeConfig, TinyVAEConfig
     from rfengine.models.tiny_vae import TinyVAE
 

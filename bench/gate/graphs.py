@@ -20,7 +20,7 @@ from gate.part import Item, Setting
 from gate.record import Result
 from torch import Tensor
 
-from rfengine.benchmark.random_weights import random_pipeline
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import PRESETS, RuntimeConfig, WanConfig
 from rfengine.pipeline import Pipeline
 from rfengine.runtime import chunk_runner
@@ -79,7 +79,7 @@ def _engines(preset: str, dtype: torch.dtype) -> dict[str, Pipeline]:
         return RuntimeConfig(graphs, overlap, autotune=False)
 
     config = replace(PRESETS[preset], runtime=runtime(False, False))
-    eager, _ = random_pipeline(config, torch.device("cuda"), dtype, "auto")
+    eager = Pipeline.from_pretrained(Checkpoint.random(config), "cuda", dtype, backend="auto")
     text = TextStatesByPrompt(config.model)
     return {
         name: Pipeline(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rfengine.accuracy import psnr_db
 from rfengine.benchmark.agreement import truth_precision
-from rfengine.benchmark.random_weights import fill
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import PRESETS, EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
@@ -59,16 +59,8 @@ def _config(setting: Setting) -> EngineConfig:
 
 @cache
 def _vae(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> WanVAE:
-    with torch.device("meta"):
-        vae = WanVAE(config.vae)
-    return _filled(vae, device, dtype)
-
-
-def _filled(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """The same values in every dtype, up to rounding."""
-    module.to_empty(device=device)
-    fill(module, torch.Generator(device).manual_seed(SEED))
-    return module.to(dtype).requires_grad_(False).eval()
+    vae = Checkpoint.random(config, SEED).load(lambda: WanVAE(config.vae), "vae", dtype, device)
+    return vae.requires_grad_(False).eval()
 
 
 def _decoder(setting: Setting, name: str, dtype: torch.dtype) -> FrameDecoder:
@@ -76,9 +68,9 @@ def _decoder(setting: Setting, name: str, dtype: torch.dtype) -> FrameDecoder:
     if name == "plain":
         return _vae(config, device, dtype)
     if name == "tiny":
-        with torch.device("meta"):
-            tiny = TinyVAE(config.tiny_vae, choose_ops("auto", device))
-        return _filled(tiny, device, dtype)
+        checkpoint, ops = Checkpoint.random(config, SEED), choose_ops("auto", device)
+        tiny = checkpoint.load(lambda: TinyVAE(config.tiny_vae, ops), "tiny_vae", dtype, device)
+        return tiny.requires_grad_(False).eval()
     if name == "fp8":
         if not setting.small and torch.cuda.get_device_capability() < FP8_CAPABILITY:
             raise AbsentError("the GPU has no FP8")

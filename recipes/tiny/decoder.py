@@ -19,8 +19,8 @@ from recipes.tiny.muon import Muon
 from recipes.tiny.stage_run import StageRun
 from recipes.tiny.text_encoder import text_states
 from recipes.tiny.vae import WORLD
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.layouts import list_names
-from rfengine.checkpoint.loader import load_part
 from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.config import EngineConfig, TinyVAEConfig
 from rfengine.files import replaced
@@ -57,12 +57,11 @@ class Teacher:
     text_model: nn.Module
 
     @classmethod
-    def load(cls, checkpoint: Path, config: EngineConfig) -> Teacher:
-        with torch.device("meta"):
-            model, vae, text_model = WanDiT(config.model), WanVAE(config.vae), build_umt5(config.text)
-        load_part(model, checkpoint, "transformer", torch.float32)
-        load_part(vae, checkpoint, "vae", torch.float32)
-        load_part(text_model, checkpoint, "text_encoder", torch.float32)
+    def load(cls, directory: Path, config: EngineConfig) -> Teacher:
+        checkpoint = Checkpoint.open(directory)
+        model = checkpoint.load(lambda: WanDiT(config.model), "transformer", torch.float32)
+        vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32)
+        text_model = checkpoint.load(lambda: build_umt5(config.text), "text_encoder", torch.float32)
         return cls(config, *(part.eval().requires_grad_(False) for part in (model, vae, text_model)))
 
     @torch.inference_mode()

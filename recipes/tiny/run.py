@@ -24,8 +24,9 @@ from recipes.tiny.text_encoder import train_caption_encoder
 from recipes.tiny.transformer import train_transformer
 from recipes.tiny.vae import evaluate_autoencoder, train_autoencoder, with_measured_statistics
 from recipes.tiny.videos import encode_dataset
+from rfengine.checkpoint.checkpoint import Checkpoint, write_config
 from rfengine.checkpoint.directories import read_json
-from rfengine.checkpoint.loader import read_config, save_weights, write_config
+from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import write_manifest
 from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.config import PRESETS, EngineConfig, VAEConfig, from_dict, to_dict
@@ -144,7 +145,8 @@ def export(config: EngineConfig, directory: Path, output: Path) -> None:
 
 def _add_tiny_decoder(options: Options, minutes: float) -> None:
     """Train the tiny decoder of the exported checkpoint and put it there, in float16; log how it does."""
-    config = dataclasses.replace(read_config(options.output), tiny_vae=PRESETS["tiny"].tiny_vae)
+    stored = Checkpoint.open(options.output).config
+    config = dataclasses.replace(stored, tiny_vae=PRESETS["tiny"].tiny_vae)
     teacher = Teacher.load(options.output, config)
     decoder = train_tiny_decoder(teacher, config.tiny_vae, options.directory, minutes, options.seed)
     decoder = decoder.half().float()

@@ -8,10 +8,7 @@ import torch
 from torch import nn
 
 from rfengine.benchmark.options import Switch, ThroughputOptions
-from rfengine.benchmark.random_weights import SEED as WEIGHTS_SEED
-from rfengine.benchmark.random_weights import GivenTextStates, random_pipeline
-from rfengine.checkpoint.directories import checkpoint_directory
-from rfengine.checkpoint.loader import load_part
+from rfengine.checkpoint.checkpoint import Checkpoint, GivenTextStates
 from rfengine.config import PRESETS, RuntimeConfig
 from rfengine.costs.shapes import Shapes
 from rfengine.grid import LatentGrid
@@ -50,22 +47,19 @@ class Engine:
             vae_precision=options.vae_precision,
             tensorrt_directory=options.tensorrt_directory and str(options.tensorrt_directory),
         )
-        if model != "tiny" and model in PRESETS:
-            preset = PRESETS[model]
-            grid = LatentGrid.of(preset, options.height, options.width)
-            config = replace(preset, runtime=runtime, height=grid.height, width=grid.width)
-            pipeline, decoder = random_pipeline(config, device, getattr(torch, dtype), options.backend)
-            weights = f"random, seed {WEIGHTS_SEED}: the frames are noise"
-        else:
-            pipeline = Pipeline.from_pretrained(
-                model, device, dtype, backend=options.backend, runtime=runtime
-            )
-            decoder = _plain_decoder(pipeline, model)
-            states = pipeline.text_encoder.encode([PROMPT], device, pipeline.model.dtype)
-            pipeline.text_encoder = GivenTextStates(states)
-            weights = "those that come with the package" if model == "tiny" else f"those in {model}"
+        checkpoint = _checkpoint(model, options)
+        pipeline = Pipeline.from_pretrained(
+            checkpoint, device, dtype, backend=options.backend, runtime=runtime
+        )
         grid = LatentGrid.of(pipeline.config, options.height, options.width)
-        return cls(pipeline, grid, None if options.vae == "none" else decoder, weights)
+        decoder = None if options.vae == "none" else _plain_decoder(pipeline, checkpoint)
+        states = pipeline.text_encoder.encode([PROMPT], device, pipeline.model.dtype)
+        pipeline.text_encoder = GivenTextStates(states)
+        if checkpoint.directory is None:
+            weights = f"random, seed {checkpoint.seed}: the frames are noise"
+        else:
+            weights = "those that come with the package" if model == "tiny" else f"those in {model}"
+        return cls(pipeline, grid, decoder, weights)
 
     @property
     def decodes(self) -> bool:
@@ -83,14 +77,24 @@ class Engine:
         return self.pipeline.stream(PROMPT, seed=SEED, height=self.grid.height, width=self.grid.width)
 
 
-def _plain_decoder(pipeline: Pipeline, model: str) -> nn.Module:
+def _checkpoint(model: str, options: ThroughputOptions) -> Checkpoint:
+    """A directory, or random weights for a preset at the size of `options`, so that it is tuned there."""
+    if model == "tiny" or model not in PRESETS:
+        return Checkpoint.open(model)
+    if options.vae == "tensorrt":
+        raise ValueError(
+            f"vae is {options.vae!r} and {model} is a preset; give --model a checkpoint directory"
+        )
+    grid = LatentGrid.of(PRESETS[model], options.height, options.width)
+    return Checkpoint.random(replace(PRESETS[model], height=grid.height, width=grid.width))
+
+
+def _plain_decoder(pipeline: Pipeline, checkpoint: Checkpoint) -> nn.Module:
     """The module whose weights the decoder of `pipeline` has."""
-    if pipeline.config.runtime.vae != "tiny":
+    config, model = pipeline.config, pipeline.model
+    if config.runtime.vae != "tiny":
         return pipeline.vae
-    with torch.device("meta"):
-        decoder = TinyVAE(pipeline.config.tiny_vae)
-    load_part(decoder, checkpoint_directory(model), "tiny_vae", pipeline.model.dtype, pipeline.model.device)
-    return decoder.eval()
+    return checkpoint.load(lambda: TinyVAE(config.tiny_vae), "tiny_vae", model.dtype, model.device).eval()
 
 
 def _device(name: str | None) -> torch.device:

@@ -17,20 +17,12 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from rfengine.checkpoint.agreement import part_configs
+from rfengine.checkpoint.checkpoint import engine_config, open_tokenizer, read_config, write_config
 from rfengine.checkpoint.destination import new_directory, reserved
-from rfengine.checkpoint.directories import (
-    MODEL_PARTS,
-    PARTS,
-    directory_layout,
-    inner_directory,
-    part_files,
-    part_settings,
-    tokenizer_directory,
-)
+from rfengine.checkpoint.directories import MODEL_PARTS, PARTS, CheckpointDirectory, inner_directory
 from rfengine.checkpoint.file_format import absence
 from rfengine.checkpoint.layouts import Part
-from rfengine.checkpoint.loader import engine_config, read_as, read_config, write_config
+from rfengine.checkpoint.loader import read_as
 from rfengine.checkpoint.lora import add_lora
 from rfengine.checkpoint.lora_file import open_lora
 from rfengine.checkpoint.manifest import check_sizes, write_manifest
@@ -39,11 +31,12 @@ from rfengine.checkpoint.shapes import (
     describe_mismatch,
     expected_shapes,
     infer_config,
+    part_configs,
+    shapes_of,
     stated_heads,
 )
 from rfengine.checkpoint.shards import all_shards
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
-from rfengine.checkpoint.text_encoder import open_tokenizer
 from rfengine.checkpoint.weights_file import open_part
 from rfengine.config import (
     CacheConfig,
@@ -163,7 +156,7 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
             f"{source} has no transformer; give the checkpoint as the source and this directory as base"
         )
     if "transformer" not in checkpoint.configs:
-        shapes = _shapes(checkpoint.tensors["transformer"])
+        shapes = shapes_of(checkpoint.tensors["transformer"])
         heads = _base_heads(base, shapes)
         checkpoint.configs["transformer"] = _infer(
             source, "transformer", checkpoint.tensors["transformer"], heads
@@ -184,24 +177,21 @@ def _check_tokenizer(checkpoint: _Checkpoint, directory: Path) -> None:
     open_tokenizer(checkpoint.tokenizer, text)
 
 
-def _take_parts(checkpoint: _Checkpoint, directory: Path, use_ema: bool) -> None:
-    """Take from `directory` every part that is not there yet."""
-    check_sizes(directory)
-    own = read_config(directory) if directory_layout(directory) == "rfengine" else None
+def _take_parts(checkpoint: _Checkpoint, path: Path, use_ema: bool) -> None:
+    """Take from the directory `path` every part that is not there yet."""
+    check_sizes(path)
+    directory = CheckpointDirectory.of(path)
+    own = read_config(directory) if directory.layout == "rfengine" else None
     own_configs: dict[Part, PartConfig] = {} if own is None else part_configs(own)
     for part in PARTS:
-        if part in checkpoint.tensors or not (files := part_files(directory, part)):
+        if part in checkpoint.tensors or not (files := directory.files(part)):
             continue
-        found, tensors = open_part(files, use_ema)
-        if found != part:
-            raise ValueError(
-                f"{files[0]} holds a {found}, not a {part}; the directory {directory} is mixed up"
-            )
-        checkpoint.tensors[part] = tensors
-        settings = {} if own else part_settings(directory, part)
-        checkpoint.configs[part] = own_configs.get(part) or _infer(files[0].parent, part, tensors, settings)
+        checkpoint.tensors[part] = tensors = directory.open(part, use_ema)
+        checkpoint.configs[part] = own_configs.get(part) or _infer(
+            files[0].parent, part, tensors, directory.settings(part)
+        )
         if part == "text_encoder":
-            checkpoint.tokenizer = tokenizer_directory(directory)
+            checkpoint.tokenizer = directory.tokenizer()
     checkpoint.own_config = checkpoint.own_config or own
 
 
@@ -209,7 +199,7 @@ def _infer(
     place: Path, part: Part, tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
 ) -> PartConfig:
     try:
-        return infer_config(part, _shapes(tensors), settings)
+        return infer_config(part, shapes_of(tensors), settings)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 
@@ -218,17 +208,14 @@ def _base_heads(base: Path | None, shapes: Mapping[str, tuple[int, ...]]) -> dic
     """num_heads of a base whose transformer has the same dim; a lone file does not tell it."""
     if base is None or "patch_embedding.weight" not in shapes:
         return {}
-    if directory_layout(base) == "rfengine":
-        model = read_config(base).model
+    directory = CheckpointDirectory.of(base)
+    if directory.layout == "rfengine":
+        model = read_config(directory).model
         heads = {model.dim: model.num_heads}
     else:
-        heads = stated_heads(part_settings(base, "transformer"))
+        heads = stated_heads(directory.settings("transformer"))
     dim = shapes["patch_embedding.weight"][0]
     return {"num_heads": heads[dim]} if dim in heads else {}
-
-
-def _shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
-    return {name: stored.shape for name, stored in tensors.items()}
 
 
 def _resolve_kind(kind: Kind, source: Path) -> str:
@@ -237,7 +224,7 @@ def _resolve_kind(kind: Kind, source: Path) -> str:
         return kind
     if kind != "auto":
         raise ValueError(f"kind is {kind!r}; use one of auto, {', '.join(CACHES)}")
-    layout = directory_layout(inner_directory(source)) if source.is_dir() else ""
+    layout = CheckpointDirectory.of(inner_directory(source)).layout if source.is_dir() else ""
     if layout == "rfengine":
         return ""
     name = _given_name(source).lower().replace("-", "").replace("_", "")
@@ -261,7 +248,7 @@ def _given_name(source: Path) -> str:
 
 def _check_tensors(checkpoint: _Checkpoint) -> None:
     for part, tensors in checkpoint.tensors.items():
-        problem = describe_mismatch(expected_shapes(checkpoint.configs[part]), _shapes(tensors))
+        problem = describe_mismatch(expected_shapes(checkpoint.configs[part]), shapes_of(tensors))
         if problem:
             raise ValueError(
                 f"the {part} is not that of Wan2.1: {problem}; get the file again or give the right one"

@@ -1,16 +1,21 @@
-"""Where the parts of a checkpoint lie in a directory of rfengine, Wan2.1, Diffusers, ComfyUI or a cache."""
+"""The parts of a checkpoint in a directory of rfengine, Wan2.1, Diffusers, ComfyUI or a download cache."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from rfengine.checkpoint.file_format import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES
+from rfengine.checkpoint.file_format import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, weights_format
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.shards import folder_names, model_files, read_json, refuse_dangling
+from rfengine.checkpoint.tensor_file import StoredTensor, TensorEntry, read_header
+from rfengine.checkpoint.weights_file import open_part
 from rfengine.files import read_text
 
 logger = logging.getLogger(__name__)
@@ -19,6 +24,7 @@ DirectoryLayout = Literal["rfengine", "wan", "diffusers", "comfyui"]
 
 CONFIG_FILE = "rfengine.json"
 EXPORT_FOLDER = "tensorrt"  # inside a checkpoint directory: decoders built for one machine
+_SAMPLES = 16  # elements of each tensor that a fingerprint reads, evenly spread
 MODEL_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")  # what a whole checkpoint has
 PARTS: tuple[Part, ...] = (*MODEL_PARTS, "tiny_vae")
 _MOST_REFERENCE_BYTES = 1024  # of refs/main in a cache: a hash
@@ -94,11 +100,97 @@ def inner_directory(directory: Path) -> Path:
     return directory / "snapshots" / (named if named in snapshots else snapshots[0])
 
 
-def directory_layout(directory: Path) -> DirectoryLayout:
-    """Which of the known layouts `directory` has.
+@dataclass(frozen=True, slots=True)
+class CheckpointDirectory:
+    """A directory of a known layout; it may lack parts."""
 
-    Raises ValueError when it does not exist or has none of them.
-    """
+    path: Path
+    layout: DirectoryLayout
+
+    @classmethod
+    def of(cls, path: Path) -> CheckpointDirectory:
+        """Raises ValueError when `path` is no directory or has none of the known layouts."""
+        return cls(path, _layout_of(path))
+
+    def files(self, part: Part) -> tuple[Path, ...]:
+        """The files of `part`: safetensors, or pickles where there is nothing else; empty when absent.
+
+        Raises ValueError when shards are incomplete, and where several files may be meant.
+        """
+        return _files_of(self.path, self.layout, part)
+
+    def settings(self, part: Part) -> dict[str, Any]:
+        """The config.json of `part`; empty where the layout has none."""
+        if self.layout == "diffusers":
+            return read_json(self.path / part / "config.json")
+        alone = self.layout == "wan" and part == "transformer"
+        return read_json(self.path / "config.json") if alone else {}
+
+    def tokenizer(self) -> Path | None:
+        """The folder of the SentencePiece tokenizer, or None when there is none."""
+        for name in _TOKENIZERS[self.layout]:
+            refuse_dangling(self.path / name)
+            if (self.path / name).is_dir():
+                return self.path / name
+        return None
+
+    def open(self, part: Part, use_ema: bool = True) -> dict[str, StoredTensor]:
+        """The tensors of `part` by the engine's names, none of them read yet; empty when it is absent.
+
+        use_ema: take averaged weights where a file has others too. Raises ValueError for files that are
+        damaged, of no known form, or of another part.
+        """
+        files = self.files(part)
+        if not files:
+            return {}
+        found, tensors = open_part(files, use_ema)
+        if found != part:
+            raise ValueError(
+                f"{files[0]} holds a {found}, not a {part}; the directory {self.path} is mixed up"
+            )
+        return tensors
+
+    def is_pickled(self, part: Part) -> bool:
+        """Whether a file of `part` is a pickle, which convert alone reads."""
+        return any(weights_format(path) == "pickle" for path in self.files(part))
+
+    def refuse_pickles(self, part: Part) -> None:
+        """Raises ValueError for a part that is_pickled."""
+        for path in self.files(part):
+            if weights_format(path) == "pickle":
+                raise ValueError(
+                    f"{path} is a pickle, which the engine does not load; run `rfengine convert {self.path} "
+                    "DST` and load DST"
+                )
+
+    def fingerprint(self, parts: Iterable[Part] = PARTS) -> str:
+        """A sha256 of every name, shape and dtype of `parts` and of 16 evenly spread elements of each tensor.
+
+        Training and casting change it, an edit between the sampled elements does not. Raises ValueError for
+        pickles.
+        """
+        digest = hashlib.sha256()
+        for part in parts:
+            if part not in MODEL_PARTS and self.is_pickled(part):
+                continue  # one that is never loaded
+            self.refuse_pickles(part)
+            for path in self.files(part):
+                _hash_file(digest, part, path, read_header(path)[0])
+        return digest.hexdigest()
+
+
+def _hash_file(digest: hashlib._Hash, part: Part, path: Path, entries: Mapping[str, TensorEntry]) -> None:
+    with path.open("rb") as file:
+        for name, entry in sorted(entries.items()):
+            digest.update(f"{part} {name} {entry.shape} {entry.dtype}\n".encode())
+            width = entry.dtype.itemsize
+            step = max(1, (entry.end - entry.begin) // width // _SAMPLES) * width
+            for position in range(entry.begin, entry.end, step)[:_SAMPLES]:
+                file.seek(position)
+                digest.update(file.read(width))
+
+
+def _layout_of(directory: Path) -> DirectoryLayout:
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory on this machine; give one that holds a checkpoint")
     names = folder_names(directory)
@@ -116,31 +208,6 @@ def directory_layout(directory: Path) -> DirectoryLayout:
         f"diffusion_pytorch_model.safetensors{held}; give a directory of rfengine, Wan2.1, Diffusers or "
         "ComfyUI"
     )
-
-
-def part_files(directory: Path, part: Part) -> tuple[Path, ...]:
-    """The files of `part`: safetensors, or pickles where there is nothing else; empty when absent.
-
-    Raises ValueError when shards are incomplete, and where several files may be meant.
-    """
-    return _files_of(directory, directory_layout(directory), part)
-
-
-def part_settings(directory: Path, part: Part) -> dict[str, Any]:
-    """The config.json that belongs to `part`; empty where the layout has none."""
-    layout = directory_layout(directory)
-    if layout == "diffusers":
-        return read_json(directory / part / "config.json")
-    return read_json(directory / "config.json") if layout == "wan" and part == "transformer" else {}
-
-
-def tokenizer_directory(directory: Path) -> Path | None:
-    """The folder of the SentencePiece tokenizer, or None when there is none."""
-    for name in _TOKENIZERS[directory_layout(directory)]:
-        refuse_dangling(directory / name)
-        if (directory / name).is_dir():
-            return directory / name
-    return None
 
 
 def _files_of(directory: Path, layout: DirectoryLayout, part: Part) -> tuple[Path, ...]:

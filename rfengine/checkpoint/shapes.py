@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rfengine.checkpoint.layouts import Part, list_names
-from rfengine.config import TextConfig, TinyVAEConfig, VAEConfig, WanConfig, Width
+from rfengine.checkpoint.tensor_file import StoredTensor
+from rfengine.config import EngineConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig, Width
 from rfengine.limits import check_value, field_hints
 
 Shape = tuple[int, ...]
@@ -52,6 +53,21 @@ _TEXT_SETTINGS: _Names = {
     "eps": ("layer_norm_epsilon",),
 }
 RGB_CHANNELS = 3
+
+
+def part_configs(config: EngineConfig) -> dict[Part, PartConfig]:
+    """The configuration of each part of a checkpoint."""
+    return {
+        "transformer": config.model,
+        "vae": config.vae,
+        "text_encoder": config.text,
+        "tiny_vae": config.tiny_vae,
+    }
+
+
+def shapes_of(tensors: Mapping[str, StoredTensor]) -> dict[str, Shape]:
+    """The shape of each tensor by its name."""
+    return {name: stored.shape for name, stored in tensors.items()}
 
 
 def infer_wan_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> WanConfig:

@@ -29,13 +29,13 @@ class DoctorOptions:
 
 
 def run(options: DoctorOptions) -> int:
-    from rfengine.checkpoint.directories import checkpoint_directory, directory_layout
+    from rfengine.checkpoint.directories import CheckpointDirectory, checkpoint_directory
     from rfengine.checkpoint.manifest import write_manifest
     from rfengine.doctor import examine, render
 
     if options.renew:
         directory = checkpoint_directory(options.model)
-        directory_layout(directory)  # refuses a directory that is no checkpoint
+        CheckpointDirectory.of(directory)  # refuses a directory that is no checkpoint
         write_manifest(directory)
     report = examine(options.model, options.height, options.width, options.dtype)
     print(json.dumps(report, indent=2) if options.json else render(report))

@@ -11,7 +11,7 @@ import torch
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
-    from rfengine.config import EngineConfig
+    from rfengine.checkpoint.checkpoint import Checkpoint
     from rfengine.export.onnx_export import ExportSpec, Stage
 
 logger = logging.getLogger(__name__)
@@ -44,14 +44,15 @@ class ExportVAEOptions:
 
 
 def run(options: ExportVAEOptions) -> int:
+    from rfengine.checkpoint.checkpoint import Checkpoint
     from rfengine.checkpoint.directories import checkpoint_directory
-    from rfengine.checkpoint.loader import read_config
     from rfengine.export.engine_folders import export_folder
     from rfengine.export.onnx_export import STAGES, ExportSpec, read_onnx, vae_fingerprint
     from rfengine.grid import LatentGrid
 
     directory = checkpoint_directory(options.directory)
-    config = read_config(directory)
+    checkpoint = Checkpoint.open(directory)
+    config = checkpoint.config
     grid = LatentGrid.of(config, options.height, options.width)
     latents = config.cache.chunk_frames if options.latents is None else options.latents
     mark = vae_fingerprint(directory, config.vae)
@@ -67,7 +68,7 @@ def run(options: ExportVAEOptions) -> int:
             read_onnx(path, spec, stage)
             print(f"{path}: is there already")
     if wanted:
-        _export(directory, config, spec, wanted, folder)
+        _export(checkpoint, spec, wanted, folder)
     if device is not None:
         _build(spec, folder, device, options.force)
     return 0
@@ -89,21 +90,16 @@ def _device_for_engines() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _export(
-    directory: Path, config: EngineConfig, spec: ExportSpec, stages: list[Stage], folder: Path
-) -> None:
+def _export(checkpoint: Checkpoint, spec: ExportSpec, stages: list[Stage], folder: Path) -> None:
     """Check the export of these weights in onnxruntime, then write the ONNX files of `stages`."""
-    from rfengine.checkpoint.loader import load_part
     from rfengine.export.decoder_graphs import DecoderGraph
     from rfengine.export.onnx_check import check_in_onnxruntime
     from rfengine.export.onnx_export import DTYPES, export_graph, missing_packages, write_onnx
     from rfengine.grid import LatentGrid
     from rfengine.models.vae import WanVAE
 
-    with torch.device("meta"):
-        vae = WanVAE(config.vae)
-    load_part(vae, directory, "vae", torch.float32)
-    vae.eval()
+    config = checkpoint.config
+    vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32).eval()
     grid = LatentGrid.of(config, spec.height, spec.width)
     if missing_packages("onnxruntime"):
         logger.warning("onnxruntime is not installed: the export is not run and compared")

@@ -137,14 +137,14 @@ def _file_name(number: int, prompt: str) -> str:
 
 def _check_request(options: GenerateOptions) -> None:
     """Refuse before the model is loaded, which can take minutes, what would be refused after it."""
-    from rfengine.checkpoint.loader import read_config
+    from rfengine.checkpoint.checkpoint import Checkpoint
     from rfengine.checkpoint.manifest import verify
     from rfengine.grid import LatentGrid
 
     as_seed(options.seed)
     if options.verify:
         verify(checkpoint_directory(options.model))
-    config = read_config(checkpoint_directory(options.model))
+    config = Checkpoint.open(options.model).config
     frame_count(config.fps, options.seconds)
     LatentGrid.of(config, options.height, options.width)
 

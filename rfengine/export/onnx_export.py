@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 
-from rfengine.checkpoint.loader import fingerprint
+from rfengine.checkpoint.directories import CheckpointDirectory
 from rfengine.config import Pixels, VAEConfig, to_dict
 from rfengine.export.decoder_graphs import DecoderGraph
 from rfengine.files import replaced
@@ -85,7 +85,8 @@ class ExportSpec:
 
 def vae_fingerprint(directory: Path, config: VAEConfig) -> str:
     """A sha256 that tells apart the VAEs of two checkpoint directories: their weights and configurations."""
-    parts = [fingerprint(directory, ("vae",)), json.dumps(to_dict(config), sort_keys=True)]
+    weights = CheckpointDirectory.of(directory).fingerprint(("vae",))
+    parts = [weights, json.dumps(to_dict(config), sort_keys=True)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rfengine.checkpoint.checkpoint import Checkpoint, write_config
 from rfengine.checkpoint.destination import new_directory
 from rfengine.checkpoint.directories import checkpoint_directory
-from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
+from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import MANIFEST_FILE, write_manifest
-from rfengine.checkpoint.text_encoder import open_text_encoder
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
@@ -31,18 +32,13 @@ def load_transformer(
     if not source:
         with torch.device(device):
             return WanDiT(config, ops).to(dtype)
-    with torch.device("meta"):
-        model = WanDiT(config, ops)
-    load_part(model, checkpoint_directory(source), "transformer", dtype, device)
-    return model
+    return Checkpoint.open(source).load(lambda: WanDiT(config, ops), "transformer", dtype, device)
 
 
 def load_vae(base: str, engine: EngineConfig, device: torch.device) -> WanVAE:
     """The frozen VAE: bfloat16 on CUDA, as in inference, else float32."""
-    with torch.device("meta"):
-        vae = WanVAE(engine.vae)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    load_part(vae, checkpoint_directory(base), "vae", dtype, device)
+    vae = Checkpoint.open(base).load(lambda: WanVAE(engine.vae), "vae", dtype, device)
     return vae.eval().requires_grad_(False)
 
 
@@ -52,7 +48,7 @@ def text_states_of(base: str, engine: EngineConfig, device: torch.device) -> Enc
     Raises ValueError where `base` has no text encoder or no tokenizer.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    encoder = open_text_encoder(checkpoint_directory(base), engine, device, dtype)
+    encoder = replace(Checkpoint.open(base), config=engine).text_encoder(device, dtype)
     limit = max(1, _KEPT_STATES // (engine.model.text_len * engine.model.text_dim))
 
     @lru_cache(maxsize=limit)
@@ -64,7 +60,7 @@ def text_states_of(base: str, engine: EngineConfig, device: torch.device) -> Enc
 
 def base_engine(base: str = "tiny") -> EngineConfig:
     """The configuration of a checkpoint directory, with the statistics of its latents."""
-    return read_config(checkpoint_directory(base))
+    return Checkpoint.open(base).config
 
 
 def export_checkpoint(

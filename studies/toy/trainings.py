@@ -12,8 +12,9 @@ import torch
 from recipes.tiny.run import MINUTES, Options, load_transformer, run_stage
 from recipes.tiny.stage_run import StageRun
 from recipes.tiny.videos import encode_dataset
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
-from rfengine.checkpoint.loader import load_part, read_safetensors
+from rfengine.checkpoint.loader import read_safetensors
 from rfengine.config import to_dict
 from rfengine.models.text_encoder import build_umt5
 from rfengine.toy.data import save_dataset
@@ -55,8 +56,7 @@ def train_start(setting: Setting) -> None:
 def encode_clips(setting: Setting) -> None:
     """Rendered and encoded videos of four chunks, which the teacher learns from."""
     engine, device = base_engine(_BASE), torch.device("cpu")
-    text_model = build_umt5(engine.text)
-    load_part(text_model, checkpoint_directory(_BASE), "text_encoder", torch.float32, device)
+    text_model = Checkpoint.open(_BASE).load(lambda: build_umt5(engine.text), "text_encoder", torch.float32)
     dataset = encode_dataset(
         load_vae(_BASE, engine, device),
         text_model.requires_grad_(False),

@@ -14,7 +14,7 @@ from torch import Tensor
 from rfengine.benchmark import attention_libraries
 from rfengine.benchmark.attention_libraries import fastest_attention, libraries, sdpa
 from rfengine.benchmark.eager_baseline import EagerStream, EagerTransformer, LayerBuffer, device_noise
-from rfengine.benchmark.random_weights import GivenTextStates
+from rfengine.checkpoint.checkpoint import GivenTextStates
 from rfengine.config import CacheConfig, EngineConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import reference

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rfengine.checkpoint.checkpoint import Checkpoint, write_config
 from rfengine.checkpoint.convert import CACHES, _resolve_kind, convert
 from rfengine.checkpoint.destination import reserved
 from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
-from rfengine.checkpoint.loader import load_part, read_config, save_weights, write_config
+from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import read_manifest, verify
 from rfengine.checkpoint.shapes import (
     expected_shapes,
@@ -78,7 +79,7 @@ def test_whole_directory_is_converted(
     for part, tensors in parts.items():
         assert_holds(tmp_path / "out", part, tensors)
     assert filecmp.cmp(tmp_path / "out" / "tokenizer" / "tokenizer.json", tokenizer_file(source), False)
-    config = read_config(tmp_path / "out")
+    config = Checkpoint.open(tmp_path / "out").config
     assert config.model == WanConfig(128, 64, 1, 30, text_dim=32, freq_dim=32)
     assert (config.vae, config.cache) == (VAEConfig(base_dim=8), CacheConfig())
     assert (config.text.num_heads, config.text.tokenizer) == (2, "sentencepiece")
@@ -128,7 +129,7 @@ def test_generator_file_takes_the_rest_from_its_base(
     convert(tmp_path / name, tmp_path / "out", base=wan_directory)
     for part, tensors in parts.items():
         assert_holds(tmp_path / "out", part, tensors)
-    config = read_config(tmp_path / "out")
+    config = Checkpoint.open(tmp_path / "out").config
     assert config.cache == CACHES[kind] and config.name == f"{kind}-dim128-layers30"
 
 
@@ -195,9 +196,9 @@ def test_generator_without_base_gives_the_transformer_alone(
         "rfengine.json",
         "manifest.json",
     }
-    assert read_config(tmp_path / "out").model == config
+    assert Checkpoint.open(tmp_path / "out").config.model == config
     with pytest.raises(ValueError, match="has no vae; run `rfengine convert SRC DST --base WAN`"):
-        load_part(WanDiT(config), tmp_path / "out", "vae", torch.float32)
+        Checkpoint.open(tmp_path / "out").load(lambda: WanDiT(config), "vae", torch.float32)
     small = write_file(tmp_path / "small" / "rewardforcing.safetensors", parts["transformer"])
     with pytest.raises(ValueError, match="gives 4096; give a base whose VAE and text encoder belong to this"):
         convert(small, tmp_path / "other")
@@ -217,7 +218,7 @@ def test_converted_directory_is_a_base_and_a_source(
     with caplog.at_level(logging.WARNING):
         convert(tmp_path / "longlive", tmp_path / "copy")
     assert caplog.text == ""
-    assert read_config(tmp_path / "copy") == read_config(tmp_path / "longlive")
+    assert Checkpoint.open(tmp_path / "copy").config == Checkpoint.open(tmp_path / "longlive").config
 
 
 def test_own_settings_of_a_base_are_kept(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_own_settings_of_a_base_are_kept(tmp_path: Path) -> None:
         save_weights(base / f"{part}.safetensors", tensors[part])
     torch.save(prefixed(tensors["transformer"]), tmp_path / "model.pt")
     convert(tmp_path / "model.pt", tmp_path / "out", base=base, kind="reward-forcing")
-    config = read_config(tmp_path / "out")
+    config = Checkpoint.open(tmp_path / "out").config
     assert (config.model.num_heads, config.vae, config.text) == (tiny.model.num_heads, tiny.vae, tiny.text)
     assert (config.height, config.width, config.schedule) == (tiny.height, tiny.width, tiny.schedule)
     assert not (tmp_path / "out" / "tokenizer").exists()
@@ -254,7 +255,7 @@ def test_head_count_comes_from_a_base_of_the_same_dim(
         shutil.copytree(wan_directory, base)
         (base / "config.json").write_text(json.dumps(settings))
         convert(source, tmp_path / f"{name}-out", base=base)
-        assert read_config(tmp_path / f"{name}-out").model.num_heads == 4
+        assert Checkpoint.open(tmp_path / f"{name}-out").config.model.num_heads == 4
 
 
 def test_kind_is_never_guessed(
@@ -270,7 +271,7 @@ def test_kind_is_never_guessed(
     with pytest.raises(ValueError, match="kind is 'causvid'; use one of auto, wan, reward-forcing"):
         convert(source, tmp_path / "out", base=wan_directory, kind="causvid")
     convert(source, tmp_path / "out", base=wan_directory, kind="longlive")
-    assert read_config(tmp_path / "out").cache == CACHES["longlive"]
+    assert Checkpoint.open(tmp_path / "out").config.cache == CACHES["longlive"]
 
 
 def test_wrong_tensors_are_listed_and_nothing_is_written(
@@ -343,7 +344,7 @@ def test_links_of_a_cache_are_read_by_the_names_they_have(
         convert(student, tmp_path / "out", base=base)
         for part, tensors in parts.items():
             assert_holds(tmp_path / "out", part, tensors)
-        assert read_config(tmp_path / "out").cache == CACHES["self-forcing"]
+        assert Checkpoint.open(tmp_path / "out").config.cache == CACHES["self-forcing"]
         shutil.rmtree(tmp_path / "out")
 
 
@@ -477,11 +478,10 @@ def test_a_tiny_decoder_is_added_to_its_base_and_loads_by_name(
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | {"tiny_vae.safetensors"}
     for part in parts:
         assert_holds(tmp_path / "out", part, parts[part])
-    config = read_config(tmp_path / "out")
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    config = checkpoint.config
     assert (config.tiny_vae, config.cache) == (TINY_VAE, CACHES["wan"])
-    with torch.device("meta"):
-        decoder = TinyVAE(config.tiny_vae)
-    load_part(decoder, tmp_path / "out", "tiny_vae", torch.float32)
+    decoder = checkpoint.load(lambda: TinyVAE(config.tiny_vae), "tiny_vae", torch.float32)
     for name, value in decoder.state_dict().items():
         assert torch.equal(value, tensors[name].bfloat16().float())
 
@@ -493,9 +493,9 @@ def test_a_tiny_decoder_in_a_base_comes_along(tmp_path: Path, wan_directory: Pat
     torch.save(prefixed(parts["transformer"]), tmp_path / "rewardforcing.pt")
     convert(tmp_path / "rewardforcing.pt", tmp_path / "out", base=base)
     assert_holds(tmp_path / "out", "tiny_vae", tensors)
-    assert read_config(tmp_path / "out").cache == CACHES["reward-forcing"]
+    assert Checkpoint.open(tmp_path / "out").config.cache == CACHES["reward-forcing"]
     convert(tmp_path / "out", tmp_path / "again")
-    assert read_config(tmp_path / "again") == read_config(tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "again").config == Checkpoint.open(tmp_path / "out").config
     assert_holds(tmp_path / "again", "tiny_vae", tensors)
 
 

@@ -8,52 +8,49 @@ import pytest
 
 from rfengine.checkpoint.directories import (
     PARTS,
+    CheckpointDirectory,
     checkpoint_directory,
-    directory_layout,
     inner_directory,
-    part_files,
-    part_settings,
     read_json,
-    tokenizer_directory,
 )
 
 
 def names_of(directory: Path) -> dict[str, list[str]]:
-    return {part: [path.name for path in part_files(directory, part)] for part in PARTS}
+    return {part: [path.name for path in CheckpointDirectory.of(directory).files(part)] for part in PARTS}
 
 
 def test_original_directory_is_read(wan_directory: Path) -> None:
-    assert directory_layout(wan_directory) == "wan"
+    assert CheckpointDirectory.of(wan_directory).layout == "wan"
     assert names_of(wan_directory) == {
         "transformer": ["diffusion_pytorch_model.safetensors"],
         "vae": ["Wan2.1_VAE.pth"],
         "text_encoder": ["models_t5_umt5-xxl-enc-bf16.pth"],
         "tiny_vae": [],
     }
-    assert tokenizer_directory(wan_directory) == wan_directory / "google" / "umt5-xxl"
-    assert part_settings(wan_directory, "transformer")["model_type"] == "t2v"
-    assert part_settings(wan_directory, "vae") == {}
+    assert CheckpointDirectory.of(wan_directory).tokenizer() == wan_directory / "google" / "umt5-xxl"
+    assert CheckpointDirectory.of(wan_directory).settings("transformer")["model_type"] == "t2v"
+    assert CheckpointDirectory.of(wan_directory).settings("vae") == {}
 
 
 def test_diffusers_directory_is_read(diffusers_directory: Path) -> None:
-    assert directory_layout(diffusers_directory) == "diffusers"
+    assert CheckpointDirectory.of(diffusers_directory).layout == "diffusers"
     assert names_of(diffusers_directory) == {
         "transformer": [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)],
         "vae": ["diffusion_pytorch_model.safetensors"],
         "text_encoder": ["model.safetensors"],
         "tiny_vae": [],
     }
-    assert tokenizer_directory(diffusers_directory) == diffusers_directory / "tokenizer"
-    assert "latents_mean" in part_settings(diffusers_directory, "vae")
+    assert CheckpointDirectory.of(diffusers_directory).tokenizer() == diffusers_directory / "tokenizer"
+    assert "latents_mean" in CheckpointDirectory.of(diffusers_directory).settings("vae")
 
 
 def test_parts_of_a_directory_without_transformer_are_found(tmp_path: Path) -> None:
     (tmp_path / "Wan2.1_VAE.pth").touch()
-    assert directory_layout(tmp_path) == "wan"
+    assert CheckpointDirectory.of(tmp_path).layout == "wan"
     assert names_of(tmp_path) == {
         "transformer": [], "vae": ["Wan2.1_VAE.pth"], "text_encoder": [], "tiny_vae": []
     }  # fmt: skip
-    assert tokenizer_directory(tmp_path) is None
+    assert CheckpointDirectory.of(tmp_path).tokenizer() is None
 
 
 @pytest.mark.parametrize(
@@ -75,7 +72,7 @@ def test_a_tiny_decoder_beside_the_original_files_is_found(tmp_path: Path) -> No
 def test_a_tiny_decoder_alone_makes_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "taew2_1.pth").touch()
     with pytest.raises(ValueError, match="it holds taew2_1.pth: give that file itself to `rfengine convert`"):
-        directory_layout(tmp_path)
+        CheckpointDirectory.of(tmp_path)
 
 
 def test_safetensors_go_before_a_pickle(tmp_path: Path) -> None:
@@ -93,34 +90,34 @@ def test_shards_are_found_without_an_index(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="lacks diffusion_pytorch_model-00002-of-00003.safetensors of 3 shards"
     ):
-        part_files(tmp_path, "transformer")
+        CheckpointDirectory.of(tmp_path).files("transformer")
 
 
 def test_index_names_the_shards_and_stays_inside_the_directory(tmp_path: Path) -> None:
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}))
     with pytest.raises(ValueError, match="lacks one.safetensors of 1 shards"):
-        part_files(tmp_path, "transformer")
+        CheckpointDirectory.of(tmp_path).files("transformer")
     (tmp_path / "one.safetensors").touch()
     assert names_of(tmp_path)["transformer"] == ["one.safetensors"]
     for weight_map in ({"a": "../secret.safetensors"}, {"a": "/etc/passwd"}, {"a": 3}, None):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(ValueError, match="has no weight_map of file names beside it"):
-            part_files(tmp_path, "transformer")
+            CheckpointDirectory.of(tmp_path).files("transformer")
 
 
 def test_unknown_directories_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="absent is not a directory on this machine"):
-        directory_layout(tmp_path / "absent")
+        CheckpointDirectory.of(tmp_path / "absent")
     with pytest.raises(
         ValueError, match=r"has no rfengine.json, no transformer/ folder and no diffusion_pytorch"
     ):
-        directory_layout(tmp_path)
+        CheckpointDirectory.of(tmp_path)
     (tmp_path / "rewardforcing.pt").touch()
     with pytest.raises(
         ValueError, match=r"\(it holds rewardforcing.pt: give that file itself to `rfengine convert`\)"
     ):
-        directory_layout(tmp_path)
+        CheckpointDirectory.of(tmp_path)
 
 
 def test_a_cached_repository_leads_to_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +147,11 @@ def test_a_link_to_a_file_that_never_came_is_no_absent_part(tmp_path: Path) -> N
         (tmp_path / name).symlink_to("../blobs/absent")
     message = "is a link to a file that is not there: a download was not finished, so get it again"
     with pytest.raises(ValueError, match=f"Wan2.1_VAE.pth {message}"):
-        part_files(tmp_path, "vae")
+        CheckpointDirectory.of(tmp_path).files("vae")
     with pytest.raises(ValueError, match=f"google/umt5-xxl {message}"):
-        tokenizer_directory(tmp_path)
+        CheckpointDirectory.of(tmp_path).tokenizer()
     with pytest.raises(ValueError, match=f"config.json {message}"):
-        part_settings(tmp_path, "transformer")
+        CheckpointDirectory.of(tmp_path).settings("transformer")
 
 
 def comfyui(directory: Path, *names: str) -> Path:
@@ -177,22 +174,22 @@ def test_the_folders_of_comfyui_are_read(tmp_path: Path) -> None:
         "vae_approx/taew2_1.safetensors",
         "tokenizer/tokenizer.json",
     )
-    assert inner_directory(tmp_path) == split and directory_layout(split) == "comfyui"
+    assert inner_directory(tmp_path) == split and CheckpointDirectory.of(split).layout == "comfyui"
     assert names_of(split) == {
         "transformer": ["wan2.1_t2v_1.3B_fp16.safetensors"],
         "vae": ["wan_2.1_vae.safetensors"],
         "text_encoder": ["umt5_xxl_fp16.safetensors"],
         "tiny_vae": ["taew2_1.safetensors"],
     }
-    assert tokenizer_directory(split) == split / "tokenizer"
+    assert CheckpointDirectory.of(split).tokenizer() == split / "tokenizer"
     split.rename(tmp_path / "models")
     assert inner_directory(tmp_path) == tmp_path / "models"
     (tmp_path / "models").rename(split)
     comfyui(split, "text_encoders/umt5-xxl-enc-bf16.safetensors")
     with pytest.raises(ValueError, match="has umt5-xxl-enc-bf16.safetensors, umt5_xxl_fp16.safetensors, and"):
-        part_files(split, "text_encoder")
+        CheckpointDirectory.of(split).files("text_encoder")
     comfyui(split, "diffusion_models/wan2.1_t2v_14B_fp16.safetensors")
-    assert [path.name for path in part_files(split, "vae")] == ["wan_2.1_vae.safetensors"]
+    assert [path.name for path in CheckpointDirectory.of(split).files("vae")] == ["wan_2.1_vae.safetensors"]
 
 
 def test_files_of_comfyui_beside_those_of_wan_are_found(tmp_path: Path) -> None:

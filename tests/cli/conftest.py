@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rfengine.checkpoint.loader import save_weights, write_config
+from rfengine.checkpoint.checkpoint import write_config
+from rfengine.checkpoint.loader import save_weights
 from rfengine.models.text_encoder import build_umt5
 from support.models import small_pipeline
 

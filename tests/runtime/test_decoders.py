@@ -11,8 +11,7 @@ import weakref
 import pytest
 import torch
 
-from rfengine.checkpoint.directories import checkpoint_directory
-from rfengine.checkpoint.loader import load_part, read_config
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.streaming_decoder import StreamingDecoder
@@ -38,11 +37,9 @@ FP8 = RuntimeConfig(vae_precision="fp8")
 
 @pytest.fixture(scope="module")
 def tiny():
-    directory = checkpoint_directory("tiny")
-    config = read_config(directory)
-    with torch.device("meta"):
-        vae = WanVAE(config.vae)
-    load_part(vae, directory, "vae", torch.float32, CPU)
+    checkpoint = Checkpoint.open("tiny")
+    config = checkpoint.config
+    vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, CPU)
     return dataclasses.replace(config, runtime=FP8), vae.eval()
 
 

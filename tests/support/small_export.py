@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from rfengine.checkpoint.loader import save_weights, write_config
+from rfengine.checkpoint.checkpoint import write_config
+from rfengine.checkpoint.loader import save_weights
 from rfengine.config import EngineConfig, VAEConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.vae import WanVAE

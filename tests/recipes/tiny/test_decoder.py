@@ -11,8 +11,7 @@ from recipes.tiny.decoder import (
     evaluate_tiny_decoder,
     train_tiny_decoder,
 )
-from rfengine.checkpoint.directories import checkpoint_directory
-from rfengine.checkpoint.loader import read_config
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import TinyVAEConfig
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.toy.world import sample_scenes
@@ -22,8 +21,8 @@ CONFIG = TinyVAEConfig(z_dim=8, widths=(8, 8, 4, 4), memory_blocks=1)
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    directory = checkpoint_directory("tiny")
-    return Teacher.load(directory, read_config(directory))
+    checkpoint = Checkpoint.open("tiny")
+    return Teacher.load(checkpoint.path, checkpoint.config)
 
 
 def test_pixels_that_are_drawn_belong_to_the_latents_behind_the_context():

@@ -5,7 +5,7 @@ import torch
 
 import rfengine
 from recipes.tiny.report import report_accuracy, report_stream
-from rfengine.checkpoint.loader import load_part, read_config
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.vae import WanVAE
@@ -15,15 +15,15 @@ SHIPPED = Path(rfengine.__file__).parent / "weights" / "tiny"
 
 @pytest.fixture(scope="module")
 def shipped():
-    config = read_config(SHIPPED)
+    checkpoint = Checkpoint.open("tiny")
+    config = checkpoint.config
     parts = {
-        "transformer": WanDiT(config.model),
-        "vae": WanVAE(config.vae),
-        "text_encoder": build_umt5(config.text),
+        "transformer": lambda: WanDiT(config.model),
+        "vae": lambda: WanVAE(config.vae),
+        "text_encoder": lambda: build_umt5(config.text),
     }
-    for name, module in parts.items():
-        load_part(module, SHIPPED, name, torch.float32, "cpu")
-    return *(module.eval().requires_grad_(False) for module in parts.values()), config
+    modules = (checkpoint.load(build, name, torch.float32) for name, build in parts.items())
+    return *(module.eval().requires_grad_(False) for module in modules), config
 
 
 def test_shipped_weights_draw_what_held_out_captions_say(shipped):

@@ -4,7 +4,7 @@ import json
 import torch
 
 from recipes.tiny.run import export, load_config, load_transformer
-from rfengine.checkpoint.loader import load_part, read_config
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.manifest import verify
 from rfengine.config import PRESETS, to_dict
 from rfengine.models.dit import WanDiT
@@ -27,11 +27,11 @@ def test_exported_checkpoint_is_the_run_rounded_to_float16_with_measured_statist
     config = load_config(tmp_path)
     assert config.vae.latents_std == (2.0,) * config.vae.z_dim
     export(config, tmp_path, tmp_path / "out")
-    assert read_config(tmp_path / "out") == config
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    assert checkpoint.config == config
     verify(tmp_path / "out")
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 16 * 2**20
-    model = WanDiT(config.model)
-    load_part(model, tmp_path / "out", "transformer", torch.float32, "cpu")
+    model = checkpoint.load(lambda: WanDiT(config.model), "transformer", torch.float32)
     for name, value in torch.load(tmp_path / "dit.pt", weights_only=True)["average"].items():
         assert torch.equal(model.state_dict()[name], value.half().float())
 

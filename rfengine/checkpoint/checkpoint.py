@@ -1,0 +1,313 @@
+"""Checkpoint: one configuration and the weights of its parts, of a directory or seeded random ones."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rfengine.checkpoint.directories import CONFIG_FILE, PARTS, CheckpointDirectory, checkpoint_directory
+from rfengine.checkpoint.layouts import Part
+from rfengine.checkpoint.loader import assign
+from rfengine.checkpoint.manifest import check_sizes
+from rfengine.checkpoint.shapes import (
+    PartConfig,
+    describe_mismatch,
+    expected_shapes,
+    infer_config,
+    part_configs,
+    shapes_of,
+)
+from rfengine.checkpoint.shards import read_json
+from rfengine.checkpoint.tensor_file import StoredTensor
+from rfengine.checkpoint.text_states import TextStateFiles
+from rfengine.config import (
+    PRESETS,
+    EngineConfig,
+    TextConfig,
+    TinyVAEConfig,
+    VAEConfig,
+    WanConfig,
+    from_dict,
+    to_dict,
+)
+from rfengine.files import write_text
+from rfengine.grid import LatentGrid
+from rfengine.limits import shown
+from rfengine.models.text_encoder import (
+    ByteTokenizer,
+    SentencePieceTokenizer,
+    TextEncoder,
+    Tokenizer,
+    build_umt5,
+)
+
+logger = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=nn.Module)
+
+CONFIG_FORMAT = 1
+BIAS_SCALE = 0.02  # of random biases
+_SINGLE_FILES: dict[Part, str] = {"tiny_vae": "taew2_1.pth"}  # a part that is published in a file of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A configuration and where the weights of its parts come from.
+
+    directory: what they are read from; None for random weights, which `seed` determines.
+    """
+
+    config: EngineConfig
+    directory: CheckpointDirectory | None = None
+    seed: int = 0
+
+    @classmethod
+    def open(cls, source: Path | str) -> Checkpoint:
+        """Open "tiny", which comes with the package, or a directory of any known layout; no tensor is read.
+
+        Raises ValueError for a directory without checkpoint, and as read_config does.
+        """
+        directory = CheckpointDirectory.of(checkpoint_directory(source))
+        return cls(read_config(directory), directory)
+
+    @classmethod
+    def random(cls, config: EngineConfig, seed: int = 0) -> Checkpoint:
+        """Seeded random weights that keep activations near 1, made on the device that they are loaded onto.
+
+        What a chunk costs does not depend on the values; the frames are noise.
+        """
+        return cls(config, seed=seed)
+
+    @property
+    def path(self) -> Path:
+        """The directory. Raises ValueError for random weights."""
+        if self.directory is None:
+            raise ValueError(f"{self.config.name} has random weights; give a checkpoint directory")
+        return self.directory.path
+
+    def has(self, part: Part) -> bool:
+        """Whether there are weights of `part`."""
+        return self.directory is None or bool(self.directory.files(part))
+
+    def load(
+        self,
+        build: Callable[[], Module],
+        part: Part,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> Module:
+        """The module that `build` makes, with the weights of `part` in `dtype` on `device`.
+
+        build is called on the meta device; tied parameters stay tied and requires_grad stays. Raises
+        ValueError when the directory lacks the part, has it only as a pickle, or has it for another model,
+        for values that are not finite, and where a file has not the size in the manifest.
+        """
+        with torch.device("meta"):
+            module = build()
+        if self.directory is None:
+            stored = _random_tensors(part_configs(self.config)[part], self.seed + PARTS.index(part), device)
+            assign(module, stored, dtype, device, f"the random {part}")
+        else:
+            label, stored = _open_part(self.directory, part)
+            assign(module, stored, dtype, device, label, check_finite=True)
+        return module
+
+    def text_encoder(
+        self, device: torch.device | str, dtype: torch.dtype, cache: Path | str | None = None
+    ) -> TextEncoder | GivenTextStates:
+        """What makes text states; its weights are read at the first prompt that `cache` does not hold.
+
+        cache: a directory that keeps text states by prompt. Random weights have random states instead.
+        Raises ValueError where the directory has no text encoder or no tokenizer.
+        """
+        text, model = self.config.text, self.config.model
+        if self.directory is None:
+            return GivenTextStates(_random_states(model, self.seed))
+        folder = self.directory.tokenizer()
+        if not self.directory.files("text_encoder") or (folder is None and text.tokenizer != "bytes"):
+            raise ValueError(
+                f"{self.directory.path} has no text encoder or no tokenizer; run `rfengine convert SRC DST "
+                "--base WAN` where WAN is a directory that has them"
+            )
+
+        def load() -> nn.Module:
+            return self.load(lambda: build_umt5(text), "text_encoder", dtype, device)
+
+        tokenizer, files = open_tokenizer(folder, text), None
+        if cache is not None:
+            files = TextStateFiles(cache, self.fingerprint(), model.text_len, text.dim)
+        return TextEncoder(load, tokenizer, model.text_len, device, dtype, files)
+
+    def fingerprint(self) -> str:
+        """What distinguishes these weights from others, see CheckpointDirectory.fingerprint."""
+        if self.directory is None:
+            return f"random weights, seed {self.seed}"
+        return self.directory.fingerprint()
+
+
+class GivenTextStates:
+    """Takes the place of a text encoder: every prompt has the same states [1, text_len, text_dim]."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+    def encode(
+        self, prompts: list[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """States [len(prompts), text_len, text_dim]; by default on the device and in the dtype they have."""
+        return self.states.to(device=device, dtype=dtype).expand(len(prompts), -1, -1)
+
+
+def open_tokenizer(folder: Path | None, config: TextConfig) -> Tokenizer:
+    """The tokenizer of a text encoder; `folder` has its files, unless it takes bytes.
+
+    Raises ValueError when they are damaged or foreign, and for ids that the encoder has no row for.
+    """
+    tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else SentencePieceTokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1} and "
+            f"the text encoder has {config.vocab_size} rows; use the two of one model"
+        )
+    return tokenizer
+
+
+def write_config(directory: Path, config: EngineConfig) -> None:
+    """Write `rfengine.json` into `directory`, for Checkpoint.open."""
+    text = json.dumps({"format": CONFIG_FORMAT, "engine": to_dict(config)}, indent=2)
+    write_text(directory / CONFIG_FILE, text + "\n")
+
+
+def engine_config(configs: Mapping[Part, PartConfig], name: str = "") -> EngineConfig:
+    """The EngineConfig of inferred parts; the published VAEs and text encoder stand in for absent ones.
+
+    name: how the checkpoint is called; its size is appended. Raises ValueError when parts do not fit.
+    """
+    model = configs["transformer"]
+    assert isinstance(model, WanConfig)
+    published = {preset.model: key.removeprefix("wan-") for key, preset in PRESETS.items()}
+    size = published.get(model, f"dim{model.dim}-layers{model.num_layers}")
+    vae, text = configs.get("vae", VAEConfig()), configs.get("text_encoder", TextConfig())
+    tiny_vae = configs.get("tiny_vae", TinyVAEConfig())
+    return EngineConfig(name=f"{name or 'wan'}-{size}", model=model, vae=vae, tiny_vae=tiny_vae, text=text)
+
+
+def read_config(directory: CheckpointDirectory) -> EngineConfig:
+    """The directory's own configuration, or an inferred one for the layouts that have none.
+
+    Inferred means: sizes from tensors and config.json; the published VAE and text encoder where their files
+    are absent or pickles; the default cache and schedule, with a warning, since those layouts name none.
+    Raises ValueError for a configuration that is damaged, too new, or of other sizes than the tensors beside
+    it.
+    """
+    if directory.layout != "rfengine":
+        return _infer_config(directory)
+    path = directory.path / CONFIG_FILE
+    values = read_json(path)
+    stated = values.get("format")
+    if type(stated) is not int or stated != CONFIG_FORMAT or "engine" not in values:
+        raise ValueError(
+            f"{path} has format {shown(stated)} and this rfengine reads {CONFIG_FORMAT}; convert the source "
+            "again"
+        )
+    unknown = [key for key in values if key not in ("format", "engine")]
+    if unknown:
+        raise ValueError(f"{path} has the key {shown(unknown[0])}; it holds format and engine alone")
+    try:
+        config = from_dict(EngineConfig, values["engine"], "engine")
+        LatentGrid.of(config)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a configuration of this rfengine: {error}") from error
+    _require_agreement(directory, config)
+    return config
+
+
+def _require_agreement(directory: CheckpointDirectory, config: EngineConfig) -> None:
+    """Raises ValueError unless the parts that `directory` has are of the sizes that its `config` says.
+
+    The headers of the files are read and no tensor is, before anything of those sizes is built.
+    """
+    for part, stated in part_configs(config).items():
+        files = directory.files(part)
+        if not files or directory.is_pickled(part):
+            continue
+        problem = describe_mismatch(expected_shapes(stated), shapes_of(directory.open(part)))
+        if problem:
+            raise ValueError(
+                f"{files[0]} does not fit the model of {CONFIG_FILE}: {problem}; get both from one place"
+            )
+
+
+def _infer_config(directory: CheckpointDirectory) -> EngineConfig:
+    configs: dict[Part, PartConfig] = {}
+    for part in PARTS:
+        files = directory.files(part)
+        if part == "transformer":
+            if not files:
+                raise ValueError(f"{directory.path} has no transformer; give the directory that has it")
+            directory.refuse_pickles(part)
+        if files and not directory.is_pickled(part):
+            shapes = shapes_of(directory.open(part))
+            try:
+                configs[part] = infer_config(part, shapes, directory.settings(part))
+            except ValueError as error:
+                raise ValueError(f"{files[0].parent}: {error}") from error
+    logger.warning(
+        "%s names no cache; EMA-Sink is taken, and the model is treated as a teacher, which a few steps do "
+        "not suit",
+        directory.path,
+    )
+    return engine_config(configs)
+
+
+def _open_part(directory: CheckpointDirectory, part: Part) -> tuple[str, dict[str, StoredTensor]]:
+    """The first file of a part that has to be there, and its tensors."""
+    check_sizes(directory.path)
+    files = directory.files(part)
+    if not files:
+        if part in _SINGLE_FILES:
+            way = f"run `rfengine convert {_SINGLE_FILES[part]} DST --base {directory.path}` and load DST"
+        else:
+            way = "run `rfengine convert SRC DST --base WAN` where WAN is a directory that has it"
+        raise ValueError(f"{directory.path} has no {part}; {way}")
+    directory.refuse_pickles(part)
+    return str(files[0]), directory.open(part)
+
+
+def _random_tensors(config: PartConfig, seed: int, device: torch.device | str) -> dict[str, StoredTensor]:
+    """Float32 tensors of a part, drawn on `device` one by one as they are read."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def drawn(name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+        return lambda: _random_tensor(name, shape, generator)
+
+    return {
+        name: StoredTensor(shape, torch.float32, drawn(name, shape))
+        for name, shape in expected_shapes(config).items()
+    }
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Matrices are scaled by their inputs, norms are 1, biases are near 0."""
+    values = torch.empty(shape, dtype=torch.float32, device=generator.device)
+    if name.endswith("modulation"):
+        return values.normal_(0, shape[-1] ** -0.5, generator=generator)
+    if name.endswith("bias"):
+        return values.normal_(0, BIAS_SCALE, generator=generator)
+    if values.numel() == shape[0]:  # the scale of a norm
+        return values.fill_(1)
+    return values.normal_(0, values[0].numel() ** -0.5, generator=generator)
+
+
+def _random_states(model: WanConfig, seed: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(
+        1, model.text_len, model.text_dim, generator=generator, dtype=torch.float32, device="cpu"
+    )
