@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, locks between processes, and files that come from strangers."""
+"""Files and directories that appear whole or not at all, locks between processes, files of strangers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -44,6 +45,44 @@ def replaced(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # a file system that has become read-only keeps it
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(destination: Path) -> Iterator[Path]:
+    """Give the block a hidden directory beside `destination`, which takes its name and its place at the end.
+
+    After an error nothing is left, and what was there stays. Raises RuntimeError when it cannot be written.
+    """
+    beside = partial_path(destination)
+    try:
+        beside.mkdir()
+        yield beside
+        _take_name(beside, destination)
+    except OSError as error:
+        raise cannot_write(destination, error) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _take_name(directory: Path, name: Path) -> None:
+    if not name.exists():
+        directory.rename(name)
+        return
+    former = partial_path(name)
+    name.rename(former)  # no rename takes the place of a directory with files
+    try:
+        directory.rename(name)
+    except BaseException:
+        former.rename(name)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def cannot_write(destination: Path, error: OSError) -> RuntimeError:
+    """The error for a destination that cannot be written."""
+    return RuntimeError(
+        f"cannot write {destination} ({error.strerror or error}); free space or choose another place"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

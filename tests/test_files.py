@@ -13,6 +13,7 @@ import pytest
 from rfengine.files import (
     file_sha256,
     locked,
+    new_directory,
     open_regular,
     partial_path,
     read_text,
@@ -144,3 +145,35 @@ def test_the_sha256_is_that_of_the_content(tmp_path: Path) -> None:
     content = os.urandom(3_000_001)
     (tmp_path / "a").write_bytes(content)
     assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_what_is_there_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    with pytest.raises(KeyError), new_directory(out) as directory:
+        (directory / "new").touch()
+        raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    with new_directory(out) as directory:
+        (directory / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_what_is_there_comes_back_when_the_new_one_cannot_take_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = tmp_path / "out", Path.rename
+    out.mkdir()
+    (out / "old").touch()
+
+    def refused(path: Path, target: Path) -> Path:
+        if (path / "new").exists():
+            raise OSError("no more")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    told = r"cannot write .*out \(no more\); free space or choose another place"
+    with pytest.raises(RuntimeError, match=told), new_directory(out) as directory:
+        (directory / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]

@@ -1,7 +1,8 @@
 """Tensor names of the known checkpoint layouts and their mapping to the engine's; pure functions of names.
 
-The engine keeps the original Wan2.1 names for the transformer (spec 1.2) and the VAE (spec 4), the names of
-transformers' UMT5EncoderModel for the text encoder (spec 5.3) and TAEHV's for the tiny decoder (spec 4.9).
+The engine keeps the names of the published Wan2.1 files for the transformer and the VAE, those of
+UMT5EncoderModel for the text encoder and of TAEHV for the tiny decoder. Prefixes are the published trainers',
+those of DDP, FSDP, torch.compile, DeepSpeed, ComfyUI and DiffSynth.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeVar
 
-from rfengine.checkpoint.prefixes import choose_model, strip_prefixes
-
 logger = logging.getLogger(__name__)
 
 Part = Literal["transformer", "vae", "text_encoder", "tiny_vae"]
@@ -21,20 +20,39 @@ Layout = Literal[
     "taehv",
 ]  # fmt: skip
 
-PART_OF_LAYOUT: dict[Layout, Part] = {
-    "wan_transformer": "transformer",
-    "diffusers_transformer": "transformer",
-    "wan_vae": "vae",
-    "diffusers_vae": "vae",
-    "wan_text": "text_encoder",
-    "transformers_text": "text_encoder",
-    "taehv": "tiny_vae",
+# The part that a layout names, and pieces of names that no layout above it has.
+_LAYOUTS: dict[Layout, tuple[Part, tuple[str, ...]]] = {
+    "diffusers_transformer": ("transformer", ("condition_embedder.", ".attn1.")),
+    "wan_transformer": ("transformer", (".self_attn.", "text_embedding.")),
+    "diffusers_vae": ("vae", (".down_blocks.", ".up_blocks.")),
+    "wan_vae": ("vae", (".downsamples.", ".upsamples.")),
+    "transformers_text": ("text_encoder", ("encoder.block.",)),
+    "wan_text": ("text_encoder", (".pos_embedding.embedding.", "token_embedding.")),
+    "taehv": ("tiny_vae", ("decoder.3.conv.",)),  # the first memory block
 }
 SHOWN_NAMES = 8  # how many names an error lists before it only counts
 
 _Value = TypeVar("_Value")
 
-# Wan name without its leaf (weight, bias), then Diffusers name (spec 1.3).
+WRAPPER_SEGMENTS = re.compile(
+    r"(?:(?<=\.)|(?<=^))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_orig_mod)\."
+)
+# A segment in front that tells nothing about which model it is.
+_PLAIN_WORDS = frozenset({
+    "model", "module", "net", "network", "diffusion_model", "transformer", "dit", "unet", "pipe", "pipeline",
+    "backbone", "_forward_module", "umt5xxl", "umt5",
+})  # fmt: skip
+# One that names a model among several: averaged weights, the model itself, then others.
+EMA_WORDS = ("generator_ema", "ema", "ema_model", "model_ema", "student_ema")
+_MAIN_WORDS = ("generator", "student")
+_RIVAL_WORDS = ("critic", "fake_score", "real_score", "teacher", "discriminator", "optimizer")
+_PART_WORDS = (
+    "vae", "first_stage_model", "text_encoder", "text_encoders", "cond_stage_model", "conditioner",
+    "image_encoder", "clip_vision",
+)  # fmt: skip
+_MODEL_WORDS = frozenset((*EMA_WORDS, *_MAIN_WORDS, *_RIVAL_WORDS, *_PART_WORDS))
+
+# Wan name without its leaf (weight, bias), then the name of Diffusers.
 _TRANSFORMER_ENDS = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -90,7 +108,7 @@ _VAE_RESIDUAL = {
 
 
 def wan_transformer_from_diffusers(name: str) -> str:
-    """Original name of a Diffusers WanTransformer3DModel tensor (spec 1.3); an unknown name comes back."""
+    """Original name of a Diffusers WanTransformer3DModel tensor; an unknown name comes back."""
     return _renamed(name, "blocks", "blocks", _inverse(_TRANSFORMER_BLOCK), _inverse(_TRANSFORMER_ENDS))
 
 
@@ -100,19 +118,12 @@ def diffusers_transformer_from_wan(name: str) -> str:
 
 
 def transformers_text_from_wan(name: str) -> str:
-    """UMT5EncoderModel name of an original text encoder tensor (spec 5.3); an unknown name comes back."""
+    """UMT5EncoderModel name of an original text encoder tensor; an unknown name comes back."""
     return _renamed(name, "blocks", "encoder.block", _TEXT_BLOCK, _TEXT_ENDS)
 
 
-def wan_text_from_transformers(name: str) -> str:
-    """The way back from transformers_text_from_wan; the tied embedding has the embedding's name."""
-    if name == _TIED_TEXT_NAME:
-        return "token_embedding.weight"
-    return _renamed(name, "encoder.block", "blocks", _inverse(_TEXT_BLOCK), _inverse(_TEXT_ENDS))
-
-
 def diffusers_vae_from_wan(name: str, num_res_blocks: int = 2) -> str:
-    """AutoencoderKLWan name of an original VAE tensor (spec 4.6); an unknown name comes back as it is.
+    """AutoencoderKLWan name of an original VAE tensor; an unknown name comes back.
 
     num_res_blocks: residual blocks of one encoder level; the decoder has one more in each.
     """
@@ -170,6 +181,68 @@ def _inverse(table: Mapping[str, str]) -> dict[str, str]:
     return {value: key for key, value in table.items()}
 
 
+def strip_prefixes(name: str) -> str:
+    """`name` without the segments of FSDP, checkpoints and torch.compile, and without what is in front of the
+    model's own name."""
+    return _split(name)[1]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The word that says whose tensor it is, empty without one, and the name inside its model."""
+    name, model = WRAPPER_SEGMENTS.sub("", name), ""
+    while "." in name:
+        word, _, rest = name.partition(".")
+        if word in _MODEL_WORDS:
+            model = model or word
+        elif word not in _PLAIN_WORDS:
+            break
+        name = rest
+    return model, name
+
+
+def choose_model(tensors: Mapping[str, _Value], use_ema: bool = True) -> dict[str, _Value]:
+    """The tensors of one model, under their full names; a file may hold a critic beside a generator.
+
+    Averaged weights go before the others unless `use_ema` is off. Raises ValueError, with the words in front,
+    where it is not clear which model is meant, and for a file of critics, scores or teachers alone.
+    """
+    models: dict[str, dict[str, _Value]] = {}
+    for name, value in tensors.items():
+        models.setdefault(_split(name)[0], {})[name] = value
+    chosen = _chosen_word(models, use_ema)
+    if len(models) > 1:
+        others = ", ".join(sorted(word or "names without such a word" for word in models if word != chosen))
+        logger.warning(
+            "the file holds several models: %s is read, and not %s", chosen or "the plain one", others
+        )
+    return models.get(chosen, {})
+
+
+def _chosen_word(models: Mapping[str, Mapping[str, object]], use_ema: bool) -> str:
+    averaged = [word for word in EMA_WORDS if word in models]
+    main = [word for word in _MAIN_WORDS if word in models]
+    if "" in models and (not main or _share_a_name(models[""], models[main[0]])):
+        main.append("")
+    candidates = averaged if averaged and use_ema else main
+    if not candidates and not averaged:
+        candidates = [word for word in models if word in _PART_WORDS]
+    if len(candidates) == 1:
+        return candidates[0]
+    found = ", ".join(f"{word or 'names'}{'.' if word else ' without a word in front'}" for word in models)
+    if averaged and not candidates:
+        raise ValueError(f"the file holds {found} alone, which are averaged weights; read them with use_ema")
+    if models:
+        raise ValueError(
+            f"the file holds {found}, and which of them is the model is not clear; give a file of the "
+            "generator alone"
+        )
+    return ""
+
+
+def _share_a_name(first: Mapping[str, object], second: Mapping[str, object]) -> bool:
+    return not {strip_prefixes(name) for name in first}.isdisjoint(strip_prefixes(name) for name in second)
+
+
 def detect_layout(names: Iterable[str]) -> Layout:
     """The layout of a set of names that are without prefixes; a few missing names do not matter.
 
@@ -181,19 +254,10 @@ def detect_layout(names: Iterable[str]) -> Layout:
         raise ValueError(
             "the file holds a LoRA, not a whole model; give it as lora, beside the model it adapts"
         )
-    if any(mark in joined for mark in ("img_emb.", ".k_img.", "image_embedder.", ".add_k_proj.")):
+    if any(piece in joined for piece in ("img_emb.", ".k_img.", "image_embedder.", ".add_k_proj.")):
         raise ValueError("the checkpoint is an image-to-video model; the engine takes text-to-video models")
-    marks: dict[Layout, tuple[str, ...]] = {
-        "diffusers_transformer": ("condition_embedder.", ".attn1."),
-        "wan_transformer": (".self_attn.", "text_embedding."),
-        "diffusers_vae": (".down_blocks.", ".up_blocks."),
-        "wan_vae": (".downsamples.", ".upsamples."),
-        "transformers_text": ("encoder.block.",),
-        "wan_text": (".pos_embedding.embedding.", "token_embedding."),
-        "taehv": ("decoder.3.conv.",),  # the first memory block (spec 4.9)
-    }
-    for layout, known in marks.items():
-        if any(mark in joined for mark in known):
+    for layout, (_, pieces) in _LAYOUTS.items():
+        if any(piece in joined for piece in pieces):
             return layout
     raise ValueError(
         f"names such as {list_names(names) or 'none at all'} belong to no known layout; give a transformer, "
@@ -210,31 +274,25 @@ def engine_names(tensors: Mapping[str, _Value], use_ema: bool = True) -> tuple[P
     Raises ValueError for an unknown layout, for several models of which none is the one to take, and when
     two tensors come to have one name.
     """
-    tensors = choose_model(tensors, use_ema)
-    layout = detect_layout(map(strip_prefixes, tensors))
-    if layout == "transformers_text" and any(strip_prefixes(name) == "shared.weight" for name in tensors):
-        tensors = {name: value for name, value in tensors.items() if strip_prefixes(name) != _TIED_TEXT_NAME}
+    inner = {name: strip_prefixes(name) for name in choose_model(tensors, use_ema)}
+    layout = detect_layout(inner.values())
+    if layout == "transformers_text" and "shared.weight" in inner.values():
+        inner = {name: plain for name, plain in inner.items() if plain != _TIED_TEXT_NAME}
     if layout == "taehv":
-        tensors = _without_encoder(tensors)
+        encoder = [name for name, plain in inner.items() if plain.startswith("encoder.")]
+        if encoder:
+            logger.info("%d tensors of the tiny encoder are left out; the full VAE encodes", len(encoder))
+        inner = {name: inner[name] for name in inner if name not in encoder}
+    res_blocks = _count_res_blocks(inner.values()) if layout == "diffusers_vae" else 0
     renamed: dict[str, _Value] = {}
-    res_blocks = _count_res_blocks(tensors) if layout == "diffusers_vae" else 0
-    for stored_name, value in tensors.items():
-        name = _engine_name(layout, strip_prefixes(stored_name), res_blocks)
+    for stored_name, plain in inner.items():
+        name = _engine_name(layout, plain, res_blocks)
         if name in renamed:
             raise ValueError(
                 f"{stored_name} and another tensor both become {name}; keep one of them in the file"
             )
-        renamed[name] = value
-    return PART_OF_LAYOUT[layout], renamed
-
-
-def _without_encoder(tensors: Mapping[str, _Value]) -> dict[str, _Value]:
-    kept = {name: value for name, value in tensors.items() if not strip_prefixes(name).startswith("encoder.")}
-    if len(kept) < len(tensors):
-        logger.info(
-            "%d tensors of the tiny encoder are left out; the full VAE encodes", len(tensors) - len(kept)
-        )
-    return kept
+        renamed[name] = tensors[stored_name]
+    return _LAYOUTS[layout][0], renamed
 
 
 def _engine_name(layout: Layout, name: str, res_blocks: int) -> str:

@@ -13,8 +13,7 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
-from rfengine.checkpoint.layouts import diffusers_transformer_from_wan, list_names
-from rfengine.checkpoint.prefixes import WRAPPER_SEGMENTS
+from rfengine.checkpoint.layouts import WRAPPER_SEGMENTS, diffusers_transformer_from_wan, list_names
 
 logger = logging.getLogger(__name__)
 

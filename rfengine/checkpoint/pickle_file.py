@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rfengine.checkpoint.file_format import absence, weights_format
-from rfengine.checkpoint.layouts import list_names
-from rfengine.checkpoint.prefixes import EMA_WORDS
+from rfengine.checkpoint.layouts import EMA_WORDS, list_names
 from rfengine.checkpoint.tensor_file import StoredTensor
 
 logger = logging.getLogger(__name__)

@@ -74,20 +74,12 @@ class TensorEntry:
     end: int
 
 
-def open_safetensors(paths: Path | Iterable[Path]) -> dict[str, StoredTensor]:
-    """Every tensor of one file, or of the shards of one checkpoint, by name; none is read yet.
-
-    Raises ValueError for a file that is damaged or foreign, and for a name that two shards both hold.
-    """
-    stored: dict[str, StoredTensor] = {}
-    for path in [paths] if isinstance(paths, Path) else paths:
-        for name, entry in read_header(path)[0].items():
-            if name in stored:
-                raise ValueError(
-                    f"{path} holds {name}, which another shard holds as well; keep the shards of one model"
-                )
-            stored[name] = StoredTensor(entry.shape, entry.dtype, _reader(path, entry))
-    return stored
+def open_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of one file by name; none is read yet. Raises ValueError as read_header does."""
+    return {
+        name: StoredTensor(entry.shape, entry.dtype, _reader(path, entry))
+        for name, entry in read_header(path)[0].items()
+    }
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from rfengine.checkpoint.checkpoint import Checkpoint, write_config
-from rfengine.checkpoint.destination import new_directory
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from rfengine.config import EngineConfig, WanConfig
+from rfengine.files import new_directory
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops

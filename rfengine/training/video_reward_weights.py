@@ -21,6 +21,7 @@ from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.lora import merge_lora
 from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
+from rfengine.checkpoint.weights_file import open_weights
 from rfengine.files import read_text, strict_json
 
 QUALITIES = ("VQ", "MQ", "TA")
@@ -138,7 +139,7 @@ def read_weights(directory: Path, base: Path, settings: VideoRewardSettings) -> 
     files = sorted(base.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{base} has no safetensors; this checkpoint needs the weights of its base model")
-    stored = {engine_name(name): tensor for name, tensor in open_safetensors(files).items()}
+    stored = {engine_name(name): tensor for name, tensor in open_weights(files).items()}
     stored |= {engine_name(name): tensor for name, tensor in open_pickle(rest, _KEYS).items()}
     return _merged(stored | open_safetensors(adapter), settings, folder)
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from rfengine.checkpoint.layouts import (
     diffusers_transformer_from_wan,
     diffusers_vae_from_wan,
-    wan_text_from_transformers,
+    transformers_text_from_wan,
 )
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
 from rfengine.config import TextConfig, VAEConfig, WanConfig
+from support.checkpoints import original_text_names
 
 Tensors = dict[str, Tensor]
 
@@ -78,7 +79,9 @@ def wan_directory(tmp_path_factory: pytest.TempPathFactory, parts: dict[str, Ten
         "eps": MODEL.eps,
     }
     (directory / "config.json").write_text(json.dumps(settings))
-    text = {wan_text_from_transformers(name): tensor for name, tensor in parts["text_encoder"].items()}
+    text = {
+        name: parts["text_encoder"][transformers_text_from_wan(name)] for name in original_text_names(TEXT)
+    }
     torch.save(parts["vae"], directory / "Wan2.1_VAE.pth")
     torch.save(text, directory / "models_t5_umt5-xxl-enc-bf16.pth")
     write_tokenizer(directory / "google" / "umt5-xxl")

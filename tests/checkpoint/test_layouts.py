@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from rfengine.checkpoint.layouts import (
+    choose_model,
     detect_layout,
     diffusers_transformer_from_wan,
     diffusers_vae_from_wan,
@@ -13,13 +15,15 @@ from rfengine.checkpoint.layouts import (
     list_names,
     strip_prefixes,
     transformers_text_from_wan,
-    wan_text_from_transformers,
     wan_transformer_from_diffusers,
     wan_vae_from_diffusers,
 )
 from rfengine.checkpoint.shapes import expected_text_shapes, expected_transformer_shapes, expected_vae_shapes
 from rfengine.config import PRESETS, VAEConfig, WanConfig
+from support.checkpoints import original_text_names
 
+CONFIG = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2)
+NAMES = list(expected_transformer_shapes(CONFIG))
 PUBLISHED = PRESETS["wan-1.3b"]
 TRANSFORMER = expected_transformer_shapes(PUBLISHED.model)
 VAE = expected_vae_shapes(PUBLISHED.vae)
@@ -117,10 +121,10 @@ def test_text_names_are_those_of_transformers() -> None:
         model = build_umt5(PUBLISHED.text)
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert engine_names(theirs) == ("text_encoder", TEXT)
-    original = {wan_text_from_transformers(name): shape for name, shape in theirs.items()}
+    names = original_text_names(PUBLISHED.text)
+    original = {name: TEXT[transformers_text_from_wan(name)] for name in names}
     assert len(original) == 242
     assert engine_names(original) == ("text_encoder", TEXT)
-    assert {transformers_text_from_wan(name) for name in original} == set(TEXT)
 
 
 def test_tied_embedding_alone_takes_the_name_of_the_embedding() -> None:
@@ -131,7 +135,7 @@ def test_tied_embedding_alone_takes_the_name_of_the_embedding() -> None:
 def test_unknown_names_come_back_as_they_are() -> None:
     for rename in (
         wan_transformer_from_diffusers, diffusers_transformer_from_wan, diffusers_vae_from_wan,
-        wan_vae_from_diffusers, transformers_text_from_wan, wan_text_from_transformers,
+        wan_vae_from_diffusers, transformers_text_from_wan,
     ):  # fmt: skip
         assert rename("blocks.3.surprise.weight") == "blocks.3.surprise.weight"
         assert rename("surprise") == "surprise"
@@ -172,3 +176,77 @@ def test_foreign_names_are_explained(names: list[str], message: str) -> None:
 def test_long_lists_of_names_are_cut_and_counted() -> None:
     assert list_names([f"n{number}" for number in range(9)]) == "n0, n1, n2, n3, n4, n5, n6, n7 and 1 more"
     assert list_names(["a\nb", "\u00fc"]) == "'a\\nb', \u00fc"
+
+
+TRAINERS_PREFIXES = [
+    "model.diffusion_model.", "diffusion_model.", "module.", "module.model.", "model.model.", "generator.",
+    "model.module.", "generator_ema.model.", "ema.module.", "pipe.dit.", "net.", "_orig_mod.",
+    "module._orig_mod.", "_orig_mod.module.", "model._fsdp_wrapped_module._orig_mod.", "transformer.",
+    "generator.module.model.", "_forward_module.", "student.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", TRAINERS_PREFIXES)
+def test_every_prefix_of_trainers_and_programs_is_removed(prefix: str) -> None:
+    assert [strip_prefixes(prefix + name) for name in NAMES] == NAMES
+    part, tensors = engine_names({prefix + name: name for name in NAMES})
+    assert part == "transformer" and tensors == {name: name for name in NAMES}
+
+
+def test_segments_of_wrappers_are_removed_at_every_place_and_only_whole() -> None:
+    wrapped = "blocks._checkpoint_wrapped_module.3._orig_mod.ffn._fsdp_wrapped_module.0.weight"
+    assert strip_prefixes(wrapped) == "blocks.3.ffn.0.weight"
+    assert strip_prefixes("my_orig_mod.weight") == "my_orig_mod.weight"
+
+
+def model(prefix: str, value: str) -> dict[str, str]:
+    return {prefix + name: value for name in NAMES}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "use_ema", "taken"),
+    [
+        (model("generator.model.", "g") | model("critic.model.", "c"), True, "g"),
+        (model("critic.", "c") | model("generator.", "g") | model("generator_ema.", "e"), True, "e"),
+        (model("critic.", "c") | model("generator.", "g") | model("generator_ema.", "e"), False, "g"),
+        (model("model.", "m") | model("ema.", "e"), True, "e"),
+        (model("model.", "m") | model("model_ema.", "e"), False, "m"),
+        (model("", "m") | model("fake_score.", "f") | model("real_score.", "r"), True, "m"),
+        (model("model.diffusion_model.", "m") | {"vae.conv1.weight": "v"}, True, "m"),
+        (model("generator.", "g") | {"step": "s"}, True, "g"),
+    ],
+)
+def test_of_several_models_the_right_one_is_read_and_named(
+    tensors: dict[str, str], use_ema: bool, taken: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        chosen = choose_model(tensors, use_ema)
+    assert len(chosen) == len(NAMES) and set(chosen.values()) == {taken}
+    assert "the file holds several models: " in caplog.text and " is read, and not " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tensors", "use_ema", "message"),
+    [
+        (model("critic.", "c"), True, "holds critic., and which of them is the model is not clear"),
+        (model("generator.", "g") | model("student.", "s"), True, "holds generator., student., and which"),
+        (
+            model("generator.", "g") | model("", "m"),
+            True,
+            "holds generator., names without a word in front, and",
+        ),
+        (model("ema.", "a") | model("generator_ema.", "b"), True, "holds ema., generator_ema., and which"),
+        (model("ema.", "a"), False, "holds ema. alone, which are averaged weights; read them with use_ema"),
+        (model("vae.", "v") | model("text_encoder.", "t"), True, "holds vae., text_encoder., and which"),
+    ],
+)
+def test_an_unclear_choice_is_refused_with_its_names(
+    tensors: dict[str, str], use_ema: bool, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_model(tensors, use_ema)
+
+
+def test_two_names_that_become_one_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"module.head.modulation and another tensor both become head.mod"):
+        engine_names(model("", "a") | {"module.head.modulation": "b"})

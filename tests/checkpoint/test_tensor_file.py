@@ -245,14 +245,6 @@ def test_random_damage_gives_a_clear_error_or_readable_tensors(sample_file: Path
     assert 150 < refused < 300
 
 
-def test_name_in_two_shards_is_refused(tmp_path: Path) -> None:
-    paths = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
-    for path in paths:
-        write_safetensors(path, stored({"a": torch.ones(1)}))
-    with pytest.raises(ValueError, match="holds a, which another shard holds as well"):
-        open_safetensors(paths)
-
-
 def test_file_that_shrinks_between_opening_and_reading_is_reported(sample_file: Path) -> None:
     tensors = open_safetensors(sample_file)
     with sample_file.open("r+b") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -120,14 +121,18 @@ def test_the_vocabulary_in_a_text_encoder_of_comfyui_is_left_out(tmp_path: Path)
     assert part == "text_encoder" and stored.keys() == tensors.keys()
 
 
-def test_shards_of_pickles_are_one_model(tmp_path: Path, model: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize(("save", "suffix"), [(torch.save, "bin"), (save_file, "safetensors")])
+def test_shards_of_either_format_are_one_model(
+    tmp_path: Path, model: dict[str, Tensor], save: Callable[..., object], suffix: str
+) -> None:
     names = sorted(model)
-    for number, half in enumerate((names[:5], names[5:])):
-        torch.save({name: model[name] for name in half}, tmp_path / f"{number}.bin")
-    stored = open_weights([tmp_path / "0.bin", tmp_path / "1.bin"])
+    first, second = tmp_path / f"0.{suffix}", tmp_path / f"1.{suffix}"
+    for path, half in ((first, names[:5]), (second, names[5:])):
+        save({name: model[name] for name in half}, path)
+    stored = open_weights([first, second])
     assert_same({name: tensor.read() for name, tensor in stored.items()}, model)
-    with pytest.raises(ValueError, match="which another shard holds as well"):
-        open_weights([tmp_path / "0.bin", tmp_path / "0.bin"])
+    with pytest.raises(ValueError, match=f"holds {names[0]}, which another shard holds as well"):
+        open_weights([first, first])
 
 
 def test_errors_name_the_file(tmp_path: Path, model: dict[str, Tensor]) -> None:
