@@ -23,8 +23,7 @@ from rfengine.checkpoint.directories import MODEL_PARTS, PARTS, CheckpointDirect
 from rfengine.checkpoint.file_format import absence
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import read_as
-from rfengine.checkpoint.lora import add_lora
-from rfengine.checkpoint.lora_file import open_lora
+from rfengine.checkpoint.lora import add_lora, open_lora
 from rfengine.checkpoint.manifest import check_sizes, write_manifest
 from rfengine.checkpoint.shapes import (
     PartConfig,
@@ -116,8 +115,7 @@ def convert(
                 raise ValueError(
                     f"{source} holds a tiny decoder, which takes no LoRA; give lora with a generator"
                 )
-            opened = open_lora(Path(lora))
-            add_lora(checkpoint.tensors["transformer"], opened.tensors, opened.label, opened.statements)
+            add_lora(checkpoint.tensors["transformer"], open_lora(Path(lora)))
         _check_tensors(checkpoint)
         config = _target_config(checkpoint, kind) if complete else None
         _warn(kind, checkpoint, lora)

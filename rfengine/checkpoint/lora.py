@@ -1,48 +1,104 @@
-"""The merge of a LoRA into the transformer, in float32 and one tensor at a time (spec 6.2)."""
+"""A LoRA on disk, and its merge into the transformer, in float32 and one tensor at a time."""
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from rfengine.checkpoint.directories import inner_directory
+from rfengine.checkpoint.file_format import weights_format
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.lora_names import LoraNames, parse_lora
-from rfengine.checkpoint.lora_scale import ScaleStatement, check_alpha
-from rfengine.checkpoint.tensor_file import StoredTensor
+from rfengine.checkpoint.lora_scale import (
+    CONFIG_FILE,
+    ScaleStatement,
+    check_alpha,
+    header_statements,
+    read_adapter_config,
+)
+from rfengine.checkpoint.pickle_file import LORA_KEYS
+from rfengine.checkpoint.shards import folder_names, refuse_dangling
+from rfengine.checkpoint.tensor_file import StoredTensor, read_header
+from rfengine.checkpoint.weights_file import open_weights
 
 logger = logging.getLogger(__name__)
 
+# What PEFT and Diffusers call an adapter; of two formats of one adapter the first is taken.
+_STEMS = ("adapter_model", "pytorch_lora_weights")
+_SUFFIXES = (".safetensors", ".bin")
 _NO_NUMBERS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 _SAME_SCALE = 2**-8  # relative; an alpha among the tensors may have been rounded to bfloat16
 
 
-def add_lora(
-    transformer: dict[str, StoredTensor],
-    lora: Mapping[str, StoredTensor],
-    label: str,
-    statements: Sequence[ScaleStatement] = (),
-) -> None:
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """The tensors of a LoRA by the names in its file, and what is stated of its scale."""
+
+    label: str  # what it is called in errors
+    tensors: dict[str, StoredTensor]
+    statements: tuple[ScaleStatement, ...] = ()
+
+
+def open_lora(path: Path) -> LoraFile:
+    """Open a LoRA; no matrix is read yet. An adapter_config.json beside the file belongs to it.
+
+    Raises ValueError where there is none or several, for a damaged file, and for a statement about it that is
+    damaged or that the engine does not follow.
+    """
+    if path.is_dir():
+        path = _file_in(path)
+    tensors = open_weights([path], LORA_KEYS)
+    statements = []
+    config = path.with_name(CONFIG_FILE)
+    refuse_dangling(config)
+    if os.path.lexists(config):
+        statements.append(read_adapter_config(config))
+    if weights_format(path) == "safetensors":
+        has_alphas = any(name.endswith(".alpha") for name in tensors)
+        statements += header_statements(read_header(path)[1], str(path), has_alphas)
+    return LoraFile(str(path), tensors, tuple(statements))
+
+
+def _file_in(folder: Path) -> Path:
+    folder = inner_directory(folder)
+    names = folder_names(folder)
+    found = [
+        next(f"{stem}{suffix}" for suffix in _SUFFIXES if f"{stem}{suffix}" in names)
+        for stem in _STEMS
+        if any(f"{stem}{suffix}" in names for suffix in _SUFFIXES)
+    ]
+    if len(found) == 1:
+        return folder / found[0]
+    if found:
+        raise ValueError(f"{folder} holds {' and '.join(found)}; give the one that is meant")
+    raise ValueError(
+        f"{folder} has no {' and no '.join(f'{stem}.safetensors' for stem in _STEMS)} (it holds "
+        f"{list_names(names) or 'nothing'}); give the file of the LoRA itself"
+    )
+
+
+def add_lora(transformer: dict[str, StoredTensor], lora: LoraFile) -> None:
     """Replace the adapted tensors in `transformer` by merged ones, which are computed when they are read.
 
     A pair is merged at the scale that its alpha among the tensors or the statements give, and at 1 with a
-    warning where nothing does. label: what the LoRA is called in errors. Raises ValueError when it does not
-    fit the transformer, when its scale is contradictory, and, once a tensor is read, for values that are not
-    finite.
+    warning where nothing does. Raises ValueError when it does not fit the transformer, when its scale is
+    contradictory, and, once a tensor is read, for values that are not finite.
     """
-    layers = parse_lora(lora, transformer.keys(), label)
-    _check_dtypes(layers, lora, label)
-    _check_shapes(transformer, layers, lora, label)
-    _check_whole(layers, statements, label)
-    scales = _scales(layers, lora, statements, label)
+    layers = parse_lora(lora.tensors, transformer.keys(), lora.label)
+    _check_dtypes(layers, lora)
+    _check_shapes(transformer, layers, lora)
+    _check_whole(layers, lora)
+    scales = _scales(layers, lora)
     for target, names in layers.items():
-        scale = scales.get(_pair_of(target), 1.0)
-        transformer[target] = _merged(transformer[target], _Change(names, lora, scale, label))
-    logger.info("%s: merging %d tensors, %d of them by pairs", label, len(layers), len(scales))
+        transformer[target] = _merged(transformer[target], names, lora, scales.get(_pair_of(target), 1.0))
+    logger.info("%s: merging %d tensors, %d of them by pairs", lora.label, len(layers), len(scales))
 
 
 def _pair_of(target: str) -> str:
@@ -50,16 +106,16 @@ def _pair_of(target: str) -> str:
     return f"{target.removesuffix('.bias')}.weight" if target.endswith(".bias") else target
 
 
-def _check_dtypes(layers: Mapping[str, LoraNames], lora: Mapping[str, StoredTensor], label: str) -> None:
+def _check_dtypes(layers: Mapping[str, LoraNames], lora: LoraFile) -> None:
     wrong = [
-        f"{name} {lora[name].dtype}"
+        f"{name} {lora.tensors[name].dtype}"
         for names in layers.values()
         for name in (names.down, names.up, names.up_bias, names.diff, names.whole)
-        if name is not None and not lora[name].dtype.is_floating_point
+        if name is not None and not lora.tensors[name].dtype.is_floating_point
     ]
     if wrong:
         raise ValueError(
-            f"{label} holds {list_names(wrong)} where floating-point numbers are expected; quantized "
+            f"{lora.label} holds {list_names(wrong)} where floating-point numbers are expected; quantized "
             "adapters are not merged, so give it in BF16, F16 or F32"
         )
 
@@ -67,28 +123,27 @@ def _check_dtypes(layers: Mapping[str, LoraNames], lora: Mapping[str, StoredTens
 def _check_shapes(
     transformer: Mapping[str, StoredTensor],
     layers: Mapping[str, LoraNames],
-    lora: Mapping[str, StoredTensor],
-    label: str,
+    lora: LoraFile,
 ) -> None:
     empty, misfits = [], []
     for target, names in layers.items():
         shape = transformer[target].shape
         if names.down is not None and names.up is not None:
-            up, down = lora[names.up].shape, lora[names.down].shape
+            up, down = lora.tensors[names.up].shape, lora.tensors[names.down].shape
             if 0 in (*up, *down):
                 empty.append(f"{target} by {up} x {down}")
             elif not _fits(shape, up, down):
                 misfits.append(f"{target} {shape} by {up} x {down}")
         for name in (names.up_bias, names.diff, names.whole):
-            if name is not None and lora[name].shape != shape:
-                misfits.append(f"{target} {shape} by {name} {lora[name].shape}")
+            if name is not None and lora.tensors[name].shape != shape:
+                misfits.append(f"{target} {shape} by {name} {lora.tensors[name].shape}")
     if empty:
         raise ValueError(
-            f"{label} has matrices of rank 0 or without values for {list_names(empty)}; get it again"
+            f"{lora.label} has matrices of rank 0 or without values for {list_names(empty)}; get it again"
         )
     if misfits:
         raise ValueError(
-            f"{label} does not fit {list_names(misfits)}; it is for a transformer of another size"
+            f"{lora.label} does not fit {list_names(misfits)}; it is for a transformer of another size"
         )
 
 
@@ -110,10 +165,10 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _check_whole(layers: Mapping[str, LoraNames], statements: Sequence[ScaleStatement], label: str) -> None:
+def _check_whole(layers: Mapping[str, LoraNames], lora: LoraFile) -> None:
     """Whole tensors beside an adapter and what is stated of them have to agree."""
-    saved = {module: False for each in statements for module in each.saved_modules}
-    has_biases = any(each.has_biases for each in statements)
+    saved = {module: False for each in lora.statements for module in each.saved_modules}
+    has_biases = any(each.has_biases for each in lora.statements)
     strange = []
     for target, names in layers.items():
         if names.whole is None:
@@ -124,19 +179,21 @@ def _check_whole(layers: Mapping[str, LoraNames], statements: Sequence[ScaleStat
             strange.append(names.whole)
     if strange:
         raise ValueError(
-            f"{label} holds {list_names(strange)} whole, and no modules_to_save or bias in its "
+            f"{lora.label} holds {list_names(strange)} whole, and no modules_to_save or bias in its "
             "adapter_config.json says that they take the place of others; give the adapter with that file"
         )
     absent = [module for module, is_there in saved.items() if not is_there]
     if absent:
-        raise ValueError(f"{label} lacks the modules_to_save {list_names(absent)}; get the file again")
+        raise ValueError(f"{lora.label} lacks the modules_to_save {list_names(absent)}; get the file again")
     if has_biases and not any(names.whole and target.endswith(".bias") for target, names in layers.items()):
-        raise ValueError(f"{label} lacks the biases that its adapter_config.json states; get the file again")
-    for each in statements:
+        raise ValueError(
+            f"{lora.label} lacks the biases that its adapter_config.json states; get the file again"
+        )
+    for each in lora.statements:
         if each.has_lora_bias not in (None, any(names.up_bias is not None for names in layers.values())):
             raise ValueError(
-                f"{each.source} has lora_bias {str(each.has_lora_bias).lower()} and {label} is otherwise; "
-                "they do not belong together"
+                f"{each.source} has lora_bias {str(each.has_lora_bias).lower()} and {lora.label} is "
+                "otherwise; they do not belong together"
             )
 
 
@@ -144,98 +201,77 @@ def _ends_with(layer: str, module: str) -> bool:
     return layer == module or layer.endswith(f".{module}")
 
 
-def _scales(
-    layers: Mapping[str, LoraNames],
-    lora: Mapping[str, StoredTensor],
-    statements: Sequence[ScaleStatement],
-    label: str,
-) -> dict[str, float]:
+def _scales(layers: Mapping[str, LoraNames], lora: LoraFile) -> dict[str, float]:
     """The scale of every pair, by the weight that it changes."""
-    scales, untold = {}, []
+    scales, unstated = {}, []
     for target, names in layers.items():
         if names.down is None:
             continue
-        rank = lora[names.down].shape[0]
-        told = {each.source: each.scale(names.layers, rank) for each in statements}
+        rank = lora.tensors[names.down].shape[0]
+        stated = {each.source: each.scale(names.layers, rank) for each in lora.statements}
         if names.alpha is not None:
-            told[names.alpha] = _read_alpha(lora[names.alpha], names.alpha, label) / rank
-        known = {source: scale for source, scale in told.items() if scale is not None}
+            stated[names.alpha] = _read_alpha(lora, names.alpha) / rank
+        known = {source: scale for source, scale in stated.items() if scale is not None}
         first = next(reversed(known.values()), 1.0)
         if any(not math.isclose(first, scale, rel_tol=_SAME_SCALE) for scale in known.values()):
             shown = ", ".join(f"{scale:g} by {source}" for source, scale in known.items())
             raise ValueError(
-                f"the scale of {target} in {label} is contradictory: {shown}; leave one of them away"
+                f"the scale of {target} in {lora.label} is contradictory: {shown}; leave one of them away"
             )
         if not known:
-            untold.append(target)
+            unstated.append(target)
             bias = layers.get(f"{target.removesuffix('.weight')}.bias", LoraNames()).up_bias
             if bias is not None:
                 raise ValueError(
-                    f"{label} has {bias}, which PEFT scales as its matrices, and no alpha is stated; put the "
-                    "adapter_config.json of the adapter beside it"
+                    f"{lora.label} has {bias}, which PEFT scales as its matrices, and no alpha is stated; "
+                    "put the adapter_config.json of the adapter beside it"
                 )
         scales[target] = first
-    _tell_untold(untold, len(scales), statements, layers, label)
+    _warn_of_unstated(unstated, len(scales), layers, lora)
     return scales
 
 
-def _tell_untold(
-    untold: Sequence[str],
-    pairs: int,
-    statements: Sequence[ScaleStatement],
-    layers: Mapping[str, LoraNames],
-    label: str,
+def _warn_of_unstated(
+    unstated: Sequence[str], pairs: int, layers: Mapping[str, LoraNames], lora: LoraFile
 ) -> None:
-    if untold:
+    if unstated:
         logger.warning(
             "%s: no alpha is stated for %d of %d pairs, which are merged at scale 1; if they were trained at "
             "another, put an adapter_config.json with r and lora_alpha beside the file",
-            label, len(untold), pairs,
+            lora.label, len(unstated), pairs,
         )  # fmt: skip
     adapted = [names.layers for names in layers.values() if names.down is not None]
-    for each in statements:
+    for each in lora.statements:
         if unused := each.unused_patterns(adapted):
             logger.warning("%s: no adapted layer has the name %s", each.source, list_names(unused))
 
 
-def _read_alpha(stored: StoredTensor, name: str, label: str) -> float:
+def _read_alpha(lora: LoraFile, name: str) -> float:
+    stored = lora.tensors[name]
     if math.prod(stored.shape) != 1 or stored.dtype in _NO_NUMBERS:
         raise ValueError(
-            f"{name} in {label} is {stored.dtype} {stored.shape}; an alpha is one number, so get the file "
-            "again"
+            f"{name} in {lora.label} is {stored.dtype} {stored.shape}; an alpha is one number, so get the "
+            "file again"
         )
-    return check_alpha(stored.read().double().item(), f"{name} in {label}")
+    return check_alpha(stored.read().double().item(), f"{name} in {lora.label}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """What a LoRA does to one tensor."""
-
-    names: LoraNames
-    lora: Mapping[str, StoredTensor]
-    scale: float
-    label: str
-
-    def read(self, name: str) -> Tensor:
-        """A tensor of the LoRA in float32. Raises ValueError when it is not finite."""
-        values = self.lora[name].read().float()
-        if not torch.isfinite(values).all():
-            raise ValueError(f"{name} in {self.label} has values that are not finite; get the file again")
-        return values
-
-
-def _merged(weight: StoredTensor, change: _Change) -> StoredTensor:
-    names = change.names
+def _merged(weight: StoredTensor, names: LoraNames, lora: LoraFile, scale: float) -> StoredTensor:
+    def values(name: str) -> Tensor:
+        tensor = lora.tensors[name].read().float()
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} in {lora.label} has values that are not finite; get the file again")
+        return tensor
 
     def read() -> Tensor:
         if names.whole is not None:
-            return change.read(names.whole)
+            return values(names.whole)
         value = weight.read().float()
         if names.down is not None and names.up is not None:
-            value = _add_product(value, change.read(names.down), change.read(names.up), change.scale)
+            value = _add_product(value, values(names.down), values(names.up), scale)
         if names.up_bias is not None:
-            value = value + change.scale * change.read(names.up_bias)
-        return value if names.diff is None else value + change.read(names.diff)
+            value = value + scale * values(names.up_bias)
+        return value if names.diff is None else value + values(names.diff)
 
     return replace(weight, dtype=torch.float32, read=read)
 

@@ -125,15 +125,7 @@ def parse_lora(names: Iterable[str], known: Collection[str], label: str = "the L
 
 def _lora_names(kinds: dict[str, _Found]) -> LoraNames:
     names = {kind: found.name for kind, found in kinds.items()}
-    return LoraNames(
-        names.get("down"),
-        names.get("up"),
-        names.get("alpha"),
-        names.get("up_bias"),
-        names.get("diff"),
-        names.get("whole"),
-        layers=_stripped(next(iter(kinds.values())).layer),
-    )
+    return LoraNames(**names, layers=_stripped(next(iter(kinds.values())).layer))
 
 
 def _without_text_encoder(names: list[str], label: str) -> list[str]:

@@ -16,41 +16,19 @@ Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 PartConfig = WanConfig | VAEConfig | TextConfig | TinyVAEConfig
 
-PUBLISHED_HEAD_DIM = 128  # of every published Wan2.1 transformer (spec 1.1)
+PUBLISHED_HEAD_DIM = 128  # of every published Wan2.1 transformer
 
-# What config.json may call a field: the original name, then the one of Diffusers or transformers.
-_Names = Mapping[str, tuple[str, ...]]
-_WAN_SETTINGS: _Names = {
-    "dim": ("dim",),
-    "ffn_dim": ("ffn_dim",),
-    "num_layers": ("num_layers",),
-    "num_heads": ("num_heads", "num_attention_heads"),
-    "in_dim": ("in_dim", "in_channels"),
-    "out_dim": ("out_dim", "out_channels"),
-    "text_dim": ("text_dim",),
-    "text_len": ("text_len",),
-    "freq_dim": ("freq_dim",),
-    "patch_size": ("patch_size",),
-    "eps": ("eps",),
-}
-_VAE_SETTINGS: _Names = {
-    "base_dim": ("base_dim",),
-    "z_dim": ("z_dim",),
-    "dim_mult": ("dim_mult",),
-    "num_res_blocks": ("num_res_blocks",),
-    "temporal_downsample": ("temperal_downsample",),  # Diffusers spells it so
-    "latents_mean": ("latents_mean",),
-    "latents_std": ("latents_std",),
-}
-_TEXT_SETTINGS: _Names = {
-    "vocab_size": ("vocab_size",),
-    "dim": ("d_model",),
-    "ffn_dim": ("d_ff",),
-    "num_heads": ("num_heads",),
-    "num_layers": ("num_layers",),
-    "num_buckets": ("relative_attention_num_buckets",),
-    "max_distance": ("relative_attention_max_distance",),
-    "eps": ("layer_norm_epsilon",),
+# What a config.json of Diffusers or transformers calls a field, where that is not the field's own name.
+_SETTINGS: Mapping[type[PartConfig], Mapping[str, str]] = {
+    WanConfig: {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"},
+    VAEConfig: {"temporal_downsample": "temperal_downsample"},  # Diffusers spells it so
+    TextConfig: {
+        "dim": "d_model",
+        "ffn_dim": "d_ff",
+        "num_buckets": "relative_attention_num_buckets",
+        "max_distance": "relative_attention_max_distance",
+        "eps": "layer_norm_epsilon",
+    },
 }
 RGB_CHANNELS = 3
 
@@ -70,14 +48,34 @@ def shapes_of(tensors: Mapping[str, StoredTensor]) -> dict[str, Shape]:
     return {name: stored.shape for name, stored in tensors.items()}
 
 
-def infer_wan_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> WanConfig:
-    """The transformer's configuration, from its tensors and `settings`, its config.json in either layout.
+def infer_config(part: Part, shapes: Shapes, settings: Mapping[str, Any] | None = None) -> PartConfig:
+    """The configuration of a part, from the shapes of its tensors and `settings`, its config.json.
 
-    Shapes do not tell num_heads; without settings it is dim / 128, as in all published models.
-    Raises ValueError when a tensor that tells a size is absent, when settings are not what they may be or
-    disagree with the shapes, and when dim is no multiple of 128 and there is no num_heads.
+    Raises ValueError when a tensor that determines a size is absent, and when settings are not what they may
+    be or disagree with the shapes.
     """
-    settings = settings or {}
+    if part == "transformer":
+        return _infer_transformer(shapes, settings or {})
+    if part == "tiny_vae":
+        return _infer_tiny_vae(shapes)
+    return (_infer_vae if part == "vae" else _infer_text)(shapes, settings or {})
+
+
+def expected_shapes(config: PartConfig) -> dict[str, Shape]:
+    """The shape of every tensor of the part that `config` describes, by the engine's names.
+
+    The modules themselves have them too, but building one on the meta device takes as long as its layers are
+    many, and a hostile configuration has many.
+    """
+    if isinstance(config, WanConfig):
+        return _transformer_shapes(config)
+    if isinstance(config, TinyVAEConfig):
+        return _tiny_vae_shapes(config)
+    return _vae_shapes(config) if isinstance(config, VAEConfig) else _text_shapes(config)
+
+
+def _infer_transformer(shapes: Shapes, settings: Mapping[str, Any]) -> WanConfig:
+    """Shapes do not determine num_heads; without settings it is dim / 128, as in all published models."""
     dim, in_dim, *patch_size = _shape(shapes, "patch_embedding.weight", 5)
     (text_dim,) = _shape(shapes, "text_embedding.0.weight", 2)[1:]
     (freq_dim,) = _shape(shapes, "time_embedding.0.weight", 2)[1:]
@@ -103,13 +101,9 @@ def infer_wan_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) 
     return WanConfig(**sizes)
 
 
-def infer_vae_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> VAEConfig:
-    """The VAE's configuration, from its tensors and from `settings`, its Diffusers config.json.
-
-    The statistics of the latents are no tensors: settings have them, or they are the published 16 channels'.
-    Raises ValueError when a tensor that tells a size is absent, when settings are not what they may be or
-    disagree with the shapes, and when the statistics are unknown.
-    """
+def _infer_vae(shapes: Shapes, settings: Mapping[str, Any]) -> VAEConfig:
+    """The statistics of the latents are no tensors: settings have them, or they are those published for 16
+    channels."""
     base_dim = _shape(shapes, "encoder.conv1.weight", 5)[0]
     z_dim = _shape(shapes, "conv2.weight", 5)[0]
     levels: list[list[int]] = [[]]
@@ -123,7 +117,7 @@ def infer_vae_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) 
             levels[-1].append(_shape(shapes, f"{name}.residual.6.weight", 5)[0])
     if not all(levels):
         raise ValueError("encoder.downsamples has a level without a residual block; the VAE is incomplete")
-    published, stated = VAEConfig(), stated_fields(VAEConfig, settings or {})
+    published, stated = VAEConfig(), stated_fields(VAEConfig, settings)
     if z_dim != published.z_dim and not {"latents_mean", "latents_std"} <= set(stated):
         raise ValueError(
             f"the VAE has {z_dim} latent channels, the published statistics are for {published.z_dim}; "
@@ -139,13 +133,7 @@ def infer_vae_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) 
     return VAEConfig(**_completed(sizes, stated))
 
 
-def infer_text_config(shapes: Shapes, settings: Mapping[str, Any] | None = None) -> TextConfig:
-    """The text encoder's configuration, from its tensors and from `settings`, its transformers config.json.
-
-    Raises ValueError when a tensor that tells a size is absent, and when settings are not what they may be or
-    disagree with the shapes.
-    """
-    settings = settings or {}
+def _infer_text(shapes: Shapes, settings: Mapping[str, Any]) -> TextConfig:
     block = "encoder.block.0.layer"
     vocab_size, dim = _shape(shapes, "shared.weight", 2)
     num_buckets, num_heads = _shape(shapes, f"{block}.0.SelfAttention.relative_attention_bias.weight", 2)
@@ -162,11 +150,8 @@ def infer_text_config(shapes: Shapes, settings: Mapping[str, Any] | None = None)
     return TextConfig(**_completed(sizes, stated_fields(TextConfig, settings)))
 
 
-def infer_tiny_vae_config(shapes: Shapes) -> TinyVAEConfig:
-    """The tiny decoder's configuration, from its tensors: layers are numbered through (spec 4.9).
-
-    Raises ValueError when a tensor that tells a size is absent.
-    """
+def _infer_tiny_vae(shapes: Shapes) -> TinyVAEConfig:
+    """The layers of the published tiny decoder are numbered through."""
     width, z_dim = _shape(shapes, "decoder.1.weight", 4)[:2]
     widths, factors, blocks, index = [width], [], [], 3
     while f"decoder.{index}.conv.0.weight" in shapes:
@@ -185,26 +170,17 @@ def infer_tiny_vae_config(shapes: Shapes) -> TinyVAEConfig:
     return TinyVAEConfig(z_dim, tuple(widths), blocks[0], tuple(factors))
 
 
-def infer_config(part: Part, shapes: Shapes, settings: Mapping[str, Any] | None = None) -> PartConfig:
-    """The configuration of whichever part the shapes belong to."""
-    if part == "transformer":
-        return infer_wan_config(shapes, settings)
-    if part == "tiny_vae":
-        return infer_tiny_vae_config(shapes)
-    return infer_vae_config(shapes, settings) if part == "vae" else infer_text_config(shapes, settings)
-
-
 def stated_fields(kind: type[PartConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json states of the fields of `kind`, in whichever of the layouts' names.
 
     Raises ValueError, which names the key, for a value that its field may not hold.
     """
-    names = {WanConfig: _WAN_SETTINGS, VAEConfig: _VAE_SETTINGS, TextConfig: _TEXT_SETTINGS}[kind]
     stated: dict[str, Any] = {}
-    for field, keys in names.items():
+    for field, hint in field_hints(kind).items():
+        keys = dict.fromkeys((field, _SETTINGS[kind].get(field, field)))
         for key in (key for key in keys if key in settings):
             value = tuple(settings[key]) if isinstance(settings[key], list) else settings[key]
-            check_value(f"the stated {key}", value, field_hints(kind)[field])
+            check_value(f"the stated {key}", value, hint)
             stated[field] = value
     return stated
 
@@ -259,8 +235,8 @@ def _count_layers(shapes: Shapes, prefix: str) -> int:
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
-def expected_transformer_shapes(config: WanConfig) -> dict[str, Shape]:
-    """Every tensor of the transformer by its original name (spec 1.2)."""
+def _transformer_shapes(config: WanConfig) -> dict[str, Shape]:
+    """Every tensor of the transformer by its original name."""
     dim, ffn_dim = config.dim, config.ffn_dim
     outputs = math.prod(config.patch_size) * config.out_dim
     shapes: dict[str, Shape] = {
@@ -285,8 +261,8 @@ def expected_transformer_shapes(config: WanConfig) -> dict[str, Shape]:
     return shapes
 
 
-def expected_vae_shapes(config: VAEConfig) -> dict[str, Shape]:
-    """Every tensor of the VAE by its original name (spec 4.2 to 4.4)."""
+def _vae_shapes(config: VAEConfig) -> dict[str, Shape]:
+    """Every tensor of the VAE by its original name."""
     widths = [config.base_dim * factor for factor in config.dim_mult]
     z_dim, last = config.z_dim, len(widths) - 1
     shapes = {**_conv("conv1", 2 * z_dim, 2 * z_dim, 1, 1, 1), **_conv("conv2", z_dim, z_dim, 1, 1, 1)}
@@ -323,8 +299,8 @@ def expected_vae_shapes(config: VAEConfig) -> dict[str, Shape]:
     return shapes | _middle_and_head("decoder", widths[-1], RGB_CHANNELS, channels)
 
 
-def expected_text_shapes(config: TextConfig) -> dict[str, Shape]:
-    """Every tensor of the text encoder by its transformers name, the tied embedding once (spec 5.3)."""
+def _text_shapes(config: TextConfig) -> dict[str, Shape]:
+    """Every tensor of the text encoder by its transformers name, the tied embedding once."""
     inner, dim = config.attention_dim, config.dim
     shapes: dict[str, Shape] = {
         "shared.weight": (config.vocab_size, dim),
@@ -345,8 +321,8 @@ def expected_text_shapes(config: TextConfig) -> dict[str, Shape]:
     return shapes
 
 
-def expected_tiny_vae_shapes(config: TinyVAEConfig) -> dict[str, Shape]:
-    """Every tensor of the tiny decoder by its published name (spec 4.9)."""
+def _tiny_vae_shapes(config: TinyVAEConfig) -> dict[str, Shape]:
+    """Every tensor of the tiny decoder by its published name."""
     widths = config.widths
     shapes = _conv("decoder.1", widths[0], config.z_dim, 3, 3)
     index = 3
@@ -360,15 +336,6 @@ def expected_tiny_vae_shapes(config: TinyVAEConfig) -> dict[str, Shape]:
         shapes[f"decoder.{index + 2}.weight"] = (outputs, channels, 3, 3)
         index += 3
     return shapes | _conv(f"decoder.{index + 1}", RGB_CHANNELS, widths[-1], 3, 3)
-
-
-def expected_shapes(config: PartConfig) -> dict[str, Shape]:
-    """Every tensor of the part that `config` describes."""
-    if isinstance(config, WanConfig):
-        return expected_transformer_shapes(config)
-    if isinstance(config, TinyVAEConfig):
-        return expected_tiny_vae_shapes(config)
-    return expected_vae_shapes(config) if isinstance(config, VAEConfig) else expected_text_shapes(config)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:

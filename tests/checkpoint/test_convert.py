@@ -22,8 +22,6 @@ from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import read_manifest, verify
 from rfengine.checkpoint.shapes import (
     expected_shapes,
-    expected_tiny_vae_shapes,
-    expected_transformer_shapes,
 )
 from rfengine.config import PRESETS, CacheConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.files import new_directory
@@ -188,7 +186,7 @@ def test_generator_without_base_gives_the_transformer_alone(
     parts: Parts, write_file: WriteFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=30)
-    tensors = {name: torch.ones(shape) for name, shape in expected_transformer_shapes(config).items()}
+    tensors = {name: torch.ones(shape) for name, shape in expected_shapes(config).items()}
     source = write_file(tmp_path / "rewardforcing.safetensors", prefixed(tensors))
     with caplog.at_level(logging.WARNING):
         convert(source, tmp_path / "out")
@@ -243,7 +241,7 @@ def test_head_count_comes_from_a_base_of_the_same_dim(
     write_file: WriteFile, wan_directory: Path, tmp_path: Path
 ) -> None:
     config = WanConfig(dim=96, ffn_dim=64, num_heads=4, num_layers=2, text_dim=32)
-    tensors = {name: torch.ones(shape) for name, shape in expected_transformer_shapes(config).items()}
+    tensors = {name: torch.ones(shape) for name, shape in expected_shapes(config).items()}
     source = write_file(tmp_path / "rewardforcing.safetensors", tensors)
     with pytest.raises(
         ValueError, match="dim 96, no multiple of 128, .* convert it with a base of the same dim"
@@ -396,7 +394,7 @@ def drawn(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
 
 def test_lora_of_a_peft_directory_has_its_stated_scale(write_file: WriteFile, tmp_path: Path) -> None:
     config = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=1, freq_dim=32)
-    weights = drawn(expected_transformer_shapes(config))
+    weights = drawn(expected_shapes(config))
     source = write_file(tmp_path / "self_forcing_dmd.safetensors", weights)
     layer = "blocks.0.self_attn.q"
     pair = drawn({f"{layer}.lora_A.weight": (4, 128), f"{layer}.lora_B.weight": (128, 4)}, seed=1)
@@ -452,7 +450,7 @@ TINY_VAE = TinyVAEConfig(widths=(8, 6, 4, 4))
 
 
 def tiny_decoder(config: TinyVAEConfig = TINY_VAE) -> Tensors:
-    return {name: torch.randn(shape) for name, shape in expected_tiny_vae_shapes(config).items()}
+    return {name: torch.randn(shape) for name, shape in expected_shapes(config).items()}
 
 
 def published_tiny_file(path: Path, tensors: Tensors) -> Path:

@@ -18,16 +18,16 @@ from rfengine.checkpoint.layouts import (
     wan_transformer_from_diffusers,
     wan_vae_from_diffusers,
 )
-from rfengine.checkpoint.shapes import expected_text_shapes, expected_transformer_shapes, expected_vae_shapes
+from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, VAEConfig, WanConfig
 from support.checkpoints import original_text_names
 
 CONFIG = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2)
-NAMES = list(expected_transformer_shapes(CONFIG))
+NAMES = list(expected_shapes(CONFIG))
 PUBLISHED = PRESETS["wan-1.3b"]
-TRANSFORMER = expected_transformer_shapes(PUBLISHED.model)
-VAE = expected_vae_shapes(PUBLISHED.vae)
-TEXT = expected_text_shapes(PUBLISHED.text)
+TRANSFORMER = expected_shapes(PUBLISHED.model)
+VAE = expected_shapes(PUBLISHED.vae)
+TEXT = expected_shapes(PUBLISHED.text)
 
 
 def wrap_inside(name: str) -> str:
@@ -84,7 +84,7 @@ def test_transformer_names_are_those_of_diffusers(size: str) -> None:
             num_layers=config.num_layers,
         )
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    ours = expected_transformer_shapes(config)
+    ours = expected_shapes(config)
     assert {diffusers_transformer_from_wan(name): shape for name, shape in ours.items()} == theirs
     assert {wan_transformer_from_diffusers(name): shape for name, shape in theirs.items()} == ours
 
@@ -108,7 +108,7 @@ def test_vae_names_are_those_of_diffusers(config: VAEConfig) -> None:
             temperal_downsample=list(config.temporal_downsample),
         )
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    ours, blocks = expected_vae_shapes(config), config.num_res_blocks
+    ours, blocks = expected_shapes(config), config.num_res_blocks
     assert {diffusers_vae_from_wan(name, blocks): shape for name, shape in ours.items()} == theirs
     assert {wan_vae_from_diffusers(name, blocks): shape for name, shape in theirs.items()} == ours
     assert engine_names(theirs) == ("vae", ours)

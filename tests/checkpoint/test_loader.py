@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rfengine.checkpoint.loader import assign, read_safetensors, save_weights
-from rfengine.checkpoint.shapes import expected_transformer_shapes
+from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.checkpoint.tensor_file import open_safetensors
 from rfengine.config import WanConfig
 from rfengine.models.dit import WanDiT
@@ -165,7 +165,7 @@ for dtype in (torch.bfloat16, torch.float32):
 def test_loading_never_holds_the_weights_twice(tmp_path: Path) -> None:
     """Peak memory above the start, in file sizes, for a file of about 200 MB in float32."""
     path = tmp_path / "large.safetensors"
-    shapes = expected_transformer_shapes(WanConfig(dim=1024, ffn_dim=2048, num_heads=8, num_layers=3))
+    shapes = expected_shapes(WanConfig(dim=1024, ffn_dim=2048, num_heads=8, num_layers=3))
     save_weights(path, {name: torch.ones(shape) for name, shape in shapes.items()})
     assert path.stat().st_size > 180_000_000
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}

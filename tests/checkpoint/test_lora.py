@@ -1,19 +1,22 @@
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.lora import add_lora, merge_lora
+from rfengine.checkpoint.lora import LoraFile, add_lora, merge_lora, open_lora
 from rfengine.checkpoint.lora_names import parse_lora
 from rfengine.checkpoint.lora_scale import ScaleStatement
-from rfengine.checkpoint.shapes import expected_transformer_shapes
-from rfengine.checkpoint.tensor_file import StoredTensor
+from rfengine.checkpoint.shapes import expected_shapes
+from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
 from rfengine.config import PRESETS, WanConfig
 
 ADAPTED = [
@@ -24,8 +27,8 @@ ADAPTED = [
 
 
 def lora_shapes(config: WanConfig, rank: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a LongLive LoRA (spec 6.2)."""
-    weights = expected_transformer_shapes(config)
+    """The tensors of a LongLive LoRA."""
+    weights = expected_shapes(config)
     shapes = {}
     for layer in (f"blocks.{i}.{name}" for i in range(config.num_layers) for name in ADAPTED):
         outputs, inputs = weights[f"{layer}.weight"]
@@ -38,10 +41,18 @@ def stored(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
     return {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
 
 
+def add(
+    transformer: dict[str, StoredTensor],
+    tensors: dict[str, StoredTensor],
+    statements: Sequence[ScaleStatement] = (),
+) -> None:
+    add_lora(transformer, LoraFile("lora.pt", tensors, tuple(statements)))
+
+
 def test_published_lora_has_300_pairs_of_the_published_size() -> None:
     shapes = lora_shapes(PRESETS["wan-1.3b"].model, rank=256)
     assert (len(shapes), sum(map(math.prod, shapes.values()))) == (600, 349_962_240)
-    known = expected_transformer_shapes(PRESETS["wan-1.3b"].model).keys()
+    known = expected_shapes(PRESETS["wan-1.3b"].model).keys()
     layers = parse_lora(shapes, known)
     assert len(layers) == 300 and layers.keys() <= known
 
@@ -52,7 +63,7 @@ def test_300_pairs_are_merged_in_float32(alpha: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.randn(shape, generator=generator).to(torch.bfloat16)
-        for name, shape in expected_transformer_shapes(config).items()
+        for name, shape in expected_shapes(config).items()
     }
     pairs = {
         name: torch.randn(shape, generator=generator).to(torch.bfloat16)
@@ -65,7 +76,7 @@ def test_300_pairs_are_merged_in_float32(alpha: float | None) -> None:
             if "_A" in name
         }
     merged = stored(weights)
-    add_lora(merged, stored(pairs), "lora.pt")
+    add(merged, stored(pairs))
     scale, changed = 1.0 if alpha is None else alpha / rank, 0
     for name, weight in weights.items():
         layer = f"base_model.model.{name.removesuffix('.weight')}"
@@ -101,11 +112,11 @@ def test_lora_of_another_model_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"lora.pt adapts blocks.9.ffn.0.weight, which the transformer lacks"
     ):
-        add_lora(transformer, pair("blocks.9.ffn.0", 6, 4), "lora.pt")
+        add(transformer, pair("blocks.9.ffn.0", 6, 4))
     with pytest.raises(
         ValueError, match=r"does not fit blocks.0.ffn.0.weight \(6, 4\) by \(6, 2\) x \(2, 5\)"
     ):
-        add_lora(transformer, pair("blocks.0.ffn.0", 6, 5), "lora.pt")
+        add(transformer, pair("blocks.0.ffn.0", 6, 5))
     assert torch.equal(transformer["blocks.0.ffn.0.weight"].read(), torch.zeros(6, 4))
 
 
@@ -119,7 +130,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def transformer() -> dict[str, StoredTensor]:
-    shapes = expected_transformer_shapes(CONFIG)
+    shapes = expected_shapes(CONFIG)
     return stored({name: drawn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())})
 
 
@@ -135,7 +146,7 @@ def change(
 ) -> Tensor:
     """What the LoRA adds to the tensor `name`."""
     before = transformer[name].read()
-    add_lora(transformer, stored(lora), "lora.pt", statements)
+    add(transformer, stored(lora), statements)
     return transformer[name].read() - before
 
 
@@ -159,22 +170,22 @@ def test_scale_that_nothing_states_is_one_and_is_told(
     transformer: dict[str, StoredTensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     lora = {**pair(), **pair("blocks.1.self_attn.q"), f"{LAYER}.alpha": torch.tensor(8)}
-    add_lora(transformer, stored(lora), "lora.pt")
+    add(transformer, stored(lora))
     assert "lora.pt: no alpha is stated for 1 of 2 pairs, which are merged at scale 1" in caplog.text
 
 
 def test_alphas_of_two_places_have_to_agree(transformer: dict[str, StoredTensor]) -> None:
     lora = {**pair(), f"{LAYER}.alpha": torch.tensor(0.3, dtype=torch.bfloat16)}
-    add_lora(dict(transformer), stored(lora), "lora.pt", [ScaleStatement("a.json", alpha=0.3)])
+    add(dict(transformer), stored(lora), [ScaleStatement("a.json", alpha=0.3)])
     with pytest.raises(
         ValueError, match=r"scale of blocks.0.self_attn.q.weight in lora.pt is contradictory: "
     ):
-        add_lora(transformer, stored(lora), "lora.pt", [ScaleStatement("a.json", alpha=2.0)])
+        add(transformer, stored(lora), [ScaleStatement("a.json", alpha=2.0)])
 
 
 def test_rank_of_other_tensors_is_refused(transformer: dict[str, StoredTensor]) -> None:
     with pytest.raises(ValueError, match=r"a.json states rank 16 for blocks.0.self_attn.q and its tensors"):
-        add_lora(transformer, stored(pair()), "lora.pt", [ScaleStatement("a.json", rank=16, alpha=16.0)])
+        add(transformer, stored(pair()), [ScaleStatement("a.json", rank=16, alpha=16.0)])
 
 
 @pytest.mark.parametrize(
@@ -194,7 +205,7 @@ def test_alpha_tensor_that_is_no_alpha_is_refused(
     transformer: dict[str, StoredTensor], alpha: Tensor
 ) -> None:
     with pytest.raises(ValueError, match=r"blocks.0.self_attn.q.alpha in lora.pt is "):
-        add_lora(transformer, stored({**pair(), f"{LAYER}.alpha": alpha}), "lora.pt")
+        add(transformer, stored({**pair(), f"{LAYER}.alpha": alpha}))
 
 
 def test_pair_of_a_convolution_is_merged(transformer: dict[str, StoredTensor]) -> None:
@@ -228,7 +239,7 @@ def test_differences_are_added_to_weight_bias_and_modulation(transformer: dict[s
     }
     lora["diffusion_model.head.diff_m"] = drawn(*transformer["head.modulation"].shape)
     before = {name: each.read() for name, each in transformer.items()}
-    add_lora(transformer, stored(lora), "lora.pt")
+    add(transformer, stored(lora))
     for value, target in zip(lora.values(), [*added.values(), "head.modulation"], strict=True):
         assert torch.equal(transformer[target].read(), before[target] + value)
     changed = {name for name, each in transformer.items() if not torch.equal(each.read(), before[name])}
@@ -244,7 +255,7 @@ def test_pair_and_difference_of_one_weight_are_both_added(transformer: dict[str,
 def test_bias_of_lora_b_is_scaled_as_its_matrices(transformer: dict[str, StoredTensor]) -> None:
     lora = {**pair(), f"{LAYER}.lora_B.bias": drawn(16)}
     with pytest.raises(ValueError, match=r"lora_B.bias, which PEFT scales .* and no alpha is stated"):
-        add_lora(dict(transformer), stored(lora), "lora.pt")
+        add(dict(transformer), stored(lora))
     statement = ScaleStatement("a.json", alpha=8.0, has_lora_bias=True)
     torch.testing.assert_close(change(transformer, lora, f"{LAYER}.bias", statement), 4 * drawn(16))
 
@@ -252,7 +263,7 @@ def test_bias_of_lora_b_is_scaled_as_its_matrices(transformer: dict[str, StoredT
 def test_stated_lora_bias_has_to_be_there(transformer: dict[str, StoredTensor]) -> None:
     statement = ScaleStatement("a.json", alpha=8.0, has_lora_bias=True)
     with pytest.raises(ValueError, match=r"a.json has lora_bias true and lora.pt is otherwise"):
-        add_lora(transformer, stored(pair()), "lora.pt", [statement])
+        add(transformer, stored(pair()), [statement])
 
 
 def test_modules_to_save_take_the_place_of_the_base(transformer: dict[str, StoredTensor]) -> None:
@@ -261,11 +272,11 @@ def test_modules_to_save_take_the_place_of_the_base(transformer: dict[str, Store
     with pytest.raises(
         ValueError, match=r"lora.pt holds base_model.model.head.head.weight whole, and no mod"
     ):
-        add_lora(dict(transformer), stored(lora), "lora.pt", [ScaleStatement("a.json", alpha=2.0)])
+        add(dict(transformer), stored(lora), [ScaleStatement("a.json", alpha=2.0)])
     statement = ScaleStatement("a.json", alpha=2.0, saved_modules=("head.head",))
     with pytest.raises(ValueError, match=r"lora.pt lacks the modules_to_save head.head"):
-        add_lora(dict(transformer), stored(pair()), "lora.pt", [statement])
-    add_lora(transformer, stored(lora), "lora.pt", [statement])
+        add(dict(transformer), stored(pair()), [statement])
+    add(transformer, stored(lora), [statement])
     assert torch.equal(transformer["head.head.weight"].read(), drawn(*shape, seed=5))
 
 
@@ -273,21 +284,21 @@ def test_trained_biases_take_the_place_of_the_base(transformer: dict[str, Stored
     lora = {**pair(), f"{LAYER}.bias": drawn(16, seed=5)}
     statement = ScaleStatement("a.json", alpha=2.0, has_biases=True)
     with pytest.raises(ValueError, match=r"lora.pt lacks the biases"):
-        add_lora(dict(transformer), stored(pair()), "lora.pt", [statement])
-    add_lora(transformer, stored(lora), "lora.pt", [statement])
+        add(dict(transformer), stored(pair()), [statement])
+    add(transformer, stored(lora), [statement])
     assert torch.equal(transformer[f"{LAYER}.bias"].read(), drawn(16, seed=5))
 
 
 def test_rank_of_zero_is_refused(transformer: dict[str, StoredTensor]) -> None:
     with pytest.raises(ValueError, match=r"rank 0 or without values for blocks.0.self_attn.q.weight by"):
-        add_lora(transformer, stored(pair(rank=0)), "lora.pt")
+        add(transformer, stored(pair(rank=0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
 def test_matrices_of_integers_are_refused(transformer: dict[str, StoredTensor], dtype: torch.dtype) -> None:
     lora = {name: value.to(dtype) for name, value in pair().items()}
     with pytest.raises(ValueError, match=r"lora.pt holds blocks.0.self_attn.q.lora_A.weight torch"):
-        add_lora(transformer, stored(lora), "lora.pt")
+        add(transformer, stored(lora))
 
 
 def test_matrices_of_float8_are_merged(transformer: dict[str, StoredTensor]) -> None:
@@ -300,14 +311,14 @@ def test_matrices_of_float8_are_merged(transformer: dict[str, StoredTensor]) -> 
 def test_value_that_is_not_finite_is_named(transformer: dict[str, StoredTensor], value: float) -> None:
     lora = pair()
     lora[f"{LAYER}.lora_B.weight"][3, 1] = value
-    add_lora(transformer, stored(lora), "lora.pt")
+    add(transformer, stored(lora))
     with pytest.raises(ValueError, match=r"q.lora_B.weight in lora.pt has values that are not finite"):
         transformer[f"{LAYER}.weight"].read()
 
 
 def test_difference_of_another_shape_is_refused(transformer: dict[str, StoredTensor]) -> None:
     with pytest.raises(ValueError, match=r"does not fit blocks.0.modulation \(1, 6, 16\) by .* \(6, 16\)"):
-        add_lora(transformer, stored({"blocks.0.diff_m": drawn(6, 16)}), "lora.pt")
+        add(transformer, stored({"blocks.0.diff_m": drawn(6, 16)}))
 
 
 def test_pattern_of_no_layer_is_told(
@@ -315,7 +326,7 @@ def test_pattern_of_no_layer_is_told(
 ) -> None:
     statement = ScaleStatement("a.json", alpha=2.0, alpha_pattern=((re.compile("ffn.9$"), 4.0),))
     with caplog.at_level(logging.WARNING):
-        add_lora(transformer, stored(pair()), "lora.pt", [statement])
+        add(transformer, stored(pair()), [statement])
     assert "a.json: no adapted layer has the name ffn.9" in caplog.text
 
 
@@ -324,6 +335,80 @@ def test_nothing_is_read_before_the_merged_weight_is(transformer: dict[str, Stor
         raise AssertionError("read too early")
 
     lora = {name: replace(each, read=refuse) for name, each in stored(pair()).items()}
-    add_lora(transformer, lora, "lora.pt")
+    add(transformer, lora)
     with pytest.raises(AssertionError, match="read too early"):
         transformer[f"{LAYER}.weight"].read()
+
+
+NAMES = [f"base_model.model.blocks.0.ffn.0.lora_{side}.weight" for side in "AB"]
+TENSORS = {name: torch.ones(2, 2) for name in NAMES}
+ADAPTER_CONFIG = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8})
+
+
+def write(path: Path, metadata: dict[str, str] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, {name: StoredTensor.of(tensor) for name, tensor in TENSORS.items()}, metadata)
+    return path
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
+def test_directory_and_file_are_the_same_adapter(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name)
+    (tmp_path / "adapter_config.json").write_text(ADAPTER_CONFIG)
+    for path in (tmp_path, tmp_path / name):
+        opened = open_lora(path)
+        assert opened.label == str(tmp_path / name) and opened.tensors.keys() == TENSORS.keys()
+        assert [each.scale(("blocks.0.ffn.0",), 2) for each in opened.statements] == [4.0]
+
+
+def test_pickle_in_a_directory_is_read_with_its_config(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_config.json").write_text(ADAPTER_CONFIG)
+    opened = open_lora(tmp_path)
+    assert opened.tensors.keys() == TENSORS.keys() and opened.statements[0].alpha == 8.0
+
+
+def test_config_and_header_are_both_stated(tmp_path: Path) -> None:
+    write(tmp_path / "adapter_model.safetensors", {"lora_alpha": "16"})
+    (tmp_path / "adapter_config.json").write_text(ADAPTER_CONFIG)
+    assert [each.alpha for each in open_lora(tmp_path).statements] == [8.0, 16.0]
+
+
+def test_links_of_a_cache_go_by_the_name_as_given(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "5e9f"
+    write(blobs / "aaaa")
+    (blobs / "bbbb").write_text(ADAPTER_CONFIG)
+    snapshot.mkdir(parents=True)
+    (snapshot / "adapter_model.safetensors").symlink_to(blobs / "aaaa")
+    (snapshot / "adapter_config.json").symlink_to(blobs / "bbbb")
+    for path in (snapshot, snapshot / "adapter_model.safetensors"):
+        assert open_lora(path).statements[0].alpha == 8.0
+    (blobs / "bbbb").unlink()
+    with pytest.raises(ValueError, match=r"adapter_config.json is a link to a file that is not there"):
+        open_lora(snapshot)
+
+
+def test_content_and_not_the_suffix_says_the_format(tmp_path: Path) -> None:
+    torch.save({"generator_lora": TENSORS}, tmp_path / "lora.safetensors")
+    assert open_lora(tmp_path / "lora.safetensors").tensors.keys() == TENSORS.keys()
+    write(tmp_path / "lora.pt", {"lora_alpha": "16"})
+    assert open_lora(tmp_path / "lora.pt").statements[0].alpha == 16.0
+
+
+def test_directory_without_or_with_two_adapters_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no adapter_model.safetensors .* \(it holds nothing\)"):
+        open_lora(tmp_path)
+    write(tmp_path / "style.safetensors")
+    with pytest.raises(ValueError, match=r"\(it holds style.safetensors\); give the file of the LoRA itself"):
+        open_lora(tmp_path)
+    write(tmp_path / "adapter_model.safetensors")
+    write(tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(
+        ValueError, match=r"adapter_model.safetensors and pytorch_lora_weights.safetensors; gi"
+    ):
+        open_lora(tmp_path)
+
+
+def test_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no.safetensors does not exist"):
+        open_lora(tmp_path / "no.safetensors")

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 
 from rfengine.checkpoint.lora_names import LoraNames, parse_lora
-from rfengine.checkpoint.shapes import expected_transformer_shapes
+from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import WanConfig
 
-KNOWN = expected_transformer_shapes(WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=4)).keys()
+KNOWN = expected_shapes(WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=4)).keys()
 
 
 @pytest.mark.parametrize(

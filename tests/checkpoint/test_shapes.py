@@ -8,15 +8,7 @@ import torch
 from rfengine.checkpoint.shapes import (
     describe_mismatch,
     expected_shapes,
-    expected_text_shapes,
-    expected_tiny_vae_shapes,
-    expected_transformer_shapes,
-    expected_vae_shapes,
     infer_config,
-    infer_text_config,
-    infer_tiny_vae_config,
-    infer_vae_config,
-    infer_wan_config,
     stated_heads,
 )
 from rfengine.config import PRESETS, TextConfig, TinyVAEConfig, VAEConfig, WanConfig
@@ -31,11 +23,11 @@ def count(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
 
 def test_published_tensor_and_parameter_counts() -> None:
     """The counts of spec 1.1, 4, 4.9 and 5.1."""
-    assert count(expected_transformer_shapes(PRESETS["wan-1.3b"].model)) == (825, 1_418_996_800)
-    assert count(expected_transformer_shapes(PRESETS["wan-14b"].model)) == (1095, 14_288_491_584)
-    assert count(expected_vae_shapes(VAEConfig())) == (194, 126_892_531)
-    assert count(expected_text_shapes(TextConfig())) == (242, 5_680_910_336)
-    assert count(expected_tiny_vae_shapes(TinyVAEConfig())) == (64, 9_844_611)
+    assert count(expected_shapes(PRESETS["wan-1.3b"].model)) == (825, 1_418_996_800)
+    assert count(expected_shapes(PRESETS["wan-14b"].model)) == (1095, 14_288_491_584)
+    assert count(expected_shapes(VAEConfig())) == (194, 126_892_531)
+    assert count(expected_shapes(TextConfig())) == (242, 5_680_910_336)
+    assert count(expected_shapes(TinyVAEConfig())) == (64, 9_844_611)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -52,15 +44,16 @@ def test_modules_have_exactly_the_expected_tensors(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_configuration_is_inferred_from_its_own_shapes(name: str) -> None:
     config = PRESETS[name]
-    model = infer_wan_config(
-        expected_transformer_shapes(config.model),
+    model = infer_config(
+        "transformer",
+        expected_shapes(config.model),
         {"num_heads": config.model.num_heads, "text_len": config.model.text_len},
     )
     assert model == config.model
     statistics = {"latents_mean": list(config.vae.latents_mean), "latents_std": list(config.vae.latents_std)}
-    assert infer_vae_config(expected_vae_shapes(config.vae), statistics) == config.vae
-    text = infer_text_config(expected_text_shapes(config.text))
-    assert expected_text_shapes(text) == expected_text_shapes(config.text)
+    assert infer_config("vae", expected_shapes(config.vae), statistics) == config.vae
+    text = infer_config("text_encoder", expected_shapes(config.text))
+    assert expected_shapes(text) == expected_shapes(config.text)
     assert (text.num_heads, text.attention_dim) == (config.text.num_heads, config.text.attention_dim)
 
 
@@ -74,36 +67,40 @@ def test_published_head_count_needs_no_settings() -> None:
 
 def test_settings_of_both_layouts_are_read() -> None:
     config = WanConfig(dim=64, ffn_dim=48, num_heads=4, num_layers=2, eps=1e-5, text_len=7)
-    shapes = expected_transformer_shapes(config)
-    assert infer_wan_config(shapes, {"num_heads": 4, "eps": 1e-5, "text_len": 7}) == config
+    shapes = expected_shapes(config)
+    assert infer_config("transformer", shapes, {"num_heads": 4, "eps": 1e-5, "text_len": 7}) == config
     assert (
-        infer_wan_config(shapes, {"num_attention_heads": 4, "eps": 1e-5, "text_len": 7, "in_channels": 16})
+        infer_config(
+            "transformer", shapes, {"num_attention_heads": 4, "eps": 1e-5, "text_len": 7, "in_channels": 16}
+        )
         == config
     )
 
 
 def test_text_settings_are_read() -> None:
     settings = {"relative_attention_max_distance": 64, "layer_norm_epsilon": 1e-5}
-    text = infer_text_config(expected_text_shapes(TextConfig()), settings)
+    text = infer_config("text_encoder", expected_shapes(TextConfig()), settings)
     assert (text.max_distance, text.eps) == (64, 1e-5)
 
 
 def test_impossible_inference_says_why() -> None:
-    shapes = expected_transformer_shapes(WanConfig(dim=64, ffn_dim=48, num_heads=4, num_layers=2))
+    shapes = expected_shapes(WanConfig(dim=64, ffn_dim=48, num_heads=4, num_layers=2))
     with pytest.raises(ValueError, match="dim 64, no multiple of 128"):
-        infer_wan_config(shapes)
+        infer_config("transformer", shapes)
     with pytest.raises(ValueError, match="states num_layers 30 and the tensors have 2"):
-        infer_wan_config(shapes, {"num_heads": 4, "num_layers": 30})
+        infer_config("transformer", shapes, {"num_heads": 4, "num_layers": 30})
     with pytest.raises(ValueError, match=r"has no head.head.weight"):
-        infer_wan_config({name: shape for name, shape in shapes.items() if name != "head.head.weight"})
+        infer_config(
+            "transformer", {name: shape for name, shape in shapes.items() if name != "head.head.weight"}
+        )
     with pytest.raises(ValueError, match=r"patch_embedding.weight is \(64, 16\); it must have 5 axes"):
-        infer_wan_config({**shapes, "patch_embedding.weight": (64, 16)})
+        infer_config("transformer", {**shapes, "patch_embedding.weight": (64, 16)})
     with pytest.raises(ValueError, match="8 latent channels, the published statistics are for 16"):
-        infer_vae_config(expected_vae_shapes(PRESETS["tiny"].vae))
+        infer_config("vae", expected_shapes(PRESETS["tiny"].vae))
 
 
 def test_mismatch_lists_every_kind_of_problem_by_name() -> None:
-    expected = expected_transformer_shapes(PRESETS["wan-1.3b"].model)
+    expected = expected_shapes(PRESETS["wan-1.3b"].model)
     found = {**expected, "head.head.bias": (65,), "extra.weight": (1,)}
     del found["blocks.3.norm3.bias"]
     assert describe_mismatch(expected, found) == (
@@ -114,8 +111,8 @@ def test_mismatch_lists_every_kind_of_problem_by_name() -> None:
 
 
 def test_mismatch_of_another_size_says_both_sizes() -> None:
-    small = expected_transformer_shapes(PRESETS["wan-1.3b"].model)
-    large = expected_transformer_shapes(PRESETS["wan-14b"].model)
+    small = expected_shapes(PRESETS["wan-1.3b"].model)
+    large = expected_shapes(PRESETS["wan-14b"].model)
     problem = describe_mismatch(small, large)
     assert "the checkpoint has dim 5120 in 40 layers and the model has dim 1536 in 30 layers" in problem
     assert "270 unexpected: " in problem and "and 262 more" in problem
@@ -130,18 +127,18 @@ def test_mismatch_of_another_size_says_both_sizes() -> None:
     ],
 )
 def test_a_tiny_decoder_is_inferred_from_its_own_shapes(config: TinyVAEConfig) -> None:
-    assert infer_tiny_vae_config(expected_tiny_vae_shapes(config)) == config
-    assert infer_config("tiny_vae", expected_tiny_vae_shapes(config)) == config
+    assert infer_config("tiny_vae", expected_shapes(config)) == config
+    assert infer_config("tiny_vae", expected_shapes(config)) == config
 
 
 def test_a_tiny_decoder_without_some_of_its_layers_is_refused() -> None:
-    shapes = expected_tiny_vae_shapes(TinyVAEConfig())
+    shapes = expected_shapes(TinyVAEConfig())
     with pytest.raises(ValueError, match=r"have \[3, 2, 3\] memory blocks; it is incomplete"):
-        infer_tiny_vae_config(_renumbered_without_block_11(shapes))
+        infer_config("tiny_vae", _renumbered_without_block_11(shapes))
     with pytest.raises(ValueError, match="has no decoder.13.conv.weight, from which sizes are read"):
-        infer_tiny_vae_config({key: value for key, value in shapes.items() if "13.conv" not in key})
+        infer_config("tiny_vae", {key: value for key, value in shapes.items() if "13.conv" not in key})
     with pytest.raises(ValueError, match=r"have \[\] memory blocks"):
-        infer_tiny_vae_config({"decoder.1.weight": (8, 4, 3, 3)})
+        infer_config("tiny_vae", {"decoder.1.weight": (8, 4, 3, 3)})
 
 
 def _renumbered_without_block_11(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -204,12 +201,12 @@ def test_heads_are_stated_by_a_settings_file_of_either_layout() -> None:
 def test_an_index_of_many_digits_counts_no_layers() -> None:
     shapes = expected_shapes(PART_CONFIGS["transformer"])
     extra = {f"blocks.{'9' * 5000}.norm3.bias": (64,), "blocks.\u0663.norm3.bias": (64,)}
-    assert infer_wan_config({**shapes, **extra}, SETTINGS["transformer"]).num_layers == 2
+    assert infer_config("transformer", {**shapes, **extra}, SETTINGS["transformer"]).num_layers == 2
     with pytest.raises(ValueError, match="num_layers is 1000000000; it must be at most 1024"):
-        infer_wan_config({**shapes, "blocks.999999999.norm3.bias": (64,)}, {"num_heads": 4})
+        infer_config("transformer", {**shapes, "blocks.999999999.norm3.bias": (64,)}, {"num_heads": 4})
 
 
 def test_an_empty_tensor_tells_no_size() -> None:
     shapes = expected_shapes(PART_CONFIGS["vae"])
     with pytest.raises(ValueError, match="encoder.conv1.weight is .*, which is empty; get the file again"):
-        infer_vae_config({**shapes, "encoder.conv1.weight": (0, 3, 3, 3, 3)})
+        infer_config("vae", {**shapes, "encoder.conv1.weight": (0, 3, 3, 3, 3)})

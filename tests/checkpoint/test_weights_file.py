@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rfengine.checkpoint.shapes import expected_shapes, expected_transformer_shapes
+from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.checkpoint.weights_file import open_part, open_weights
 from rfengine.config import TextConfig, WanConfig
 
@@ -24,7 +24,7 @@ TEXT = TextConfig(vocab_size=64, dim=32, attention_dim=16, ffn_dim=24, num_heads
 @pytest.fixture(scope="module")
 def model() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = expected_transformer_shapes(CONFIG)
+    shapes = expected_shapes(CONFIG)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
