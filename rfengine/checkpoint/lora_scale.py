@@ -151,23 +151,24 @@ def _from_names(
     metadata: Mapping[str, str], alphas: tuple[str, ...], ranks: tuple[str, ...], source: str
 ) -> ScaleStatement | None:
     """Numbers that stand in the header by themselves, under any of several names."""
-    alpha = _only(
-        {key: _alpha(_parsed(metadata[key]), key, source) for key in alphas if key in metadata}, source
-    )
-    rank = _only(
-        {key: _rank(_parsed(metadata[key]), key, source) for key in ranks if key in metadata}, source
-    )
+    alpha = _only(metadata, alphas, check_alpha, source)
+    rank = _only(metadata, ranks, _check_rank, source)
     if alpha is None and rank is None:
         return None
     is_rslora = _switch("use_rslora", _parsed(metadata.get("use_rslora", "")) or None, source)
     return ScaleStatement(source, rank, alpha, is_rslora=bool(is_rslora))
 
 
-def _only(stated: dict[str, Any], source: str) -> Any:
-    """The one value of all; None where there is none."""
+def _only(
+    metadata: Mapping[str, str], keys: tuple[str, ...], check: Callable[[Any, str], Any], source: str
+) -> Any:
+    """The one value that the header states under any of `keys`; None where there is none."""
+    stated = {key: check(_parsed(metadata[key]), f"{key} in {source}") for key in keys if key in metadata}
     if len(set(stated.values())) > 1:
-        told = ", ".join(f"{key} {value:g}" for key, value in stated.items())
-        raise ValueError(f"{source} states {told}, which contradict each other; give a file that states one")
+        listed = ", ".join(f"{key} {value:g}" for key, value in stated.items())
+        raise ValueError(
+            f"{source} states {listed}, which contradict each other; give a file that states one"
+        )
     return next(iter(stated.values()), None)
 
 
@@ -185,10 +186,10 @@ def _from_options(options: Mapping[str, Any], source: str) -> ScaleStatement:
         raise ValueError(f"{source} has bias {shortened(bias)}; it has to be none, all or lora_only")
     return ScaleStatement(
         source,
-        None if rank is None else _rank(rank, "r", source),
-        _alpha(options["lora_alpha"], "lora_alpha", source),
-        _patterns(options, "rank_pattern", _rank, source),
-        _patterns(options, "alpha_pattern", _alpha, source),
+        None if rank is None else _check_rank(rank, f"r in {source}"),
+        check_alpha(options["lora_alpha"], f"lora_alpha in {source}"),
+        _patterns(options, "rank_pattern", _check_rank, source),
+        _patterns(options, "alpha_pattern", check_alpha, source),
         bool(_switch("use_rslora", options.get("use_rslora"), source)),
         _switch("lora_bias", options.get("lora_bias"), source),
         tuple(modules or ()),
@@ -225,7 +226,7 @@ def _refuse_unread(options: Mapping[str, Any], source: str) -> None:
 
 
 def _patterns(
-    options: Mapping[str, Any], key: str, check: Callable[[Any, str, str], float], source: str
+    options: Mapping[str, Any], key: str, check: Callable[[Any, str], float], source: str
 ) -> Patterns:
     values = options.get(key)
     if values is None:
@@ -242,7 +243,9 @@ def _patterns(
             f"{source} has {len(choices)} patterns with repeats or choices in {key}, above the limit of "
             f"{_MAX_CHOICES}; give the names of the layers instead"
         )
-    return tuple((_pattern(name, key, source), check(value, key, source)) for name, value in values.items())
+    return tuple(
+        (_pattern(name, key, source), check(value, f"{key} in {source}")) for name, value in values.items()
+    )
 
 
 def _pattern(text: str, key: str, source: str) -> re.Pattern[str]:
@@ -264,10 +267,6 @@ def _pattern(text: str, key: str, source: str) -> re.Pattern[str]:
         ) from error
 
 
-def _alpha(value: Any, key: str, source: str) -> float:
-    return check_alpha(value, f"{key} in {source}")
-
-
 def check_alpha(value: Any, what: str) -> float:
     """`value` as a float, where it can be an alpha; raises ValueError that calls it `what`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -279,11 +278,11 @@ def check_alpha(value: Any, what: str) -> float:
     return float(value)
 
 
-def _rank(value: Any, key: str, source: str) -> int:
+def _check_rank(value: Any, what: str) -> int:
     whole = isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
     if not whole or value != int(value):
         raise ValueError(
-            f"{key} in {source} is {shortened(value)}; a rank is a whole number from 1 to {MAX_RANK}, so get "
+            f"{what} is {shortened(value)}; a rank is a whole number from 1 to {MAX_RANK}, so get "
             "the file again"
         )
     return int(value)

@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint directory: size and sha256 of every file, by which damage is noticed.
+"""`manifest.json` of a checkpoint directory: size and sha256 of every file, by which damage is noticed.
 
-It is `manifest.json` in the directory. Loading holds the sizes against it, which costs nothing; `verify`
-reads every byte. A file may be a link, as in a download cache: the name as given is what counts.
+Loading compares the sizes, which costs nothing; `verify` reads every byte. A file may be a link, as in a
+download cache: the name as given is what counts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from reprlib import repr as shortened
 from typing import Any
@@ -41,11 +41,9 @@ class ListedFile:
 
 
 def write_manifest(directory: Path) -> None:
-    """List the files that lie in `directory`, in place of what a manifest there says. Raises OSError."""
-    files = {
-        name: asdict(ListedFile((directory / name).stat().st_size, file_sha256(directory / name)))
-        for name in _present(directory)
-    }
+    """Write the manifest of the files in `directory`, in place of the one that is there. Raises OSError."""
+    paths = {name: directory / name for name in _present(directory)}
+    files = {name: {"size": path.stat().st_size, "sha256": file_sha256(path)} for name, path in paths.items()}
     text = json.dumps({"format": _FORMAT, "files": files}, indent=1)
     write_text(directory / MANIFEST_FILE, text + "\n")
 
@@ -72,7 +70,7 @@ def check_sizes(directory: Path) -> None:
 
 
 def verify(directory: Path) -> None:
-    """Read every listed file of `directory` whole and hold it against the manifest.
+    """Read every listed file of `directory` whole and compare it with the manifest.
 
     Raises ValueError where one differs, where a file that loading reads is not listed, and where there is no
     manifest.
@@ -92,7 +90,7 @@ def differences(directory: Path) -> dict[str, str] | None:
     if listed is None:
         return None
     found = {name: _difference(directory / name, entry) for name, entry in listed.items()}
-    unlisted = [name for name in _present(directory) if name not in listed and _is_read(name)]
+    unlisted = [name for name in _present(directory) if name not in listed and name.endswith(_READ_SUFFIXES)]
     return found | dict.fromkeys(unlisted, "is not listed")
 
 
@@ -122,10 +120,6 @@ def _is_inside(name: str) -> bool:
     return plain and bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
-def _is_read(name: str) -> bool:
-    return name.endswith(_READ_SUFFIXES)
-
-
 def _present(directory: Path) -> list[str]:
     """The files in `directory` and its folders, without hidden ones, the manifest, and what was built for one
     machine."""
@@ -153,8 +147,7 @@ def _other_size(path: Path, entry: ListedFile) -> str:
 
 
 def _difference(path: Path, entry: ListedFile) -> str:
-    other = _other_size(path, entry)
-    if other:
+    if other := _other_size(path, entry):
         return other
     try:
         return "" if file_sha256(path) == entry.sha256 else "has another content (sha256)"
@@ -163,12 +156,12 @@ def _difference(path: Path, entry: ListedFile) -> str:
 
 
 def _refuse(directory: Path, found: dict[str, str]) -> None:
-    told = [f"{name} {reason}" for name, reason in found.items() if reason]
-    if not told:
+    wrong = [f"{name} {reason}" for name, reason in found.items() if reason]
+    if not wrong:
         return
-    more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
+    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
     raise ValueError(
-        f"{directory} differs from its {MANIFEST_FILE}: {', '.join(told[:_SHOWN])}{more}; get it again, or, "
+        f"{directory} differs from its {MANIFEST_FILE}: {', '.join(wrong[:_SHOWN])}{more}; get it again, or, "
         f"where the change is meant, {_renewal(directory)}"
     )
 

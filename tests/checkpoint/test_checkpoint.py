@@ -110,7 +110,7 @@ def test_diffusers_directory_loads_directly(
         checkpoint = Checkpoint.open(diffusers_directory)
     config = checkpoint.config
     assert "names no cache; EMA-Sink is taken" in caplog.text
-    assert config.name == "wan-dim128-layers30" and config.model.num_heads == 1
+    assert config.name == "wan-dim128-layers2" and config.model.num_heads == 1
     builds = {
         "transformer": lambda: WanDiT(config.model),
         "vae": lambda: WanVAE(config.vae),
