@@ -26,7 +26,7 @@ VAEPrecision = Literal["default", "fp8"]
 Config = TypeVar("Config")
 
 # Far above every published model, and low enough that nothing of that size takes long to describe. What a
-# checkpoint really has is compared with its tensors (checkpoint/agreement.py).
+# checkpoint really has is compared with its tensors (checkpoint/checkpoint.py).
 Layers = Annotated[int, Range(1, 1024)]
 Heads = Annotated[int, Range(1, 1024)]
 Width = Annotated[int, Range(1, 65536)]

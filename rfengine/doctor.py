@@ -20,7 +20,7 @@ import rfengine
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
-from rfengine.config import PRESETS, DTypeName, EngineConfig, RuntimeConfig
+from rfengine.config import PRESETS, DTypeName, RuntimeConfig
 from rfengine.costs.memory import memory_needs
 from rfengine.export.tensorrt_api import import_tensorrt
 from rfengine.grid import LatentGrid

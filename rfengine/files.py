@@ -1,4 +1,4 @@
-"""Files and directories that appear whole or not at all, locks between processes, files of strangers."""
+"""Files and directories that appear whole or not at all, locks between processes, and checked reading."""
 
 from __future__ import annotations
 
@@ -147,18 +147,32 @@ _KINDS = {
 }  # fmt: skip
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[BinaryIO]:
+    """Give the block an ordinary file to read. Raises ValueError where it is absent or cannot be read."""
+    try:
+        with open_regular(path) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} {absence(path)}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable") from error
+
+
+def absence(path: Path) -> str:
+    """How an error says that nothing is at `path`; a cache holds links, whose files may never have come."""
+    if os.path.islink(path):
+        return "is a link to a file that is not there: a download was not finished, so get it again"
+    return "does not exist; check the path"
+
+
 def read_text(path: Path, limit_bytes: int) -> str:
     """The text of an ordinary UTF-8 file of at most `limit_bytes`; a byte order mark is left out.
 
     Raises ValueError for anything else, one that does not exist or cannot be read included.
     """
-    try:
-        with open_regular(path) as file:
-            content = file.read(limit_bytes + 1)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist; check the path") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable") from error
+    with reading(path) as file:
+        content = file.read(limit_bytes + 1)
     if len(content) > limit_bytes:
         raise ValueError(f"{path} has more than the {limit_bytes} bytes that are read; give a smaller file")
     try:

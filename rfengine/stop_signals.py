@@ -9,8 +9,8 @@ _ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Ctrl-C, termination and the end of the terminal, but those that the process was told to ignore: nohup
-    does so, and a shell for what runs in its background."""
+    """Ctrl-C, termination and the end of the terminal, except those that the process ignores since its
+    start: under nohup, or in the background of a shell."""
     return tuple(number for number in _ALL if signal.getsignal(number) != signal.SIG_IGN)
 
 

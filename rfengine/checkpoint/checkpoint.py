@@ -255,10 +255,7 @@ def _infer_config(directory: CheckpointDirectory) -> EngineConfig:
             directory.refuse_pickles(part)
         if files and not directory.is_pickled(part):
             shapes = shapes_of(directory.open(part))
-            try:
-                configs[part] = infer_config(part, shapes, directory.settings(part))
-            except ValueError as error:
-                raise ValueError(f"{files[0].parent}: {error}") from error
+            configs[part] = infer_config(part, shapes, directory.settings(part), files[0].parent)
     logger.warning(
         "%s names no cache; EMA-Sink is taken, and the model is treated as a teacher, which a few steps do "
         "not suit",

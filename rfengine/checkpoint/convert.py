@@ -1,4 +1,4 @@
-"""`rfengine convert`: any known checkpoint into a directory of the engine's own, tensor by tensor (spec 6).
+"""`rfengine convert`: any known checkpoint into a directory of the engine's own, tensor by tensor.
 
 DST holds rfengine.json, manifest.json, transformer.safetensors and, where the source or the base has them,
 vae.safetensors, text_encoder.safetensors, tokenizer/ and tiny_vae.safetensors. Of a tiny decoder without a
@@ -14,13 +14,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from rfengine.checkpoint.checkpoint import engine_config, open_tokenizer, read_config, write_config
 from rfengine.checkpoint.directories import MODEL_PARTS, PARTS, CheckpointDirectory, inner_directory
-from rfengine.checkpoint.file_format import absence
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import read_as
 from rfengine.checkpoint.lora import add_lora, open_lora
@@ -45,7 +44,7 @@ from rfengine.config import (
     VAEConfig,
     require_same_latents,
 )
-from rfengine.files import cannot_write, locked, new_directory
+from rfengine.files import absence, cannot_write, locked, new_directory
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +172,7 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
             )
         checkpoint.tensors[part] = tensors
         if part == "tiny_vae":
-            checkpoint.configs[part] = _infer(source, part, tensors, {})
+            checkpoint.configs[part] = infer_config(part, shapes_of(tensors), place=source)
             if base is None:
                 return checkpoint
             checkpoint.generator = base
@@ -187,9 +186,7 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
     if "transformer" not in checkpoint.configs:
         shapes = shapes_of(checkpoint.tensors["transformer"])
         heads = _base_heads(base, shapes)
-        checkpoint.configs["transformer"] = _infer(
-            source, "transformer", checkpoint.tensors["transformer"], heads
-        )
+        checkpoint.configs["transformer"] = infer_config("transformer", shapes, heads, source)
     if "text_encoder" in checkpoint.tensors:
         _check_tokenizer(checkpoint, base or source)
     return checkpoint
@@ -211,26 +208,18 @@ def _take_parts(checkpoint: _Checkpoint, path: Path, use_ema: bool) -> None:
     check_sizes(path)
     directory = CheckpointDirectory.of(path)
     own = read_config(directory) if directory.layout == "rfengine" else None
-    own_configs: dict[Part, PartConfig] = {} if own is None else part_configs(own)
     for part in PARTS:
         if part in checkpoint.tensors or not (files := directory.files(part)):
             continue
-        checkpoint.tensors[part] = tensors = directory.open(part, use_ema)
-        checkpoint.configs[part] = own_configs.get(part) or _infer(
-            files[0].parent, part, tensors, directory.settings(part)
-        )
+        checkpoint.tensors[part] = directory.open(part, use_ema)
+        if own is None:
+            shapes, settings = shapes_of(checkpoint.tensors[part]), directory.settings(part)
+            checkpoint.configs[part] = infer_config(part, shapes, settings, files[0].parent)
+        else:
+            checkpoint.configs[part] = part_configs(own)[part]
         if part == "text_encoder":
             checkpoint.tokenizer = directory.tokenizer()
     checkpoint.own_config = checkpoint.own_config or own
-
-
-def _infer(
-    place: Path, part: Part, tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
-) -> PartConfig:
-    try:
-        return infer_config(part, shapes_of(tensors), settings)
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
 
 
 def _base_heads(base: Path | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -270,7 +259,7 @@ def _resolve_kind(kind: Kind, source: Path) -> str:
 
 def _given_name(source: Path) -> str:
     """The name of the source as it was given: in a cache a link leads to a file named by its hash, and a
-    snapshot, named by one too, lies in the folder of its repository."""
+    snapshot, named by one too, is in the folder of its repository."""
     path = Path(os.path.abspath(source))
     return path.parent.parent.name if path.parent.name == "snapshots" else path.name
 

@@ -68,7 +68,7 @@ _TOKENIZERS: dict[DirectoryLayout, tuple[str, ...]] = {
 
 
 def checkpoint_directory(source: str | Path) -> Path:
-    """Where the checkpoint `source` lies; "tiny" is in the package. Raises ValueError for no directory."""
+    """The directory of the checkpoint `source`; "tiny" is in the package. ValueError where it is none."""
     if str(source) == "tiny":
         return Path(str(resources.files("rfengine"))) / "weights" / "tiny"
     directory = Path(source)

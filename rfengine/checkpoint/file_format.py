@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Literal
 
-from rfengine.files import open_regular
+from rfengine.files import reading
 
 WeightsFormat = Literal["safetensors", "pickle"]
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFETENSORS_SUFFIXES = (".safetensors", ".sft")
 _START_BYTES = 512
-_TAR_OFFSET = 257  # of the mark of a tar archive
+_TAR_OFFSET = 257  # of the name in the header of a tar archive
 _LONGEST_HEADER = 2**40  # bytes; more than any file, so the length in front of a header has zeros at its end
 
 # How a file of another format starts, and what it is called.
@@ -44,7 +43,8 @@ def weights_format(path: Path) -> WeightsFormat:
     Raises ValueError for what is no ordinary file or cannot be read, and, by its name, for a format that is
     not read.
     """
-    start = _read_start(path)
+    with reading(path) as file:
+        start = file.read(_START_BYTES)
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < _LONGEST_HEADER:
         return "safetensors"
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):  # zip, bare
@@ -64,25 +64,8 @@ def weights_format(path: Path) -> WeightsFormat:
     )
 
 
-def _read_start(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            return file.read(_START_BYTES)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} {absence(path)}") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable") from error
-
-
-def absence(path: Path) -> str:
-    """How an error says that nothing is at `path`; a cache holds links, whose files may never have come."""
-    if os.path.islink(path):
-        return "is a link to a file that is not there: a download was not finished, so get it again"
-    return "does not exist; check the path"
-
-
 def _refuse_foreign(path: Path, start: bytes) -> None:
-    name = next((name for mark, name in _FOREIGN.items() if start.startswith(mark)), None)
+    name = next((name for magic, name in _FOREIGN.items() if start.startswith(magic)), None)
     if start[_TAR_OFFSET : _TAR_OFFSET + 5] == b"ustar":
         name = "a tar archive"
     elif _is_onnx(start):

@@ -217,7 +217,7 @@ def _target(found: _Found, spellings: dict[str, str]) -> str | None:
 
 def _describe_lacking(lacking: list[_Found], others_fit: bool, spellings: dict[str, str], label: str) -> str:
     names = [f"{each.layer}.{each.leaves[0]}" for each in lacking]
-    told = f"{label} adapts {list_names(set(names))}, which the transformer lacks"
+    problem = f"{label} adapts {list_names(set(names))}, which the transformer lacks"
     images = [name for name in names if _IMAGE.search(name)]
     if images:
         return (
@@ -230,10 +230,10 @@ def _describe_lacking(lacking: list[_Found], others_fit: bool, spellings: dict[s
     ]
     if all(_target(each, spellings) for each in in_first_block):
         blocks = {match[1] for name in spellings if (match := re.match(r"blocks\.(\d+)\.", name))}
-        return f"{told}; it has {len(blocks)} layers, so the LoRA is for a transformer of another size"
+        return f"{problem}; it has {len(blocks)} layers, so the LoRA is for a transformer of another size"
     if others_fit:
-        return f"{told}, and the rest fits; give a LoRA that adapts this transformer alone"
-    return f"{told}; it is for another model"
+        return f"{problem}, and the rest fits; give a LoRA that adapts this transformer alone"
+    return f"{problem}; it is for another model"
 
 
 def _check_complete(layers: dict[str, LoraNames], label: str) -> None:

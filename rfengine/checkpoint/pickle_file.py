@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfengine.checkpoint.file_format import absence, weights_format
+from rfengine.checkpoint.file_format import weights_format
 from rfengine.checkpoint.layouts import EMA_WORDS, list_names
 from rfengine.checkpoint.tensor_file import StoredTensor
+from rfengine.files import absence
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ _LOAD_ERRORS = (
 )
 _REFUSED_CODE = re.compile(r"GLOBAL |allowlisted|unrecognized function")
 
-# In the order of preference (spec 6.1): averaged weights first; `module` is DeepSpeed's.
+# In the order of preference: averaged weights first, as the published trainers save them; `module` is
+# DeepSpeed's.
 MODEL_KEYS = (
     *EMA_WORDS, "generator", "model", "state_dict", "module", "model_state_dict", "student", "shadow",
 )  # fmt: skip
@@ -64,7 +66,7 @@ def open_pickle(path: Path, keys: Sequence[str] = MODEL_KEYS) -> dict[str, Store
 def load_pickle(path: Path) -> Any:
     """What a torch file holds, on the CPU and mapped where it can be; no code in it runs.
 
-    Raises as open_pickle does, but for what is in it.
+    Raises as open_pickle does, except for the content.
     """
     _check_torch()
     if not path.is_file():

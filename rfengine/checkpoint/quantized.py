@@ -1,6 +1,6 @@
 """Weights of eight and fewer bits: scaled FP8 is multiplied back, every other form is refused by its name.
 
-The names are those of ComfyUI (scale_weight and the mark scaled_fp8; weight_scale and comfy_quant of its
+The names are those of ComfyUI (scale_weight and the flag scaled_fp8; weight_scale and comfy_quant of its
 QUANTIZATION.md), of DeepSeek (weight_scale_inv), and of the packages that the errors name.
 """
 
@@ -26,7 +26,7 @@ _FP8_SETTINGS = frozenset({"format", "full_precision_matrix_mult", "orig_dtype",
 _SCALES = re.compile(r"(.+\.)(?:scale_weight|weight_scale|weight_scale_inv)")
 _INPUT_SCALES = re.compile(r"(.+\.)(?:scale_input|input_scale)")
 _LAYER_FORMAT = re.compile(r"(.+\.)comfy_quant")
-_MARK = re.compile(r"(?:.+\.)?scaled_fp8")
+_FLAG = re.compile(r"(?:.+\.)?scaled_fp8")
 _MOST_FORMAT_BYTES = 1 << 16
 
 # What a name of another form has in it, and whose it is.
@@ -48,13 +48,13 @@ def dequantized(tensors: Mapping[str, StoredTensor], label: str) -> dict[str, St
     """`tensors` with every scaled FP8 weight multiplied by its scale, in float32, when it is read.
 
     FP8 without a scale stays as it is. The scales of activations, which weights alone do not need, and the
-    marks are left out. label: the file, for errors. Raises ValueError for any other quantized form and for
+    flags are left out. label: the file, for errors. Raises ValueError for any other quantized form and for
     integers, by their names, and for a scale that does not belong to its weight.
     """
     _refuse_other_forms(tensors, label)
     kept = dict(tensors)
     for name, stored in tensors.items():
-        if _MARK.fullmatch(name):
+        if _FLAG.fullmatch(name):
             del kept[name]
         elif match := _LAYER_FORMAT.fullmatch(name):
             del kept[name]

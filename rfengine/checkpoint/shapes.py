@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rfengine.checkpoint.layouts import Part, list_names
@@ -48,17 +50,23 @@ def shapes_of(tensors: Mapping[str, StoredTensor]) -> dict[str, Shape]:
     return {name: stored.shape for name, stored in tensors.items()}
 
 
-def infer_config(part: Part, shapes: Shapes, settings: Mapping[str, Any] | None = None) -> PartConfig:
+def infer_config(
+    part: Part, shapes: Shapes, settings: Mapping[str, Any] | None = None, place: Path | None = None
+) -> PartConfig:
     """The configuration of a part, from the shapes of its tensors and `settings`, its config.json.
 
-    Raises ValueError when a tensor that determines a size is absent, and when settings are not what they may
-    be or disagree with the shapes.
+    place: where both are from, for errors. Raises ValueError when a tensor that determines a size is absent,
+    and when settings are not what they may be or disagree with the shapes.
     """
-    if part == "transformer":
-        return _infer_transformer(shapes, settings or {})
-    if part == "tiny_vae":
-        return _infer_tiny_vae(shapes)
-    return (_infer_vae if part == "vae" else _infer_text)(shapes, settings or {})
+    settings = settings or {}
+    try:
+        if part == "transformer":
+            return _infer_transformer(shapes, settings)
+        if part == "tiny_vae":
+            return _infer_tiny_vae(shapes)
+        return _infer_vae(shapes, settings) if part == "vae" else _infer_text(shapes, settings)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}" if place else str(error)) from error
 
 
 def expected_shapes(config: PartConfig) -> dict[str, Shape]:
@@ -263,40 +271,27 @@ def _transformer_shapes(config: WanConfig) -> dict[str, Shape]:
 
 def _vae_shapes(config: VAEConfig) -> dict[str, Shape]:
     """Every tensor of the VAE by its original name."""
-    widths = [config.base_dim * factor for factor in config.dim_mult]
-    z_dim, last = config.z_dim, len(widths) - 1
+    widths, z_dim = [config.base_dim * factor for factor in config.dim_mult], config.z_dim
     shapes = {**_conv("conv1", 2 * z_dim, 2 * z_dim, 1, 1, 1), **_conv("conv2", z_dim, z_dim, 1, 1, 1)}
 
     shapes |= _conv("encoder.conv1", config.base_dim, RGB_CHANNELS, 3, 3, 3)
-    channels, index = config.base_dim, 0
-    for level, width in enumerate(widths):
-        for channels_in in (channels, *(width,) * (config.num_res_blocks - 1)):
-            shapes |= _residual(f"encoder.downsamples.{index}", channels_in, width)
-            index += 1
+    names, channels = _numbered("encoder.downsamples"), config.base_dim
+    for width, temporal in zip(widths, (*config.temporal_downsample, None), strict=True):
+        shapes |= _residuals(names, channels, width, config.num_res_blocks)
         channels = width
-        if level < last:
-            name = f"encoder.downsamples.{index}"
-            shapes |= _conv(f"{name}.resample.1", width, width, 3, 3)
-            if config.temporal_downsample[level]:
-                shapes |= _conv(f"{name}.time_conv", width, width, 3, 1, 1)
-            index += 1
-    shapes |= _middle_and_head("encoder", channels, 2 * z_dim)
+        if temporal is not None:
+            shapes |= _resample(next(names), width, width, width if temporal else 0)
+    shapes |= _middle_and_head("encoder", channels, channels, 2 * z_dim)
 
-    channels, index = widths[-1], 0
-    shapes |= _conv("decoder.conv1", channels, z_dim, 3, 3, 3)
-    for level, width in enumerate(reversed(widths)):
-        for channels_in in (channels, *(width,) * config.num_res_blocks):
-            shapes |= _residual(f"decoder.upsamples.{index}", channels_in, width)
-            index += 1
+    shapes |= _conv("decoder.conv1", widths[-1], z_dim, 3, 3, 3)
+    names, channels = _numbered("decoder.upsamples"), widths[-1]
+    for width, temporal in zip(reversed(widths), (*reversed(config.temporal_downsample), None), strict=True):
+        shapes |= _residuals(names, channels, width, config.num_res_blocks + 1)
         channels = width
-        if level < last:
-            name = f"decoder.upsamples.{index}"
+        if temporal is not None:
             channels = width // 2
-            shapes |= _conv(f"{name}.resample.1", channels, width, 3, 3)
-            if config.temporal_downsample[last - 1 - level]:
-                shapes |= _conv(f"{name}.time_conv", 2 * width, width, 3, 1, 1)
-            index += 1
-    return shapes | _middle_and_head("decoder", widths[-1], RGB_CHANNELS, channels)
+            shapes |= _resample(next(names), width, channels, 2 * width if temporal else 0)
+    return shapes | _middle_and_head("decoder", widths[-1], channels, RGB_CHANNELS)
 
 
 def _text_shapes(config: TextConfig) -> dict[str, Shape]:
@@ -353,11 +348,23 @@ def _residual(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
     return shapes if inputs == outputs else shapes | _conv(f"{name}.shortcut", outputs, inputs, 1, 1, 1)
 
 
-def _middle_and_head(
-    half: str, channels: int, outputs: int, head_channels: int | None = None
-) -> dict[str, Shape]:
-    """The middle of one half, and its head, from head_channels (`channels` by default) to outputs."""
-    head_channels = channels if head_channels is None else head_channels
+def _numbered(prefix: str) -> Iterator[str]:
+    return (f"{prefix}.{index}" for index in itertools.count())
+
+
+def _residuals(names: Iterator[str], inputs: int, outputs: int, count: int) -> dict[str, Shape]:
+    """`count` residual blocks under the next names; the first one takes `inputs` channels."""
+    blocks = [_residual(next(names), inputs if index == 0 else outputs, outputs) for index in range(count)]
+    return {name: shape for block in blocks for name, shape in block.items()}
+
+
+def _resample(name: str, width: int, outputs: int, time_outputs: int) -> dict[str, Shape]:
+    """A step between two levels; time_outputs is 0 where it leaves time as it is."""
+    shapes = _conv(f"{name}.resample.1", outputs, width, 3, 3)
+    return shapes | (_conv(f"{name}.time_conv", time_outputs, width, 3, 1, 1) if time_outputs else {})
+
+
+def _middle_and_head(half: str, channels: int, head_channels: int, outputs: int) -> dict[str, Shape]:
     return {
         **_residual(f"{half}.middle.0", channels, channels),
         f"{half}.middle.1.norm.gamma": (channels, 1, 1),
@@ -379,11 +386,11 @@ def describe_mismatch(expected: Shapes, found: Shapes) -> str:
         if tuple(found[name]) != tuple(expected[name])
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-    told = [f"{len(names)} {kind}: {list_names(names)}" for kind, names in kinds if names]
+    problems = [f"{len(names)} {kind}: {list_names(names)}" for kind, names in kinds if names]
     sizes = [_describe_size(shapes) for shapes in (found, expected)]
-    if told and all(sizes) and sizes[0] != sizes[1]:
-        told.insert(0, f"the checkpoint has {sizes[0]} and the model has {sizes[1]}")
-    return "; ".join(told)
+    if problems and all(sizes) and sizes[0] != sizes[1]:
+        problems.insert(0, f"the checkpoint has {sizes[0]} and the model has {sizes[1]}")
+    return "; ".join(problems)
 
 
 def _describe_size(shapes: Shapes) -> str:

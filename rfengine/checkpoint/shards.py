@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rfengine.checkpoint.file_format import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, absence
+from rfengine.checkpoint.file_format import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES
 from rfengine.checkpoint.layouts import list_names
-from rfengine.files import json_object, read_text
+from rfengine.files import absence, json_object, read_text
 
 logger = logging.getLogger(__name__)
 

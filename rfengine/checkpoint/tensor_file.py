@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rfengine.checkpoint.file_format import weights_format
-from rfengine.files import open_regular, replaced, strict_json
+from rfengine.files import open_regular, reading, replaced, strict_json
 
 # A published header has at most a few hundred kilobytes. The format itself allows 100 MB, which as Python
 # objects would take gigabytes before anything in it is known to be true.
@@ -48,7 +48,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that is still elsewhere; `read` brings it to the CPU, each time anew."""
+    """A tensor that is still elsewhere; `read` brings it to the CPU, again at every call."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies in its file: bytes `begin` to `end`, counted from the start of the file."""
+    """Where one tensor is in its file: bytes `begin` to `end`, counted from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -114,18 +114,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def _read_start(path: Path) -> tuple[bytes, int]:
     """The header's text and the size of the file."""
-    try:
-        with open_regular(path) as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            start = file.read(_LENGTH_BYTES)
-            length = int.from_bytes(start, "little")
-            _check_start(path, start, size, length)
-            return file.read(length), size
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist; check the path") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); make it readable") from error
+    with reading(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        start = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(start, "little")
+        _check_start(path, start, size, length)
+        return file.read(length), size
 
 
 def _check_start(path: Path, start: bytes, size: int, length: int) -> None:

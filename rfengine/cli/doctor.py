@@ -17,7 +17,7 @@ class DoctorOptions:
     json: bool = False
     """Print JSON instead of text."""
     model: str = "tiny"
-    """Whose memory is reckoned: tiny, wan-1.3b, wan-14b or a checkpoint directory."""
+    """Whose memory is computed: tiny, wan-1.3b, wan-14b or a checkpoint directory."""
     height: int | None = None
     """Pixels; the model's own size where nothing is given."""
     width: int | None = None
@@ -25,7 +25,7 @@ class DoctorOptions:
     dtype: DTypeName | None = None
     """bfloat16 on CUDA, float32 on the CPU where nothing is given."""
     renew: bool = False
-    """First write the manifest of the checkpoint directory anew, after a change that was meant."""
+    """First write the manifest of the checkpoint directory again, after an intended change."""
 
 
 def run(options: DoctorOptions) -> int:

@@ -22,7 +22,7 @@ def count(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:
 
 
 def test_published_tensor_and_parameter_counts() -> None:
-    """The counts of spec 1.1, 4, 4.9 and 5.1."""
+    """Counted in the published files."""
     assert count(expected_shapes(PRESETS["wan-1.3b"].model)) == (825, 1_418_996_800)
     assert count(expected_shapes(PRESETS["wan-14b"].model)) == (1095, 14_288_491_584)
     assert count(expected_shapes(VAEConfig())) == (194, 126_892_531)
