@@ -15,11 +15,11 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def stops_end_it_at_once(last_line: bytes, status: int) -> None:
-    """Until another handler is set, a signal to stop writes `last_line` to standard error and ends the
-    process without any cleaning up.
+    """Until another handler is set, let a signal to stop write `last_line` to standard error and end the
+    process with `status`, without clean-up.
 
-    It is for the time in which packages are imported: an exception there can be lost in the import system or
-    come out as another one, and nothing is written yet.
+    For the time while packages are imported: an exception there can be lost in the import system or come out
+    as another one, and nothing is written yet.
     """
 
     def end(number: int, frame: object) -> None:

@@ -40,7 +40,7 @@ class ExportVAEOptions:
     onnx_only: bool = False
     """Write the ONNX files and build no engine, which needs neither TensorRT nor a GPU."""
     force: bool = False
-    """Write files anew that are there already."""
+    """Write existing files again."""
 
 
 def run(options: ExportVAEOptions) -> int:
@@ -55,10 +55,10 @@ def run(options: ExportVAEOptions) -> int:
     config = checkpoint.config
     grid = LatentGrid.of(config, options.height, options.width)
     latents = config.cache.chunk_frames if options.latents is None else options.latents
-    mark = vae_fingerprint(directory, config.vae)
-    spec = ExportSpec(mark, grid.height, grid.width, latents, options.precision)
+    fingerprint = vae_fingerprint(directory, config.vae)
+    spec = ExportSpec(fingerprint, grid.height, grid.width, latents, options.precision)
     device = None if options.onnx_only else _device_for_engines()
-    folder = export_folder(directory, mark, options.out)
+    folder = export_folder(directory, fingerprint, options.out)
     wanted: list[Stage] = []
     for stage in STAGES:
         path = spec.onnx_file(folder, stage)
@@ -115,7 +115,7 @@ def _export(checkpoint: Checkpoint, spec: ExportSpec, stages: list[Stage], folde
     for stage in stages:
         size = (spec.latents, grid.latent_height, grid.latent_width)
         program = export_graph(DecoderGraph(vae, *size, first=stage == "first"))
-        _tell(write_onnx(program, spec, stage, folder))
+        _report(write_onnx(program, spec, stage, folder))
 
 
 def _build(spec: ExportSpec, folder: Path, device: torch.device, force: bool) -> None:
@@ -129,8 +129,8 @@ def _build(spec: ExportSpec, folder: Path, device: torch.device, force: bool) ->
         if path.exists() and not force:
             print(f"{path}: is there already")
         else:
-            _tell(build_engine(folder, spec, stage, device))
+            _report(build_engine(folder, spec, stage, device))
 
 
-def _tell(path: Path) -> None:
+def _report(path: Path) -> None:
     print(f"{path}: {path.stat().st_size / _MIB:.1f} MiB", flush=True)

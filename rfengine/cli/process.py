@@ -1,4 +1,4 @@
-"""A process around one command or script: streams that take every letter, and pipes that close."""
+"""Run one command or script as a process: streams that accept every character, and pipes that close."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rfengine.cli.terminal import one_line
 
 
 def run_process(main: Callable[[], int | None], name: str) -> int:
-    """The exit status of `main`, which has the process to itself; `name` stands before an error.
+    """Call `main`, which has the process to itself, and return its exit status; `name` begins error lines.
 
-    A letter that the terminal's encoding lacks is written as an escape, with its number. Output into a pipe
-    that is closed ends it without a word, output that cannot be written by one line. SystemExit goes through.
+    A character that the terminal's encoding lacks is written as an escape. A closed output pipe ends the
+    process silently, output that cannot be written ends it with one line. SystemExit passes through.
     """
     _open_streams()
     try:
@@ -37,8 +37,8 @@ def run_process(main: Callable[[], int | None], name: str) -> int:
 
 
 def _open_streams() -> None:
-    """Give a process without standard streams some that lead nowhere, so that no file it opens takes their
-    numbers, and make the others take every character."""
+    """Give a process without standard streams some on /dev/null, so that no file it opens gets their
+    descriptors, and let the others write every character."""
     while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(file, True)
     os.close(file)
@@ -51,7 +51,7 @@ def _open_streams() -> None:
 
 
 def _drop_output() -> None:
-    """Lead streams that cannot be written nowhere, so that what they hold back is no error at the end."""
+    """Redirect streams that cannot be written to /dev/null, so that their buffers raise no error at exit."""
     for stream, file in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()

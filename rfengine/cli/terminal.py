@@ -1,4 +1,4 @@
-"""What every command shares with the terminal: one line for each error, signals, devices."""
+"""What the commands share: one line for each error and warning, signals to stop, the choice of a device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def find_device(name: str | None, option: str = "--device") -> torch.device | None:
-    """The device that `option` names, which is there; None for None. Raises ValueError for any other."""
+    """The device that `option` names; None for None. Raises ValueError where it is unknown or absent."""
     if name is None:
         return None
     import torch
@@ -38,8 +38,8 @@ def one_line(error: object) -> str:
 
 
 def fail(error: object, status: int) -> int:
-    """Say on standard error what is wrong; returns `status`."""
-    with suppress(OSError):  # the terminal may be gone, and the status tells it too
+    """Print the error on standard error and return `status`."""
+    with suppress(OSError):  # the terminal may be gone; the status says it too
         print(f"rfengine: error: {one_line(error)}", file=sys.stderr)
     return status
 
@@ -81,10 +81,9 @@ def one_line_warnings() -> Iterator[None]:
 
 @contextmanager
 def stops_as_interrupt(own_process: bool) -> Iterator[None]:
-    """Each signal to stop ends a command as Ctrl-C does: the file up to there plays, nothing half-written
-    stays.
+    """Let every signal to stop raise KeyboardInterrupt: the video up to there plays, no partial file stays.
 
-    own_process: the process ends after the command, so that no signal may break its last words.
+    own_process: the process ends after the command, so signals are ignored once one has come.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -103,7 +102,7 @@ def stops_as_interrupt(own_process: bool) -> Iterator[None]:
 
 @contextmanager
 def interrupt_waits(then_raise: bool = True) -> Iterator[None]:
-    """Hold signals to stop back until the block is done: half a write would spoil the file."""
+    """Defer signals to stop until the block is done: half a write would spoil the file."""
     if threading.current_thread() is not threading.main_thread():  # others never get the signal
         yield
         return

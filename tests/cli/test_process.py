@@ -54,8 +54,12 @@ def run(code: str, **options: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("package", "name"),
-    [(package, name) for package in ("logging", "torch", "tyro") for name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    + [("rfengine.pipeline", "SIGINT")],
+    [
+        *(("logging", name) for name in ("SIGINT", "SIGTERM", "SIGHUP")),
+        ("torch", "SIGTERM"),
+        ("tyro", "SIGINT"),
+        ("rfengine.pipeline", "SIGINT"),
+    ],
 )
 def test_signal_while_packages_are_imported_is_one_line_and_130(package: str, name: str) -> None:
     finished = run(STOPPED.format(package=package, signal=name))
