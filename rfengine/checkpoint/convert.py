@@ -21,7 +21,7 @@ import torch
 from rfengine.checkpoint.checkpoint import engine_config, open_tokenizer, read_config, write_config
 from rfengine.checkpoint.directories import MODEL_PARTS, PARTS, CheckpointDirectory, inner_directory
 from rfengine.checkpoint.layouts import Part
-from rfengine.checkpoint.loader import read_as
+from rfengine.checkpoint.loader import open_part, read_as
 from rfengine.checkpoint.lora import add_lora, open_lora
 from rfengine.checkpoint.manifest import check_sizes, write_manifest
 from rfengine.checkpoint.shapes import (
@@ -35,7 +35,6 @@ from rfengine.checkpoint.shapes import (
 )
 from rfengine.checkpoint.shards import all_shards
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
-from rfengine.checkpoint.weights_file import open_part
 from rfengine.config import (
     CacheConfig,
     DTypeName,

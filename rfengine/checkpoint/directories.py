@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from rfengine.checkpoint.file_format import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, weights_format
 from rfengine.checkpoint.layouts import Part
+from rfengine.checkpoint.loader import open_part
 from rfengine.checkpoint.shards import folder_names, model_files, read_json, refuse_dangling
 from rfengine.checkpoint.tensor_file import StoredTensor, TensorEntry, read_header
-from rfengine.checkpoint.weights_file import open_part
 from rfengine.files import read_text
 
 logger = logging.getLogger(__name__)

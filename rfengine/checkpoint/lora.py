@@ -15,6 +15,7 @@ from torch import Tensor
 from rfengine.checkpoint.directories import inner_directory
 from rfengine.checkpoint.file_format import weights_format
 from rfengine.checkpoint.layouts import list_names
+from rfengine.checkpoint.loader import open_weights
 from rfengine.checkpoint.lora_names import LoraNames, parse_lora
 from rfengine.checkpoint.lora_scale import (
     CONFIG_FILE,
@@ -26,7 +27,6 @@ from rfengine.checkpoint.lora_scale import (
 from rfengine.checkpoint.pickle_file import LORA_KEYS
 from rfengine.checkpoint.shards import folder_names, refuse_dangling
 from rfengine.checkpoint.tensor_file import StoredTensor, read_header
-from rfengine.checkpoint.weights_file import open_weights
 
 logger = logging.getLogger(__name__)
 

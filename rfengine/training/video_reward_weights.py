@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from rfengine.checkpoint.layouts import list_names
+from rfengine.checkpoint.loader import open_weights
 from rfengine.checkpoint.lora import merge_lora
 from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
-from rfengine.checkpoint.weights_file import open_weights
 from rfengine.files import read_text, strict_json
 
 QUALITIES = ("VQ", "MQ", "TA")
