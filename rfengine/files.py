@@ -11,7 +11,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, BinaryIO
@@ -59,7 +59,7 @@ def new_directory(destination: Path) -> Iterator[Path]:
         yield beside
         _take_name(beside, destination)
     except OSError as error:
-        raise cannot_write(destination, error) from error
+        raise _cannot_write(destination, error) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -78,8 +78,7 @@ def _take_name(directory: Path, name: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
 
 
-def cannot_write(destination: Path, error: OSError) -> RuntimeError:
-    """The error for a destination that cannot be written."""
+def _cannot_write(destination: Path, error: OSError) -> RuntimeError:
     return RuntimeError(
         f"cannot write {destination} ({error.strerror or error}); free space or choose another place"
     )
@@ -110,6 +109,35 @@ def locked(path: Path, holds: str, wait_s: float = 0.0) -> Iterator[None]:
         with suppress(OSError):  # before it is let go, so that nobody holds a file that has no name
             path.unlink(missing_ok=True)
         os.close(file)
+
+
+@contextmanager
+def reserved(destination: Path, holds: str) -> Iterator[None]:
+    """Keep other writers out of `destination` during the block; after an error remove folders made for it.
+
+    holds: as in `locked`. Raises ValueError where it is in use, RuntimeError where another process holds it
+    or it cannot be written.
+    """
+    made = [folder for folder in destination.parents if not folder.exists()]
+    shown = os.fsencode(destination.name)[:_SHOWN_BYTES].decode(errors="ignore")
+    lock = destination.with_name(f".{shown}.lock")
+    try:
+        with ExitStack() as stack:
+            try:
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(lock, holds))
+            except OSError as error:
+                raise _cannot_write(destination, error) from error
+            if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+                raise ValueError(
+                    f"{destination} exists and is not an empty directory; choose another or remove it"
+                )
+            yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
+        raise
 
 
 def _try_lock(path: Path) -> int | None:

@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import threading
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from rfengine.files import (
     partial_path,
     read_text,
     replaced,
+    reserved,
     text_lines,
     write_text,
 )
@@ -177,3 +179,51 @@ def test_what_is_there_comes_back_when_the_new_one_cannot_take_its_name(
     with pytest.raises(RuntimeError, match=told), new_directory(out) as directory:
         (directory / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+HOLDS = "writing it"
+
+
+def hold(destination: Path, held: Event, end: Event) -> None:
+    with reserved(destination, HOLDS):
+        held.set()
+        end.wait(60)
+
+
+def test_a_second_writer_in_another_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
+    context, out = multiprocessing.get_context("fork"), tmp_path / "a" / "out"
+    held, end = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(out, held, end))
+    process.start()
+    try:
+        assert held.wait(60)
+        message = r"\.out\.lock is locked: another process is writing it; wait until it has ended"
+        with pytest.raises(RuntimeError, match=message), reserved(out, HOLDS):
+            raise AssertionError("two hold one destination")
+        with reserved(tmp_path / "a" / "other", HOLDS):
+            pass
+    finally:
+        end.set()
+        process.join()
+    with reserved(out, HOLDS), new_directory(out) as directory:
+        (directory / "file").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
+    with pytest.raises(ValueError, match="out exists and is not an empty directory"), reserved(out, HOLDS):
+        raise AssertionError("a directory in use was reserved")
+
+
+def test_folders_made_for_a_failure_go_again_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for place in ("a/b/out", "there/out"):
+        out = tmp_path / place
+        with pytest.raises(KeyError), reserved(out, HOLDS), new_directory(out) as directory:
+            (directory / "file").touch()
+            raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_destination_with_the_longest_name_is_written(tmp_path: Path) -> None:
+    out = tmp_path / ("\u00fc" * 127)
+    with reserved(out, HOLDS), new_directory(out) as directory:
+        (directory / "file").touch()
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]

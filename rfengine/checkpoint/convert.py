@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -43,11 +42,9 @@ from rfengine.config import (
     VAEConfig,
     require_same_latents,
 )
-from rfengine.files import absence, cannot_write, locked, new_directory
+from rfengine.files import absence, new_directory, reserved
 
 logger = logging.getLogger(__name__)
-
-_LOCK_NAME_BYTES = 200  # of the destination's name in that of its lock; file systems take 255
 
 Kind = Literal["auto", "wan", "reward-forcing", "self-forcing", "longlive"]
 
@@ -104,7 +101,7 @@ def convert(
     source, destination = Path(source), Path(destination).resolve()
     if dtype not in get_args(DTypeName):
         raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(get_args(DTypeName))}")
-    with reserved(destination):
+    with reserved(destination, f"converting into {destination}"):
         checkpoint = _open_source(source, Path(base) if base is not None else None, use_ema)
         complete = "transformer" in checkpoint.tensors
         kind = _resolve_kind(kind, checkpoint.generator) if complete else ""
@@ -126,34 +123,6 @@ def convert(
             if config is not None:
                 write_config(directory, config)
                 write_manifest(directory)
-
-
-@contextmanager
-def reserved(destination: Path) -> Iterator[None]:
-    """Keep other conversions out of `destination` during the block; folders made for it go after an error.
-
-    Raises ValueError where it is in use, RuntimeError where another process holds it or it cannot be written.
-    """
-    made = [folder for folder in destination.parents if not folder.exists()]
-    shown = os.fsencode(destination.name)[:_LOCK_NAME_BYTES].decode(errors="ignore")
-    lock = destination.with_name(f".{shown}.lock")
-    try:
-        with ExitStack() as stack:
-            try:
-                destination.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(lock, f"converting into {destination}"))
-            except OSError as error:
-                raise cannot_write(destination, error) from error
-            if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-                raise ValueError(
-                    f"{destination} exists and is not an empty directory; choose another or remove it"
-                )
-            yield
-    except BaseException:
-        for folder in made:
-            with suppress(OSError):  # somebody else has put something there
-                folder.rmdir()
-        raise
 
 
 def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:

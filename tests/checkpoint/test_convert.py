@@ -3,11 +3,9 @@ from __future__ import annotations
 import filecmp
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rfengine.checkpoint.checkpoint import Checkpoint, write_config
-from rfengine.checkpoint.convert import CACHES, _resolve_kind, convert, reserved
+from rfengine.checkpoint.convert import CACHES, _resolve_kind, convert
 from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import read_manifest, verify
@@ -24,7 +22,7 @@ from rfengine.checkpoint.shapes import (
     expected_shapes,
 )
 from rfengine.config import PRESETS, CacheConfig, TinyVAEConfig, VAEConfig, WanConfig
-from rfengine.files import new_directory
+from rfengine.files import reserved
 from rfengine.models.dit import WanDiT
 from rfengine.models.tiny_vae import TinyVAE
 
@@ -325,7 +323,7 @@ def test_destination_in_use_is_refused(wan_directory: Path, tmp_path: Path) -> N
 
 def test_a_second_conversion_into_a_directory_is_refused_at_once(tmp_path: Path) -> None:
     with (
-        reserved(tmp_path / "out"),
+        reserved(tmp_path / "out", "converting into out"),
         pytest.raises(RuntimeError, match=r"\.out\.lock is locked: another process is converting into"),
     ):
         convert(tmp_path / "rewardforcing.pt", tmp_path / "out")
@@ -519,48 +517,3 @@ def test_an_incomplete_tiny_decoder_is_refused(tmp_path: Path) -> None:
         ValueError, match="the tiny_vae is not that of Wan2.1: 1 missing: decoder.16.conv.2.bias"
     ):
         convert(published_tiny_file(tmp_path / "tae.pth", tensors), tmp_path / "out")
-
-
-def hold(destination: Path, held: Event, end: Event) -> None:
-    with reserved(destination):
-        held.set()
-        end.wait(60)
-
-
-def test_a_second_writer_in_another_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
-    context, out = multiprocessing.get_context("fork"), tmp_path / "a" / "out"
-    held, end = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(out, held, end))
-    process.start()
-    try:
-        assert held.wait(60)
-        message = r"\.out\.lock is locked: another process is converting into .*out; wait until it has ended"
-        with pytest.raises(RuntimeError, match=message), reserved(out):
-            raise AssertionError("two hold one destination")
-        with reserved(tmp_path / "a" / "other"):
-            pass
-    finally:
-        end.set()
-        process.join()
-    with reserved(out), new_directory(out) as directory:
-        (directory / "file").touch()
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["out"]
-    with pytest.raises(ValueError, match="out exists and is not an empty directory"), reserved(out):
-        raise AssertionError("a directory in use was reserved")
-
-
-def test_folders_made_for_a_failure_go_again_and_others_stay(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    for place in ("a/b/out", "there/out"):
-        out = tmp_path / place
-        with pytest.raises(KeyError), reserved(out), new_directory(out) as directory:
-            (directory / "file").touch()
-            raise KeyError
-    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
-
-
-def test_a_destination_with_the_longest_name_is_written(tmp_path: Path) -> None:
-    out = tmp_path / ("\u00fc" * 127)
-    with reserved(out), new_directory(out) as directory:
-        (directory / "file").touch()
-    assert [path.name for path in tmp_path.iterdir()] == [out.name]
