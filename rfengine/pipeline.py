@@ -26,10 +26,11 @@ from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops
 from rfengine.runtime.decoders import open_full_decoder, require_psnr
+from rfengine.runtime.engine import Engine
 from rfengine.runtime.options import decode_device, runtime_switches
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
-from rfengine.stream import Engine, FrameChunk, VideoStream
+from rfengine.stream import FrameChunk, VideoStream
 from rfengine.video import Video
 
 if TYPE_CHECKING:

@@ -3,40 +3,30 @@ yields chunks."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.config import EngineConfig, to_dict
 from rfengine.cuda_graph import made_current
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
-from rfengine.models.decoder import FrameDecoder, reset_state
-from rfengine.models.dit import WanDiT
-from rfengine.models.vae import WanVAE
-from rfengine.prompts import check_prompt
-from rfengine.runtime.chunk_runner import ChunkRunner, StepCallback
-from rfengine.runtime.decode_worker import DecodedFrames, DecodeQueue, DecodeWorker, StreamFrames, finished
-from rfengine.runtime.options import runtime_switches
-from rfengine.runtime.turns import Turns
-from rfengine.schedule import FlowSchedule, chunk_noise
+from rfengine.models.decoder import reset_state
+from rfengine.runtime.chunk_runner import StepCallback
+from rfengine.runtime.decode_worker import DecodedFrames, DecodeWorker, StreamFrames, finished
+from rfengine.runtime.engine import Engine
+from rfengine.schedule import chunk_noise
 from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors, expected_tensors
 from rfengine.video import pixels_from_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy import ndarray
-
-    from rfengine.models.text_encoder import TextEncoder
 
 PromptMode = Literal["soft", "recache", "hard"]
 
@@ -62,56 +52,6 @@ class FrameChunk:
     frames: ndarray
     index: int
     timings: ChunkTimings
-
-
-@dataclass(frozen=True, slots=True)
-class Engine:
-    """The loaded models and what runs them, shared by all streams of a pipeline.
-
-    open_decoder returns the decoder of one size; vae encodes; both are on the queue's device. queue.overlap:
-    streams compute one chunk ahead. compute_stream: the CUDA stream of all denoising then, of a higher
-    priority than the queue's. turns: held by the one stream that uses the engine; graphs, halos and the queue
-    serve one at a time. Nothing here may refer to the pipeline: a circle would keep the models until Python's
-    collector runs.
-    """
-
-    config: EngineConfig
-    model: WanDiT
-    vae: WanVAE
-    text_encoder: TextEncoder
-    fingerprint: str
-    open_decoder: Callable[[LatentGrid], FrameDecoder]
-    queue: DecodeQueue
-    runner: ChunkRunner
-    turns: Turns
-    compute_stream: torch.cuda.Stream | None = None
-
-    @classmethod
-    def of(
-        cls,
-        config: EngineConfig,
-        model: WanDiT,
-        vae: WanVAE,
-        text_encoder: TextEncoder,
-        fingerprint: str,
-        open_decoder: Callable[[LatentGrid], FrameDecoder],
-    ) -> Engine:
-        """The engine of loaded models, with the runtime options of `config` resolved for their devices."""
-        switches = runtime_switches(config.runtime, model.device)
-        overlap, graphs = switches["overlap"].on, switches["graphs"].on
-        queue = DecodeQueue(next(vae.parameters()).device, overlap, graphs)
-        runner = ChunkRunner(model, FlowSchedule(config.schedule), graphs)
-        beside = overlap and model.device.type == "cuda"
-        stream = torch.cuda.Stream(model.device, priority=-1) if beside else None
-        return cls(
-            config, model, vae, text_encoder, fingerprint, open_decoder, queue, runner, Turns(), stream
-        )
-
-    def encode_text(self, prompt: str) -> Tensor:
-        """The text states [1, text_len, text_dim] of one prompt, as the model takes them. Raises ValueError
-        for what is no prompt."""
-        check_prompt(prompt)
-        return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +349,7 @@ class VideoStream:
                 copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
             info = {
                 "format": SNAPSHOT_FORMAT,
-                **_settings(self._engine),
+                **self._engine.settings(),
                 "prompt": self.prompt,
                 "seed": self.seed,
                 "height": self.grid.height,
@@ -426,7 +366,7 @@ class VideoStream:
         """The stream a snapshot was taken of. Raises ValueError when it is of another model, decoder, format
         or setting, or damaged: before anything is taken over, and mostly before anything is allocated."""
         info = snapshot.stream_info()
-        snapshot.check(_settings(engine))
+        snapshot.check(engine.settings())
         others = {name: each for name, each in snapshot.tensors.items() if not name.startswith("decoder.")}
         check_tensors(others, expected_tensors(info, engine.model.config, grid, engine.model.dtype))
         stream = cls(engine, grid, info.prompt, snapshot.tensors["text_states"], info.seed)
@@ -448,14 +388,3 @@ class VideoStream:
             frames = finished(DecodedFrames(snapshot.tensors["ahead.frames"].numpy().copy(), 0.0))
             latents = self._window_latents[info.next_chunk - 1]
             self._ahead = _Computed(latents, frames, denoise_ms=0.0)
-
-
-def _settings(engine: Engine) -> dict[str, Any]:
-    """What a snapshot and the pipeline that restores it must agree on, as JSON values."""
-    return {
-        "fingerprint": engine.fingerprint,
-        "dtype": str(engine.model.dtype),
-        "decoder": engine.config.runtime.vae,
-        "cache": json.loads(json.dumps(to_dict(engine.config.cache))),
-        "denoising_timesteps": list(engine.runner.schedule.denoising_timesteps),
-    }

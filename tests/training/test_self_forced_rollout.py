@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig
-from rfengine.models.embeddings import patchify
+from rfengine.models.dit import patchify
 from rfengine.ops.reference import rms_norm, rotate, unpatchify
 from rfengine.rotary import rotary_table
 from rfengine.schedule import FlowSchedule

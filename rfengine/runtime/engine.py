@@ -1,0 +1,86 @@
+"""Engine: the loaded models and what runs them, shared by all streams of a pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rfengine.config import EngineConfig, to_dict
+from rfengine.grid import LatentGrid
+from rfengine.models.decoder import FrameDecoder
+from rfengine.models.dit import WanDiT
+from rfengine.models.vae import WanVAE
+from rfengine.prompts import check_prompt
+from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.runtime.decode_worker import DecodeQueue
+from rfengine.runtime.options import runtime_switches
+from rfengine.runtime.turns import Turns
+from rfengine.schedule import FlowSchedule
+
+if TYPE_CHECKING:
+    from rfengine.models.text_encoder import TextEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """The loaded models and what runs them, shared by all streams of a pipeline.
+
+    open_decoder returns the decoder of one size; vae encodes; both are on the queue's device. queue.overlap:
+    streams compute one chunk ahead. compute_stream: the CUDA stream of all denoising then, of a higher
+    priority than the queue's. turns: held by the one stream that uses the engine; graphs, halos and the queue
+    serve one at a time. Nothing here may refer to the pipeline: a circle would keep the models until Python's
+    collector runs.
+    """
+
+    config: EngineConfig
+    model: WanDiT
+    vae: WanVAE
+    text_encoder: TextEncoder
+    fingerprint: str
+    open_decoder: Callable[[LatentGrid], FrameDecoder]
+    queue: DecodeQueue
+    runner: ChunkRunner
+    turns: Turns
+    compute_stream: torch.cuda.Stream | None = None
+
+    @classmethod
+    def of(
+        cls,
+        config: EngineConfig,
+        model: WanDiT,
+        vae: WanVAE,
+        text_encoder: TextEncoder,
+        fingerprint: str,
+        open_decoder: Callable[[LatentGrid], FrameDecoder],
+    ) -> Engine:
+        """The engine of loaded models, with the runtime options of `config` resolved for their devices."""
+        switches = runtime_switches(config.runtime, model.device)
+        overlap, graphs = switches["overlap"].on, switches["graphs"].on
+        queue = DecodeQueue(next(vae.parameters()).device, overlap, graphs)
+        runner = ChunkRunner(model, FlowSchedule(config.schedule), graphs)
+        beside = overlap and model.device.type == "cuda"
+        stream = torch.cuda.Stream(model.device, priority=-1) if beside else None
+        return cls(
+            config, model, vae, text_encoder, fingerprint, open_decoder, queue, runner, Turns(), stream
+        )
+
+    def encode_text(self, prompt: str) -> Tensor:
+        """The text states [1, text_len, text_dim] of one prompt, as the model takes them. Raises ValueError
+        for what is no prompt."""
+        check_prompt(prompt)
+        return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
+
+    def settings(self) -> dict[str, Any]:
+        """What a snapshot and the engine that restores it must agree on, as JSON values."""
+        return {
+            "fingerprint": self.fingerprint,
+            "dtype": str(self.model.dtype),
+            "decoder": self.config.runtime.vae,
+            "cache": json.loads(json.dumps(to_dict(self.config.cache))),
+            "denoising_timesteps": list(self.runner.schedule.denoising_timesteps),
+        }
