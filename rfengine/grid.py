@@ -71,9 +71,8 @@ class LatentGrid:
         return self.token_rows * self.token_columns
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames that `latent_frames` latents from the start of a video decode to: the first gives
-        one."""
-        return max(0, 1 + self.temporal_stride * (latent_frames - 1)) if latent_frames > 0 else 0
+        """Pixel frames that `latent_frames` latents from the start of a video decode to; the first is one."""
+        return 0 if latent_frames <= 0 else 1 + self.temporal_stride * (latent_frames - 1)
 
     def latent_frames(self, pixel_frames: int) -> int:
         """The fewest latents from the start of a video that decode to at least `pixel_frames`."""

@@ -185,11 +185,15 @@ def spoiled(tensor: Tensor, value: float) -> Tensor:
 
 
 def test_every_tensor_is_held_against_what_the_stream_expects(pipe: Pipeline, snapshot: Snapshot) -> None:
+    groups = set()
     for name, tensor in snapshot.tensors.items():
         others = {key: each for key, each in snapshot.tensors.items() if key != name}
         lacking = dataclasses.replace(snapshot, tensors=others)
-        wrong = [tensor.double(), tensor[..., :0], tensor[None], tensor.to(torch.int32), "text", None]
-        wrong += [spoiled(tensor, value) for value in (math.nan, math.inf, -math.inf)]
+        wrong = [tensor.double(), tensor[..., :0], spoiled(tensor, math.nan)]
+        if name.split(".")[0] not in groups:  # everything that can be wrong, for one tensor of each group
+            groups.add(name.split(".")[0])
+            wrong += [tensor[None], tensor.to(torch.int32), "text", None]
+            wrong += [spoiled(tensor, value) for value in (math.inf, -math.inf)]
         for damaged in (lacking, *(with_tensors(snapshot, **{name: each}) for each in wrong)):
             with pytest.raises(ValueError, match="snapshot"):
                 pipe.restore(damaged)

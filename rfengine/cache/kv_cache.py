@@ -37,10 +37,6 @@ class CachePlan:
     filled_slots: int
     slot_times: tuple[int, ...]
 
-    @property
-    def query_time(self) -> int:
-        return self.slot_times[self.slot]
-
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rfengine.cache.kv_cache import EMPTY, StreamingKVCache
+from rfengine.cache.kv_cache import EMPTY, CachePlan, StreamingKVCache
 from rfengine.config import CacheConfig
 from rfengine.rotary import rotary_table
 from support.models import GRID, SMALL, small_cache
@@ -9,8 +9,8 @@ from support.models import GRID, SMALL, small_cache
 FRAMES = GRID.frame_tokens
 
 
-def advance_with_frame_numbers(cache: StreamingKVCache) -> tuple:
-    """One chunk whose raw keys and values are the numbers of its latent frames; gives the plan."""
+def advance_with_frame_numbers(cache: StreamingKVCache) -> CachePlan:
+    """One chunk whose raw keys and values are the numbers of its latent frames; returns the plan."""
     plan = cache.plan_chunk()
     cache.begin_chunk(plan)
     first = plan.chunk * cache.config.chunk_frames
@@ -23,6 +23,10 @@ def advance_with_frame_numbers(cache: StreamingKVCache) -> tuple:
     return plan
 
 
+def query_time(plan: CachePlan) -> int:
+    return plan.slot_times[plan.slot]
+
+
 def frame_numbers(cache: StreamingKVCache) -> list[float]:
     return cache.chronological(cache.values)[0, 0, ::FRAMES, 0, 0].tolist()
 
@@ -32,11 +36,11 @@ def test_trace_of_the_published_setting():
     plans = [advance_with_frame_numbers(cache) for _ in range(2)]
     assert [plan.evicts for plan in plans] == [False, False]
     assert frame_numbers(cache) == [0, 1, 2, 3, 4, 5]
-    assert [plan.query_time for plan in plans] == [0, 3]
+    assert [query_time(plan) for plan in plans] == [0, 3]
     expected_sink = {3: 0.003, 4: 0.009, 5: 0.018, 6: 0.030}
     for chunk in range(2, 7):
         plan = advance_with_frame_numbers(cache)
-        assert plan.query_time == 6 and sorted(plan.slot_times) == [0, 3, 6]
+        assert query_time(plan) == 6 and sorted(plan.slot_times) == [0, 3, 6]
         assert plan.evicts == (chunk >= 3)
         window = frame_numbers(cache)
         assert window[3:] == [
@@ -66,7 +70,7 @@ def test_absolute_positions_never_end():
     cache = small_cache(config)
     cache.slot_chunks, cache.next_chunk, cache.begun_chunk = [0, 998, 999], 1000, 999
     plan = cache.plan_chunk()
-    assert plan.slot_times == (0, 3000, 2997) and plan.query_time == 3000
+    assert plan.slot_times == (0, 3000, 2997) and query_time(plan) == 3000
     cache.begin_chunk(plan)
     angle = torch.tensor([3000.0, 3001.0, 3002.0], dtype=torch.float64).cos().float()
     assert torch.equal(cache.query_rotation[0, ::FRAMES, 0], angle)
@@ -84,7 +88,7 @@ def test_no_sink_keeps_the_last_frames_only():
         cache = small_cache(CacheConfig(sink="none", sink_frames=0, positions=positions))
         plans = [advance_with_frame_numbers(cache) for _ in range(6)]
         assert frame_numbers(cache) == list(range(9, 18))
-        assert plans[-1].query_time == (6 if positions == "relative" else 15)
+        assert query_time(plans[-1]) == (6 if positions == "relative" else 15)
 
 
 @pytest.mark.parametrize(("chunk", "window"), [(1, 3), (1, 7), (2, 8), (5, 15)])
@@ -92,7 +96,7 @@ def test_any_chunk_length_and_window(chunk, window):
     cache = small_cache(CacheConfig(chunk, window, sink_frames=chunk, alpha=1.0))
     for number in range(3 * window):
         plan = advance_with_frame_numbers(cache)
-        assert plan.query_time == min(number * chunk, window - chunk)
+        assert query_time(plan) == min(number * chunk, window - chunk)
     last = 3 * window * chunk
     assert frame_numbers(cache) == [*range(chunk), *range(last - window + chunk, last)]
 
@@ -137,6 +141,16 @@ def test_every_slot_is_shown_the_rotation_of_its_time(positions):
         for slot, time in enumerate(plan.slot_times):
             expected = rotary_table(SMALL.head_dim, torch.arange(time, time + 3), 2, 3)
             assert torch.equal(cache.rotation[:, cache.slot_tokens(slot)], expected)
+
+
+def test_the_sink_policy_chooses_the_slot_that_leaves(monkeypatch):
+    cache = small_cache(CacheConfig(sink="frozen"))
+    for _ in range(3):
+        advance_with_frame_numbers(cache)
+    assert cache.plan_chunk().slot == 1  # the oldest outside the sink
+    monkeypatch.setattr(cache.policy, "leaving", lambda slot_chunks: slot_chunks.index(2))
+    plan = advance_with_frame_numbers(cache)
+    assert plan.slot == 2 and plan.slot_times == (0, 3, 6) and cache.slot_chunks == [0, 1, 3]
 
 
 def test_planning_changes_nothing():
