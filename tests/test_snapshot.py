@@ -131,7 +131,7 @@ WRONG = {
     "list of truth": [True, False, True], "numpy": numpy.int64(3),
 }  # fmt: skip
 # what only the caller can know: any text is a prompt, any seed a seed, and how many chunks came before the
-# last hard switch is told by index alone
+# last hard switch is stated by index alone
 FREE = {("prompt", "text"), ("prompt", "empty text"), ("seed", "one")}
 FIELDS = (
     "format", "fingerprint", "dtype", "decoder", "cache", "denoising_timesteps", "prompt", "seed", "height",
@@ -151,7 +151,7 @@ def test_a_wrong_value_of_any_field_is_refused(pipe: Pipeline, snapshot: Snapsho
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"next_chunk": 5}, r"hold the chunks \[0, 3, 2\], which cannot be before chunk 5"),
         ({"slot_chunks": [0, 2, 1]}, "cannot be before chunk 4"),
@@ -171,9 +171,9 @@ def test_a_wrong_value_of_any_field_is_refused(pipe: Pipeline, snapshot: Snapsho
     ],
 )  # fmt: skip
 def test_values_that_do_not_belong_together_are_refused(
-    pipe: Pipeline, snapshot: Snapshot, values: dict, told: str
+    pipe: Pipeline, snapshot: Snapshot, values: dict, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=told) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         pipe.restore(with_info(snapshot, **values))
     assert len(str(caught.value)) < 1000
 

@@ -1,4 +1,4 @@
-"""A stream that decodes a chunk beside the next one gives what a stream without overlap gives."""
+"""A stream that decodes a chunk beside the next one yields what a stream without overlap yields."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_an_endless_stream_keeps_nothing_of_what_it_gave(overlapped: Pipeline) -
     """Memory and Python objects are the same after 2,000 chunks as after 500."""
     status = Path("/proc/self/status")
     if not status.exists():
-        pytest.skip("this system does not tell what memory a process has")
+        pytest.skip("this system does not report the memory of a process")
 
     def measured() -> tuple[int, int]:
         resident = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
@@ -214,10 +214,10 @@ def test_noise_is_drawn_while_the_device_works_and_once(plain: Pipeline, own_str
         "draw 0", "denoise 0", "draw 1", "denoise 1", "draw 2", "denoise 2", "draw 3", "denoise 3", "draw 4",
     ]  # fmt: skip
     stream.set_prompt("a green square", "hard")
-    anew = frames_of(stream, 2)
+    again = frames_of(stream, 2)
     stream.close()
     assert numpy.array_equal(frames, frames_of(plain.stream("a circle", seed=3), 3))
-    assert numpy.array_equal(anew, frames_of(plain.stream("a green square", seed=3), 2))
+    assert numpy.array_equal(again, frames_of(plain.stream("a green square", seed=3), 2))
 
 
 def test_without_a_stream_of_its_own_the_models_device_is_current(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ SETTINGS = [
 
 
 class Watch(TorchDispatchMode):
-    """Lists every op that runs, and fails on one that would wait for the device or whose result lies on
+    """Lists every op that runs, and fails on one that would wait for the device or whose result is on
     another."""
 
     def __init__(self, device: str = "cpu") -> None:
@@ -69,7 +69,7 @@ def test_a_chunk_reads_nothing_on_the_host_and_runs_the_same_ops_once_the_window
 
 
 def recorded_functions(monkeypatch, model, cache, text: TextKeysValues, device: str) -> list:
-    """The functions that the runner gives to CapturedCall, none of which has run yet."""
+    """The functions that the runner passes to CapturedCall, none of which has run yet."""
     functions = []
 
     class Given:

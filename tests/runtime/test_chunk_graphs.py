@@ -49,12 +49,12 @@ def model():
     return small_model()
 
 
-def in_both_modes(model, config: CacheConfig, story) -> None:
-    """What `story` does to a stream leaves the same latents and cache with graphs and without."""
+def in_both_modes(model, config: CacheConfig, scenario) -> None:
+    """What `scenario` does to a stream leaves the same latents and cache with graphs and without."""
     states = []
     for graphs in (False, True):
         stream = Stream(small_runner(model, graphs=graphs), config)
-        story(stream)
+        scenario(stream)
         states.append(stream.state())
     assert_same(*states)
 
@@ -68,7 +68,7 @@ def test_replayed_chunks_equal_eager_ones_bit_for_bit(model, config, tapes):
 
 @torch.no_grad()
 def test_a_prompt_switch_reaches_the_graphs(model, tapes):
-    def story(stream: Stream) -> None:
+    def scenario(stream: Stream) -> None:
         stream.advance(8)
         stream.set_text(1)
         stream.advance(3)
@@ -76,7 +76,7 @@ def test_a_prompt_switch_reaches_the_graphs(model, tapes):
         stream.runner.recache(stream.cache, stream.latents, stream.text)
         stream.advance(6)
 
-    in_both_modes(model, CacheConfig(window_frames=12), story)
+    in_both_modes(model, CacheConfig(window_frames=12), scenario)
     assert tapes
 
 
@@ -133,12 +133,12 @@ def test_after_a_reset_the_graphs_serve_the_next_video(model, tapes):
 
 @torch.no_grad()
 def test_chunks_with_a_callback_mix_with_replayed_ones(model, tapes):
-    def story(stream: Stream) -> None:
+    def scenario(stream: Stream) -> None:
         stream.advance(7)
         stream.advance(2, on_step=lambda step, timestep, latents: latents * 0.5 if step == 0 else None)
         stream.advance(3)
 
-    in_both_modes(model, CacheConfig(), story)
+    in_both_modes(model, CacheConfig(), scenario)
     assert tapes
 
 
