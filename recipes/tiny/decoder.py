@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.stage_run import StageRun
 from recipes.tiny.text_encoder import text_states
+from recipes.tiny.training import StageConfig, train
 from recipes.tiny.vae import WORLD
+from rfengine.accuracy import psnr_db
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.pickle_file import open_pickle
-from rfengine.config import EngineConfig, TinyVAEConfig
+from rfengine.config import EngineConfig
 from rfengine.files import replaced
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
@@ -30,9 +31,12 @@ from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.toy.detector import accuracy
 from rfengine.toy.world import Scene, WorldConfig, caption, render, sample_scenes
+from rfengine.training.config import AdamConfig
 from rfengine.training.cpu_arithmetic import cpu_autocast
+from rfengine.training.learner import Figures, Learner
+from rfengine.training.parallel import Ranks
 from rfengine.training.rollout import roll_out
-from rfengine.training.weight_average import WeightAverage
+from rfengine.training.stages import ModelStage
 from rfengine.video import as_clips, as_model_pixels
 
 _CLIPS = 160  # of each kind
@@ -40,7 +44,7 @@ _CHUNKS = 5  # of each clip
 _GENERATED_BATCH = 32
 _RENDERED_BATCH = 8
 _MUON_RATE = 4e-3
-_ADAM_RATE = 2e-3
+_ADAM = AdamConfig(2e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=25, fall=0.5)
 _BATCH = 2
 _WINDOW = 9  # latents of one training clip
 _CONTEXT = 3  # the first latents of a clip from inside a video, whose memory starts too late
@@ -83,52 +87,44 @@ class Teacher:
         return torch.cat([self.vae.decode(part) for part in latents.split(_RENDERED_BATCH)]).clamp(-1, 1)
 
 
+class TinyDecoderStage(ModelStage):
+    """The tiny decoder of config.model from random weights, on latents [N, z, F, h, w] and the full decoder's
+    pixels [N, 3, T, H, W] of them. Muon for the convolutions between the first and the last."""
+
+    def __init__(self, config: StageConfig, latents: Tensor, pixels: Tensor, ranks: Ranks) -> None:
+        torch.manual_seed(config.seed)
+        model = TinyVAE(config.model)
+        ends = {
+            id(value) for name in ("1", list(model.decoder)[-1]) for value in model.decoder[name].parameters()
+        }
+        inner = [value for value in model.parameters() if value.ndim == 4 and id(value) not in ends]
+        muon = Muon(inner, lr=_MUON_RATE)
+        learner = Learner("tiny_decoder", model, _ADAM, config.steps, 1, ranks, muon)
+        super().__init__(learner, average_decay=0.99)
+        self.config, self.latents, self.pixels = config, latents, pixels
+
+    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
+        own = random.Random(self.config.step_seed(step))
+        latents, pixels = _draw(self.latents, self.pixels, self.config.model.temporal_stride, own)
+        with cpu_autocast():
+            decoded = self.model.decode(latents)
+        decoded = decoded[:, :, -pixels.shape[2] :].float()
+        error = decoded - pixels
+        return (error.abs() + error.square()).mean(), {"psnr": psnr_db(decoded, pixels)}
+
+
 def train_tiny_decoder(
-    teacher: Teacher, config: TinyVAEConfig, directory: Path, minutes: float, seed: int, clips: int = _CLIPS
+    teacher: Teacher, config: StageConfig, directory: Path, ranks: Ranks, clips: int = _CLIPS
 ) -> TinyVAE:
-    """Train, or go on training, a tiny decoder for `minutes` in all; its averaged weights, frozen.
+    """Train, or continue training, a tiny decoder; returns its averaged weights, frozen.
 
     The training clips, `clips` of each kind, are made at the first call and kept in tiny_decoder_clips.pt.
     """
-    latents, pixels = _training_clips(teacher, directory / "tiny_decoder_clips.pt", clips, seed)
-    torch.manual_seed(seed)
-    model = TinyVAE(config)
-    average = WeightAverage(model, decay=0.99)
-    optimizers = _optimizers(model)
-    run = StageRun(directory, "tiny_decoder", minutes)
-    if (state := run.resume()) is not None:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        average.load(state["average"])
-    while run.progress < 1:
-        drawn = _draw(latents, pixels, config.temporal_stride, random.Random(seed * 1_000_003 + run.step))
-        for optimizer, peak in zip(optimizers, (_MUON_RATE, _ADAM_RATE), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = run.learning_rate(peak, warm_up_steps=25)
-        figures = _step(model, optimizers, *drawn)
-        average.update(model, run.step)
-        run.tick(**figures)
-        if run.wants_save() or run.progress >= 1:
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            run.save({"model": model.state_dict(), "optimizers": states, "average": average.values})
-    model.load_state_dict(average.values)
+    path = directory / "tiny_decoder_clips.pt"
+    stage = TinyDecoderStage(config, *_training_clips(teacher, path, clips, config.seed), ranks)
+    model = TinyVAE(config.model)
+    model.load_state_dict(train(config, stage, directory, ranks))
     return model.eval().requires_grad_(False)
-
-
-def _optimizers(model: TinyVAE) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the convolutions between the first and the last, AdamW for those and for the biases."""
-    ends = {
-        id(parameter)
-        for name in ("1", list(model.decoder)[-1])
-        for parameter in model.decoder[name].parameters()
-    }
-    inner = [value for value in model.parameters() if value.ndim == 4 and id(value) not in ends]
-    chosen = {id(value) for value in inner}
-    others = [value for value in model.parameters() if id(value) not in chosen]
-    return Muon(inner, lr=_MUON_RATE), torch.optim.AdamW(
-        others, lr=_ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0
-    )
 
 
 def _training_clips(teacher: Teacher, path: Path, clips: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -174,21 +170,6 @@ def _draw(latents: Tensor, pixels: Tensor, stride: int, generator: random.Random
     return drawn.float(), torch.stack(wanted).float()
 
 
-def _step(
-    model: TinyVAE, optimizers: tuple[torch.optim.Optimizer, ...], latents: Tensor, pixels: Tensor
-) -> dict[str, float]:
-    with cpu_autocast():
-        decoded = model.decode(latents)
-    error = decoded[:, :, -pixels.shape[2] :].float() - pixels
-    loss = (error.abs() + error.square()).mean()
-    model.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-    return {"loss": float(loss.detach()), "psnr": _decibels(error.detach())}
-
-
 def evaluate_tiny_decoder(teacher: Teacher, tiny: TinyVAE, videos: int, seed: int) -> dict[str, float]:
     """The tiny decoder against the full one on held-out captions, three chunks each.
 
@@ -206,7 +187,7 @@ def evaluate_tiny_decoder(teacher: Teacher, tiny: TinyVAE, videos: int, seed: in
     )
     for kind, latents in (("generated", generated), ("encoded", teacher.encoded_latents(scenes, 3))):
         full, small = teacher.pixels(latents), tiny.decode(latents).clamp(-1, 1)
-        figures[f"psnr_{kind}"] = _decibels(small - full)
+        figures[f"psnr_{kind}"] = psnr_db(small, full)
         if kind == "generated":
             for name, pixels in (("full", full), ("tiny", small)):
                 measured = accuracy(scenes, as_clips(pixels))
@@ -226,8 +207,3 @@ def _median_ms(decoder: WanVAE | TinyVAE, chunk: Tensor, calls: int = 15) -> flo
         decoder.decode(chunk, state)
         times.append(time.perf_counter() - start)
     return 1e3 * sorted(times)[calls // 2]
-
-
-def _decibels(error: Tensor) -> float:
-    """Peak signal to noise of an error of pixels from -1 to 1."""
-    return float(-10 * torch.log10(error.square().mean() / 4))

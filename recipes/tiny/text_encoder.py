@@ -6,14 +6,11 @@ frozen.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.tiny.stage_run import StageRun
-from rfengine.config import EngineConfig
+from recipes.tiny.training import StageConfig
 from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
 from rfengine.toy.world import (
     BACKGROUNDS,
@@ -28,11 +25,15 @@ from rfengine.toy.world import (
     caption,
     sample_scenes,
 )
+from rfengine.training.config import AdamConfig
+from rfengine.training.learner import Figures, Learner
+from rfengine.training.parallel import Ranks
+from rfengine.training.stages import ModelStage
 
 WORLD = WorldConfig(motion_weights=(0.7, 0.1, 0.1, 0.1), pair_share=0.2)
 
 _BATCH = 48
-_LEARNING_RATE = 2e-3
+_ADAM = AdamConfig(2e-3, betas=(0.9, 0.98), weight_decay=1e-3, clip=1.0, warm_up=100, fall=0.5)
 _NONE = "none"
 _OBJECT_LABELS = {"colour": (*PALETTE, _NONE), "shape": (*SHAPES, _NONE), "size": (*RADII, _NONE)}
 LABELS: dict[str, tuple[str, ...]] = {
@@ -55,61 +56,50 @@ def scene_labels(scene: Scene) -> dict[str, int]:
     return {name: LABELS[name].index(value) for name, value in names.items()}
 
 
-def train_caption_encoder(config: EngineConfig, directory: Path, minutes: float, seed: int) -> nn.Module:
-    """Train, or go on training, a UMT5 encoder for `minutes` in all; returns it frozen."""
-    torch.manual_seed(seed)
-    model = build_umt5(config.text).train()
-    heads = nn.ModuleDict({name: nn.Linear(config.text.dim, len(values)) for name, values in LABELS.items()})
-    parameters = [*model.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-3)
-    run = StageRun(directory, "text", minutes)
-    if (state := run.resume()) is not None:
-        model.load_state_dict(state["model"])
-        heads.load_state_dict(state["heads"])
-        optimizer.load_state_dict(state["optimizer"])
-    while run.progress < 1:
-        scenes = sample_scenes(_BATCH, seed * 1_000_003 + run.step, WORLD, "train")
-        for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate(_LEARNING_RATE)
-        loss, share = _classify(model, heads, scenes, config.model.text_len)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        run.tick(loss=float(loss.detach()), accuracy=share)
-        if run.wants_save() or run.progress >= 1:
-            run.save(
-                {
-                    "model": model.state_dict(),
-                    "heads": heads.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                }
-            )
-    with torch.no_grad():
-        held_out = sample_scenes(400, seed + 17, WORLD, "held_out")
-        run.log(held_out_accuracy=_classify(model, heads, held_out, config.model.text_len)[1])
-    return model.eval().requires_grad_(False)
+class TextStage(ModelStage):
+    """A UMT5 encoder and one linear classifier for each attribute, from random weights."""
 
+    def __init__(self, config: StageConfig, ranks: Ranks) -> None:
+        torch.manual_seed(config.seed)
+        text = config.model.text
+        encoder = build_umt5(text).train()
+        heads = {name: nn.Linear(text.dim, len(values)) for name, values in LABELS.items()}
+        model = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict(heads)})
+        super().__init__(Learner("text", model, _ADAM, config.steps, 1, ranks), average_decay=0.0)
+        self.config = config
 
-def _classify(
-    model: nn.Module, heads: nn.ModuleDict, scenes: list[Scene], text_len: int
-) -> tuple[Tensor, float]:
-    """Mean cross entropy over all tokens and attributes, and the share of tokens that are right in all of
-    them."""
-    ids, mask = ByteTokenizer().encode([caption(scene) for scene in scenes], text_len)
-    longest = int(mask.sum(1).max())
-    ids, mask = ids[:, :longest], mask[:, :longest]
-    states = model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
-    owner = torch.arange(len(scenes))[:, None].expand_as(mask)[mask.bool()]
-    labels = [scene_labels(scene) for scene in scenes]
-    loss = torch.zeros(())
-    right = torch.ones(len(states), dtype=torch.bool)
-    for name, head in heads.items():
-        wanted = torch.tensor([entry[name] for entry in labels])[owner]
-        scores = head(states)
-        loss = loss + F.cross_entropy(scores, wanted)
-        right &= scores.argmax(-1) == wanted
-    return loss / len(heads), float(right.float().mean())
+    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
+        scenes = sample_scenes(_BATCH, self.config.step_seed(step), WORLD, "train")
+        return self._classified(scenes)
+
+    def encoder(self) -> nn.Module:
+        """The encoder, frozen."""
+        return self.model["encoder"].eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def held_out_accuracy(self) -> float:
+        """The share of tokens of 400 held-out captions that are right in all attributes."""
+        scenes = sample_scenes(400, self.config.seed + 17, WORLD, "held_out")
+        return self._classified(scenes)[1]["accuracy"]
+
+    def _classified(self, scenes: list[Scene]) -> tuple[Tensor, Figures]:
+        """Mean cross entropy over all tokens and attributes, and the share of tokens that are right in all of
+        them."""
+        texts = [caption(scene) for scene in scenes]
+        ids, mask = ByteTokenizer().encode(texts, self.config.model.model.text_len)
+        longest = int(mask.sum(1).max())
+        ids, mask = ids[:, :longest], mask[:, :longest]
+        states = self.model["encoder"](input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        owner = torch.arange(len(scenes))[:, None].expand_as(mask)[mask.bool()]
+        labels = [scene_labels(scene) for scene in scenes]
+        losses = []
+        right = torch.ones(len(states), dtype=torch.bool)
+        for name, head in self.model["heads"].items():
+            wanted = torch.tensor([entry[name] for entry in labels])[owner]
+            scores = head(states)
+            losses.append(F.cross_entropy(scores, wanted))
+            right &= scores.argmax(-1) == wanted
+        return torch.stack(losses).mean(), {"accuracy": float(right.float().mean())}
 
 
 def text_states(model: nn.Module, texts: list[str], text_len: int) -> Tensor:

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from recipes.tiny.chunked_attention import ChunkedAttentionOps
 from recipes.tiny.muon import Muon
-from recipes.tiny.stage_run import StageRun
+from recipes.tiny.training import StageConfig
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import add_noise, shifted
-from rfengine.toy.data import LatentDataset, load_dataset
+from rfengine.toy.data import LatentDataset
+from rfengine.training.config import AdamConfig
 from rfengine.training.cpu_arithmetic import cpu_autocast
-from rfengine.training.parallel import average_over_workers
-from rfengine.training.weight_average import WeightAverage
+from rfengine.training.learner import Figures, Learner
+from rfengine.training.parallel import Ranks
+from rfengine.training.stages import ModelStage
 
-_ADAM_RATE = 1.5e-3
+_BATCH, _PASSES = 16, 2  # videos of a step, and its passes, which ranks share
 _MUON_RATE = 0.015
+_ADAM = AdamConfig(1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.5)
 _FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.12  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.2  # of the noisy chunks start from pure noise, as every chunk does in a stream
@@ -87,57 +89,31 @@ def layout_weights(progress: float) -> tuple[float, float, float]:
     return (0.6, 0.35, 0.05) if progress < 0.15 else (0.3, 0.4, 0.3)
 
 
-def train_transformer(
-    rank: int, config: EngineConfig, directory: Path, minutes: float, seed: int, batch: int
-) -> None:
-    """Train, or go on training, a transformer for `minutes` in all, `batch` videos of
-    `directory`/videos.pt a step.
+class TransformerStage(ModelStage):
+    """The transformer of config.model from random weights, on the videos of one dataset.
 
-    The first chunk alone is learnt on the many more videos of starts.pt, since it has to follow the text.
-    Every worker of run_workers calls this with its own rank; rank 0 leaves the averaged weights in
-    dit_weights.pt.
+    The first chunk alone is learnt on the many more videos of `starts`, since it has to follow the text.
     """
-    torch.manual_seed(seed)
-    videos, starts = load_dataset(directory / "videos.pt"), load_dataset(directory / "starts.pt")
-    model = _fresh_model(config)
-    optimizers = _build_optimizers(model)
-    average = WeightAverage(model, decay=0.998)
-    run = StageRun(directory, "dit", minutes)
-    if (state := run.resume()) is not None:
-        model.load_state_dict(state["model"])
-        average.load(state["average"])
-        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(values)
-    while run.progress < 1:
-        drawn = random.Random(seed * 1_000_003 + run.step).choices(LAYOUTS, layout_weights(run.progress))[0]
-        torch.manual_seed((seed * 1_000_003 + run.step) * 64 + rank)
-        dataset = starts if drawn is START else videos
-        loss = _loss(model, config, dataset, torch.randint(len(dataset.latents), (batch,)), drawn)
-        _update(model, optimizers, loss, run)
-        average.update(model, run.step)
-        run.tick(quiet=rank > 0, layout=LAYOUTS.index(drawn), loss=float(loss.detach()))
-        if rank == 0 and (run.wants_save() or run.progress >= 1):
-            values = [optimizer.state_dict() for optimizer in optimizers]
-            run.save({"model": model.state_dict(), "average": average.values, "optimizers": values})
-    if rank == 0:
-        torch.save(average.values, directory / "dit_weights.pt")
 
+    def __init__(
+        self, config: StageConfig, videos: LatentDataset, starts: LatentDataset, ranks: Ranks
+    ) -> None:
+        torch.manual_seed(config.seed)
+        model = _fresh_model(config.model)
+        matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
+        muon = Muon(matrices, lr=_MUON_RATE, weight_decay=0.01)
+        learner = Learner("dit", model, _ADAM, config.steps, _PASSES, ranks, muon)
+        super().__init__(learner, average_decay=0.998)
+        self.config, self.videos, self.starts = config, videos, starts
 
-def _update(
-    model: WanDiT, optimizers: tuple[torch.optim.Optimizer, ...], loss: Tensor, run: StageRun
-) -> None:
-    """One step of all optimizers on the gradients of all workers, who agree on the clock as well."""
-    for optimizer, peak in zip(optimizers, (_MUON_RATE, _ADAM_RATE), strict=True):
-        optimizer.zero_grad(set_to_none=False)
-        for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate(peak)
-    loss.backward()
-    clock = torch.tensor([run.elapsed])
-    average_over_workers([clock, *(value.grad for value in model.parameters() if value.grad is not None)])
-    run.elapsed = float(clock)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
+    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
+        weights = layout_weights(step / self.config.steps)
+        layout = random.Random(self.config.step_seed(step)).choices(LAYOUTS, weights)[0]
+        generator = torch.Generator().manual_seed(self.config.pass_seed(step, index))
+        dataset = self.starts if layout is START else self.videos
+        rows = torch.randint(len(dataset.latents), (_BATCH // _PASSES,), generator=generator)
+        loss = _loss(self.model, self.config.model, dataset, rows, layout, generator)
+        return loss, {"layout": float(LAYOUTS.index(layout))}
 
 
 def _fresh_model(config: EngineConfig) -> WanDiT:
@@ -151,33 +127,28 @@ def _fresh_model(config: EngineConfig) -> WanDiT:
     return model
 
 
-def _build_optimizers(model: WanDiT) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
-    inside = {id(value) for value in matrices}
-    others = [value for value in model.parameters() if id(value) not in inside]
-    return (
-        Muon(matrices, lr=_MUON_RATE, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=_ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0),
-    )
-
-
 def _loss(
-    model: nn.Module, config: EngineConfig, dataset: LatentDataset, rows: Tensor, layout: tuple[Segment, ...]
+    model: nn.Module,
+    config: EngineConfig,
+    dataset: LatentDataset,
+    rows: Tensor,
+    layout: tuple[Segment, ...],
+    generator: torch.Generator,
 ) -> Tensor:
     """Weighted squared error of the flow over the noisy chunks of the layout, on the videos `rows` of the
     dataset."""
     size = config.cache.chunk_frames
-    clean, weight = _gather(dataset, rows, layout, size)
+    clean, weight = _gather(dataset, rows, layout, size, generator)
     noisy = torch.tensor([segment.noisy for segment in layout])
     sigma = torch.where(
         noisy,
-        _noisy_sigmas(len(rows), len(layout), config),
-        _CONTEXT_NOISE * torch.rand(len(rows), len(layout)),
+        _noisy_sigmas(len(rows), len(layout), config, generator),
+        _CONTEXT_NOISE * torch.rand(len(rows), len(layout), generator=generator),
     )
     sigma = sigma.repeat_interleave(size, 1)
     noisy = noisy.repeat_interleave(size)
     broadcast = sigma[:, None, :, None, None]
-    noise = torch.randn_like(clean)
+    noise = torch.randn(clean.shape, generator=generator)
     latents = add_noise(clean, noise, broadcast)
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)])
     patch = config.model.patch_size[1]
@@ -195,12 +166,16 @@ def _loss(
 
 
 def _gather(
-    dataset: LatentDataset, rows: Tensor, layout: tuple[Segment, ...], size: int
+    dataset: LatentDataset,
+    rows: Tensor,
+    layout: tuple[Segment, ...],
+    size: int,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Clean latents [B, C, F, h, w] of the layout and the weights [B, F, h, w] of their cells."""
     chunks = dataset.latents.shape[2] // size
     # one past the chunk that is denoised, from the third on; a layout without late chunks never reads it
-    late = torch.randint(3, max(3, chunks) + 1, (len(rows),))
+    late = torch.randint(3, max(3, chunks) + 1, (len(rows),), generator=generator)
     clean, weight = [], []
     for row, end in zip(rows.tolist(), late.tolist(), strict=True):
         places = [segment.chunk if segment.chunk >= 0 else end + segment.chunk for segment in layout]
@@ -210,8 +185,8 @@ def _gather(
     return torch.stack(clean), torch.stack(weight)
 
 
-def _noisy_sigmas(batch: int, segments: int, config: EngineConfig) -> Tensor:
+def _noisy_sigmas(batch: int, segments: int, config: EngineConfig, generator: torch.Generator) -> Tensor:
     """Sigmas [batch, segments] by the shifted law the sampler's own steps follow, some of them exactly 1."""
-    uniform = _LEAST_UNIFORM + (1 - _LEAST_UNIFORM) * torch.rand(batch, segments)
-    sigma = shifted(uniform, config.schedule.shift)
-    return torch.where(torch.rand(batch, segments) < _FULL_NOISE_SHARE, 1.0, sigma)
+    uniform, full = torch.rand(2, batch, segments, generator=generator)
+    sigma = shifted(_LEAST_UNIFORM + (1 - _LEAST_UNIFORM) * uniform, config.schedule.shift)
+    return torch.where(full < _FULL_NOISE_SHARE, 1.0, sigma)

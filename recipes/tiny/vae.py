@@ -5,68 +5,53 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recipes.tiny.stage_run import StageRun
-from rfengine.config import VAEConfig
+from recipes.tiny.training import StageConfig
+from rfengine.accuracy import psnr_db
 from rfengine.models.vae import DecoderState, EncoderState, WanVAE
 from rfengine.toy.detector import accuracy
 from rfengine.toy.world import Scene, WorldConfig, background_image, render, sample_scenes
+from rfengine.training.config import AdamConfig
 from rfengine.training.cpu_arithmetic import cpu_autocast
-from rfengine.training.parallel import average_over_workers
-from rfengine.training.weight_average import WeightAverage
+from rfengine.training.learner import Figures, Learner
+from rfengine.training.parallel import Ranks
+from rfengine.training.stages import ModelStage
 from rfengine.video import as_clips, as_model_pixels
 
 WORLD = WorldConfig(motion_weights=(0.7, 0.1, 0.1, 0.1), pair_share=0.15)
 
-# until which progress, frames with gradients, clips a step, most latent frames of the video before them
-_PHASES = ((0.18, 1, 12, 0), (0.34, 9, 3, 0), (0.42, 17, 2, 0), (0.80, 33, 2, 0), (1.01, 33, 2, 24))
+# until which part of the steps, frames with gradients, clips a pass, most latent frames before them
+_PHASES = ((0.18, 1, 6, 0), (0.34, 9, 2, 0), (0.42, 17, 1, 0), (0.80, 33, 1, 0), (1.01, 33, 1, 24))
+_PASSES = 2  # of a step, which ranks share
 _LATE_FRAMES = 960  # clips start anywhere in the first minute
-_LEARNING_RATE = 2e-3
+_ADAM = AdamConfig(2e-3, betas=(0.9, 0.98), weight_decay=1e-4, clip=1.0, warm_up=100, fall=0.5)
 _FOREGROUND_WEIGHT = 3.0
 _KL_WEIGHT = 1e-4
 _LOG_VARIANCE_START = -5.0
 
 
-def train_autoencoder(
-    rank: int, config: VAEConfig, directory: Path, minutes: float, seed: int, workers: int
-) -> None:
-    """Train, or go on training, a VAE for `minutes` in all.
+class VAEStage(ModelStage):
+    """The VAE of config.model from random weights: images, then longer and longer clips."""
 
-    Every worker of run_workers calls this with its own rank; rank 0 leaves the averaged weights in
-    vae_weights.pt.
-    """
-    torch.manual_seed(seed)
-    vae = WanVAE(config)
-    with torch.no_grad():
-        vae.conv1.bias[config.z_dim :] = _LOG_VARIANCE_START
-    average = WeightAverage(vae, decay=0.995)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=1e-4)
-    run = StageRun(directory, "vae", minutes)
-    if (state := run.resume()) is not None:
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load(state["average"])
-    while run.progress < 1:
-        frames, batch, past = next(phase[1:] for phase in _PHASES if run.progress < phase[0])
-        past = random.Random(seed * 1_000_003 + run.step).randint(0, past)
-        worker_seed = (seed * 1_000_003 + run.step) * 64 + rank
-        total = frames + config.temporal_stride * past
-        scenes, pixels = sample_clips(-(-batch // workers), total, worker_seed)
-        for group in optimizer.param_groups:
-            group["lr"] = run.learning_rate(_LEARNING_RATE)
-        figures = _step(vae, optimizer, pixels, _foreground_weight(pixels, scenes), past, run)
-        average.update(vae, run.step)
-        run.tick(quiet=rank > 0, frames=frames, **figures)
-        if rank == 0 and (run.wants_save() or run.progress >= 1):
-            run.save(
-                {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values}
-            )
-    if rank == 0:
-        torch.save(average.values, directory / "vae_weights.pt")
+    def __init__(self, config: StageConfig, ranks: Ranks) -> None:
+        torch.manual_seed(config.seed)
+        vae = WanVAE(config.model)
+        with torch.no_grad():
+            vae.conv1.bias[config.model.z_dim :] = _LOG_VARIANCE_START
+        learner = Learner("vae", vae, _ADAM, config.steps, _PASSES, ranks)
+        super().__init__(learner, average_decay=0.995)
+        self.config = config
+
+    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
+        frames, clips, past = next(phase[1:] for phase in _PHASES if step / self.config.steps < phase[0])
+        past = random.Random(self.config.step_seed(step)).randint(0, past)
+        seed = self.config.pass_seed(step, index)
+        scenes, pixels = sample_clips(clips, frames + self.config.model.temporal_stride * past, seed)
+        generator = torch.Generator().manual_seed(seed)
+        return _loss(self.model, pixels, _foreground_weight(pixels, scenes), past, generator)
 
 
 def sample_clips(count: int, frames: int, seed: int) -> tuple[list[Scene], Tensor]:
@@ -86,10 +71,10 @@ def _foreground_weight(pixels: Tensor, scenes: Sequence[Scene]) -> Tensor:
     return 1 + (_FOREGROUND_WEIGHT - 1) * foreground.float()
 
 
-def _step(
-    vae: WanVAE, optimizer: torch.optim.Optimizer, pixels: Tensor, weight: Tensor, past: int, run: StageRun
-) -> dict[str, float]:
-    """One step on the gradients of all workers, who agree on the clock as well.
+def _loss(
+    vae: WanVAE, pixels: Tensor, weight: Tensor, past: int, generator: torch.Generator
+) -> tuple[Tensor, Figures]:
+    """Weighted error of the reconstruction, and a weak pull of the latents to the normal distribution.
 
     The first `past` latent frames only fill the causal states: streams are long, and late frames need them.
     """
@@ -98,20 +83,13 @@ def _step(
         pixels, weight = pixels[:, :, seen:], weight[:, :, seen:]
         mean, log_variance = vae.encode_moments(pixels, states[0])
         mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
-        latents = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        decoded = vae.decode(latents, states[1])
+        noise = torch.randn(mean.shape, generator=generator)
+        decoded = vae.decode(mean + torch.exp(0.5 * log_variance) * noise, states[1])
     error = decoded.float() - pixels
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
     loss = (weight * (error.abs() + error.square())).mean() + _KL_WEIGHT * kl
-    optimizer.zero_grad(set_to_none=False)
-    loss.backward()
-    clock = torch.tensor([run.elapsed])
-    average_over_workers([clock, *(value.grad for value in vae.parameters() if value.grad is not None)])
-    run.elapsed = float(clock)
-    torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-    optimizer.step()
-    decibels = -10 * torch.log10(error.detach().square().mean() / 4)
-    return {"loss": float(loss.detach()), "psnr": float(decibels), "kl": float(kl.detach())}
+    figures = {"frames": float(pixels.shape[2]), "psnr": psnr_db(decoded, pixels), "kl": float(kl.detach())}
+    return loss, figures
 
 
 @torch.no_grad()
@@ -150,5 +128,4 @@ def evaluate_autoencoder(vae: WanVAE, seed: int, clips: int = 48, frames: int = 
     scenes = sample_scenes(clips, seed + 17, WORLD, "held_out")
     pixels = as_model_pixels([render(scene, frames, 50 * index, WORLD) for index, scene in enumerate(scenes)])
     decoded = torch.cat([vae.decode(vae.encode(part)) for part in pixels.split(8)])
-    decibels = -10 * torch.log10((decoded.clamp(-1, 1) - pixels).square().mean() / 4)
-    return {"psnr": float(decibels)} | accuracy(scenes, as_clips(decoded))
+    return {"psnr": psnr_db(decoded, pixels)} | accuracy(scenes, as_clips(decoded))

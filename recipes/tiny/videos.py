@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from recipes.tiny.stage_run import StageRun
 from recipes.tiny.text_encoder import text_states
 from rfengine.models.vae import WanVAE
 from rfengine.toy.data import LatentDataset
@@ -25,27 +25,24 @@ from rfengine.training.cpu_arithmetic import cpu_autocast
 from rfengine.video import as_model_pixels
 
 _BATCH = 8
-_MIN_CHANGE = (
-    0.05  # of the range from 0 to 1: a pixel that differs this much from the background is foreground
-)
+_MIN_CHANGE = 0.05  # of the range from 0 to 1, by which a pixel of the foreground differs from the background
 
 
 def encode_dataset(
-    vae: WanVAE, text_model: nn.Module, text_len: int, latent_frames: int, run: StageRun, seed: int
+    vae: WanVAE, text_model: nn.Module, text_len: int, latent_frames: int, videos: int, seed: int
 ) -> LatentDataset:
-    """Draw and encode training videos of `latent_frames` until the budget of `run` is used."""
+    """Draw and encode `videos` training videos of `latent_frames` latent frames."""
     frames = 1 + vae.config.temporal_stride * (latent_frames - 1)
     scenes: list[Scene] = []
     latents, foreground = [], []
-    while run.progress < 1:
-        drawn = sample_scenes(_BATCH, seed * 1_000_003 + run.step, WorldConfig(), "train")
+    for step, first in enumerate(tqdm(range(0, videos, _BATCH), "encoding", unit="batch", disable=None)):
+        count = min(_BATCH, videos - first)
+        drawn = sample_scenes(count, seed * 1_000_003 + step, WorldConfig(), "train")
         clips = [render(scene, frames) for scene in drawn]
         with torch.inference_mode(), cpu_autocast():
             latents.append(vae.encode(as_model_pixels(clips)).half())
         foreground += [foreground_cells(scene, clip, vae) for scene, clip in zip(drawn, clips, strict=True)]
         scenes += drawn
-        run.tick(videos=float(len(scenes)))
-    run.log(videos=len(scenes))
     return LatentDataset(
         torch.cat(latents), torch.stack(foreground), *encode_captions(scenes, text_model, text_len)
     )

@@ -90,8 +90,6 @@ def run(options: TrainOptions) -> int:
     config = train_config(options)
     directory = _run_directory(options)
     device = find_device(options.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # torch tells each save and load of one process that it takes it for one process
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views that nothing changes
     with ranks_from_environment(device) as (ranks, own_device):
         _train(config, directory, own_device, ranks, options)
@@ -172,10 +170,7 @@ def _train_to_the_end(
     trainer = Trainer(config, stage, directory, ranks, SampleWriter(config, stage, device, ranks))
     if config.stage == "re-dmd":
         trainer.on_step = _guard(config, trainer, stops).on_step
-    reason = trainer.run()
-    if reason:
-        told = f"{reason} with --resume {directory}, at step {trainer.state.step} of {config.steps}"
-        raise KeyboardInterrupt(told) if trainer.interrupted else RuntimeError(told)
+    trainer.finish(f"with --resume {directory}")
     state = averaged_state(stage)
     if ranks.rank == 0:
         export_checkpoint(merged_weights(state), config.engine, config.base, directory / "checkpoint")

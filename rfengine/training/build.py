@@ -24,6 +24,7 @@ from rfengine.training.distillation import (
     PromptBatch,
     StudentLoss,
 )
+from rfengine.training.learner import Figures
 from rfengine.training.lora import add_adapters
 from rfengine.training.memory import recompute_blocks
 from rfengine.training.ops import DifferentiableOps
@@ -32,7 +33,6 @@ from rfengine.training.reward import MotionReward, WeightedSum
 from rfengine.training.stages import (
     Clips,
     DistillationStage,
-    Figures,
     Prompts,
     TeacherStage,
     TrainingStage,

@@ -11,7 +11,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,7 +45,7 @@ class TrainState:
     def __init__(
         self,
         models: Mapping[str, nn.Module],
-        optimizers: Mapping[str, torch.optim.Optimizer],
+        optimizers: Mapping[str, Sequence[torch.optim.Optimizer]],
         averages: Mapping[str, WeightAverage],
     ) -> None:
         self.models, self.optimizers, self.averages = dict(models), dict(optimizers), dict(averages)
@@ -85,6 +86,8 @@ class CheckpointDirectory:
         self.path = directory / "checkpoints"
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.keep = keep
+        # torch warns at each save and load of a run of one process that it takes it for one
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         self._saving: tuple[Future, Path] | None = None
         # ranks talk while they save, beside the training: in a group of their own, or the two would mix
         self._group = distributed.new_group(backend="gloo") if distributed.is_initialized() else None

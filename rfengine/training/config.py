@@ -35,10 +35,10 @@ class AdamConfig:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of step `step` of `steps`, counted from 0."""
+    def share_at(self, step: int, steps: int) -> float:
+        """The learning rate of step `step` of `steps`, counted from 0, as a share of `rate`."""
         left = (1 - step / steps) / self.fall if self.fall else 1.0
-        return self.rate * min(1.0, (step + 1) / max(1, self.warm_up)) * max(0.02, min(1.0, left))
+        return min(1.0, (step + 1) / max(1, self.warm_up)) * max(0.02, min(1.0, left))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,15 @@
-"""Data parallelism over processes, from outside the model: replicated, or sharded by FSDP2.
+"""Data parallelism over the processes that torchrun starts, from outside the model: replicated, or sharded by
+FSDP2.
 
-torchrun starts the processes, or run_workers on one machine: one thread each is faster on a few cores than
-threads in one.
+On a few CPU cores, processes of one thread each are faster than one process of several threads.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -27,49 +24,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from rfengine.limits import Range, as_integer, shown
+from rfengine.limits import shown
 from rfengine.models.dit import WanDiT
 
 _MOST_RANKS = 65536
 
 
-def run_workers(function: Callable[..., None], workers: int, *arguments: Any) -> None:
-    """Call `function(rank, *arguments)` in `workers` processes and wait; with one worker, in this process."""
-    workers = as_integer("workers", workers, Range(1, 1024))
-    if workers == 1:
-        function(0, *arguments)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        meeting = (Path(directory) / "meeting").as_uri()
-        torch.multiprocessing.spawn(_start, (function, workers, meeting, arguments), nprocs=workers)
-
-
-def _start(
-    rank: int, function: Callable[..., None], workers: int, meeting: str, arguments: tuple[Any, ...]
-) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
-    function(rank, *arguments)
-    distributed.destroy_process_group()
-
-
-@torch.no_grad()
-def average_over_workers(tensors: Iterable[Tensor]) -> None:
-    """Replace every tensor by its mean over all workers, in place; alone there is nothing to do."""
-    if not distributed.is_initialized():
-        return
-    tensors = list(tensors)
-    if not tensors:
-        return
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(mean.view_as(tensor))
-
-
 class Ranks:
-    """The processes of one training, as torchrun or run_workers started them; one where nobody did."""
+    """The processes of one training; one without torchrun."""
 
     def __init__(self) -> None:
         grouped = distributed.is_initialized()
@@ -88,14 +50,16 @@ class Ranks:
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace replicated gradients by their mean over the ranks; sharded ones are averaged already."""
-        average_over_workers(value.grad for value in parameters if not isinstance(value.grad, DTensor))
+        gradients = [value.grad for value in parameters if not isinstance(value.grad, DTensor)]
+        if self.count > 1 and gradients:
+            _average(gradients)
 
     def mean(self, value: float) -> float:
         """The mean of a number over the ranks."""
         if self.count == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=_group_device())
-        average_over_workers([tensor])
+        _average([tensor])
         return float(tensor)
 
     def agreed(self, reason: str) -> str:
@@ -110,6 +74,16 @@ class Ranks:
         """Wait until every rank is here."""
         if self.count > 1:
             distributed.barrier()
+
+
+@torch.no_grad()
+def _average(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its mean over the ranks, in place."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def full(value: Tensor) -> float:

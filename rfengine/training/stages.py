@@ -9,7 +9,7 @@ makes the same steps.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule, add_noise, shifted
-from rfengine.training.config import AdamConfig, Precision, TrainConfig
+from rfengine.training.config import Precision, TrainConfig
 from rfengine.training.distillation import Distillation, PromptBatch, StudentLoss
-from rfengine.training.parallel import Ranks, full
+from rfengine.training.learner import Figures, Learner
+from rfengine.training.parallel import Ranks
 from rfengine.training.weight_average import WeightAverage
-
-Figures = dict[str, float]
 
 
 class Prompts(Protocol):
@@ -51,11 +50,11 @@ class TrainingStage(Protocol):
     """One stage: what it trains, and one step of it."""
 
     models: Mapping[str, nn.Module]
-    optimizers: Mapping[str, torch.optim.Optimizer]
+    optimizers: Mapping[str, Sequence[torch.optim.Optimizer]]
     averages: Mapping[str, WeightAverage]
 
     def update(self, step: int) -> Figures:
-        """Run step `step`, counted from 0; what to log of it."""
+        """Run step `step`, counted from 0; returns what to log of it."""
 
 
 def seeded(device: torch.device, *key: int | str) -> torch.Generator:
@@ -64,55 +63,24 @@ def seeded(device: torch.device, *key: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def build_optimizer(model: nn.Module, config: AdamConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that are trained."""
-    trained = [value for value in model.parameters() if value.requires_grad]
-    return torch.optim.AdamW(
-        trained, lr=config.rate, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps
-    )
+class ModelStage:
+    """A stage that trains one model, by the loss that a subclass defines; its moving average follows every
+    step. average_decay: 0 leaves the average equal to the weights."""
 
+    def __init__(self, learner: Learner, average_decay: float) -> None:
+        name, model = learner.name, learner.model
+        self.model, self._learner, self._average = model, learner, WeightAverage(model, average_decay)
+        self.models, self.optimizers = {name: model}, {name: learner.optimizers}
+        self.averages = {name: self._average}
 
-class _Learner:
-    """One model with its optimizer: accumulates the passes of a step, then takes it once."""
+    def update(self, step: int) -> Figures:
+        figures = self._learner.learn(step, lambda index: self.loss(step, index))
+        self._average.update(self.model, step)
+        return figures
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        config: AdamConfig,
-        updates: int,
-        accumulation: int,
-        ranks: Ranks,
-    ) -> None:
-        self.name, self.model, self.config, self.ranks = name, model, config, ranks
-        self.updates, self.passes = updates, ranks.passes(accumulation)
-        self.optimizer = build_optimizer(model, config)
-
-    def learn(self, update: int, loss_of: Callable[[int], Tensor]) -> Figures:
-        """Accumulate `loss_of(pass)` over this rank's passes, average over the ranks, clip, step once.
-        Returns loss and gradient norm.
-
-        Raises RuntimeError when either is not finite, before anything is changed.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for index in self.passes:
-            loss = loss_of(index) / len(self.passes)
-            loss.backward()
-            total += float(loss.detach())
-        parameters = [value for value in self.model.parameters() if value.grad is not None]
-        self.ranks.average_gradients(parameters)
-        norm = full(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip))
-        total = self.ranks.mean(total)
-        if not torch.isfinite(torch.tensor((total, norm))).all():
-            raise RuntimeError(
-                f"the {self.name}'s loss is {total} and its gradient's norm {norm} in its update {update}; "
-                "resume from the last checkpoint with a lower rate"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate_at(update, self.updates)
-        self.optimizer.step()
-        return {f"{self.name}_loss": total, f"{self.name}_gradient_norm": norm}
+    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
+        """The loss of pass `index` of a step, and what to log beside it. All draws depend on both alone."""
+        raise NotImplementedError
 
 
 class DistillationStage:
@@ -130,25 +98,18 @@ class DistillationStage:
         self._watch = watch
         models = distillation.models
         updates, passes = max(1, config.steps // config.critic_updates), config.accumulation
-        self._student = _Learner("student", models.student, config.optimizer, updates, passes, ranks)
-        self._critic = _Learner("critic", models.critic, config.critic_optimizer, config.steps, passes, ranks)
+        self._student = Learner("student", models.student, config.optimizer, updates, passes, ranks)
+        self._critic = Learner("critic", models.critic, config.critic_optimizer, config.steps, passes, ranks)
         self.models = {"student": models.student, "critic": models.critic}
-        self.optimizers = {"student": self._student.optimizer, "critic": self._critic.optimizer}
+        self.optimizers = {"student": self._student.optimizers, "critic": self._critic.optimizers}
         self.averages = {"student": WeightAverage(models.student, config.average_decay)}
 
     def update(self, step: int) -> Figures:
         figures = self._critic.learn(step, lambda index: self._critic_loss(step, index))
         if (step + 1) % self.config.critic_updates:
             return figures
-        watched: Figures = {}
         number = step // self.config.critic_updates
-
-        def student_loss(index: int) -> Tensor:
-            result = self._student_loss(step, index, watched)
-            return result.loss
-
-        figures |= self._student.learn(number, student_loss)
-        figures |= {name: self.ranks.mean(value) for name, value in watched.items()}
+        figures |= self._student.learn(number, lambda index: self._student_loss(step, index))
         average = self.averages["student"]
         if step >= self.config.average_start:
             average.update(self._student.model, number)
@@ -171,37 +132,27 @@ class DistillationStage:
         batch = PromptBatch(repeated, states.to(device).repeat_interleave(config.group, 0), groups)
         return batch, seeded(torch.device("cpu"), config.seed, purpose, "plan", step), own
 
-    def _critic_loss(self, step: int, index: int) -> Tensor:
-        return self.distillation.critic_loss(*self._batch("critic", step, index))
+    def _critic_loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
+        return self.distillation.critic_loss(*self._batch("critic", step, index)), {}
 
-    def _student_loss(self, step: int, index: int, watched: Figures) -> StudentLoss:
+    def _student_loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
         batch, shared, own = self._batch("student", step, index)
         result = self.distillation.student_loss(batch, shared, own)
         figures = {"distance": float(result.distance)}
         if result.scores is not None:
             figures |= {"score": float(result.scores.mean()), "largest_weight": float(result.weights.max())}
-        if self._watch is not None:
-            figures |= self._watch(result, batch)
-        for name, value in figures.items():
-            watched[name] = watched.get(name, 0.0) + value / len(self._student.passes)
-        return result
+        return result.loss, figures | (self._watch(result, batch) if self._watch is not None else {})
 
 
-class TeacherStage:
+class TeacherStage(ModelStage):
     """teacher: flow matching of a bidirectional model on whole clips, one noise level a clip."""
 
     def __init__(self, config: TrainConfig, model: WanDiT, clips: Clips, ranks: Ranks) -> None:
-        self.config, self.model, self.clips, self.ranks = config, model, clips, ranks
-        self._learner = _Learner("teacher", model, config.optimizer, config.steps, config.accumulation, ranks)
-        self.models, self.optimizers = {"teacher": model}, {"teacher": self._learner.optimizer}
-        self.averages = {"teacher": WeightAverage(model, config.average_decay)}
+        self.config, self.clips = config, clips
+        learner = Learner("teacher", model, config.optimizer, config.steps, config.accumulation, ranks)
+        super().__init__(learner, config.average_decay)
 
-    def update(self, step: int) -> Figures:
-        figures = self._learner.learn(step, lambda index: self._loss(step, index))
-        self.averages["teacher"].update(self.model, step)
-        return figures
-
-    def _loss(self, step: int, index: int) -> Tensor:
+    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
         config, device = self.config, self.model.device
         own = seeded(torch.device("cpu"), config.seed, "teacher", step, index)
         clean, states = (part.to(device) for part in self.clips.draw(config.batch, own))
@@ -212,10 +163,10 @@ class TeacherStage:
         with casting(device, config.precision):
             timesteps = config.engine.schedule.num_train_timesteps * sigma
             flow = self.model.forward_clip(x_t, timesteps, states)
-        return (flow.float() - (noise - clean)).square().mean()
+        return (flow.float() - (noise - clean)).square().mean(), {}
 
 
-class TrajectoryStage:
+class TrajectoryStage(ModelStage):
     """ode-init: the causal student learns where the teacher's trajectory ends from each of its own steps.
 
     Each chunk of a clip is given at a step of its own; chunks see the noisy chunks before them under the
@@ -224,18 +175,12 @@ class TrajectoryStage:
     """
 
     def __init__(self, config: TrainConfig, model: WanDiT, trajectories: Trajectories, ranks: Ranks) -> None:
-        self.config, self.model, self.trajectories, self.ranks = config, model, trajectories, ranks
+        self.config, self.trajectories = config, trajectories
         self._schedule = FlowSchedule(config.engine.schedule)
-        self._learner = _Learner("student", model, config.optimizer, config.steps, config.accumulation, ranks)
-        self.models, self.optimizers = {"student": model}, {"student": self._learner.optimizer}
-        self.averages = {"student": WeightAverage(model, config.average_decay)}
+        learner = Learner("student", model, config.optimizer, config.steps, config.accumulation, ranks)
+        super().__init__(learner, config.average_decay)
 
-    def update(self, step: int) -> Figures:
-        figures = self._learner.learn(step, lambda index: self._loss(step, index))
-        self.averages["student"].update(self.model, step)
-        return figures
-
-    def _loss(self, step: int, index: int) -> Tensor:
+    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
         config, device = self.config, self.model.device
         own = seeded(torch.device("cpu"), config.seed, "ode-init", step, index)
         states, texts = (part.to(device) for part in self.trajectories.draw(config.batch, own))
@@ -249,7 +194,7 @@ class TrajectoryStage:
         with casting(device, config.precision):
             flow = self.model.forward_clip(x_t, timesteps, texts, mask=causal_mask(chunks, x_t, config))
         x0 = x_t - sigma[:, None, :, None, None] * flow.float()
-        return (x0 - states[:, -1]).square().mean()
+        return (x0 - states[:, -1]).square().mean(), {}
 
 
 def causal_mask(chunks: int, latents: Tensor, config: TrainConfig) -> Tensor:

@@ -9,32 +9,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from rfengine.config import to_dict
 from rfengine.stop_signals import stop_signals
 from rfengine.training.checkpoints import CheckpointDirectory, TrainState
-from rfengine.training.config import TrainConfig
+from rfengine.training.learner import Figures
 from rfengine.training.parallel import Ranks
-from rfengine.training.stages import Figures, TrainingStage
+from rfengine.training.stages import TrainingStage
 from rfengine.training.training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
 _MAY_DIFFER = ("steps", "save_every", "sample_every", "keep", "parallel", "offload_teacher", "checkpointing")
 
 
+class RunConfig(Protocol):
+    """A frozen dataclass that describes a run; a run resumes only with equal values, _MAY_DIFFER aside."""
+
+    name: str
+    steps: int
+    save_every: int
+    keep: int
+
+
 class Trainer:
     """One training in one directory: `log.jsonl`, `tensorboard/`, `samples/` and `checkpoints/`.
 
-    It goes on from the newest checkpoint there that is whole. Nothing else may train there at the same time:
-    who starts one holds train_state.locked_run.
-    sample(step, directory) writes videos of the moving average; every rank calls it, since each may hold a
-    share of the weights. on_step(step, figures) sees what was logged; when it returns a sentence the run is
-    saved and stops with it (a reward guard does that).
+    It continues from the newest checkpoint there that is whole. Nothing else may train there at the same
+    time: the caller holds checkpoints.locked_run.
+    sample(step, directory) writes videos of the moving average every config.sample_every steps; every rank
+    calls it, since each may hold a share of the weights. on_step(step, figures) sees what was logged; when it
+    returns a sentence the run is saved and stops with it (a reward guard does that).
     """
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         stage: TrainingStage,
         directory: Path,
         ranks: Ranks,
@@ -64,8 +74,17 @@ class Trainer:
             self.checkpoints.save(self.state, wait=True)
         return self._stop
 
+    def finish(self, how: str) -> None:
+        """run() to the configured step. Raises KeyboardInterrupt after a signal, RuntimeError when on_step
+        ends the run. how: the end of "resume to go on ..." in the message."""
+        if reason := self.run():
+            message = f"{reason} {how}, at step {self.state.step} of {self.config.steps}"
+            raise KeyboardInterrupt(message) if self.interrupted else RuntimeError(message)
+
     def _log(self) -> TrainingLog:
-        return TrainingLog(self.directory, self.ranks.rank == 0, self.config, self.state.step)
+        return TrainingLog(
+            self.directory, self.ranks.rank == 0, self.config.name, self.config.steps, self.state.step
+        )
 
     def _step(self, log: TrainingLog) -> None:
         started = time.perf_counter()
@@ -77,8 +96,8 @@ class Trainer:
         self._stop = self.ranks.agreed(told or self._stop)
         if step % self.config.save_every == 0 and step < self.config.steps:
             self.checkpoints.save(self.state)
-        every = self.config.sample_every
-        if self._sample is not None and every and step % every == 0:
+        every = self.config.sample_every if self._sample is not None else 0
+        if every and step % every == 0:
             self._sample(step, self.directory / "samples")
 
     @contextmanager

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rfengine.training.config import TrainConfig
+from rfengine.training.learner import Figures
 from rfengine.training.log_file import LOG_FILE, keep_until
-from rfengine.training.stages import Figures
 
 
 class TrainingLog:
     """A line of JSON a step, the same to TensorBoard where it is installed, and a progress bar."""
 
-    def __init__(self, directory: Path, writes: bool, config: TrainConfig, step: int) -> None:
+    def __init__(self, directory: Path, writes: bool, title: str, steps: int, step: int) -> None:
         self._writes = writes
         if not writes:
             return
@@ -23,7 +22,7 @@ class TrainingLog:
         keep_until(directory / LOG_FILE, step)
         self._file = (directory / LOG_FILE).open("a", encoding="utf-8")
         self._board = _tensorboard(directory / "tensorboard", step)
-        self._bar = tqdm(total=config.steps, initial=step, desc=config.name, unit="step", disable=None)
+        self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None)
 
     def __enter__(self) -> TrainingLog:
         return self

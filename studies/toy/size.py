@@ -11,8 +11,8 @@ from rfengine.training.config import Precision
 class StudySize:
     """Every number of the study.
 
-    start_scale: of the minutes that tiny_model.py takes for the start. clip_minutes: of rendering and
-    encoding the teacher's clips. betas: temperatures of Re-DMD; the first one is trained without eviction
+    start_scale: multiplies the steps and the videos of recipes.tiny for the start. clips: of the teacher.
+    betas: temperatures of Re-DMD; the first one is trained without eviction
     too, and its student is streamed. training_seeds: of every distillation; the streams are those of the
     first. captions, sampling_seeds: short clips of every model, once with full captions and once with open
     ones. stream_captions: of the streams of stream_seconds, long_captions: of those of long_seconds. alphas:
@@ -22,7 +22,7 @@ class StudySize:
 
     name: str
     start_scale: float
-    clip_minutes: float
+    clips: int
     teacher_steps: int
     student_steps: int
     betas: tuple[float, ...]
@@ -58,7 +58,7 @@ def seeded_name(model: str, seed: int) -> str:
 CPU = StudySize(
     name="cpu",
     start_scale=1.0,
-    clip_minutes=14.0,
+    clips=4096,
     teacher_steps=3600,
     student_steps=600,
     betas=(0.5, 0.2, 0.05),
@@ -73,7 +73,7 @@ CPU = StudySize(
 GPU = StudySize(
     name="gpu",
     start_scale=1.0,
-    clip_minutes=4.0,
+    clips=4096,
     teacher_steps=6000,
     student_steps=1600,
     betas=(0.5, 1.0, 0.2, 0.1),
@@ -89,7 +89,7 @@ GPU = StudySize(
 SMOKE = StudySize(
     name="smoke",
     start_scale=0.0005,
-    clip_minutes=0.02,
+    clips=4,
     teacher_steps=2,
     student_steps=5,
     betas=(0.5,),

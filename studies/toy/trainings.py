@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 
 import torch
 
-from recipes.tiny.run import MINUTES, Options, load_transformer, run_stage
-from recipes.tiny.stage_run import StageRun
+from recipes.tiny.run import STEPS, VIDEOS, Options, load_transformer, run_stage
 from recipes.tiny.videos import encode_dataset
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
@@ -37,7 +35,7 @@ _CLIP_CHUNKS = 4  # of which a clip of three begins at the first or at the secon
 
 def train_start(setting: Setting) -> None:
     """The student before distillation: the shipped VAE and text encoder, and a transformer by teacher forcing
-    as tiny_model.py trains it."""
+    as recipes.tiny trains it."""
     directory = setting.directory / "start_run"
     directory.mkdir(parents=True, exist_ok=True)
     engine = base_engine(_BASE)
@@ -45,10 +43,11 @@ def train_start(setting: Setting) -> None:
     for part, name in (("vae", "vae_weights"), ("text_encoder", "text_weights")):
         weights, _ = read_safetensors(checkpoint_directory(_BASE) / f"{part}.safetensors")
         torch.save({key: value.float() for key, value in weights.items()}, directory / f"{name}.pt")
-    for stage, result in (("videos", "videos"), ("starts", "starts"), ("dit", "dit_weights")):
-        if not (directory / f"{result}.pt").exists():
-            minutes = MINUTES[stage] * setting.size.start_scale
-            run_stage(Options(stage, directory, minutes, threads=setting.threads))
+    scale = setting.size.start_scale
+    for stage in ("videos", "starts"):
+        if not (directory / f"{stage}.pt").exists():
+            run_stage(Options(stage, directory, videos=max(1, int(scale * VIDEOS[stage]))))
+    run_stage(Options("dit", directory, max(1, int(scale * STEPS["dit"]))))
     start = load_transformer(engine, directory).state_dict()
     export_checkpoint(start, engine, _BASE, setting.checkpoint("start"))
 
@@ -62,7 +61,7 @@ def encode_clips(setting: Setting) -> None:
         text_model.requires_grad_(False),
         engine.model.text_len,
         _CLIP_CHUNKS * engine.cache.chunk_frames,
-        StageRun(setting.directory, "clips_encoding", setting.size.clip_minutes),
+        setting.size.clips,
         _CLIP_SEED,
     )
     save_dataset(dataset, setting.clips_path)
@@ -93,13 +92,10 @@ def training_configs(setting: Setting) -> dict[str, TrainConfig]:
 
 def run_training(setting: Setting, name: str) -> None:
     """Train model `name` to its end, from its newest checkpoint where there is one, and export it."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     config, ranks = training_configs(setting)[name], Ranks()
     with locked_run(setting.directory / name):
         stage = build_stage(config, setting.device, ranks)
-        reason = Trainer(config, stage, setting.directory / name, ranks).run()
-        if reason:
-            raise KeyboardInterrupt(f"{name}: {reason}")
+        Trainer(config, stage, setting.directory / name, ranks).finish("with the same command")
         export_checkpoint(averaged_state(stage), config.engine, _BASE, setting.checkpoint(name))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--device", "cpu", "--batch", "4", "--steps", "5", "--save-every", "5"]
 
 
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.txt"
+def written_prompts(directory: Path) -> Path:
+    path = directory / "prompts.txt"
     path.write_text("a cat\na dog\n")
     return path
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return written_prompts(tmp_path)
 
 
 def arguments(recipe: str, model: Path, prompts: Path) -> list[str]:
@@ -33,27 +38,36 @@ def arguments(recipe: str, model: Path, prompts: Path) -> list[str]:
     return ["train", recipe, *sources, *SHORT, "--data", str(prompts)]
 
 
-def test_run_leaves_log_samples_checkpoint_and_a_model_that_streams(model, prompts, tmp_path, capsys):
-    directory = tmp_path / "run"
-    command = [*arguments("toy_dmd", model, prompts), "--sample-every", "5"]
-    assert cli.main([*command, "--directory", str(directory)]) == 0
-    printed = capsys.readouterr()
-    assert "the model of step 5" in printed.out and "torch.distributed" not in printed.err
-    assert len((directory / "log.jsonl").read_text().splitlines()) == 5
-    videos = sorted((directory / "samples").iterdir())
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory) -> Path:
+    """The directory of a run of five steps, with samples after the last."""
+    place = tmp_path_factory.mktemp("finished")
+    command = [*arguments("toy_dmd", model, written_prompts(place)), "--sample-every", "5"]
+    assert cli.main([*command, "--directory", str(place / "run")]) == 0
+    return place / "run"
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_run_leaves_log_samples_checkpoint_and_a_model_that_streams(finished):
+    assert len((finished / "log.jsonl").read_text().splitlines()) == 5
+    videos = sorted((finished / "samples").iterdir())
     assert [path.name for path in videos] == [f"step_00000005_{number}.mp4" for number in range(4)]
     assert frame_count(videos[0]) == 9 + 5 * 12  # six chunks, the longest rollout of the recipe
-    pipeline = Pipeline.from_pretrained(directory / "checkpoint", "cpu")
+    pipeline = Pipeline.from_pretrained(finished / "checkpoint", "cpu")
     assert pipeline.generate("a cat", num_frames=9).frames.shape == (9, 32, 48, 3)
 
 
-def test_resumed_run_goes_on_to_more_steps(model, prompts, tmp_path):
-    directory = tmp_path / "run"
-    command = arguments("toy_dmd", model, prompts)
-    assert cli.main([*command, "--directory", str(directory)]) == 0
+def test_resumed_run_goes_on_to_more_steps(model, finished, copied, capsys):
+    command = arguments("toy_dmd", model, finished.with_name("prompts.txt"))
     command[command.index("--steps") + 1] = "7"
-    assert cli.main([*command, "--resume", str(directory)]) == 0
-    steps = [json.loads(line)["step"] for line in (directory / "log.jsonl").read_text().splitlines()]
+    assert cli.main([*command, "--resume", str(copied)]) == 0
+    printed = capsys.readouterr()
+    assert "the model of step 7" in printed.out and "torch.distributed" not in printed.err
+    steps = [json.loads(line)["step"] for line in (copied / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 8))
 
 
@@ -63,12 +77,10 @@ def test_directory_that_holds_a_run_is_not_begun_anew(model, prompts, tmp_path, 
     assert "add --resume" in fails(capsys, 2, *command)
 
 
-def test_checkpoint_of_another_recipe_is_refused(model, prompts, tmp_path, capsys):
-    directory = tmp_path / "run"
-    assert cli.main([*arguments("toy_dmd", model, prompts), "--directory", str(directory)]) == 0
-    command = [*arguments("toy_dmd", model, prompts), "--seed", "1", "--resume", str(directory)]
-    capsys.readouterr()
-    assert "seed 0, this run has 1" in fails(capsys, 2, *command)
+def test_checkpoint_of_another_recipe_is_refused(model, finished, copied, capsys):
+    command = arguments("toy_dmd", model, finished.with_name("prompts.txt"))
+    message = fails(capsys, 2, *command, "--seed", "1", "--resume", str(copied))
+    assert "seed 0, this run has 1" in message
 
 
 def test_prompt_file_with_an_empty_line_is_refused(model, prompts, tmp_path, capsys):
@@ -152,7 +164,7 @@ def test_plan_comes_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
 def test_adapters_are_exported_merged_and_as_a_lora_that_convert_reads(model, prompts, tmp_path):
     directory, converted = tmp_path / "run", tmp_path / "converted"
     command = [*arguments("toy_dmd", model, prompts), "--lora-rank", "2"]
-    assert cli.main([*command, "--directory", str(directory), "--sample-every", "5"]) == 0
+    assert cli.main([*command, "--directory", str(directory)]) == 0
     lora = ["--lora", str(directory / "lora.safetensors"), "--dtype", "float32"]
     assert cli.main(["convert", str(model), str(converted), *lora]) == 0
     found, _ = read_safetensors(converted / "transformer.safetensors")
@@ -177,24 +189,18 @@ def test_teacher_learns_from_a_directory_of_latents(model, tmp_path):
 
 @pytest.mark.slow
 def test_ranks_of_torchrun_make_the_run_of_one(model, prompts, tmp_path):
-    losses = []
-    for ranks in (1, 2):
-        directory = tmp_path / str(ranks)
-        command = [*arguments("toy_dmd", model, prompts), "--accumulation", "2", "--parallel", "sharded"]
-        command += ["--directory", str(directory), "--sample-every", "5"]
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={ranks}",
-            "--standalone",
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(
-            [*launcher, "-m", "rfengine.cli", *command],
-            env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert finished.returncode == 0, finished.stderr
-        assert len(list((directory / "samples").iterdir())) == 4
-        losses.append([json.loads(line)["critic_loss"] for line in (directory / "log.jsonl").open()])
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    command = [*arguments("toy_dmd", model, prompts), "--accumulation", "2", "--parallel", "sharded"]
+    assert cli.main([*command, "--directory", str(tmp_path / "one")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["--directory", str(tmp_path / "two"), "--sample-every", "5"]
+    finished = subprocess.run(
+        [*launcher, "-m", "rfengine.cli", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert len(list((tmp_path / "two" / "samples").iterdir())) == 4
+    one, two = (
+        [json.loads(line)["critic_loss"] for line in (tmp_path / name / "log.jsonl").open()]
+        for name in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=0.02)

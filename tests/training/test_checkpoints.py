@@ -23,7 +23,7 @@ def small_state(step: int = 0) -> TrainState:
     with torch.no_grad():
         model.weight.fill_(float(step))
     optimizer = torch.optim.AdamW(model.parameters())
-    state = TrainState({"student": model}, {"student": optimizer}, {"student": WeightAverage(model, 0.5)})
+    state = TrainState({"student": model}, {"student": (optimizer,)}, {"student": WeightAverage(model, 0.5)})
     state.step = step
     return state
 

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from rfengine.training.parallel import Ranks, average_over_workers, ranks_from_environment, run_workers
+from rfengine.training.parallel import Ranks, ranks_from_environment
 from rfengine.training.rollout import RolloutConfig
+from support.ranks import run_ranks
 from support.small_distillation import distillation_models
 from support.small_runs import changed, run_all, run_small
-
-
-def write_average(rank: int, directory) -> None:
-    tensors = [torch.full((2, 3), float(rank)), torch.tensor([10.0 * rank])]
-    average_over_workers(tensors)
-    torch.save(tensors, directory / f"{rank}.pt")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_every_worker_ends_with_the_mean(tmp_path, workers: int):
-    run_workers(write_average, workers, tmp_path)
-    mean = (workers - 1) / 2
-    for rank in range(workers):
-        matrix, scalar = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(matrix, torch.full((2, 3), mean)) and float(scalar) == 10 * mean
-
-
-def test_no_workers_are_refused():
-    with pytest.raises(ValueError, match="workers is 0; it must be at least 1"):
-        run_workers(write_average, 0)
-    with pytest.raises(ValueError, match="workers is 1000000; it must be at most 1024"):
-        run_workers(write_average, 10**6)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +42,6 @@ RUNS = {
         "rollout": RolloutConfig(4, 4, 3, checkpointing=True),
         "checkpointing": True,
     },
-    "replicated two steps": {"parallel": "replicated", "steps": 2},
-    "sharded two steps": {"parallel": "sharded", "steps": 2},
     "sharded adapters": {"parallel": "sharded", "lora_rank": 2},
 }
 
@@ -76,10 +54,10 @@ def trained(directory: Path, name: str, **changes: object) -> dict[str, torch.Te
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> Path:
-    """Where two ranks have made all RUNS."""
+    """Where two ranks have made all RUNS, and have left the mean of their numbers in means.pt."""
     directory = tmp_path_factory.mktemp("two")
     jobs = [(directory / name, changed(**run), directory / f"{name}.pt") for name, run in RUNS.items()]
-    run_workers(run_all, 2, jobs)
+    run_ranks(run_all, 2, jobs, directory / "means.pt")
     return directory
 
 
@@ -91,6 +69,11 @@ def alone(tmp_path_factory) -> dict[str, torch.Tensor]:
 def worst_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     assert found.keys() == expected.keys()
     return max((found[name].double() - expected[name].double()).abs().max().item() for name in found)
+
+
+def test_every_rank_ends_with_the_mean(two_ranks):
+    matrix, scalar, number = torch.load(two_ranks / "means.pt", weights_only=True)
+    assert torch.equal(matrix, torch.full((2, 3), 0.5)) and float(scalar) == 5.0 and number == 0.5
 
 
 @pytest.mark.slow
@@ -115,10 +98,10 @@ def test_student_and_critic_move_far_more_than_ranks_may_differ(alone, two_ranks
 
 
 @pytest.mark.parametrize("parallel", ["replicated", "sharded"])
-def test_one_rank_goes_on_from_a_checkpoint_of_two(alone, two_ranks, parallel):
-    name = f"{parallel} two steps"
-    assert int(torch.load(two_ranks / f"{name}.pt", weights_only=True)["step"]) == 2
-    resumed = trained(two_ranks, name)
+def test_one_rank_goes_on_from_a_checkpoint_of_two(alone, two_ranks, tmp_path, parallel):
+    place = tmp_path / "run" / "checkpoints" / "step_00000002"
+    shutil.copytree(two_ranks / parallel / "checkpoints" / place.name, place)
+    resumed = trained(tmp_path, "run", steps=3)
     assert int(resumed["step"]) == 3
     assert worst_difference(resumed, alone) <= 1e-5
 

@@ -22,7 +22,7 @@ from support.models import small_model, text_states
 from support.small_distillation import ENGINE, PLAIN, distillation_models
 from support.small_runs import DrawnPrompts
 
-ROLLOUT = RolloutConfig(2, 4, 3)
+ROLLOUT = RolloutConfig(1, 2, 1)
 ADAM = AdamConfig(1e-3)
 DMD = TrainConfig(
     name="small",
@@ -34,7 +34,6 @@ DMD = TrainConfig(
     data="",
     critic_optimizer=ADAM,
     critic_updates=2,
-    accumulation=2,
     distillation=PLAIN,
     rollout=ROLLOUT,
     average_start=3,
@@ -67,7 +66,8 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     found = {}
     for name, model in trainer.state.models.items():
         found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
-        moments = trainer.state.optimizers[name].state_dict()["state"]
+        (optimizer,) = trainer.state.optimizers[name]
+        moments = optimizer.state_dict()["state"]
         found |= {f"{name}.{i}.{key}": torch.as_tensor(v) for i, s in moments.items() for key, v in s.items()}
     for name, average in trainer.state.averages.items():
         found |= {f"{name}_average.{key}": value for key, value in average.values.items()}
@@ -201,8 +201,8 @@ def test_student_learns_in_every_second_step_and_its_average_follows(whole_run, 
 
 def test_accumulated_passes_make_one_step(tmp_path):
     calls = []
-    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=1))
-    optimizer = trainer.stage.optimizers["critic"]
+    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=1, accumulation=2))
+    (optimizer,) = trainer.stage.optimizers["critic"]
     step, zero = optimizer.step, optimizer.zero_grad
     optimizer.step = lambda: (calls.append("step"), step())
     optimizer.zero_grad = lambda **options: (calls.append("zero"), zero(**options))

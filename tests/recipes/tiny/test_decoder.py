@@ -11,10 +11,12 @@ from recipes.tiny.decoder import (
     evaluate_tiny_decoder,
     train_tiny_decoder,
 )
+from recipes.tiny.training import StageConfig
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import TinyVAEConfig
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.toy.world import sample_scenes
+from rfengine.training.parallel import Ranks
 
 CONFIG = TinyVAEConfig(z_dim=8, widths=(8, 8, 4, 4), memory_blocks=1)
 
@@ -51,17 +53,17 @@ def test_latents_of_both_kinds_have_the_size_of_a_stream(teacher):
     assert float(teacher.pixels(encoded).abs().max()) <= 1
 
 
-@pytest.mark.slow
-def test_a_short_training_nears_the_teacher_and_goes_on_where_it_was(tmp_path, teacher):
+def test_a_short_training_nears_the_teacher_and_continues_where_it_stopped(tmp_path, teacher):
     torch.manual_seed(0)
     untrained = TinyVAE(CONFIG).eval().requires_grad_(False)
     before = evaluate_tiny_decoder(teacher, untrained, 2, 29)
-    trained = train_tiny_decoder(teacher, CONFIG, tmp_path, 0.05, 0, clips=2)
+    config = StageConfig("tiny_decoder", CONFIG, 6, 0)
+    trained = train_tiny_decoder(teacher, config, tmp_path, Ranks(), clips=2)
     after = evaluate_tiny_decoder(teacher, trained, 2, 29)
     for kind in ("generated", "encoded"):
         assert after[f"psnr_{kind}"] > before[f"psnr_{kind}"]
     assert after["full_colour"] == 1 and after["speed"] > 0
     assert not any(value.requires_grad for value in trained.parameters())
-    again = train_tiny_decoder(teacher, CONFIG, tmp_path, 0.05, 0, clips=2)  # the budget is used up
+    again = train_tiny_decoder(teacher, config, tmp_path, Ranks(), clips=2)  # all steps are done
     for name, value in trained.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)

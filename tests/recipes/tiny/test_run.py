@@ -1,9 +1,10 @@
 import dataclasses
 import json
 
+import pytest
 import torch
 
-from recipes.tiny.run import export, load_config, load_transformer
+from recipes.tiny.run import Options, export, load_config, load_text_model, load_vae, run_stage
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.manifest import verify
 from rfengine.config import PRESETS, to_dict
@@ -19,7 +20,7 @@ def write_untrained_run(directory) -> None:
     (directory / "vae.json").write_text(json.dumps(to_dict(measured)))
     torch.save(WanVAE(measured).state_dict(), directory / "vae_weights.pt")
     torch.save(build_umt5(preset.text).state_dict(), directory / "text_weights.pt")
-    torch.save({"average": WanDiT(preset.model).state_dict()}, directory / "dit.pt")
+    torch.save(WanDiT(preset.model).state_dict(), directory / "dit_weights.pt")
 
 
 def test_exported_checkpoint_is_the_run_rounded_to_float16_with_measured_statistics(tmp_path):
@@ -32,14 +33,36 @@ def test_exported_checkpoint_is_the_run_rounded_to_float16_with_measured_statist
     verify(tmp_path / "out")
     assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) < 16 * 2**20
     model = checkpoint.load(lambda: WanDiT(config.model), "transformer", torch.float32)
-    for name, value in torch.load(tmp_path / "dit.pt", weights_only=True)["average"].items():
+    for name, value in torch.load(tmp_path / "dit_weights.pt", weights_only=True).items():
         assert torch.equal(model.state_dict()[name], value.half().float())
 
 
-def test_finished_weights_are_preferred_to_those_of_a_run_that_goes_on(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "vae_weights.pt does not exist"),
+        (b"PK", "vae_weights.pt"),
+        (b"", "vae_weights.pt"),
+    ],
+)
+def test_absent_or_damaged_weights_are_named(tmp_path, content, message):
     write_untrained_run(tmp_path)
-    torch.manual_seed(1)
-    finished = WanDiT(PRESETS["tiny"].model).state_dict()
-    torch.save(finished, tmp_path / "dit_weights.pt")
-    loaded = load_transformer(load_config(tmp_path), tmp_path).state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in finished.items())
+    (tmp_path / "vae_weights.pt").unlink()
+    if content is not None:
+        (tmp_path / "vae_weights.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_vae(tmp_path)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10**12])
+def test_steps_that_never_begin_or_never_end_are_refused(tmp_path, steps):
+    with pytest.raises(ValueError, match=f"--steps is {steps}; it must be"):
+        run_stage(Options("text", tmp_path / "run", steps))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_leaves_weights_and_its_measurement(tmp_path):
+    run_stage(Options("text", tmp_path, steps=1))
+    assert load_text_model(PRESETS["tiny"], tmp_path).training is False
+    (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(line).keys() == {"stage", "held_out_accuracy"}

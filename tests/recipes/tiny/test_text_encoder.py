@@ -1,8 +1,10 @@
 import torch
 
-from recipes.tiny.text_encoder import LABELS, scene_labels, text_states, train_caption_encoder
+from recipes.tiny.text_encoder import LABELS, TextStage, scene_labels, text_states
+from recipes.tiny.training import StageConfig
 from rfengine.config import PRESETS
 from rfengine.toy.world import Scene, SceneObject, WorldConfig, caption, sample_scenes
+from rfengine.training.parallel import Ranks
 
 
 def test_labels_name_every_attribute_and_the_missing_second_object():
@@ -21,8 +23,10 @@ def test_labels_are_equal_exactly_when_captions_are():
     assert len(set(by_caption.values())) == len(by_caption)
 
 
-def test_a_short_training_gives_a_frozen_encoder_with_zero_padding(tmp_path):
-    model = train_caption_encoder(PRESETS["tiny"], tmp_path, 0.002, 0)
+def test_a_short_training_gives_a_frozen_encoder_with_zero_padding():
+    stage = TextStage(StageConfig("text", PRESETS["tiny"], 1, 0), Ranks())
+    stage.update(0)
+    model = stage.encoder()
     assert not any(parameter.requires_grad for parameter in model.parameters())
     states = text_states(model, ["a small red circle", "a large blue square"], 32)
     assert states.shape == (2, 32, 96)

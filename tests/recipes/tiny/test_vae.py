@@ -2,16 +2,18 @@ import dataclasses
 
 import torch
 
+from recipes.tiny.training import StageConfig, train
 from recipes.tiny.vae import (
+    VAEStage,
     _states_after,
     evaluate_autoencoder,
     sample_clips,
-    train_autoencoder,
     with_measured_statistics,
 )
 from rfengine.config import PRESETS
 from rfengine.models.vae import WanVAE
 from rfengine.toy.world import is_held_out
+from rfengine.training.parallel import Ranks
 from rfengine.video import as_clips, as_model_pixels
 
 CONFIG = dataclasses.replace(PRESETS["tiny"].vae, base_dim=4, dim_mult=(1, 1, 1, 1))
@@ -57,9 +59,10 @@ def test_measured_statistics_make_latents_standard():
     assert torch.allclose(latents.std(1), torch.ones(8), atol=1e-3)
 
 
-def test_a_short_training_lowers_the_loss_and_leaves_finite_weights(tmp_path):
-    train_autoencoder(0, CONFIG, tmp_path, 0.02, 0, 1)
-    weights = torch.load(tmp_path / "vae_weights.pt", weights_only=True)
+def test_a_short_training_lowers_the_loss_and_leaves_finite_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.tiny.vae._PHASES", ((0.5, 1, 2, 0), (0.8, 5, 1, 0), (1.01, 5, 1, 3)))
+    config = StageConfig("vae", CONFIG, 10, 0)
+    weights = train(config, VAEStage(config, Ranks()), tmp_path, Ranks())
     vae = WanVAE(CONFIG)
     vae.load_state_dict(weights)
     assert all(torch.isfinite(value).all() for value in weights.values())

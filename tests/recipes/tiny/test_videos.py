@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from recipes.tiny.stage_run import StageRun
 from recipes.tiny.videos import encode_dataset, foreground_cells
 from rfengine.config import PRESETS
 from rfengine.models.text_encoder import build_umt5
@@ -30,15 +29,13 @@ def test_foreground_is_where_the_shape_is_at_that_time():
 def test_dataset_is_read_back_as_it_was_encoded(tmp_path):
     torch.manual_seed(0)
     text_model = build_umt5(PRESETS["tiny"].text)
-    run = StageRun(tmp_path, "videos", 0.001)
-    written = encode_dataset(WanVAE(VAE_CONFIG).eval(), text_model, 128, 4, run, 0)
+    written = encode_dataset(WanVAE(VAE_CONFIG).eval(), text_model, 128, 4, videos=9, seed=0)
     save_dataset(written, tmp_path / "videos.pt")
     read = load_dataset(tmp_path / "videos.pt")
     for name in ("latents", "foreground", "texts", "open_texts", "text_rows"):
         assert torch.equal(getattr(read, name), getattr(written, name))
-    count = len(read.latents)
-    assert read.latents.shape == (count, 8, 4, 8, 8) and read.foreground.shape == (count, 4, 8, 8)
-    assert read.texts.shape[1:] == (128, 96) and read.text_rows.shape == (count,)
+    assert read.latents.shape == (9, 8, 4, 8, 8) and read.foreground.shape == (9, 4, 8, 8)
+    assert read.texts.shape[1:] == (128, 96) and read.text_rows.shape == (9,)
     assert int(read.text_rows.max()) == len(read.texts) - 1
 
 

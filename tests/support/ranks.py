@@ -1,0 +1,26 @@
+"""Processes of one training, without torchrun."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+
+
+def run_ranks(function: Callable[..., None], count: int, *arguments: object) -> None:
+    """Call `function(rank, *arguments)` in `count` processes of one thread, and wait."""
+    with tempfile.TemporaryDirectory() as directory:
+        meeting = (Path(directory) / "meeting").as_uri()
+        torch.multiprocessing.spawn(_start, (function, count, meeting, arguments), nprocs=count)
+
+
+def _start(
+    rank: int, function: Callable[..., None], count: int, meeting: str, arguments: tuple[object, ...]
+) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    function(rank, *arguments)
+    distributed.destroy_process_group()
