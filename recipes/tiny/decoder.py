@@ -31,8 +31,8 @@ from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.toy.detector import accuracy
 from rfengine.toy.world import Scene, WorldConfig, caption, render, sample_scenes
+from rfengine.training.arithmetic import cpu_autocast
 from rfengine.training.config import AdamConfig
-from rfengine.training.cpu_arithmetic import cpu_autocast
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
 from rfengine.training.rollout import roll_out

@@ -20,8 +20,8 @@ from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import add_noise, shifted
 from rfengine.toy.data import LatentDataset
+from rfengine.training.arithmetic import cpu_autocast
 from rfengine.training.config import AdamConfig
-from rfengine.training.cpu_arithmetic import cpu_autocast
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import ModelStage

@@ -14,8 +14,8 @@ from rfengine.accuracy import psnr_db
 from rfengine.models.vae import DecoderState, EncoderState, WanVAE
 from rfengine.toy.detector import accuracy
 from rfengine.toy.world import Scene, WorldConfig, background_image, render, sample_scenes
+from rfengine.training.arithmetic import cpu_autocast
 from rfengine.training.config import AdamConfig
-from rfengine.training.cpu_arithmetic import cpu_autocast
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import ModelStage

@@ -21,7 +21,7 @@ from rfengine.toy.world import (
     render,
     sample_scenes,
 )
-from rfengine.training.cpu_arithmetic import cpu_autocast
+from rfengine.training.arithmetic import cpu_autocast
 from rfengine.video import as_model_pixels
 
 _BATCH = 8

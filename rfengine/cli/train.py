@@ -14,12 +14,12 @@ from tyro.conf import Positional
 from rfengine.cli.terminal import find_device
 from rfengine.memory import free_memory
 from rfengine.training import recipes
-from rfengine.training.config import Parallelism, Precision, TrainConfig
-from rfengine.training.cpu_arithmetic import multiplies_bfloat16
+from rfengine.training.arithmetic import Precision, multiplies_bfloat16
+from rfengine.training.config import Parallelism, TrainConfig
 
 if TYPE_CHECKING:
     from rfengine.training.parallel import Ranks
-    from rfengine.training.reward import RewardGuard
+    from rfengine.training.reward_guard import RewardGuard
     from rfengine.training.trainer import Trainer
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
@@ -186,8 +186,8 @@ def _train_to_the_end(
 def _guard(config: TrainConfig, trainer: Trainer, stops: bool) -> RewardGuard:
     """The guard of the run, as it was at the checkpoint that the run goes on from."""
     from rfengine.training.build import held_out_score
-    from rfengine.training.log_file import LOG_FILE
-    from rfengine.training.reward import GuardConfig, RewardGuard
+    from rfengine.training.log import LOG_FILE
+    from rfengine.training.reward_guard import GuardConfig, RewardGuard
 
     settings = GuardConfig(held_out=held_out_score(config), stops=stops)
     return RewardGuard.from_log(trainer.directory / LOG_FILE, trainer.state.step, settings)

@@ -15,6 +15,7 @@ from rfengine.ops import Ops, choose_ops, default_choice
 from rfengine.prompts import read_prompts
 from rfengine.toy.data import LatentDataset, ToyClips, ToyPrompts, load_dataset, negative_states
 from rfengine.toy.reward import ToyReward
+from rfengine.training.arithmetic import casting
 from rfengine.training.checkpoint_parts import Encode, load_transformer, load_vae, text_states_of
 from rfengine.training.config import TrainConfig
 from rfengine.training.data import FilePrompts, LatentClips
@@ -38,7 +39,6 @@ from rfengine.training.stages import (
     TrainingStage,
     Trajectories,
     TrajectoryStage,
-    casting,
     seeded,
 )
 from rfengine.training.trajectories import TrajectoryFile, follow_flow, make_trajectories
@@ -64,8 +64,9 @@ def build_stage(config: TrainConfig, device: torch.device, ranks: Ranks) -> Trai
         negative_states=_negative_states(config, encode).to(device),
     )
     reward = build_reward(config, device) if config.stage == "re-dmd" else None
-    autocast = torch.bfloat16 if config.precision == "bfloat16" else None
-    distillation = Distillation(config.engine, models, config.distillation, config.rollout, reward, autocast)
+    distillation = Distillation(
+        config.engine, models, config.distillation, config.rollout, reward, config.precision
+    )
 
     def scores(result: StudentLoss, batch: PromptBatch) -> Figures:
         return {} if reward is None else {name: float(part.mean()) for name, part in reward.parts.items()}

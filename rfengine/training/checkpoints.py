@@ -1,14 +1,20 @@
-"""Saving and restoring a training: one directory a checkpoint, complete or not there at all.
+"""Checkpoints of a training: one directory each, complete or not there at all, read without running code.
 
 A checkpoint is written beside its final name by torch.distributed.checkpoint, in the background, and renamed
-when every rank has finished, so a run that is killed while it saves has the one before. It can be read by
-another number of ranks.
+when every rank has finished, so a run that is killed while it saves has the one before. Another number of
+ranks can read it. Its record, run.json, states what run it is of and the sha256 of each of its files.
+
+torch.distributed.checkpoint keeps an index (`.metadata`) and small values as pickles and loads them as such.
+Here the index may name the classes of an index alone, and values go through torch's weights_only reader.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import logging
+import pickle
 import re
 import shutil
 import warnings
@@ -22,24 +28,40 @@ import torch
 import torch.distributed as distributed
 import torch.distributed.checkpoint as checkpoint
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from rfengine.files import locked
-from rfengine.training.checkpoint_reader import first_cause, read_checkpoint
-from rfengine.training.checkpoint_record import DamagedCheckpointError, check_record, write_record
-from rfengine.training.weight_average import WeightAverage
+from rfengine.files import file_sha256, json_object, locked, open_regular, read_text, write_text
+from rfengine.training.learner import WeightAverage
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8})")
 _LOCK_FILE = ".training.lock"
+_RECORD_FILE = "run.json"
+_FORMAT = 2
+_UNCHECKED_FORMAT = 1  # without checksums: the identity alone
+_LIMIT_BYTES = 10_000_000
+_INDEX = ".metadata"
+_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_INDEX_NAMES = {
+    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"), ("builtins", "set"), ("pathlib", "PosixPath"),
+}  # fmt: skip
+# what damaged content makes the reader raise
+_DAMAGE = (
+    CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, EOFError,
+    AttributeError, OSError, AssertionError, ImportError, MemoryError,
+)  # fmt: skip
 
 
 class TrainState:
-    """What goes on from one run to the next: models, their optimizers and moving averages, and the step.
+    """What one run hands to the next: models, their optimizers and moving averages, and the step.
 
-    Random draws are keyed by the step (see stages.py), so no generator has to be kept.
+    Random draws are keyed by the step (see stages.py), so no generator is kept.
     """
 
     def __init__(
@@ -50,7 +72,7 @@ class TrainState:
     ) -> None:
         self.models, self.optimizers, self.averages = dict(models), dict(optimizers), dict(averages)
         self.step = 0
-        self.tensors()  # moments are there from the start, whether a run saves before its first update or not
+        self.tensors()  # moments exist from the start, whether a run saves before its first update or not
 
     def tensors(self) -> dict[str, Any]:
         """A tree of tensors and numbers that torch.distributed.checkpoint takes, by reference."""
@@ -77,9 +99,9 @@ class TrainState:
 
 
 class CheckpointDirectory:
-    """The checkpoints of one run, in `directory`/checkpoints, and what run they are of.
+    """The checkpoints of one run, in `directory`/checkpoints.
 
-    identity: what a checkpoint must have been made with to be gone on from, as JSON values.
+    identity: JSON values that a checkpoint must have been made with to be resumed from.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any], keep: int) -> None:
@@ -130,20 +152,20 @@ class CheckpointDirectory:
             if _is_first():
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
-                f"checkpoint {final} was not written ({first_cause(error)}); earlier ones are whole: make "
+                f"checkpoint {final} was not written ({_first_cause(error)}); earlier ones are whole: make "
                 "room and resume"
             ) from error
         if _is_first():
-            write_record(partial, self.identity)
+            _write_record(partial, self.identity)
             partial.rename(final)
             for path in self.complete()[: -self.keep]:
                 shutil.rmtree(path)
         _meet()
 
     def restore(self, state: TrainState) -> bool:
-        """Go on from the newest checkpoint that is whole; False where there is none at all.
+        """Resume from the newest checkpoint that is whole; False where there is none at all.
 
-        A damaged one is told in a warning and set aside, under its name with `.damaged`.
+        A damaged one is reported in a warning and set aside, under its name with `.damaged`.
         Raises ValueError when none is whole, or when one is of another recipe.
         """
         damaged: list[tuple[Path, str]] = []
@@ -179,7 +201,7 @@ class CheckpointDirectory:
     def _examine(self, path: Path) -> tuple[str, str]:
         """What is damaged, and why a checkpoint that is whole is not of this run; "" for nothing."""
         try:
-            found = check_record(path)
+            found = _check_record(path)
         except DamagedCheckpointError as error:
             return str(error), ""
         differing = sorted(
@@ -242,3 +264,119 @@ def _is_first() -> bool:
 def _meet() -> None:
     if distributed.is_initialized():
         distributed.barrier()
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint that is not whole; the message says what is wrong with it."""
+
+
+def _write_record(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Write the record of the files in `directory`. identity: JSON values. Raises OSError."""
+    files = {
+        path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name != _RECORD_FILE
+    }
+    content = {"format": _FORMAT, "identity": dict(identity), "files": files}
+    write_text(directory / _RECORD_FILE, json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
+
+
+def _check_record(directory: Path) -> dict[str, Any]:
+    """Read every file of a checkpoint against its record, and return the identity.
+
+    A record of an earlier rfengine has no checksums: then only the record itself is checked.
+    Raises DamagedCheckpointError where anything is absent, changed or not readable.
+    """
+    content = _read_record(directory / _RECORD_FILE)
+    if content.get("format") == _UNCHECKED_FORMAT:
+        return {name: value for name, value in content.items() if name != "format"}
+    stated = content.pop("sha256", None)
+    if content.get("format") != _FORMAT or stated != _digest(content):
+        raise DamagedCheckpointError(f"its {_RECORD_FILE} is damaged")
+    identity, files = content["identity"], content["files"]
+    for name, digest in files.items():
+        problem = _difference(directory / name, digest)
+        if problem:
+            raise DamagedCheckpointError(f"its file {name} {problem}")
+    return identity
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json_object(read_text(path, _LIMIT_BYTES), path)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"its {_RECORD_FILE} cannot be read") from error
+
+
+def _difference(path: Path, digest: str) -> str:
+    if not re.fullmatch(r"[^/\0]+", path.name) or path.name in (".", ".."):
+        return "has no name of a file"
+    try:
+        return "" if file_sha256(path) == digest else "is not what was written"
+    except FileNotFoundError:
+        return "is absent"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({error})"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_checkpoint(tree: dict[str, Any], directory: Path) -> None:
+    """Fill `tree` in place, as torch.distributed.checkpoint.load does.
+
+    Raises DamagedCheckpointError, on every rank, where the checkpoint cannot be read; parts of `tree` may be
+    filled then.
+    """
+    try:
+        checkpoint.load(
+            tree,
+            storage_reader=_Reader(directory),
+            planner=_Planner(),
+            no_dist=not distributed.is_initialized(),
+        )
+    except _DAMAGE as error:
+        raise DamagedCheckpointError(f"it cannot be read ({_first_cause(error)})") from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of what went wrong underneath, on the first rank that failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        plain = "." not in name
+        dtype = module == "torch" and plain and isinstance(vars(torch).get(name), torch.dtype)
+        if plain and (module in _INDEX_MODULES or (module, name) in _INDEX_NAMES or dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{_INDEX} names {module}.{name}, which is no part of an index")
+
+
+class _Reader(FileSystemReader):
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._index = directory / _INDEX
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open_regular(self._index) as file:
+            metadata = _IndexUnpickler(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, Mapping):
+            raise pickle.UnpicklingError(f"{_INDEX} holds no index")
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        for name in {str(info.relative_path) for info in metadata.storage_data.values()}:
+            if Path(name).name != name:
+                raise pickle.UnpicklingError(f"{_INDEX} names {name}, which lies elsewhere")
+            open_regular(self._index.with_name(name)).close()  # a pipe would be waited for
+        return metadata
+
+
+class _Planner(DefaultLoadPlanner):
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        checked = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), checked)
+        checked.seek(0)
+        super().load_bytes(read_item, checked)

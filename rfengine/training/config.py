@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.limits import Range, check_fields
 from rfengine.schedule import MAX_SEED
+from rfengine.training.arithmetic import Precision
 from rfengine.training.distillation import DistillationConfig
 from rfengine.training.rollout import RolloutConfig
 
 Stage = Literal["teacher", "ode-init", "dmd", "re-dmd"]
-Precision = Literal["float32", "bfloat16"]
 Parallelism = Literal["replicated", "sharded"]
 MOST_STEPS = 10**9
 BELOW_ONE = 1 - 1e-9  # Adam and averages divide by what is missing to one

@@ -8,7 +8,6 @@ latent channels, F latent frames, T pixel frames.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -20,6 +19,7 @@ from rfengine.limits import Range, check_fields
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.schedule import add_noise
+from rfengine.training.arithmetic import Precision, casting
 from rfengine.training.memory import on_device
 from rfengine.training.re_dmd import (
     critic_loss,
@@ -116,7 +116,7 @@ class Distillation:
         config: DistillationConfig,
         rollout: RolloutConfig,
         score: Score | None = None,
-        autocast: torch.dtype | None = None,
+        precision: Precision = "float32",
     ) -> None:
         if (config.beta is None) != (score is None):
             raise ValueError(
@@ -130,8 +130,7 @@ class Distillation:
                 "chunks; gradients from before it would be zero"
             )
         self.engine, self.models, self.config, self.rollout = engine, models, config, rollout
-        self.score = score
-        self._autocast = autocast
+        self.score, self.precision = score, precision
 
     def student_loss(
         self, prompts: PromptBatch, shared: torch.Generator, own: torch.Generator
@@ -175,7 +174,7 @@ class Distillation:
         def noise(chunk: int, step: int) -> Tensor:
             return torch.randn(shape, generator=own, device=student.device)
 
-        with self._casting():
+        with casting(self.models.student.device, self.precision):
             text = student.text_keys_values(prompts.states)
             return self_forced_rollout(student, engine, text, noise, plan, self.rollout)
 
@@ -216,7 +215,7 @@ class Distillation:
         return dmd_gradient(clip, predicted(models.critic, states), teacher)
 
     def _flow(self, model: WanDiT, x_t: Tensor, sigma: Tensor, states: Tensor) -> Tensor:
-        with self._casting():
+        with casting(self.models.student.device, self.precision):
             return model.forward_clip(x_t, self.engine.schedule.num_train_timesteps * sigma, states)
 
     def _reward(
@@ -233,8 +232,3 @@ class Distillation:
         scores = self.score(frames, prompts.texts)
         weights = reward_weights(scores, prompts.groups, self.config.beta, self.config.reward_limit)
         return frames, scores, weights
-
-    def _casting(self) -> AbstractContextManager:
-        if self._autocast is None:
-            return nullcontext()
-        return torch.autocast(self.models.student.device.type, self._autocast)

@@ -1,8 +1,8 @@
-"""Learner: the update of one model by its optimizers, from the losses of the passes of a step."""
+"""The update of one model by its optimizers, and the moving average of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +74,29 @@ class Learner:
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * share
             optimizer.step()
+
+
+class WeightAverage:
+    """Exponential moving average of a module's parameters, in float32."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Blend the parameters in; early on the average follows faster, so that it forgets the start."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        values = module.state_dict()
+        torch._foreach_lerp_(
+            list(self.values.values()), [values[name].detach() for name in self.values], weight
+        )
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        self.values = {name: value.clone() for name, value in values.items()}
+
+    @torch.no_grad()
+    def follow(self, module: nn.Module) -> None:
+        """Take the parameters as they are, before averaging begins."""
+        for name, value in module.state_dict().items():
+            self.values[name].copy_(value)

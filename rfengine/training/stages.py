@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule, add_noise, shifted
-from rfengine.training.config import Precision, TrainConfig
+from rfengine.training.arithmetic import casting
+from rfengine.training.config import TrainConfig
 from rfengine.training.distillation import Distillation, PromptBatch, StudentLoss
-from rfengine.training.learner import Figures, Learner
+from rfengine.training.learner import Figures, Learner, WeightAverage
 from rfengine.training.parallel import Ranks
-from rfengine.training.weight_average import WeightAverage
 
 
 class Prompts(Protocol):
@@ -206,10 +205,3 @@ def causal_mask(chunks: int, latents: Tensor, config: TrainConfig) -> Tensor:
     recent = own - seen < cache.window_chunks - cache.sink_chunks
     visible = (seen <= own) & (recent | (seen < cache.sink_chunks))
     return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(latents.device)
-
-
-def casting(device: torch.device, precision: Precision) -> AbstractContextManager:
-    """bfloat16 arithmetic on float32 weights where the precision asks for it."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)

@@ -15,9 +15,9 @@ from rfengine.config import to_dict
 from rfengine.stop_signals import stop_signals
 from rfengine.training.checkpoints import CheckpointDirectory, TrainState
 from rfengine.training.learner import Figures
+from rfengine.training.log import TrainingLog
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import TrainingStage
-from rfengine.training.training_log import TrainingLog
 
 logger = logging.getLogger(__name__)
 _MAY_DIFFER = ("steps", "save_every", "sample_every", "keep", "parallel", "offload_teacher", "checkpointing")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rfengine.training.stages import casting
+from rfengine.training.arithmetic import casting
 from studies.toy.size import StudySize
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rfengine.training.config import Precision
+from rfengine.training.arithmetic import Precision
 
 
 @dataclass(frozen=True)

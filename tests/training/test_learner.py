@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from rfengine.training.checkpoints import CheckpointDirectory, TrainState
 from rfengine.training.config import AdamConfig
-from rfengine.training.learner import Learner
+from rfengine.training.learner import Learner, WeightAverage
 from rfengine.training.parallel import Ranks
 
 ADAM = AdamConfig(1e-2, betas=(0.9, 0.98), warm_up=2)
@@ -61,3 +61,24 @@ def test_a_checkpoint_of_two_optimizers_resumes_bit_by_bit(tmp_path):
         learn(resumed, update)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def constant(value: float) -> nn.Linear:
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+def test_average_follows_fast_at_first_and_slowly_later():
+    average, layer = WeightAverage(constant(0.0), decay=0.99), constant(1.0)
+    average.update(layer, step=0)
+    assert float(average.values["weight"]) == pytest.approx(0.9)
+    average.load({"weight": torch.zeros(1, 1)})
+    average.update(layer, step=10_000)
+    assert float(average.values["weight"]) == pytest.approx(0.01)
+
+
+def test_average_without_decay_is_the_weights():
+    average, layer = WeightAverage(constant(0.0), decay=0.0), constant(0.1)
+    average.update(layer, step=0)
+    assert torch.equal(average.values["weight"], layer.weight)

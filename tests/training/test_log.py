@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rfengine.training.log_file import keep_until, read_log
+from rfengine.training.log import keep_until, read_log
 
 LINES = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
 WHOLE = "".join(json.dumps(line) + "\n" for line in LINES).encode()

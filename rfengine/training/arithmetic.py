@@ -1,0 +1,32 @@
+"""The precision of the arithmetic in training; weights are float32."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def casting(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """bfloat16 arithmetic on float32 weights where the precision asks for it."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def cpu_autocast() -> AbstractContextManager[None]:
+    """bfloat16 arithmetic on a CPU whose library multiplies in it; float32 elsewhere, where it is many times
+    as fast."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN has products and convolutions in bfloat16 for this CPU (on x86 it needs AVX-512).
+
+    Without them, or in a build of torch without oneDNN, plain loops are left: a convolution of the toy VAE
+    takes seconds.
+    """
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,106 @@
+"""The log of a training: a line of JSON for each step, read again after a crash, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from rfengine.files import open_regular, write_text
+from rfengine.training.learner import Figures
+
+logger = logging.getLogger(__name__)
+LOG_FILE = "log.jsonl"
+
+
+def read_log(path: Path, last_step: int) -> list[Figures]:
+    """The lines of a log up to `last_step`, each a `step` and its figures; damaged ones are left out.
+
+    Raises ValueError where `path` is there and no ordinary file.
+    """
+    return [figures for line in _lines(path) if (figures := _figures(line)) and figures["step"] <= last_step]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        with open_regular(path) as file:
+            return file.read().decode("utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+
+
+def _figures(line: str) -> Figures | None:
+    """The figures of one line; None where a crash or the disk has damaged it."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        return None
+    return found if all(type(value) in (int, float) for value in found.values()) else None
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop what an earlier run logged beyond its last checkpoint, whose steps are about to be repeated.
+
+    Damaged lines go as well, with a warning. The file is replaced as a whole.
+    """
+    lines = [line for line in _lines(path) if line]
+    damaged = [number for number, line in enumerate(lines, 1) if _figures(line) is None]
+    kept = read_log(path, step)
+    if len(kept) == len(lines):
+        return
+    if damaged:
+        logger.warning(
+            "%s is damaged at line %d of %d; the %d whole lines up to step %d, the last checkpoint, are kept",
+            path, damaged[0], len(lines), len(kept), step,
+        )  # fmt: skip
+    write_text(path, "".join(json.dumps(figures) + "\n" for figures in kept))
+
+
+class TrainingLog:
+    """A line of JSON a step, the same to TensorBoard where it is installed, and a progress bar."""
+
+    def __init__(self, directory: Path, writes: bool, title: str, steps: int, step: int) -> None:
+        self._writes = writes
+        if not writes:
+            return
+        from tqdm import tqdm
+
+        keep_until(directory / LOG_FILE, step)
+        self._file = (directory / LOG_FILE).open("a", encoding="utf-8")
+        self._board = _tensorboard(directory / "tensorboard", step)
+        self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None)
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writes:
+            self._file.close()
+            self._bar.close()
+            if self._board is not None:
+                self._board.close()
+
+    def write(self, step: int, figures: Figures) -> None:
+        if not self._writes:
+            return
+        rounded = {name: round(value, 6) for name, value in figures.items()}
+        self._file.write(json.dumps({"step": step} | rounded) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in figures.items():
+                self._board.add_scalar(name, value, step)
+        self._bar.update()
+        losses = {name: f"{value:.3g}" for name, value in figures.items() if name.endswith("loss")}
+        self._bar.set_postfix(losses)
+
+
+def _tensorboard(directory: Path, step: int) -> Any:
+    """A writer that drops what lies beyond `step`, or None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory), purge_step=step or None)
