@@ -1,7 +1,7 @@
 """Distillation: what the student and the critic learn from one batch of prompts, without any optimizer.
 
-The student's rollout is held against the frozen bidirectional teacher and against the critic, a bidirectional
-model that follows the student's own distribution (spec 7.1 to 7.5; re_dmd.py has the formulas). B samples, C
+The student's rollout is compared with the frozen bidirectional teacher and with the critic, a bidirectional
+model that follows the student's own distribution (re_dmd.py has the formulas). B samples, C
 latent channels, F latent frames, T pixel frames.
 """
 
@@ -71,19 +71,17 @@ class DistillationModels:
 @dataclass(frozen=True, slots=True)
 class DistillationConfig:
     """clip_frames: latent frames the teacher was trained on; a rollout's last ones are judged. guidance: of
-    the teacher, 0 is none. beta: the reward's temperature, None for plain DMD; reward_limit: see
-    reward_weights.
+    the teacher, 0 is none. beta: the reward's temperature, None for plain DMD.
 
     first_latent: what the judged clip begins with where the rollout is longer. "given" takes it as it is,
     for a teacher that was trained on clips from the middle of videos; "encoded" puts the encoded last pixel
     frame before the clip in place of the clip's first latent, since a published teacher has only seen first
-    latents that stand for one frame (spec 7.3, step 6).
+    latents that stand for one frame.
     """
 
     clip_frames: Annotated[int, Range(1, 4096)] = 21
     guidance: Annotated[float, Range(0, 1000)] = 3.0
     beta: Annotated[float | None, Range(1e-6, 1e6)] = None
-    reward_limit: Annotated[float | None, Range(1e-6, 1e6)] = None
     first_latent: Literal["given", "encoded"] = "encoded"
 
     def __post_init__(self) -> None:
@@ -230,5 +228,5 @@ class Distillation:
         judged = self.config.clip_frames * self.engine.vae.temporal_stride
         frames = ((pixels[:, :, -judged:].float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1)
         scores = self.score(frames, prompts.texts)
-        weights = reward_weights(scores, prompts.groups, self.config.beta, self.config.reward_limit)
+        weights = reward_weights(scores, prompts.groups, self.config.beta)
         return frames, scores, weights

@@ -2,8 +2,8 @@
 
 DMD moves a generator along the difference of two scores of its own samples, that of the teacher and that of a
 critic that has learnt the samples. Re-DMD matches p(x | c) * exp(r(x, c) / beta) / Z(c) in place of the
-teacher's p(x | c): each sample's difference is weighted by exp(r / beta) / Z(c) (arXiv 2512.04678; spec 7.4,
-which says where the published code departs from it). B samples, C channels, F latent frames; latents are
+teacher's p(x | c): each sample's difference is weighted by exp(r / beta) / Z(c) (arXiv 2512.04678; recipes.py
+lists where the published code departs from it). B samples, C channels, F latent frames; latents are
 [B, C, F, h, w].
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rfengine.schedule import shifted
 
-SIGMA_RANGE = (0.02, 0.98)  # spec 7.2, min/max step of 1000
+SIGMA_RANGE = (0.02, 0.98)  # the published steps 20 to 980 of 1000
 _SMALLEST_SCALE = 1e-6  # of the mean distance that normalises a gradient: no division by zero
 
 
@@ -23,7 +23,7 @@ def draw_sigmas(batch: int, shift: float, generator: torch.Generator) -> Tensor:
     SIGMA_RANGE.
 
     The student, the critic and the teacher all read this one law (the published wrappers mix shifts of 5 and
-    8; spec 7.6). Returns float32 [B] on the generator's device.
+    8). Returns float32 [B] on the generator's device.
     """
     uniform = torch.rand(batch, generator=generator, device=generator.device)
     return shifted(uniform, shift).clamp(*SIGMA_RANGE)
@@ -35,13 +35,12 @@ def x0_from_flow(x_t: Tensor, flow: Tensor, sigma: Tensor) -> Tensor:
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """conditional + guidance * (conditional - unconditional): 0 is no guidance, 3 the published 3.0 (spec
-    7.4)."""
+    """conditional + guidance * (conditional - unconditional): 0 is no guidance, 3 the published value."""
     return conditional + guidance * (conditional - unconditional)
 
 
 def dmd_gradient(x: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
-    """g = (critic_x0 - teacher_x0) / mean |x - teacher_x0|, the mean taken in each sample (spec 7.4).
+    """g = (critic_x0 - teacher_x0) / mean |x - teacher_x0|, the mean taken in each sample.
 
     All are [B, C, F, h, w]; float32 at least. x - g lies nearer to the teacher's distribution. What is not
     finite stays so: a trainer has to see it (the published code turns it into zeros).
@@ -51,19 +50,16 @@ def dmd_gradient(x: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
     return (critic_x0 - teacher_x0) / _per_sample(scale, x)
 
 
-def reward_weights(rewards: Tensor, groups: Tensor, beta: float, limit: float | None = None) -> Tensor:
+def reward_weights(rewards: Tensor, groups: Tensor, beta: float) -> Tensor:
     """w = exp(r / beta) / Z(c), where Z(c) is the mean of exp(r / beta) over the samples of prompt c.
 
     rewards: [B]; groups: integers [B], equal where the prompt is. beta is the paper's temperature (the
-    published code multiplies by 2 instead, a beta of 0.5, and has no Z). limit: where given, r / beta is
-    first kept within this distance of its mean in the group, so that one sample can not take the whole
-    weight. Weights average to 1 in every group, exactly 1 in a group of one. Returns float64 [B]. Raises
-    ValueError for a beta that is not positive and for shapes that differ.
+    published code multiplies by 2 instead, a beta of 0.5, and has no Z). Weights average to 1 in every group,
+    exactly 1 in a group of one. Returns float64 [B]. Raises ValueError for a beta that is not positive, and
+    for shapes that differ.
     """
     if not beta > 0:
         raise ValueError(f"beta is {beta}; the temperature of the reward must be positive")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"limit is {limit}; give a positive one, or None for no limit")
     if rewards.ndim != 1 or rewards.shape != groups.shape:
         raise ValueError(
             f"rewards are {tuple(rewards.shape)} and groups {tuple(groups.shape)}; "
@@ -72,9 +68,6 @@ def reward_weights(rewards: Tensor, groups: Tensor, beta: float, limit: float | 
     exponents = rewards.detach().double() / beta
     same = (groups[:, None] == groups[None, :]).double()
     size = same.sum(1)
-    if limit is not None:
-        mean = same @ exponents / size
-        exponents = mean + (exponents - mean).clamp(-limit, limit)
     highest = torch.where(same > 0, exponents[None, :], -torch.inf).amax(1)
     shares = torch.where(same > 0, torch.exp(exponents[None, :] - highest[:, None]), 0.0)
     return torch.exp(exponents - highest) * size / shares.sum(1)
@@ -93,7 +86,7 @@ def distribution_loss(x: Tensor, gradient: Tensor, weights: Tensor | None = None
 
 
 def critic_loss(flow: Tensor, noise: Tensor, x: Tensor) -> Tensor:
-    """Flow matching on the student's samples: mean (flow - (noise - x))^2, float32 at least (spec 7.5).
+    """Flow matching on the student's samples: mean (flow - (noise - x))^2, float32 at least.
 
     flow: what the critic predicts at (1 - sigma) * x + sigma * noise. x carries no gradient here.
     """

@@ -44,7 +44,7 @@ def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, t
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_rollout_and_its_gradients_on_triton_equal_the_reference(checkpointing):
-    rollout = RolloutConfig(4, 4, 2, same_exit=False, checkpointing=checkpointing)
+    rollout = RolloutConfig(4, 4, 2, checkpointing=checkpointing)
     expected, expected_gradients = learned(choose_ops("reference", DEVICE), rollout)
     found, gradients = learned(choose_ops("triton", DEVICE), rollout)
     assert relative_error(found, expected) <= 1e-5

@@ -73,12 +73,11 @@ def test_equal_rewards_are_plain_dmd():
 @given(
     st.lists(st.tuples(st.floats(-50, 50), st.integers(0, 3)), min_size=1, max_size=12),
     st.floats(0.05, 5),
-    st.sampled_from((None, 0.5, 3.0)),
 )
-def test_weights_average_to_one_in_every_group(samples, beta, limit):
+def test_weights_average_to_one_in_every_group(samples, beta):
     rewards = torch.tensor([reward for reward, _ in samples], dtype=torch.float64)
     groups = torch.tensor([group for _, group in samples])
-    weights = reward_weights(rewards, groups, beta, limit)
+    weights = reward_weights(rewards, groups, beta)
     assert weights.isfinite().all()
     for group in groups.unique():
         torch.testing.assert_close(weights[groups == group].mean().item(), 1.0, rtol=1e-12, atol=0)
@@ -91,18 +90,12 @@ def test_weights_follow_exponential_of_reward_over_beta():
     assert math.isclose(weights[2] / weights[3], math.exp((0.3 + 4.0) / 0.5), rel_tol=1e-6)
 
 
-def test_limit_bounds_ratio_of_weights():
-    weights = reward_weights(torch.tensor([0.0, 100.0]), torch.tensor([0, 0]), beta=0.1, limit=1.0)
-    assert math.isclose(weights[1] / weights[0], math.exp(2.0), rel_tol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((torch.ones(2), torch.zeros(2), 0.0), "beta is 0.0"),
         ((torch.ones(2), torch.zeros(2), float("nan")), "beta is nan"),
         ((torch.ones(2), torch.zeros(3), 1.0), "groups \\(3,\\)"),
-        ((torch.ones(2), torch.zeros(2), 1.0, -1.0), "limit is -1.0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

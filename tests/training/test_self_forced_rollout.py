@@ -67,10 +67,9 @@ def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.T
 class Unrolled:
     """The same computation with lists of keys and values and no cache: nothing is written in place."""
 
-    def __init__(self, model, config: EngineConfig, carry: bool) -> None:
-        self.model, self.config, self.carry = model, config, carry
+    def __init__(self, model, config: EngineConfig) -> None:
+        self.model, self.config = model, config
         self.past: list[list[tuple]] = []  # of every chunk in the window, of every layer: raw keys, values
-        self.exit_past: list[list[tuple] | None] = []
         self.schedule = FlowSchedule(config.schedule)
 
     def forward(self, x, timestep, text):
@@ -131,15 +130,10 @@ class Unrolled:
                     x0 = x - sigmas[step] * self.forward(x, timesteps[step], text)[0]
                     noised = (1 - sigmas[step + 1]) * x0.float()
                     x = (noised + sigmas[step + 1] * noise_of(chunk, step + 1).float()).double()
-            flow, at_exit = self.forward(x, timesteps[exit_step], text)
+            flow, _ = self.forward(x, timesteps[exit_step], text)
             x0 = x - sigmas[exit_step] * flow
             with torch.no_grad():
                 clean = self.forward(x0.detach(), 0.0, text)[1]
-            if self.carry:
-                clean = [
-                    tuple(new + old - old.detach() for new, old in zip(pair, graph, strict=True))
-                    for pair, graph in zip(clean, at_exit, strict=True)
-                ]
             self.past.append(clean)
             if len(self.past) > self.config.cache.window_chunks:
                 raise AssertionError("a chunk too many in the window")
@@ -157,7 +151,7 @@ def compare(cache: CacheConfig, exits: tuple[int, ...], rollout: RolloutConfig) 
     gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
     model.zero_grad()
 
-    plain = Unrolled(model, config, rollout.carry_key_gradients).run(model.text_keys_values(texts()), plan)
+    plain = Unrolled(model, config).run(model.text_keys_values(texts()), plan)
     (plain * direction).sum().backward()
     torch.testing.assert_close(result.latents, plain, rtol=0, atol=1e-6)
     for name, value in model.named_parameters():
@@ -191,24 +185,6 @@ def test_only_the_last_chunks_carry_gradients():
     assert all(part is None or part.eq(0).all() for part in grad)
 
 
-def test_carried_gradients_reach_keys_and_values_of_earlier_chunks():
-    for sink in ("frozen", "ema"):
-        compare(CACHES[sink], (1, 0, 2), RolloutConfig(3, 3, 3, carry_key_gradients=True))
-
-
-def test_detached_and_carried_gradients_differ():
-    model, config, plan = student(), engine_config(EMA), RolloutPlan(3, (1, 0, 2))
-    gradients = []
-    for carry in (False, True):
-        rollout = RolloutConfig(3, 3, 3, carry_key_gradients=carry)
-        result = self_forced_rollout(model, config, model.text_keys_values(texts()), noise_of, plan, rollout)
-        result.latents.square().sum().backward()
-        gradients.append(model.blocks[0].self_attn.v.weight.grad.clone())
-        model.zero_grad()
-    detached, carried = gradients
-    assert (detached - carried).norm() > 1e-3 * carried.norm()
-
-
 def test_checkpointing_gives_the_same_gradients_while_the_cache_evicts():
     compare(EMA, (1, 0, 2, 1, 2, 0), RolloutConfig(6, 6, 6, checkpointing=True))
 
@@ -231,9 +207,6 @@ def test_plans_are_drawn_within_their_range_and_reproduced():
     assert {step for plan in plans for step in plan.exits} == {0, 1, 2, 3}
     assert all(len(set(plan.exits)) == 1 and len(plan.exits) == plan.chunks for plan in plans)
     assert plans[7] == draw_plan(config, 4, torch.Generator().manual_seed(7))
-    own = dataclasses.replace(config, same_exit=False)
-    apart = [draw_plan(own, 4, torch.Generator().manual_seed(seed)) for seed in range(50)]
-    assert any(len(set(plan.exits)) > 1 for plan in apart)
 
 
 @pytest.mark.parametrize(
@@ -242,19 +215,8 @@ def test_plans_are_drawn_within_their_range_and_reproduced():
         ((0, 3, 1), "min_chunks is 0"),
         ((4, 3, 1), "max_chunks 3"),
         ((1, 3, 0), "gradient_chunks is 0"),
-        ((1, 3, 1, True, True, True), "no gradient can be carried"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         RolloutConfig(*arguments)
-
-
-def test_carried_gradients_need_keys_before_rotation():
-    cache = CacheConfig(sink="frozen", positions="absolute")
-    model, config = student(), engine_config(cache)
-    with pytest.raises(ValueError, match="relative"):
-        self_forced_rollout(
-            model, config, model.text_keys_values(texts()), noise_of, RolloutPlan(1, (0,)),
-            RolloutConfig(1, 1, 1, carry_key_gradients=True),
-        )  # fmt: skip

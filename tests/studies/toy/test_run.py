@@ -11,7 +11,7 @@ import pytest
 from studies.toy import run as toy_study
 
 TRAINED = ("start", "clips", "teacher", "re_dmd_0.5")
-MEASURED = ("clips_teacher", "clips_re_dmd_0.5", "streams_re_dmd_0.5_ema_0.9_8s")
+MEASURED = ("clips_teacher", "clips_re_dmd_0.5", "streams_re_dmd_0.5_ema_0.9_5s")
 
 
 @pytest.mark.slow
@@ -23,10 +23,10 @@ def test_parts_are_made_one_after_another_and_end_in_tables(tmp_path: Path) -> N
     for name in (*TRAINED, *MEASURED):
         assert toy_study.main([*common, "--part", name]) == 0, name
     assert toy_study.main([*common, "--tables"]) == 0
-    record = json.loads((results / "streams_re_dmd_0.5_ema_0.9_8s.json").read_text())
+    record = json.loads((results / "streams_re_dmd_0.5_ema_0.9_5s.json").read_text())
     assert len(record["videos"]) == 2
     tables = (results / "tables.md").read_text()
-    assert "re_dmd_0.5, 8 s" in tables
+    assert "re_dmd_0.5, 5 s" in tables
     assert (results / "log_re_dmd_0.5.jsonl").read_text().count("\n") == 1
     assert (results / "models.png").exists()
 
