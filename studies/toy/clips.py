@@ -21,9 +21,8 @@ from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.stages import seeded
 from rfengine.training.trajectories import follow_flow
 from rfengine.video import as_clips
-from studies.toy.record import write_record
+from studies.toy.record import Unit, Values, unit, write_record
 from studies.toy.setting import Setting
-from studies.toy.units import Unit, Values, unit
 
 CAPTION_SEED = 29
 _BATCH = 20

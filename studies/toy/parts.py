@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from studies.toy.clips import measure_clips
-from studies.toy.setting import Setting
-from studies.toy.size import StudySize
+from studies.toy.setting import Setting, StudySize
 from studies.toy.streams import TRUE, measure_streams, sink_names, split_sink_names
 from studies.toy.tables import SHIPPED, WITHOUT_EVICTION
 from studies.toy.trainings import average_with_start, encode_clips, run_training, train_start

@@ -1,4 +1,5 @@
-"""The records of the toy study: one JSON file for each set of videos that was measured."""
+"""The records of the toy study, one JSON file for each set of videos that was measured, and the units that a
+record is gathered from."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rfengine.files import write_text
+import torch
+
+from rfengine.files import replaced, write_text
 
 Curve = tuple[tuple[float, float], ...]
 Record = TypeVar("Record")
+Values = dict[str, float]
+Unit = dict[str, Any]  # what torch.save keeps: videos, and what the record needs of all units at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,23 @@ class Records:
 
     clips: tuple[Clips, ...] = ()
     streams: tuple[Streams, ...] = ()
+
+
+def unit(directory: Path, name: str, settings: dict[str, Any], make: Callable[[], Unit]) -> Unit:
+    """What `make` gives, kept in `directory` so that an interrupted measurement goes on after it.
+
+    One of other settings is made again.
+    """
+    path = directory / f"{name}.pt"
+    if path.exists():
+        kept = torch.load(path, weights_only=True)
+        if kept["settings"] == settings:
+            return kept["unit"]
+    directory.mkdir(parents=True, exist_ok=True)
+    made = make()
+    with replaced(path) as partial:
+        torch.save({"settings": settings, "unit": made}, partial)
+    return made
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -9,23 +9,26 @@ Ends with records, tables and plots in --results.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import json
 import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, NoReturn
 
 import torch
+import tyro
 
+from rfengine.cli.exit_status import CALLER_ERROR
 from rfengine.cli.process import run_process
 from studies.toy.parts import Part, run_parts, study_parts
 from studies.toy.plots import draw
 from studies.toy.record import read_records
-from studies.toy.setting import Setting
-from studies.toy.size import SIZES
+from studies.toy.setting import SIZES, Setting
 from studies.toy.tables import render, summary
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -33,36 +36,57 @@ MOST_WORKERS = 256
 LOGGED_EVERY = 5  # steps of the published log: those in which the student learns
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=SIZES, default="cpu", help="how much is trained and sampled")
-    parser.add_argument("--directory", type=Path, help="of what is made; runs/toy_study for the cpu size")
-    parser.add_argument(
-        "--results", type=Path, help="of tables, plots, records; studies/toy/results for the cpu size"
-    )
-    parser.add_argument("--device", help="cpu or cuda; cuda for the gpu size, else cpu")
-    parser.add_argument("--workers", type=int, help="parts at once; 4 on CUDA, else one a CPU core")
-    parser.add_argument("--only", default="*", help="parts whose name this pattern matches")
-    parser.add_argument("--list", action="store_true", help="tell the parts and stop")
-    parser.add_argument("--tables", action="store_true", help="write the results of what is there, and stop")
-    parser.add_argument("--part", help="make one part in this process")
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True)
+class Options:
+    """The toy study, part by part; what is there already is left as it is."""
+
+    size: Literal["cpu", "gpu", "smoke"] = "cpu"
+    """How much is trained and sampled."""
+    directory: Path | None = None
+    """Of what is made; runs/toy_study for the cpu size."""
+    results: Path | None = None
+    """Of tables, plots and records; studies/toy/results for the cpu size."""
+    device: str | None = None
+    """cpu or cuda; cuda for the gpu size, else cpu."""
+    workers: int | None = None
+    """Parts at once; 4 on CUDA, else one a CPU core."""
+    only: str = "*"
+    """Parts whose name this pattern matches."""
+    list: bool = False
+    """List the parts, and which are done, and stop."""
+    tables: bool = False
+    """Write the results of what is there, and stop."""
+    part: str | None = None
+    """Make one part in this process."""
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """The options with every default in place. Raises SystemExit for what cannot be."""
+    options = tyro.cli(Options, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
     name = "toy_study" if options.size == "cpu" else f"toy_study_{options.size}"
-    options.directory = options.directory or Path("runs") / name
-    options.results = options.results or RESULTS.with_name("results" + name.removeprefix("toy_study"))
-    options.device = options.device or ("cuda" if options.size == "gpu" else "cpu")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device is {options.device}, and there is no CUDA device; give --device cpu")
-    if options.workers is None:
-        options.workers = 4 if options.device != "cpu" else os.cpu_count() or 1
-    if not 1 <= options.workers <= MOST_WORKERS:
-        parser.error(f"--workers is {options.workers}; run 1 to {MOST_WORKERS} parts at once")
-    return options
+    device = options.device or ("cuda" if options.size == "gpu" else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        _refuse(f"--device is {device}, and there is no CUDA device; give --device cpu")
+    workers = options.workers
+    if workers is None:
+        workers = 4 if device != "cpu" else os.cpu_count() or 1
+    if not 1 <= workers <= MOST_WORKERS:
+        _refuse(f"--workers is {workers}; run 1 to {MOST_WORKERS} parts at once")
+    return replace(
+        options,
+        directory=options.directory or Path("runs") / name,
+        results=options.results or RESULTS.with_name("results" + name.removeprefix("toy_study")),
+        device=device,
+        workers=workers,
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _refuse(message: str) -> NoReturn:
+    print(f"toy_study: error: {message}", file=sys.stderr)
+    raise SystemExit(CALLER_ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     setting = Setting(SIZES[options.size], options.directory, torch.device(options.device), threads)
@@ -100,7 +124,7 @@ def _run_part(setting: Setting, parts: dict[str, Part], name: str) -> int:
     return 0
 
 
-def _run_chosen(options: argparse.Namespace, setting: Setting, chosen: list[Part]) -> list[str]:
+def _run_chosen(options: Options, setting: Setting, chosen: list[Part]) -> list[str]:
     command = ["-m", "studies.toy.run", "--size", options.size, "--directory", str(options.directory)]
     command += ["--device", options.device, "--workers", str(options.workers), "--part"]
 

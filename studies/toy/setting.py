@@ -1,4 +1,4 @@
-"""Where a part of the study runs and how large it is."""
+"""How large the toy study is, and where a part of it runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,108 @@ from pathlib import Path
 
 import torch
 
-from rfengine.training.arithmetic import casting
-from studies.toy.size import StudySize
+from rfengine.training.arithmetic import Precision, casting
+
+
+@dataclass(frozen=True)
+class StudySize:
+    """Every number of the study.
+
+    start_scale: multiplies the steps and the videos of recipes.tiny for the start. clips: of the teacher.
+    betas: temperatures of Re-DMD; the first one is trained without eviction
+    too, and its student is streamed. training_seeds: of every distillation; the streams are those of the
+    first. captions, sampling_seeds: short clips of every model, once with full captions and once with open
+    ones. stream_captions: of the streams of stream_seconds, long_captions: of those of long_seconds. alphas:
+    of EMA-Sink. flow_clips: captions whose clips get an optical flow as well. batch: samples of one
+    training pass. precision: of the arithmetic in training and sampling.
+    """
+
+    name: str
+    start_scale: float
+    clips: int
+    teacher_steps: int
+    student_steps: int
+    betas: tuple[float, ...]
+    training_seeds: tuple[int, ...]
+    captions: int
+    sampling_seeds: tuple[int, ...]
+    stream_captions: int
+    stream_seconds: int
+    long_captions: int
+    long_seconds: int
+    alphas: tuple[float, ...] = (0.9, 0.99, 0.999)
+    flow_clips: int = 64
+    batch: int = 16
+    precision: Precision = "bfloat16"
+
+    @property
+    def evicting_model(self) -> str:
+        """The student that is trained without eviction too, and streamed."""
+        return f"re_dmd_{self.betas[0]:g}"
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """The distilled students of every training seed."""
+        names = ("dmd", *(f"re_dmd_{beta:g}" for beta in self.betas), "no_eviction")
+        return tuple(seeded_name(name, seed) for seed in self.training_seeds for name in names)
+
+
+def seeded_name(model: str, seed: int) -> str:
+    """A model of the first training seed, 0, goes by its name alone."""
+    return model if seed == 0 else f"{model}_seed{seed}"
+
+
+CPU = StudySize(
+    name="cpu",
+    start_scale=1.0,
+    clips=4096,
+    teacher_steps=3600,
+    student_steps=600,
+    betas=(0.5, 0.2, 0.05),
+    training_seeds=(0,),
+    captions=200,
+    sampling_seeds=(0, 1, 2),
+    stream_captions=6,
+    stream_seconds=60,
+    long_captions=2,
+    long_seconds=600,
+)
+GPU = StudySize(
+    name="gpu",
+    start_scale=1.0,
+    clips=4096,
+    teacher_steps=6000,
+    student_steps=1600,
+    betas=(0.5, 1.0, 0.2, 0.1),
+    training_seeds=(0, 1, 2),
+    captions=400,
+    sampling_seeds=(0, 1, 2),
+    stream_captions=32,
+    stream_seconds=60,
+    long_captions=8,
+    long_seconds=600,
+    flow_clips=200,
+)
+SMOKE = StudySize(
+    name="smoke",
+    start_scale=0.0002,
+    clips=2,
+    teacher_steps=2,
+    student_steps=5,
+    betas=(0.5,),
+    training_seeds=(0,),
+    captions=2,
+    sampling_seeds=(0, 1),
+    stream_captions=1,
+    stream_seconds=5,
+    long_captions=1,
+    long_seconds=6,
+    alphas=(0.9,),
+    flow_clips=1,
+    batch=4,
+    precision="float32",
+)
+SIZES = {size.name: size for size in (CPU, GPU, SMOKE)}
 
 
 @dataclass(frozen=True)

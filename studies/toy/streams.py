@@ -21,9 +21,8 @@ from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import START_JITTER, Scene, WorldConfig, caption, render, sample_scenes
 from rfengine.training.checkpoint_parts import base_engine, load_transformer, load_vae, text_states_of
 from rfengine.training.rollout import decode_chunks, roll_out
-from studies.toy.record import write_record
+from studies.toy.record import Unit, Values, unit, write_record
 from studies.toy.setting import Setting
-from studies.toy.units import Unit, Values, unit
 
 CAPTION_SEED = 31
 TRUE = "true"  # the sink of the world itself

@@ -24,8 +24,7 @@ from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd, toy_re_dmd, toy_re_dmd_no_eviction, toy_teacher
 from rfengine.training.samples import averaged_state
 from rfengine.training.trainer import Trainer
-from studies.toy.setting import Setting
-from studies.toy.size import seeded_name
+from studies.toy.setting import Setting, seeded_name
 from studies.toy.tables import SHIPPED, WITHOUT_EVICTION
 
 _BASE = "tiny"  # whose VAE and text encoder the whole study uses

@@ -11,8 +11,8 @@ from rfengine.config import PRESETS
 from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import WorldConfig, caption, sample_scenes
 from studies.toy.clips import energy_distance
+from studies.toy.record import unit
 from studies.toy.streams import sink_names, split_sink_names, true_video, with_sink
-from studies.toy.units import unit
 
 
 def test_energy_distance_of_points_on_a_line() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from studies.toy.parts import Part, run_parts, study_parts
-from studies.toy.setting import Setting
-from studies.toy.size import CPU, GPU, SIZES
+from studies.toy.setting import CPU, GPU, SIZES, Setting
 
 MAKE = """
 import pathlib, sys
