@@ -1,6 +1,6 @@
 """Attention for training on a CPU: plain products over the chunks that are attended to, with no mask.
 
-On two cores this takes a third of the time of the fused form under the masks of teacher_forcing.
+On two cores this takes a third of the time of the fused form under the masks of transformer.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rfengine.ops import REFERENCE_OPS, Ops
 
 
 class ChunkedAttentionOps(Ops):
-    """The reference ops, but for clip_attention: its mask must say the same for all tokens of two chunks."""
+    """The reference ops with another clip_attention, whose mask must be constant over each pair of chunks."""
 
     def __init__(self, chunk_tokens: int) -> None:
         super().__init__(REFERENCE_OPS.choice)

@@ -1,7 +1,7 @@
 """Trains the transformer by flow matching on [clean | noisy] chunks in one pass, under the mask of the cache.
 
 Every layout below lists chunks with the time index they have in the window of nine latent frames, so that all
-that is attended to lies where the streaming cache would have it.
+that is attended to is where the streaming cache would have it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ _GATE_START = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One chunk in a layout: which chunk of the video, its first time index, noisy or clean, whom it attends
-    to.
+    """One chunk in a layout: its place in the video, its first time index, noisy or clean, what it sees.
 
     `chunk` counts from the start of the video if it is 0 or more and from a late chunk drawn at random if
     below.
@@ -63,7 +62,7 @@ OPENING = (
 )
 # A late chunk, twice with other noise: it sees the sink and the chunk before it, which saw the sink and one
 # more.
-# The sink is there twice, since it lies six latent frames before the chunk that is denoised, at either time.
+# The sink is there twice, since it is six latent frames before the chunk that is denoised, at either time.
 LATE = (
     Segment(0, 0, False, (0,)),
     Segment(0, 3, False, (1,)),

@@ -41,7 +41,7 @@ class TrainOptions:
     directory: Path | None = None
     """Where log, samples, checkpoints and the result go; runs/RECIPE where nothing is given."""
     resume: Path | None = None
-    """The directory of a run that stopped, to go on with it."""
+    """The directory of a run that stopped, to continue it."""
     device: str | None = None
     """cpu, cuda or cuda:N; cuda where there is one."""
     plan: bool = False
@@ -184,7 +184,7 @@ def _train_to_the_end(
 
 
 def _guard(config: TrainConfig, trainer: Trainer, stops: bool) -> RewardGuard:
-    """The guard of the run, as it was at the checkpoint that the run goes on from."""
+    """The guard of the run, as it was at the checkpoint that the run resumes from."""
     from rfengine.training.build import held_out_score
     from rfengine.training.log import LOG_FILE
     from rfengine.training.reward_guard import GuardConfig, RewardGuard

@@ -219,9 +219,9 @@ class CheckpointDirectory:
         """What the first rank found, on every rank."""
         if not distributed.is_initialized():
             return found
-        told = [found]
-        distributed.broadcast_object_list(told, src=0, group=self._group)
-        return told[0]
+        shared = [found]
+        distributed.broadcast_object_list(shared, src=0, group=self._group)
+        return shared[0]
 
     def _set_aside(self, damaged: list[tuple[Path, str]], taken: Path) -> None:
         if _is_first():

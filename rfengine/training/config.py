@@ -1,4 +1,4 @@
-"""TrainConfig: everything that one training is, frozen; recipes.py makes them."""
+"""TrainConfig: the complete description of one training, frozen; recipes.py makes them."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ class AdamConfig:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """One stage of training.
+    """One training.
 
     steps: optimizer steps of the model; of the critic in dmd and re-dmd, where the student takes one step for
     every critic_updates of them. batch: samples of one pass, `group` of each prompt. accumulation: passes of
     a step, which the ranks share out, so that a training is the same on one rank and on many. average_decay,
-    average_start: the moving average of the trained weights, which is what the training gives, and the step
-    from which it averages. student, teacher, critic: checkpoint directories or "tiny" to start from; "" for
+    average_start: the moving average of the trained weights, the result of the training, and the step from
+    which it averages. student, teacher, critic: checkpoint directories or "tiny" to start from; "" for
     fresh weights. base: the checkpoint directory whose VAE, text encoder and tokenizer are used. data: what
     the stage reads: "toy" or a prompt file; for the teacher the toy world's clips or a directory of latents
     (training_data.py); for ode-init the file of trajectories, made where it is absent. reward: "toy", "flow"
     (MotionReward) or the directory of a VideoReward. negative_prompt: what guidance leads away from; "" are
     states of zeros. lora_rank: train adapters of that rank in place of the weights. parallel: every rank
-    holds all ("replicated") or a share ("sharded", FSDP). offload_teacher: it lies on the CPU between its
+    holds all ("replicated") or a share ("sharded", FSDP). offload_teacher: it stays on the CPU between its
     uses. checkpointing: blocks over whole clips are computed once more in backward (RolloutConfig has its
     own). keep: finished checkpoints that stay on disk.
     """

@@ -98,7 +98,7 @@ class TrainingLog:
 
 
 def _tensorboard(directory: Path, step: int) -> Any:
-    """A writer that drops what lies beyond `step`, or None where tensorboard is not installed."""
+    """A writer that drops what was logged beyond `step`, or None where tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -1,7 +1,7 @@
 """LoRA adapters that a student or a critic is trained by, in place of its weights.
 
 They sit on the ten linears of every block that LongLive's LoRA covers: q, k, v and o of both attentions and
-both of the feed-forward (spec 6.2), each y = W x + b + up down x, scale 1. The matrices are parametrizations
+both of the feed-forward , each y = W x + b + up down x, scale 1. The matrices are parametrizations
 of the weights, so every op reads the merged weight W + up @ down and none knows of them. B batch.
 
 While it trains a model's state holds, for each of those weights, `<layer>.parametrizations.weight.original`,

@@ -42,7 +42,7 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tenso
 def dmd_gradient(x: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
     """g = (critic_x0 - teacher_x0) / mean |x - teacher_x0|, the mean taken in each sample.
 
-    All are [B, C, F, h, w]; float32 at least. x - g lies nearer to the teacher's distribution. What is not
+    All are [B, C, F, h, w]; float32 at least. x - g is nearer to the teacher's distribution. What is not
     finite stays so: a trainer has to see it (the published code turns it into zeros).
     """
     x, critic_x0, teacher_x0 = (part.detach().to(_wide(part)) for part in (x, critic_x0, teacher_x0))

@@ -12,7 +12,7 @@ from rfengine.training.rollout import RolloutConfig
 _TOY_FRAMES = 9  # latent frames of the toy teacher's clips: three chunks, 33 pixel frames from the start
 _TOY_TEACHER = "runs/toy_study/teacher/checkpoint"
 # What Wan2.1 leads away from: loud colours, overexposure, stillness, blur, subtitles, artefacts, deformed
-# hands and faces, crowds, walking backwards (spec 7.2).
+# hands and faces, crowds, walking backwards (the published configuration).
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
@@ -108,11 +108,11 @@ def wan_1_3b_reward_forcing(
     reward: str = "checkpoints/videoreward",
     data: str = "prompts.txt",
 ) -> TrainConfig:
-    """Reward Forcing of the 1.3B model as the paper means it: teacher 14B, critic 1.3B (spec 7.1, 7.2).
+    """Reward Forcing of the 1.3B model as the paper means it: teacher 14B, critic 1.3B (arXiv 2512.04678).
 
     As published: rates, betas, decay and clips of both optimizers, guidance 3, 600 critic updates with one of
     the student to every five, a global batch of 64, moving average 0.99 from update 200 on, 21 frames in 7
-    chunks, one exit step for all, noise levels from 0.02 to 0.98. Otherwise (spec 7.3 to 7.7):
+    chunks, one exit step for all, noise levels from 0.02 to 0.98. Different from the released code:
 
     - passes are accumulated, clipped and stepped once; the released loop steps the critic nine times in eight
       passes on a growing gradient, and the student twice on one;

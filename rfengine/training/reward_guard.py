@@ -52,7 +52,7 @@ class _Window(NamedTuple):
 class RewardGuard:
     """Watches for a score that is raised at the cost of what it stands for.
 
-    The latest window is held against the one in which the held-out score was best, and against the one in
+    The latest window is compared with the one in which the held-out score was best, and with the one in
     which the distance from the teacher (the unweighted DMD loss, a proxy of the divergence) was least: the
     score has risen since, and the held-out score has fallen, or the distance has grown. Steps without a score
     (the critic's alone) are passed over. The state is one window of figures and those two, and follows from
@@ -63,7 +63,7 @@ class RewardGuard:
         self.config = config or GuardConfig()
         self._recent: deque[dict[str, float]] = deque(maxlen=self.config.window)
         self._best: dict[str, _Window] = {}
-        self.told: str | None = None
+        self.warning: str | None = None
 
     @classmethod
     def from_log(cls, path: Path, last_step: int, config: GuardConfig | None = None) -> RewardGuard:
@@ -76,25 +76,25 @@ class RewardGuard:
     def on_step(self, step: int, figures: Mapping[str, float]) -> str | None:
         """For Trainer: the sentence that ends the training where the guard stops it; else a warning in the
         log, once for every time that it begins."""
-        known = self.told
-        told = self.observe(step, figures)
-        if told and not known:
-            logger.warning(told)
-        return told if self.config.stops else None
+        known = self.warning
+        found = self.observe(step, figures)
+        if found and not known:
+            logger.warning(found)
+        return found if self.config.stops else None
 
     def observe(self, step: int, figures: Mapping[str, float]) -> str | None:
-        """Take in the figures of a step; what is wrong, in a sentence, or None. `told` keeps it."""
+        """Take in the figures of a step; returns a sentence on what is wrong, or None, as `warning` does."""
         config = self.config
         if config.score not in figures:
-            return self.told
+            return self.warning
         names = [name for name in (config.score, config.held_out, config.distance) if name in figures]
         # the log has six digits, and a guard that is rebuilt from it has to be the same
         self._recent.append({name: round(float(figures[name]), 6) for name in names})
         if len(self._recent) == config.window:
             latest = self._latest(step)
             judged = self._judged(latest, config.held_out, -1), self._judged(latest, config.distance, 1)
-            self.told = judged[0] or judged[1]
-        return self.told
+            self.warning = judged[0] or judged[1]
+        return self.warning
 
     def _latest(self, step: int) -> _Window:
         """Of the figures that every step of the window has."""
@@ -108,7 +108,7 @@ class RewardGuard:
         return _Window(step, mean, variance)
 
     def _judged(self, latest: _Window, name: str, worse: int) -> str | None:
-        """Hold a figure against its best window; worse: 1 where more of it is worse, else -1."""
+        """Compare a figure with its best window; worse: 1 where more of it is worse, else -1."""
         if name not in latest.mean:
             return None
         best = self._best.get(name)

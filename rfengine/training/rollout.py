@@ -1,4 +1,4 @@
-"""Rollouts: videos generated chunk by chunk over the streaming cache in training, as the engine streams them.
+"""Rollouts: videos generated chunk by chunk over the streaming cache, as the engine streams them.
 
 self_forced_rollout is the one a student learns from (arXiv 2512.04678): every chunk is denoised
 without gradient up to an exit step drawn at random, that step alone is taken with gradient and ends the

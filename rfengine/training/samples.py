@@ -29,8 +29,7 @@ _SCENE_SEED = 17
 
 
 def averaged_state(stage: TrainingStage) -> dict[str, Tensor]:
-    """The whole state that a training gives, with adapters apart (lora_layers.py); every rank has to call
-    it."""
+    """The averaged weights of a training, adapters apart (lora.py); every rank has to call it."""
     average = next(iter(stage.averages.values()))
     return full_tensors(average.values)
 
@@ -39,7 +38,7 @@ class SampleWriter:
     """Trainer's `sample`: four videos of the same prompts and noise each time, step_00000100_0.mp4 and so
     on.
 
-    A student streams chunks as it will; a teacher's clip comes from its probability flow.
+    A student streams chunks; a teacher's clip comes from its probability flow.
     """
 
     def __init__(self, config: TrainConfig, stage: TrainingStage, device: torch.device, ranks: Ranks) -> None:

@@ -1,9 +1,8 @@
-"""What one step of each stage of training does: draw, accumulate, average over ranks, clip, update, average
-weights.
+"""The stages of training: what one step of each draws and learns.
 
 Every draw is keyed by (seed, step, pass), the passes of a step being counted over all ranks. So a run that
-stops and resumes goes on as if it had not stopped, and any number of ranks that shares out the passes evenly
-makes the same steps.
+stops and resumes equals one that never stopped, and any number of ranks that share the passes evenly makes
+the same steps.
 """
 
 from __future__ import annotations
@@ -168,9 +167,9 @@ class TeacherStage(ModelStage):
 class TrajectoryStage(ModelStage):
     """ode-init: the causal student learns where the teacher's trajectory ends from each of its own steps.
 
-    Each chunk of a clip is given at a step of its own; chunks see the noisy chunks before them under the
-    causal mask (spec 7.8). The labels are the student's own timesteps, and the trajectories must have been
-    made by the same schedule.
+    Each chunk of a clip is at a step of its own; chunks see the noisy chunks before them under the causal
+    mask, as in the published ODE initialisation. The labels are the student's own timesteps, and the
+    trajectories must have been made by the same schedule.
     """
 
     def __init__(self, config: TrainConfig, model: WanDiT, trajectories: Trajectories, ranks: Ranks) -> None:

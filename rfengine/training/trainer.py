@@ -92,8 +92,8 @@ class Trainer:
         self.state.step += 1
         step = self.state.step
         log.write(step, figures | {"seconds": time.perf_counter() - started})
-        told = self.on_step(step, figures) if self.on_step is not None else None
-        self._stop = self.ranks.agreed(told or self._stop)
+        reason = self.on_step(step, figures) if self.on_step is not None else None
+        self._stop = self.ranks.agreed(reason or self._stop)
         if step % self.config.save_every == 0 and step < self.config.steps:
             self.checkpoints.save(self.state)
         every = self.config.sample_every if self._sample is not None else 0

@@ -2,7 +2,7 @@
 
 The teacher's probability flow is followed in Euler steps that pass through exactly the noise levels of the
 student's own steps, so the student's labels are those of the states (in the published data the labels are of
-a shift of 5 and the states of a shift of 8; spec 7.8). N trajectories, K student steps, C channels, F frames.
+a shift of 5 and the states of a shift of 8). N trajectories, K student steps, C channels, F frames.
 """
 
 from __future__ import annotations

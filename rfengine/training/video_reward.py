@@ -1,10 +1,10 @@
-"""VideoReward: VideoAlign's judge of videos, Qwen2-VL-2B with a linear head (spec 8).
+"""VideoReward: VideoAlign's judge of videos, Qwen2-VL-2B with a linear head.
 
 The model reads sampled frames and a fixed questionnaire around the prompt, and the hidden states at the
 questionnaire's three special tokens go through the head: visual quality, motion quality, text alignment. Its
 language model was trained with plain positions 0, 1, 2, ... on all three rotary axes, and is run so.
 
-Differences from the published use in training (spec 8.5), which fed the model what it was not trained on:
+Differences from the published use in training, which fed the model what it was not trained on:
 - frames are sampled at 2 a second; the published call has the sub-sampling commented out and gives all 81;
 - frames are in [0, 1] before they are normalised; the published call leaves them in [-1, 1];
 - frames are resized and normalised in float32, where the published ones are bfloat16 already;
@@ -36,7 +36,7 @@ from rfengine.training.video_reward_weights import (
     read_weights,
 )
 
-# VideoAlign's DETAILED_PROMPT_WITH_SPECIAL_TOKEN in UTF-8, the placeholder {text_prompt} in place (spec 8.4)
+# VideoAlign's DETAILED_PROMPT_WITH_SPECIAL_TOKEN in UTF-8, the placeholder {text_prompt} in place
 PROMPT_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 PROMPT_FILE = "prompt.txt"
 SPECIAL_TOKENS = tuple(f"<|{quality}_reward|>" for quality in QUALITIES)
@@ -206,7 +206,7 @@ def prepare_frames(clip: Tensor, fps: float, settings: VideoRewardSettings, fact
     """Frames [T, H, W, 3] to the n that the model sees, resized and normalised: float32 [n, 3, H', W'].
 
     Evenly spaced from first to last at settings.fps, an even number, at least 4 where there are as many;
-    sides are multiples of factor, the patch size times the merge size, within settings.max_pixels (spec 8.5).
+    sides are multiples of factor, the patch size times the merge size, within settings.max_pixels.
     """
     if clip.ndim != 4 or clip.shape[-1] != 3 or len(clip) < 2:
         raise ValueError(f"a video has shape {tuple(clip.shape)}; give [T, H, W, 3] with two frames or more")

@@ -1,4 +1,4 @@
-"""The files of a VideoAlign checkpoint: its settings, and weights under the names of transformers (spec 8.3).
+"""The files of a VideoAlign checkpoint: its settings, and weights under the names of transformers.
 
 Both layouts are read: `model.pth` with the whole PEFT model, or `adapter_model.safetensors` with
 `non_lora_state_dict.pth` over the weights of the base model. LoRA pairs are merged in float32.
@@ -25,7 +25,7 @@ from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
 from rfengine.files import read_text, strict_json
 
 QUALITIES = ("VQ", "MQ", "TA")
-# Two public files give these; nothing here was checked against the published checkpoint (spec 8.2).
+# Two public files give these; nothing here was checked against the published checkpoint.
 UNVERIFIED_CONSTANTS = {
     "VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811,
     "TA_mean": 2.8105, "TA_std": 2.5121,

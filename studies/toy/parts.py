@@ -17,7 +17,7 @@ from studies.toy.tables import SHIPPED, WITHOUT_EVICTION
 from studies.toy.trainings import average_with_start, encode_clips, run_training, train_start
 
 _POLL_SECONDS = 0.5
-_STOP_SECONDS = 120.0  # a training that is told to stop saves first
+_STOP_SECONDS = 120.0  # a training that is to stop saves first
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Part:
 
 
 def study_parts(setting: Setting) -> dict[str, Part]:
-    """Every part by its name, each after those it needs."""
+    """Every part by its name, each after the parts that it needs."""
     size = setting.size
     found = [
         Part("start", (), setting.checkpoint("start"), train_start),

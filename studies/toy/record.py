@@ -65,7 +65,7 @@ class Records:
 
 
 def unit(directory: Path, name: str, settings: dict[str, Any], make: Callable[[], Unit]) -> Unit:
-    """What `make` gives, kept in `directory` so that an interrupted measurement goes on after it.
+    """The result of `make`, kept in `directory` so that an interrupted measurement continues after it.
 
     One of other settings is made again.
     """

@@ -131,7 +131,7 @@ def _stream(
 
 
 def true_video(scene: Scene, frames: int, seed: int) -> Tensor:
-    """A video of the scene from another start: what the caption does not say is drawn anew."""
+    """A video of the scene from another start: what the caption leaves open is drawn again."""
     drawn = torch.rand(2, generator=torch.Generator().manual_seed(seed))
     start = tuple((START_JITTER * (2 * drawn - 1)).tolist())
     parts = [

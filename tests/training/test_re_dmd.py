@@ -115,7 +115,7 @@ def test_sigmas_follow_shift_and_stay_in_range():
     sigmas = draw_sigmas(20_000, 5.0, torch.Generator().manual_seed(0))
     assert sigmas.min() >= SIGMA_RANGE[0]
     assert sigmas.max() <= SIGMA_RANGE[1]
-    # spec 7.4: mean 745.7 and median 832.8 of 1000
+    # of the published law: mean 745.7 and median 832.8 of 1000
     assert abs(sigmas.mean().item() - 0.7457) < 0.005
     assert abs(sigmas.median().item() - 0.8333) < 0.005
 

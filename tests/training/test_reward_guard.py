@@ -85,7 +85,7 @@ def test_guard_from_the_log_goes_on_as_the_one_that_wrote_it(tmp_path):
     for stop in (0, 333, 1500):
         resumed = RewardGuard.from_log(path, stop)
         assert [resumed.observe(line["step"], line) for line in lines[stop:]] == told[stop:]
-    assert RewardGuard.from_log(tmp_path / "absent.jsonl", 5).told is None
+    assert RewardGuard.from_log(tmp_path / "absent.jsonl", 5).warning is None
 
 
 def test_guard_stops_only_where_it_is_told_to(caplog):
