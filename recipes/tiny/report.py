@@ -33,15 +33,21 @@ def report_accuracy(
 
 
 def report_stream(
-    model: WanDiT, vae: WanVAE, text_model: nn.Module, config: EngineConfig, chunks: int, seed: int
+    model: WanDiT,
+    vae: WanVAE,
+    text_model: nn.Module,
+    config: EngineConfig,
+    chunks: int,
+    seed: int,
+    streams: int = 8,
 ) -> list[dict[str, float]]:
-    """One entry for every ten seconds of eight held-out streams of moving shapes.
+    """One entry for every ten seconds of held-out streams of moving shapes.
 
     Each holds the accuracies, the share of frames in which the right object is there, its speed over the true
     speed, and the mean and the contrast of the pixels, which would leave 0.4 to 0.6 if the stream exploded.
     """
     world = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
-    scenes = sample_scenes(8, seed, world, "held_out")
+    scenes = sample_scenes(streams, seed, world, "held_out")
     texts = text_states(text_model, [caption(scene) for scene in scenes], config.model.text_len)
     parts, report = [], []
     frames = 0
