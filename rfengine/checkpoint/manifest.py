@@ -33,12 +33,6 @@ class ListedFile:
     size: int
     sha256: str
 
-    def __post_init__(self) -> None:
-        if type(self.size) is not int or not 0 <= self.size <= _MAX_SIZE:
-            raise ValueError(f"size is {shortened(self.size)}; it must be a whole number of bytes")
-        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ValueError(f"sha256 is {shortened(self.sha256)}; it must be 64 hexadecimal digits")
-
 
 def write_manifest(directory: Path) -> None:
     """Write the manifest of the files in `directory`, in place of the one that is there. Raises OSError."""
@@ -107,10 +101,12 @@ def _parse(values: Any) -> dict[str, ListedFile]:
             raise ValueError(f"the name {shortened(name)} is not that of a file inside the directory")
         if not isinstance(entry, dict) or entry.keys() != {"size", "sha256"}:
             raise ValueError(f"the entry of {name} is no object of size and sha256")
-        try:
-            listed[name] = ListedFile(**entry)
-        except ValueError as error:
-            raise ValueError(f"the entry of {name} is wrong: {error}") from error
+        size, sha256 = entry["size"], entry["sha256"]
+        if type(size) is not int or not 0 <= size <= _MAX_SIZE:
+            raise ValueError(f"the size of {name} is {shortened(size)}; it must be a whole number of bytes")
+        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise ValueError(f"the sha256 of {name} is {shortened(sha256)}; it must be 64 hexadecimal digits")
+        listed[name] = ListedFile(size, sha256)
     return listed
 
 

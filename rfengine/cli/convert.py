@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tyro.conf import Positional
 
+from rfengine.checkpoint.convert import Kind, convert
 from rfengine.config import DTypeName
 
 
@@ -28,13 +28,11 @@ class ConvertOptions:
     """Precision of the weights written."""
     use_ema: bool = True
     """Take the averaged weights where a file has both."""
-    kind: Literal["auto", "wan", "reward-forcing", "self-forcing", "longlive"] = "auto"
+    kind: Kind = "auto"
     """Which cache the model was trained for; auto goes by the name of the source."""
 
 
 def run(options: ConvertOptions) -> int:
-    from rfengine.checkpoint.convert import convert
-
     convert(
         options.source,
         options.destination,

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.cli.terminal import find_device, interrupt_waits
 from rfengine.config import Backend, DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
@@ -72,7 +73,7 @@ class GenerateOptions:
 
 def run(options: GenerateOptions) -> int:
     jobs = _jobs(options)
-    _check_request(options)
+    checkpoint = _open_checkpoint(options)
     runtime = RuntimeConfig(
         graphs=options.graphs,
         overlap=options.overlap,
@@ -85,7 +86,7 @@ def run(options: GenerateOptions) -> int:
     device = find_device(options.device)
     find_device(options.decode_device, "--decode-device")
     pipeline = Pipeline.from_pretrained(
-        options.model, device, options.dtype, backend=options.backend, runtime=runtime
+        checkpoint, device, options.dtype, backend=options.backend, runtime=runtime
     )
     for done, (prompt, path) in enumerate(jobs):
         try:
@@ -135,18 +136,18 @@ def _file_name(number: int, prompt: str) -> str:
     return f"{number:04}-{slug or 'prompt'}.mp4"
 
 
-def _check_request(options: GenerateOptions) -> None:
-    """Refuse before the model is loaded, which can take minutes, what would be refused after it."""
-    from rfengine.checkpoint.checkpoint import Checkpoint
+def _open_checkpoint(options: GenerateOptions) -> Checkpoint:
+    """The checkpoint, unless it has no such video: refused before loading, which can take minutes."""
     from rfengine.checkpoint.manifest import verify
     from rfengine.grid import LatentGrid
 
     as_seed(options.seed)
     if options.verify:
         verify(checkpoint_directory(options.model))
-    config = Checkpoint.open(options.model).config
-    frame_count(config.fps, options.seconds)
-    LatentGrid.of(config, options.height, options.width)
+    checkpoint = Checkpoint.open(options.model)
+    frame_count(checkpoint.config.fps, options.seconds)
+    LatentGrid.of(checkpoint.config, options.height, options.width)
+    return checkpoint
 
 
 def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateOptions) -> None:
