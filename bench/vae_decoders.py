@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rfengine.checkpoint.checkpoint import Checkpoint
-from rfengine.checkpoint.layouts import diffusers_vae_from_wan
+from rfengine.checkpoint.layouts import wan_vae_from_diffusers
 from rfengine.config import Backend, EngineConfig, RuntimeConfig, VAEConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
@@ -194,10 +194,8 @@ def _autoencoder(vae: WanVAE, config: VAEConfig) -> nn.Module:
         )  # fmt: skip
     # torch's own: that of diffusers warns of a dtype that is given afterwards
     nn.Module.to(autoencoder, weight.dtype).to_empty(device=weight.device)
-    named = {
-        diffusers_vae_from_wan(name, config.num_res_blocks): tensor
-        for name, tensor in vae.state_dict().items()
-    }
+    state, blocks = vae.state_dict(), config.num_res_blocks
+    named = {name: state[wan_vae_from_diffusers(name, blocks)] for name in autoencoder.state_dict()}
     autoencoder.load_state_dict(named)
     return autoencoder.requires_grad_(False).eval()
 

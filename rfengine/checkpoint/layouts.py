@@ -85,25 +85,26 @@ _TEXT_BLOCK = {
 }
 _TIED_TEXT_NAME = "encoder.embed_tokens.weight"
 
+# Diffusers name, then Wan name.
 _VAE_ENDS = {
-    "conv1": "quant_conv",
-    "conv2": "post_quant_conv",
+    "quant_conv": "conv1",
+    "post_quant_conv": "conv2",
     **{
-        f"{half}.{wan}": f"{half}.{diffusers}"
+        f"{half}.{diffusers}": f"{half}.{wan}"
         for half in ("encoder", "decoder")
-        for wan, diffusers in (
-            ("conv1", "conv_in"),
-            ("head.0", "norm_out"),
-            ("head.2", "conv_out"),
-            ("middle.1.norm", "mid_block.attentions.0.norm"),
-            ("middle.1.to_qkv", "mid_block.attentions.0.to_qkv"),
-            ("middle.1.proj", "mid_block.attentions.0.proj"),
+        for diffusers, wan in (
+            ("conv_in", "conv1"),
+            ("norm_out", "head.0"),
+            ("conv_out", "head.2"),
+            ("mid_block.attentions.0.norm", "middle.1.norm"),
+            ("mid_block.attentions.0.to_qkv", "middle.1.to_qkv"),
+            ("mid_block.attentions.0.proj", "middle.1.proj"),
         )
     },
 }
 _VAE_RESIDUAL = {
-    "residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
-    "shortcut": "conv_shortcut", "resample.1": "resample.1", "time_conv": "time_conv",
+    "norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
+    "conv_shortcut": "shortcut", "resample.1": "resample.1", "time_conv": "time_conv",
 }  # fmt: skip
 
 
@@ -122,41 +123,23 @@ def transformers_text_from_wan(name: str) -> str:
     return _renamed(name, "blocks", "encoder.block", _TEXT_BLOCK, _TEXT_ENDS)
 
 
-def diffusers_vae_from_wan(name: str, num_res_blocks: int = 2) -> str:
-    """AutoencoderKLWan name of an original VAE tensor; an unknown name comes back.
+def wan_vae_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
+    """Original name of an AutoencoderKLWan tensor; an unknown name comes back.
 
     num_res_blocks: residual blocks of one encoder level; the decoder has one more in each.
     """
     stem, _, leaf = name.rpartition(".")
     if stem in _VAE_ENDS:
         return f"{_VAE_ENDS[stem]}.{leaf}"
-    match = re.fullmatch(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d+)\.(.+)", stem)
-    if match is None or match[4] not in _VAE_RESIDUAL:
-        return name
-    half, group, index, rest = match[1], match[2], int(match[3]), _VAE_RESIDUAL[match[4]]
-    if group == "middle":
-        return f"{half}.mid_block.resnets.{index // 2}.{rest}.{leaf}"
-    if group == "downsamples":
-        return f"{half}.down_blocks.{index}.{rest}.{leaf}"
-    level, place = divmod(index, num_res_blocks + 2)
-    inside = f"resnets.{place}" if place <= num_res_blocks else "upsamplers.0"
-    return f"{half}.up_blocks.{level}.{inside}.{rest}.{leaf}"
-
-
-def wan_vae_from_diffusers(name: str, num_res_blocks: int = 2) -> str:
-    """The way back from diffusers_vae_from_wan."""
-    stem, _, leaf = name.rpartition(".")
-    ends, residual = _inverse(_VAE_ENDS), _inverse(_VAE_RESIDUAL)
-    if stem in ends:
-        return f"{ends[stem]}.{leaf}"
     match = re.fullmatch(
         r"(encoder|decoder)\.(?:mid_block\.resnets\.(\d+)|down_blocks\.(\d+)"
         r"|up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0))\.(.+)",
         stem,
     )
-    if match is None or match[6] not in residual:
+    if match is None or match[6] not in _VAE_RESIDUAL:
         return name
-    half, middle, down, up, place, rest = match[1], match[2], match[3], match[4], match[5], residual[match[6]]
+    half, middle, down, up, place, rest = match.groups()
+    rest = _VAE_RESIDUAL[rest]
     if middle is not None:
         return f"{half}.middle.{2 * int(middle)}.{rest}.{leaf}"
     if down is not None:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from rfengine.checkpoint.layouts import (
     diffusers_transformer_from_wan,
-    diffusers_vae_from_wan,
     transformers_text_from_wan,
+    wan_vae_from_diffusers,
 )
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
 from rfengine.config import TextConfig, VAEConfig, WanConfig
-from support.checkpoints import original_text_names
+from support.checkpoints import diffusers_vae_names, original_text_names
 
 Tensors = dict[str, Tensor]
 
@@ -103,7 +103,9 @@ def diffusers_directory(tmp_path_factory: pytest.TempPathFactory, parts: dict[st
         weight_map |= dict.fromkeys(half, shard)
     index = directory / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    vae = {diffusers_vae_from_wan(name): tensor for name, tensor in parts["vae"].items()}
+    ours = {name: wan_vae_from_diffusers(name) for name in diffusers_vae_names(VAE.num_res_blocks)}
+    vae = {name: parts["vae"][original] for name, original in ours.items() if original in parts["vae"]}
+    assert len(vae) == len(parts["vae"])
     write(directory / "vae" / "diffusion_pytorch_model.safetensors", vae)
     write(directory / "text_encoder" / "model.safetensors", parts["text_encoder"])
     settings = {

@@ -10,7 +10,6 @@ from rfengine.checkpoint.layouts import (
     choose_model,
     detect_layout,
     diffusers_transformer_from_wan,
-    diffusers_vae_from_wan,
     engine_names,
     list_names,
     strip_prefixes,
@@ -20,7 +19,7 @@ from rfengine.checkpoint.layouts import (
 )
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, VAEConfig, WanConfig
-from support.checkpoints import original_text_names
+from support.checkpoints import diffusers_vae_names, original_text_names
 
 CONFIG = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2)
 NAMES = list(expected_shapes(CONFIG))
@@ -109,9 +108,9 @@ def test_vae_names_are_those_of_diffusers(config: VAEConfig) -> None:
         )
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     ours, blocks = expected_shapes(config), config.num_res_blocks
-    assert {diffusers_vae_from_wan(name, blocks): shape for name, shape in ours.items()} == theirs
     assert {wan_vae_from_diffusers(name, blocks): shape for name, shape in theirs.items()} == ours
     assert engine_names(theirs) == ("vae", ours)
+    assert set(diffusers_vae_names(blocks)) >= set(theirs)
 
 
 def test_text_names_are_those_of_transformers() -> None:
@@ -134,7 +133,7 @@ def test_tied_embedding_alone_takes_the_name_of_the_embedding() -> None:
 
 def test_unknown_names_come_back_as_they_are() -> None:
     for rename in (
-        wan_transformer_from_diffusers, diffusers_transformer_from_wan, diffusers_vae_from_wan,
+        wan_transformer_from_diffusers, diffusers_transformer_from_wan,
         wan_vae_from_diffusers, transformers_text_from_wan,
     ):  # fmt: skip
         assert rename("blocks.3.surprise.weight") == "blocks.3.surprise.weight"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from rfengine.checkpoint.layouts import diffusers_vae_from_wan
+from rfengine.checkpoint.layouts import wan_vae_from_diffusers
 from rfengine.config import VAEConfig
 from rfengine.models import vae as vae_module
 from rfengine.models.vae import ChannelNorm, WanVAE
@@ -211,8 +211,9 @@ def test_random_weights_agree_with_diffusers(dim_mult, temporal, res_blocks):
         latents_mean=list(config.latents_mean),
         latents_std=list(config.latents_std),
     ).eval()
+    ours = vae.state_dict()
     theirs.load_state_dict(
-        {diffusers_vae_from_wan(name, res_blocks): tensor for name, tensor in vae.state_dict().items()}
+        {name: ours[wan_vae_from_diffusers(name, res_blocks)] for name in theirs.state_dict()}
     )
     stride, side = config.temporal_stride, config.spatial_stride
     pixels, latents = noise(1, 3, 1 + 2 * stride, 2 * side, 3 * side), noise(1, 4, 3, 2, 3)
