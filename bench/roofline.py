@@ -14,37 +14,37 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+if __name__ == "__main__":  # a checkout that need not be installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from typing_extensions import Doc
-
-from rfengine.benchmark.command_line import parse_options
 from rfengine.checkpoint.checkpoint import Checkpoint
-from rfengine.cli.process import run_process
+from rfengine.cli.process import run_script
 from rfengine.config import PRESETS
 from rfengine.costs.chunk import GROUPS, PRODUCTS, ChunkWork, Part, Precision, prompt_parts
 from rfengine.costs.rates import GPU, GPUS, GPUName, arithmetic_ms, floor_ms, memory_ms
 from rfengine.costs.shapes import Shapes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """FLOPs, bytes and floors of one chunk, part by part, at the rates of a data sheet."""
 
-    gpu: Annotated[GPUName, Doc("Whose data sheet.")] = "h100"
-    model: Annotated[str, Doc("A preset (tiny, wan-1.3b, wan-14b) or a checkpoint directory.")] = "wan-1.3b"
-    height: Annotated[int | None, Doc("Pixels; the model's own size where nothing is given.")] = None
-    width: Annotated[int | None, Doc("Pixels.")] = None
-    chunk: Annotated[
-        int | Literal["steady"],
-        Doc("Which chunk of the video, from 0; steady is the first that evicts another."),
-    ] = "steady"
-    precision: Annotated[
-        Precision, Doc("fp8-linears: linears of the blocks in FP8. fp8: attention and the VAE as well.")
-    ] = "bf16"
-    json: Annotated[bool, Doc("Print JSON instead of text.")] = False
+    gpu: GPUName = "h100"
+    """Whose data sheet."""
+    model: str = "wan-1.3b"
+    """A preset (tiny, wan-1.3b, wan-14b) or a checkpoint directory."""
+    height: int | None = None
+    """Pixels; the model's own size where nothing is given."""
+    width: int | None = None
+    """Pixels."""
+    chunk: int | Literal["steady"] = "steady"
+    """Which chunk of the video, from 0; steady is the first that evicts another."""
+    precision: Precision = "bf16"
+    """fp8-linears: linears of the blocks in FP8. fp8: attention and the VAE as well."""
+    json: bool = False
+    """Print JSON instead of text."""
 
 
 def roofline(options: Options) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def roofline(options: Options) -> dict[str, Any]:
         "pass_weights": work.pass_weights,
         "parts": _rows(parts, gpu),
         "groups": [_row(group, "", members, gpu) for group, members in groups.items()],
-        "once_a_prompt": _rows(prompt_parts(work.shapes), gpu),
+        "once_a_prompt": _rows(prompt_parts(work.shapes.config.model), gpu),
         "totals": {
             "without_vae": _total([part for part in parts if not part.decodes], work, gpu),
             "with_vae": _total(parts, work, gpu),
@@ -171,14 +171,10 @@ def _billions(amount: int) -> str:
     return f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
-def main() -> None:
-    options = parse_options(Options)
-    try:
-        report = roofline(options)
-    except ValueError as error:
-        sys.exit(f"roofline: {error}")
+def run(options: Options) -> None:
+    report = roofline(options)
     print(json.dumps(report, indent=2) if options.json else render(report))
 
 
 if __name__ == "__main__":
-    sys.exit(run_process(main, "roofline"))
+    sys.exit(run_script("roofline", Options, run))

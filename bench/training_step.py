@@ -21,13 +21,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+if __name__ == "__main__":  # a checkout that need not be installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from typing_extensions import Doc
 
-from rfengine.benchmark.command_line import parse_options
-from rfengine.cli.process import run_process
+from rfengine.cli.process import run_script
 from rfengine.cli.train import TrainOptions, train_config
 from rfengine.limits import Range, check_options
 from rfengine.models.dit import WanDiT
@@ -42,17 +41,24 @@ _SIDE = 2048  # of the matrices whose product gives the rate
 _TRIES = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Time of a training step, its floor, and what it is spent on."""
 
-    recipe: Annotated[str, Doc("As for rfengine train.")] = "toy_re_dmd"
-    batch: Annotated[int | None, Doc("Samples of one pass; the recipe's where nothing is given.")] = None
-    precision: Annotated[Precision | None, Doc("Of the arithmetic; else the recipe's.")] = None
-    teacher: Annotated[str, Doc("A checkpoint directory; it starts the critic as well.")] = "tiny"
-    cycles: Annotated[int, Range(1, 1_000_000), Doc("How many cycles of critic_updates steps are timed.")] = 3
-    device: Annotated[str, Doc("cpu, cuda or cuda:N.")] = "cpu"
-    threads: Annotated[int, Range(1, 1024), Doc("Of torch, on the CPU.")] = 1
+    recipe: str = "toy_re_dmd"
+    """A recipe of rfengine train."""
+    batch: int | None = None
+    """Samples of one pass; the recipe's where nothing is given."""
+    precision: Precision | None = None
+    """Precision of the arithmetic; the recipe's where nothing is given."""
+    teacher: str = "tiny"
+    """A checkpoint directory; it starts the critic as well."""
+    cycles: Annotated[int, Range(1, 1_000_000)] = 3
+    """Cycles of critic_updates steps to time."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    threads: Annotated[int, Range(1, 1024)] = 1
+    """CPU threads of torch."""
 
 
 class Clock:
@@ -163,13 +169,9 @@ def _config(options: Options) -> TrainConfig:
     return replace(train_config(given), average_start=0)
 
 
-def main() -> None:
-    try:
-        report = measure(parse_options(Options))
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"training_step: {error}")
-    print(json.dumps(report, indent=2))
+def run(options: Options) -> None:
+    print(json.dumps(measure(options), indent=2))
 
 
 if __name__ == "__main__":
-    sys.exit(run_process(main, "training_step"))
+    sys.exit(run_script("training_step", Options, run))

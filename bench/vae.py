@@ -2,11 +2,13 @@
 
     python bench/vae.py --json figures.json
 
-Every decoder has a stream of its own and makes uint8 frames on the device from the same latents. They decode
-in turn, one chunk each, every round the other way round, so that a change of the clock meets all alike. First
-each is held against the plain decoder in float32 over some chunks: PSNR of pixels in [-1, 1] (a peak of 2)
-and the largest error, on latents of a drawn clip. The floor is that of vae_layers.py. A preset has random
-weights and normal latents, whose PSNR is no evidence for the published weights.
+Every decoder has a stream of its own and makes uint8 frames on the device from the same latents, one chunk
+each alternating, every round in the reverse order, so that a change of the clock meets all alike. All have
+the same weights, except the tiny one. First each is compared with the plain decoder in float32 over some
+chunks: PSNR of pixels in [-1, 1] (a peak of 2) and the largest error, on latents of a drawn clip. A layer of
+our decoder is a residual block, the attention, or a doubling; its floor counts what costs/vae.py counts,
+except that the doubling of the size takes 4 of 9 products and reads its input at the small size. A preset has
+random weights and normal latents, whose PSNR is no evidence for the published weights.
 """
 
 from __future__ import annotations
@@ -16,42 +18,42 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+if __name__ == "__main__":  # a checkout that need not be installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
-from typing_extensions import Doc
-from vae_decoders import (
+
+from bench.vae_decoders import (
     BY_LATENT,
     OURS,
     PLAIN,
-    Contender,
+    Candidate,
     Setting,
     diffusers_absence,
-    diffusers_contenders,
+    diffusers_candidates,
     has_fp8,
-    our_contenders,
-    tiny_contender,
+    our_candidates,
 )
-from vae_layers import floor_of, layer_parts, measure_layers
-
 from rfengine.accuracy import psnr_db
 from rfengine.benchmark.agreement import truth_precision
-from rfengine.benchmark.command_line import parse_options
 from rfengine.benchmark.conditions import device_name, state, versions
-from rfengine.benchmark.options import Switch
 from rfengine.benchmark.timing import synchronize
 from rfengine.checkpoint.checkpoint import Checkpoint
-from rfengine.cli.process import run_process
+from rfengine.cli.process import run_script
 from rfengine.config import PRESETS, Backend, DTypeName
-from rfengine.costs.rates import GPU, gpu_of, measured_cpu
-from rfengine.grid import LatentGrid
+from rfengine.costs.chunk import Part
+from rfengine.costs.rates import GPU, floor_ms, gpu_of, measured_cpu
+from rfengine.costs.vae import decode_work
 from rfengine.limits import Range, check_options
-from rfengine.models.streaming_decoder import FP8_TIER
+from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
+from rfengine.models.vae import Upsample
 from rfengine.runtime.decoders import drawn_clip
 
 CHECKED_CHUNKS = 3
@@ -59,32 +61,40 @@ WARM_UP_CHUNKS = 3  # the first of a video, one like all others, one that is rec
 LAYER_CHUNKS = 7
 SEED = 3
 FAR_DB, PLENTY_DB = 6.1, 95.0  # twice the error of the plain decoder; float32 is beyond the second
+AHEAD_CYCLES = 50_000_000  # that the device waits for, about 30 ms: the host has launched everything by then
+REST = "first and last convolution, frames"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """Time the decoders of the VAE against each other, whole and layer by layer."""
+    """Time the decoders of the VAE beside each other, whole and layer by layer."""
 
-    model: Annotated[
-        str | None,
-        Doc("tiny, a checkpoint directory, or a preset with random weights; wan-1.3b on CUDA, else tiny."),
-    ] = None
-    height: Annotated[int | None, Doc("Pixels; the model's own size where nothing is given.")] = None
-    width: Annotated[int | None, Doc("Pixels.")] = None
-    chunks: Annotated[int, Range(1, 1_000_000), Doc("Chunks that are timed of every decoder.")] = 50
-    latents: Annotated[int, Range(1, 64), Doc("Latents of a chunk.")] = 3
-    backend: Annotated[Backend, Doc("What runs the ops of our decoder.")] = "auto"
-    dtype: Annotated[DTypeName | None, Doc("bfloat16 on CUDA, float32 on a CPU.")] = None
-    fp8: Annotated[
-        Switch, Doc("A row with FP8 convolutions; auto where the GPU has FP8. A CPU emulates it.")
-    ] = "auto"
-    diffusers: Annotated[Switch, Doc("Rows of diffusers' AutoencoderKLWan; auto where it is there.")] = "auto"
-    compile: Annotated[Switch, Doc("A row of it under torch.compile; auto is on with CUDA.")] = "auto"
-    threads: Annotated[
-        int | None, Range(1, 1024), Doc("CPU threads of torch; its own choice where nothing is given.")
-    ] = None
-    device: Annotated[str | None, Doc("cpu, cuda or cuda:N; cuda where there is one.")] = None
-    json: Annotated[Path | None, Doc("Write the figures as JSON; - prints them instead of the table.")] = None
+    model: str | None = None
+    """tiny, a checkpoint directory, or a preset with random weights; wan-1.3b on CUDA, else tiny."""
+    height: int | None = None
+    """Pixels; the model's own size where nothing is given."""
+    width: int | None = None
+    """Pixels."""
+    chunks: Annotated[int, Range(1, 1_000_000)] = 50
+    """Chunks to time of every decoder."""
+    latents: Annotated[int, Range(1, 64)] = 3
+    """Latent frames of a chunk."""
+    backend: Backend = "auto"
+    """What runs the ops of our decoder."""
+    dtype: DTypeName | None = None
+    """bfloat16 on CUDA, float32 on a CPU where nothing is given."""
+    fp8: bool | None = None
+    """A row with FP8 convolutions; on where the GPU has FP8. A CPU emulates it."""
+    diffusers: bool = True
+    """Rows of diffusers' AutoencoderKLWan, where it is installed."""
+    compile: bool | None = None
+    """A row of it under torch.compile; on with CUDA."""
+    threads: Annotated[int, Range(1, 1024)] | None = None
+    """CPU threads of torch; its own choice where nothing is given."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; cuda where there is one."""
+    json: Path | None = None
+    """Write the figures as JSON; - prints them instead of the table."""
 
 
 class WrongDecoderError(RuntimeError):
@@ -98,19 +108,20 @@ def measure(options: Options) -> dict[str, Any]:
     check_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    setting, directory = _setting(options)
+    setting = _setting(options)
+    checkpoint = setting.checkpoint
     device = setting.device
     before = state(device)
-    contenders, left_out = _contenders(options, setting, directory)
-    checked, exact = _exact(setting, options.latents, directory is not None)
-    quality = {each.name: _quality(each, checked, exact) for each in contenders}
+    candidates, left_out = _candidates(options, setting)
+    checked, exact = _exact(setting, options.latents)
+    quality = {each.name: _quality(each, checked, exact) for each in candidates}
     _require_agreement(quality)
     gpu = gpu_of(device_name(device)) if device.type == "cuda" else measured_cpu(setting.dtype)
-    times = _time(contenders, setting, options)
+    times = _time(candidates, setting, options)
     layers = measure_layers(setting, _latents(setting, options.latents, LAYER_CHUNKS), gpu)
     return {
         "model": setting.config.name,
-        "weights": setting.weights,
+        "weights": f"random, seed {checkpoint.seed}" if setting.is_random else f"those of {checkpoint.path}",
         "height": setting.grid.height,
         "width": setting.grid.width,
         "latents": options.latents,
@@ -126,43 +137,40 @@ def measure(options: Options) -> dict[str, Any]:
         "ceilings": None if gpu is None else {"name": gpu.name, "tb_per_s": gpu.tb_per_s,
                                               "tflop_per_s": gpu.bf16_tflop_per_s},
         "decoders": [_row(each, times[each.name], quality[each.name], setting, options.latents, gpu)
-                     for each in contenders],
+                     for each in candidates],
         "chunk_over_latent_by_latent": _ratios(times[BY_LATENT], times[OURS], times[PLAIN]),
-        "layers": [layer.to_dict() for layer in layers],
+        "layers": layers,
         "left_out": left_out,
     }  # fmt: skip
 
 
-def _setting(options: Options) -> tuple[Setting, str | None]:
+def _setting(options: Options) -> Setting:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {device} and torch finds no CUDA device; use --device cpu")
-    model = options.model or ("wan-1.3b" if device.type == "cuda" else "tiny")
-    directory = None if model != "tiny" and model in PRESETS else model
-    config = PRESETS[model] if directory is None else Checkpoint.open(directory).config
-    grid = LatentGrid.of(config, options.height, options.width)
-    name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    dtype = getattr(torch, name)
-    return Setting.load(config, directory, grid, dtype, device, options.backend), directory
+    on_cuda = device.type == "cuda"
+    model = options.model or ("wan-1.3b" if on_cuda else "tiny")
+    is_random = model != "tiny" and model in PRESETS
+    checkpoint = Checkpoint.random(PRESETS[model]) if is_random else Checkpoint.open(model)
+    dtype = getattr(torch, options.dtype or ("bfloat16" if on_cuda else "float32"))
+    return Setting.load(checkpoint, (options.height, options.width), dtype, device, options.backend)
 
 
-def _contenders(
-    options: Options, setting: Setting, directory: str | None
-) -> tuple[list[Contender], dict[str, str]]:
+def _candidates(options: Options, setting: Setting) -> tuple[list[Candidate], dict[str, str]]:
     """Those that can be measured, and why others are left out."""
     on_cuda, left_out = setting.device.type == "cuda", {}
-    fp8 = options.fp8 == "on" or (options.fp8 == "auto" and has_fp8(setting.device))
+    fp8 = has_fp8(setting.device) if options.fp8 is None else options.fp8
     if not fp8:
-        left_out["FP8"] = "not asked for" if not on_cuda or options.fp8 == "off" else "the GPU has no FP8"
-    contenders = [*our_contenders(setting, fp8), tiny_contender(setting, directory)]
-    absence = "switched off" if options.diffusers == "off" else diffusers_absence()
+        left_out["FP8"] = "the GPU has no FP8" if on_cuda and options.fp8 is None else "not asked for"
+    candidates = list(our_candidates(setting, fp8))
+    absence = diffusers_absence() if options.diffusers else "switched off"
     if absence:
         left_out["diffusers"] = absence
-        return contenders, left_out
-    compiles = options.compile == "on" or (options.compile == "auto" and on_cuda)
+        return candidates, left_out
+    compiles = on_cuda if options.compile is None else options.compile
     if not compiles:
-        left_out["diffusers, torch.compile"] = "not asked for: --compile on"
-    return [*contenders, *diffusers_contenders(setting, compiles)], left_out
+        left_out["diffusers, torch.compile"] = "not asked for: --compile"
+    return [*candidates, *diffusers_candidates(setting, compiles)], left_out
 
 
 def _latents(setting: Setting, frames: int, chunks: int) -> list[Tensor]:
@@ -172,15 +180,15 @@ def _latents(setting: Setting, frames: int, chunks: int) -> list[Tensor]:
     return list(drawn.to(setting.device, setting.dtype))
 
 
-def _exact(setting: Setting, frames: int, encodes: bool) -> tuple[list[Tensor], Tensor]:
+def _exact(setting: Setting, frames: int) -> tuple[list[Tensor], Tensor]:
     """Latents of some chunks, and their pixels by the plain decoder in float32, on the host.
 
-    encodes: the latents are those of a drawn clip, else normal.
+    The latents are those of a drawn clip; normal where the weights are random.
     """
     twin, grid = copy.deepcopy(setting.vae).float(), setting.grid
     latents = _latents(setting, frames, CHECKED_CHUNKS)
     with truth_precision(setting.dtype):
-        if encodes:
+        if not setting.is_random:
             clip = drawn_clip(grid.pixel_frames(frames * CHECKED_CHUNKS), grid.height, grid.width)
             latents = list(twin.encode_in_groups(clip).to(setting.dtype).split(frames, dim=2))
         state = twin.decoder_state(1, grid.latent_height, grid.latent_width, torch.float32, setting.device)
@@ -188,10 +196,10 @@ def _exact(setting: Setting, frames: int, encodes: bool) -> tuple[list[Tensor], 
     return latents, torch.cat(pixels, dim=2)
 
 
-def _quality(contender: Contender, latents: list[Tensor], exact: Tensor) -> dict[str, float | str]:
+def _quality(candidate: Candidate, latents: list[Tensor], exact: Tensor) -> dict[str, float | str]:
     """PSNR in dB and the largest error over some chunks; what cannot run has an error instead."""
     try:
-        decode = contender.pixels()
+        decode = candidate.open(False)
         found = torch.cat([decode(chunk).float().cpu() for chunk in latents], dim=2)
     except RuntimeError as error:  # a compiler that does not take the model
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"}
@@ -208,13 +216,13 @@ def _require_agreement(quality: dict[str, dict[str, float]]) -> None:
         )
 
 
-def _time(contenders: list[Contender], setting: Setting, options: Options) -> dict[str, list[float]]:
+def _time(candidates: list[Candidate], setting: Setting, options: Options) -> dict[str, list[float]]:
     """Milliseconds of every chunk by decoder; none of one that cannot run."""
     latents = _latents(setting, options.latents, 2)
-    streams, times = {}, {each.name: [] for each in contenders}
-    for each in contenders:
+    streams, times = {}, {each.name: [] for each in candidates}
+    for each in candidates:
         try:
-            decode = each.frames()
+            decode = each.open(True)
             for place in range(WARM_UP_CHUNKS):
                 decode(latents[place % 2])
             streams[each.name] = decode
@@ -232,22 +240,22 @@ def _time(contenders: list[Contender], setting: Setting, options: Options) -> di
 
 
 def _row(
-    contender: Contender,
+    candidate: Candidate,
     times: list[float],
     quality: dict[str, Any],
     setting: Setting,
     frames: int,
     gpu: GPU | None,
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"decoder": contender.name, "tier": contender.tier, **quality}
+    row: dict[str, Any] = {"decoder": candidate.name, "tier": candidate.tier, **quality}
     if not times:
         return row
     ms = statistics.median(times)
     row |= {"chunk_ms": ms, "frame_ms": ms / frames / setting.grid.temporal_stride, "chunks_ms": times}
-    if contender.tier != "reduced":  # the floor is that of the full decoder
-        fp8 = contender.tier == FP8_TIER and gpu is not None and gpu.fp8_tflop_per_s is not None
+    if candidate.tier != "reduced":  # the floor is that of the full decoder
+        fp8 = candidate.tier == FP8_TIER and gpu is not None and gpu.fp8_tflop_per_s is not None
         parts = layer_parts(setting, frames, fp8)
-        floor = floor_of([part for held in parts.values() for part in held], gpu)
+        floor = _floor_of([part for layer in parts.values() for part in layer], gpu)
         row |= {"floor_ms": floor, "share_of_floor": floor / ms if floor else None}
     return row
 
@@ -258,6 +266,104 @@ def _ratios(by_latent: list[float], ours: list[float], plain: list[float]) -> di
         name: statistics.median(slow / fast for slow, fast in zip(by_latent, times, strict=True))
         for name, times in ((OURS, ours), (PLAIN, plain))
     }
+
+
+def layer_paths(setting: Setting) -> Iterator[str]:
+    """Paths of the layers of StreamingDecoder, in the order they run."""
+    decoder = setting.vae.decoder
+    for group in ("middle", "upsamples"):
+        for index, block in enumerate(getattr(decoder, group)):
+            path = f"decoder.{group}.{index}"
+            if not isinstance(block, Upsample):
+                yield path
+                continue
+            if block.time_conv is not None:
+                yield f"{path}.time_conv"
+            yield f"{path}.resample"
+
+
+def layer_parts(setting: Setting, frames: int, fp8: bool = False) -> dict[str, list[Part]]:
+    """What each layer computes and moves for a chunk of `frames` latents later than the first; REST last."""
+    work = decode_work(setting.config.vae, setting.grid, frames, False)
+    item = setting.dtype.itemsize
+    eights = fp8_paths(setting) if fp8 else frozenset()
+    parts: dict[str, list[Part]] = {path: [] for path in (*layer_paths(setting), REST)}
+
+    def add(path: str, flops: int, moved: int) -> None:
+        layer = next((one for one in parts if path == one or path.startswith(f"{one}.")), REST)
+        parts[layer].append(Part("VAE decode", layer, flops, moved, path in eights, decodes=True))
+
+    for path, product in work.products.items():
+        is_eight = path in eights
+        if path.endswith("resample.1"):
+            moved = item * (product.read_elements // 4 + product.written_elements)
+            add(path, product.flops * 4 // 9, moved)
+        else:
+            moved = (1 if is_eight else item) * product.read_elements + item * product.written_elements
+            add(path, product.flops, moved)
+    for path, elements in work.norm_elements.items():
+        add(path, 0, 2 * item * elements)
+    return parts
+
+
+def fp8_paths(setting: Setting) -> frozenset[str]:
+    decoder = StreamingDecoder(setting.vae, setting.ops("fp8"), "fp8")
+    return frozenset(f"decoder.{slot}" for slot in decoder.fp8_slots)
+
+
+def _floor_of(parts: list[Part], gpu: GPU | None) -> float | None:
+    return None if gpu is None else sum(floor_ms(part, gpu) for part in parts)
+
+
+def measure_layers(setting: Setting, latents: list[Tensor], gpu: GPU | None) -> list[dict[str, Any]]:
+    """A row for each layer: median milliseconds in one chunk of `latents`, the first two of which warm up."""
+    decoder, device = StreamingDecoder(setting.vae, setting.ops()), setting.device
+    state, marks, samples = setting.state_of(decoder), [], []
+
+    def timed(layer: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            marks.append(_now(device))
+            result = layer(*arguments)
+            marks.append(_now(device))
+            return result
+
+        return run
+
+    with patch.object(decoder, "_layers", [timed(layer) for layer in decoder._layers]):
+        for chunk in latents:
+            if device.type == "cuda":
+                torch.cuda._sleep(AHEAD_CYCLES)
+            marks.clear()
+            began = _now(device)
+            decoder.decode_frames(chunk, state)
+            ended = _now(device)
+            synchronize(device)
+            inside = [_ms(*pair) for pair in zip(marks[::2], marks[1::2], strict=True)]
+            samples.append([*inside, _ms(began, ended) - sum(inside)])
+    medians = [statistics.median(times) for times in zip(*samples[2:], strict=True)]
+    layers = layer_parts(setting, latents[-1].shape[2]).items()
+    return [_layer_row(name, ms, parts, gpu) for (name, parts), ms in zip(layers, medians, strict=True)]
+
+
+def _layer_row(name: str, ms: float, parts: list[Part], gpu: GPU | None) -> dict[str, Any]:
+    floor = _floor_of(parts, gpu)
+    return {
+        "layer": name, "ms": ms, "floor_ms": floor, "share_of_floor": floor / ms if floor and ms else None,
+        "gflop": sum(part.flops for part in parts) / 1e9,
+    }  # fmt: skip
+
+
+def _now(device: torch.device) -> Any:
+    """A point in time of the device's work: an event, or the seconds of the host's clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _ms(before: Any, after: Any) -> float:
+    return (after - before) * 1e3 if isinstance(before, float) else before.elapsed_time(after)
 
 
 def render(figures: dict[str, Any]) -> str:
@@ -293,12 +399,8 @@ def render(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    options = parse_options(Options)
-    try:
-        figures = measure(options)
-    except (ValueError, WrongDecoderError) as error:
-        sys.exit(f"bench_vae: {error}")
+def run(options: Options) -> None:
+    figures = measure(options)
     text = json.dumps(figures, indent=1)
     if options.json is not None and str(options.json) != "-":
         options.json.write_text(text)
@@ -306,4 +408,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_process(main, "bench_vae"))
+    sys.exit(run_script("vae", Options, run))

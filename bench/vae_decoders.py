@@ -1,7 +1,7 @@
-"""Decoders that bench_vae.py holds against each other: ours, the plain one, the tiny one, and diffusers'.
+"""Decoders that bench/vae.py compares: ours, the plain one, the tiny one, and diffusers'.
 
-All have the same weights, but the tiny one. A stream of diffusers' AutoencoderKLWan decodes latent by latent
-and keeps its list of past frames from chunk to chunk, which is how the published demos stream with it.
+A stream of diffusers' AutoencoderKLWan decodes latent by latent and keeps its list of past frames from chunk
+to chunk, which is how the published demos stream with it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.layouts import wan_vae_from_diffusers
 from rfengine.config import Backend, EngineConfig, RuntimeConfig, VAEConfig
 from rfengine.grid import LatentGrid
+from rfengine.models.decoder import FrameDecoder, FrameDecoderState
 from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
@@ -31,27 +32,25 @@ FP8_ROW, TINY_ROW = "rfengine, FP8", "rfengine, tiny decoder"
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """A way to decode. tier: the quality of its frames.
 
-    pixels, frames: each call gives a stream from the start of a video, a function from the latents of the
-    next chunk [1, z, F, h, w] to pixels [1, 3, T, H, W] or to uint8 frames [T, H, W, 3] on the device.
+    open: takes whether to pack, and returns a stream from the start of a video: a function from the latents
+    of the next chunk [1, z, F, h, w] to uint8 frames [T, H, W, 3] on the device, or pixels [1, 3, T, H, W].
     """
 
     name: str
     tier: str
-    pixels: Callable[[], Decode]
-    frames: Callable[[], Decode]
+    open: Callable[[bool], Decode]
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is decoded, where, with which weights. vae: in dtype, on the device."""
 
-    config: EngineConfig
+    checkpoint: Checkpoint
     grid: LatentGrid
     vae: WanVAE
-    weights: str
     dtype: torch.dtype
     device: torch.device
     backend: Backend
@@ -59,99 +58,94 @@ class Setting:
     @classmethod
     def load(
         cls,
-        config: EngineConfig,
-        directory: str | None,
-        grid: LatentGrid,
+        checkpoint: Checkpoint,
+        size: tuple[int | None, int | None],
         dtype: torch.dtype,
         device: torch.device,
         backend: Backend,
     ) -> Setting:
-        """directory: the checkpoint; None fills the models with seeded random weights."""
-        checkpoint = Checkpoint.random(config) if directory is None else Checkpoint.open(directory)
-        vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", dtype, device)
-        weights = f"random, seed {checkpoint.seed}" if directory is None else f"those of {directory}"
-        return cls(config, grid, vae.requires_grad_(False).eval(), weights, dtype, device, backend)
+        """size: height and width in pixels; the model's own where one is None."""
+        vae = checkpoint.load(lambda: WanVAE(checkpoint.config.vae), "vae", dtype, device)
+        grid = LatentGrid.of(checkpoint.config, *size)
+        return cls(checkpoint, grid, vae.requires_grad_(False).eval(), dtype, device, backend)
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.checkpoint.config
+
+    @property
+    def is_random(self) -> bool:
+        return self.checkpoint.directory is None
 
     def ops(self, precision: str = "default") -> Ops:
         config = replace(self.config, runtime=RuntimeConfig(vae_precision=precision))
         return decoder_ops(config, self.grid, self.backend, self.dtype, self.device)
 
-    def state_of(self, decoder: WanVAE | StreamingDecoder | TinyVAE):
+    def state_of(self, decoder: FrameDecoder) -> FrameDecoderState:
         size = self.grid.latent_height, self.grid.latent_width
         return decoder.decoder_state(1, *size, self.dtype, self.device)
 
 
-def our_contenders(setting: Setting, fp8: bool) -> Iterator[Contender]:
-    """The streaming decoder, in a CUDA graph where there is one, and in FP8; the plain one; the tiny one."""
-    decoder = StreamingDecoder(setting.vae, setting.ops())
-    yield _streams(OURS, decoder, setting)
-    if setting.device.type == "cuda":
-        yield replace(_streams(f"{OURS}, CUDA graph", decoder, setting), frames=_graphed(decoder, setting))
-    if fp8:
-        eights = StreamingDecoder(setting.vae, setting.ops("fp8"), "fp8")
-        yield _streams(FP8_ROW, eights, setting, FP8_TIER)
+def our_candidates(setting: Setting, fp8: bool) -> Iterator[Candidate]:
+    """The streaming decoder and its FP8 form, each in a CUDA graph as well; the plain one; the tiny one."""
+    for precision in ("default", "fp8") if fp8 else ("default",):
+        decoder = StreamingDecoder(setting.vae, setting.ops(precision), precision)
+        row = (OURS, "lossless") if precision == "default" else (FP8_ROW, FP8_TIER)
+        candidate = Candidate(*row, _streams(decoder, setting))
+        yield candidate
         if setting.device.type == "cuda":
-            name = f"{FP8_ROW}, CUDA graph"
-            yield replace(_streams(name, eights, setting, FP8_TIER), frames=_graphed(eights, setting))
-    yield _streams(PLAIN, setting.vae, setting)
-    yield _by_latent(_streams(BY_LATENT, setting.vae, setting))
+            graphed = _graphed(decoder, setting)
+            yield replace(candidate, name=f"{candidate.name}, CUDA graph", open=graphed)
+    plain = Candidate(PLAIN, "lossless", _streams(setting.vae, setting))
+    yield plain
+    yield replace(plain, name=BY_LATENT, open=_by_latent(plain))
+    yield Candidate(TINY_ROW, VAE_TIERS["tiny"], _streams(_tiny_decoder(setting), setting))
+
+
+def _tiny_decoder(setting: Setting) -> TinyVAE:
+    """The tiny decoder, with random weights where the checkpoint has none of it."""
+    config, ops, checkpoint = setting.config, setting.ops(), setting.checkpoint
+    if not checkpoint.has("tiny_vae"):
+        checkpoint = Checkpoint.random(config)
+    tiny = checkpoint.load(lambda: TinyVAE(config.tiny_vae, ops), "tiny_vae", setting.dtype, setting.device)
+    return tiny.requires_grad_(False).eval()
 
 
 def has_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
-def tiny_contender(setting: Setting, directory: str | None) -> Contender:
-    """The tiny decoder, with random weights where the checkpoint has none of it."""
-    config, ops = setting.config.tiny_vae, setting.ops()
-    checkpoint = Checkpoint.random(setting.config) if directory is None else Checkpoint.open(directory)
-    if not checkpoint.has("tiny_vae"):
-        checkpoint = Checkpoint.random(setting.config)
-    tiny = checkpoint.load(lambda: TinyVAE(config, ops), "tiny_vae", setting.dtype, setting.device)
-    return _streams(TINY_ROW, tiny.requires_grad_(False).eval(), setting, VAE_TIERS["tiny"])
+def _streams(decoder: FrameDecoder, setting: Setting) -> Callable[[bool], Decode]:
+    def opened(packs: bool) -> Decode:
+        state, decode = setting.state_of(decoder), decoder.decode_frames if packs else decoder.decode
+        return lambda latents: decode(latents, state)
+
+    return opened
 
 
-def _streams(
-    name: str, decoder: WanVAE | StreamingDecoder | TinyVAE, setting: Setting, tier: str = "lossless"
-) -> Contender:
-    def pixels() -> Decode:
-        state = setting.state_of(decoder)
-        return lambda latents: decoder.decode(latents, state)
+def _by_latent(candidate: Candidate) -> Callable[[bool], Decode]:
+    def opened(packs: bool) -> Decode:
+        decode, dim = candidate.open(packs), 0 if packs else 2
+        return lambda latents: torch.cat([decode(one) for one in latents.split(1, dim=2)], dim=dim)
 
-    def frames() -> Decode:
-        state = setting.state_of(decoder)
-        return lambda latents: decoder.decode_frames(latents, state)
-
-    return Contender(name, tier, pixels, frames)
+    return opened
 
 
-def _by_latent(contender: Contender) -> Contender:
-    def split(open_stream: Callable[[], Decode], dim: int) -> Callable[[], Decode]:
-        def opened() -> Decode:
-            decode = open_stream()
-            return lambda latents: torch.cat([decode(one) for one in latents.split(1, dim=2)], dim=dim)
-
-        return opened
-
-    return replace(contender, pixels=split(contender.pixels, 2), frames=split(contender.frames, 0))
-
-
-def _graphed(decoder: StreamingDecoder, setting: Setting) -> Callable[[], Decode]:
+def _graphed(decoder: StreamingDecoder, setting: Setting) -> Callable[[bool], Decode]:
     """Streams whose third chunk is recorded in a CUDA graph, which is replayed from then on."""
 
-    def opened() -> Decode:
+    def opened(packs: bool) -> Decode:
         state, seen, held = setting.state_of(decoder), [], {}
 
         def decode(latents: Tensor) -> Tensor:
             seen.append(None)
             if len(seen) < 3:
-                return decoder.decode_frames(latents, state)
+                return decoder.decode_frames(latents, state) if packs else decoder.decode(latents, state)
             if not held:
                 held["latents"] = latents.clone()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    held["frames"] = decoder.run(held["latents"], state, packed=True)
-                held["graph"] = graph
+                held["graph"] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(held["graph"]):
+                    held["frames"] = decoder.run(held["latents"], state, packed=packs)
             held["latents"].copy_(latents)
             held["graph"].replay()
             return held["frames"]
@@ -167,19 +161,20 @@ def diffusers_absence() -> str:
     return "" if present else "diffusers is not installed: pip install diffusers"
 
 
-def diffusers_contenders(setting: Setting, compiles: bool) -> Iterator[Contender]:
+def diffusers_candidates(setting: Setting, compiles: bool) -> Iterator[Candidate]:
     """AutoencoderKLWan with the weights of the setting: eager, channels-last, compiled."""
-    autoencoder = _autoencoder(setting.vae, setting.config.vae)
-    yield _published("diffusers, eager", autoencoder, autoencoder.decoder, setting, False)
-    last = copy.deepcopy(autoencoder)
+    eager = _autoencoder(setting.vae, setting.config.vae)
+    yield Candidate("diffusers, eager", "lossless", _published(eager, eager.decoder, setting))
+    last = copy.deepcopy(eager)
     for parameter in last.parameters():
         if parameter.ndim in (4, 5):
             layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
             parameter.data = parameter.data.contiguous(memory_format=layout)
-    yield _published("diffusers, channels last", last, last.decoder, setting, True)
+    opened = _published(last, last.decoder, setting, torch.channels_last_3d)
+    yield Candidate("diffusers, channels last", "lossless", opened)
     if compiles:
-        compiled = torch.compile(autoencoder.decoder, dynamic=False)
-        yield _published("diffusers, torch.compile", autoencoder, compiled, setting, False)
+        compiled = torch.compile(eager.decoder, dynamic=False)
+        yield Candidate("diffusers, torch.compile", "lossless", _published(eager, compiled, setting))
 
 
 def _autoencoder(vae: WanVAE, config: VAEConfig) -> nn.Module:
@@ -201,15 +196,17 @@ def _autoencoder(vae: WanVAE, config: VAEConfig) -> nn.Module:
 
 
 def _published(
-    name: str, autoencoder: nn.Module, decoder: Callable[..., Tensor], setting: Setting, last: bool
-) -> Contender:
+    autoencoder: nn.Module,
+    decoder: Callable[..., Tensor],
+    setting: Setting,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Callable[[bool], Decode]:
     shift, scale = (
         torch.tensor(values, device=setting.device).view(1, -1, 1, 1, 1)
         for values in (setting.config.vae.latents_mean, setting.config.vae.latents_std)
     )
-    layout = torch.channels_last_3d if last else torch.contiguous_format
 
-    def pixels() -> Decode:
+    def opened(packs: bool) -> Decode:
         autoencoder.clear_cache()
         past: list[Tensor | str | None] = list(autoencoder._feat_map)
         seen: list[None] = []
@@ -221,15 +218,12 @@ def _published(
                 first = {} if seen else {"first_chunk": True}
                 pieces.append(decoder(latent, feat_cache=past, feat_idx=[0], **first))
                 seen.append(None)
-            return torch.cat(pieces, dim=2)
+            pixels = torch.cat(pieces, dim=2)
+            return _packed(pixels) if packs else pixels
 
         return decode
 
-    def frames() -> Decode:
-        decode = pixels()
-        return lambda latents: _packed(decode(latents))
-
-    return Contender(name, "lossless", pixels, frames)
+    return opened
 
 
 def _packed(pixels: Tensor) -> Tensor:

@@ -266,26 +266,23 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """How the engine runs on a machine. None of it changes a result beyond rounding, except vae="tiny" and
-    vae_precision="fp8".
-
-    graphs: replay a chunk as one CUDA graph; None is on where the device is CUDA. overlap: decode a chunk
-    beside the next one; None is on where the device is CUDA. decode_device: where the VAE runs; the model's
-    device where it is None. autotune: time the backends at the engine's own shapes at start-up, and keep what
-    won. vae: "full" is the lossless decoder, "tensorrt" the same as an engine that `rfengine export-vae`
-    built, "tiny" a small decoder of lower quality. vae_precision: "fp8" runs the large convolutions of the
-    full decoder in FP8, and is refused where its frames are further than 45 dB from those in float32.
-    tensorrt_directory: where the engine is; beside the checkpoint or in the user's cache directory where it
-    is None.
-    """
+    """How the engine runs. None of it changes a result beyond rounding, except the tiny decoder and FP8."""
 
     graphs: bool | None = None
+    """Replay each chunk as one CUDA graph; on with CUDA."""
     overlap: bool | None = None
+    """Decode a chunk beside the next one; on with CUDA."""
     decode_device: DeviceName | None = None
+    """Where the frames are made, such as cuda:1; the model's device where nothing is given."""
     autotune: bool = True
+    """Time the backends at the start, once for each GPU and size, and keep the fastest."""
     vae: DecoderKind = "full"
+    """What makes the frames: full and tensorrt (an engine of rfengine export-vae) are lossless, tiny is
+    faster and of lower quality."""
     vae_precision: VAEPrecision = "default"
+    """fp8 runs the large convolutions of the full decoder in FP8, where that is within 45 dB of float32."""
     tensorrt_directory: Annotated[str, Text(1, 4096)] | None = None
+    """Where export-vae wrote the engine, if not beside the checkpoint or in the user's cache directory."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -14,7 +15,7 @@ import torch
 import rfengine
 from rfengine.doctor import cpu_name
 
-ROOT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 UNKNOWN = "unknown"
 TIMEOUT_S = 20.0
 # what nvidia-smi calls it, and what we do
@@ -38,13 +39,15 @@ def state(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"load_average_1_min": os.getloadavg()[0] if hasattr(os, "getloadavg") else UNKNOWN}
     uuid = torch.cuda.get_device_properties(device).uuid
-    asked = ",".join(GPU_QUERIES)
-    told = _told_by("nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={asked}", "--format=csv,noheader,nounits")
-    return read_state(told)
+    queries = ",".join(GPU_QUERIES)
+    line = _output_of(
+        "nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={queries}", "--format=csv,noheader,nounits"
+    )
+    return read_state(line)
 
 
 def read_state(line: str) -> dict[str, Any]:
-    """A line of nvidia-smi by our names: numbers where they are numbers."""
+    """The values of a line of nvidia-smi by our names: numbers where they are numbers."""
     values = [value.strip() for value in line.split(",")]
     if len(values) != len(GPU_QUERIES):
         return dict.fromkeys(GPU_QUERIES.values(), UNKNOWN)
@@ -60,7 +63,9 @@ def _number(text: str) -> float | str:
 
 def versions(device: torch.device) -> dict[str, Any]:
     on_cuda = device.type == "cuda"
-    driver = _told_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else ""
+    driver = (
+        _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else ""
+    )
     return {
         "rfengine": rfengine.__version__,
         "commit": commit(),
@@ -75,11 +80,38 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a + where files differ from it."""
-    found = _told_by("git", "rev-parse", "--short=12", "HEAD")
+    """The commit of this checkout, with a + where files differ from it; unknown for an installed package."""
+    is_checkout = (CHECKOUT / ".git").exists()
+    found = _output_of("git", "rev-parse", "--short=12", "HEAD") if is_checkout else ""
     if not found:
         return UNKNOWN
-    return found + ("+" if _told_by("git", "status", "--porcelain", "--untracked-files=no") else "")
+    return found + ("+" if _output_of("git", "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Free what nothing refers to any more, and start the count of peak_memory again on a GPU."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that torch held at most since the reset; on a CPU of the whole process, None where unknown."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _process_bytes("VmHWM")
+
+
+def held_memory(device: torch.device) -> int | None:
+    """Bytes that torch holds now; on a CPU of the whole process, None where unknown."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else _process_bytes("VmRSS")
+
+
+def _process_bytes(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
 def _version(package: str) -> str | None:
@@ -89,10 +121,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _told_by(*command: str) -> str:
-    """What a command prints; nothing where it is not there or fails."""
+def _output_of(*command: str) -> str:
+    """What a command prints; empty where it is not installed or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=CHECKOUT)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from rfengine.benchmark.options import Switch, ThroughputOptions
+from rfengine.benchmark.options import ThroughputOptions
 from rfengine.checkpoint.checkpoint import Checkpoint, GivenTextStates
-from rfengine.config import PRESETS, RuntimeConfig
+from rfengine.config import PRESETS
 from rfengine.costs.shapes import Shapes
 from rfengine.grid import LatentGrid
 from rfengine.models.tiny_vae import TinyVAE
@@ -39,20 +39,12 @@ class Engine:
         device = _device(options.device)
         model = options.model or ("wan-1.3b" if device.type == "cuda" else "tiny")
         dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        runtime = RuntimeConfig(
-            graphs=_asked(options.graphs),
-            overlap=_asked(options.overlap),
-            autotune=options.autotune,
-            vae="full" if options.vae == "none" else options.vae,
-            vae_precision=options.vae_precision,
-            tensorrt_directory=options.tensorrt_directory and str(options.tensorrt_directory),
-        )
         checkpoint = _checkpoint(model, options)
         pipeline = Pipeline.from_pretrained(
-            checkpoint, device, dtype, backend=options.backend, runtime=runtime
+            checkpoint, device, dtype, backend=options.backend, runtime=options.runtime
         )
         grid = LatentGrid.of(pipeline.config, options.height, options.width)
-        decoder = None if options.vae == "none" else _plain_decoder(pipeline, checkpoint)
+        decoder = _plain_decoder(pipeline, checkpoint) if options.decode else None
         states = pipeline.text_encoder.encode([PROMPT], device, pipeline.model.dtype)
         pipeline.text_encoder = GivenTextStates(states)
         if checkpoint.directory is None:
@@ -81,10 +73,8 @@ def _checkpoint(model: str, options: ThroughputOptions) -> Checkpoint:
     """A directory, or random weights for a preset at the size of `options`, so that it is tuned there."""
     if model == "tiny" or model not in PRESETS:
         return Checkpoint.open(model)
-    if options.vae == "tensorrt":
-        raise ValueError(
-            f"vae is {options.vae!r} and {model} is a preset; give --model a checkpoint directory"
-        )
+    if options.runtime.vae == "tensorrt":
+        raise ValueError(f"vae is 'tensorrt' and {model} is a preset; give --model a checkpoint directory")
     grid = LatentGrid.of(PRESETS[model], options.height, options.width)
     return Checkpoint.random(replace(PRESETS[model], height=grid.height, width=grid.width))
 
@@ -104,7 +94,3 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _asked(switch: Switch) -> bool | None:
-    return None if switch == "auto" else switch == "on"

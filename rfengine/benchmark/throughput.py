@@ -10,23 +10,28 @@ the same as the published ones.
 
 from __future__ import annotations
 
-import gc
 import json
 import time
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from rfengine.benchmark.agreement import Agreement, check_agreement
 from rfengine.benchmark.comparison import compare
-from rfengine.benchmark.conditions import device_name, state, versions
+from rfengine.benchmark.conditions import (
+    device_name,
+    held_memory,
+    peak_memory,
+    reset_peak_memory,
+    state,
+    versions,
+)
 from rfengine.benchmark.measured_engine import Engine
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.benchmark.parts import PartTime, measure_parts, part_floors, steady_flops
-from rfengine.benchmark.plot import check_plot, draw
-from rfengine.benchmark.report import render
+from rfengine.benchmark.report import check_plot, draw, render
 from rfengine.benchmark.timing import (
     ChunkTimes,
     frames_of,
@@ -42,6 +47,7 @@ from rfengine.runtime.options import runtime_switches
 
 PROFILED_CHUNKS = 3
 CHUNKS_A_ROUND = 5
+SETTLED_CHUNKS = 3  # after the warm-up; recording graphs empties torch's cache of free memory
 
 
 def measure(options: ThroughputOptions, agreements: list[Agreement] | None = None) -> dict[str, Any]:
@@ -56,14 +62,14 @@ def measure(options: ThroughputOptions, agreements: list[Agreement] | None = Non
     device = engine.device
     if agreements is None:
         # FP8 frames are held to a PSNR when the decoder is opened
-        held = engine.decoder if options.vae_precision == "default" else None
+        held = engine.decoder if options.runtime.vae_precision == "default" else None
         agreements = check_agreement(engine.pipeline, engine.grid, held)
     gpu = gpu_of(device_name(device)) if device.type == "cuda" else measured_cpu(engine.pipeline.model.dtype)
     before = state(device)
-    _reset_peak_memory(device)
-    whole, first_ms = _time_whole(engine, options.chunks) if engine.decodes else (None, None)
+    reset_peak_memory(device)
+    whole = _time_whole(engine, options.chunks) if engine.decodes else None
     latents_only = _time_latents(engine, options.chunks)
-    peak, after = _peak_memory(device), state(device)
+    peak, after = peak_memory(device), state(device)
     parts = _time_parts(options, gpu)
     figures = {
         **_setting(engine, options),
@@ -71,12 +77,13 @@ def measure(options: ThroughputOptions, agreements: list[Agreement] | None = Non
         "before": before,
         "after": after,
         "agreement": [agreement.to_dict() for agreement in agreements],
-        **_rates(engine, whole or latents_only, latents_only),
-        "first_frame_ms": first_ms,
+        **_rates(engine, (whole or latents_only).times, latents_only.times),
+        "first_frame_ms": whole and whole.first_ms,
         "peak_memory_bytes": peak,
+        "memory_growth_bytes": (whole or latents_only).memory_growth,
         "ceilings": None if gpu is None else {"name": gpu.name, "tb_per_s": gpu.tb_per_s,
                                               "tflop_per_s": gpu.bf16_tflop_per_s},
-        **_utilisation(engine, gpu, whole, latents_only),
+        **_utilisation(engine, gpu, whole and whole.times, latents_only.times),
         "parts": [part.to_dict() for part in parts],
     }  # fmt: skip
     if options.compare is not None:
@@ -98,8 +105,8 @@ def _setting(engine: Engine, options: ThroughputOptions) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "backend": engine.pipeline.backend,
         "ops": model.ops.choice,
-        "vae": options.vae,
-        "vae_precision": options.vae_precision,
+        "vae": options.runtime.vae if options.decode else "none",
+        "vae_precision": options.runtime.vae_precision,
         "vae_tier": engine.pipeline.vae_tier if engine.decodes else None,
         **{name: switches[name].on for name in ("graphs", "overlap", "autotune")},
         "device": device_name(engine.device),
@@ -108,21 +115,39 @@ def _setting(engine: Engine, options: ThroughputOptions) -> dict[str, Any]:
     }
 
 
-def _time_whole(engine: Engine, chunks: int) -> tuple[ChunkTimes, float]:
-    """Times of chunks as frames, and ms from the text states to the first frames of a new stream."""
+@dataclass(frozen=True)
+class _Run:
+    """Times of chunks one after another. memory_growth: bytes held after them and not before, where known.
+    first_ms: from the text states to the first frames of a new stream."""
+
+    times: ChunkTimes
+    memory_growth: int | None
+    first_ms: float | None = None
+
+
+def _time_whole(engine: Engine, chunks: int) -> _Run:
+    """Chunks as frames in host memory."""
     _warm(engine, frames_of(engine.stream()), waits=False)
     started = time.perf_counter()
     advance = frames_of(engine.stream())
     advance()
     first_ms = (time.perf_counter() - started) * 1e3
     _warm(engine, advance, waits=False)
-    return time_flow(advance, chunks), first_ms
+    return replace(_timed(engine, lambda count: time_flow(advance, count), chunks), first_ms=first_ms)
 
 
-def _time_latents(engine: Engine, chunks: int) -> ChunkTimes:
+def _time_latents(engine: Engine, chunks: int) -> _Run:
     advance = latents_of(engine.stream(), engine.pipeline.config.cache.chunk_frames)
     _warm(engine, advance, waits=True)
-    return time_chunks(advance, chunks, engine.device, waits=True)
+    return _timed(engine, lambda count: time_chunks(advance, count, engine.device, waits=True), chunks)
+
+
+def _timed(engine: Engine, time_many: Callable[[int], ChunkTimes], chunks: int) -> _Run:
+    time_many(SETTLED_CHUNKS)
+    held = held_memory(engine.device)
+    times = time_many(chunks)
+    after = held_memory(engine.device)
+    return _Run(times, None if held is None or after is None else after - held)
 
 
 def _warm(engine: Engine, advance: Any, waits: bool) -> None:
@@ -132,11 +157,12 @@ def _warm(engine: Engine, advance: Any, waits: bool) -> None:
 
 def _time_parts(options: ThroughputOptions, gpu: GPU | None) -> list[PartTime]:
     """Of the same engine without graphs and without overlap, which is what a profiler can see into."""
-    engine = Engine.load(replace(options, graphs="off", overlap="off"))
+    runtime = replace(options.runtime, graphs=False, overlap=False)
+    engine = Engine.load(replace(options, runtime=runtime))
     frames = engine.pipeline.config.cache.chunk_frames
     advance = frames_of(engine.stream()) if engine.decodes else latents_of(engine.stream(), frames)
     _warm(engine, advance, waits=True)
-    decoder = StreamingDecoder if options.vae in ("full", "none") else type(engine.decoder)
+    decoder = StreamingDecoder if runtime.vae == "full" or not options.decode else type(engine.decoder)
     model = engine.pipeline.model
     times = measure_parts(advance, model.ops, decoder, PROFILED_CHUNKS, engine.device)
     floors = part_floors(engine.shapes, gpu, model.dtype, engine.decodes)
@@ -153,6 +179,7 @@ def _rates(engine: Engine, times: ChunkTimes, latents_only: ChunkTimes) -> dict[
         "chunk_ms_p99": times.percentile_ms(0.99),
         "chunk_ms_without_vae_p50": latents_only.percentile_ms(0.5),
         "jitter_ms": times.jitter_ms,
+        "time_growth": times.growth,
     }
 
 
@@ -171,24 +198,6 @@ def _utilisation(
         "flop_utilisation": share(whole, True),
         "flop_utilisation_without_vae": share(latents_only, False),
     }
-
-
-def _reset_peak_memory(device: torch.device) -> None:
-    gc.collect()  # what the agreement needed is no part of the engine
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_memory(device: torch.device) -> int | None:
-    """Bytes that torch held at most since the reset; on a CPU of the whole process, where it is known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def run(options: ThroughputOptions) -> int:

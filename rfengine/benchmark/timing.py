@@ -15,6 +15,7 @@ from rfengine.stream import VideoStream
 
 Advance = Callable[[], int]  # makes one chunk and returns its frames
 LEAD_IN = 2  # chunks until a stream that goes one ahead is in its stride
+LEAST_GROWTH_CHUNKS = 20  # a tenth of fewer says nothing
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class ChunkTimes:
         """Mean difference, either way, between a chunk and the one before it; 0 for a single chunk."""
         pairs = zip(self.seconds, self.seconds[1:], strict=False)
         return statistics.fmean([abs(later - earlier) for earlier, later in pairs] or [0.0]) * 1e3
+
+    @property
+    def growth(self) -> float | None:
+        """Median of the last tenth over that of the first, less 1; None for too few chunks."""
+        tenth = len(self.seconds) // 10
+        if len(self.seconds) < LEAST_GROWTH_CHUNKS:
+            return None
+        return statistics.median(self.seconds[-tenth:]) / statistics.median(self.seconds[:tenth]) - 1
 
 
 def recorded_chunks(cache: CacheConfig) -> int:

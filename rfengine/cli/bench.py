@@ -10,4 +10,5 @@ def run(options: ThroughputOptions) -> int:
     from rfengine.benchmark import throughput
 
     find_device(options.device)
+    find_device(options.runtime.decode_device, "--decode-device")
     return throughput.run(options)

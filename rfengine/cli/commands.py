@@ -12,12 +12,7 @@ import tyro
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.cli import bench, convert, doctor, export_vae, generate, parity, train
 from rfengine.cli import eval as evaluate
-from rfengine.cli.exit_status import CALLER_ERROR, INTERRUPTED, OTHER_ERROR
-from rfengine.cli.terminal import (
-    fail,
-    one_line_warnings,
-    stops_as_interrupt,
-)
+from rfengine.cli.terminal import exit_status_of, stops_as_interrupt
 
 Options = (
     Annotated[generate.GenerateOptions, tyro.conf.subcommand("generate")]
@@ -46,7 +41,8 @@ _RUN: dict[type, Callable[[Any], int]] = {
 def run_command(arguments: Sequence[str] | None) -> int:
     """Read the arguments, those of the process where they are None, and run what they ask for; returns the
     exit status."""
-    try:
+
+    def run() -> int:
         _refuse_text_as_option(sys.argv[1:] if arguments is None else arguments)
         options = tyro.cli(
             Options,
@@ -55,16 +51,10 @@ def run_command(arguments: Sequence[str] | None) -> int:
             args=arguments,
             config=(tyro.conf.DisallowNone,),  # a prompt may be the word None
         )
-        with one_line_warnings(), stops_as_interrupt(own_process=arguments is None):
+        with stops_as_interrupt(own_process=arguments is None):
             return _RUN[type(options)](options)
-    except BrokenPipeError:
-        raise
-    except ValueError as error:
-        return fail(error, CALLER_ERROR)
-    except (RuntimeError, OSError) as error:
-        return fail(error, OTHER_ERROR)
-    except KeyboardInterrupt as error:
-        return fail(f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED)
+
+    return exit_status_of(run)
 
 
 def _refuse_text_as_option(arguments: Sequence[str]) -> None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.cli.terminal import find_device, interrupt_waits
-from rfengine.config import Backend, DecoderKind, DTypeName, RuntimeConfig, VAEPrecision
+from rfengine.config import Backend, DTypeName, RuntimeConfig
 from rfengine.pipeline import Pipeline, frame_count
 from rfengine.prompts import check_prompt, read_prompts
 from rfengine.schedule import as_seed
@@ -52,41 +52,18 @@ class GenerateOptions:
     """Precision of the weights; bfloat16 on CUDA, float32 on the CPU."""
     backend: Backend | None = None
     """What runs the ops; auto, the default, takes what is fastest here."""
-    vae: DecoderKind = "full"
-    """What makes the frames: full and tensorrt (an engine of rfengine export-vae) are lossless, tiny is
-    faster and of lower quality."""
-    vae_precision: VAEPrecision = "default"
-    """fp8 runs the large convolutions of the full decoder in FP8, where that is within 45 dB of float32."""
-    tensorrt_directory: Path | None = None
-    """Where export-vae wrote the engine, if it was told to with --out."""
-    graphs: bool | None = None
-    """Replay each chunk as one CUDA graph; on with CUDA."""
-    overlap: bool | None = None
-    """Decode a chunk beside the next one; on with CUDA."""
-    autotune: bool = True
-    """Time the backends at the start, once for each GPU and size."""
+    runtime: OmitArgPrefixes[RuntimeConfig] = RuntimeConfig()
     verify: bool = False
     """Read every file of the checkpoint first and refuse to start where one differs from its manifest."""
-    decode_device: str | None = None
-    """Where the frames are made, such as cuda:1; the model's device where nothing is given."""
 
 
 def run(options: GenerateOptions) -> int:
     jobs = _jobs(options)
     checkpoint = _open_checkpoint(options)
-    runtime = RuntimeConfig(
-        graphs=options.graphs,
-        overlap=options.overlap,
-        decode_device=options.decode_device,
-        autotune=options.autotune,
-        vae=options.vae,
-        vae_precision=options.vae_precision,
-        tensorrt_directory=options.tensorrt_directory and str(options.tensorrt_directory),
-    )
     device = find_device(options.device)
-    find_device(options.decode_device, "--decode-device")
+    find_device(options.runtime.decode_device, "--decode-device")
     pipeline = Pipeline.from_pretrained(
-        checkpoint, device, options.dtype, backend=options.backend, runtime=runtime
+        checkpoint, device, options.dtype, backend=options.backend, runtime=options.runtime
     )
     for done, (prompt, path) in enumerate(jobs):
         try:
@@ -184,5 +161,5 @@ def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateO
     rate = made / busy
     print(
         f"{path}: {count} frames, {count / fps:.1f} s of video; streams at {rate:.1f} frames/s, "
-        f"{rate / fps:.1f} times as fast as it plays; {options.vae} decoder, {pipeline.vae_tier}"
+        f"{rate / fps:.1f} times as fast as it plays; {options.runtime.vae} decoder, {pipeline.vae_tier}"
     )

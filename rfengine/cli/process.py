@@ -6,9 +6,12 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 from rfengine.cli.exit_status import CLOSED_PIPE, INTERRUPTED, OTHER_ERROR
-from rfengine.cli.terminal import one_line
+from rfengine.cli.terminal import exit_status_of, one_line
+
+Options = TypeVar("Options")
 
 
 def run_process(main: Callable[[], int | None], name: str) -> int:
@@ -34,6 +37,13 @@ def run_process(main: Callable[[], int | None], name: str) -> int:
     except KeyboardInterrupt:
         print(f"{name}: error: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def run_script(name: str, kind: type[Options], run: Callable[[Options], int | None]) -> int:
+    """The exit status of a script that has the process to itself; its options are the fields of `kind`."""
+    import tyro
+
+    return run_process(lambda: exit_status_of(lambda: run(tyro.cli(kind, prog=name))), name)
 
 
 def _open_streams() -> None:

@@ -8,10 +8,11 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from rfengine.cli.exit_status import CALLER_ERROR, INTERRUPTED, OTHER_ERROR
 from rfengine.stop_signals import stop_signals
 
 if TYPE_CHECKING:
@@ -42,6 +43,24 @@ def fail(error: object, status: int) -> int:
     with suppress(OSError):  # the terminal may be gone; the status says it too
         print(f"rfengine: error: {one_line(error)}", file=sys.stderr)
     return status
+
+
+def exit_status_of(run: Callable[[], int | None]) -> int:
+    """Run a command or a script and return its exit status, each error reported as one line.
+
+    A closed pipe is left to the process.
+    """
+    try:
+        with one_line_warnings():
+            return run() or 0
+    except BrokenPipeError:
+        raise
+    except ValueError as error:
+        return fail(error, CALLER_ERROR)
+    except (RuntimeError, OSError) as error:
+        return fail(error, OTHER_ERROR)
+    except KeyboardInterrupt as error:
+        return fail(f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED)
 
 
 class _OnceFilter(logging.Filter):

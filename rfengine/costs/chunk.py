@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from rfengine.config import WanConfig
 from rfengine.costs.ops import BYTES, HALF
 from rfengine.costs.shapes import Shapes
 from rfengine.costs.vae import VAEWork, decode_work
@@ -103,27 +104,15 @@ class ChunkWork:
         ]
 
     @property
-    def block_linears(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the linears of one block that run in every pass."""
-        dim, ffn_dim = self.shapes.dim, self.shapes.config.model.ffn_dim
-        return {
-            "self-attention q, k, v": (dim, 3 * dim),
-            "self-attention out": (dim, dim),
-            "cross-attention q": (dim, dim),
-            "cross-attention out": (dim, dim),
-            "feed-forward in": (dim, ffn_dim),
-            "feed-forward out": (ffn_dim, dim),
-        }
-
-    @property
     def pass_weights(self) -> int:
         """Parameters of the blocks' linears that one pass reads."""
-        return self.shapes.layers * sum(inputs * outputs for inputs, outputs in self.block_linears.values())
+        linears = block_linears(self.shapes.config.model).values()
+        return self.shapes.layers * sum(inputs * outputs for inputs, outputs in linears)
 
     def _linears(self) -> Iterator[Part]:
         model, tokens, dim = self.shapes.config.model, self.shapes.tokens, self.shapes.dim
         patch = model.patch_size[1] * model.patch_size[2]
-        for name, (inputs, outputs) in self.block_linears.items():
+        for name, (inputs, outputs) in block_linears(model).items():
             size = (tokens, inputs, outputs)
             yield _linear("linears", name, size, self.layer_calls, self.linear_bytes)
         yield _linear("linears", "patch embedding", (tokens, patch * model.in_dim, dim), self.passes)
@@ -180,15 +169,27 @@ class ChunkWork:
         yield Part("copies", "frame_pack", bytes=packed, decodes=True)
 
 
-def prompt_parts(shapes: Shapes) -> list[Part]:
+def block_linears(model: WanConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linears of one block that run in every pass."""
+    dim, ffn_dim = model.dim, model.ffn_dim
+    return {
+        "self-attention q, k, v": (dim, 3 * dim),
+        "self-attention out": (dim, dim),
+        "cross-attention q": (dim, dim),
+        "cross-attention out": (dim, dim),
+        "feed-forward in": (dim, ffn_dim),
+        "feed-forward out": (ffn_dim, dim),
+    }
+
+
+def prompt_parts(model: WanConfig) -> list[Part]:
     """What the transformer does once for each prompt: embed the text, project it to keys and values."""
-    model = shapes.config.model
     rows, dim = model.text_len, model.dim
     group = "once a prompt"
     return [
         _linear(group, "text embedding in", (rows, model.text_dim, dim), 1),
         _linear(group, "text embedding out", (rows, dim, dim), 1),
-        _linear(group, "cross-attention k, v", (rows, dim, 2 * dim), shapes.layers),
+        _linear(group, "cross-attention k, v", (rows, dim, 2 * dim), model.num_layers),
     ]
 
 

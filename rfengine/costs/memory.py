@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.checkpoint.shapes import expected_shapes
-from rfengine.config import EngineConfig
+from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
@@ -60,9 +59,9 @@ def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> 
             decoder.run(latents, state, packed=False)
             state.frames += config.cache.chunk_frames
     return MemoryNeeds(
-        transformer=_count_weights(model) * size,
-        vae=_count_weights(config.vae) * size,
-        text_encoder=_count_weights(config.text) * size,
+        transformer=parameter_count(model) * size,
+        vae=parameter_count(config.vae) * size,
+        text_encoder=parameter_count(config.text) * size,
         keys_values=arenas["keys"] + arenas["values"],
         raw_keys=arenas.get("raw_keys", 0),
         sink_remainder=_nbytes(cache.values()),
@@ -72,7 +71,8 @@ def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> 
     )
 
 
-def _count_weights(config: Any) -> int:
+def parameter_count(config: WanConfig | VAEConfig | TextConfig) -> int:
+    """Parameters of a part of the engine."""
     return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
 
 

@@ -9,15 +9,11 @@ D model dim, T tokens, S keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
+from rfengine.config import WanConfig
+from rfengine.costs.memory import parameter_count
+from rfengine.costs.training import adapter_parameters, clip_flops, decode_flops, pass_flops, text_flops
 from rfengine.grid import LatentGrid
-from rfengine.models.dit import WanDiT
-from rfengine.models.vae import WanVAE
 from rfengine.training.config import TrainConfig
 
 _KEPT_OF_WIDTH, _KEPT_OF_FFN = 18, 2  # tensors of a block that backward reads
@@ -105,8 +101,8 @@ def plan_resources(config: TrainConfig, ranks: int, device_type: str) -> Resourc
     sizes = _Sizes(config, device_type)
     share = ranks if config.parallel == "sharded" else 1
     models = [_model_memory(name, shape, config, sizes, share) for name, shape in shapes.items()]
-    decoder = vae_parameters(config.engine.vae)
-    text = text_parameters(config.engine.text)
+    decoder = parameter_count(config.engine.vae)
+    text = parameter_count(config.engine.text)
     models.append(ModelMemory("VAE", decoder, float(sizes.halved * decoder)))
     models.append(ModelMemory("text encoder", text, float(sizes.halved * text)))
     if config.stage == "re-dmd" and config.reward != "toy":
@@ -139,31 +135,8 @@ class _Sizes:
         self.active = 2 if halves else 4
 
 
-@lru_cache(maxsize=8)
-def transformer_parameters(shape: WanConfig) -> int:
-    with torch.device("meta"):
-        return sum(value.numel() for value in WanDiT(shape).parameters())
-
-
-@lru_cache(maxsize=8)
-def vae_parameters(shape: VAEConfig) -> int:
-    with torch.device("meta"):
-        return sum(value.numel() for value in WanVAE(shape).parameters())
-
-
-def text_parameters(text: TextConfig) -> int:
-    """Of the encoder: embedding, projections of attention and of the gated feed-forward; norms left out."""
-    layer = 4 * text.dim * text.attention_dim + 3 * text.dim * text.ffn_dim
-    return text.vocab_size * text.dim + text.num_layers * layer
-
-
-def adapter_parameters(shape: WanConfig, rank: int) -> int:
-    attention, ffn = 8 * 2 * shape.dim, 2 * (shape.dim + shape.ffn_dim)
-    return shape.num_layers * rank * (attention + ffn)
-
-
 def _model_memory(name: str, shape: WanConfig, config: TrainConfig, sizes: _Sizes, share: int) -> ModelMemory:
-    count = transformer_parameters(shape)
+    count = parameter_count(shape)
     if name == "teacher":
         on_device = 0.0 if config.offload_teacher else sizes.frozen * count / share
         return ModelMemory(name, count, on_device)
@@ -201,10 +174,10 @@ def _distillation_phases(config: TrainConfig, sizes: _Sizes) -> dict[str, dict[s
         float(sizes.halved) * _VAE_LIVE * engine.vae.base_dim * pixels if config.stage == "re-dmd" else 0.0
     )
     rollout = {"cache": _ARENAS * arena}
-    cast = 0.0 if sizes.active == 4 or config.parallel == "sharded" else 2.0 * transformer_parameters(shape)
+    cast = 0.0 if sizes.active == 4 or config.parallel == "sharded" else 2.0 * parameter_count(shape)
     offloaded = 0.0
     if config.offload_teacher and config.parallel == "replicated":
-        offloaded = float(sizes.frozen * transformer_parameters(config.teacher_model or shape))
+        offloaded = float(sizes.frozen * parameter_count(config.teacher_model or shape))
     critic = config.critic_model or shape
     return {
         "student update": rollout
@@ -217,42 +190,6 @@ def _distillation_phases(config: TrainConfig, sizes: _Sizes) -> dict[str, dict[s
         },
         "critic update": {"activations": _clip_activations(critic, config, sizes), "weights cast": cast},
     }
-
-
-def pass_flops(shape: WanConfig, tokens: int, keys: int) -> float:
-    """A forward of `tokens` that attend to `keys` tokens each: products of the blocks, patches and head."""
-    linears = 12 * shape.dim**2 + 4 * shape.dim * shape.ffn_dim
-    attention = 4 * shape.dim * (keys + shape.text_len)
-    patch = shape.patch_size[0] * shape.patch_size[1] * shape.patch_size[2]
-    ends = 2 * shape.dim * patch * (shape.in_dim + shape.out_dim)
-    return float(tokens * (shape.num_layers * (linears + attention) + ends))
-
-
-def text_flops(shape: WanConfig) -> float:
-    """Keys and values of one prompt, for every layer."""
-    embedding = 2 * shape.dim * (shape.text_dim + shape.dim)
-    return float(shape.text_len * (embedding + shape.num_layers * 4 * shape.dim**2))
-
-
-def clip_flops(engine: EngineConfig, shape: WanConfig, frames: int) -> float:
-    """A forward over a whole clip of one sample, its text included."""
-    tokens = frames * LatentGrid.of(engine).frame_tokens
-    return pass_flops(shape, tokens, tokens) + text_flops(shape)
-
-
-@lru_cache(maxsize=8)
-def decode_flops(vae: VAEConfig, height: int, width: int, frames: int, chunk_frames: int) -> float:
-    """Decoding `frames` latent frames of one video of height x width pixels, chunk by chunk."""
-    with torch.device("meta"):
-        decoder = WanVAE(vae)
-    sides = height // vae.spatial_stride, width // vae.spatial_stride
-    state = decoder.decoder_state(1, *sides, torch.float32, "meta")
-    costs = []
-    for _ in range(min(2, frames // chunk_frames)):  # the first chunk is shorter, all others are alike
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            decoder.decode(torch.empty(1, vae.z_dim, chunk_frames, *sides, device="meta"), state)
-        costs.append(counter.get_total_flops())
-    return float(costs[0] + (frames // chunk_frames - 1) * costs[-1])
 
 
 def _distillation_flops(config: TrainConfig) -> dict[str, float]:
@@ -276,12 +213,7 @@ def _distillation_flops(config: TrainConfig) -> dict[str, float]:
     if config.stage == "re-dmd":
         size = engine.cache.chunk_frames
         flops["VAE decode"] = (
-            students
-            * sum(
-                decode_flops(engine.vae, engine.height, engine.width, chunks * size, size)
-                for chunks in lengths
-            )
-            / len(lengths)
+            students * sum(decode_flops(engine, chunks * size) for chunks in lengths) / len(lengths)
         )
         if config.reward != "toy":
             flops["reward"] = students * 2 * _REWARD_PARAMETERS * _REWARD_TOKENS

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from roofline import Options, render, roofline
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.roofline import Options, render, roofline, run
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.cli.process import run_script
 from rfengine.config import PRESETS, EngineConfig
 from rfengine.costs.chunk import ChunkWork, prompt_parts
 from rfengine.costs.shapes import Shapes
@@ -23,7 +22,6 @@ from rfengine.costs.vae import VAEWork, decode_work, encode_work
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 
-ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = Shapes()
 
 # GMAC per latent frame of decoding 480 x 832, later ones and the first (spec 4.7)
@@ -158,7 +156,9 @@ def test_a_steady_chunk_and_a_prompt_have_the_multiply_adds_of_the_cost_model() 
     found = report()
     assert printed(found["totals"]["products_without_vae"]["flops"] / 2e12, "60.65") == "60.65"
     assert printed(group(found, "VAE decode")["flops"] / 2e12, "20.33") == "20.33"
-    keys_values = next(part for part in prompt_parts(SHIPPED) if part.name == "cross-attention k, v")
+    keys_values = next(
+        part for part in prompt_parts(SHIPPED.config.model) if part.name == "cross-attention k, v"
+    )
     assert printed(keys_values.flops / 2e12, "0.072") == "0.072"
 
 
@@ -182,7 +182,7 @@ def test_each_layer_has_the_gflop_of_the_floor_tables() -> None:
         }
         assert amounts.keys() == figures.keys()
         assert_as_printed(amounts, figures)
-    embed_in, embed_out, keys_values = (part.flops / 1e9 for part in prompt_parts(SHIPPED))
+    embed_in, embed_out, keys_values = (part.flops / 1e9 for part in prompt_parts(SHIPPED.config.model))
     assert printed(embed_in + embed_out, "8.9") == "8.9"
     assert printed(keys_values, "145") == "145"
 
@@ -373,13 +373,14 @@ def test_the_table_shows_every_part_and_the_totals() -> None:
     assert lines["products alone"].endswith(" 73.3 frames/s")
 
 
-@pytest.mark.slow
-def test_the_command_prints_json_or_one_sentence(tmp_path: Path) -> None:
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "bench" / "roofline.py"), "--model", "tiny", *options]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_the_command_prints_json_or_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def status(*options: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["roofline.py", "--model", "tiny", *options])
+        return run_script("roofline", Options, run)
 
-    assert json.loads(run("--chunk", "0", "--json").stdout) == report(model="tiny", chunk=0)
-    refused = run("--gpu", "a100", "--precision", "fp8")
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("roofline: precision is fp8 but A100")
+    assert status("--chunk", "0", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == report(model="tiny", chunk=0)
+    assert status("--gpu", "a100", "--precision", "fp8") == 2
+    assert capsys.readouterr().err.startswith("rfengine: error: precision is fp8 but A100")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import training_step
-from training_step import Clock, Options, measure, product_rate, watched
 
+from bench import training_step
+from bench.training_step import Clock, Options, measure, product_rate, watched
 from rfengine.models.dit import WanDiT
 
 

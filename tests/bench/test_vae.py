@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import vae
-import vae_decoders
-from vae import Options, WrongDecoderError, measure, render
-from vae_decoders import BY_LATENT, FP8_ROW, OURS, PLAIN, TINY_ROW, Setting, diffusers_contenders
-from vae_layers import REST, layer_parts, layer_paths
 
+from bench import vae, vae_decoders
+from bench.vae import REST, Options, WrongDecoderError, layer_parts, layer_paths, measure, render
+from bench.vae_decoders import BY_LATENT, FP8_ROW, OURS, PLAIN, TINY_ROW, Setting, diffusers_candidates
+from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.cli.process import run_script
 from rfengine.config import PRESETS, VAEConfig
 from rfengine.costs.vae import decode_work
-from rfengine.grid import LatentGrid
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = Options(
-    device="cpu", model="tiny", height=32, width=32, chunks=2, fp8="on", diffusers="off", threads=1
+    device="cpu", model="tiny", height=32, width=32, chunks=2, fp8=True, diffusers=False, threads=1
 )
 
 
 def setting_of(config: VAEConfig) -> Setting:
-    engine = dataclasses.replace(PRESETS["wan-1.3b"], vae=config)
-    grid = LatentGrid.of(engine, 32, 32)
-    return Setting.load(engine, None, grid, torch.float32, torch.device("cpu"), "auto")
+    checkpoint = Checkpoint.random(dataclasses.replace(PRESETS["wan-1.3b"], vae=config))
+    return Setting.load(checkpoint, (32, 32), torch.float32, torch.device("cpu"), "auto")
 
 
 @pytest.fixture(scope="module")
@@ -80,21 +75,21 @@ def test_layers_cover_the_work_of_the_whole_but_for_what_folding_saves(figures):
 def test_diffusers_has_the_same_weights_and_streams_to_the_same_pixels():
     pytest.importorskip("diffusers")
     setting = setting_of(VAEConfig(base_dim=8))
-    latents, exact = vae._exact(setting, 2, False)
-    for contender in diffusers_contenders(setting, compiles=False):
+    latents, exact = vae._exact(setting, 2)
+    for candidate in diffusers_candidates(setting, compiles=False):
         with torch.no_grad():
-            quality = vae._quality(contender, latents, exact)
-            assert quality["psnr_db"] > 100, contender.name
-            decode = contender.frames()
+            quality = vae._quality(candidate, latents, exact)
+            assert quality["psnr_db"] > 100, candidate.name
+            decode = candidate.open(True)
             assert [len(decode(chunk)) for chunk in latents] == [5, 8, 8]
 
 
 def test_a_wrong_decoder_is_not_timed(monkeypatch):
     run = vae._quality
 
-    def spoiled(contender, latents, exact):
-        found = run(contender, latents, exact)
-        return {**found, "psnr_db": 60.0} if contender.name == OURS else found
+    def spoiled(candidate, latents, exact):
+        found = run(candidate, latents, exact)
+        return {**found, "psnr_db": 60.0} if candidate.name == OURS else found
 
     monkeypatch.setattr(vae, "_quality", spoiled)
     monkeypatch.setattr(vae, "_time", lambda *_: pytest.fail("it was timed"))
@@ -103,17 +98,17 @@ def test_a_wrong_decoder_is_not_timed(monkeypatch):
 
 
 def test_what_cannot_run_has_its_reason_instead_of_figures(monkeypatch):
-    def broken():
+    def broken(packs):
         raise RuntimeError("no compiler here\nand more")
 
-    made = vae_decoders.our_contenders
+    made = vae_decoders.our_candidates
 
-    def contenders(setting, fp8):
+    def candidates(setting, fp8):
         every = list(made(setting, fp8))
-        return [*every, dataclasses.replace(every[0], name="broken", pixels=broken, frames=broken)]
+        return [*every, dataclasses.replace(every[0], name="broken", open=broken)]
 
-    monkeypatch.setattr(vae, "our_contenders", contenders)
-    figures = measure(dataclasses.replace(SMALLEST, chunks=1, fp8="auto"))
+    monkeypatch.setattr(vae, "our_candidates", candidates)
+    figures = measure(dataclasses.replace(SMALLEST, chunks=1, fp8=None))
     row = next(row for row in figures["decoders"] if row["decoder"] == "broken")
     assert row == {"decoder": "broken", "tier": "lossless", "error": "RuntimeError: no compiler here"}
     assert "no compiler here" in render(figures) and figures["left_out"]["FP8"] == "not asked for"
@@ -126,12 +121,10 @@ def test_absent_diffusers_is_a_sentence(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [
-        (("--chunks", "0"), "vae: --chunks is 0; it must be at least 1"),
-        (("--height", "30"), "vae: "),
-    ],
+    [(("--chunks", "0"), "--chunks is 0; it must be at least 1"), (("--height", "30"), "multiple of")],
 )
-def test_a_setting_that_cannot_be_is_one_sentence(options, told):
-    command = [sys.executable, str(ROOT / "bench" / "vae.py"), "--device", "cpu", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr
+def test_a_setting_that_cannot_be_is_one_sentence(options, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vae.py", "--device", "cpu", *options])
+    assert run_script("vae", Options, vae.run) == 2
+    shown = capsys.readouterr().err
+    assert told in shown and shown.count("\n") == 1

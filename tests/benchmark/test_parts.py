@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from roofline import Options, roofline
 
+from bench.roofline import Options, roofline
 from rfengine.benchmark.parts import (
     COPIES,
     FUSED,

@@ -8,6 +8,7 @@ import pytest
 
 from rfengine import cli
 from rfengine.benchmark.options import ThroughputOptions
+from rfengine.config import RuntimeConfig
 from support.outcome import fails
 
 
@@ -16,17 +17,17 @@ def test_options_reach_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen: list[ThroughputOptions] = []
     monkeypatch.setattr(throughput, "run", lambda options: seen.append(options) or 0)
-    given = ["bench", "--plot", "out.png", "--chunks", "4", "--vae", "none", "--no-autotune", "--json", "-"]
+    given = ["bench", "--plot", "out.png", "--chunks", "4", "--no-decode", "--no-autotune", "--json", "-"]
     assert cli.main(given) == 0
     assert seen == [
-        ThroughputOptions(plot=Path("out.png"), chunks=4, vae="none", autotune=False, json=Path("-"))
+        ThroughputOptions(
+            plot=Path("out.png"),
+            chunks=4,
+            decode=False,
+            runtime=RuntimeConfig(autotune=False),
+            json=Path("-"),
+        )
     ]
-
-
-def test_both_command_lines_read_the_same() -> None:
-    from rfengine.benchmark.command_line import parse_options
-
-    assert parse_options(ThroughputOptions, []) == ThroughputOptions()
 
 
 def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

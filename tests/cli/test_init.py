@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -10,19 +11,21 @@ import pytest
 from rfengine import cli
 from rfengine.cli.commands import Options
 
+RUNTIME = [
+    "graphs", "overlap", "decode_device", "autotune", "vae", "vae_precision",
+    "tensorrt_directory",
+]  # fmt: skip
 OPTIONS = {
     "generate": [
         "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
-        "backend", "vae", "vae_precision", "tensorrt_directory", "graphs", "overlap", "autotune",
-        "verify", "decode_device",
+        "backend", *RUNTIME, "verify",
     ],
     "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
     "parity": ["files", "backend", "device", "dtype"],
     "doctor": ["json", "model", "height", "width", "dtype", "renew"],
     "bench": [
-        "model", "height", "width", "chunks", "backend", "dtype", "vae", "vae_precision",
-        "tensorrt_directory", "graphs", "overlap", "autotune", "compare", "threads", "device",
-        "json", "plot",
+        "model", "height", "width", "chunks", "device", "dtype", "backend", *RUNTIME, "decode", "compare",
+        "threads", "json", "plot",
     ],
     "export-vae": ["directory", "out", "height", "width", "latents", "precision", "onnx_only", "force"],
     "eval": [
@@ -37,12 +40,21 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def option_names(kind: type) -> Iterator[str]:
+    """Fields of a dataclass; those of a nested one stand in its place."""
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.default):
+            yield from option_names(type(field.default))
+        else:
+            yield field.name
+
+
 def test_commands_and_options_are_those_listed_here() -> None:
     """A new option is a change of this list."""
     commands = {}
     for command in get_args(Options):
         options, settings = get_args(command)
-        commands[settings.name] = [field.name for field in dataclasses.fields(options)]
+        commands[settings.name] = list(option_names(options))
     assert commands == OPTIONS
 
 

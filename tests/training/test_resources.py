@@ -6,24 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from roofline import Options, roofline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.roofline import Options, roofline
 from rfengine.config import PRESETS
+from rfengine.costs.memory import parameter_count
+from rfengine.costs.training import adapter_parameters, clip_flops, decode_flops, pass_flops
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.training import recipes
 from rfengine.training.lora import add_adapters, lora_weights
-from rfengine.training.resources import (
-    _block_activations,
-    adapter_parameters,
-    clip_flops,
-    decode_flops,
-    pass_flops,
-    plan_resources,
-    transformer_parameters,
-)
+from rfengine.training.resources import _block_activations, plan_resources
 from support.models import text_states
 from support.small_distillation import ENGINE
 
@@ -45,7 +39,7 @@ def test_a_denoising_pass_has_the_roofline_products(steady):
 def test_a_decoded_chunk_has_the_roofline_products(steady):
     totals = steady["totals"]
     theirs = totals["products_with_vae"]["flops"] - totals["products_without_vae"]["flops"]
-    ours = decode_flops(WAN.vae, 480, 832, 9, 3) - decode_flops(WAN.vae, 480, 832, 6, 3)
+    ours = decode_flops(WAN, 9) - decode_flops(WAN, 6)
     assert ours == pytest.approx(theirs, rel=0.01)
 
 
@@ -84,7 +78,7 @@ def test_sharding_divides_what_is_learned_by_the_ranks():
         assert after.total == pytest.approx(before.total / 8)
     assert eight.step_flops == one.step_flops
     student, critic, teacher = one.models[:3]
-    assert student.parameters == critic.parameters == transformer_parameters(WAN.model)
+    assert student.parameters == critic.parameters == parameter_count(WAN.model)
     assert student.total == 20 * student.parameters and teacher.total == 2 * teacher.parameters
 
 
