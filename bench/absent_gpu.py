@@ -15,7 +15,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -42,7 +42,8 @@ class Architecture:
 
 
 # CUDA C++ Programming Guide, technical specifications for each compute capability
-ARCHITECTURES = {
+ArchitectureName = Literal["sm_80", "sm_90", "sm_100", "sm_120"]
+ARCHITECTURES: dict[ArchitectureName, Architecture] = {
     "sm_80": Architecture(80, 164 * KILO, 64, 32, 108),
     "sm_90": Architecture(90, 228 * KILO, 64, 32, 132),
     "sm_100": Architecture(100, 228 * KILO, 64, 32, 148),

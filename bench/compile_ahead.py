@@ -17,7 +17,9 @@ from typing import TypeVar
 from unittest import mock
 
 import torch
-from absent_gpu import (
+from torch import nn
+
+from bench.absent_gpu import (
     ARCHITECTURES,
     Architecture,
     StandInDriver,
@@ -25,8 +27,6 @@ from absent_gpu import (
     seen_architecture,
     stand_in_launches,
 )
-from torch import nn
-
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.grid import LatentGrid

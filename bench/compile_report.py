@@ -12,7 +12,6 @@ first product and the second), TMA the loads and stores of the tensor memory acc
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -22,25 +21,53 @@ import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+if __name__ == "__main__":  # a checkout that need not be installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import triton
-from absent_gpu import ARCHITECTURES, KILO, Architecture, recorded_launches, seen_architecture
-from kernel_cases import CASES, KernelCase
-from kernel_inputs import Draw
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import PTXASError
 
-from rfengine.cli.process import run_process
+from bench.absent_gpu import (
+    ARCHITECTURES,
+    KILO,
+    Architecture,
+    ArchitectureName,
+    recorded_launches,
+    seen_architecture,
+)
+from bench.kernel_cases import KernelCase, chosen_cases
+from bench.kernel_inputs import Draw
+from rfengine.cli.process import run_script
 from rfengine.config import PRESETS, DTypeName
 from rfengine.costs.shapes import Shapes
 
-ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS = 65536  # of one multiprocessor, on every architecture here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the compiler makes of every kernel at the engine's real shapes, for GPUs that need not be here."""
+
+    arch: tuple[ArchitectureName, ...] = ("sm_90",)
+    """Architectures to compile for."""
+    case: tuple[str, ...] = ()
+    """Only these cases of kernel_cases.py."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    cache: Path | None = None
+    """Fill this Triton cache, and print no report."""
+    model: Literal["tiny", "wan-1.3b", "wan-14b"] = "wan-1.3b"
+    """Whose kernels, with --cache."""
+    dtype: DTypeName = "bfloat16"
+    """Precision of the weights, with --cache."""
+    golden: tuple[Path, ...] | None = None
+    """Golden files whose kernels are compiled as well, with --cache; all where nothing is given."""
 
 
 @dataclass(frozen=True)
@@ -152,20 +179,20 @@ def _line(launch: Launch) -> str:
     )
 
 
-def fill(options: argparse.Namespace) -> int:
+def fill(options: Options, cache: Path) -> int:
     """Fill a Triton cache and say what is in it; 1 where a launch breaks a rule of the driver."""
-    from compile_ahead import fill_cache
+    from bench.compile_ahead import fill_cache
 
-    cache, model, dtype, golden = options.cache, options.model, options.dtype, options.golden
     os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
+    golden = sorted(GOLDEN.glob("*.safetensors")) if options.golden is None else list(options.golden)
     sound = True
     for arch in options.arch:
-        filled = fill_cache(cache, arch, PRESETS[model], getattr(torch, dtype), golden)
+        filled = fill_cache(cache, arch, PRESETS[options.model], getattr(torch, options.dtype), golden)
         size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
         print(
-            f"{arch}, Triton {triton.__version__}: {filled.kernels} kernels of {model} in {dtype} and of "
-            f"{len(golden)} golden files compiled in {filled.seconds:.1f} s; {cache} holds "
-            f"{size / 1e6:.1f} MB"
+            f"{arch}, Triton {triton.__version__}: {filled.kernels} kernels of {options.model} in "
+            f"{options.dtype} and of {len(golden)} golden files compiled in {filled.seconds:.1f} s; {cache} "
+            f"holds {size / 1e6:.1f} MB"
         )
         if filled.driver is None:
             print(f"{arch}: launchers are left to the first start: they need a C compiler and sm_90 here")
@@ -176,35 +203,16 @@ def fill(options: argparse.Namespace) -> int:
     return 0 if sound else 1
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=["sm_90"])
-    parser.add_argument("--case", nargs="+", choices=[case.name for case in CASES], help="only these")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--cache", type=Path, metavar="DIR", help="fill this Triton cache, and print no report"
-    )
-    parser.add_argument("--model", default="wan-1.3b", choices=PRESETS, help="whose kernels, with --cache")
-    parser.add_argument(
-        "--dtype", default="bfloat16", choices=get_args(DTypeName), help="of its weights, with --cache"
-    )
-    parser.add_argument(
-        "--golden", type=Path, nargs="*", default=sorted((ROOT / "tests" / "golden").glob("*.safetensors")),
-        metavar="FILE", help="golden files whose kernels are compiled as well, with --cache; all by default",
-    )  # fmt: skip
-    options = parser.parse_args()
+def run(options: Options) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET is set, so nothing is compiled; unset it")
+        raise RuntimeError("TRITON_INTERPRET is set, so nothing is compiled; unset it")
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
     if options.cache is not None:
-        return fill(options)
+        return fill(options, options.cache)
     shapes = Shapes()
-    chosen = [case for case in CASES if not options.case or case.name in options.case]
     launches, failures = [], []
     for arch in options.arch:
-        for case in chosen:
+        for case in chosen_cases(options.case):
             if case.minimum_capability <= ARCHITECTURES[arch].capability:
                 try:
                     launches += compile_case(case, arch, shapes)
@@ -222,4 +230,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_process(main, "compile_report"))
+    sys.exit(run_script("compile_report", Options, run))

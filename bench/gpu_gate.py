@@ -32,8 +32,8 @@ import torch
 from gate.processes import run_part
 from gate.record import Record
 from gate.summary import summarise
-from measurement import ABSENT
 
+from bench.kernels import ABSENT
 from rfengine.benchmark.conditions import commit, device_name, state, versions
 from rfengine.cli.process import run_process
 

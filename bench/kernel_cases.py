@@ -7,15 +7,15 @@ T tokens of a chunk, S tokens of the window, H heads, E head dim, D dim.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import kernel_inputs as inputs
 import torch
 import torch.nn.functional as F
-from kernel_inputs import Arguments, Draw
 from torch import Tensor
 
+import bench.kernel_inputs as inputs
+from bench.kernel_inputs import Arguments, Draw
 from rfengine.costs.ops import (
     BYTES,
     HALF,
@@ -338,3 +338,11 @@ CASES_BY_NAME = {case.name: case for case in CASES}
 def cases_of(file: str) -> list[KernelCase]:
     """The cases that are timed of one file of kernels/."""
     return [case for case in CASES if case.file == file and case.is_forward]
+
+
+def chosen_cases(names: Sequence[str]) -> list[KernelCase]:
+    """The cases of these names, all where there are none. Raises ValueError for a name that no case has."""
+    unknown = [name for name in names if name not in CASES_BY_NAME]
+    if unknown:
+        raise ValueError(f"--case is {unknown[0]!r}; use one of {', '.join(CASES_BY_NAME)}")
+    return [CASES_BY_NAME[name] for name in names] or list(CASES)

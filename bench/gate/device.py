@@ -10,17 +10,18 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from gate.part import AbsentError, Item, Setting
 from gate.record import Result
-from measurement import FLASH_MODULES, SDPA, measured_ceilings
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.kernels import Ceilings
+from rfengine.benchmark.attention_libraries import FLASH_MODULES, SDPA_BACKENDS
 from rfengine.benchmark.conditions import device_name, state, versions
 from rfengine.config import PRESETS
 from rfengine.costs.shapes import Shapes
@@ -92,7 +93,7 @@ def _properties(setting: Setting) -> Iterator[Result]:
 
 
 def _ceilings() -> Iterator[Result]:
-    yield {"ceilings": measured_ceilings().to_dict()}
+    yield {"ceilings": asdict(Ceilings.measured(Shapes()))}
 
 
 def _launches() -> Iterator[Result]:
@@ -219,7 +220,7 @@ def _linear_gelu(sizes: Sizes) -> Work:
 def _attention_rows(sizes: Sizes, small: bool) -> Iterator[tuple[str, Callable[[], Work]]]:
     """While the window fills, and when it is full."""
     shapes = sizes.shapes
-    backends = {"SDPA math": SDPBackend.MATH} if small else SDPA
+    backends = {"SDPA math": SDPBackend.MATH} if small else SDPA_BACKENDS
     for chunks in range(1, shapes.config.cache.window_chunks + 1):
         keys = chunks * shapes.tokens
         for name, backend in backends.items():

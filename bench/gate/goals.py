@@ -9,8 +9,9 @@ from gate.graphs import SHIPPED
 from gate.processes import CUT_SHORT
 from gate.record import Result
 from gate.speed import FLAT_CHUNKS
-from kernel_cases import CASES
-from measurement import OURS
+
+from bench.kernel_cases import CASES
+from bench.kernels import OURS
 
 ATTENTION_SHARE = 0.95  # of the faster of cuDNN and FlashAttention-3
 ROW_SHARE = 0.85  # of the bandwidth of a large copy

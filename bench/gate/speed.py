@@ -30,6 +30,7 @@ from rfengine.benchmark.timing import (
     time_chunks,
     time_flow,
 )
+from rfengine.config import RuntimeConfig
 
 CHUNKS, VARIANT_CHUNKS = 30, 20
 ROUNDS, COMPARED_CHUNKS = 3, 2  # a chunk of the baseline takes more than half a second
@@ -37,11 +38,11 @@ FLAT_CHUNKS = 1000  # what the goal asks for
 TOLD_EVERY = 10
 LEAST_TENTHS = 20  # chunks below which a tenth of them says nothing
 VARIANTS: dict[str, dict[str, Any]] = {
-    "no VAE": {"vae": "none"},
-    "tiny VAE": {"vae": "tiny"},
-    "graphs off": {"graphs": "off"},
-    "overlap off": {"overlap": "off"},
-    "graphs off, overlap off": {"graphs": "off", "overlap": "off"},
+    "no VAE": {"decode": False},
+    "tiny VAE": {"runtime": RuntimeConfig(vae="tiny")},
+    "graphs off": {"runtime": RuntimeConfig(graphs=False)},
+    "overlap off": {"runtime": RuntimeConfig(overlap=False)},
+    "graphs off, overlap off": {"runtime": RuntimeConfig(graphs=False, overlap=False)},
 }
 
 

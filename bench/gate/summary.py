@@ -9,7 +9,8 @@ from gate.goals import judge, rows_by_case
 from gate.part import NOT_RUN
 from gate.processes import CUT_SHORT
 from gate.record import Result
-from measurement import OURS
+
+from bench.kernels import OURS
 
 TOLD_FAILURES = 40
 BAD_STATES = ("failed", "broken", "begun")

@@ -1,9 +1,14 @@
-"""The kernels as the compiler makes them for Hopper, at the engine's real shapes; no GPU is needed."""
+"""The kernels as the compiler makes them for Hopper, at the engine's real shapes, and a Triton cache filled
+without a GPU, with the launches of the published model on a stand-in driver.
+
+The report compiles what filling the cache did not compile yet.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,24 +17,89 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = ROOT / "bench" / "compile_report.py"
 KILO = 1024
 REGISTERS, SHARED_BYTES, WARPS, BLOCKS = 65536, 228 * KILO, 64, 32  # of one Hopper multiprocessor
+needs_compiler = pytest.mark.skipif(
+    shutil.which("cc") is None and shutil.which("gcc") is None,
+    reason="the stand-in driver needs a C compiler",
+)
+
+FILL = """
+import dataclasses, json, sys, warnings
+from pathlib import Path
+import torch
+from bench.compile_ahead import fill_cache
+from rfengine.config import PRESETS
+warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
+config = PRESETS["wan-1.3b"]
+config = dataclasses.replace(config, height=96, width=160)  # kernels are those of any size
+filled = fill_cache(Path(sys.argv[1]), "sm_90", config, torch.bfloat16, [])
+print(json.dumps(dataclasses.asdict(filled)))
+"""
+REPORT = """
+from bench.compile_report import Options, run
+sys.exit(run(Options(arch=("sm_90",), json=True)))
+"""
+LAUNCH = """
+import ctypes, json, sys
+from pathlib import Path
+from bench.absent_gpu import StandInDriver
+driver = StandInDriver.load(Path(sys.argv[1]))
+grid = (ctypes.c_uint * 7)(1, 70000, 1, 128, 1, 1, 300000)  # CUlaunchConfig: grid, block, shared memory
+driver.library.cuLaunchKernelEx(ctypes.byref(grid), ctypes.c_char_p(b"kernel"), None, None)
+print(json.dumps(driver.counts()))
+"""
 
 
-def run_report(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, cache: Path) -> str:
+    """What a process of its own prints that fills the Triton cache `cache`."""
     pytest.importorskip("triton")
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, REPORT, *arguments], capture_output=True, text=True, env=inherited | environment
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(
+        [sys.executable, "-c", code, str(cache)], capture_output=True, text=True, env=inherited | environment
     )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout + finished.stderr
+
+
+def result(printed: str, first_key: str) -> dict[str, Any]:
+    """A JSON line; warnings of Triton and torch may stand around it."""
+    return json.loads(next(line for line in printed.splitlines() if line.startswith(f'{{"{first_key}"')))
 
 
 @pytest.fixture(scope="module")
-def launches() -> list[dict[str, Any]]:
-    finished = run_report("--arch", "sm_90", "--json")
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)["launches"]
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What two processes print that fill the same cache, the second of which reports as well."""
+    cache = tmp_path_factory.mktemp("triton")
+    return [run(FILL, cache), run(FILL + REPORT, cache)]
+
+
+@pytest.fixture(scope="module")
+def launches(processes: list[str]) -> list[dict[str, Any]]:
+    return result(processes[1], "triton")["launches"]
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_the_engine_launches_by_the_rules_of_the_driver_and_then_compiles_nothing(
+    processes: list[str],
+) -> None:
+    first, second = (result(printed, "kernels") for printed in processes)
+    assert first["kernels"] >= 36  # of the published sizes, on their own Triton forms
+    assert first["driver"]["broken"] == 0
+    assert first["driver"]["launches"] >= 500 and first["driver"]["maps"] >= 200
+    assert second["kernels"] == 0
+    assert second["driver"] == first["driver"]
+
+
+@needs_compiler
+def test_the_stand_in_driver_counts_a_launch_that_breaks_its_rules(tmp_path: Path) -> None:
+    printed = run(LAUNCH, tmp_path)
+    assert '"launches": 1' in printed and '"broken": 2' in printed
+    assert "stand-in driver: kernel: a grid that is too large" in printed
+    assert "stand-in driver: kernel: more shared memory than a block can have" in printed
 
 
 @pytest.mark.slow
@@ -106,7 +176,11 @@ def test_occupancy_is_the_most_that_fits(launches: list[dict[str, Any]]) -> None
         assert launch["occupancy"] == launch["blocks"] * launch["warps"] / WARPS
 
 
-def test_report_refuses_to_run_under_the_interpreter() -> None:
-    finished = run_report(TRITON_INTERPRET="1")
-    assert finished.returncode == 1
-    assert "TRITON_INTERPRET" in finished.stderr
+def test_report_refuses_to_run_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from bench.compile_report import Options
+    from bench.compile_report import run as report
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        report(Options())

@@ -16,26 +16,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import gpu_gate
-import measurement
 import pytest
 import torch
 from gate import attention, graphs, kernels, parity, speed, suite, vae
 from gate.device import check_corners
 from gate.part import AbsentError, Item, Setting, run_items
 from gate.record import Record
-from kernel_cases import CASES, CASES_BY_NAME
-from measurement import ABSENT, check, seeded_draw
 
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.config import PRESETS
-from rfengine.costs.shapes import Shapes
-from rfengine.ops import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE_BENCHES = {"vae"}  # of a model, not of one kernel file
 BARE_IMAGE = """
 import functools, importlib.machinery, sys
-ABSENT = "av diffusers ftfy hypothesis matplotlib nvtx onnx onnxruntime pytest_benchmark tyro xdist".split()
+ABSENT = "av diffusers ftfy hypothesis matplotlib nvtx onnx onnxruntime tyro xdist".split()
 def find_spec(real, name, path=None, target=None):
     if name.split(".")[0] in ABSENT:
         path = [one for one in (sys.path if path is None else path) if "stand_ins" in one]
@@ -267,31 +262,6 @@ def test_what_the_engine_logs_while_it_tunes_is_told_line_by_line(tmp_path: Path
     assert {"begun": "next"} in told
 
 
-@pytest.mark.parametrize(("ms", "runs"), [(0.05, 60), (10.0, 30), (100.0, 3), (500.0, 3)])
-def test_what_is_slow_is_timed_in_fewer_runs_and_says_how_many(
-    monkeypatch: pytest.MonkeyPatch, ms: float, runs: int
-) -> None:
-    replays = []
-    graph = SimpleNamespace(replay=lambda: replays.append(ms))
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            pass
-
-        def record(self) -> None:
-            pass
-
-        def elapsed_time(self, other: Event) -> float:
-            return ms
-
-    monkeypatch.setattr(measurement, "capture_calls", lambda run, sets: graph)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    timing = measurement.time_calls(None, [(), ()])
-    assert timing == measurement.Timing(ms / 2, ms / 2, runs)
-    assert len(replays) == runs + 2 + (runs > 3)
-
-
 def test_forms_of_the_attention_are_told_and_a_refused_one_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,31 +364,6 @@ def test_the_exact_video_of_the_decoders_is_computed_once_in_tf32(
 def test_growth_is_that_of_the_last_tenth_over_the_first(last: float, growth: float) -> None:
     assert speed.time_growth([1.0] * 90 + [last] * 10) == pytest.approx(growth)
     assert speed.time_growth([1.0] * 5) is None
-
-
-def test_a_wrong_kernel_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES_BY_NAME["rms_norm"]
-
-    def check_with(kernel: Any) -> None:
-        monkeypatch.setattr(type(case), "kernel", lambda _: kernel)
-        check(case, Shapes(PRESETS["tiny"]), seeded_draw(1, "cpu"))
-
-    check_with(reference.rms_norm)
-    with pytest.raises(AssertionError, match="rms_norm"):
-        check_with(lambda x, weight, eps: reference.rms_norm(x, weight, eps) * 1.02)
-
-
-def test_every_kernel_file_with_a_forward_case_has_a_benchmark() -> None:
-    timed = {case.file for case in CASES if case.is_forward}
-    benches = {path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py")}
-    assert timed == benches - WHOLE_BENCHES
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would time the kernel")
-def test_a_benchmark_without_a_gpu_says_so_and_gives_no_figure() -> None:
-    finished = run_python("-m", "pytest", "-p", "no:cacheprovider", "bench/bench_rms_norm.py")
-    assert finished.returncode == 0, finished.stderr
-    assert ABSENT in finished.stdout
 
 
 def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
