@@ -73,7 +73,7 @@ def rows_by_case(kernels: Iterable[Result]) -> dict[str, dict[str, Result]]:
     rows: dict[str, dict[str, Result]] = {}
     for row in kernels:
         if row.get("timing"):
-            rows.setdefault(row["case"], {})[row["contender"]] = row
+            rows.setdefault(row["case"], {})[row["candidate"]] = row
     return rows
 
 

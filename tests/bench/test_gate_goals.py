@@ -29,7 +29,7 @@ def goal(name: str, results: dict[str, Any]) -> Goal:
 def row(case: str, contender: str, milliseconds: float, share: float | None = None) -> dict[str, Any]:
     timing = {"median_ms": milliseconds, "p95_ms": milliseconds, "runs": 60}
     shares = {"share_of_copy": share, "share_of_product": 0.5}
-    return {"case": case, "contender": contender, "timing": timing, **shares}
+    return {"case": case, "candidate": contender, "timing": timing, **shares}
 
 
 @pytest.mark.parametrize(("own", "met"), [(0.9, True), (1.06, False)])
