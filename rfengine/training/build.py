@@ -30,7 +30,7 @@ from rfengine.training.lora import add_adapters
 from rfengine.training.memory import recompute_blocks
 from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks, shard
-from rfengine.training.reward import MotionReward, WeightedSum
+from rfengine.training.reward import MotionReward, TrainedScore
 from rfengine.training.stages import (
     Clips,
     DistillationStage,
@@ -200,20 +200,20 @@ def _negative_states(config: TrainConfig, encode: Encode) -> Tensor:
     return negative_states(config.engine.model.text_len, config.engine.model.text_dim)
 
 
-def build_reward(config: TrainConfig, device: torch.device) -> WeightedSum:
+def build_reward(config: TrainConfig, device: torch.device) -> TrainedScore:
     """What the student's samples are weighted by: motion, as the toy world, the flow or a VideoReward has it.
 
     The other scores are computed as well, and logged for a RewardGuard (see held_out_score).
     """
     if config.reward == "toy":
-        return WeightedSum({"toy": ToyReward()}, {"toy.motion": 1.0})
+        return TrainedScore(ToyReward(), "toy.motion")
     if config.reward == "flow":
-        return WeightedSum({"flow": MotionReward(fps=config.engine.fps)}, {"flow.motion": 1.0})
+        return TrainedScore(MotionReward(fps=config.engine.fps), "flow.motion")
     directory = Path(config.reward)
     if not directory.is_dir():
         raise ValueError(f"the reward {config.reward} is no directory; give 'toy', 'flow' or a VideoReward")
     video = VideoReward(directory, device, fps=config.engine.fps)
-    return WeightedSum({"video": video}, {"video.motion_quality": 1.0})
+    return TrainedScore(video, "video.motion_quality")
 
 
 def held_out_score(config: TrainConfig) -> str:

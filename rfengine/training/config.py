@@ -52,7 +52,7 @@ class TrainConfig:
     which it averages. student, teacher, critic: checkpoint directories or "tiny" to start from; "" for
     fresh weights. base: the checkpoint directory whose VAE, text encoder and tokenizer are used. data: what
     the stage reads: "toy" or a prompt file; for the teacher the toy world's clips or a directory of latents
-    (training_data.py); for ode-init the file of trajectories, made where it is absent. reward: "toy", "flow"
+    (data.py); for ode-init the file of trajectories, made where it is absent. reward: "toy", "flow"
     (MotionReward) or the directory of a VideoReward. negative_prompt: what guidance leads away from; "" are
     states of zeros. lora_rank: train adapters of that rank in place of the weights. parallel: every rank
     holds all ("replicated") or a share ("sharded", FSDP). offload_teacher: it stays on the CPU between its

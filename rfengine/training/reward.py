@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,64 +20,35 @@ class Reward(Protocol):
         ...
 
 
-class Scored(NamedTuple):
-    """total: [B], what is trained on. parts: [B] each, by "reward.score", without their weights."""
+class TrainedScore:
+    """The one score of a reward that a student is trained on.
 
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
-class WeightedSum:
-    """One score out of several: the sum of weights["reward.score"] times that score.
-
-    `parts` holds the scores of the latest call, for a log. Scores without a weight are watched, and counted
-    with 0. Raises ValueError for a weight that names no reward, for a reward that has no weight, and, when it
-    is called, for a reward that gives another number of scores than there are videos, or NaN or an infinity.
+    score: the reward's name and that of its score, as "toy.motion". After a call, `parts` holds every score,
+    float32 [B] each, by such names. Raises ValueError for scores that are missing, not one for each video, or
+    not finite.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]) -> None:
-        owners = {name: name.partition(".")[0] for name in weights}
-        strangers = [name for name, owner in owners.items() if owner not in rewards or "." not in name]
-        if strangers:
-            raise ValueError(
-                f"the weight {strangers[0]!r} names no score; use 'reward.score' with a reward out of "
-                f"{', '.join(rewards) or 'none'}"
-            )
-        idle = [name for name in rewards if name not in owners.values()]
-        if idle or not weights:
-            raise ValueError(
-                f"the reward {', '.join(idle) or 'sum'} has no weight; give it one or leave it out"
-            )
-        for name, weight in weights.items():
-            if not math.isfinite(weight):
-                raise ValueError(f"the weight of {name} is {weight}; use a finite number")
-        self.rewards, self.weights = dict(rewards), dict(weights)
+    def __init__(self, reward: Reward, score: str) -> None:
+        self.reward, self.score = reward, score
         self.parts: dict[str, Tensor] = {}
 
+    @torch.no_grad()
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The total, float32 [B] on the device of the frames."""
-        return self.scores(frames, prompts).total
-
-    def scores(self, frames: Tensor, prompts: Sequence[str]) -> Scored:
+        """The score, float32 [B] on the device of the frames."""
         if len(frames) != len(prompts):
             raise ValueError(
                 f"there are {len(frames)} videos and {len(prompts)} prompts; give one prompt a video"
             )
-        parts: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for name, reward in self.rewards.items():
-                for score, values in reward(frames, prompts).items():
-                    parts[f"{name}.{score}"] = _checked(f"{name}.{score}", values, len(frames)).to(
-                        frames.device
-                    )
-        missing = [name for name in self.weights if name not in parts]
-        if missing:
+        owner = self.score.split(".")[0]
+        self.parts = {
+            f"{owner}.{name}": _checked(f"{owner}.{name}", values, len(frames)).to(frames.device)
+            for name, values in self.reward(frames, prompts).items()
+        }
+        if self.score not in self.parts:
             raise ValueError(
-                f"no reward gives the score {missing[0]!r}; there are {', '.join(parts) or 'none'}"
+                f"no reward gives the score {self.score!r}; there are {', '.join(self.parts) or 'none'}"
             )
-        self.parts = parts
-        weighted = [weight * parts[name] for name, weight in self.weights.items()]
-        return Scored(torch.stack(weighted).sum(0), parts)
+        return self.parts[self.score]
 
 
 def _checked(name: str, values: Tensor, count: int) -> Tensor:

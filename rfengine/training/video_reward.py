@@ -9,7 +9,7 @@ Differences from the published use in training, which fed the model what it was 
 - frames are in [0, 1] before they are normalised; the published call leaves them in [-1, 1];
 - frames are resized and normalised in float32, where the published ones are bfloat16 already;
 - all videos are scored, each by itself and without padding; the published loss scores the first of a batch;
-- all three scores are given, where the published loss uses motion quality alone: WeightedSum chooses.
+- all three scores are given, where the published loss uses motion quality alone: TrainedScore chooses.
 Frames are not rounded to bytes after they are resized, as they are where videos are read from files.
 
 H, W pixels of a frame; n frames that the model sees; S tokens.

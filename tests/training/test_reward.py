@@ -1,4 +1,4 @@
-"""Rewards: the sum and what it refuses, and motion without weights."""
+"""Rewards: the trained score and what it refuses, and motion without weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import BACKGROUNDS, Scene, SceneObject, caption, render
-from rfengine.training.reward import MotionReward, WeightedSum
+from rfengine.training.reward import MotionReward, TrainedScore
 
 FRAMES = torch.zeros(2, 3, 16, 16, 3)
 PROMPTS = ["a", "b"]
@@ -22,23 +22,19 @@ def gives(**scores: list[float]):
     return lambda frames, prompts: {name: torch.tensor(values) for name, values in scores.items()}
 
 
-def test_sum_is_weighted_and_keeps_its_parts():
-    total = WeightedSum({"one": gives(a=[1.0, 2.0], b=[10.0, 20.0]), "two": gives(a=[5.0, 7.0])},
-                        {"one.a": 2.0, "two.a": -1.0})  # fmt: skip
-    assert total(FRAMES, PROMPTS).tolist() == [-3.0, -3.0]
-    assert {name: part.tolist() for name, part in total.parts.items()} == {
-        "one.a": [1.0, 2.0], "one.b": [10.0, 20.0], "two.a": [5.0, 7.0]
-    }  # fmt: skip
-    scored = total.scores(FRAMES, PROMPTS)
-    assert scored.total.tolist() == [-3.0, -3.0] and scored.parts == total.parts
+def test_one_score_is_trained_on_and_all_are_kept():
+    trained = TrainedScore(gives(a=[1.0, 2.0], b=[10.0, 20.0]), "one.b")
+    assert trained(FRAMES, PROMPTS).tolist() == [10.0, 20.0]
+    parts = {name: part.tolist() for name, part in trained.parts.items()}
+    assert parts == {"one.a": [1.0, 2.0], "one.b": [10.0, 20.0]}
 
 
-def test_sum_serves_the_toy_world():
+def test_rewards_serve_the_toy_world():
     scenes = [moving("slowly"), moving("fast")]
-    total = WeightedSum({"toy": ToyReward(), "flow": MotionReward()}, {"toy.motion": 1.0, "flow.motion": 0.5})
-    scores = total(torch.stack([render(scene, 17) for scene in scenes]), [caption(scene) for scene in scenes])
-    expected = [0.5 + 0.5 * 1.0 * 16 / 64, 1.0 + 0.5 * 2.0 * 16 / 64]
-    torch.testing.assert_close(scores, torch.tensor(expected), atol=0.06, rtol=0)
+    videos = torch.stack([render(scene, 17) for scene in scenes])
+    for reward, expected in ((ToyReward(), [0.5, 1.0]), (MotionReward(), [16 / 64, 2 * 16 / 64])):
+        scores = TrainedScore(reward, "it.motion")(videos, [caption(scene) for scene in scenes])
+        torch.testing.assert_close(scores, torch.tensor(expected), atol=0.06, rtol=0)
 
 
 def test_scores_have_no_gradient():
@@ -46,33 +42,30 @@ def test_scores_have_no_gradient():
         return {"a": frames.mean((1, 2, 3, 4))}
 
     frames = FRAMES.clone().requires_grad_()
-    assert not WeightedSum({"one": sharp}, {"one.a": 1.0})(frames, PROMPTS).requires_grad
+    assert not TrainedScore(sharp, "one.a")(frames, PROMPTS).requires_grad
 
 
 @pytest.mark.parametrize(
-    ("rewards", "weights", "sentence"),
+    ("scores", "name", "sentence"),
     [
-        ({"one": gives(a=[1.0, 2.0])}, {"two.a": 1.0}, "'two.a' names no score"),
-        ({"one": gives(a=[1.0, 2.0])}, {"one": 1.0}, "'one' names no score"),
-        ({"one": gives(a=[1.0, 2.0])}, {"one.a": float("nan")}, "weight of one.a is nan"),
-        ({"one": gives(), "two": gives()}, {"one.a": 1.0}, "reward two has no weight"),
-        ({}, {}, "no weight"),
-        ({"one": gives(a=[1.0, 2.0])}, {"one.b": 1.0}, "no reward gives the score 'one.b'; there are one.a"),
-        ({"one": gives(a=[1.0, 2.0, 3.0])}, {"one.a": 1.0}, r"shape \(3,\) for 2 videos"),
-        ({"one": gives(a=[[1.0], [2.0]])}, {"one.a": 1.0}, r"shape \(2, 1\) for 2 videos"),
-        ({"one": gives(a=[1.0, float("nan")])}, {"one.a": 1.0}, "one.a is nan for video 1"),
-        ({"one": gives(a=[1.0, 2.0], b=[float("-inf"), 0.0])}, {"one.a": 1.0}, "one.b is -inf for video 0"),
+        ({"a": [1.0, 2.0]}, "one", "no reward gives the score 'one'"),
+        ({}, "one.a", "no reward gives the score 'one.a'; there are none"),
+        ({"a": [1.0, 2.0]}, "one.b", "no reward gives the score 'one.b'; there are one.a"),
+        ({"a": [1.0, 2.0, 3.0]}, "one.a", r"shape \(3,\) for 2 videos"),
+        ({"a": [[1.0], [2.0]]}, "one.a", r"shape \(2, 1\) for 2 videos"),
+        ({"a": [1.0, float("nan")]}, "one.a", "one.a is nan for video 1"),
+        ({"a": [1.0, 2.0], "b": [float("-inf"), 0.0]}, "one.a", "one.b is -inf for video 0"),
     ],
 )
-def test_what_is_wrong_with_a_reward_is_one_sentence(rewards, weights, sentence):
+def test_what_is_wrong_with_a_reward_is_one_sentence(scores, name, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
-        WeightedSum(rewards, weights)(FRAMES, PROMPTS)
+        TrainedScore(gives(**scores), name)(FRAMES, PROMPTS)
     assert "\n" not in str(caught.value)
 
 
 def test_another_number_of_prompts_is_refused():
     with pytest.raises(ValueError, match="2 videos and 1 prompts"):
-        WeightedSum({"one": gives(a=[1.0, 2.0])}, {"one.a": 1.0})(FRAMES, ["a"])
+        TrainedScore(gives(a=[1.0, 2.0]), "one.a")(FRAMES, ["a"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
