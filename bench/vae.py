@@ -52,9 +52,9 @@ from rfengine.costs.chunk import Part
 from rfengine.costs.rates import GPU, floor_ms, gpu_of, measured_cpu
 from rfengine.costs.vae import decode_work
 from rfengine.limits import Range, check_options
-from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
+from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import Upsample
-from rfengine.runtime.decoders import drawn_clip
+from rfengine.runtime.decoders import FP8_TIER, drawn_clip
 
 CHECKED_CHUNKS = 3
 WARM_UP_CHUNKS = 3  # the first of a video, one like all others, one that is recorded

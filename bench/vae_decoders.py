@@ -19,12 +19,11 @@ from rfengine.checkpoint.layouts import wan_vae_from_diffusers
 from rfengine.config import Backend, EngineConfig, RuntimeConfig, VAEConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
-from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
+from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
-from rfengine.pipeline import VAE_TIERS
-from rfengine.runtime.decoders import FP8_CAPABILITY, decoder_ops
+from rfengine.runtime.decoders import FP8_CAPABILITY, FP8_TIER, TIERS, decoder_ops
 
 Decode = Callable[[Tensor], Tensor]
 OURS, PLAIN, BY_LATENT = "rfengine", "plain, chunk by chunk", "plain, latent by latent"
@@ -78,8 +77,9 @@ class Setting:
         return self.checkpoint.directory is None
 
     def ops(self, precision: str = "default") -> Ops:
-        config = replace(self.config, runtime=RuntimeConfig(vae_precision=precision))
-        return decoder_ops(config, self.grid, self.backend, self.dtype, self.device)
+        runtime = RuntimeConfig(vae_precision=precision)
+        config = replace(self.config, runtime=runtime, backend=self.backend)
+        return decoder_ops(config, self.grid, self.dtype, self.device)
 
     def state_of(self, decoder: FrameDecoder) -> FrameDecoderState:
         size = self.grid.latent_height, self.grid.latent_width
@@ -99,7 +99,7 @@ def our_candidates(setting: Setting, fp8: bool) -> Iterator[Candidate]:
     plain = Candidate(PLAIN, "lossless", _streams(setting.vae, setting))
     yield plain
     yield replace(plain, name=BY_LATENT, open=_by_latent(plain))
-    yield Candidate(TINY_ROW, VAE_TIERS["tiny"], _streams(_tiny_decoder(setting), setting))
+    yield Candidate(TINY_ROW, TIERS["tiny"], _streams(_tiny_decoder(setting), setting))
 
 
 def _tiny_decoder(setting: Setting) -> TinyVAE:

@@ -1,33 +1,45 @@
-"""A call in the shape of a Diffusers pipeline: what it asks for, checked before anything is made, and its
-result packed as it asks."""
+"""A call with the arguments of a Diffusers pipeline: its request, checked before anything is computed, each
+video, and the packed result."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from rfengine.limits import Range, as_integer, shown
 from rfengine.prompts import check_prompt
 from rfengine.schedule import MAX_SEED, as_seed
+from rfengine.stream import VideoStream
+
+if TYPE_CHECKING:
+    from numpy import ndarray
 
 OutputType = Literal["np", "pt", "pil", "latent"]
 Generators = torch.Generator | Sequence[torch.Generator]
+StepEnd = Callable[[int, float, dict[str, Tensor]], Any]
 _MOST_VIDEOS = 10_000  # of one prompt; memory ends long before
+
+
+class PipelineOutput(NamedTuple):
+    """Result of calling a pipeline, a tuple of one; `frames` depends on output_type (Pipeline.__call__)."""
+
+    frames: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """What Diffusers' pipelines take and a distilled model runs without."""
+    """Arguments of Diffusers' pipelines that a distilled model does not use."""
 
     negative_prompt: str | None
     scale: float | None
     steps: int | None
 
     def check(self, own_steps: int) -> None:
-        """Raises ValueError for what would have to be left out. own_steps: those of the model."""
+        """Raises ValueError for values that would be ignored. own_steps: those of the model."""
         if self.negative_prompt:
             raise ValueError(
                 f"negative_prompt is {shown(self.negative_prompt)}; the model is distilled and runs without "
@@ -50,9 +62,9 @@ def requested_videos(
 ) -> list[tuple[str, int]]:
     """Prompt and seed of every video, those of one prompt together.
 
-    A generator gives all seeds and advances; of several each gives one. A seed is that of every prompt's
-    first video, and counts up over the others. Raises ValueError where nothing is asked for, or something
-    twice.
+    One generator draws all seeds and advances; of several, each draws one. A seed is that of every prompt's
+    first video and counts up over the others. Raises ValueError for no prompt, and for a seed beside a
+    generator.
     """
     texts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(texts, list | tuple) or not texts:
@@ -84,8 +96,36 @@ def _drawn_seeds(generator: Generators, count: int) -> list[int]:
     ]
 
 
+def make_video(
+    stream: VideoStream, count: int, num_chunks: int, as_latents: bool, on_step_end: StepEnd | None
+) -> Tensor | ndarray:
+    """Latents [C, F, h, w] or frames uint8 [T, H, W, 3] of a video of `count` frames in `num_chunks` chunks.
+
+    on_step_end(step, timestep, {"latents": ...}): see Pipeline.__call__.
+    """
+    import numpy
+
+    latents, frames = [], []
+    for chunk in range(num_chunks):
+        on_step = None if on_step_end is None else _step_callback(on_step_end, chunk * stream.num_steps)
+        ahead = chunk + 1 < num_chunks
+        frames.append(stream.advance(on_step, decode=not as_latents, ahead=ahead).frames)
+        latents.append(stream.latents)
+    if as_latents:
+        return torch.cat(latents, dim=2)[0, :, : stream.grid.latent_frames(count)]
+    return numpy.concatenate(frames)[:count]
+
+
+def _step_callback(on_step_end: StepEnd, offset: int) -> Callable[[int, float, Tensor], Tensor | None]:
+    def on_step(step: int, timestep: float, latents: Tensor) -> Tensor | None:
+        answer = on_step_end(offset + step, timestep, {"latents": latents})
+        return answer.get("latents") if isinstance(answer, dict) else None
+
+    return on_step
+
+
 def packed(videos: list[Any], output_type: OutputType) -> Any:
-    """Videos, latents [C, F, h, w] or frames uint8 [T, H, W, 3], as Pipeline.__call__ gives them."""
+    """Videos, latents [C, F, h, w] or frames uint8 [T, H, W, 3], as Pipeline.__call__ returns them."""
     import numpy
 
     if output_type == "latent":

@@ -22,12 +22,11 @@ from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
 from rfengine.config import PRESETS, DTypeName, RuntimeConfig
 from rfengine.costs.memory import memory_needs
-from rfengine.export.tensorrt_api import import_tensorrt
 from rfengine.grid import LatentGrid
 from rfengine.memory import free_memory
 from rfengine.ops import choose_ops
 from rfengine.ops.backends import backend_reasons
-from rfengine.pipeline import VAE_TIERS
+from rfengine.runtime.decoders import TIERS, absences
 from rfengine.runtime.options import runtime_switches
 from rfengine.tuning.autotune import cached_decisions
 
@@ -80,7 +79,9 @@ def examine(
         },
         "runtime": {
             "device": device, "switches": _switches(config.runtime, device),
-            "decoders": _decoders(checkpoint),
+            "decoders": {
+                kind: {"tier": TIERS[kind], "reason": reason} for kind, reason in absences(checkpoint).items()
+            },
             "autotuned": [str(decision) for decision in cached_decisions(device)],
         },
         "memory": {
@@ -123,18 +124,6 @@ def _switches(runtime: RuntimeConfig, device: str) -> dict[str, Any]:
     absence = "; ".join(filter(None, absences))
     report["nvtx"] = {"on": not absence, "reason": absence or "a profiler shows the parts of each chunk"}
     return report
-
-
-def _decoders(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Quality of every kind of decoder, and the reason why it cannot be used with `checkpoint`, or ""."""
-    reasons = {"full": "", "tiny": "", "tensorrt": ""}
-    if not checkpoint.has("tiny_vae"):
-        reasons["tiny"] = f"{checkpoint.path} has no tiny_vae"
-    try:
-        import_tensorrt()
-    except RuntimeError as error:
-        reasons["tensorrt"] = str(error)
-    return {kind: {"tier": VAE_TIERS[kind], "reason": reason} for kind, reason in reasons.items()}
 
 
 def cpu_name() -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -15,54 +15,48 @@ from torch import Tensor
 from rfengine.cache.kv_cache import arena_shape
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
-from rfengine.diffusers_call import Generators, Guidance, OutputType, packed, requested_videos
+from rfengine.diffusers_call import (
+    Generators,
+    Guidance,
+    OutputType,
+    PipelineOutput,
+    make_video,
+    packed,
+    requested_videos,
+)
 from rfengine.grid import LatentGrid
 from rfengine.host_state import own_state
-from rfengine.limits import as_integer, as_number, shown
+from rfengine.limits import as_integer, shown
 from rfengine.memory import require_memory
-from rfengine.models.decoder import FrameDecoder
 from rfengine.models.dit import WanDiT, pack_weights
-from rfengine.models.streaming_decoder import FP8_TIER, StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops
-from rfengine.runtime.decoders import open_full_decoder, require_psnr
+from rfengine.runtime.decoders import OpenDecoder, full_opener, opener, require_decoder, tier_of
 from rfengine.runtime.engine import Engine
 from rfengine.runtime.options import decode_device, runtime_switches
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
 from rfengine.stream import FrameChunk, VideoStream
-from rfengine.video import Video
+from rfengine.video import DEFAULT_NUM_FRAMES, Video, frame_count
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
     from rfengine.models.text_encoder import TextEncoder
 
-OpenDecoder = Callable[[LatentGrid], FrameDecoder]
-StepEndCallback = Callable[["Pipeline", int, float, dict[str, Tensor]], Any]
-DEFAULT_NUM_FRAMES = 81
-MAX_SECONDS = 86_400  # of one video: a day
-_COPIES = 2  # of a video: its chunks, and the whole they are put together to
-_FLOATS = 6  # bytes of each value where frames are given as float32: those, and the two copies before
-VAE_TIERS = {"full": "lossless", "tensorrt": "lossless", "tiny": "reduced"}  # quality of every decoder kind
-
-
-class PipelineOutput(NamedTuple):
-    """What calling a pipeline gives, a tuple of one; `frames` depends on output_type (see
-    Pipeline.__call__)."""
-
-    frames: Any
+_BYTES_OF_FRAMES = 2  # for each value of a video: the chunks, and their concatenation
+_BYTES_OF_FLOATS = 6  # where frames are returned as float32: those, and both of the above
 
 
 class Pipeline:
-    """The loaded models of one checkpoint and everything that can be made with them.
+    """The loaded models of one checkpoint, which make videos and streams.
 
-    The models are shared by all streams; each stream has its own cache, decoder state and noise.
-    open_decoder gives the decoder of config.runtime.vae for one size; None is for the full one.
+    All streams share the models; each stream has its own cache, decoder state and noise. open_decoder returns
+    the decoder of config.runtime.vae for one size; without it the full one is used.
 
-    A pipeline may be used from several threads: calls take turns, a chunk of a stream each (VideoStream).
-    On CUDA without overlap all of them must have the same current stream, as threads have by default. The
-    models go as soon as the last reference to the pipeline and its streams does.
+    Several threads may use a pipeline: calls take turns, a chunk of a stream each (VideoStream). On CUDA
+    without overlap all of them must have the same current stream, as threads have by default. The models are
+    freed as soon as the last reference to the pipeline and its streams goes.
     """
 
     def __init__(
@@ -78,7 +72,8 @@ class Pipeline:
         self.model = model
         self.vae = vae
         with own_state():
-            open_decoder = open_decoder or _full_decoder(config, vae, model.ops)
+            place = next(vae.parameters()).device
+            open_decoder = open_decoder or full_opener(config, vae, model.dtype, place)
             self._engine = Engine.of(config, model, vae, text_encoder, fingerprint, open_decoder)
 
     @classmethod
@@ -99,9 +94,8 @@ class Pipeline:
         an open Checkpoint.
 
         device: "cuda" where there is one, else "cpu". dtype: bfloat16 on CUDA, else float32. text_device:
-        where the text encoder runs; "cpu" keeps it off the GPU. text_cache: directory that keeps text states
-        by prompt.
-        cache, backend, runtime: replace what the checkpoint says.
+        of the text encoder; "cpu" keeps it off the GPU. text_cache: directory that keeps text states by
+        prompt. cache, backend, runtime: replace the checkpoint's own.
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs,
         RuntimeError when the backend or a part of the runtime cannot run on the device.
         """
@@ -118,24 +112,22 @@ class Pipeline:
             config = replace(config, cache=cache)
         if runtime is not None:
             config = replace(config, runtime=runtime)
-        if config.runtime.vae == "tensorrt":
-            from rfengine.export.tensorrt_api import import_tensorrt
-
-            import_tensorrt()  # refuse before the weights are read, which can take minutes
+        if backend is not None:
+            config = replace(config, backend=backend)
         decoding = _present(decode_device(config.runtime, target))
-        wanted = backend or config.backend
-        ops = tuned_ops(config, wanted, number, target)
+        require_decoder(config.runtime, decoding)  # before the weights are read, which can take minutes
+        ops = tuned_ops(config, number, target)
         model = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", number, target)
         if target.type == "cuda":  # on a CPU one product is no faster than three
             pack_weights(model)
         vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", number, decoding)
         encoder = checkpoint.text_encoder(torch.device(text_device or target), number, text_cache)
-        open_decoder = _decoder_opener(checkpoint, config, vae.eval(), wanted, number, decoding)
+        open_decoder = opener(checkpoint, config, vae.eval(), number, decoding)
         return cls(config, model.eval(), vae, encoder, checkpoint.fingerprint(), open_decoder)
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """What makes the text states of streams that are opened from now on."""
+        """The text encoder of streams that are opened from now on."""
         return self._engine.text_encoder
 
     @text_encoder.setter
@@ -149,14 +141,13 @@ class Pipeline:
 
     @property
     def vae_tier(self) -> str:
-        """Quality of the frames: "lossless" with the full decoder (in TensorRT too), "near-lossless" where
-        it has FP8 convolutions, "reduced" with tiny."""
-        runtime = self.config.runtime
-        return FP8_TIER if runtime.vae_precision == "fp8" else VAE_TIERS[runtime.vae]
+        """Quality of the frames: "lossless" with the full decoder (in TensorRT too), "near-lossless" with
+        its FP8 convolutions, "reduced" with tiny."""
+        return tier_of(self.config.runtime)
 
     def to(self, device: str | torch.device) -> Pipeline:
-        """The pipeline itself where it runs on `device`, as scripts for Diffusers ask for; its weights are
-        placed when it is loaded and do not move (ValueError)."""
+        """The pipeline itself if it is on `device`, for scripts written for Diffusers; loaded weights do not
+        move (ValueError)."""
         own = self.model.device
         if str(device) not in {own.type, str(own)}:
             raise ValueError(
@@ -174,9 +165,9 @@ class Pipeline:
         width: int | None = None,
         start_frames: ndarray | None = None,
     ) -> VideoStream:
-        """An endless stream of `prompt`. start_frames, uint8 [T, H, W, 3], is a clip it goes on from.
+        """An endless stream of `prompt`. start_frames, uint8 [T, H, W, 3]: a clip that it continues.
 
-        Raises ValueError for a size or a seed that cannot be, RuntimeError where memory is too small for it.
+        Raises ValueError for an impossible size or seed, RuntimeError where memory is too small.
         """
         number = as_seed(seed)
         grid = LatentGrid.of(self.config, height, width)
@@ -188,15 +179,15 @@ class Pipeline:
         return stream
 
     def restore(self, snapshot: Snapshot) -> VideoStream:
-        """The stream that `snapshot` was taken of, at that moment; any number of streams may go on from
-        one. Raises ValueError where it is damaged, or of another model or setting."""
+        """The stream of `snapshot`, at the moment it was taken; several streams may continue one snapshot.
+        Raises ValueError where it is damaged, or of another model or setting."""
         info = snapshot.stream_info()
         grid = LatentGrid.of(self.config, info.height, info.width)
         with self._engine.turns, own_state():
             return VideoStream.from_snapshot(self._engine, grid, snapshot)
 
     def _require_stream_fits(self, grid: LatentGrid) -> None:
-        """Refuse what would not fit on its own: the cache, and the largest layer of the full decoder."""
+        """Raises RuntimeError where the cache, or the largest layer of the full decoder, cannot fit."""
         config, itemsize = self.config, self.model.dtype.itemsize
         arenas = 3 if config.cache.positions == "relative" else 2
         cache_bytes = arenas * itemsize * math.prod(arena_shape(config.model, config.cache, grid))
@@ -205,9 +196,7 @@ class Pipeline:
             frames = config.cache.chunk_frames * grid.temporal_stride
             values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]
             place = self._engine.queue.device
-            needs[place] = (
-                needs.get(place, 0) + 2 * values * itemsize
-            )  # of a layer, what goes in and comes out
+            needs[place] = needs.get(place, 0) + 2 * values * itemsize  # input and output of the layer
         for device, size in needs.items():
             what = f"a stream of {grid.height} x {grid.width} pixels"
             require_memory(size, device, what, "choose a smaller height and width, or a smaller window")
@@ -218,12 +207,8 @@ class Pipeline:
         way_out = "ask for fewer, or take the chunks of stream() one by one"
         require_memory(size, torch.device("cpu"), what, way_out)
 
-    def frame_count(self, seconds: float | None = None, num_frames: int | None = None) -> int:
-        """Pixel frames that `seconds` or `num_frames` ask for, as the function of that name."""
-        return frame_count(self.config.fps, seconds, num_frames)
-
     def chunk_count(self, num_frames: int) -> int:
-        """Chunks from the start of a video that give at least `num_frames` pixel frames."""
+        """Chunks from the start of a video that have at least `num_frames` pixel frames."""
         count = as_integer("num_frames", num_frames)
         return -(-LatentGrid.of(self.config).latent_frames(count) // self.config.cache.chunk_frames)
 
@@ -237,15 +222,15 @@ class Pipeline:
         seed: SupportsIndex = 0,
         on_chunk: Callable[[FrameChunk], None] | None = None,
     ) -> Video:
-        """A video of `prompt`, 81 frames long where neither seconds nor num_frames says otherwise.
+        """A video of `prompt`, 81 frames long unless seconds or num_frames is given.
 
         on_chunk is called with each FrameChunk as it is made. Raises RuntimeError where the frames, which are
-        all held, need more memory than there is.
+        all held, need more memory than is free.
         """
         import numpy
 
-        count = self.frame_count(seconds, num_frames)
-        self._require_frames_fit(count, LatentGrid.of(self.config, height, width), _COPIES)
+        count = frame_count(self.config.fps, seconds, num_frames)
+        self._require_frames_fit(count, LatentGrid.of(self.config, height, width), _BYTES_OF_FRAMES)
         stream = self.stream(prompt, seed=seed, height=height, width=width)
         pieces = []
         for chunk in stream.take(self.chunk_count(count)):
@@ -263,7 +248,7 @@ class Pipeline:
         generator: Generators | None = None,
         seed: SupportsIndex | None = None,
         output_type: OutputType = "np",
-        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end: Callable[[Pipeline, int, float, dict[str, Tensor]], Any] | None = None,
         *,
         num_videos_per_prompt: int = 1,
         negative_prompt: str | None = None,
@@ -271,61 +256,38 @@ class Pipeline:
         num_inference_steps: int | None = None,
         return_dict: bool = True,
     ) -> PipelineOutput:
-        """Generate in the shape of a Diffusers pipeline.
+        """Generate with the arguments and the result of a Diffusers pipeline.
 
         frames of the result, the videos of one prompt together: "np" float [B, T, H, W, 3] in [0, 1], "pt"
         float tensor [B, T, 3, H, W] in [0, 1], "pil" a list of lists of images, "latent" tensor [B, C, F, h,
         w], normalised.
-        generator gives the seeds and advances, or is a list with one for each video; give it or seed, which
+        generator: draws the seeds and advances, or a list with one for each video; give it or seed, which
         counts up over the videos of one prompt.
         callback_on_step_end(pipeline, step, timestep, {"latents": ...}) is called after each denoising step,
-        counted over all chunks; when it returns a dictionary with "latents", those go on.
+        counted over all chunks; "latents" of a dictionary that it returns replace the step's.
         The model is distilled: guidance and another number of steps are refused (ValueError). return_dict
-        changes nothing: the result is a tuple, whose entry has a name.
+        changes nothing: the result is a tuple with a named entry.
         """
         if output_type not in ("np", "pt", "pil", "latent"):
             raise ValueError(f"output_type is {output_type!r}; use 'np', 'pt', 'pil' or 'latent'")
         Guidance(negative_prompt, guidance_scale, num_inference_steps).check(self._engine.runner.num_steps)
-        count = self.frame_count(num_frames=num_frames)
+        count = frame_count(self.config.fps, num_frames=num_frames)
         wanted = requested_videos(prompt, num_videos_per_prompt, generator, seed)
         if output_type != "latent":
             grid = LatentGrid.of(self.config, height, width)
-            self._require_frames_fit(len(wanted) * count, grid, _COPIES if output_type == "pil" else _FLOATS)
+            size = _BYTES_OF_FRAMES if output_type == "pil" else _BYTES_OF_FLOATS
+            self._require_frames_fit(len(wanted) * count, grid, size)
+        on_step = None if callback_on_step_end is None else functools.partial(callback_on_step_end, self)
         videos = []
         for text, number in wanted:
             stream = self.stream(text, seed=number, height=height, width=width)
-            videos.append(self._run(stream, count, output_type == "latent", callback_on_step_end))
+            chunks = self.chunk_count(count)
+            videos.append(make_video(stream, count, chunks, output_type == "latent", on_step))
         return PipelineOutput(packed(videos, output_type))
-
-    def _run(
-        self, stream: VideoStream, count: int, as_latents: bool, callback: StepEndCallback | None
-    ) -> Tensor | ndarray:
-        """Latents [C, F, h, w] or frames uint8 [T, H, W, 3] of one video."""
-        import numpy
-
-        latents, frames = [], []
-        num_chunks = self.chunk_count(count)
-        for chunk in range(num_chunks):
-            on_step = None if callback is None else self._step_callback(callback, chunk * stream.num_steps)
-            ahead = chunk + 1 < num_chunks
-            frames.append(stream.advance(on_step, decode=not as_latents, ahead=ahead).frames)
-            latents.append(stream.latents)
-        if as_latents:
-            return torch.cat(latents, dim=2)[0, :, : stream.grid.latent_frames(count)]
-        return numpy.concatenate(frames)[:count]
-
-    def _step_callback(
-        self, callback: StepEndCallback, offset: int
-    ) -> Callable[[int, float, Tensor], Tensor | None]:
-        def on_step(step: int, timestep: float, latents: Tensor) -> Tensor | None:
-            answer = callback(self, offset + step, timestep, {"latents": latents})
-            return answer.get("latents") if isinstance(answer, dict) else None
-
-        return on_step
 
 
 def _present(device: torch.device) -> torch.device:
-    """The device, with its number on CUDA. Raises RuntimeError where there is none of that number."""
+    """The device, with its index on CUDA. Raises RuntimeError where no device has that index."""
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count()
@@ -335,8 +297,9 @@ def _present(device: torch.device) -> torch.device:
     return torch.device("cuda", number)
 
 
-def tuned_ops(config: EngineConfig, requested: Backend, dtype: torch.dtype, device: torch.device) -> Ops:
-    """The ops of the requested backend; for "auto", those that won where autotune is on."""
+def tuned_ops(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Ops:
+    """The model's ops of config.backend; for "auto", those that won where autotune is on."""
+    requested = config.backend
     if not runtime_switches(config.runtime, device)["autotune"].on:
         return choose_ops(requested, device, dtype=dtype)
     from rfengine.tuning.autotune import tune
@@ -347,43 +310,6 @@ def tuned_ops(config: EngineConfig, requested: Backend, dtype: torch.dtype, devi
     return choose_ops(requested, device, choice.overrides, choice.folds_gate, dtype)
 
 
-def _decoder_opener(
-    checkpoint: Checkpoint,
-    config: EngineConfig,
-    vae: WanVAE,
-    requested: Backend,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> OpenDecoder:
-    """What gives the decoder of config.runtime.vae for a size; a TensorRT engine is of one size alone."""
-    kind = config.runtime.vae
-    if kind == "tiny":
-        from rfengine.models.tiny_vae import TinyVAE
-
-        ops = choose_ops(requested, device)
-        tiny = checkpoint.load(lambda: TinyVAE(config.tiny_vae, ops), "tiny_vae", dtype, device).eval()
-        return lambda grid: tiny
-    if kind == "tensorrt":
-        from rfengine.export.tensorrt_decoder import TensorRTDecoder
-
-        graphs = runtime_switches(config.runtime, device)["graphs"].on
-
-        @functools.cache
-        def open_engine(grid: LatentGrid) -> TensorRTDecoder:
-            return TensorRTDecoder.open(checkpoint.path, config, grid, dtype, device, graphs)
-
-        return open_engine
-    return open_full_decoder(config, vae, requested, dtype, device)
-
-
-def _full_decoder(config: EngineConfig, vae: WanVAE, ops: Ops) -> OpenDecoder:
-    precision = config.runtime.vae_precision
-    decoder = StreamingDecoder(vae, ops, precision)
-    if precision == "fp8":
-        require_psnr(vae, decoder, next(vae.parameters()).dtype)
-    return lambda grid: decoder
-
-
 def _dtype(name: DTypeName | torch.dtype | None) -> torch.dtype | None:
     if name is None or isinstance(name, torch.dtype):
         return name
@@ -391,33 +317,3 @@ def _dtype(name: DTypeName | torch.dtype | None) -> torch.dtype | None:
     if name not in known:
         raise ValueError(f"dtype is {name!r}; use {', '.join(known)}")
     return known[name]
-
-
-def frame_count(fps: int, seconds: float | None = None, num_frames: int | None = None) -> int:
-    """Pixel frames that `seconds` or `num_frames` ask for; DEFAULT_NUM_FRAMES where neither is given.
-
-    Raises ValueError for both, for less than a frame, and for more than a day.
-    """
-    if seconds is not None and num_frames is not None:
-        raise ValueError(
-            f"seconds is {shown(seconds)} and num_frames is {shown(num_frames)}; give one of them"
-        )
-    most = MAX_SECONDS * fps
-    if seconds is None:
-        count = DEFAULT_NUM_FRAMES if num_frames is None else as_integer("num_frames", num_frames)
-        if count < 1:
-            raise ValueError(f"num_frames is {shown(count)}; a video has at least one frame")
-        if count > most:
-            raise ValueError(
-                f"num_frames is {shown(count)}; a video has at most {most}, a day at {fps} a second, and a "
-                "stream has no end"
-            )
-        return count
-    length = as_number("seconds", seconds)
-    if length <= 0:
-        raise ValueError(f"seconds is {length}; give a positive length, or use a stream for an endless one")
-    if length > MAX_SECONDS:
-        raise ValueError(
-            f"seconds is {length}; a video has at most {MAX_SECONDS}, a day, and a stream has no end"
-        )
-    return max(1, round(length * fps))

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from rfengine.files import partial_path
+from rfengine.limits import as_integer, as_number, shown
 
 if TYPE_CHECKING:
     from av import VideoFrame
     from numpy import ndarray
 
+DEFAULT_NUM_FRAMES = 81
+_MOST_SECONDS = 86_400  # of one video: a day
 _MOST_PIXELS = 16384  # a side; libx264 opens no larger one
 _MOST_FPS = 1000
 _MOST_NAME_BYTES = 255  # as Linux has it
@@ -42,6 +45,36 @@ def pixels_from_frames(frames: ndarray) -> Tensor:
     if frames.ndim != 4 or frames.shape[-1] != 3 or str(frames.dtype) != "uint8":
         raise ValueError(f"frames are {frames.dtype} {frames.shape}; give uint8 [T, H, W, 3], RGB")
     return (torch.from_numpy(frames.copy()).permute(3, 0, 1, 2).unsqueeze(0).float() / 127.5) - 1
+
+
+def frame_count(fps: int, seconds: float | None = None, num_frames: int | None = None) -> int:
+    """Frames of a video of `seconds` or `num_frames`; DEFAULT_NUM_FRAMES where neither is given.
+
+    Raises ValueError for both, for less than a frame, and for more than a day.
+    """
+    if seconds is not None and num_frames is not None:
+        raise ValueError(
+            f"seconds is {shown(seconds)} and num_frames is {shown(num_frames)}; give one of them"
+        )
+    most = _MOST_SECONDS * fps
+    if seconds is None:
+        count = DEFAULT_NUM_FRAMES if num_frames is None else as_integer("num_frames", num_frames)
+        if count < 1:
+            raise ValueError(f"num_frames is {shown(count)}; a video has at least one frame")
+        if count > most:
+            raise ValueError(
+                f"num_frames is {shown(count)}; a video has at most {most}, a day at {fps} a second, and a "
+                "stream has no end"
+            )
+        return count
+    length = as_number("seconds", seconds)
+    if length <= 0:
+        raise ValueError(f"seconds is {length}; give a positive length, or use a stream for an endless one")
+    if length > _MOST_SECONDS:
+        raise ValueError(
+            f"seconds is {length}; a video has at most {_MOST_SECONDS}, a day, and a stream has no end"
+        )
+    return max(1, round(length * fps))
 
 
 @dataclass(frozen=True, slots=True)

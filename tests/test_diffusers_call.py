@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from rfengine import Pipeline
+from rfengine import Pipeline, pipeline
 from rfengine.diffusers_call import requested_videos
 from rfengine.schedule import MAX_SEED
 from support.models import small_pipeline
@@ -84,7 +84,7 @@ def test_several_videos_of_a_prompt_stand_together_and_differ(pipe):
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_said_before_anything_is_made(pipe, monkeypatch, given, message):
-    monkeypatch.setattr(Pipeline, "_run", lambda *_: pytest.fail("a video was begun"))
+    monkeypatch.setattr(pipeline, "make_video", lambda *_: pytest.fail("a video was begun"))
     with pytest.raises(ValueError, match=message):
         pipe(**({"prompt": "a circle", "num_frames": 9} | given))
 

@@ -16,6 +16,7 @@ import torch
 from rfengine import __version__, doctor
 from rfengine.checkpoint.checkpoint import write_config
 from rfengine.doctor import examine, render
+from rfengine.runtime import decoders
 from support.models import small_pipeline
 
 
@@ -145,7 +146,7 @@ def test_absent_tensorrt_and_profiler_say_how_to_get_them(monkeypatch: pytest.Mo
         raise RuntimeError("TensorRT cannot be imported; get it there")
 
     monkeypatch.setattr(importlib.metadata, "version", no_package)
-    monkeypatch.setattr(doctor, "import_tensorrt", no_tensorrt)
+    monkeypatch.setattr(decoders, "import_tensorrt", no_tensorrt)
     text = told(examine())
     assert "tensorrt absent: pip install rfengine[tensorrt]" in text
     assert "onnxruntime absent: pip install rfengine[tensorrt]" in text

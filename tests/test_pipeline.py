@@ -322,12 +322,12 @@ def test_ops_are_those_that_won_where_autotune_is_on(saved, monkeypatch):
 
 def test_without_tensorrt_its_decoder_is_one_sentence_before_the_weights_are_read(saved, monkeypatch):
     from rfengine.config import RuntimeConfig
-    from rfengine.export import tensorrt_api
+    from rfengine.runtime import decoders
 
     def absent():
         raise RuntimeError("TensorRT cannot be imported; pip install tensorrt")
 
-    monkeypatch.setattr(tensorrt_api, "import_tensorrt", absent)
+    monkeypatch.setattr(decoders, "import_tensorrt", absent)
     (saved / "vae.safetensors").unlink()
     with pytest.raises(RuntimeError, match="TensorRT cannot be imported; pip install"):
         Pipeline.from_pretrained(saved, runtime=RuntimeConfig(vae="tensorrt"))
@@ -335,9 +335,9 @@ def test_without_tensorrt_its_decoder_is_one_sentence_before_the_weights_are_rea
 
 def test_engines_are_opened_once_for_each_size(pipe, saved, monkeypatch):
     from rfengine.config import RuntimeConfig
-    from rfengine.export import tensorrt_api
     from rfengine.export.tensorrt_decoder import TensorRTDecoder
     from rfengine.models.streaming_decoder import StreamingDecoder
+    from rfengine.runtime import decoders
 
     opened = []
 
@@ -346,7 +346,7 @@ def test_engines_are_opened_once_for_each_size(pipe, saved, monkeypatch):
         opened.append((directory, grid.height, grid.width, dtype, device, chunk_frames, graphs))
         return StreamingDecoder(pipe.vae, pipe.model.ops)
 
-    monkeypatch.setattr(tensorrt_api, "import_tensorrt", lambda: None)
+    monkeypatch.setattr(decoders, "import_tensorrt", lambda: None)
     monkeypatch.setattr(TensorRTDecoder, "open", open_engine)
     engined = Pipeline.from_pretrained(saved, device="cpu", runtime=RuntimeConfig(vae="tensorrt"))
     assert opened == [] and engined.vae_tier == "lossless"

@@ -16,10 +16,10 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.cli.terminal import find_device, interrupt_waits
 from rfengine.config import Backend, DTypeName, RuntimeConfig
-from rfengine.pipeline import Pipeline, frame_count
+from rfengine.pipeline import Pipeline
 from rfengine.prompts import check_prompt, read_prompts
 from rfengine.schedule import as_seed
-from rfengine.video import VideoWriter, check_video_path
+from rfengine.video import VideoWriter, check_video_path, frame_count
 
 _SLUG_LENGTH = 48
 _PLAIN_WORDS = re.compile(r"[ !-%'-~]*[A-Za-z0-9][ !-%'-~]*")  # printable ASCII without &
@@ -131,7 +131,7 @@ def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateO
     from tqdm import tqdm
 
     fps = pipeline.config.fps
-    count = pipeline.frame_count(seconds=options.seconds)
+    count = frame_count(fps, options.seconds)
     num_chunks = pipeline.chunk_count(count)
     stream = pipeline.stream(prompt, seed=options.seed, height=options.height, width=options.width)
     chunks, made, busy = stream.take(num_chunks), 0, 0.0

@@ -25,8 +25,6 @@ from rfengine.models.streaming_layers import (
 from rfengine.models.vae import DecoderState, FrameAttention, ResidualBlock, Upsample, WanVAE, slot_shapes
 from rfengine.ops import Ops
 
-FP8_TIER = "near-lossless"  # quality of the frames with FP8 convolutions
-
 
 class StreamingDecoder:
     """A FrameDecoder of one video, with the weights that a WanVAE has when this is made.
@@ -49,7 +47,6 @@ class StreamingDecoder:
 
     def __init__(self, vae: WanVAE, ops: Ops, precision: VAEPrecision = "default") -> None:
         self.config = vae.config
-        self.tier = FP8_TIER if precision == "fp8" else "lossless"
         self.capturable_frames = 0
         self._vae = vae
         self._ops = ops

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +10,12 @@ import torch
 from torch import Tensor
 
 from rfengine.config import EngineConfig, to_dict
-from rfengine.grid import LatentGrid
-from rfengine.models.decoder import FrameDecoder
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import check_prompt
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
+from rfengine.runtime.decoders import OpenDecoder
 from rfengine.runtime.options import runtime_switches
 from rfengine.runtime.turns import Turns
 from rfengine.schedule import FlowSchedule
@@ -42,7 +40,7 @@ class Engine:
     vae: WanVAE
     text_encoder: TextEncoder
     fingerprint: str
-    open_decoder: Callable[[LatentGrid], FrameDecoder]
+    open_decoder: OpenDecoder
     queue: DecodeQueue
     runner: ChunkRunner
     turns: Turns
@@ -56,7 +54,7 @@ class Engine:
         vae: WanVAE,
         text_encoder: TextEncoder,
         fingerprint: str,
-        open_decoder: Callable[[LatentGrid], FrameDecoder],
+        open_decoder: OpenDecoder,
     ) -> Engine:
         """The engine of loaded models, with the runtime options of `config` resolved for their devices."""
         switches = runtime_switches(config.runtime, model.device)

@@ -38,7 +38,7 @@ def decode(decoder: StreamingDecoder, parts, state=None, dtype: torch.dtype = to
 def test_seventeen_convolutions_of_the_published_decoder_are_large():
     decoder = StreamingDecoder(random_vae(), REFERENCE_OPS, "fp8")
     names = decoder.fp8_slots
-    assert len(names) == 17 and decoder.tier == "near-lossless"
+    assert len(names) == 17
     modules = dict(random_vae().decoder.named_modules())
     assert all(modules[name].kernel_size == (3, 3, 3) for name in names)
     assert [modules[name].in_channels for name in names] == [32] * 5 + [16] * 6 + [8] * 6

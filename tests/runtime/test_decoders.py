@@ -18,13 +18,15 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
 from rfengine.pipeline import Pipeline
-from rfengine.runtime import decoders as full_decoder
+from rfengine.runtime import decoders
 from rfengine.runtime.decoders import (
     LEAST_PSNR_DB,
     decoded_psnr,
     decoder_ops,
-    open_full_decoder,
+    full_opener,
+    require_decoder,
     require_psnr,
+    tier_of,
 )
 from rfengine.tuning import autotune, convolutions
 from rfengine.tuning.autotune import Choice
@@ -45,8 +47,8 @@ def tiny():
 
 def test_the_shipped_decoder_holds_its_psnr_in_fp8(tiny):
     config, vae = tiny
-    decoder = open_full_decoder(config, vae, "auto", torch.float32, CPU)(LatentGrid.of(config))
-    assert decoder.tier == "near-lossless" and len(decoder.fp8_slots) == 12
+    decoder = full_opener(config, vae, torch.float32, CPU)(LatentGrid.of(config))
+    assert tier_of(config.runtime) == "near-lossless" and len(decoder.fp8_slots) == 12
     psnr = require_psnr(vae, decoder, torch.float32)
     assert LEAST_PSNR_DB <= psnr < 60
     plain = decoded_psnr(vae, StreamingDecoder(vae, REFERENCE_OPS), torch.float32)
@@ -63,10 +65,10 @@ def test_frames_too_far_from_float32_are_refused_with_the_number(tiny):
     with pytest.raises(
         RuntimeError, match=r"its frames are \d+\.\d dB \(PSNR\) from float32; at least 45 dB"
     ):
-        open_full_decoder(config, rough, "auto", torch.float32, CPU)
+        full_opener(config, rough, torch.float32, CPU)
     rough.decoder.head["2"].bias.data[:] = math.nan
     with pytest.raises(RuntimeError, match="its frames are nan dB"):
-        open_full_decoder(config, rough, "auto", torch.float32, CPU)
+        full_opener(config, rough, torch.float32, CPU)
 
 
 def test_a_pipeline_in_fp8_says_so_and_makes_other_frames():
@@ -78,12 +80,11 @@ def test_a_pipeline_in_fp8_says_so_and_makes_other_frames():
     assert 0 < difference.mean() < 3
 
 
-def test_a_gpu_without_fp8_is_refused(monkeypatch, tiny):
-    config, vae = tiny
+def test_a_gpu_without_fp8_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
     with pytest.raises(RuntimeError, match="NVIDIA A100 has no FP8 products, .* capability 8.9"):
-        open_full_decoder(config, vae, "auto", torch.bfloat16, CUDA)
+        require_decoder(FP8, CUDA)
 
 
 def test_fp8_is_checked_with_the_decoder_s_gpu_as_the_current_one(monkeypatch, tiny):
@@ -99,15 +100,15 @@ def test_fp8_is_checked_with_the_decoder_s_gpu_as_the_current_one(monkeypatch, t
     checked = []
     monkeypatch.setattr(torch.cuda, "device", make_current)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(full_decoder, "choose_ops", lambda *_: REFERENCE_OPS)
-    monkeypatch.setattr(full_decoder, "require_psnr", lambda *_: checked.append(list(current)))
-    open_full_decoder(config, vae, "auto", torch.bfloat16, device)
+    monkeypatch.setattr(decoders, "choose_ops", lambda *_: REFERENCE_OPS)
+    monkeypatch.setattr(decoders, "require_psnr", lambda *_: checked.append(list(current)))
+    full_opener(config, vae, torch.bfloat16, device)
     assert checked == [[device]] and current == []
 
 
 def test_buffers_of_a_size_that_no_stream_uses_are_given_up():
     pipeline = small_pipeline()
-    opener = open_full_decoder(pipeline.config, pipeline.vae, "auto", torch.float32, CPU)
+    opener = full_opener(pipeline.config, pipeline.vae, torch.float32, CPU)
     forgotten = weakref.ref(opener(LatentGrid(32, 32)))
     kept = opener(GRID)
     for side in (48, 64):
@@ -118,7 +119,7 @@ def test_buffers_of_a_size_that_no_stream_uses_are_given_up():
 
 def test_each_size_has_a_decoder_of_its_own_with_the_same_weights():
     pipeline = small_pipeline()
-    opener = open_full_decoder(pipeline.config, pipeline.vae, "auto", torch.float32, CPU)
+    opener = full_opener(pipeline.config, pipeline.vae, torch.float32, CPU)
     first, other = opener(GRID), opener(LatentGrid(64, 48))
     assert opener(LatentGrid(GRID.height, GRID.width)) is first and other is not first
     assert first._first.weight is other._first.weight
@@ -137,7 +138,7 @@ def test_each_size_has_a_decoder_of_its_own_with_the_same_weights():
 def test_backends_are_chosen_on_cuda_and_a_requested_cudnn_is_always_checked(
     monkeypatch, requested, runtime, asked
 ):
-    config = dataclasses.replace(small_pipeline().config, runtime=runtime)
+    config = dataclasses.replace(small_pipeline().config, runtime=runtime, backend=requested)
     calls, chosen = [], []
 
     def tune(shapes, device, *, requested):
@@ -146,8 +147,8 @@ def test_backends_are_chosen_on_cuda_and_a_requested_cudnn_is_always_checked(
 
     monkeypatch.setattr(autotune, "tune", tune)
     monkeypatch.setattr(convolutions, "decoder_cases", lambda shapes: shapes)
-    monkeypatch.setattr(full_decoder, "choose_ops", lambda *given: chosen.append(given) or REFERENCE_OPS)
-    decoder_ops(config, GRID, requested, torch.bfloat16, CUDA)
+    monkeypatch.setattr(decoders, "choose_ops", lambda *given: chosen.append(given) or REFERENCE_OPS)
+    decoder_ops(config, GRID, torch.bfloat16, CUDA)
     assert calls == ([] if asked is None else [(GRID, asked)])
     overrides = {} if asked is None else {"phase_conv@1": "cudnn"}
     if runtime is FP8:
@@ -157,13 +158,13 @@ def test_backends_are_chosen_on_cuda_and_a_requested_cudnn_is_always_checked(
 
 @pytest.mark.gpu
 def test_a_gpu_holds_the_psnr_in_fp8(tiny, monkeypatch, tmp_path):
-    if torch.cuda.get_device_capability() < full_decoder.FP8_CAPABILITY:
+    if torch.cuda.get_device_capability() < decoders.FP8_CAPABILITY:
         pytest.skip("FP8 needs sm_89")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config, vae = tiny
     on_gpu = WanVAE(config.vae).eval().cuda().bfloat16()
     on_gpu.load_state_dict(vae.state_dict())
     grid = LatentGrid.of(config)
-    decoder = open_full_decoder(config, on_gpu, "auto", torch.bfloat16, torch.device("cuda"))(grid)
+    decoder = full_opener(config, on_gpu, torch.bfloat16, torch.device("cuda"))(grid)
     assert decoder._ops.choice["causal_conv3d_fp8"] == "triton"
     assert require_psnr(on_gpu, decoder, torch.bfloat16) >= LEAST_PSNR_DB
