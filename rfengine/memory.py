@@ -1,4 +1,4 @@
-"""How much memory is free, asked before something large is made."""
+"""Free memory, checked before something large is allocated."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ _GROUP = Path("/sys/fs/cgroup")  # the limits of a container, where it has some
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Free bytes of the device, for a CPU those that the system and the container give; None where nothing
-    tells."""
+    """Free bytes of the device, on a CPU of the system and the container; None where neither reports it."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, unused
         return torch.cuda.mem_get_info(device)[0] + held
@@ -37,7 +36,7 @@ def _free_in_system() -> int | None:
 
 
 def _free_in_group() -> int | None:
-    """What the control group (version 2) of this process may still take; pages of files are given back."""
+    """Bytes that the control group (version 2) of this process may still take; file pages count as free."""
     limit, used = _lines(_GROUP / "memory.max"), _lines(_GROUP / "memory.current")
     if not limit or not used or not limit[0].isdecimal():
         return None

@@ -168,9 +168,9 @@ def _as_bt709(frame: ndarray) -> VideoFrame:
 
 
 class VideoWriter:
-    """Writes an MP4 (H.264, colours by BT.709) beside `path` and gives it its name at the end.
+    """Writes an MP4 (H.264, colours by BT.709) beside `path` and renames it at the end.
 
-    Of several writers of one path each has a file of its own, and the last to end gives it the name. Leaving
+    Several writers of one path have a file each, and the last to end keeps the name. Leaving
     the `with` block by an exception drops the file, unless `close()` was called before: what was written up
     to then plays. frames_written counts what the file holds so far.
     """
@@ -220,7 +220,7 @@ class VideoWriter:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Finish the file and give it its name; what was there under that name is replaced.
+        """Finish the file and rename it to `path`, replacing what was there.
 
         Raises RuntimeError when no frame was written or the file cannot be; then nothing is left of it.
         """

@@ -67,7 +67,7 @@ class CausalState:
 class FrameDecoder(Protocol):
     """Decodes the latents of a video, chunk by chunk: WanVAE, StreamingDecoder, TinyVAE, TensorRTDecoder.
 
-    The first latent of a video gives one frame and each later one VAEConfig.temporal_stride. A decoder may
+    The first latent of a video is one frame and each later one VAEConfig.temporal_stride. A decoder may
     have `capturable_frames`: a call with that many latents, after a video's first call, does the same work on
     the same tensors every time, so it is replayed as a CUDA graph.
     """

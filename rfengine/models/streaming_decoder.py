@@ -98,7 +98,7 @@ class StreamingDecoder:
     def decode(self, latents: Tensor, state: DecoderState) -> Tensor:
         """Pixels [1, 3, T, H, W], not clamped, of normalised latents [1, z, F, h, w].
 
-        The first latent of a video gives one pixel frame, each later one config.temporal_stride. Updates
+        The first latent of a video is one pixel frame, each later one config.temporal_stride. Updates
         `state` in place. Raises ValueError, before anything changes, for latents of another layout or size,
         for a state of another model, size, dtype or device, and for latents on a CPU that are not finite (on
         a GPU the host would have to wait, so the caller checks them with the frames).

@@ -242,5 +242,5 @@ def gamma_of(norm: ChannelNorm) -> Tensor:
 
 
 def _slot_frames(slot: Tensor) -> Tensor:
-    """[1, C, 2, h, w] -> [2, h, w, C], a view; the channels of a slot lie last in memory already."""
+    """[1, C, 2, h, w] -> [2, h, w, C], a view; the channels of a slot are already last in memory."""
     return slot[0].permute(1, 2, 3, 0)

@@ -108,7 +108,7 @@ class TinyVAE(nn.Module):
     def decode(self, latents: Tensor, state: TinyDecoderState | None = None) -> Tensor:
         """Pixels [B, 3, T, H, W] around [-1, 1], not clamped, of normalised latents [B, z, F, h, w].
 
-        The first latent of a video gives one pixel frame, each later one config.temporal_stride. Updates
+        The first latent of a video is one pixel frame, each later one config.temporal_stride. Updates
         `state` in place. Raises ValueError for latents of another layout and for a state of another size.
         """
         self._check(latents, state)

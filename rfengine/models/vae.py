@@ -279,7 +279,7 @@ class WanVAE(nn.Module):
     def decode(self, latents: Tensor, state: DecoderState | None = None) -> Tensor:
         """Pixels [B, 3, T, H, W], not clamped, of normalised latents [B, z, F, h, w].
 
-        The first latent of a video gives one pixel frame, each later one config.temporal_stride. Updates
+        The first latent of a video is one pixel frame, each later one config.temporal_stride. Updates
         `state` in place. Raises ValueError for latents of another layout and for a state of another size.
         """
         channels = self.config.z_dim
@@ -330,7 +330,7 @@ class WanVAE(nn.Module):
         return self._statistics_on[device]
 
     def _check_pixels(self, pixels: Tensor, state: EncoderState | None) -> int:
-        """The number of latent frames that `pixels` give."""
+        """The number of latent frames of `pixels`."""
         side, stride = self.config.spatial_stride, self.config.temporal_stride
         if (
             pixels.ndim != 5
