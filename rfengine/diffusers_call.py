@@ -4,7 +4,6 @@ video, and the packed result."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -30,31 +29,25 @@ class PipelineOutput(NamedTuple):
     frames: Any
 
 
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """Arguments of Diffusers' pipelines that a distilled model does not use."""
-
-    negative_prompt: str | None
-    scale: float | None
-    steps: int | None
-
-    def check(self, own_steps: int) -> None:
-        """Raises ValueError for values that would be ignored. own_steps: those of the model."""
-        if self.negative_prompt:
-            raise ValueError(
-                f"negative_prompt is {shown(self.negative_prompt)}; the model is distilled and runs without "
-                "guidance, so leave it out"
-            )
-        if self.scale is not None and not self.scale <= 1:
-            raise ValueError(
-                f"guidance_scale is {shown(self.scale)}; the model is distilled and runs without guidance, "
-                "so use 1 or leave it out"
-            )
-        if self.steps is not None and as_integer("num_inference_steps", self.steps) != own_steps:
-            raise ValueError(
-                f"num_inference_steps is {shown(self.steps)}; the model was distilled to {own_steps} steps, "
-                f"so use {own_steps} or leave it out"
-            )
+def refuse_guidance(
+    negative_prompt: str | None, scale: float | None, steps: int | None, own_steps: int
+) -> None:
+    """Raises ValueError for arguments that a distilled model would ignore. own_steps: those of the model."""
+    if negative_prompt:
+        raise ValueError(
+            f"negative_prompt is {shown(negative_prompt)}; the model is distilled and runs without guidance, "
+            "so leave it out"
+        )
+    if scale is not None and not scale <= 1:
+        raise ValueError(
+            f"guidance_scale is {shown(scale)}; the model is distilled and runs without guidance, so use 1 "
+            "or leave it out"
+        )
+    if steps is not None and as_integer("num_inference_steps", steps) != own_steps:
+        raise ValueError(
+            f"num_inference_steps is {shown(steps)}; the model was distilled to {own_steps} steps, so use "
+            f"{own_steps} or leave it out"
+        )
 
 
 def requested_videos(

@@ -17,11 +17,11 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.diffusers_call import (
     Generators,
-    Guidance,
     OutputType,
     PipelineOutput,
     make_video,
     packed,
+    refuse_guidance,
     requested_videos,
 )
 from rfengine.grid import LatentGrid
@@ -270,7 +270,8 @@ class Pipeline:
         """
         if output_type not in ("np", "pt", "pil", "latent"):
             raise ValueError(f"output_type is {output_type!r}; use 'np', 'pt', 'pil' or 'latent'")
-        Guidance(negative_prompt, guidance_scale, num_inference_steps).check(self._engine.runner.num_steps)
+        own_steps = self._engine.runner.num_steps
+        refuse_guidance(negative_prompt, guidance_scale, num_inference_steps, own_steps)
         count = frame_count(self.config.fps, num_frames=num_frames)
         wanted = requested_videos(prompt, num_videos_per_prompt, generator, seed)
         if output_type != "latent":

@@ -132,9 +132,10 @@ class FrameAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, state: CausalState | None) -> Tensor:
-        frames = _frames_as_batch(x)
-        attended = _attend(*self.to_qkv(self.norm(frames)).chunk(3, dim=1))
-        return x + _batch_as_frames(self.proj(attended), x.shape[0])
+        qkv = self.to_qkv(self.norm(_frames_as_batch(x)))  # [frames, 3C, h, w]
+        query, key, value = qkv.flatten(2).transpose(1, 2).unsqueeze(1).chunk(3, dim=3)
+        attended = F.scaled_dot_product_attention(query, key, value).squeeze(1).transpose(1, 2)
+        return x + _batch_as_frames(self.proj(attended.unflatten(2, x.shape[3:])), x.shape[0])
 
 
 class Upsample(nn.Module):
@@ -407,10 +408,3 @@ def _frames_as_batch(x: Tensor) -> Tensor:
 def _batch_as_frames(x: Tensor, batch: int) -> Tensor:
     """[B * T, C, h, w] -> [B, C, T, h, w]"""
     return x.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention over the positions of each frame; all are [frames, C, h, w]."""
-    flat = [part.flatten(2).transpose(1, 2).unsqueeze(1) for part in (query, key, value)]
-    attended = F.scaled_dot_product_attention(*flat)
-    return attended.squeeze(1).transpose(1, 2).unflatten(2, query.shape[2:])
