@@ -8,8 +8,17 @@ import numpy
 import pytest
 import torch
 
-from rfengine import Pipeline, memory
-from rfengine.config import RuntimeConfig
+from rfengine import Pipeline, memory, pipeline
+from rfengine.checkpoint.checkpoint import write_config
+from rfengine.checkpoint.loader import read_safetensors, save_weights
+from rfengine.config import CacheConfig, RuntimeConfig, TinyVAEConfig
+from rfengine.export.tensorrt_decoder import TensorRTDecoder
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.tiny_vae import TinyVAE
+from rfengine.ops.reference import frame_pack
+from rfengine.runtime import decoders
+from rfengine.runtime.options import Switch, runtime_switches
+from rfengine.tuning import autotune, candidates
 from support.models import small_pipeline
 
 
@@ -115,8 +124,6 @@ def test_call_gives_every_output_type(pipe):
 
 
 def test_latents_of_the_call_decode_to_its_frames(pipe):
-    from rfengine.ops.reference import frame_pack
-
     latents = pipe("a circle", num_frames=9, seed=1, output_type="latent").frames
     frames = frame_pack(pipe.vae.decode(latents)[0]).numpy()
     expected = pipe("a circle", num_frames=9, seed=1).frames[0]
@@ -164,9 +171,6 @@ def test_an_unknown_dtype_is_refused():
 @pytest.fixture
 def saved(pipe, tmp_path):
     """The small pipeline's weights in the engine's own directory layout."""
-    from rfengine.checkpoint.checkpoint import write_config
-    from rfengine.checkpoint.loader import save_weights
-
     write_config(tmp_path, pipe.config)
     save_weights(tmp_path / "transformer.safetensors", pipe.model.state_dict())
     save_weights(tmp_path / "vae.safetensors", pipe.vae.state_dict())
@@ -193,8 +197,6 @@ def test_text_states_are_kept_by_prompt(saved, tmp_path):
 
 
 def test_the_cache_configuration_can_be_replaced(saved):
-    from rfengine.config import CacheConfig
-
     pipe = Pipeline.from_pretrained(saved, cache=CacheConfig(sink="frozen"))
     assert pipe.config.cache.sink == "frozen"
 
@@ -216,8 +218,6 @@ def test_a_checkpoint_without_text_encoder_says_how_to_add_one(saved):
 
 
 def test_weights_of_another_size_are_refused_by_name(saved):
-    from rfengine.checkpoint.loader import save_weights
-
     save_weights(saved / "transformer.safetensors", {"patch_embedding.weight": torch.zeros(3)})
     with pytest.raises(ValueError, match="patch_embedding.weight"):
         Pipeline.from_pretrained(saved)
@@ -225,8 +225,6 @@ def test_weights_of_another_size_are_refused_by_name(saved):
 
 @pytest.mark.parametrize("part", ["transformer", "vae"])
 def test_weights_that_are_not_finite_are_refused(saved, part):
-    from rfengine.checkpoint.loader import read_safetensors, save_weights
-
     path = saved / f"{part}.safetensors"
     tensors, _ = read_safetensors(path)
     name = next(iter(tensors))
@@ -249,8 +247,6 @@ def test_a_missing_cuda_device_is_one_sentence():
 
 
 def test_the_runtime_can_be_replaced(pipe, saved):
-    from rfengine.config import RuntimeConfig
-
     runtime = RuntimeConfig(overlap=True)
     loaded = Pipeline.from_pretrained(saved, runtime=runtime)
     assert loaded.config.runtime == runtime and loaded.vae_tier == "lossless"
@@ -261,17 +257,12 @@ def test_the_runtime_can_be_replaced(pipe, saved):
 
 
 def test_the_tiny_decoder_makes_frames_of_a_lower_tier(saved):
-    from rfengine.checkpoint.checkpoint import write_config
-    from rfengine.checkpoint.loader import save_weights
-    from rfengine.config import EngineConfig, RuntimeConfig, TinyVAEConfig
-    from rfengine.models.tiny_vae import TinyVAE
-
     runtime = RuntimeConfig(vae="tiny")
     with pytest.raises(ValueError, match="z_dim of the tiny decoder is 16 and that of the VAE 4"):
         Pipeline.from_pretrained(saved, runtime=runtime)
     full = Pipeline.from_pretrained(saved)
     tiny_config = TinyVAEConfig(4, (8, 8, 8, 8), 1)
-    config: EngineConfig = dataclasses.replace(full.config, tiny_vae=tiny_config)
+    config = dataclasses.replace(full.config, tiny_vae=tiny_config)
     write_config(saved, config)
     with pytest.raises(ValueError, match="has no tiny_vae"):
         Pipeline.from_pretrained(saved, runtime=runtime)
@@ -290,11 +281,6 @@ def test_the_tiny_decoder_makes_frames_of_a_lower_tier(saved):
 
 
 def test_ops_are_those_that_won_where_autotune_is_on(saved, monkeypatch):
-    from rfengine import pipeline
-    from rfengine.config import RuntimeConfig
-    from rfengine.runtime.options import Switch, runtime_switches
-    from rfengine.tuning import autotune, candidates
-
     asked = []
 
     def tune(shapes, device, requested):
@@ -321,9 +307,6 @@ def test_ops_are_those_that_won_where_autotune_is_on(saved, monkeypatch):
 
 
 def test_without_tensorrt_its_decoder_is_one_sentence_before_the_weights_are_read(saved, monkeypatch):
-    from rfengine.config import RuntimeConfig
-    from rfengine.runtime import decoders
-
     def absent():
         raise RuntimeError("TensorRT cannot be imported; pip install tensorrt")
 
@@ -334,11 +317,6 @@ def test_without_tensorrt_its_decoder_is_one_sentence_before_the_weights_are_rea
 
 
 def test_engines_are_opened_once_for_each_size(pipe, saved, monkeypatch):
-    from rfengine.config import RuntimeConfig
-    from rfengine.export.tensorrt_decoder import TensorRTDecoder
-    from rfengine.models.streaming_decoder import StreamingDecoder
-    from rfengine.runtime import decoders
-
     opened = []
 
     def open_engine(directory, config, grid, dtype, device, graphs):
