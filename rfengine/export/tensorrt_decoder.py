@@ -105,12 +105,6 @@ class TensorRTState:
         DecoderState(self._sides[self._side]).load(dict(tensors), frames)
         self.frames = frames
 
-    def clone(self) -> TensorRTState:
-        """An independent copy, with contexts and graphs of its own."""
-        copy = TensorRTState(self.decoder)
-        copy.load(self.tensors(), self.frames)
-        return copy
-
     def run(self, latents: Tensor) -> Tensor:
         """The pixels of the next chunk, in a buffer that the next call overwrites; advances the state."""
         stage: Stage = "steady" if self.frames else "first"

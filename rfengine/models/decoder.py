@@ -19,9 +19,6 @@ class FrameDecoderState(Protocol):
     def load(self, tensors: dict[str, Tensor], frames: int) -> None:
         """Copy saved tensors in, in place; raises ValueError where names or shapes do not fit."""
 
-    def clone(self) -> FrameDecoderState:
-        """An independent copy."""
-
 
 class CausalState:
     """State of a causal convolutional network for one video: the last input frames of its temporal layers.
@@ -58,10 +55,6 @@ class CausalState:
             for name, tensor in tensors.items():
                 self.slots[name].copy_(tensor)
         self.frames = frames
-
-    def clone(self) -> CausalState:
-        """An independent copy."""
-        return type(self)({name: slot.clone() for name, slot in self.slots.items()}, self.frames)
 
 
 class FrameDecoder(Protocol):

@@ -102,11 +102,6 @@ class ByteTokenizer(Tokenizer):
 
     vocab_size = 256 + len(_SPECIAL_TOKENS)
 
-    def decode(self, ids: list[int]) -> str:
-        """The text of `ids`; special ids are skipped and a character cut in the middle is left out."""
-        content = bytes(token - len(_SPECIAL_TOKENS) for token in ids if token >= len(_SPECIAL_TOKENS))
-        return content.decode("utf-8", errors="ignore")
-
     def _split(self, text: str) -> list[int]:
         return [byte + len(_SPECIAL_TOKENS) for byte in text.encode("utf-8")]
 

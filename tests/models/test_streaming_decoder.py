@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -123,7 +124,7 @@ def test_snapshot_in_mid_stream_continues_bit_for_bit(seen):
     state, restored = fresh_state(decoder), fresh_state(decoder)
     decoder.decode(latents[:, :, :seen], state)
     saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    copied = state.clone()
+    copied = copy.deepcopy(state)
     rest = decoder.decode(latents[:, :, seen:], state)
     restored.load(saved, seen)
     assert torch.equal(decoder.decode(latents[:, :, seen:], restored), rest)
@@ -260,7 +261,7 @@ def test_refusals_change_nothing_and_leave_the_stream_usable():
     damaged[0, 1, 2, 1, 2] = float("nan")
     other_model = fresh_state(decoder_of(dataclasses.replace(SMALL, base_dim=6)))
     other_depth = fresh_state(decoder_of(dataclasses.replace(SMALL, num_res_blocks=2)))
-    before = state.clone()
+    before = copy.deepcopy(state)
     for given, given_state, message in (
         (damaged, state, "the latents are not finite"),
         (noise(2, 4, 3, 2, 3), state, r"latents are \(2, 4, 3, 2, 3\); give \[1, 4, frames, height, width\]"),

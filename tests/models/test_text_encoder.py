@@ -97,8 +97,9 @@ def small(small_model) -> nn.Module:
     return copy.deepcopy(small_model)
 
 
-def never_built() -> nn.Module:
-    raise AssertionError("the encoder was built")
+def text_of(ids: list[int]) -> str:
+    """The text of byte ids; a character cut in the middle is left out."""
+    return bytes(token - 3 for token in ids if token >= 3).decode("utf-8", errors="ignore")
 
 
 # Encoder
@@ -302,20 +303,20 @@ def test_ids_never_exceed_the_length_and_the_mask_counts_them(texts, length):
         assert mask[row].tolist() == [1] * valid + [0] * (length - valid)
         assert ids[row, valid - 1] == 1 and not ids[row, valid:].any()
         assert ids[row].max() < BYTES.vocab_size
-        decoded = BYTES.decode(ids[row].tolist())
+        decoded = text_of(ids[row].tolist())
         assert text.startswith(decoded) and (valid == length or decoded == text)
 
 
 def test_text_that_just_fits_is_kept_without_a_warning(caplog):
     ids, _ = BYTES.encode(["abcd"], 5)
-    assert BYTES.decode(ids[0].tolist()) == "abcd"
+    assert text_of(ids[0].tolist()) == "abcd"
     assert not caplog.records
 
 
 def test_cut_prompt_keeps_eos_and_the_warning_says_where(caplog):
     with caplog.at_level(logging.WARNING):
         ids, mask = BYTES.encode(["fits", "a cat on a mat sees one two three four"], 10)
-    assert BYTES.decode(ids[1].tolist()) == "a cat on "
+    assert text_of(ids[1].tolist()) == "a cat on "
     assert ids[1, -1] == 1 and mask[1].sum() == 10
     (record,) = caplog.records
     message = record.getMessage()

@@ -1,5 +1,7 @@
 """The tiny decoder against a plain loop over single frames, streamed in every way, and on its own weights."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -132,13 +134,13 @@ def test_a_snapshot_goes_on_bit_for_bit_and_the_state_stays_where_it_is():
     decoder.decode(x[:, :, :4], state)
     addresses = {name: tensor.data_ptr() for name, tensor in state.tensors().items()}
     saved, frames = {name: tensor.clone() for name, tensor in state.tensors().items()}, state.frames
-    copy = state.clone()
+    copied = copy.deepcopy(state)
     expected = decoder.decode(x[:, :, 4:], state)
     assert {name: tensor.data_ptr() for name, tensor in state.tensors().items()} == addresses
     restored = fresh_state(decoder, x)
     restored.load(saved, frames)
     assert torch.equal(decoder.decode(x[:, :, 4:], restored), expected)
-    assert torch.equal(decoder.decode(x[:, :, 4:], copy), expected)
+    assert torch.equal(decoder.decode(x[:, :, 4:], copied), expected)
 
 
 def test_gradients_reach_every_weight_of_a_clip():
@@ -221,7 +223,7 @@ def test_a_refused_call_leaves_the_state_as_it_was():
     decoder, x = tiny(), latents(4)
     state = fresh_state(decoder, x)
     decoder.decode(x[:, :, :2], state)
-    before, frames = state.clone(), state.frames
+    before, frames = copy.deepcopy(state), state.frames
     with pytest.raises(ValueError):
         decoder.decode(x[:, :, 2:, :2], state)
     assert state.frames == frames

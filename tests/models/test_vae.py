@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -237,7 +238,7 @@ def test_snapshot_in_mid_stream_continues_bit_for_bit():
         vae.decode(latents[:, :, :2], decoding)
         vae.encode(pixels[:, :, :9], encoding)
         decoding_copy = {name: tensor.clone() for name, tensor in decoding.tensors().items()}
-        encoding_copy = encoding.clone()
+        encoding_copy = copy.deepcopy(encoding)
         video = vae.decode(latents[:, :, 2:], decoding)
         encoded = vae.encode(pixels[:, :, 9:], encoding)
 
