@@ -21,7 +21,7 @@ from rfengine.export.onnx_export import (
     write_onnx,
     write_whole,
 )
-from support.small_export import GRID, LATENTS, VAE, random_vae
+from support.small_export import GRID, LATENTS, TWO_LEVELS, VAE, random_vae
 
 onnx = pytest.importorskip("onnx")
 
@@ -60,7 +60,7 @@ def test_file_holds_nothing_of_the_machine(export) -> None:
 
 def test_bfloat16_graph_is_typed_so_from_state_to_pixels() -> None:
     """onnxruntime has no bfloat16 convolution on a CPU; the checker of ONNX follows the types."""
-    vae = random_vae().to(torch.bfloat16)
+    vae = random_vae(TWO_LEVELS).to(torch.bfloat16)
     model = export_graph(DecoderGraph(vae, 1, 4, 6, first=False)).model_proto
     onnx.checker.check_model(model, full_check=True)
     kinds = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ VAE = VAEConfig(
     latents_mean=(0.5, -0.25, 0.0, 1.0),
     latents_std=(2.0, 0.5, 1.0, 3.0),
 )
+TWO_LEVELS = dataclasses.replace(VAE, dim_mult=(1, 2), temporal_downsample=(True,))  # half as long to export
 MODEL = WanConfig(dim=12, ffn_dim=16, num_heads=1, num_layers=1, in_dim=4, out_dim=4)
 CONFIG = EngineConfig("small", MODEL, VAE, height=16, width=24)
 GRID = LatentGrid.of(CONFIG)
