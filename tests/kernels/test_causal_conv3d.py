@@ -43,12 +43,13 @@ def assert_like_reference(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor |
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize(
-    ("frames", "height", "width", "channels", "channels_out"),
-    [(1, 5, 7, 8, 16), (2, 3, 18, 24, 8), (3, 1, 5, 16, 48)],
+    ("kernel", "size"),
+    zip(KERNELS, [(2, 3, 18, 24, 8), (1, 5, 7, 8, 16), (3, 1, 5, 16, 48), (1, 5, 7, 8, 16)], strict=True),
+    ids=str,
 )
-def test_odd_sizes_read_the_halo_alone(form, dtype, kernel, frames, height, width, channels, channels_out):
+def test_odd_sizes_read_the_halo_alone(form, dtype, kernel, size):
+    frames, height, width, channels, channels_out = size
     x = halo_in_nan(frames + kernel[0] - 1, height, width, channels, dtype)
     weight = weight_of(channels_out, channels, kernel, dtype)
     bias = torch.linspace(-1, 1, channels_out, device=DEVICE).to(dtype)
@@ -56,7 +57,7 @@ def test_odd_sizes_read_the_halo_alone(form, dtype, kernel, frames, height, widt
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("channels", "channels_out"), [(48, 96), (96, 192), (8, 130)])
+@pytest.mark.parametrize(("channels", "channels_out"), [(48, 96), (8, 130)])
 def test_channels_that_are_no_power_of_two_are_cut_in_rows_and_a_tail(form, channels, channels_out):
     x = halo_in_nan(3, 4, 6, channels, torch.float16)
     weight = weight_of(channels_out, channels, (3, 3, 3), torch.float16)
@@ -111,8 +112,7 @@ def test_any_shape_matches_the_reference(form, kernel, frames, height, width, ch
     assert_like_reference(causal_conv3d(x, weight, None, form=form), x, weight, None)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("channels", [32, 96])
+@pytest.mark.parametrize(("form", "channels"), [("pointer", 32), ("descriptor", 96)])
 def test_fp8_multiplies_exactly_and_scales_by_channel(form, channels, monkeypatch):
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("FP8 needs sm_89")

@@ -32,15 +32,23 @@ def assert_like_reference(q, k, v, form=None):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 16), (2, 63, 64), (3, 33, 48), (1, 130, 96), (1, 70, 384), (1, 20, 512)], ids=str
+    ("sizes", "dtype"),
+    [
+        ((1, 1, 16), torch.float16),
+        ((2, 33, 48), torch.float32),
+        ((2, 63, 64), torch.float16),
+        ((1, 130, 96), torch.float16),
+        ((1, 40, 384), torch.float16),
+        ((1, 20, 512), torch.float32),
+    ],
+    ids=str,
 )
 def test_frames_match_the_reference(form, dtype, sizes):
     assert_like_reference(*queries_keys_values(*sizes, dtype), form)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(
     form=st.sampled_from(FORMS),
     frames=st.integers(1, 3),

@@ -35,7 +35,7 @@ def op_pair(name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_sum_norm_and_gradients_agree_with_the_reference(name, dtype, gated):
-    for shape in ((1, 1, 1, 192), (2, 3, 21, 48)):
+    for shape in ((1, 1, 1, 192), (2, 3, 9, 48)):
         assert_op_matches(*op_pair(name), inputs(name, *shape, dtype=dtype, gated=gated))
 
 

@@ -22,7 +22,10 @@ EPS = 1e-6
 # batch, tokens, heads, head dim. Several rows in all of them: in float32 the error of a row is that of its
 # one rounded rms, which the reference may hit by luck
 SIZES = [(16, 1, 1, 64), (2, 3, 12, 128), (2, 5, 2, 24), (1, 6, 40, 128)]
-CASES = [(size, dtype) for size in SIZES for dtype in DTYPES] + [((1, 63, 3, 64), torch.float16)]
+CASES = [
+    (SIZES[0], torch.float32), (SIZES[1], torch.float16), (SIZES[2], torch.bfloat16),
+    (SIZES[2], torch.float32), (SIZES[3], torch.float16),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +122,7 @@ def slots(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "keep_raw"), [(*case, True) for case in CASES] + [(SIZES[2], torch.float32, False)]
+    ("size", "dtype", "keep_raw"), [(*case, True) for case in CASES] + [(SIZES[2], torch.float16, False)]
 )
 def test_slot_is_written_as_the_reference_writes_it(
     size: tuple[int, ...], dtype: torch.dtype, keep_raw: bool

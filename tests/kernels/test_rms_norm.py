@@ -26,7 +26,7 @@ def inputs(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 192), (2, 63, 48), (1, 3, 1536)])
+@pytest.mark.parametrize("shape", [(1, 1, 192), (2, 21, 48), (1, 3, 1536)])
 def test_norm_and_gradients_agree_with_the_reference(shape, dtype):
     assert_op_matches(rms_norm, reference.rms_norm, inputs(*shape, dtype=dtype))
 

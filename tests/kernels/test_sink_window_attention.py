@@ -40,20 +40,20 @@ def assert_like_reference(out, q, keys, values, kv_len):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("tokens", "kv_len", "head_dim"),
-    [(1, 1, 64), (63, 128, 128), (100, 129, 64), (100, 300, 64), (63, 90, 128)],
+    [(1, 1, 64), (63, 128, 128), (100, 129, 64)],
 )
 def test_half_precision_matches_reference_on_and_off_tile_borders(form, tokens, kv_len, head_dim):
     q, keys, values, length = arena(1, tokens, 384, 2, head_dim, torch.float16, kv_len)
     assert_like_reference(sink_window_attention(q, keys, values, length, form), q, keys, values, length)
 
 
-@pytest.mark.parametrize(("tokens", "kv_len", "head_dim"), [(1, 17, 128), (63, 64, 64), (100, 70, 64)])
+@pytest.mark.parametrize(("tokens", "kv_len", "head_dim"), [(1, 17, 128), (63, 64, 64)])
 def test_single_precision_matches_reference_at_its_own_rounding(tokens, kv_len, head_dim):
     q, keys, values, length = arena(2, tokens, 96, 2, head_dim, torch.float32, kv_len)
     assert_like_reference(sink_window_attention(q, keys, values, length), q, keys, values, length)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["descriptor", "specialised"])
 def test_batches_and_the_parts_of_the_last_wave_are_put_together(form, monkeypatch):
     monkeypatch.setattr(descriptor, "count_processors", lambda device: 4)
     q, keys, values, length = arena(2, 130, 1024, 3, 64, torch.float16, 517)
@@ -97,7 +97,7 @@ def test_last_wave_of_the_shipped_shape_takes_four_tenths_of_a_tile():
     assert (split.whole, split.cut, split.parts) == (396, 48, 5)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(
     form=st.sampled_from(FORMS),
     tokens=st.integers(1, 140),
@@ -135,8 +135,7 @@ def gradients(function, *inputs):
     return torch.autograd.grad(out, leaves, weight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("tokens", "kv_len"), [(40, 70), (65, 33)])
+@pytest.mark.parametrize(("dtype", "tokens", "kv_len"), [(torch.float32, 40, 33), (torch.float16, 65, 70)])
 def test_gradients_of_queries_and_arena_match_autograd_of_reference(dtype, tokens, kv_len):
     q, keys, values, length = arena(2, tokens, 80, 2, 64, dtype, kv_len)
     keys, values = keys.nan_to_num(), values.nan_to_num()
@@ -151,7 +150,7 @@ def test_gradients_of_queries_and_arena_match_autograd_of_reference(dtype, token
         assert_within_reference_error(f"gradient of {name}", *grads)
 
 
-@pytest.mark.parametrize(("slot_start", "head_dim"), [(0, 64), (37, 64), (50, 128)])
+@pytest.mark.parametrize(("slot_start", "head_dim"), [(0, 64), (50, 128)])
 def test_slot_gets_the_gradient_and_the_rest_of_the_cache_is_constant(slot_start, head_dim):
     q, keys, values, length = arena(1, 25, 90, 2, head_dim, torch.float32, 75)
     keys, values = keys.nan_to_num(), values.nan_to_num()
