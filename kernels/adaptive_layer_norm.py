@@ -1,4 +1,4 @@
-"""Adaptive LayerNorm: normed = LayerNorm(x) * (1 + scale) + shift, one read and one write of x (spec 1.4).
+"""Adaptive LayerNorm: normed = LayerNorm(x) * (1 + scale) + shift, one read and one write of x.
 
 x [B, T, D] bf16, fp16 or fp32; shift, scale [B or 1, F or 1, D], usually fp32: one row for each latent frame,
 strided views of the model's table. Bound: memory, 4 bytes for each element of x in bf16, 3 with FP8 output.

@@ -156,13 +156,9 @@ def causal_conv3d(
 
 
 def causal_conv3d_fp8(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    out: Tensor | None = None,
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | None = None,
     form: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """causal_conv3d of e4m3 x and weight, the sums times scale [Cout] (float32: that of x times that of the
     channel's weights) plus bias; in the dtype of out, or bfloat16. Needs a GPU with FP8 (sm_89 or later)."""
     if not x.dtype == weight.dtype == torch.float8_e4m3fn:

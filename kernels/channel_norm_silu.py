@@ -85,13 +85,9 @@ def _(*_) -> None:
 
 
 def channel_norm_silu(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gamma: Tensor,
-    out: Tensor,
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, out: Tensor,
     out_scale: float = 1.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """silu(total / max(L2 norm over C, 1e-12) * sqrt(C) * gamma) / out_scale into `out`; returns total.
 
     total = x + bias + residual, written over x and rounded to its dtype before the norm reads it; x itself

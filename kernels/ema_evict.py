@@ -79,16 +79,10 @@ def check_pairs(**pairs: tuple[Tensor, Tensor]) -> None:
     "rfengine::ema_evict", mutates_args=["sink_keys", "sink_values", "low_keys", "low_values"]
 )
 def ema_evict(
-    sink_keys: Tensor,
-    sink_values: Tensor,
-    low_keys: Tensor | None,
-    low_values: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    alpha: float,
-) -> None:
-    """Fold the evicted chunk into the sink in place: sink = alpha * sink + (1 - alpha) * evicted (spec 2.2,
-    step 3).
+    sink_keys: Tensor, sink_values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+    keys: Tensor, values: Tensor, alpha: float,
+) -> None:  # fmt: skip
+    """Fold the evicted chunk into the sink in place: sink = alpha * sink + (1 - alpha) * evicted.
 
     All tensors: [L, B, S, H, E]; keys before rotation. low_keys, low_values: what rounding took from the
     sink, or None for the published form. The last axis must be contiguous, and keys and values of a pair must

@@ -69,17 +69,10 @@ def _evict_and_rephase_kernel(
     "rfengine::evict_and_rephase", mutates_args=["raw", "rotated", "values", "low_keys", "low_values"]
 )
 def evict_and_rephase(
-    raw: Tensor,
-    rotated: Tensor,
-    values: Tensor,
-    low_keys: Tensor | None,
-    low_values: Tensor | None,
-    rotation: Tensor,
-    sink_tokens: int,
-    leaving: int,
-    alpha: float,
-) -> None:
-    """Fold the chunk at token `leaving` into the sink, then rotate all keys anew (spec 2.2, steps 3 and 5).
+    raw: Tensor, rotated: Tensor, values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+    rotation: Tensor, sink_tokens: int, leaving: int, alpha: float,
+) -> None:  # fmt: skip
+    """Fold the chunk at token `leaving` into the sink, then rotate all keys again.
 
     raw, rotated, values: [L, B, S, H, E], the filled part of the arenas, changed in place: the first
     sink_tokens of raw and values, all of rotated. low_keys, low_values: [L, B, sink_tokens, H, E], changed in

@@ -55,7 +55,7 @@ def _flow_step_kernel(
 
 @torch.library.custom_op("rfengine::flow_step", mutates_args=[])
 def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, next_sigma: float) -> Tensor:
-    """One step of the sampler from the head's tokens: x0 = x - sigma * flow, then re-noise (spec 3.2).
+    """One step of the sampler from the head's tokens: x0 = x - sigma * flow, then re-noise.
 
     tokens: [B, T, P * P * C]; x, noise: [B, C, F, H, W]. x0 is formed in float64 and rounded to the dtype of
     x; with noise the result is (1 - next_sigma) * x0 + next_sigma * noise in float32, rounded; without, x0. A

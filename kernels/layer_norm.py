@@ -189,16 +189,9 @@ def layer_norm(
 
 @torch.library.custom_op("rfengine::layer_norm_backward", mutates_args=())
 def layer_norm_backward(
-    total: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    factor: Tensor,
-    offset: Tensor,
-    grad_total: Tensor | None,
-    grad_normed: Tensor,
-    eps: float,
-    plus_one: bool,
-) -> list[Tensor]:
+    total: Tensor, y: Tensor | None, gate: Tensor | None, factor: Tensor, offset: Tensor,
+    grad_total: Tensor | None, grad_normed: Tensor, eps: float, plus_one: bool,
+) -> list[Tensor]:  # fmt: skip
     """Gradients of x, factor and offset, then of y and gate when there is a gate.
 
     Without a gate y is not needed and its gradient is that of x; without a branch grad_total is None as well.

@@ -42,16 +42,9 @@ GELU_SCALE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 
 @triton.jit
 def _load(
-    source,
-    stride,
-    row,
-    k,
-    rows,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    source, stride, row, k, rows, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
-):
+):  # fmt: skip
     """Tile [ROWS, BLOCK_K] of a matrix [rows, K] from (row, k) on; zeros outside."""
     if TMA:
         tile = source.load([row, k])

@@ -143,7 +143,7 @@ def _check(rotation: Tensor, dim: int, **tensors: Tensor | None) -> None:
 def qk_norm_rope(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, num_heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """RMS norm of q and k over the whole model dimension, then rotation of every head (spec 1.4, 1.5).
+    """RMS norm of q and k over the whole model dimension, then rotation of every head.
 
     q, k: [B, T, D], last axis contiguous (ValueError); weights [D]; rotation: [2, T, E / 2], float32. Returns
     q, k as [B, T, H, E], rounded after the norm, after the weight and after rotation. Differentiable in q, k
@@ -176,15 +176,9 @@ def _(
 
 @torch.library.custom_op("rfengine::qk_norm_rope_backward", mutates_args=[])
 def qk_norm_rope_backward(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rotation: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor,
+    rotation: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k [B, T, D] and of the two weights [D] from those of the rotated q, k [B, T, H, E]."""
     grad_q, grad_k = map(contiguous_rows, (grad_q, grad_k))
     batch, tokens, dim = q.shape
@@ -206,15 +200,9 @@ def qk_norm_rope_backward(
 
 @qk_norm_rope_backward.register_fake
 def _(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    q: Tensor,
-    k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rotation: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor,
+    rotation: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), torch.empty_like(weight_q), torch.empty_like(weight_k)
 
 
@@ -233,17 +221,9 @@ qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("rfengine::qk_norm_rope_write", mutates_args=["keys", "values", "raw_keys"])
 def qk_norm_rope_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rotation: Tensor,
-    eps: float,
-    keys: Tensor,
-    values: Tensor,
-    raw_keys: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Norm and rotate q and k, and write this chunk's slot: rotated keys, values and, when given, raw keys.
 
     q, k, v: [B, T, D]; rotation: [2, T, E / 2], float32. keys, values, raw_keys: [B, T, H, E] views of the
@@ -273,15 +253,7 @@ def qk_norm_rope_write(
 
 @qk_norm_rope_write.register_fake
 def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rotation: Tensor,
-    eps: float,
-    keys: Tensor,
-    values: Tensor,
-    raw_keys: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None,
+) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:2], *keys.shape[2:])

@@ -1,4 +1,4 @@
-"""RMS norm: normed = round(x / sqrt(mean(x^2) + eps)) * weight, one read and one write of x (spec 1.4).
+"""RMS norm: normed = round(x / sqrt(mean(x^2) + eps)) * weight, one read and one write of x.
 
 x [..., T, D] bf16, fp16 or fp32; weight [D] in any of these. round() is to the dtype of x, before the weight,
 as the published model has it. A program holds a row in registers. Bound: memory, 4 bytes for each element of

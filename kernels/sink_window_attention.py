@@ -39,29 +39,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=["tokens"])
 def _sink_window_attention_kernel(
-    q_ptr,
-    keys_ptr,
-    values_ptr,
-    kv_len_ptr,
-    out_ptr,
-    lse_ptr,
-    q_stride_b,
-    q_stride_t,
-    q_stride_h,
-    keys_stride_b,
-    keys_stride_t,
-    keys_stride_h,
-    values_stride_b,
-    values_stride_t,
-    values_stride_h,
-    heads,
-    tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q_ptr, keys_ptr, values_ptr, kv_len_ptr, out_ptr, lse_ptr, q_stride_b, q_stride_t, q_stride_h,
+    keys_stride_b, keys_stride_t, keys_stride_h, values_stride_b, values_stride_t, values_stride_h, heads,
+    tokens, scale, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < tokens
@@ -191,15 +173,9 @@ def _attention_op(
 
 @torch.library.custom_op("rfengine::sink_window_attention_slot", mutates_args=())
 def _slot_op(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    kv_len: Tensor,
-    slot_keys: Tensor,
-    slot_values: Tensor,
-    slot_start: int,
-    form: str | None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, keys: Tensor, values: Tensor, kv_len: Tensor, slot_keys: Tensor, slot_values: Tensor,
+    slot_start: int, form: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     slot = (q.shape[0], slot_keys.shape[1], *q.shape[2:])
     if slot_keys.shape != slot or slot_values.shape != slot or slot_start + slot[1] > keys.shape[1]:
         raise ValueError(
@@ -248,7 +224,7 @@ _slot_op.register_autograd(_slot_backward, setup_context=_save)
 def sink_window_attention(
     q: Tensor, keys: Tensor, values: Tensor, kv_len: Tensor, form: Form | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the first kv_len tokens of the arena, without mask (spec 2.2, step 6).
+    """softmax(q k^T / sqrt(D)) v over the first kv_len tokens of the arena, without mask.
 
     q: [B, Tq, H, D]; keys, values: [B, S, H, D], any strides but the last; kv_len: int32 [1] on the device, 1
     to S, not checked. Tokens from kv_len on are not read: they may be NaN. form: None lets the device and
@@ -261,15 +237,9 @@ def sink_window_attention(
 
 
 def sink_window_attention_slot(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    kv_len: Tensor,
-    slot_keys: Tensor,
-    slot_values: Tensor,
-    slot_start: int,
-    form: Form | None = None,
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, kv_len: Tensor, slot_keys: Tensor, slot_values: Tensor,
+    slot_start: int, form: Form | None = None,
+) -> Tensor:  # fmt: skip
     """sink_window_attention with gradients for q and the current chunk's slot; the rest is constant.
 
     slot_keys, slot_values: [B, T, H, D], the numbers that lie in the arena at slot_start .. slot_start + T.

@@ -30,34 +30,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["tokens"])
 def _attention_backward_query_kernel(
-    grad_ptr,
-    q_ptr,
-    keys_ptr,
-    values_ptr,
-    kv_len_ptr,
-    out_ptr,
-    lse_ptr,
-    grad_q_ptr,
-    delta_ptr,
-    grad_stride_b,
-    grad_stride_t,
-    grad_stride_h,
-    q_stride_b,
-    q_stride_t,
-    q_stride_h,
-    keys_stride_b,
-    keys_stride_t,
-    keys_stride_h,
-    values_stride_b,
-    values_stride_t,
-    values_stride_h,
-    heads,
-    tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    grad_ptr, q_ptr, keys_ptr, values_ptr, kv_len_ptr, out_ptr, lse_ptr, grad_q_ptr, delta_ptr,
+    grad_stride_b, grad_stride_t, grad_stride_h, q_stride_b, q_stride_t, q_stride_h, keys_stride_b,
+    keys_stride_t, keys_stride_h, values_stride_b, values_stride_t, values_stride_h, heads, tokens, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < tokens
@@ -97,36 +74,11 @@ def _attention_backward_query_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "slot_tokens", "slot_start"])
 def _attention_backward_keys_kernel(
-    grad_ptr,
-    q_ptr,
-    keys_ptr,
-    values_ptr,
-    kv_len_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_keys_ptr,
-    grad_values_ptr,
-    grad_stride_b,
-    grad_stride_t,
-    grad_stride_h,
-    q_stride_b,
-    q_stride_t,
-    q_stride_h,
-    keys_stride_b,
-    keys_stride_t,
-    keys_stride_h,
-    values_stride_b,
-    values_stride_t,
-    values_stride_h,
-    heads,
-    tokens,
-    slot_start,
-    slot_tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    grad_ptr, q_ptr, keys_ptr, values_ptr, kv_len_ptr, lse_ptr, delta_ptr, grad_keys_ptr, grad_values_ptr,
+    grad_stride_b, grad_stride_t, grad_stride_h, q_stride_b, q_stride_t, q_stride_h, keys_stride_b,
+    keys_stride_t, keys_stride_h, values_stride_b, values_stride_t, values_stride_h, heads, tokens,
+    slot_start, slot_tokens, scale, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     batch, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     slot_rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, HEAD_DIM)
@@ -207,16 +159,9 @@ def _(grad, q, keys, values, kv_len, out, lse):
 
 @torch.library.custom_op("rfengine::sink_window_attention_backward_keys", mutates_args=())
 def attention_backward_keys(
-    grad: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    kv_len: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    slot_start: int,
-    slot_tokens: int,
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, kv_len: Tensor, lse: Tensor, delta: Tensor,
+    slot_start: int, slot_tokens: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the arena's keys and values slot_start .. slot_start + slot_tokens, contiguous [B, T, H,
     D].
 

@@ -48,31 +48,11 @@ def weigh_keys(q, k, maximum, total, scale, columns_left, MASKED: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["tokens", "whole_tiles", "units", "parts"])
 def _sink_window_attention_descriptor_kernel(
-    q_ptr,
-    keys_ptr,
-    values_ptr,
-    kv_len_ptr,
-    out_ptr,
-    lse_ptr,
-    part_ptr,
-    part_lse_ptr,
-    q_stride_b,
-    q_stride_t,
-    keys_stride_b,
-    keys_stride_t,
-    values_stride_b,
-    values_stride_t,
-    heads,
-    tokens,
-    whole_tiles,
-    units,
-    parts,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q_ptr, keys_ptr, values_ptr, kv_len_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_b,
+    q_stride_t, keys_stride_b, keys_stride_t, values_stride_b, values_stride_t, heads, tokens, whole_tiles,
+    units, parts, scale, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPECIALISED: tl.constexpr,
-):
+):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     kv_len = tl.load(kv_len_ptr)
     width = heads * HEAD_DIM
@@ -152,20 +132,9 @@ def _sink_window_attention_descriptor_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "whole_tiles", "parts"])
 def _add_parts_kernel(
-    part_ptr,
-    part_lse_ptr,
-    kv_len_ptr,
-    out_ptr,
-    lse_ptr,
-    heads,
-    tokens,
-    whole_tiles,
-    parts,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    part_ptr, part_lse_ptr, kv_len_ptr, out_ptr, lse_ptr, heads, tokens, whole_tiles, parts,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
     cut_tile = tl.program_id(1)
     cuts = tl.num_programs(1) * parts

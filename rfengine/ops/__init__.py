@@ -80,30 +80,15 @@ class Ops:
         return self._run["rms_norm"](x, weight, eps)
 
     def qk_norm_rope(
-        self,
-        q: Tensor,
-        k: Tensor,
-        weight_q: Tensor,
-        weight_k: Tensor,
-        rotation: Tensor,
-        num_heads: int,
+        self, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, num_heads: int,
         eps: float,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         return self._run["qk_norm_rope"](q, k, weight_q, weight_k, rotation, num_heads, eps)
 
     def qk_norm_rope_write(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weight_q: Tensor,
-        weight_k: Tensor,
-        rotation: Tensor,
-        eps: float,
-        keys: Tensor,
-        values: Tensor,
-        raw_keys: Tensor | None,
-    ) -> Tensor:
+        self, q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor,
+        eps: float, keys: Tensor, values: Tensor, raw_keys: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         return self._run["qk_norm_rope_write"](
             q, k, v, weight_q, weight_k, rotation, eps, keys, values, raw_keys
         )
@@ -120,15 +105,9 @@ class Ops:
         self._run["rephase_keys"](raw, rotated, rotation)
 
     def ema_evict(
-        self,
-        sink_keys: Tensor,
-        sink_values: Tensor,
-        low_keys: Tensor | None,
-        low_values: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
-        alpha: float,
-    ) -> None:
+        self, sink_keys: Tensor, sink_values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+        keys: Tensor, values: Tensor, alpha: float,
+    ) -> None:  # fmt: skip
         self._run["ema_evict"](sink_keys, sink_values, low_keys, low_values, keys, values, alpha)
 
     def unpatchify(self, tokens: Tensor, like: Tensor) -> Tensor:
@@ -140,30 +119,17 @@ class Ops:
         return self._run["flow_step"](tokens, x, sigma, noise, next_sigma)
 
     def evict_and_rephase(
-        self,
-        raw: Tensor,
-        rotated: Tensor,
-        values: Tensor,
-        low_keys: Tensor | None,
-        low_values: Tensor | None,
-        rotation: Tensor,
-        sink_tokens: int,
-        leaving: int,
-        alpha: float,
-    ) -> None:
+        self, raw: Tensor, rotated: Tensor, values: Tensor, low_keys: Tensor | None,
+        low_values: Tensor | None, rotation: Tensor, sink_tokens: int, leaving: int, alpha: float,
+    ) -> None:  # fmt: skip
         self._run["evict_and_rephase"](
             raw, rotated, values, low_keys, low_values, rotation, sink_tokens, leaving, alpha
         )
 
     def channel_norm_silu(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        gamma: Tensor,
-        out: Tensor,
+        self, x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, out: Tensor,
         out_scale: float = 1.0,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         return self._run["channel_norm_silu"](x, bias, residual, gamma, out, out_scale)
 
     def causal_conv3d(

@@ -80,17 +80,9 @@ def qk_norm_rope(
 
 
 def qk_norm_rope_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rotation: Tensor,
-    eps: float,
-    keys: Tensor,
-    values: Tensor,
-    raw_keys: Tensor | None,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None,
+) -> None:  # fmt: skip
     batch, tokens, dim = q.shape
     slot = (batch, tokens, *keys.shape[2:])
     _check(
@@ -115,29 +107,17 @@ def rephase_keys(raw: Tensor, rotated: Tensor, rotation: Tensor) -> None:
 
 
 def ema_evict(
-    sink_keys: Tensor,
-    sink_values: Tensor,
-    low_keys: Tensor | None,
-    low_values: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    alpha: float,
-) -> None:
+    sink_keys: Tensor, sink_values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+    keys: Tensor, values: Tensor, alpha: float,
+) -> None:  # fmt: skip
     _same("the sink", sink_keys, "the evicted chunk", keys)
     _same("the sink's values", sink_values, "the evicted values", values)
 
 
 def evict_and_rephase(
-    raw: Tensor,
-    rotated: Tensor,
-    values: Tensor,
-    low_keys: Tensor | None,
-    low_values: Tensor | None,
-    rotation: Tensor,
-    sink_tokens: int,
-    leaving: int,
-    alpha: float,
-) -> None:
+    raw: Tensor, rotated: Tensor, values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+    rotation: Tensor, sink_tokens: int, leaving: int, alpha: float,
+) -> None:  # fmt: skip
     _same("raw", raw, "values", values)
     rephase_keys(raw, rotated, rotation)
     last = raw.shape[2] - sink_tokens
@@ -153,13 +133,8 @@ def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, nex
 
 
 def channel_norm_silu(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gamma: Tensor,
-    out: Tensor,
-    out_scale: float,
-) -> None:
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, out: Tensor, out_scale: float,
+) -> None:  # fmt: skip
     _same("x", x, "out", out)
     if residual is not None:
         _same("x", x, "the residual", residual)

@@ -185,17 +185,9 @@ def _load(device: torch.device) -> Driver:
 
 
 def evict_and_rephase(
-    raw: Tensor,
-    rotated: Tensor,
-    values: Tensor,
-    low_keys: Tensor | None,
-    low_values: Tensor | None,
-    rotation: Tensor,
-    sink_tokens: int,
-    leaving: int,
-    alpha: float,
-    driver: Driver | None = None,
-) -> None:
+    raw: Tensor, rotated: Tensor, values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+    rotation: Tensor, sink_tokens: int, leaving: int, alpha: float, driver: Driver | None = None,
+) -> None:  # fmt: skip
     """reference.evict_and_rephase in one launch, bit for bit.
 
     Raises ValueError for what its 16-byte accesses cannot serve: the last three axes of an arena must be

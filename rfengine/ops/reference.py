@@ -1,4 +1,4 @@
-"""The meaning of every op in plain PyTorch: the oracle that kernels are held against.
+"""The meaning of every op in plain PyTorch: the oracle that kernels are compared with.
 
 Shapes: B batch, F latent frames, T tokens (F * frame_tokens), D model dim, H heads, E head dim, S arena
 tokens, L layers, C latent channels. Arithmetic is float32 at least (float64 stays float64); a result is
@@ -24,7 +24,7 @@ def _per_frame(table: Tensor, x: Tensor) -> Tensor:
 
 
 def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, without affine parameters (spec 1.4, step 5).
+    """LayerNorm(x) * (1 + scale) + shift, without affine parameters: the modulation of the published model.
 
     x: [B, T, D]. shift, scale: [B or 1, F or 1, D], one row for each latent frame.
     """
@@ -47,8 +47,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
 def gated_residual_adaptive_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * y, adaptive_layer_norm of it). The caller gives x up: a backend may write the sum into
-    it."""
+    """(x + gate * y, adaptive_layer_norm of it). x may be overwritten; do not use it afterwards."""
     total = gated_residual(x, y, gate)
     return total, adaptive_layer_norm(total, shift, scale, eps)
 
@@ -56,7 +55,7 @@ def gated_residual_adaptive_norm(
 def gated_residual_affine_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * y, affine_layer_norm of it). The caller gives x up: a backend may write the sum into it."""
+    """(x + gate * y, affine_layer_norm of it). x may be overwritten; do not use it afterwards."""
     total = gated_residual(x, y, gate)
     return total, affine_layer_norm(total, weight, bias, eps)
 
@@ -67,7 +66,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU, in its tanh form, of x W^T + b (spec 1.4). A backend rounds once, after the GELU; this one, as
+    """GELU, in its tanh form, of x W^T + b. A backend rounds once, after the GELU; this one, as
     the published model does, before it as well."""
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
@@ -81,8 +80,7 @@ def gated_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tenso
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight (spec
-    1.4)."""
+    """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight."""
     wide = _wide(x)
     normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
     return (normed * weight).to(x.dtype)
@@ -93,7 +91,7 @@ def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scale.
 
     scale = max |row| / 448, or 1 for a row of zeros; values are rounded to nearest and saturate at 448. The
-    FP8 forms of the norms give row_fp8 of what the norm itself gives.
+    FP8 forms of the norms return row_fp8 of the norm.
     """
     scale = x.float().abs().amax(-1, keepdim=True) / 448
     scale = torch.where(scale > 0, scale, 1.0)
@@ -101,7 +99,7 @@ def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate interleaved pairs (2j, 2j + 1): (a, b) -> (a cos - b sin, a sin + b cos) (spec 1.5).
+    """Rotate interleaved pairs (2j, 2j + 1): (a, b) -> (a cos - b sin, a sin + b cos).
 
     x: [..., T, H, E]. rotation: [2, T, E / 2], cosines then sines, float32 or float64.
     """
@@ -125,17 +123,9 @@ def qk_norm_rope(
 
 
 def qk_norm_rope_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    rotation: Tensor,
-    eps: float,
-    keys: Tensor,
-    values: Tensor,
-    raw_keys: Tensor | None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Norm and rotate q and k, and write this chunk's slot: rotated keys, values and, when given, raw keys.
 
     q, k, v: [B, T, D]; rotation: [2, T, E / 2]. keys, values, raw_keys: [B, T, H, E] views of the arena,
@@ -155,7 +145,7 @@ def qk_norm_rope_write(
 def sink_window_attention(
     q: Tensor, keys: Tensor, values: Tensor, kv_len: int, filled_tokens: Tensor | None = None
 ) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v over the first kv_len tokens of the arena, without mask (spec 2.2, step 6).
+    """softmax(q k^T / sqrt(E)) v over the first kv_len tokens of the arena, without mask.
 
     q: [B, T, H, E]; keys, values: [B, S, H, E]. Returns [B, T, H, E]. filled_tokens: int32 [1] on the device,
     the same number as kv_len; a backend that is captured in a graph reads it there, this one reads kv_len.
@@ -185,16 +175,10 @@ def rephase_keys(raw: Tensor, rotated: Tensor, rotation: Tensor) -> None:
 
 
 def ema_evict(
-    sink_keys: Tensor,
-    sink_values: Tensor,
-    low_keys: Tensor | None,
-    low_values: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    alpha: float,
-) -> None:
-    """Fold the evicted chunk into the sink in place: sink = alpha * sink + (1 - alpha) * evicted (spec 2.2,
-    step 3).
+    sink_keys: Tensor, sink_values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+    keys: Tensor, values: Tensor, alpha: float,
+) -> None:  # fmt: skip
+    """Fold the evicted chunk into the sink in place: sink = alpha * sink + (1 - alpha) * evicted.
 
     All tensors: [L, B, S, H, E]; keys before rotation. low_keys, low_values: what rounding took from the
     sink; the sum is then formed in float32 as (sink + low) and split again into its rounded value and the
@@ -211,16 +195,9 @@ def ema_evict(
 
 
 def evict_and_rephase(
-    raw: Tensor,
-    rotated: Tensor,
-    values: Tensor,
-    low_keys: Tensor | None,
-    low_values: Tensor | None,
-    rotation: Tensor,
-    sink_tokens: int,
-    leaving: int,
-    alpha: float,
-) -> None:
+    raw: Tensor, rotated: Tensor, values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+    rotation: Tensor, sink_tokens: int, leaving: int, alpha: float,
+) -> None:  # fmt: skip
     """ema_evict of the chunk at token `leaving` into the first sink_tokens tokens, then rephase_keys of all.
 
     raw, rotated, values: [L, B, S, H, E], the filled part of the arenas, changed in place; the chunk that
@@ -241,7 +218,7 @@ def evict_and_rephase(
 
 
 def unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
-    """Tokens of the head to latents: feature (p, q, c), channel fastest (spec 1.4, step 7).
+    """Tokens of the head to latents: feature (p, q, c), channel fastest.
 
     tokens: [B, T, P * P * C]; like: [B, C', F, H, W], the latents they were patched from. Returns [B, C, F,
     H, W].
@@ -254,7 +231,7 @@ def unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, next_sigma: float) -> Tensor:
-    """One step of the sampler from the head's tokens: x0 = x - sigma * flow, then re-noise (spec 3.2).
+    """One step of the sampler from the head's tokens: x0 = x - sigma * flow, then re-noise.
 
     tokens: [B, T, P * P * C]; x, noise: [B, C, F, H, W]. x0 is formed in float64 and rounded to the dtype of
     x; with noise the result is (1 - next_sigma) * x0 + next_sigma * noise in float32, rounded; without it,
@@ -277,20 +254,15 @@ def frame_pack(pixels: Tensor) -> Tensor:
 
 
 def channel_norm_silu(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    gamma: Tensor,
-    out: Tensor,
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, out: Tensor,
     out_scale: float = 1.0,
-) -> Tensor:
-    """silu(total / max(L2 norm over C, 1e-12) * sqrt(C) * gamma) / out_scale into `out`; returns total (spec
-    4.2).
+) -> Tensor:  # fmt: skip
+    """silu(total / max(L2 norm over C, 1e-12) * sqrt(C) * gamma) / out_scale into `out`; returns total.
 
     total = x + bias + residual, rounded once to the dtype of x before the norm reads it; x itself without
     both. x, residual: [T, H, W, C]; bias, gamma: [C]. out: a view of the shape of x, overwritten, rounded
-    once to its own dtype; float8_e4m3fn saturates at 448. out_scale: the size of the unit of out. The caller
-    gives x up: a backend may write the sum into it.
+    once to its own dtype; float8_e4m3fn saturates at 448. out_scale: the size of the unit of out. x may be
+    overwritten; do not use it afterwards.
     """
     total = x
     for term in (bias, residual):
@@ -311,7 +283,7 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | 
     """Convolution over time without padding and over height and width padded with zeros to their size.
 
     x: [T + kt - 1, H, W, Cin], in front the kt - 1 frames before the chunk; weight: [Cout, Cin, kt, kh, kw],
-    any strides; bias: [Cout]. Returns `out` [T, H, W, Cout], overwritten, or a new tensor (spec 4.2).
+    any strides; bias: [Cout]. Returns `out` [T, H, W, Cout], overwritten, or a new tensor.
     """
     result = convolve_frames(_wide(x), _wide(weight), None if bias is None else _wide(bias))
     return result.to(x.dtype) if out is None else out.copy_(result)
@@ -378,7 +350,7 @@ def phase_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     x: [T, H, W, Cin]; weight: [2, 2, Cout, Cin, 2, 2], phase (row a, column b) first; bias: [Cout]. Pixel
     (2i + a, 2j + b) of [T, 2H, 2W, Cout] sums weight[a, b, :, :, r, s] @ x[i + a - 1 + r, j + b - 1 + s] over
-    r, s in {0, 1}, with zeros outside, plus bias. Weights of fold_upsample_weight: spec 4.2.
+    r, s in {0, 1}, with zeros outside, plus bias. Weights are those of fold_upsample_weight.
     """
     return join_phases(_wide(x), _wide(weight), None if bias is None else _wide(bias)).to(x.dtype)
 
@@ -411,7 +383,7 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
 
 
 def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v inside each frame, one head (spec 4.2). All are [T, N, C]."""
+    """softmax(q k^T / sqrt(C)) v inside each frame, one head. All are [T, N, C]."""
     return F.scaled_dot_product_attention(_wide(q), _wide(k), _wide(v)).to(q.dtype)
 
 

@@ -21,7 +21,7 @@ def count_cold_sets(device: torch.device | str, set_bytes: int) -> int:
 
 
 def capture_calls(run: Callable[..., object], sets: Sequence[Arguments]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `run` on each set of arguments in turn, after two runs that build what it needs.
+    """A CUDA graph of `run` on each set of arguments, after two runs that build what it needs.
 
     A graph, since a launch from Python takes longer than most kernels run, and since the engine runs them in
     one.
