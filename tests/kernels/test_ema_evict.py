@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rfengine.kernels.ema_evict import ema_evict
 from rfengine.ops import reference
-from support.bits import DTYPES, assert_same_bits, values
+from support.bits import DTYPES, assert_same_bits, in_every_dtype, values
 from support.interpreter_rounding import round_to_nearest_even
 
 
@@ -40,10 +40,8 @@ def assert_same_state(kernel: list[Tensor | None], expected: list[Tensor | None]
         assert_same_bits(name, own, other)
 
 
-@pytest.mark.parametrize("alpha", [0.999, 0.7])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), in_every_dtype(SHAPES))
+@pytest.mark.parametrize(("split", "alpha"), [(True, 0.999), (False, 0.999), (False, 0.7)])
 def test_evicted_chunk_is_averaged_into_the_sink_bit_for_bit(
     shape: tuple[int, ...], split: bool, dtype: torch.dtype, alpha: float
 ) -> None:

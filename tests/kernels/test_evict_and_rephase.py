@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rfengine.kernels.evict_and_rephase import evict_and_rephase
 from rfengine.ops import reference
-from support.bits import DTYPES, angles, assert_same_bits, values
+from support.bits import DTYPES, angles, assert_same_bits, in_every_dtype, values
 from support.interpreter_rounding import round_to_nearest_even
 
 
@@ -58,9 +58,8 @@ def assert_same_state(own: list[Tensor | None], expected: list[Tensor | None]) -
 SIZES = [(1, 1, 1, 64, 1, 1), (3, 2, 3, 64, 21, 2), (2, 1, 2, 128, 33, 2), (2, 2, 2, 24, 12, 3)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "dtype"), in_every_dtype(SIZES))
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("size", SIZES)
 def test_fused_launch_leaves_the_same_memory_as_the_two_ops(
     size: tuple[int, ...], split: bool, dtype: torch.dtype
 ) -> None:

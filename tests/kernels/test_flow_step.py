@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rfengine.kernels.flow_step import flow_step
 from rfengine.ops import reference
-from support.bits import DTYPES, assert_same_bits, values
+from support.bits import DTYPES, assert_same_bits, in_every_dtype, values
 from support.interpreter_rounding import round_to_nearest_even
 
 
@@ -33,8 +33,7 @@ def inputs(size: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...
     return tokens, x, noise
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "dtype"), in_every_dtype(SIZES))
 def test_clean_latents_are_those_of_the_reference_bit_for_bit(
     size: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -44,8 +43,7 @@ def test_clean_latents_are_those_of_the_reference_bit_for_bit(
         assert_same_bits(f"x0 at sigma {sigma}", flow_step(tokens, x, sigma, None, 0.0), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "dtype"), in_every_dtype(SIZES))
 def test_renoised_latents_are_those_of_the_reference_bit_for_bit(
     size: tuple[int, ...], dtype: torch.dtype
 ) -> None:

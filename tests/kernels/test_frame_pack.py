@@ -10,9 +10,8 @@ pytest.importorskip("triton")
 
 from rfengine.kernels import frame_pack as kernels  # noqa: E402
 from rfengine.ops import reference  # noqa: E402
+from support.bits import DEVICE, in_every_dtype  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 2, 2), (3, 18, 50), (2, 64, 96), (2, 7, 31)]
 
 
@@ -25,8 +24,7 @@ def pixels_of(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.where(chosen, halves, pixels).to(dtype).to(DEVICE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), in_every_dtype(SHAPES))
 def test_bytes_are_the_reference_bit_for_bit(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     pixels = pixels_of(shape, dtype)
     assert torch.equal(kernels.frame_pack(pixels), reference.frame_pack(pixels))

@@ -7,7 +7,7 @@ import torch
 
 from rfengine.kernels.rephase_keys import rephase_keys
 from rfengine.ops import reference
-from support.bits import DEVICE, DTYPES, angles, assert_same_bits, values
+from support.bits import DEVICE, DTYPES, angles, assert_same_bits, in_every_dtype, values
 from support.interpreter_rounding import round_to_nearest_even
 
 
@@ -20,8 +20,7 @@ def gpu_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 SHAPES = [(1, 1, 1, 1, 64), (3, 2, 63, 3, 64), (2, 1, 100, 2, 128), (2, 2, 12, 2, 24), (1, 2, 7, 5, 6)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "dtype"), in_every_dtype(SHAPES))
 def test_every_key_gets_the_rotation_of_the_reference_bit_for_bit(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:

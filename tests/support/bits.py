@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+Size = TypeVar("Size")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def in_every_dtype(sizes: Sequence[Size]) -> list[tuple[Size, torch.dtype]]:
+    """Cases: the last size in every dtype, the others each in one of them."""
+    others = [(size, DTYPES[index % len(DTYPES)]) for index, size in enumerate(sizes[:-1])]
+    return others + [(sizes[-1], dtype) for dtype in DTYPES]
 
 
 def assert_same_bits(name: str, kernel: Tensor, reference: Tensor) -> None:
