@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 
-def _check(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
 
 def _same(name: str, x: Tensor, other_name: str, y: Tensor) -> None:
-    _check(
+    require(
         x.shape == y.shape,
         f"{name} is {tuple(x.shape)} but {other_name} is {tuple(y.shape)}; they must be equal",
     )
 
 
 def _modulation(x: Tensor, *tables: Tensor | None) -> None:
-    _check(x.ndim == 3, f"x is {tuple(x.shape)}; it must be [B, T, D]")
+    require(x.ndim == 3, f"x is {tuple(x.shape)}; it must be [B, T, D]")
     for table in tables:
         if table is None:
             continue
         fits = table.ndim == 3 and table.shape[0] in (1, x.shape[0]) and table.shape[2] == x.shape[2]
-        _check(
+        require(
             fits and x.shape[1] % table.shape[1] == 0,
             f"a modulation of {tuple(table.shape)} does not fit x of {tuple(x.shape)}; "
             "it must be [B or 1, F or 1, D]",
@@ -37,7 +37,7 @@ def _modulation(x: Tensor, *tables: Tensor | None) -> None:
 
 def _rotation(rotation: Tensor, tokens: int, head_dim: int) -> None:
     expected = (2, tokens, head_dim // 2)
-    _check(tuple(rotation.shape) == expected, f"rotation is {tuple(rotation.shape)}; it must be {expected}")
+    require(tuple(rotation.shape) == expected, f"rotation is {tuple(rotation.shape)}; it must be {expected}")
 
 
 def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
@@ -58,7 +58,7 @@ def gated_residual_affine_norm(x: Tensor, y: Tensor, gate: Tensor | None, *_: ob
 
 def gated_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tensor | None) -> None:
     _modulation(x, gate)
-    _check(
+    require(
         x.shape == (*y.shape[:2], weight.shape[0]),
         f"x is {tuple(x.shape)} for y of {tuple(y.shape)} and a weight of {tuple(weight.shape)}; "
         "it must be [B, T, N]",
@@ -66,7 +66,7 @@ def gated_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tenso
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
-    _check(
+    require(
         weight.shape == x.shape[-1:],
         f"weight is {tuple(weight.shape)} for x of {tuple(x.shape)}; it must cover the last axis",
     )
@@ -85,7 +85,7 @@ def qk_norm_rope_write(
 ) -> None:  # fmt: skip
     batch, tokens, dim = q.shape
     slot = (batch, tokens, *keys.shape[2:])
-    _check(
+    require(
         keys.shape == values.shape == slot and keys.shape[2] * keys.shape[3] == dim,
         f"the slot is {tuple(keys.shape)} for a chunk of {tuple(q.shape)}; it must hold just that chunk",
     )
@@ -94,7 +94,7 @@ def qk_norm_rope_write(
 
 def sink_window_attention(q: Tensor, keys: Tensor, values: Tensor, kv_len: int, *_: object) -> None:
     _same("keys", keys, "values", values)
-    _check(0 < kv_len <= keys.shape[1], f"kv_len is {kv_len}; the arena holds 1 to {keys.shape[1]} tokens")
+    require(0 < kv_len <= keys.shape[1], f"kv_len is {kv_len}; the arena holds 1 to {keys.shape[1]} tokens")
 
 
 def clip_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -121,7 +121,7 @@ def evict_and_rephase(
     _same("raw", raw, "values", values)
     rephase_keys(raw, rotated, rotation)
     last = raw.shape[2] - sink_tokens
-    _check(
+    require(
         0 < sink_tokens <= leaving <= last,
         f"the chunk that leaves starts at token {leaving}; it lies from {sink_tokens} to {last}",
     )
@@ -139,15 +139,15 @@ def channel_norm_silu(
     if residual is not None:
         _same("x", x, "the residual", residual)
     for name, vector in (("bias", bias), ("gamma", gamma)):
-        _check(
+        require(
             vector is None or vector.shape == x.shape[-1:],
             f"{name} does not fit x of {tuple(x.shape)}; it must have one value for each channel",
         )
-    _check(out_scale > 0, f"out_scale is {out_scale}; it must be positive")
+    require(out_scale > 0, f"out_scale is {out_scale}; it must be positive")
 
 
 def _convolution(x: Tensor, weight: Tensor) -> None:
-    _check(
+    require(
         x.ndim == 4
         and weight.ndim == 5
         and weight.shape[1] == x.shape[3]
@@ -161,7 +161,7 @@ def _convolution(x: Tensor, weight: Tensor) -> None:
 def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> None:
     _convolution(x, weight)
     expected = (x.shape[0] - weight.shape[2] + 1, *x.shape[1:3], weight.shape[0])
-    _check(
+    require(
         out is None or tuple(out.shape) == expected,
         f"out does not fit x of {tuple(x.shape)} under {tuple(weight.shape)}; it must be {expected}",
     )
@@ -171,11 +171,11 @@ def causal_conv3d_fp8(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | None
 ) -> None:
     causal_conv3d(x, weight, bias, out)
-    _check(
+    require(
         x.dtype == weight.dtype == torch.float8_e4m3fn,
         f"x is {x.dtype} and the weight {weight.dtype}; both must be torch.float8_e4m3fn",
     )
-    _check(
+    require(
         tuple(scale.shape) == (weight.shape[0],),
         f"scale is {tuple(scale.shape)}; it must have one value for each of {weight.shape[0]} channels",
     )
@@ -183,7 +183,7 @@ def causal_conv3d_fp8(
 
 def phase_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     shape = tuple(weight.shape)
-    _check(
+    require(
         x.ndim == 4 and len(shape) == 6 and (*shape[:2], *shape[3:]) == (2, 2, x.shape[3], 2, 2),
         f"a phase weight of {shape} does not fit x of {tuple(x.shape)}; "
         "it must be [2, 2, Cout, Cin, 2, 2] for x [T, H, W, Cin]",
@@ -193,14 +193,14 @@ def phase_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     _same("q", q, "k", k)
     _same("k", k, "v", v)
-    _check(q.ndim == 3, f"q is {tuple(q.shape)}; it must be [frames, positions, channels]")
+    require(q.ndim == 3, f"q is {tuple(q.shape)}; it must be [frames, positions, channels]")
 
 
 def conv_frame_pack(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _convolution(x, weight)
-    _check(weight.shape[0] == 3, f"the weight gives {weight.shape[0]} channels; a frame has 3")
+    require(weight.shape[0] == 3, f"the weight gives {weight.shape[0]} channels; a frame has 3")
 
 
 def frame_pack(pixels: Tensor) -> None:
     fits = pixels.ndim == 4 and pixels.shape[0] == 3
-    _check(fits, f"pixels are {tuple(pixels.shape)}; they must be [3, T, H, W]")
+    require(fits, f"pixels are {tuple(pixels.shape)}; they must be [3, T, H, W]")

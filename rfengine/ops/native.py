@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from rfengine.ops.checks import require
+
 if TYPE_CHECKING:
     from numpy import generic
 
@@ -198,13 +200,13 @@ def evict_and_rephase(
     layers, batch, tokens, heads, head_dim = _arena("raw", raw)
     for name, arena in (("rotated", rotated), ("values", values)):
         _check_alike("raw", raw, name, arena)
-    _check(
+    require(
         0 < sink_tokens <= leaving <= tokens - sink_tokens,
         f"the chunk that leaves starts at token {leaving}; it lies from {sink_tokens} to "
         f"{tokens - sink_tokens}",
     )
     expected = (2, tokens, head_dim // 2)
-    _check(
+    require(
         rotation.shape == expected and rotation.dtype == torch.float32 and rotation.is_contiguous(),
         f"rotation is {_layout(rotation)}; it must be contiguous float32 {expected}",
     )
@@ -212,13 +214,13 @@ def evict_and_rephase(
     if low_keys is not None and low_values is not None:
         _check_alike("low_keys", low_keys, "low_values", low_values)
         expected = (layers, batch, sink_tokens, heads, head_dim)
-        _check(
+        require(
             _arena("low_keys", low_keys) == expected and low_keys.dtype == raw.dtype,
             f"low_keys is {_layout(low_keys)}; it must be {raw.dtype} {expected}",
         )
         low_strides = low_keys.stride()[:2]
     else:
-        _check(low_keys is low_values, "low_keys and low_values must both be given, or both be None")
+        require(low_keys is low_values, "low_keys and low_values must both be given, or both be None")
     tensors = (raw, rotated, values, low_keys, low_values, rotation)
     _check_addresses(driver, tensors)
     sizes = (layers, batch, tokens, heads, head_dim, sink_tokens, leaving)
@@ -251,22 +253,17 @@ def _arguments(
     )
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def _layout(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}"
 
 
 def _check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     alike = (tensor.shape, tensor.dtype, tensor.stride()) == (other.shape, other.dtype, other.stride())
-    _check(alike, f"{other_name} is {_layout(other)} and {name} {_layout(tensor)}; they must be alike")
+    require(alike, f"{other_name} is {_layout(other)} and {name} {_layout(tensor)}; they must be alike")
 
 
 def _suffix(tensor: Tensor) -> str:
-    _check(
+    require(
         tensor.dtype in _SUFFIXES,
         f"the native kernels serve bfloat16, float16 and float32, not {tensor.dtype}",
     )
@@ -274,13 +271,13 @@ def _suffix(tensor: Tensor) -> str:
 
 
 def _arena(name: str, arena: Tensor) -> torch.Size:
-    _check(arena.ndim == 5, f"{name} is {tuple(arena.shape)}; it must be [L, B, S, H, E]")
+    require(arena.ndim == 5, f"{name} is {tuple(arena.shape)}; it must be [L, B, S, H, E]")
     heads, head_dim = arena.shape[3:]
     dense = arena.stride()[2:] == (heads * head_dim, head_dim, 1)
-    _check(dense, f"{name} is {_layout(arena)}; its last three axes must be contiguous")
+    require(dense, f"{name} is {_layout(arena)}; its last three axes must be contiguous")
     lanes = VECTOR_BYTES // arena.element_size()
     whole = head_dim % lanes == 0 and all(stride % lanes == 0 for stride in arena.stride()[:2])
-    _check(
+    require(
         whole,
         f"{name} is {_layout(arena)}; head dim and strides must be multiples of {lanes} for 16-byte accesses",
     )

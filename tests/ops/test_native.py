@@ -38,7 +38,7 @@ MOST_REGISTERS = 80  # of a thread, with which 3 blocks of 256 threads still sha
 
 
 class RecordingDriver:
-    """Keeps what it is told to launch."""
+    """Records its launches."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -49,7 +49,7 @@ class RecordingDriver:
 
 
 class HostDriver(RecordingDriver):
-    """Runs what it is told to launch, one thread after the other, from a library of the same kernels."""
+    """Runs its launches, one thread after the other, from a library of the same kernels."""
 
     def __init__(self, library: Path) -> None:
         super().__init__()

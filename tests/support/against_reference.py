@@ -1,4 +1,4 @@
-"""Holds an op, its outputs and its gradients, against reference.py in the same dtype and in float64."""
+"""Compares an op, its outputs and its gradients, with reference.py in the same dtype and in float64."""
 
 from __future__ import annotations
 

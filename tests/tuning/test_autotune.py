@@ -312,7 +312,7 @@ def test_cases_are_those_of_the_engines_own_shapes(monkeypatch):
         assert gate({}).key.shape == (tokens, 1536, 8960)
 
 
-def test_on_hopper_every_form_of_tritons_attention_contends_with_cudnn(monkeypatch):
+def test_on_hopper_every_form_of_tritons_attention_is_a_candidate_beside_cudnn(monkeypatch):
     reasons = dict.fromkeys(tuning_candidates.backend_reasons("cpu"), "") | {"flash": "it is not installed"}
     for module in (tuning_candidates, ops):
         monkeypatch.setattr(module, "backend_reasons", lambda device: reasons)
