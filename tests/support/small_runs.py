@@ -24,17 +24,17 @@ DMD = TrainConfig(
     name="small",
     stage="dmd",
     engine=ENGINE,
-    steps=3,
+    steps=2,
     batch=1,
     optimizer=ADAM,
     data="",
     critic_optimizer=ADAM,
-    critic_updates=3,
+    critic_updates=2,
     accumulation=2,
     distillation=PLAIN,
     rollout=RolloutConfig(4, 4, 3),
     average_decay=0.5,
-    save_every=2,
+    save_every=1,
 )
 
 

@@ -99,10 +99,10 @@ def test_student_and_critic_move_far_more_than_ranks_may_differ(alone, two_ranks
 
 @pytest.mark.parametrize("parallel", ["replicated", "sharded"])
 def test_one_rank_goes_on_from_a_checkpoint_of_two(alone, two_ranks, tmp_path, parallel):
-    place = tmp_path / "run" / "checkpoints" / "step_00000002"
+    place = tmp_path / "run" / "checkpoints" / "step_00000001"
     shutil.copytree(two_ranks / parallel / "checkpoints" / place.name, place)
-    resumed = trained(tmp_path, "run", steps=3)
-    assert int(resumed["step"]) == 3
+    resumed = trained(tmp_path, "run")
+    assert int(resumed["step"]) == 2
     assert worst_difference(resumed, alone) <= 1e-5
 
 
