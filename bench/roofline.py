@@ -5,7 +5,7 @@
 The floor of a part is the larger of FLOPs over the rate of products and bytes over the rate of the memory, as
 the data sheet has them; nothing here was measured. Floors of parts are added up, as if no two ran at once.
 "Products alone" takes the FLOPs at peak rate and no byte. What is counted and what is not stands at the head
-of chunk_work.py; the VAE is counted by running its code without data.
+of costs/chunk.py; the VAE is counted by running its code without data.
 """
 
 from __future__ import annotations

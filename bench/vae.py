@@ -388,8 +388,8 @@ def render(figures: dict[str, Any]) -> str:
             f"{row['largest_error']:>11.1e}"
         )
     ratios = figures["chunk_over_latent_by_latent"]
-    told = ", ".join(f"{name} {ratio:.2f} times as fast" for name, ratio in ratios.items())
-    lines += ["", f"chunks against single latents (plain): {told}", ""]
+    shown = ", ".join(f"{name} {ratio:.2f} times as fast" for name, ratio in ratios.items())
+    lines += ["", f"chunks against single latents (plain): {shown}", ""]
     lines.append(f"{'layer of ' + OURS:<42}{'ms':>10}{'floor, ms':>12}{'of floor':>10}{'GFLOP':>10}")
     for row in figures["layers"]:
         floor = f"{row['floor_ms']:.4f}" if row["floor_ms"] else ""

@@ -1,7 +1,7 @@
-"""Refuses to time a wrong engine: its first chunks are held against the reference, evictions included.
+"""Refuses to time a wrong engine: its first chunks are compared with the reference, evictions included.
 
 The truth is the reference in twice the precision, which is TF32 for 16 bits. The engine may be as far from it
-as the tolerance of evaluation/parity.py for its dtype, or twice as far as the reference in the engine's own
+as the tolerance of parity/replay.py for its dtype, or twice as far as the reference in the engine's own
 dtype, whichever is more, since rounding grows with the depth of the model; but never twenty times that
 tolerance, for a reference so far off would be wrong itself.
 """

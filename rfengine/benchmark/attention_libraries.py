@@ -38,14 +38,14 @@ def fastest_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, Attend]:
     if not q.is_cuda:
         return "SDPA", sdpa
     times: dict[str, float] = {}
-    contenders = libraries()
-    for name, attend in contenders.items():
+    candidates = libraries()
+    for name, attend in candidates.items():
         try:
             times[name] = _median_ms(attend, q, k, v)
         except (RuntimeError, TypeError, ValueError):  # it says so in its own way, one for each library
             continue
     best = min(times, key=times.__getitem__)
-    return best, contenders[best]
+    return best, candidates[best]
 
 
 def libraries() -> dict[str, Attend]:

@@ -1,4 +1,4 @@
-"""The engine and the field's usual way in turn, in one process; the ratio of their chunk times."""
+"""The engine and the baseline alternating, in one process; the ratio of their chunk times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROUNDS = 5
 
 
 @dataclass(frozen=True)
-class Contest:
+class Pair:
     """Chunks of the engine and of the baseline, and whether the device has to be waited for after each."""
 
     name: str
@@ -33,27 +33,27 @@ def compare(
 ) -> dict[str, Any]:
     """Ratio of chunk times, baseline over engine, without the VAE and, where it decodes, end to end.
 
-    `rounds` (ROUNDS) rounds of `chunks` chunks of each, in turn, once the window is full and all graphs are
-    recorded.
+    `rounds` (ROUNDS) rounds of `chunks` chunks of each, alternating, once the window is full and all graphs
+    are recorded.
     """
     rounds = rounds or ROUNDS
     device = pipeline.model.device
-    attention, contests = _contests(pipeline, grid, decodes)
+    attention, pairs = _pairs(pipeline, grid, decodes)
     warm_up = recorded_chunks(pipeline.config.cache)
     results: dict[str, Any] = {
         "attention": attention, "vae": "full", "rounds": rounds, "chunks_a_round": chunks
     }  # fmt: skip
-    for contest in contests:
-        for advance in (contest.engine, contest.baseline):
-            time_chunks(advance, warm_up, device, contest.waits)
+    for pair in pairs:
+        for advance in (pair.engine, pair.baseline):
+            time_chunks(advance, warm_up, device, pair.waits)
         ratios, engine_ms, baseline_ms = [], [], []
         for _ in range(rounds):
-            engine = time_chunks(contest.engine, chunks, device, contest.waits)
-            baseline = time_chunks(contest.baseline, chunks, device, contest.waits)
+            engine = time_chunks(pair.engine, chunks, device, pair.waits)
+            baseline = time_chunks(pair.baseline, chunks, device, pair.waits)
             engine_ms.append(sum(engine.seconds) / chunks * 1e3)
             baseline_ms.append(sum(baseline.seconds) / chunks * 1e3)
             ratios.append(baseline_ms[-1] / engine_ms[-1])
-        results[contest.name] = {
+        results[pair.name] = {
             "ratio": spread(ratios),
             "engine_chunk_ms": spread(engine_ms),
             "baseline_chunk_ms": spread(baseline_ms),
@@ -61,7 +61,7 @@ def compare(
     return results
 
 
-def _contests(pipeline: Pipeline, grid: LatentGrid, decodes: bool) -> tuple[str, list[Contest]]:
+def _pairs(pipeline: Pipeline, grid: LatentGrid, decodes: bool) -> tuple[str, list[Pair]]:
     model, config = pipeline.model, pipeline.config
     weights = model.state_dict()
     frames = config.cache.chunk_frames
@@ -84,10 +84,10 @@ def _contests(pipeline: Pipeline, grid: LatentGrid, decodes: bool) -> tuple[str,
     def engine() -> Any:
         return pipeline.stream(PROMPT, seed=SEED, height=grid.height, width=grid.width)
 
-    contests = [Contest("without_vae", latents_of(engine(), frames), baseline_latents(), True)]
+    pairs = [Pair("without_vae", latents_of(engine(), frames), baseline_latents(), True)]
     if decodes:
-        contests.insert(0, Contest("end_to_end", frames_of(engine()), baseline_frames(), False))
-    return name, contests
+        pairs.insert(0, Pair("end_to_end", frames_of(engine()), baseline_frames(), False))
+    return name, pairs
 
 
 def _attention_inputs(pipeline: Pipeline, grid: LatentGrid) -> tuple[Tensor, Tensor, Tensor]:

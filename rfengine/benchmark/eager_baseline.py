@@ -1,11 +1,11 @@
-"""The usual way to run a causal Wan2.1 with EMA-Sink, in our own plain code, to hold the engine against.
+"""The baseline: the usual way to run a causal Wan2.1 with EMA-Sink, in our own plain code.
 
-Written from the mathematics alone (spec 1.4, 2.2, 3.2), with the habits of published code kept on purpose:
-keys lie unrotated in a buffer per layer, and every read of every layer of every pass joins sink and window
-anew and rotates all of it in complex128; a chunk that leaves shifts the buffer by clones; indices are tensors
-that the host reads; q, k and v are three products; norms, gates and GELU are operations of their own; the
-modulation is made in every pass; latents go through the VAE one at a time. No graphs. Only the attention is
-the best library there is.
+Written from the mathematics alone (arXiv 2512.04678), with the habits of published code kept on purpose:
+keys are kept unrotated in a buffer per layer, and every read of every layer of every pass joins sink and
+window again and rotates all of it in complex128; a chunk that leaves shifts the buffer by clones; indices are
+tensors that the host reads; q, k and v are three products; norms, gates and GELU are operations of their own;
+the modulation is made in every pass; latents go through the VAE one at a time. No graphs. Only the attention
+is the best library there is.
 B batch, F latent frames, T tokens, D model dim, H heads, E head dim.
 """
 
@@ -48,7 +48,7 @@ class LayerBuffer:
 
 
 class EagerTransformer:
-    """One causal pass after another over the parameters of a WanDiT, read by their names (spec 1.2)."""
+    """One causal pass after another over the parameters of a WanDiT, read by their names."""
 
     def __init__(
         self, config: WanConfig, cache: CacheConfig, weights: Mapping[str, Tensor], attend: Attend = sdpa
@@ -132,7 +132,7 @@ class EagerTransformer:
         return self._linear(path + "o", out.flatten(2))
 
     def write(self, buffer: LayerBuffer, k: Tensor, v: Tensor, start: int, sink: int) -> None:
-        """Write a chunk behind what is filled; one new to a full buffer first makes room (spec 2.2)."""
+        """Write a chunk behind what is filled; one new to a full buffer first makes room."""
         count, end = k.shape[1], start + k.shape[1]
         seen, filled, capacity = buffer.seen.item(), buffer.filled.item(), buffer.keys.shape[1]
         fresh = end - seen

@@ -47,7 +47,7 @@ _ATEN_PARTS = {
     "aten::cat": COPIES,
     "aten::stack": COPIES,
 }
-FUSED = ("GELU", "VAE history and upsampling")  # passes of their own in chunk_work.py
+FUSED = ("GELU", "VAE history and upsampling")  # passes of their own in costs/chunk.py
 _MARK, _CHUNK = "part: ", "chunk"
 _HOST = {"cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"}
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}

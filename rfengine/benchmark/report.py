@@ -112,12 +112,12 @@ def _comparison(figures: dict[str, Any]) -> list[str]:
         f"{comparison['chunks_a_round']} chunks; its attention: {comparison['attention']}, "
         f"its VAE: {comparison['vae']})",
     ]
-    for name, told in (("end_to_end", "end to end"), ("without_vae", "without the VAE")):
+    for name, label in (("end_to_end", "end to end"), ("without_vae", "without the VAE")):
         if name in comparison:
             rows = comparison[name]
             ratio = rows["ratio"]
             lines.append(
-                f"{told}: {ratio['median']:.2f} times as fast ({ratio['min']:.2f} to {ratio['max']:.2f}); "
+                f"{label}: {ratio['median']:.2f} times as fast ({ratio['min']:.2f} to {ratio['max']:.2f}); "
                 f"chunk {rows['engine_chunk_ms']['median']:.1f} ms against "
                 f"{rows['baseline_chunk_ms']['median']:.1f} ms"
             )

@@ -2,7 +2,7 @@
 
     python bench/throughput.py --json figures.json --compare baseline
 
-First the engine is held against the reference (agreement.py); one that is wrong is not timed. The window is
+First the engine is compared with the reference (agreement.py); one that is wrong is not timed. The window is
 full and chunks follow one another before the clock starts; writing a file is not part of it. The first frame
 is that of a new stream in a warm process, from the text states on. A preset has random weights, which cost
 the same as the published ones.

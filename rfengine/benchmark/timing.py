@@ -14,7 +14,7 @@ from rfengine.config import CacheConfig
 from rfengine.stream import VideoStream
 
 Advance = Callable[[], int]  # makes one chunk and returns its frames
-LEAD_IN = 2  # chunks until a stream that goes one ahead is in its stride
+LEAD_IN = 2  # chunks until a stream that computes one ahead is in its stride
 LEAST_GROWTH_CHUNKS = 20  # a tenth of fewer says nothing
 
 
@@ -76,9 +76,9 @@ def time_chunks(advance: Advance, count: int, device: torch.device, waits: bool)
 def time_flow(advance: Advance, count: int, lead_in: int = LEAD_IN) -> ChunkTimes:
     """Times from one chunk to the next, `count` of them, of an `advance` that gives frames in host memory.
 
-    The device is never waited for otherwise: a stream that goes one chunk ahead has as much under way after
-    the last as before the first, after lead_in chunks that do not count. Under time_chunks the first of its
-    chunks would be there already and the last would take the time of two, which no percentile survives.
+    The device is never waited for otherwise. A stream that computes one chunk ahead has as much under way
+    after the last chunk as before the first, which follows lead_in chunks that do not count; time_chunks
+    would count the first as free and the last one twice.
     """
     for _ in range(lead_in):
         advance()

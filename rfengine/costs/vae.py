@@ -116,7 +116,7 @@ def _count(run: Callable[..., Tensor], state: CausalState, half: nn.Module, firs
 
 
 class _Paths:
-    """Path of the innermost module that runs; what lies outside of encoder and decoder is the 1x1 conv."""
+    """Path of the innermost module that runs; what is outside of encoder and decoder is the 1x1 conv."""
 
     def __init__(self, half: nn.Module) -> None:
         self.tracker = ModuleTracker()

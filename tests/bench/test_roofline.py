@@ -24,7 +24,7 @@ from rfengine.models.vae import WanVAE
 
 SHIPPED = Shapes()
 
-# GMAC per latent frame of decoding 480 x 832, later ones and the first (spec 4.7)
+# GMAC per latent frame of decoding 480 x 832, later ones and the first
 DECODER_LAYERS = {
     "conv2": ("0.0016", "0.0016"),
     "decoder.conv1": ("1.035", "1.035"),
@@ -54,7 +54,7 @@ DECODER_LAYERS = {
 
 
 def printed(amount: float, like: str) -> str:
-    """`amount` with as many decimals as the figure it is held against."""
+    """`amount` with as many decimals as the figure it is compared with."""
     return f"{amount:.{len(like.partition('.')[2])}f}"
 
 

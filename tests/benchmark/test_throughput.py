@@ -72,7 +72,7 @@ def figures(small_preset: None) -> dict[str, Any]:
 
 
 def broken_engine(monkeypatch: pytest.MonkeyPatch, change: Callable[[throughput.Engine], None]) -> None:
-    """Every engine that is loaded is changed; the reference it is held against is not."""
+    """Every engine that is loaded is changed; the reference it is compared with is not."""
     load = throughput.Engine.load
 
     def load_broken(options: ThroughputOptions) -> throughput.Engine:
