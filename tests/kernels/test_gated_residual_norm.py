@@ -31,8 +31,7 @@ def op_pair(name):
     return getattr(gated_residual_norm, name), getattr(reference, name)
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "gated"), [*((dtype, True) for dtype in DTYPES), (torch.float16, False)])
 @pytest.mark.parametrize("name", NAMES)
 def test_sum_norm_and_gradients_agree_with_the_reference(name, dtype, gated):
     for shape in ((1, 1, 1, 192), (2, 3, 9, 48)):

@@ -16,16 +16,16 @@ from support.models import relative_error, small_model, text_states
 from support.small_distillation import ENGINE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HEADS_OF_64 = WanConfig(
-    dim=128, ffn_dim=64, num_heads=2, num_layers=1, text_dim=16, text_len=8, in_dim=4, out_dim=4
+HEAD_OF_64 = WanConfig(
+    dim=64, ffn_dim=64, num_heads=1, num_layers=1, text_dim=16, text_len=8, in_dim=4, out_dim=4
 )
-CONFIG = dataclasses.replace(ENGINE, model=HEADS_OF_64, width=16)  # 2 x 1 tokens in a frame
+CONFIG = dataclasses.replace(ENGINE, model=HEAD_OF_64, width=16)  # 2 x 1 tokens in a frame
 
 
 def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Latents of four chunks, one of which leaves the window, and the gradient of every weight."""
-    model = WanDiT(HEADS_OF_64, DifferentiableOps(ops.choice)).to(DEVICE)
-    model.load_state_dict(small_model(HEADS_OF_64).state_dict())
+    model = WanDiT(HEAD_OF_64, DifferentiableOps(ops.choice)).to(DEVICE)
+    model.load_state_dict(small_model(HEAD_OF_64).state_dict())
     generator = torch.Generator().manual_seed(5)
     noise = {
         (chunk, step): torch.randn(1, 4, 3, 4, 2, generator=generator)
