@@ -1,123 +1,345 @@
-"""All that has to be seen on a GPU, in one command within the time given, without internet.
+"""Everything to see on a GPU, in one command within a given time, without internet.
 
     python bench/gpu_gate.py --minutes 8 --out bench/results/2026-11-20-h200.json
 
-In this order: what the device and the libraries reach at the engine's shapes, the tests of the kernels and
-those marked gpu, the golden files through every backend, graphs against op by op, throughput with its
-comparisons, a long run of chunks, every kernel and the VAE. Each part is processes of its own with a share of
-the time, what one leaves goes to the next, and the file is written after every result, so that a part that
-hangs or breaks costs its own results alone. Needs torch, triton, numpy, safetensors and transformers; pytest
-for the tests. Exits with 1 when something failed or a goal was missed; what there was no time for is told and
-is no failure. The thousand chunks of the flatness goal take longer than their share: --parts flatness
---minutes 9.
+A list of commands in parts: facts of the device and a first start, the tests of the kernels and those marked
+gpu, the golden files through every backend, CUDA graphs beside eager launches, throughput with its baseline,
+every kernel and the VAE. Each command is a process group of its own that is killed at the limit of its part,
+so a hang or a crash costs one command; time that a part leaves goes to the next. The record is written after
+every command, and what each printed stays in the folder of the same name beside it. Exit status 1: something
+failed or a goal was missed. Running out of time is no failure.
 
-Without a GPU, or with --self-check, every part runs in small on the CPU, so that what is broken in the gate
-shows before a GPU is there; no figure of that counts.
+Needs torch, triton, numpy, safetensors, transformers, tqdm and pytest. Bring as wheels, all pure Python:
+tyro, typeguard, docstring-parser, typing-extensions 4.14 or newer; tests that need hypothesis are skipped
+without it. 8 minutes are enough with a warm Triton cache (bench/compile_report.py --cache). The thousand
+chunks of the goals are --parts bench --chunks 1000 --minutes 9.
+
+Without a GPU, or with --self-check, every part runs in miniature on the CPU, to show what is broken before a
+GPU is there; none of its figures counts.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
 import sys
+import tarfile
 import tempfile
-import threading
 import time
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout that is not installed
+if __name__ == "__main__":  # a checkout that need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from gate.processes import run_part
-from gate.record import Record
-from gate.summary import summarise
 
-from bench.kernels import ABSENT
+from bench.goals import CUT_SHORT, DONE, FAILED, NOT_RUN, VAE_COMMANDS, counts_of, summarise
 from rfengine.benchmark.conditions import commit, device_name, state, versions
 from rfengine.cli.process import run_process
+from rfengine.files import write_text
+from rfengine.ops.backends import backend_reasons
 
-BENCH = Path(__file__).resolve().parent
-MINUTES, SELF_CHECK_MINUTES = 8.0, 5.0
+ROOT = Path(__file__).resolve().parents[1]
+MINUTES, SMALL_MINUTES = 8.0, 5.0
 MOST_MINUTES = 1440.0  # a day
 LAST_SECONDS = 5.0  # kept for the summary
+LEAST_SECONDS = 5.0  # a command with less left is not started: it would not get past its imports
+LOOK_S = 0.1  # between two looks at the running processes
 CORES_LEFT = 2  # for this process and the system, beside processes that compile
-CALLER_ERROR = 2
+REASON_CHARACTERS = 400
+NO_TIME = "no time was left"
+NO_TESTS = 5  # exit status of pytest for a file whose tests are all left out
+SIXTEEN_BIT = ("cudnn", "flash")  # attention of the libraries is for 16 bits only
+SMALL_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+SELF_CHECK = "a self-check of the gate in miniature on the CPU: none of its figures counts"
+ABSENT = "no CUDA device here: nothing is measured"
+OUTCOME = re.compile(r"^(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How commands are made. small: the self-check. folder: where each leaves its files."""
+
+    small: bool
+    folder: Path
+    chunks: int = 100
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.small else "cuda"
+
+    def output_of(self, command: Command, kind: str = "out") -> Path:
+        name = re.sub(r"\W+", "-", command.name)
+        return self.folder / f"{name}.{kind}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process.
+
+    absence: why it cannot run here, or "". json: the file its results are in; its output where it is None.
+    shows: print its output at the end. passes: exit statuses of success.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    absence: str = ""
+    json: Path | None = None
+    shows: bool = False
+    passes: tuple[int, ...] = (0,)
+    read: Callable[[str], Any] = lambda text: read_json(text)
 
 
 @dataclass(frozen=True)
 class Part:
-    """share: of the time, beside the other parts'. silent_share: of its own time that it may say nothing.
-    processes: how many share it at most; on a GPU it is compiling that takes the time."""
+    """seconds: what it takes of 8 minutes on an H100 with a warm Triton cache, estimated; its weight in any
+    other time. processes: how many of its commands run at once."""
 
-    share: float
-    silent_share: float = 0.6
+    seconds: float
+    commands: Callable[[Setting], list[Command]]
     processes: int = 1
 
 
-# Most important first. What a cold start needs on an H100, by estimate, with 10 s for each process: the tests
-# compile for 420 s of one core, parity for 51 s; graphs compile, load and tell a story three times at the
-# shipped size in 50 s; throughput loads in 45 s, agrees in 30, takes 15 for the frames and 40 for the
-# baseline; flatness has 100 chunks of a third of a second.
+def python(*arguments: str | Path) -> tuple[str, ...]:
+    return (sys.executable, *map(str, arguments))
+
+
+def rfengine(*arguments: str | Path) -> tuple[str, ...]:
+    return python("-m", "rfengine.cli", *arguments)
+
+
+def device_commands(setting: Setting) -> list[Command]:
+    return [
+        Command("doctor", rfengine("doctor", "--json")),
+        Command("first start", python("bench/first_start.py", setting.device)),
+        native_build(setting),
+    ]
+
+
+def native_build(setting: Setting) -> Command:
+    """csrc/ compiled for this GPU, where it can be and is not yet, so that its tests run."""
+    missing = [tool for tool in ("nvcc", "cmake") if shutil.which(tool) is None]
+    absence = "a self-check builds nothing" if setting.small else f"{missing[0]} is absent" if missing else ""
+    if (ROOT / "rfengine" / "_native.fatbin").exists():
+        absence = "it is built already"
+    major, minor = (9, 0) if setting.small else torch.cuda.get_device_capability()
+    arch = f"{major}{minor}{'a' if major >= 9 else ''}"
+    folder = shlex.quote(str(setting.folder / "native"))
+    build = f"cmake -S . -B {folder} -DRFENGINE_CUDA_ARCHS={arch} && cmake --build {folder}"
+    return Command("native build", ("sh", "-c", build), absence)
+
+
+def test_commands(setting: Setting) -> list[Command]:
+    """One pytest for each file of tests/kernels and for each with a test marked gpu; the largest first."""
+    if setting.small:
+        return [pytest_command("test_flow_step", "tests/kernels/test_flow_step.py", "-k", "size0-dtype0")]
+    commands = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: -path.stat().st_size):
+        name = path.relative_to(ROOT / "tests").with_suffix("").as_posix()
+        if path.parent.name == "kernels":
+            commands.append(pytest_command(name, path))
+        elif (
+            "mark.gpu" in path.read_text() and name != "runtime/test_gpu_stream"
+        ):  # that is the part "graphs"
+            commands.append(pytest_command(name, path, "-m", "gpu"))
+    return commands
+
+
+def graph_commands(setting: Setting) -> list[Command]:
+    chosen = ("-k", "cpu") if setting.small else ("-m", "gpu")
+    return [pytest_command("stream", "tests/runtime/test_gpu_stream.py", *chosen)]
+
+
+def pytest_command(name: str, *arguments: str | Path) -> Command:
+    """-v names each test before it runs, so that the output tells where a killed process was."""
+    options = ("-v", "--tb=short", "-p", "no:cacheprovider")
+    absence = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
+    call = python("-m", "pytest", *options, *arguments)
+    return Command(name, call, absence, passes=(0, NO_TESTS), read=read_tests)
+
+
+def parity_commands(setting: Setting) -> list[Command]:
+    golden = [str(path) for path in sorted((ROOT / "tests" / "golden").glob("*.safetensors"))]
+    reasons = {"reference": ""} if setting.small else backend_reasons(setting.device)
+    commands = []
+    for backend in ("reference",) if setting.small else ("reference", "triton", "native", "cudnn", "flash"):
+        for dtype in ("bfloat16",) if backend in SIXTEEN_BIT else ("float32", "bfloat16"):
+            call = rfengine(
+                "parity", *golden, "--backend", backend, "--device", setting.device, "--dtype", dtype
+            )
+            commands.append(Command(f"{backend} {dtype}", call, reasons[backend]))
+    return commands[:1] if setting.small else commands
+
+
+SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
+
+
+def bench_commands(setting: Setting) -> list[Command]:
+    path = setting.folder / "bench.json"
+    size = (*SMALLEST, "--chunks", "2") if setting.small else ("--chunks", str(setting.chunks))
+    options = ("--device", setting.device, "--compare", "baseline", "--json", path)
+    return [Command("bench", rfengine("bench", *options, *size), json=path, shows=True)]
+
+
+def kernel_commands(setting: Setting) -> list[Command]:
+    path = setting.folder / "kernels.json"
+    case = ("--check", "--case", "rms_norm") if setting.small else ("--no-compile",)
+    return [Command("kernels", python("bench/kernels.py", *case, "--json", path), json=path, shows=True)]
+
+
+def vae_commands(setting: Setting) -> list[Command]:
+    size = (*SMALLEST, "--chunks", "1") if setting.small else ("--chunks", "10")
+    commands = []
+    for backend in ("reference",) if setting.small else VAE_COMMANDS:
+        path = setting.folder / f"vae-{backend}.json"
+        options = ("--device", setting.device, "--backend", backend, "--no-diffusers", "--json", path)
+        commands.append(Command(backend, python("bench/vae.py", *options, *size), json=path, shows=True))
+    return commands
+
+
+# Most important first. With a cold cache the tests compile for 420 s of one core, parity for 51 s.
+WORKERS = max(1, min(14, (os.cpu_count() or 1) - CORES_LEFT))
 PARTS = {
-    "device": Part(40),
-    "tests": Part(75, processes=14),
-    "parity": Part(35, processes=6),
-    "graphs": Part(70, 0.9),
-    "throughput": Part(165, 0.9),
-    "flatness": Part(60, 0.9),
-    "kernels": Part(40),
-    "vae": Part(30, 0.9),
+    "device": Part(60, device_commands, 3),
+    "tests": Part(70, test_commands, WORKERS),
+    "parity": Part(35, parity_commands, WORKERS),
+    "graphs": Part(50, graph_commands),
+    "bench": Part(175, bench_commands),
+    "kernels": Part(40, kernel_commands),
+    "vae": Part(45, vae_commands),
 }
-SELF_CHECK = "a self-check of the gate in small on the CPU: no figure of it counts"
 
 
-def part_names(text: str) -> list[str]:
-    """Names between commas, in the order of PARTS."""
-    names = text.split(",")
-    unknown = [name for name in names if name not in PARTS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    return [name for name in PARTS if name in names]
+def read_json(text: str) -> Any:
+    """The JSON value that a text is, or the list of those on its lines; NaN and infinities become None."""
+    try:
+        return json.loads(text, parse_constant=lambda _: None)
+    except ValueError:
+        values = []
+    for line in text.splitlines():
+        try:
+            values.append(json.loads(line, parse_constant=lambda _: None))
+        except ValueError:  # a line of another kind, or one that was cut off
+            continue
+    return values
 
 
-def run_gate(record: Record, names: list[str], seconds: float, small: bool) -> None:
+def read_tests(text: str) -> dict[str, Any]:
+    """Counts of outcomes, a line for each failure, and the test that was running at the end."""
+    outcomes = OUTCOME.findall(text)
+    counts = Counter(word.lower() for _, word in outcomes)
+    failures = re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)
+    listed = " ".join(failures)
+    failures += [f"{word} {test}" for test, word in outcomes if word[0] in "FE" and test not in listed]
+    last = text.rstrip().splitlines()[-1:]
+    running = last[0].strip() if last and "::" in last[0] and not OUTCOME.match(last[0]) else None
+    return {**counts, "failures": [line[:REASON_CHARACTERS] for line in failures], "running": running}
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    """Write the results so far; the file is whole at every moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+class Run:
+    """A command on its way: its process, and what it prints in files named after it."""
+
+    def __init__(self, command: Command, setting: Setting) -> None:
+        self.command, self.started = command, time.monotonic()
+        self.output, self.errors = (setting.output_of(command, kind) for kind in ("out", "err"))
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        usual = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
+        with self.output.open("wb") as output, self.errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                command.arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, cwd=ROOT,
+                env=os.environ | usual | setting.environment, start_new_session=True,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        with suppress(ProcessLookupError):  # the group outlives its leader while one that it started runs
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def outcome(self) -> dict[str, Any]:
+        """State, seconds and results; the process has ended, or is killed now."""
+        code = self.process.poll()
+        self.kill()
+        output = self.output.read_text(errors="replace")
+        where = self.command.json
+        text = output if where is None else where.read_text() if where.exists() else ""
+        found = {"seconds": round(time.monotonic() - self.started, 1), "results": self.command.read(text)}
+        if code in self.command.passes:
+            return {"state": DONE} | found
+        last = " | ".join((self.errors.read_text(errors="replace").strip() or output).splitlines()[-4:])
+        if code is None:
+            how = f"killed after {found['seconds']:.0f} s"
+        else:
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
+        reason = f"{how}: {last[-REASON_CHARACTERS:]}"
+        return {"state": CUT_SHORT if code is None else FAILED, "reason": reason} | found
+
+
+def run_commands(
+    part: str, commands: Sequence[Command], stop: float, setting: Setting
+) -> Iterator[tuple[Command, dict[str, Any]]]:
+    """Run the commands of a part, so many at once as it says, until time.monotonic() is `stop`; yields each
+    with its outcome as it ends."""
+    waiting, running = deque(commands), list[Run]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < PARTS[part].processes:
+                command = waiting.popleft()
+                reason = command.absence or (NO_TIME if stop - time.monotonic() < LEAST_SECONDS else "")
+                if reason:
+                    yield command, {"state": NOT_RUN, "reason": reason}
+                else:
+                    running.append(Run(command, setting))
+            for run in list(running):
+                if run.process.poll() is not None or time.monotonic() >= stop:
+                    yield run.command, run.outcome()
+                    running.remove(run)
+            time.sleep(LOOK_S)
+    finally:
+        for run in running:
+            run.kill()
+
+
+def run_gate(
+    path: Path, record: dict[str, Any], names: Sequence[str], seconds: float, setting: Setting
+) -> None:
     """Run the parts; each may use its share of what the ones before it left."""
     stop = time.monotonic() + seconds - LAST_SECONDS
     for place, name in enumerate(names):
-        share = PARTS[name].share / sum(PARTS[later].share for later in names[place:])
+        share = PARTS[name].seconds / sum(PARTS[later].seconds for later in names[place:])
         started = time.monotonic()
         limit = max(0.0, share * (stop - started))
         print(f"{name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
-        _run(record, name, started + limit, small)
-        record.part(name)["seconds"] = round(time.monotonic() - started, 1)
-    record.note()
+        part = record["parts"].setdefault(name, {"commands": {}})
+        for command, outcome in run_commands(name, PARTS[name].commands(setting), started + limit, setting):
+            part["commands"][command.name] = outcome
+            part["seconds"] = round(time.monotonic() - started, 1)
+            save(path, record)
+            if command.shows and outcome["state"] != NOT_RUN:
+                print(setting.output_of(command).read_text(errors="replace"), flush=True)
+        print(f"{name:<10}{counts_of(part)}", file=sys.stderr, flush=True)
 
 
-def _run(record: Record, name: str, stop: float, small: bool) -> None:
-    """The processes of a part."""
-    shards = 1 if small else min(PARTS[name].processes, max(1, (os.cpu_count() or 1) - CORES_LEFT))
-    threads = [
-        threading.Thread(target=_run_shard, args=(record, name, stop, small, (shard, shards)))
-        for shard in range(shards)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def _run_shard(record: Record, name: str, stop: float, small: bool, shard: tuple[int, int]) -> None:
-    seconds = max(0.0, stop - time.monotonic())
-    command = [
-        sys.executable, str(BENCH / "gate_parts.py"), name, "--record", str(record.path.resolve()),
-        "--seconds", f"{seconds:.1f}", "--shard", *map(str, shard), *(["--small"] if small else []),
-    ]  # fmt: skip
-    small_environment = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    run_part(record, name, command, stop, PARTS[name].silent_share, small_environment if small else None)
-
-
-def head_of(small: bool, minutes: float, given_commit: str | None) -> dict[str, object]:
+def head_of(small: bool, minutes: float, given_commit: str | None) -> dict[str, Any]:
     device = torch.device("cpu" if small else "cuda")
     return {
         "self_check": small,
@@ -130,39 +352,72 @@ def head_of(small: bool, minutes: float, given_commit: str | None) -> dict[str, 
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def part_names(text: str) -> list[str]:
+    """Names between commas, in the order of PARTS."""
+    names = text.split(",")
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    return [name for name in PARTS if name in names]
+
+
+def triton_cache(given: Path, folder: Path) -> Path:
+    """The cache folder: `given`, or where the archive of one was unpacked."""
+    if given.is_dir():
+        return given.resolve()
+    with tarfile.open(given) as archive:
+        archive.extractall(folder, filter="data")
+    inside = list(folder.iterdir())
+    return inside[0] if len(inside) == 1 and not list(inside[0].glob("*.json")) else folder
+
+
+def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, help="JSON file of the results; a self-check needs none")
+    made.add_argument(
+        "--minutes", type=float, help=f"time for all; {MINUTES:g}, {SMALL_MINUTES:g} for a self-check"
     )
-    parser.add_argument("--out", type=Path, help="JSON file of the results; a self-check needs none")
-    parser.add_argument(
-        "--minutes", type=float, help=f"time for all; {MINUTES:g}, or {SELF_CHECK_MINUTES:g} for a self-check"
+    made.add_argument(
+        "--parts", type=part_names, default=list(PARTS), help=f"between commas: {','.join(PARTS)}"
     )
-    parser.add_argument(
-        "--parts", type=part_names, default=list(PARTS), help=f"names between commas: {','.join(PARTS)}"
+    made.add_argument("--chunks", type=int, default=100, help="chunks that part bench measures")
+    made.add_argument(
+        "--triton-cache", type=Path, help="compiled kernels: a folder, or the tar archive of one"
     )
-    parser.add_argument("--self-check", action="store_true", help="in small on the CPU, whatever is here")
-    parser.add_argument("--commit", help="what the results are of, where there is no git")
-    options = parser.parse_args()
-    small = options.self_check or not torch.cuda.is_available()
-    minutes = options.minutes
-    if minutes is None:
-        minutes = SELF_CHECK_MINUTES if small else MINUTES
-    if not 0 < minutes <= MOST_MINUTES:
-        parser.error(f"--minutes is {minutes}; give more than 0 and at most {MOST_MINUTES}")
-    if options.out is None and not small:
-        print("gpu_gate: give --out FILE for the results", file=sys.stderr)
-        return CALLER_ERROR
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
-        record = Record(options.out or Path(folder) / "gate.json", head_of(small, minutes, options.commit))
+    made.add_argument("--self-check", action="store_true", help="in miniature on the CPU, whatever is here")
+    made.add_argument("--commit", help="the commit that is measured, where there is no git")
+    options = made.parse_args(arguments)
+    options.small = options.self_check or not torch.cuda.is_available()
+    if options.minutes is None:
+        options.minutes = SMALL_MINUTES if options.small else MINUTES
+    if not 0 < options.minutes <= MOST_MINUTES:
+        made.error(f"--minutes is {options.minutes}; give more than 0 and at most {MOST_MINUTES}")
+    if options.out is None and not options.small:
+        made.error("give --out FILE for the results")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = options_of(arguments)
+    small, started = options.small, time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (options.out or Path(temporary) / "gate.json").resolve()
+        record = head_of(small, options.minutes, options.commit) | {"parts": {}}
+        save(path, record)  # an earlier record of this name ends here
+        folder = path.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        variables = dict(SMALL_ENVIRONMENT) if small else {}
+        if options.triton_cache is not None:
+            unpacked = triton_cache(options.triton_cache, Path(temporary) / "triton")
+            variables["TRITON_CACHE_DIR"] = str(unpacked)
         if small:
             print(SELF_CHECK if options.self_check else f"{ABSENT}; {SELF_CHECK}")
-        run_gate(record, options.parts, 60 * minutes, small)
-        after = state(torch.device("cpu" if small else "cuda"))
-        record.note(after=after, seconds=round(time.monotonic() - started, 1))
-        text, well = summarise(record.results)
-        record.note(well=well)
+        setting = Setting(small, folder, options.chunks, variables)
+        run_gate(path, record, options.parts, 60 * options.minutes, setting)
+        text, well = summarise(record)
+        after = state(torch.device(setting.device))
+        record |= {"after": after, "seconds": round(time.monotonic() - started, 1), "well": well}
+        save(path, record)
         print(text)
     return 0 if well else 1
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +19,7 @@ with torch.device("meta"):
 # a kernel in float32 is held to a convolution in float32, not in TF32, which is torch's default on a GPU
 torch.backends.cudnn.allow_tf32 = False
 
+OPTIONAL = [name for name in ("ftfy", "hypothesis") if importlib.util.find_spec(name) is None]
 UNINITIALISED = [
     (torch, "empty"),
     (torch, "empty_like"),
@@ -26,7 +29,17 @@ UNINITIALISED = [
 ]
 
 
+class SkipsAbsent:
+    """Last of the finders: a test, or a file of tests, that imports an absent optional package is skipped."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        if name.partition(".")[0] in OPTIONAL:
+            pytest.skip(f"{name} is not installed", allow_module_level=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    sys.meta_path.append(SkipsAbsent)
     # workers that each start a thread per core take the cores from one another, and so do their children
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
