@@ -25,7 +25,7 @@ from rfengine.cli.process import run_process
 from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
 from rfengine.tuning.attention_probe import attention_problems
-from rfengine.tuning.candidates import Site
+from rfengine.tuning.candidates import TuningShapes
 from rfengine.tuning.record import TuningCache, default_cache_path, describe_machine
 
 MODEL = "wan-1.3b"
@@ -38,7 +38,7 @@ def main() -> int:
     if name != "cpu":
         config, device = PRESETS[MODEL], torch.device("cuda", torch.cuda.current_device())
         cache = TuningCache(default_cache_path(), describe_machine(device))
-        problems = attention_problems(Site(config, LatentGrid.of(config), torch.bfloat16, device), cache)
+        problems = attention_problems(TuningShapes(config, LatentGrid.of(config), torch.bfloat16, device), cache)
     print(json.dumps({"attention": problems}), flush=True)
     engine = Engine.load(ThroughputOptions(device=name))
     print(json.dumps({"choice": engine.pipeline.model.ops.choice}), flush=True)

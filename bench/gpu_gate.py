@@ -10,9 +10,9 @@ every command, and what each printed stays in the folder of the same name beside
 failed or a goal was missed. Running out of time is no failure.
 
 Needs torch, triton, numpy, safetensors, transformers, tqdm and pytest. Bring as wheels, all pure Python:
-tyro, typeguard, docstring-parser, typing-extensions 4.14 or newer; tests that need hypothesis are skipped
-without it. 8 minutes are enough with a warm Triton cache (bench/compile_report.py --cache). The thousand
-chunks of the goals are --parts bench --chunks 1000 --minutes 9.
+tyro, typeguard, docstring-parser, typing-extensions 4.14 or newer; without hypothesis the tests that draw
+their inputs are skipped. 8 minutes are enough with a warm Triton cache (bench/compile_report.py --cache).
+The thousand chunks of the goals are --parts bench --chunks 1000 --minutes 9.
 
 Without a GPU, or with --self-check, every part runs in miniature on the CPU, to show what is broken before a
 GPU is there; none of its figures counts.

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,7 +21,6 @@ with torch.device("meta"):
 # a kernel in float32 is held to a convolution in float32, not in TF32, which is torch's default on a GPU
 torch.backends.cudnn.allow_tf32 = False
 
-OPTIONAL = [name for name in ("ftfy", "hypothesis") if importlib.util.find_spec(name) is None]
 UNINITIALISED = [
     (torch, "empty"),
     (torch, "empty_like"),
@@ -29,17 +30,27 @@ UNINITIALISED = [
 ]
 
 
-class SkipsAbsent:
-    """Last of the finders: a test, or a file of tests, that imports an absent optional package is skipped."""
+class SkipsWithoutFtfy:
+    """Last of the finders: a test that comes to clean a text is skipped where ftfy is not installed."""
 
     @staticmethod
     def find_spec(name: str, *_: object) -> None:
-        if name.partition(".")[0] in OPTIONAL:
-            pytest.skip(f"{name} is not installed", allow_module_level=True)
+        if name == "ftfy":
+            pytest.skip("ftfy is not installed", allow_module_level=True)
+
+
+def skip_tests_of_hypothesis() -> None:
+    """Tests that draw their inputs are skipped; the others of their files run."""
+    absent = MagicMock(__spec__=ModuleSpec("hypothesis", None))
+    absent.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")
+    absent.settings.return_value = lambda test: test
+    sys.modules |= {"hypothesis": absent, "hypothesis.strategies": absent.strategies}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    sys.meta_path.append(SkipsAbsent)
+    sys.meta_path.append(SkipsWithoutFtfy)
+    if importlib.util.find_spec("hypothesis") is None:
+        skip_tests_of_hypothesis()
     # workers that each start a thread per core take the cores from one another, and so do their children
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
-    "bench/compile_report", "bench/gate_parts", "bench/gpu_gate", "bench/kernels", "bench/results_table",
+    "bench/compile_report", "bench/first_start", "bench/goals", "bench/gpu_gate", "bench/kernels",
+    "bench/roofline", "bench/throughput", "bench/training_step", "bench/vae", "studies/toy/run",
     "bench/roofline", "bench/throughput", "bench/training_step", "bench/vae", "studies/toy/run",
 ]  # fmt: skip
 
