@@ -15,7 +15,7 @@ from rfengine.grid import LatentGrid
 from rfengine.pipeline import Pipeline
 
 PROMPT, SEED = "comparison", 5
-ROUNDS = 5
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,22 @@ class Pair:
     waits: bool
 
 
-def compare(
-    pipeline: Pipeline, grid: LatentGrid, chunks: int, decodes: bool, rounds: int | None = None
-) -> dict[str, Any]:
+def compare(pipeline: Pipeline, grid: LatentGrid, chunks: int, decodes: bool) -> dict[str, Any]:
     """Ratio of chunk times, baseline over engine, without the VAE and, where it decodes, end to end.
 
-    `rounds` (ROUNDS) rounds of `chunks` chunks of each, alternating, once the window is full and all graphs
-    are recorded.
+    ROUNDS rounds of `chunks` chunks of each, alternating, once the window is full and graphs are recorded.
     """
-    rounds = rounds or ROUNDS
     device = pipeline.model.device
     attention, pairs = _pairs(pipeline, grid, decodes)
     warm_up = recorded_chunks(pipeline.config.cache)
     results: dict[str, Any] = {
-        "attention": attention, "vae": "full", "rounds": rounds, "chunks_a_round": chunks
+        "attention": attention, "vae": "full", "rounds": ROUNDS, "chunks_a_round": chunks
     }  # fmt: skip
     for pair in pairs:
         for advance in (pair.engine, pair.baseline):
             time_chunks(advance, warm_up, device, pair.waits)
         ratios, engine_ms, baseline_ms = [], [], []
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             engine = time_chunks(pair.engine, chunks, device, pair.waits)
             baseline = time_chunks(pair.baseline, chunks, device, pair.waits)
             engine_ms.append(sum(engine.seconds) / chunks * 1e3)

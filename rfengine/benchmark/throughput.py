@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from rfengine.benchmark.agreement import Agreement, check_agreement
+from rfengine.benchmark.agreement import check_agreement
 from rfengine.benchmark.comparison import compare
 from rfengine.benchmark.conditions import (
     device_name,
@@ -41,36 +41,38 @@ from rfengine.benchmark.timing import (
     time_flow,
 )
 from rfengine.costs.rates import GPU, gpu_of, measured_cpu
+from rfengine.files import write_text
 from rfengine.limits import check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.runtime.options import runtime_switches
 
 PROFILED_CHUNKS = 3
-CHUNKS_A_ROUND = 5
+CHUNKS_A_ROUND = 3  # a chunk of the baseline takes more than half a second on an H100
+MOST_LATENT_CHUNKS = 100  # their median needs no more
 SETTLED_CHUNKS = 3  # after the warm-up; recording graphs empties torch's cache of free memory
 
 
-def measure(options: ThroughputOptions, agreements: list[Agreement] | None = None) -> dict[str, Any]:
-    """Figures and the circumstances they were measured under. Raises WrongEngineError, ValueError.
+def measure(options: ThroughputOptions) -> dict[str, Any]:
+    """Figures and the circumstances they were measured under. Raises WrongEngineError, ValueError."""
+    return list(stages(options))[-1]
 
-    agreements: what check_agreement found for an engine of these options; it is asked where this is None.
-    """
+
+def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
+    """The figures of chunks, then with those of the parts, then with the comparison, if it is asked for."""
     check_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     engine = Engine.load(options)
     device = engine.device
-    if agreements is None:
-        # FP8 frames are held to a PSNR when the decoder is opened
-        held = engine.decoder if options.runtime.vae_precision == "default" else None
-        agreements = check_agreement(engine.pipeline, engine.grid, held)
+    # FP8 frames are held to a PSNR when the decoder is opened
+    held = engine.decoder if options.runtime.vae_precision == "default" else None
+    agreements = check_agreement(engine.pipeline, engine.grid, held)
     gpu = gpu_of(device_name(device)) if device.type == "cuda" else measured_cpu(engine.pipeline.model.dtype)
     before = state(device)
     reset_peak_memory(device)
     whole = _time_whole(engine, options.chunks) if engine.decodes else None
-    latents_only = _time_latents(engine, options.chunks)
+    latents_only = _time_latents(engine, min(options.chunks, MOST_LATENT_CHUNKS))
     peak, after = peak_memory(device), state(device)
-    parts = _time_parts(options, gpu)
     figures = {
         **_setting(engine, options),
         "versions": versions(device),
@@ -84,12 +86,14 @@ def measure(options: ThroughputOptions, agreements: list[Agreement] | None = Non
         "ceilings": None if gpu is None else {"name": gpu.name, "tb_per_s": gpu.tb_per_s,
                                               "tflop_per_s": gpu.bf16_tflop_per_s},
         **_utilisation(engine, gpu, whole and whole.times, latents_only.times),
-        "parts": [part.to_dict() for part in parts],
     }  # fmt: skip
+    yield figures
+    figures["parts"] = [part.to_dict() for part in _time_parts(options, gpu)]
+    yield figures
     if options.compare is not None:
         rounds = min(CHUNKS_A_ROUND, options.chunks)
         figures["comparison"] = compare(engine.pipeline, engine.grid, rounds, engine.decodes)
-    return figures
+        yield figures
 
 
 def _setting(engine: Engine, options: ThroughputOptions) -> dict[str, Any]:
@@ -201,16 +205,16 @@ def _utilisation(
 
 
 def run(options: ThroughputOptions) -> int:
-    """Measure, then print the table; JSON goes to a file, or takes its place. Returns the exit status."""
+    """Measure, then print the table; JSON takes its place, or goes to a file after every stage. Returns the
+    exit status."""
     if options.plot is not None:
         check_plot(options.plot)
-    figures = measure(options)
+    to_terminal, figures = str(options.json) == "-", {}
+    for figures in stages(options):
+        if options.json is not None and not to_terminal:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_text(options.json, json.dumps(figures, indent=2) + "\n")
     if options.plot is not None:
         draw(figures, options.plot)
-    text = json.dumps(figures, indent=2)
-    to_terminal = str(options.json) == "-"
-    if options.json is not None and not to_terminal:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(text + "\n")
-    print(text if to_terminal else render(figures))
+    print(json.dumps(figures, indent=2) if to_terminal else render(figures))
     return 0

@@ -284,7 +284,7 @@ def test_json_goes_to_a_file_beside_the_table_or_takes_its_place(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(throughput, "measure", lambda options: figures)
+    monkeypatch.setattr(throughput, "stages", lambda options: iter([figures]))
     path = tmp_path / "results" / "figures.json"
     assert cli.main(["bench", "--json", str(path)]) == 0
     assert json.loads(path.read_text()) == figures
@@ -315,6 +315,20 @@ def test_it_runs_where_only_a_bare_cuda_image_has_its_packages() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--compare" in done.stdout and "--no-autotune" in done.stdout
+
+
+def test_a_file_has_the_figures_so_far_after_every_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stages(_: object) -> Iterator[dict[str, int]]:
+        yield {"frames_per_s": 1}
+        raise RuntimeError("the device is lost")
+
+    path = tmp_path / "figures.json"
+    monkeypatch.setattr(throughput, "stages", stages)
+    with pytest.raises(RuntimeError, match="lost"):
+        throughput.run(replace(SMALLEST, json=path))
+    assert json.loads(path.read_text()) == {"frames_per_s": 1}
 
 
 def test_times_are_ordered_shares_and_jitter_is_the_mean_step() -> None:
