@@ -38,7 +38,9 @@ def main() -> int:
     if name != "cpu":
         config, device = PRESETS[MODEL], torch.device("cuda", torch.cuda.current_device())
         cache = TuningCache(default_cache_path(), describe_machine(device))
-        problems = attention_problems(TuningShapes(config, LatentGrid.of(config), torch.bfloat16, device), cache)
+        problems = attention_problems(
+            TuningShapes(config, LatentGrid.of(config), torch.bfloat16, device), cache
+        )
     print(json.dumps({"attention": problems}), flush=True)
     engine = Engine.load(ThroughputOptions(device=name))
     print(json.dumps({"choice": engine.pipeline.model.ops.choice}), flush=True)
