@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rfengine.benchmark.random_weights import random_pipeline
 from torch import Tensor
 
-from rfengine.benchmark.random_weights import random_pipeline
 from rfengine.benchmark.timing import recorded_chunks
 from rfengine.config import PRESETS, RuntimeConfig, WanConfig
 from rfengine.pipeline import Pipeline
