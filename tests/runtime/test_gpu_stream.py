@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from rfengine.benchmark.random_weights import random_pipeline
 from torch import Tensor
 
 from rfengine.benchmark.timing import recorded_chunks
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import PRESETS, RuntimeConfig, WanConfig
 from rfengine.pipeline import Pipeline
 from rfengine.stream import VideoStream
@@ -100,7 +100,7 @@ def test_on_a_cpu_overlapped_decoding_changes_no_bit() -> None:
 )
 def test_graphs_and_overlapped_decoding_change_no_bit(preset: str, dtype: torch.dtype) -> None:
     config = replace(PRESETS[preset], runtime=PLAIN)
-    pipeline, _ = random_pipeline(config, torch.device("cuda"), dtype, "auto")
+    pipeline = Pipeline.from_pretrained(Checkpoint.random(config), "cuda", dtype, runtime=PLAIN)
     chunks = recorded_chunks(config.cache) + 2
     expected = list(scripted(with_runtime(pipeline, PLAIN), chunks))
     for overlap in (False, True):
