@@ -107,10 +107,14 @@ def _with_few_layers(model: WanConfig) -> WanConfig:
 
 
 def _unfilled(kind: type[Module], *arguments: object, dtype: torch.dtype) -> Module:
-    """A module of `kind` in memory that is only reserved."""
+    """A module of `kind` in memory that is only reserved, except the scales of norms, which set FP8 units."""
     with torch.device("meta"):
         module = kind(*arguments).to(dtype)
-    return module.to_empty(device="cpu").requires_grad_(False).eval()
+    module.to_empty(device="cpu").requires_grad_(False).eval()
+    for parameter in module.parameters():
+        if parameter.numel() == parameter.shape[0]:
+            parameter.fill_(1)
+    return module
 
 
 def run_decoders(config: EngineConfig, dtype: torch.dtype, ops: Ops) -> None:
