@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ logger = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 CONFIG_FORMAT = 1
+RETIRED = {"merged_pass": False}  # a field of runtime that was removed, at the value that convert wrote
 BIAS_SCALE = 0.02  # of random biases
 _SINGLE_FILES: dict[Part, str] = {"tiny_vae": "taew2_1.pth"}  # a part that is published in a file of its own
 
@@ -199,6 +200,15 @@ def engine_config(configs: Mapping[Part, PartConfig], name: str = "") -> EngineC
     return EngineConfig(name=f"{name or 'wan'}-{size}", model=model, vae=vae, tiny_vae=tiny_vae, text=text)
 
 
+def _without_retired(engine: Any) -> Any:
+    """Drop runtime fields that an earlier rfengine wrote and that changed nothing at the value it wrote."""
+    runtime = engine.get("runtime") if isinstance(engine, dict) else None
+    if not isinstance(runtime, dict):
+        return engine
+    kept = {key: value for key, value in runtime.items() if (key, value) not in RETIRED.items()}
+    return engine | {"runtime": kept}
+
+
 def read_config(directory: CheckpointDirectory) -> EngineConfig:
     """The directory's own configuration, or an inferred one for the layouts that have none.
 
@@ -221,7 +231,7 @@ def read_config(directory: CheckpointDirectory) -> EngineConfig:
     if unknown:
         raise ValueError(f"{path} has the key {shown(unknown[0])}; it holds format and engine alone")
     try:
-        config = from_dict(EngineConfig, values["engine"], "engine")
+        config = from_dict(EngineConfig, _without_retired(values["engine"]), "engine")
         LatentGrid.of(config)
     except ValueError as error:
         raise ValueError(f"{path} is not a configuration of this rfengine: {error}") from error

@@ -37,6 +37,18 @@ def test_configuration_survives_the_disk(tmp_path: Path) -> None:
         assert Checkpoint.open(tmp_path).config == config
 
 
+def test_configuration_of_an_earlier_rfengine_may_name_a_switch_that_was_off(tmp_path: Path) -> None:
+    write_config(tmp_path, PRESETS["tiny"])
+    written = json.loads((tmp_path / "rfengine.json").read_text())
+    written["engine"]["runtime"]["merged_pass"] = False
+    (tmp_path / "rfengine.json").write_text(json.dumps(written))
+    assert Checkpoint.open(tmp_path).config == PRESETS["tiny"]
+    written["engine"]["runtime"]["merged_pass"] = True
+    (tmp_path / "rfengine.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"engine\.runtime has no field 'merged_pass'"):
+        Checkpoint.open(tmp_path)
+
+
 def test_damaged_configurations_are_explained(tmp_path: Path) -> None:
     path = tmp_path / "rfengine.json"
     write_config(tmp_path, PRESETS["tiny"])
