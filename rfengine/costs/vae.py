@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from torch.utils.module_tracker import ModuleTracker
 
 from rfengine.config import VAEConfig
@@ -132,8 +131,10 @@ class _Tally(TorchDispatchMode):
     """Adds every product and every copy that is dispatched to `work`."""
 
     def __init__(self, work: VAEWork, paths: _Paths) -> None:
+        from torch.utils.flop_counter import flop_registry  # it imports triton
+
         super().__init__()
-        self.work, self.paths = work, paths
+        self.work, self.paths, self.formulas = work, paths, flop_registry
 
     def __torch_dispatch__(
         self,
@@ -145,9 +146,9 @@ class _Tally(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         op = func.overloadpacket
-        if op in flop_registry:
+        if op in self.formulas:
             work = self.work.products.setdefault(self.paths.current(), ProductWork())
-            work.flops += flop_registry[op](*args, **kwargs, out_val=out)
+            work.flops += self.formulas[op](*args, **kwargs, out_val=out)
             # the scores between the two products of an attention stay on chip: q and k go in, v in, out out
             attends = op == aten.bmm
             work.read_elements += (args[0].numel() if not attends else 0) + args[1].numel()

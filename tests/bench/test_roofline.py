@@ -355,7 +355,7 @@ def test_sizes_follow_the_options() -> None:
         ({"gpu": "a100", "precision": "fp8"}, "no FP8 products"),
         ({"chunk": -1}, "chunks count from 0"),
         ({"height": 481}, "multiple of 16"),
-        ({"model": "wan-2b"}, "not a directory"),
+        ({"model": "wan-2b"}, "wan-2b is no directory"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_way_out(options: dict[str, Any], said: str) -> None:
