@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rfengine.accuracy import relative_error
 from rfengine.benchmark import attention_libraries
 from rfengine.benchmark.attention_libraries import fastest_attention, libraries, sdpa
 from rfengine.benchmark.eager_baseline import EagerStream, EagerTransformer, LayerBuffer, device_noise
@@ -20,7 +21,6 @@ from rfengine.grid import LatentGrid
 from rfengine.ops import reference
 from rfengine.pipeline import Pipeline
 from rfengine.schedule import chunk_noise
-from support.models import relative_error
 
 SEED = 7
 SIDE = 32  # pixels

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from rfengine.accuracy import relative_error
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig, VAEConfig, WanConfig
 from rfengine.grid import LatentGrid
@@ -16,7 +17,7 @@ from rfengine.ops import REFERENCE_OPS, choose_ops
 from rfengine.ops.reference import frame_pack
 from rfengine.ops.table import implementation
 from support.interpreter_rounding import round_to_nearest_even
-from support.models import noise_of, relative_error, small_model, small_runner, text_states
+from support.models import noise_of, small_model, small_runner, text_states
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEADS_OF_64 = WanConfig(128, 96, 2, 2, text_dim=16, text_len=8, freq_dim=32, in_dim=4, out_dim=4)

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rfengine.accuracy import relative_error
 from rfengine.config import WanConfig
 from rfengine.kernels import linear as kernels
 from rfengine.kernels.linear_tile import TILES, Device, choose_tile
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.ops import choose_ops, reference
-from support.models import noise_of, relative_error, small_model, text_states
+from support.models import noise_of, small_model, text_states
 from support.tolerance import assert_within_reference_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

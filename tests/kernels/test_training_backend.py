@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 
+from rfengine.accuracy import relative_error
 from rfengine.config import WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import Ops, choose_ops
 from rfengine.training.ops import DifferentiableOps
 from rfengine.training.rollout import RolloutConfig, RolloutPlan, self_forced_rollout
-from support.models import relative_error, small_model, text_states
+from support.models import small_model, text_states
 from support.small_distillation import ENGINE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from rfengine.accuracy import relative_error
 from rfengine.checkpoint.layouts import transformers_text_from_wan
 from rfengine.config import PRESETS, TextConfig
 from rfengine.models.text_encoder import (
@@ -39,10 +40,6 @@ SMALL = TextConfig(
     vocab_size=259, dim=32, attention_dim=48, ffn_dim=64, num_heads=3, num_layers=2, tokenizer="bytes"
 )
 PROMPTS = ["a red cube rolls over the floor", "naïve café, 猫が走る"]
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from rfengine.accuracy import relative_error
 from rfengine.checkpoint.layouts import wan_vae_from_diffusers
 from rfengine.config import VAEConfig
 from rfengine.models import vae as vae_module
@@ -27,10 +28,6 @@ SMALL = VAEConfig(
     latents_std=(2.0, 0.5, 1.0, 3.0),
 )
 PLANS = {"1+2+3": [1, 2, 3], "one by one": [1] * 6, "two by two": [2] * 3, "1+5": [1, 5], "all at once": [6]}
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def random_vae(config: VAEConfig = SMALL, seed: int = 0) -> WanVAE:

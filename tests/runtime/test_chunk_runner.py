@@ -7,20 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rfengine.accuracy import relative_error
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.ops.reference import sink_window_attention, unpatchify
-from support.models import (
-    GRID,
-    SMALL,
-    noise_of,
-    relative_error,
-    small_cache,
-    small_model,
-    small_runner,
-    text_states,
-)
+from support.models import GRID, SMALL, noise_of, small_cache, small_model, small_runner, text_states
 
 CHUNKS = 7
 

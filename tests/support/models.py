@@ -52,11 +52,6 @@ def text_states(seed: int = 0) -> torch.Tensor:
     return torch.randn(1, SMALL.text_len, SMALL.text_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    difference = (actual.double() - expected.double()).norm()
-    return (difference / expected.double().norm()).item()
-
-
 def small_pipeline(cache: CacheConfig | None = None, seed: int = 0) -> Pipeline:
     """A whole pipeline at 32 x 48 pixels with random weights, two denoising steps and a byte tokenizer."""
     model_config = dataclasses.replace(SMALL, text_len=64)
