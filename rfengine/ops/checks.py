@@ -133,7 +133,8 @@ def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, nex
 
 
 def channel_norm_silu(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, out: Tensor, out_scale: float,
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, out: Tensor,
+    out_scale: float = 1.0,
 ) -> None:  # fmt: skip
     _same("x", x, "out", out)
     if residual is not None:
@@ -158,7 +159,7 @@ def _convolution(x: Tensor, weight: Tensor) -> None:
     )
 
 
-def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> None:
+def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> None:
     _convolution(x, weight)
     expected = (x.shape[0] - weight.shape[2] + 1, *x.shape[1:3], weight.shape[0])
     require(
@@ -168,7 +169,7 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | 
 
 
 def causal_conv3d_fp8(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | None
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor | None = None
 ) -> None:
     causal_conv3d(x, weight, bias, out)
     require(

@@ -1,6 +1,6 @@
 """The table of ops: meaning, shape check, backends and part of a profile, one row for each op.
 
-A new op is a function in reference.py, a row here with its line in Ops, a kernel in kernels/, and a test.
+A new op is a function in reference.py, a row here, a kernel in kernels/, and a test.
 """
 
 from __future__ import annotations
