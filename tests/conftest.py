@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -52,6 +53,9 @@ def skip_tests_of_hypothesis() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # a shell ignores them for its background jobs, and the processes that tests start would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.meta_path.append(SkipsWithoutFtfy)
     if importlib.util.find_spec("hypothesis") is None:
         skip_tests_of_hypothesis()

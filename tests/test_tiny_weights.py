@@ -17,7 +17,7 @@ from rfengine.schedule import FlowSchedule, chunk_noise
 from rfengine.toy.detector import detect, score
 from rfengine.toy.world import Scene, WorldConfig, caption, sample_scenes
 
-BATCH = 8
+BATCH = 4
 MOVING = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
 
 
@@ -73,15 +73,15 @@ def first_frames(pipe: Pipeline, prompts: list[str], seeds: range, chunks: int) 
 
 
 @pytest.mark.slow
-def test_two_hundred_held_out_captions_are_drawn_as_they_say(pipe):
-    scenes = sample_scenes(200, 29, WorldConfig(), "held_out")
+def test_ninety_of_a_hundred_held_out_captions_are_drawn_as_they_say(pipe):
+    scenes = sample_scenes(100, 29, WorldConfig(), "held_out")
     right = []
     for first in range(0, len(scenes), BATCH):
         part = scenes[first : first + BATCH]
-        videos = first_frames(pipe, [caption(scene) for scene in part], range(first, first + BATCH), 2)
+        videos = first_frames(pipe, [caption(scene) for scene in part], range(first, first + len(part)), 2)
         right += [score(scene, detect(frames)) for scene, frames in zip(part, videos, strict=True)]
     for attribute in ("colour", "shape", "direction"):
-        assert sum(entry[attribute] for entry in right) >= 180, attribute
+        assert sum(entry[attribute] for entry in right) >= 90, attribute
 
 
 def test_a_batch_is_drawn_as_its_streams_are(pipe):
