@@ -197,14 +197,14 @@ CASES: tuple[KernelCase, ...] = (
         "attention_backward_keys", "sink_window_attention_backward", inputs.attention_backward_keys,
         attention_bytes, lambda s: 2 * attention_flops(s) * s.tokens // s.window_tokens,
     ),
-    KernelCase("adaptive_layer_norm", "adaptive_layer_norm", inputs.adaptive,
+    KernelCase("adaptive_layer_norm", "layer_norm", inputs.adaptive,
         BYTES["adaptive_layer_norm"], is_row=True),
     KernelCase(
-        "adaptive_layer_norm_fp8", "adaptive_layer_norm", inputs.adaptive, BYTES["adaptive_layer_norm_fp8"],
+        "adaptive_layer_norm_fp8", "layer_norm", inputs.adaptive, BYTES["adaptive_layer_norm_fp8"],
         reference=_fp8("adaptive_layer_norm"), results=_dequantised, is_row=True, minimum_capability=89,
     ),
     KernelCase(
-        "affine_layer_norm", "affine_layer_norm", inputs.affine, row_bytes(4),
+        "affine_layer_norm", "layer_norm", inputs.affine, row_bytes(4),
         rivals={"F.layer_norm": _layer_norm}, is_row=True,
     ),
     KernelCase(

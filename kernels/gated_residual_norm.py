@@ -9,8 +9,7 @@ The kernels, forward and backward, are those of layer_norm.py.
 import torch
 from torch import Tensor
 
-from rfengine.kernels.adaptive_layer_norm import fake_fp8
-from rfengine.kernels.layer_norm import Affine, Branch, layer_norm, layer_norm_backward
+from rfengine.kernels.layer_norm import Affine, Branch, fake_fp8, launch_layer_norm, layer_norm_backward
 
 # B batch, F latent frames, T tokens, D model dim
 
@@ -25,18 +24,14 @@ def gated_residual_adaptive_norm(
     (use_reentrant=False). Raises ValueError for other dtypes, for tables that disagree in F and for an x that
     cannot be written.
     """
-    if _recorded(x, y, gate, shift, scale):
-        return _adaptive(x, y, gate, shift, scale, eps)
-    return x, _adaptive_into(x, y, gate, shift, scale, eps)
+    return _add_and_norm(x, y, gate, scale, shift, eps, True)
 
 
 def gated_residual_affine_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(x + gate * y, its LayerNorm * weight + bias); writes x and raises as the adaptive one does."""
-    if _recorded(x, y, gate, weight, bias):
-        return _affine(x, y, gate, weight, bias, eps)
-    return x, _affine_into(x, y, gate, weight, bias, eps)
+    return _add_and_norm(x, y, gate, weight, bias, eps, False)
 
 
 def gated_residual_adaptive_norm_fp8(
@@ -47,112 +42,72 @@ def gated_residual_adaptive_norm_fp8(
     values: float8_e4m3fn [B, T, D]; row scales: float32 [B, T, 1], as adaptive_layer_norm_fp8 makes them. No
     gradient.
     """
-    return x, *_adaptive_fp8_into(x, y, gate, shift, scale, eps)
+    return x, *add_into_and_norm_fp8_op(x, y, gate, scale, shift, eps, True)
 
 
 def gated_residual_affine_norm_fp8(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, values, row scales) as gated_residual_adaptive_norm_fp8 returns them, of the affine norm."""
-    return x, *_affine_fp8_into(x, y, gate, weight, bias, eps)
-
-
-def _recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return x, *add_into_and_norm_fp8_op(x, y, gate, weight, bias, eps, False)
 
 
 def _add_and_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, affine: Affine, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
+) -> tuple[Tensor, Tensor]:
+    inputs = (x, y, gate, factor, offset)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return add_and_norm_op(*inputs, eps, plus_one)
+    return x, add_into_and_norm_op(*inputs, eps, plus_one)
+
+
+@torch.library.custom_op("rfengine::add_and_norm", mutates_args=())
+def add_and_norm_op(
+    x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
 ) -> tuple[Tensor, Tensor]:
     total = x.new_empty(x.shape)
-    return total, layer_norm(x, affine, eps, Branch(y, gate, total))[0]
+    return total, launch_layer_norm(x, Affine(factor, offset, plus_one), eps, Branch(y, gate, total))[0]
 
 
-def _add_into_and_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, affine: Affine, eps: float, fp8: bool = False
-) -> tuple[Tensor, Tensor | None]:
+@torch.library.custom_op("rfengine::add_into_and_norm", mutates_args={"x"})
+def add_into_and_norm_op(
+    x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
+) -> Tensor:
+    _check_writable(x)
+    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps, Branch(y, gate, x))[0]
+
+
+@torch.library.custom_op("rfengine::add_into_and_norm_fp8", mutates_args={"x"})
+def add_into_and_norm_fp8_op(
+    x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
+) -> tuple[Tensor, Tensor]:
+    _check_writable(x)
+    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps, Branch(y, gate, x), fp8=True)
+
+
+def _check_writable(x: Tensor) -> None:
     overlaps = any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True))
     if x.stride(-1) != 1 or overlaps:
         raise ValueError(
             f"x has strides {x.stride()} and receives the sum; its last axis must be contiguous and no two "
             "elements may share memory: pass x.contiguous()"
         )
-    return layer_norm(x, affine, eps, Branch(y, gate, x), fp8)
-
-
-@torch.library.custom_op("rfengine::gated_residual_adaptive_norm", mutates_args=())
-def _adaptive(
-    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _add_and_norm(x, y, gate, Affine(scale, shift, plus_one=True), eps)
-
-
-@torch.library.custom_op("rfengine::gated_residual_affine_norm", mutates_args=())
-def _affine(
-    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _add_and_norm(x, y, gate, Affine(weight, bias, plus_one=False), eps)
-
-
-@torch.library.custom_op("rfengine::gated_residual_adaptive_norm_into", mutates_args={"x"})
-def _adaptive_into(
-    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
-) -> Tensor:
-    return _add_into_and_norm(x, y, gate, Affine(scale, shift, plus_one=True), eps)[0]
-
-
-@torch.library.custom_op("rfengine::gated_residual_affine_norm_into", mutates_args={"x"})
-def _affine_into(
-    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    return _add_into_and_norm(x, y, gate, Affine(weight, bias, plus_one=False), eps)[0]
-
-
-@torch.library.custom_op("rfengine::gated_residual_adaptive_norm_fp8_into", mutates_args={"x"})
-def _adaptive_fp8_into(
-    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _add_into_and_norm(x, y, gate, Affine(scale, shift, plus_one=True), eps, fp8=True)
-
-
-@torch.library.custom_op("rfengine::gated_residual_affine_norm_fp8_into", mutates_args={"x"})
-def _affine_fp8_into(
-    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return _add_into_and_norm(x, y, gate, Affine(weight, bias, plus_one=False), eps, fp8=True)
 
 
 def _save(ctx, inputs, output):
-    _, y, gate, first, second, ctx.eps = inputs
+    _, y, gate, factor, offset, ctx.eps, ctx.plus_one = inputs
     # y is read again only for the gradient of the gate
-    ctx.save_for_backward(output[0], None if gate is None else y, gate, first, second)
+    ctx.save_for_backward(output[0], None if gate is None else y, gate, factor, offset)
 
 
-def _gradients(saved, grad_total, grad_normed, eps, plus_one):
-    """Gradients of x, y and gate, then of factor and offset."""
-    total, y, gate, factor, offset = saved
+def _backward(ctx, grad_total, grad_normed):
     grad_x, grad_factor, grad_offset, *branch = layer_norm_backward(
-        total, y, gate, factor, offset, grad_total, grad_normed, eps, plus_one
+        *ctx.saved_tensors, grad_total, grad_normed, ctx.eps, ctx.plus_one
     )
-    return (grad_x, *(branch or (grad_x, None)), grad_factor, grad_offset)
+    return grad_x, *(branch or (grad_x, None)), grad_factor, grad_offset, None, None
 
 
-def _adaptive_backward(ctx, grad_total, grad_normed):
-    # saved_tensors is read once: activation checkpointing allows no more
-    total, y, gate, shift, scale = ctx.saved_tensors
-    saved = (total, y, gate, scale, shift)
-    *grads, grad_scale, grad_shift = _gradients(saved, grad_total, grad_normed, ctx.eps, True)
-    return *grads, grad_shift, grad_scale, None
-
-
-def _affine_backward(ctx, grad_total, grad_normed):
-    return *_gradients(ctx.saved_tensors, grad_total, grad_normed, ctx.eps, False), None
-
-
-for _op, _backward in ((_adaptive, _adaptive_backward), (_affine, _affine_backward)):
-    _op.register_fake(lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
-    _op.register_autograd(_backward, setup_context=_save)
-for _op in (_adaptive_into, _affine_into):
-    _op.register_fake(lambda x, *_: x.new_empty(x.shape))
-for _op in (_adaptive_fp8_into, _affine_fp8_into):
-    _op.register_fake(lambda x, *_: fake_fp8(x))
+add_and_norm_op.register_fake(lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
+add_and_norm_op.register_autograd(_backward, setup_context=_save)
+add_into_and_norm_op.register_fake(lambda x, *_: x.new_empty(x.shape))
+add_into_and_norm_fp8_op.register_fake(lambda x, *_: fake_fp8(x))

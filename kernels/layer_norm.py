@@ -10,7 +10,7 @@ A program holds a whole row in float32, so mean and centred variance are two pas
 tensor is read once and written once. Bound: memory. Bytes for each element in bf16: 4 for a norm (2 + 1 with
 FP8 output), 8 with a branch, 6 and 12 backward. The tables are float32 and stay in cache.
 
-adaptive_layer_norm, affine_layer_norm and gated_residual_norm are the ops; they all launch these two kernels.
+The ops without a branch are here, those with one in gated_residual_norm.py.
 """
 
 from dataclasses import dataclass
@@ -160,7 +160,7 @@ def check_dtype(x: Tensor) -> None:
         raise ValueError(f"x is {x.dtype}; the norm kernels serve bfloat16, float16 and float32: cast it")
 
 
-def layer_norm(
+def launch_layer_norm(
     x: Tensor, affine: Affine, eps: float, branch: Branch | None = None, fp8: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward kernel on x [B, T, D]; writes branch.total when there is a branch.
@@ -223,6 +223,63 @@ def layer_norm_backward(
 def _(total, y, gate, factor, offset, grad_total, grad_normed, eps, plus_one):
     like = [total, factor, offset, *([] if gate is None else [total, gate])]
     return [tensor.new_empty(tensor.shape) for tensor in like]
+
+
+@torch.library.custom_op("rfengine::layer_norm", mutates_args=())
+def layer_norm_op(x: Tensor, factor: Tensor, offset: Tensor, eps: float, plus_one: bool) -> Tensor:
+    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps)[0]
+
+
+@torch.library.custom_op("rfengine::layer_norm_fp8", mutates_args=())
+def layer_norm_fp8_op(
+    x: Tensor, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
+) -> tuple[Tensor, Tensor]:
+    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps, fp8=True)
+
+
+def fake_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty e4m3 values [B, T, D] and row scales [B, T, 1], as an FP8 norm of x returns them."""
+    values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return values, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    x, factor, offset, ctx.eps, ctx.plus_one = inputs
+    ctx.save_for_backward(x, factor, offset)
+
+
+def _backward(ctx, grad):
+    x, factor, offset = ctx.saved_tensors
+    grads = layer_norm_backward(x, None, None, factor, offset, None, grad, ctx.eps, ctx.plus_one)
+    return *grads, None, None
+
+
+layer_norm_op.register_fake(lambda x, *_: x.new_empty(x.shape))
+layer_norm_op.register_autograd(_backward, setup_context=_save)
+layer_norm_fp8_op.register_fake(lambda x, *_: fake_fp8(x))
+
+
+def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift in float32, rounded once to the dtype of x; differentiable.
+
+    x [B, T, D]; shift, scale [B or 1, F or 1, D], one row for each latent frame. Gradients are rounded once
+    as well. Raises ValueError for a dtype of x that is not served and for shift and scale that disagree in F.
+    """
+    return layer_norm_op(x, scale, shift, eps, True)
+
+
+def affine_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * weight + bias, rounded and refused as in adaptive_layer_norm. weight, bias: [D]."""
+    return layer_norm_op(x, weight, bias, eps, False)
+
+
+def adaptive_layer_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """adaptive_layer_norm, rounded to the dtype of x, then to e4m3 with one scale for each row.
+
+    Returns values [B, T, D] in float8_e4m3fn and row scales [B, T, 1] in float32: amax / 448, or 1 where that
+    is zero; values * scale is the norm. No gradient.
+    """
+    return layer_norm_fp8_op(x, scale, shift, eps, True)
 
 
 def _frames(*tables: Tensor | None) -> int:

@@ -80,11 +80,11 @@ OPS: dict[str, Op] = {
     ),
     "adaptive_layer_norm": Op(
         reference.adaptive_layer_norm, "row kernels", checks.adaptive_layer_norm,
-        backends={"triton": "adaptive_layer_norm:adaptive_layer_norm"},
+        backends={"triton": "layer_norm:adaptive_layer_norm"},
     ),
     "affine_layer_norm": Op(
         reference.affine_layer_norm, "row kernels",
-        backends={"triton": "affine_layer_norm:affine_layer_norm"},
+        backends={"triton": "layer_norm:affine_layer_norm"},
     ),
     "gated_residual_adaptive_norm": Op(
         reference.gated_residual_adaptive_norm, "row kernels", checks.gated_residual_adaptive_norm,
