@@ -79,11 +79,6 @@ def _channel_norm_silu(
     )  # fmt: skip
 
 
-@_channel_norm_silu.register_fake
-def _(*_) -> None:
-    return None
-
-
 def channel_norm_silu(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, out: Tensor,
     out_scale: float = 1.0,

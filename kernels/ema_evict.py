@@ -104,8 +104,3 @@ def ema_evict(
         batch, tokens, alpha, 1 - alpha,
         H=heads, E=head_dim, SPLIT=split, ROWS=rows, WIDTH=width, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-@ema_evict.register_fake
-def _(*_) -> None:
-    return None

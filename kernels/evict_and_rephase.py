@@ -103,8 +103,3 @@ def evict_and_rephase(
         batch, tokens, sink_tokens, leaving, sink_programs, key_programs, alpha, 1 - alpha,
         H=heads, E=head_dim, SPLIT=split, ROWS=rows, WIDTH=width, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-@evict_and_rephase.register_fake
-def _(*_) -> None:
-    return None

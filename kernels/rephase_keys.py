@@ -94,8 +94,3 @@ def rephase_keys(raw: Tensor, rotated: Tensor, rotation: Tensor) -> None:
         raw, rotated, rotation, *raw.stride()[:4], *rotated.stride()[:4], batch, tokens,
         H=heads, E=head_dim, ROWS=rows, WIDTH=width, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-
-
-@rephase_keys.register_fake
-def _(*_) -> None:
-    return None
