@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -294,13 +293,3 @@ def _is_name(path: Path) -> bool:
         return b"\0" not in os.fsencode(path) and len(os.fsencode(path.name)) <= _MOST_NAME_BYTES
     except UnicodeEncodeError:
         return False
-
-
-def as_model_pixels(clips: Sequence[Tensor]) -> Tensor:
-    """Clips [T, H, W, 3] from 0 to 1 -> [B, 3, T, H, W] from -1 to 1."""
-    return torch.stack(list(clips)).permute(0, 4, 1, 2, 3) * 2 - 1
-
-
-def as_clips(pixels: Tensor) -> list[Tensor]:
-    """[B, 3, T, H, W] around -1 to 1 -> clips [T, H, W, 3] from 0 to 1."""
-    return list(((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1))

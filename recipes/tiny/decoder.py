@@ -6,38 +6,31 @@ latent is a generated one.
 
 from __future__ import annotations
 
-import itertools
 import random
+import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.text_encoder import text_states
-from recipes.tiny.training import StageConfig, train
+from recipes.tiny.training import StageConfig, ToyModel, train
 from recipes.tiny.vae import WORLD
 from rfengine.accuracy import psnr_db
-from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.pickle_file import open_pickle
-from rfengine.config import EngineConfig
 from rfengine.files import replaced
-from rfengine.models.dit import WanDiT
-from rfengine.models.text_encoder import build_umt5
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.toy.detector import accuracy
-from rfengine.toy.world import Scene, WorldConfig, caption, render, sample_scenes
+from rfengine.toy.world import Scene, WorldConfig, as_clips, as_model_pixels, render, sample_scenes
 from rfengine.training.arithmetic import cpu_autocast
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
-from rfengine.training.rollout import roll_out
 from rfengine.training.stages import ModelStage
-from rfengine.video import as_clips, as_model_pixels
 
 _CLIPS = 160  # of each kind
 _CHUNKS = 5  # of each clip
@@ -51,40 +44,11 @@ _CONTEXT = 3  # the first latents of a clip from inside a video, whose memory st
 _START_SHARE = 0.25  # of the clips that start with their video
 
 
-@dataclass(frozen=True, slots=True)
-class Teacher:
-    """The frozen models of a checkpoint: whose latents are decoded, and the decoder that is imitated."""
-
-    config: EngineConfig
-    model: WanDiT
-    vae: WanVAE
-    text_model: nn.Module
-
-    @classmethod
-    def load(cls, directory: Path, config: EngineConfig) -> Teacher:
-        checkpoint = Checkpoint.open(directory)
-        model = checkpoint.load(lambda: WanDiT(config.model), "transformer", torch.float32)
-        vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32)
-        text_model = checkpoint.load(lambda: build_umt5(config.text), "text_encoder", torch.float32)
-        return cls(config, *(part.eval().requires_grad_(False) for part in (model, vae, text_model)))
-
-    @torch.inference_mode()
-    def generated_latents(self, scenes: list[Scene], chunks: int, seed: int) -> Tensor:
-        """Latents [B, z, F, h, w] of streams of the scenes' captions."""
-        texts = text_states(self.text_model, [caption(scene) for scene in scenes], self.config.model.text_len)
-        return torch.cat(list(roll_out(self.model, self.config, texts, chunks, seed)), dim=2)
-
-    @torch.inference_mode()
-    def encoded_latents(self, scenes: list[Scene], chunks: int) -> Tensor:
-        """Latents [B, z, F, h, w] of the true videos of the scenes."""
-        latent_frames = chunks * self.config.cache.chunk_frames
-        frames = 1 + self.vae.config.temporal_stride * (latent_frames - 1)
-        return self.vae.encode(as_model_pixels([render(scene, frames) for scene in scenes]))
-
-    @torch.inference_mode()
-    def pixels(self, latents: Tensor) -> Tensor:
-        """What the full decoder gives, clamped: [B, 3, T, H, W]."""
-        return torch.cat([self.vae.decode(part) for part in latents.split(_RENDERED_BATCH)]).clamp(-1, 1)
+@torch.inference_mode()
+def encoded_latents(vae: WanVAE, scenes: Sequence[Scene], latent_frames: int) -> Tensor:
+    """Latents [B, z, F, h, w] of the true videos of the scenes."""
+    frames = 1 + vae.config.temporal_stride * (latent_frames - 1)
+    return vae.encode(as_model_pixels([render(scene, frames) for scene in scenes]))
 
 
 class TinyDecoderStage(ModelStage):
@@ -114,7 +78,7 @@ class TinyDecoderStage(ModelStage):
 
 
 def train_tiny_decoder(
-    teacher: Teacher, config: StageConfig, directory: Path, ranks: Ranks, clips: int = _CLIPS
+    teacher: ToyModel, config: StageConfig, directory: Path, ranks: Ranks, clips: int = _CLIPS
 ) -> TinyVAE:
     """Train, or continue training, a tiny decoder; returns its averaged weights, frozen.
 
@@ -127,7 +91,7 @@ def train_tiny_decoder(
     return model.eval().requires_grad_(False)
 
 
-def _training_clips(teacher: Teacher, path: Path, clips: int, seed: int) -> tuple[Tensor, Tensor]:
+def _training_clips(teacher: ToyModel, path: Path, clips: int, seed: int) -> tuple[Tensor, Tensor]:
     """Latents [2 * clips, z, F, h, w] and the teacher's pixels [2 * clips, 3, T, H, W], both float16."""
     if path.exists():
         stored = open_pickle(path, ())
@@ -138,10 +102,11 @@ def _training_clips(teacher: Teacher, path: Path, clips: int, seed: int) -> tupl
     for first in range(0, clips, _GENERATED_BATCH):
         count = min(_GENERATED_BATCH, clips - first)
         scenes = sample_scenes(count, seed * 1_000_003 + first, WORLD, "train")
-        parts.append(teacher.generated_latents(scenes, _CHUNKS, seed + first))
+        parts.append(teacher.latents(scenes, _CHUNKS, seed + first))
     scenes = sample_scenes(clips, seed * 1_000_003 + clips, WORLD, "train")
+    frames = _CHUNKS * teacher.config.cache.chunk_frames
     for first in range(0, clips, _RENDERED_BATCH):
-        parts.append(teacher.encoded_latents(scenes[first : first + _RENDERED_BATCH], _CHUNKS))
+        parts.append(encoded_latents(teacher.vae, scenes[first : first + _RENDERED_BATCH], frames))
     latents = torch.cat(parts).half()
     pixels = teacher.pixels(latents.float()).half()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +135,7 @@ def _draw(latents: Tensor, pixels: Tensor, stride: int, generator: random.Random
     return drawn.float(), torch.stack(wanted).float()
 
 
-def evaluate_tiny_decoder(teacher: Teacher, tiny: TinyVAE, videos: int, seed: int) -> dict[str, float]:
+def evaluate_tiny_decoder(teacher: ToyModel, tiny: TinyVAE, videos: int, seed: int) -> dict[str, float]:
     """The tiny decoder against the full one on held-out captions, three chunks each.
 
     psnr_generated, psnr_encoded: decibels between the two, on latents of streams and of true videos.
@@ -181,11 +146,12 @@ def evaluate_tiny_decoder(teacher: Teacher, tiny: TinyVAE, videos: int, seed: in
     figures: dict[str, float] = {}
     generated = torch.cat(
         [
-            teacher.generated_latents(scenes[first : first + _GENERATED_BATCH], 3, seed + first)
+            teacher.latents(scenes[first : first + _GENERATED_BATCH], 3, seed + first)
             for first in range(0, videos, _GENERATED_BATCH)
         ]
     )
-    for kind, latents in (("generated", generated), ("encoded", teacher.encoded_latents(scenes, 3))):
+    encoded = encoded_latents(teacher.vae, scenes, generated.shape[2])
+    for kind, latents in (("generated", generated), ("encoded", encoded)):
         full, small = teacher.pixels(latents), tiny.decode(latents).clamp(-1, 1)
         figures[f"psnr_{kind}"] = psnr_db(small, full)
         if kind == "generated":
@@ -202,8 +168,8 @@ def _median_ms(decoder: WanVAE | TinyVAE, chunk: Tensor, calls: int = 15) -> flo
     state = decoder.decoder_state(1, *chunk.shape[3:], torch.float32, "cpu")
     decoder.decode(chunk, state)
     times = []
-    for _ in itertools.repeat(None, calls):
+    for _ in range(calls):
         start = time.perf_counter()
         decoder.decode(chunk, state)
         times.append(time.perf_counter() - start)
-    return 1e3 * sorted(times)[calls // 2]
+    return 1e3 * statistics.median(times)

@@ -3,44 +3,27 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from recipes.tiny.text_encoder import text_states
-from rfengine.config import EngineConfig
-from rfengine.models.dit import WanDiT
-from rfengine.models.vae import WanVAE
+from recipes.tiny.training import ToyModel
 from rfengine.toy.detector import accuracy, detect, score
-from rfengine.toy.world import SPEEDS, Scene, WorldConfig, caption, sample_scenes
+from rfengine.toy.world import SPEEDS, Scene, WorldConfig, as_clips, caption, sample_scenes
 from rfengine.training.rollout import decode_chunks, roll_out
-from rfengine.video import as_clips
 
 _BATCH = 16
 _PART_SECONDS = 10
 
 
-def report_accuracy(
-    model: WanDiT, vae: WanVAE, text_model: nn.Module, config: EngineConfig, videos: int, seed: int
-) -> dict[str, float]:
+def report_accuracy(model: ToyModel, videos: int, seed: int) -> dict[str, float]:
     """Detector accuracies over `videos` held-out captions of the default world, three chunks each."""
     scenes = sample_scenes(videos, seed, WorldConfig(), "held_out")
     clips = []
     for first in range(0, videos, _BATCH):
-        drawn = scenes[first : first + _BATCH]
-        texts = text_states(text_model, [caption(scene) for scene in drawn], config.model.text_len)
-        parts = list(decode_chunks(vae, roll_out(model, config, texts, 3, seed + first)))
-        clips += as_clips(torch.cat(parts, dim=2))
+        clips += as_clips(model.pixels(model.latents(scenes[first : first + _BATCH], 3, seed + first)))
     return accuracy(scenes, clips)
 
 
-def report_stream(
-    model: WanDiT,
-    vae: WanVAE,
-    text_model: nn.Module,
-    config: EngineConfig,
-    chunks: int,
-    seed: int,
-    streams: int = 8,
-) -> list[dict[str, float]]:
+def report_stream(model: ToyModel, chunks: int, seed: int, streams: int = 8) -> list[dict[str, float]]:
     """One entry for every ten seconds of held-out streams of moving shapes.
 
     Each holds the accuracies, the share of frames in which the right object is there, its speed over the true
@@ -48,21 +31,19 @@ def report_stream(
     """
     world = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
     scenes = sample_scenes(streams, seed, world, "held_out")
-    texts = text_states(text_model, [caption(scene) for scene in scenes], config.model.text_len)
+    states, fps = model.encode([caption(scene) for scene in scenes]), model.config.fps
     parts, report = [], []
-    frames = 0
-    for pixels in decode_chunks(vae, roll_out(model, config, texts, chunks, seed)):
+    latents = roll_out(model.transformer, model.config, states, chunks, seed)
+    for index, pixels in enumerate(decode_chunks(model.vae, latents)):
         parts.append(pixels)
-        frames += pixels.shape[2]
-        if frames >= _PART_SECONDS * config.fps:
+        frames = sum(part.shape[2] for part in parts)
+        if frames >= _PART_SECONDS * fps or (index == chunks - 1 and frames >= fps):
             report.append(_part_report(scenes, torch.cat(parts, dim=2), len(report)))
-            parts, frames = [], 0
-    if frames >= config.fps:
-        report.append(_part_report(scenes, torch.cat(parts, dim=2), len(report)))
+            parts = []
     return report
 
 
-def _part_report(scenes: list[Scene], pixels: torch.Tensor, index: int) -> dict[str, float]:
+def _part_report(scenes: list[Scene], pixels: Tensor, index: int) -> dict[str, float]:
     clips = as_clips(pixels)
     presence, speeds, scores = [], [], []
     for scene, clip in zip(scenes, clips, strict=True):

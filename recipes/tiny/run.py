@@ -16,27 +16,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from torch import nn
 
-from recipes.tiny.decoder import Teacher, evaluate_tiny_decoder, train_tiny_decoder
+from recipes.tiny.decoder import evaluate_tiny_decoder, train_tiny_decoder
 from recipes.tiny.report import report_accuracy, report_stream
 from recipes.tiny.text_encoder import TextStage
-from recipes.tiny.training import StageConfig, train
+from recipes.tiny.training import StageConfig, ToyModel, save_part, stored_engine, train
 from recipes.tiny.transformer import TransformerStage
 from recipes.tiny.vae import VAEStage, evaluate_autoencoder, with_measured_statistics
 from recipes.tiny.videos import encode_dataset
-from rfengine.checkpoint.checkpoint import Checkpoint, write_config
-from rfengine.checkpoint.directories import read_json
-from rfengine.checkpoint.loader import save_weights
+from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.checkpoint.directories import MODEL_PARTS
+from rfengine.checkpoint.layouts import Part
+from rfengine.checkpoint.loader import read_safetensors
 from rfengine.checkpoint.manifest import write_manifest
-from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.cli.exit_status import CALLER_ERROR, OTHER_ERROR
 from rfengine.cli.process import run_process
-from rfengine.config import PRESETS, EngineConfig, VAEConfig, from_dict, to_dict
-from rfengine.files import write_text
+from rfengine.config import PRESETS
 from rfengine.limits import Range, check_options
-from rfengine.models.dit import WanDiT
-from rfengine.models.text_encoder import build_umt5
 from rfengine.models.vae import WanVAE
 from rfengine.toy.data import load_dataset, save_dataset
 from rfengine.training.config import MOST_STEPS
@@ -47,6 +43,8 @@ EIGHT_STEPS = (1000, 875, 750, 625, 500, 375, 250, 125)
 
 STEPS = {"vae": 3900, "text": 1460, "dit": 4850, "tiny_decoder": 1897}
 VIDEOS = {"videos": 1456, "starts": 5880, "evaluate": 208, "tiny_decoder": 96}
+PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "dit": "transformer"}
+CHECKPOINT = "checkpoint"  # the directory, inside that of the run, which the trainings fill in float32
 _VIDEO_CHUNKS = 5  # 57 frames: a slow shape has nearly crossed the whole picture
 
 
@@ -78,12 +76,13 @@ def run_stage(options: Options) -> None:
         elif options.stage in ("videos", "starts"):
             _encode_videos(options)
         elif options.stage == "evaluate":
-            _evaluate(options, load_config(options.directory))
+            _evaluate(options)
         else:
-            export(load_config(options.directory), options.directory, options.output)
+            export(options.directory / CHECKPOINT, options.output)
 
 
 def _train(options: Options, ranks: Ranks) -> None:
+    """Train one part; save it, and record how well it does."""
     directory, preset = options.directory, PRESETS["tiny"]
     models = {"vae": preset.vae, "text": preset, "dit": preset, "tiny_decoder": preset.tiny_vae}
     steps = STEPS[options.stage] if options.steps is None else options.steps
@@ -101,36 +100,25 @@ def _train(options: Options, ranks: Ranks) -> None:
     weights = train(config, stage, directory, ranks)
     if ranks.rank:
         return
-    if options.stage == "text":
-        _record(options, held_out_accuracy=stage.held_out_accuracy())
-        weights = stage.encoder().state_dict()
-    torch.save(weights, directory / f"{options.stage}_weights.pt")
+    engine = stored_engine(directory / CHECKPOINT)
     if options.stage == "vae":
-        _measure_vae(options, preset.vae)
-
-
-def _measure_vae(options: Options, config: VAEConfig) -> None:
-    """Write the configuration with the statistics of the trained latents; record how well it reconstructs."""
-    vae = WanVAE(config)
-    load_finished(vae, options.directory / "vae_weights.pt")
-    vae = with_measured_statistics(vae.eval(), options.seed)
-    write_text(options.directory / "vae.json", json.dumps(to_dict(vae.config)))
-    _record(options, **evaluate_autoencoder(vae, options.seed))
+        vae = WanVAE(preset.vae).eval()
+        vae.load_state_dict(weights)
+        vae = with_measured_statistics(vae, options.seed)
+        engine = dataclasses.replace(engine, vae=vae.config)
+        _record(options, **evaluate_autoencoder(vae, options.seed))
+    elif options.stage == "text":
+        weights = stage.encoder().state_dict()
+        _record(options, held_out_accuracy=stage.held_out_accuracy())
+    save_part(directory / CHECKPOINT, engine, PARTS[options.stage], weights)
 
 
 def _encode_videos(options: Options) -> None:
     """Write videos.pt, five chunks each, or starts.pt, the first chunk of other videos."""
-    directory, config = options.directory, load_config(options.directory)
+    source = str(options.directory / CHECKPOINT)
     chunks, seed = (_VIDEO_CHUNKS, options.seed) if options.stage == "videos" else (1, options.seed + 1)
-    dataset = encode_dataset(
-        load_vae(directory),
-        load_text_model(config, directory),
-        config.model.text_len,
-        chunks * config.cache.chunk_frames,
-        _videos(options),
-        seed,
-    )
-    save_dataset(dataset, directory / f"{options.stage}.pt")
+    dataset = encode_dataset(source, chunks, _videos(options), seed)
+    save_dataset(dataset, options.directory / f"{options.stage}.pt")
 
 
 def _videos(options: Options) -> int:
@@ -146,91 +134,40 @@ def _record(options: Options, **figures: float) -> None:
     sys.stdout.write(line + "\n")
 
 
-def _evaluate(options: Options, config: EngineConfig) -> None:
+def _evaluate(options: Options) -> None:
     """Record accuracies at the configured steps and at eight, then those of a long stream."""
-    directory = options.directory
-    vae, text = load_vae(directory), load_text_model(config, directory)
-    model = load_transformer(config, directory)
-    for steps in (config.schedule.denoising_steps, EIGHT_STEPS):
-        schedule = dataclasses.replace(config.schedule, denoising_steps=steps)
-        stepped = dataclasses.replace(config, schedule=schedule)
-        accuracies = report_accuracy(model, vae, text, stepped, _videos(options), options.seed + 29)
+    model = ToyModel.load(options.directory / CHECKPOINT)
+    for steps in (model.config.schedule.denoising_steps, EIGHT_STEPS):
+        schedule = dataclasses.replace(model.config.schedule, denoising_steps=steps)
+        stepped = dataclasses.replace(model, config=dataclasses.replace(model.config, schedule=schedule))
+        accuracies = report_accuracy(stepped, _videos(options), options.seed + 29)
         _record(options, denoising_steps=len(steps), videos=_videos(options), **accuracies)
-    for part in report_stream(model, vae, text, config, options.stream_chunks, options.seed + 31):
+    for part in report_stream(model, options.stream_chunks, options.seed + 31):
         _record(options, **part)
 
 
-def export(config: EngineConfig, directory: Path, output: Path) -> None:
-    """Write the checkpoint that Pipeline loads, its weights rounded to float16."""
-    output.mkdir(parents=True, exist_ok=True)
-    write_config(output, config)
-    parts: dict[str, nn.Module] = {
-        "transformer": load_transformer(config, directory),
-        "vae": load_vae(directory),
-        "text_encoder": load_text_model(config, directory),
-    }
-    for name, module in parts.items():
-        tensors = {key: value.half() for key, value in module.state_dict().items()}
-        save_weights(output / f"{name}.safetensors", tensors)
+def export(source: Path, output: Path) -> None:
+    """Write the checkpoint that Pipeline loads: that of the stages, its weights rounded to float16.
+
+    Raises ValueError for a part that is absent or damaged.
+    """
+    engine = Checkpoint.open(source).config
+    weights = {part: read_safetensors(source / f"{part}.safetensors")[0] for part in MODEL_PARTS}
+    for part, tensors in weights.items():
+        save_part(output, engine, part, {name: value.half() for name, value in tensors.items()})
     write_manifest(output)
 
 
 def _add_tiny_decoder(options: Options, config: StageConfig, ranks: Ranks) -> None:
     """Train the tiny decoder of the exported checkpoint and put it there, in float16; record how it does."""
-    stored = Checkpoint.open(options.output).config
-    engine = dataclasses.replace(stored, tiny_vae=config.model)
-    teacher = Teacher.load(options.output, engine)
+    teacher = ToyModel.load(options.output)
     decoder = train_tiny_decoder(teacher, config, options.directory, ranks).half().float()
     figures = evaluate_tiny_decoder(teacher, decoder, _videos(options), options.seed + 29)
     _record(options, videos=_videos(options), **figures)
-    write_config(options.output, engine)
-    tensors = {key: value.half() for key, value in decoder.state_dict().items()}
-    save_weights(options.output / "tiny_vae.safetensors", tensors)
+    engine = dataclasses.replace(teacher.config, tiny_vae=config.model)
+    halves = {name: value.half() for name, value in decoder.state_dict().items()}
+    save_part(options.output, engine, "tiny_vae", halves)
     write_manifest(options.output)
-
-
-def load_finished(model: nn.Module, path: Path) -> None:
-    """Put the weights that a stage left in `path` onto `model`, in place.
-
-    Raises ValueError for a file that is absent, damaged or of another model.
-    """
-    weights = {name: stored.read() for name, stored in open_pickle(path, ()).items()}
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds the weights of another model; run its stage again") from error
-
-
-def _vae_config(directory: Path) -> VAEConfig:
-    """The VAE with the statistics that its stage measured."""
-    path = directory / "vae.json"
-    try:
-        return from_dict(VAEConfig, read_json(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is not what the stage vae leaves ({error}); run it again") from error
-
-
-def load_config(directory: Path) -> EngineConfig:
-    """The tiny preset with the latent statistics that were measured on the trained VAE."""
-    return dataclasses.replace(PRESETS["tiny"], vae=_vae_config(directory))
-
-
-def load_vae(directory: Path) -> WanVAE:
-    vae = WanVAE(_vae_config(directory))
-    load_finished(vae, directory / "vae_weights.pt")
-    return vae.eval().requires_grad_(False)
-
-
-def load_text_model(config: EngineConfig, directory: Path) -> nn.Module:
-    model = build_umt5(config.text)
-    load_finished(model, directory / "text_weights.pt")
-    return model.requires_grad_(False)
-
-
-def load_transformer(config: EngineConfig, directory: Path) -> WanDiT:
-    model = WanDiT(config.model)
-    load_finished(model, directory / "dit_weights.pt")
-    return model.eval().requires_grad_(False)
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recipes.tiny.training import StageConfig
-from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
+from rfengine.models.text_encoder import ByteTokenizer, build_umt5
 from rfengine.toy.world import (
     BACKGROUNDS,
     DIRECTIONS,
@@ -100,8 +100,3 @@ class TextStage(ModelStage):
             losses.append(F.cross_entropy(scores, wanted))
             right &= scores.argmax(-1) == wanted
         return torch.stack(losses).mean(), {"accuracy": float(right.float().mean())}
-
-
-def text_states(model: nn.Module, texts: list[str], text_len: int) -> Tensor:
-    """States [N, text_len, dim] of the captions, as the engine's own encoder gives them."""
-    return TextEncoder(model, ByteTokenizer(), text_len).encode(texts)

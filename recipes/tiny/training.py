@@ -1,19 +1,35 @@
-"""What the four trainings of the recipe share: the description of a run, and a run to its end."""
+"""What the stages of the recipe share: the description of a training, a run to its end, and the checkpoint
+directory that the stages fill."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from rfengine.config import EngineConfig, TinyVAEConfig, VAEConfig
+from rfengine.checkpoint.checkpoint import Checkpoint, write_config
+from rfengine.checkpoint.directories import CONFIG_FILE
+from rfengine.checkpoint.layouts import Part
+from rfengine.checkpoint.loader import save_weights
+from rfengine.config import PRESETS, EngineConfig, TinyVAEConfig, VAEConfig
 from rfengine.limits import check_fields
+from rfengine.models.dit import WanDiT
+from rfengine.models.vae import WanVAE
+from rfengine.ops import REFERENCE_OPS
+from rfengine.toy.world import Scene, caption
+from rfengine.training.checkpoint_parts import Encode, load_transformer, load_vae, text_states_of
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import Steps
 from rfengine.training.parallel import Ranks
+from rfengine.training.rollout import roll_out
 from rfengine.training.stages import ModelStage
 from rfengine.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+_DECODED_AT_ONCE = 8  # videos
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +64,44 @@ def train(config: StageConfig, stage: ModelStage, directory: Path, ranks: Ranks)
     with locked_run(place):
         Trainer(config, stage, place, ranks).finish("with the same command")
     return stage.averages[config.name].values
+
+
+def stored_engine(directory: Path) -> EngineConfig:
+    """The configuration that the stages have left in a checkpoint directory so far, or the tiny preset."""
+    stored = (directory / CONFIG_FILE).exists()
+    return Checkpoint.open(directory).config if stored else PRESETS["tiny"]
+
+
+def save_part(directory: Path, engine: EngineConfig, part: Part, weights: Mapping[str, Tensor]) -> None:
+    """Put the weights of one part into a checkpoint directory, which has the configuration `engine` then."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_config(directory, engine)
+    own = {name: value.detach().clone() for name, value in weights.items()}  # tied ones share memory
+    save_weights(directory / f"{part}.safetensors", own)
+
+
+@dataclass(frozen=True, slots=True)
+class ToyModel:
+    """The frozen models of a checkpoint directory, in float32 on the CPU. encode: captions to text states."""
+
+    config: EngineConfig
+    transformer: WanDiT
+    vae: WanVAE
+    encode: Encode
+
+    @classmethod
+    def load(cls, source: Path | str) -> ToyModel:
+        source, config = str(source), Checkpoint.open(source).config
+        transformer = load_transformer(source, config.model, REFERENCE_OPS, CPU).eval().requires_grad_(False)
+        return cls(config, transformer, load_vae(source, config, CPU), text_states_of(source, config, CPU))
+
+    @torch.inference_mode()
+    def latents(self, scenes: Sequence[Scene], chunks: int, seed: int) -> Tensor:
+        """Latents [B, z, F, h, w] of streams of the scenes' captions."""
+        states = self.encode([caption(scene) for scene in scenes])
+        return torch.cat(list(roll_out(self.transformer, self.config, states, chunks, seed)), dim=2)
+
+    @torch.inference_mode()
+    def pixels(self, latents: Tensor) -> Tensor:
+        """What the full decoder makes of latents, clamped: [B, 3, T, H, W]."""
+        return torch.cat([self.vae.decode(part) for part in latents.split(_DECODED_AT_ONCE)]).clamp(-1, 1)

@@ -13,13 +13,20 @@ from recipes.tiny.training import StageConfig
 from rfengine.accuracy import psnr_db
 from rfengine.models.vae import DecoderState, EncoderState, WanVAE
 from rfengine.toy.detector import accuracy
-from rfengine.toy.world import Scene, WorldConfig, background_image, render, sample_scenes
+from rfengine.toy.world import (
+    Scene,
+    WorldConfig,
+    as_clips,
+    as_model_pixels,
+    background_image,
+    render,
+    sample_scenes,
+)
 from rfengine.training.arithmetic import cpu_autocast
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import ModelStage
-from rfengine.video import as_clips, as_model_pixels
 
 WORLD = WorldConfig(motion_weights=(0.7, 0.1, 0.1, 0.1), pair_share=0.15)
 
@@ -114,10 +121,8 @@ def with_measured_statistics(vae: WanVAE, seed: int, clips: int = 48) -> WanVAE:
         [vae.encode_moments(sample_clips(8, 33, seed + index)[1])[0] for index in range(clips // 8)]
     )
     flat = latents.float().transpose(0, 1).flatten(1)
-    config = dataclasses.replace(
-        vae.config, latents_mean=tuple(flat.mean(1).tolist()), latents_std=tuple(flat.std(1).tolist())
-    )
-    measured = WanVAE(config)
+    mean, deviation = (tuple(values.tolist()) for values in (flat.mean(1), flat.std(1)))
+    measured = WanVAE(dataclasses.replace(vae.config, latents_mean=mean, latents_std=deviation))
     measured.load_state_dict(vae.state_dict())
     return measured.eval()
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from recipes.tiny.text_encoder import text_states
+from recipes.tiny.training import CPU
 from rfengine.models.vae import WanVAE
 from rfengine.toy.data import LatentDataset
 from rfengine.toy.world import (
     Scene,
     WorldConfig,
+    as_model_pixels,
     background_image,
     caption,
     open_caption,
@@ -22,17 +21,18 @@ from rfengine.toy.world import (
     sample_scenes,
 )
 from rfengine.training.arithmetic import cpu_autocast
-from rfengine.video import as_model_pixels
+from rfengine.training.checkpoint_parts import base_engine, load_vae, text_states_of
 
 _BATCH = 8
 _MIN_CHANGE = 0.05  # of the range from 0 to 1, by which a pixel of the foreground differs from the background
 
 
-def encode_dataset(
-    vae: WanVAE, text_model: nn.Module, text_len: int, latent_frames: int, videos: int, seed: int
-) -> LatentDataset:
-    """Draw and encode `videos` training videos of `latent_frames` latent frames."""
-    frames = 1 + vae.config.temporal_stride * (latent_frames - 1)
+def encode_dataset(source: str, chunks: int, videos: int, seed: int) -> LatentDataset:
+    """Draw `videos` training videos of `chunks` chunks, and encode them and their captions by the VAE and the
+    text encoder of a checkpoint."""
+    engine = base_engine(source)
+    vae, encode = load_vae(source, engine, CPU), text_states_of(source, engine, CPU)
+    frames = 1 + vae.config.temporal_stride * (chunks * engine.cache.chunk_frames - 1)
     scenes: list[Scene] = []
     latents, foreground = [], []
     for step, first in enumerate(tqdm(range(0, videos, _BATCH), "encoding", unit="batch", disable=None)):
@@ -43,22 +43,15 @@ def encode_dataset(
             latents.append(vae.encode(as_model_pixels(clips)).half())
         foreground += [foreground_cells(scene, clip, vae) for scene, clip in zip(drawn, clips, strict=True)]
         scenes += drawn
-    return LatentDataset(
-        torch.cat(latents), torch.stack(foreground), *encode_captions(scenes, text_model, text_len)
-    )
-
-
-def encode_captions(
-    scenes: Sequence[Scene], text_model: nn.Module, text_len: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """texts, open_texts and text_rows of a LatentDataset of these scenes."""
-    by_caption = {caption(scene): open_caption(scene) for scene in scenes}
-    texts = sorted(by_caption)
+    opened = {caption(scene): open_caption(scene) for scene in scenes}
+    texts = sorted(opened)
     rows = {text: index for index, text in enumerate(texts)}
-    return (
-        text_states(text_model, texts, text_len).half(),
-        text_states(text_model, [by_caption[text] for text in texts], text_len).half(),
-        torch.tensor([rows[caption(scene)] for scene in scenes]),
+    return LatentDataset(
+        latents=torch.cat(latents),
+        foreground=torch.stack(foreground),
+        texts=encode(texts).half(),
+        open_texts=encode([opened[text] for text in texts]).half(),
+        text_rows=torch.tensor([rows[caption(scene)] for scene in scenes]),
     )
 
 

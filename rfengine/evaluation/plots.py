@@ -29,8 +29,8 @@ def missing_plots() -> str | None:
     return None
 
 
-def draw_plots(videos: Sequence[VideoReport], directory: Path) -> list[Path]:
-    """Draw what the videos have curves for and return the files: motion_and_drift.png and consistency.png.
+def new_figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches and its panels, row by row.
 
     Raises RuntimeError with the sentence of `missing_plots` when matplotlib is missing.
     """
@@ -40,11 +40,19 @@ def draw_plots(videos: Sequence[VideoReport], directory: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def draw_plots(videos: Sequence[VideoReport], directory: Path) -> list[Path]:
+    """Draw what the videos have curves for and return the files: motion_and_drift.png and consistency.png.
+
+    Raises RuntimeError with the sentence of `missing_plots` when matplotlib is missing.
+    """
     files = []
     if any("speed" in video.curves for video in videos):
-        figure = Figure(figsize=(10, 9), layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = list(figure.subplots(3, 2).flat)
+        figure, grid = new_figure(10, 9, 3, 2)
         _draw(grid[0], videos, "speed", "frame", "speed, % of the side a frame", marks=True)
         for place, (name, label) in zip(grid[1:5], _DRIFT.items(), strict=True):
             _draw(place, videos, name, "frame", f"{label}, change")
@@ -55,9 +63,7 @@ def draw_plots(videos: Sequence[VideoReport], directory: Path) -> list[Path]:
         files.append(directory / "motion_and_drift.png")
         _save(figure, files[-1])
     if any("consistency" in video.curves for video in videos):
-        figure = Figure(figsize=(7, 5), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        figure, (axes,) = new_figure(7, 5, 1, 1)
         _draw(axes, videos, "consistency", "frames between", "likeness")
         axes.set_xscale("log", base=2)
         files.append(directory / "consistency.png")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -280,3 +281,13 @@ def background_image(background: str, config: WorldConfig) -> Tensor:
         distance = torch.sqrt((x % (2 * step) - step).square() + (y % (2 * step) - step).square())
         light = (0.5 + 0.4 * step - distance).clamp(0, 1)
     return (_DARK + (_LIGHT - _DARK) * light)[..., None].expand(-1, -1, 3)
+
+
+def as_model_pixels(clips: Sequence[Tensor]) -> Tensor:
+    """Clips [T, H, W, 3] from 0 to 1 -> [B, 3, T, H, W] from -1 to 1."""
+    return torch.stack(list(clips)).permute(0, 4, 1, 2, 3) * 2 - 1
+
+
+def as_clips(pixels: Tensor) -> list[Tensor]:
+    """[B, 3, T, H, W] around -1 to 1 -> clips [T, H, W, 3] from 0 to 1."""
+    return list(((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rfengine.evaluation.plots import missing_plots
-from studies.toy.record import Records, split_model
+from rfengine.evaluation.plots import new_figure
+from studies.toy.record import Record
+from studies.toy.setting import WITH_EVICTION, WITHOUT_EVICTION, split_model
 from studies.toy.tables import (
     TRUE_MODEL,
     TRUE_SINK,
-    WITH_EVICTION,
-    WITHOUT_EVICTION,
     Samples,
     clip_samples,
     measure,
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Points = Sequence[tuple[float, float]]
+
 # the palette of Okabe and Ito without its yellow, which is lost on white
 _BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _RED, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
@@ -35,10 +36,17 @@ _SINK_COLOURS = {TRUE_SINK: _BLACK, "none": _RED, "frozen": _ORANGE}
 _OTHER_COLOURS = (_SKY, _BLUE, _GREEN, _PURPLE)
 _MARKERS = "osD^vPX*"
 _SHARES_RIGHT = ("colour", "shape", "direction", "speed", "all")
+_REWARD, _TIME = "reward, world's top speed = 1", "time, s"
+_CURVES = {
+    "reward": (_TIME, _REWARD),
+    "consistency": ("time between frames, s", "consistency, likeness"),
+    "sharpness_drift": (_TIME, "sharpness drift, octaves"),
+    "colour_drift": (_TIME, "colour drift, of 1"),
+}
 _EVICTION_VALUES = {
     "copying_excess": "copying excess, likeness",
     "sharpness_drift": "sharpness drift, octaves",
-    "reward": "reward, world's top speed = 1",
+    "reward": _REWARD,
     "shape": "shape right, %",
 }
 _LOGGED = {
@@ -47,31 +55,27 @@ _LOGGED = {
     "distance": "distribution matching distance",
     "critic_loss": "loss of the critic",
 }
+_PERCENT = (*_SHARES_RIGHT, "fast", "toy.agreement")  # shares, which are drawn in per cent
 _SMOOTHED = 20  # a point is the mean of one in so many of a log's lines, at least one
 _MOST_POINTS = 60  # of a line, else a PNG of several trainings becomes large
 _DPI, _COLOURS = 90, 64
 
 
-def draw(records: Records, logs: Mapping[str, Path], folder: Path) -> list[Path]:
+def draw(records: Sequence[Record], logs: Mapping[str, Path], folder: Path) -> list[Path]:
     """Draw what there is and return the files: models.png, trainings.png, eviction.png and, for every model
     and length of streams, sinks_<model>_<seconds>s.png.
 
     logs: JSON lines of the training of each model. Raises RuntimeError when matplotlib is missing.
     """
-    missing = missing_plots()
-    if missing:
-        raise RuntimeError(missing)
     streams = stream_samples(records)
     figures = {"models": _models(records), "trainings": _trainings(logs)}
     for model, seconds in streams:
         figures[f"sinks_{model}_{seconds}s"] = _sinks(records, model, seconds, streams[model, seconds])
     figures["eviction"] = _eviction(streams)
-    files = []
-    for name, figure in figures.items():
-        if figure is not None:
-            files.append(folder / f"{name}.png")
-            _save(figure, files[-1])
-    return files
+    files = {folder / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
+    for path, figure in files.items():
+        _save(figure, path)
+    return list(files)
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -85,15 +89,6 @@ def _save(figure: Figure, path: Path) -> None:
     image.quantize(_COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-
-
 def _share_legend(figure: Figure, grid: Sequence[Axes], place: str) -> None:
     """One legend of what the panels show, each label once."""
     labelled = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in grid]
@@ -101,71 +96,61 @@ def _share_legend(figure: Figure, grid: Sequence[Axes], place: str) -> None:
     figure.legend(handles=list(handles.values()), loc=place, ncols=4)
 
 
-def _models(records: Records) -> Figure | None:
+def _models(records: Sequence[Record]) -> Figure | None:
     clips = {kind: clip_samples(records, kind) for kind in ("full", "open")}
     models = sorted({*clips["full"], *clips["open"]}, key=model_place)
     if not models:
         return None
-    figure, (reward, fast, right, fidelity) = _figure(11, 8, 2, 2)
-    places = range(len(models))
-    for axes, name, scale in ((reward, "reward", 1), (fast, "fast", 100)):
-        for place, model in zip(places, models, strict=True):
-            _points(axes, [place], [clips["open"].get(model)], name, scale, _model_style(model, models))
-        axes.set_title("open captions")
-    reward.set_ylabel("reward, world's top speed = 1")
-    fast.set_ylabel("moving scenes that move fast, %")
-    for order, model in enumerate(models):
-        shift = 0.7 * ((order + 0.5) / len(models) - 0.5)
-        style = _model_style(model, models) | {"label": model}
-        for place, name in enumerate(_SHARES_RIGHT):
-            _points(right, [place + shift], [clips["full"].get(model)], name, 100, style)
-    right.set_xticks(range(len(_SHARES_RIGHT)), _SHARES_RIGHT)
-    right.set_ylabel("right, %")
-    right.set_title("full captions")
-    _share_legend(figure, [right], "outside lower center")
+    figure, (reward, fast, right, fidelity) = new_figure(11, 8, 2, 2)
+    for place, model in enumerate(models):
+        style = {"color": _model_colour(model, models), "marker": _MARKERS[place % len(_MARKERS)]}
+        for axes, name in ((reward, "reward"), (fast, "fast")):
+            _points(axes, [(place, clips["open"].get(model))], name, **style)
+        shift = 0.7 * ((place + 0.5) / len(models) - 0.5)
+        for index, name in enumerate(_SHARES_RIGHT):
+            _points(right, [(index + shift, clips["full"].get(model))], name, **style, label=model)
     for kind, shift, colour, marker in (("full", -0.12, _BLUE, "o"), ("open", 0.12, _ORANGE, "s")):
-        found = [clips[kind].get(model) for model in models]
-        style = {"color": colour, "marker": marker, "label": f"{kind} captions"}
-        _points(fidelity, [place + shift for place in places], found, "fidelity", 1, style)
+        found = [(place + shift, clips[kind].get(model)) for place, model in enumerate(models)]
+        _points(fidelity, found, "fidelity", color=colour, marker=marker, label=f"{kind} captions")
+    reward.set(title="open captions", ylabel=_REWARD)
+    fast.set(title="open captions", ylabel="moving scenes that move fast, %")
+    right.set(title="full captions", ylabel="right, %")
+    right.set_xticks(range(len(_SHARES_RIGHT)), _SHARES_RIGHT)
+    _share_legend(figure, [right], "outside lower center")
     fidelity.set_ylabel("energy distance to the teacher's latents\n(lower is nearer; bars: range)")
     if fidelity.containers:
         fidelity.legend(fontsize="small")
     for axes in (reward, fast, fidelity):
-        axes.set_xticks(places, models, rotation=20)
+        axes.set_xticks(range(len(models)), models, rotation=20)
         axes.set_xlim(-0.5, len(models) - 0.5)
     return figure
 
 
 def _trainings(logs: Mapping[str, Path]) -> Figure | None:
-    models = sorted({split_model(name)[0] for name in logs}, key=model_place)
-    lines = {
-        model: [_read_log(path) for name, path in sorted(logs.items()) if split_model(name)[0] == model]
-        for model in models
-    }
+    seeds: dict[str, list[list[dict[str, float]]]] = {}
+    for name, path in sorted(logs.items(), key=lambda log: (model_place(split_model(log[0])[0]), log)):
+        seeds.setdefault(split_model(name)[0], []).append(_read_log(path))
     curves = {
-        (name, model): points
+        (name, model): _mean_points([[(e["step"], e[name]) for e in log if name in e] for log in found])
         for name in _LOGGED
-        for model, seeds in lines.items()
-        if (points := _mean_points([[(e["step"], e[name]) for e in seed if name in e] for seed in seeds]))
+        for model, found in seeds.items()
     }
-    if not curves:
+    if not any(curves.values()):
         return None
-    figure, grid = _figure(11, 8, 2, 2)
+    figure, grid = new_figure(11, 8, 2, 2)
     for axes, (name, label) in zip(grid, _LOGGED.items(), strict=True):
-        for model, seeds in lines.items():
-            if (name, model) in curves:
-                scale = 100 if name == "toy.agreement" else 1
-                points = [(step, scale * value) for step, value in _smooth(curves[name, model])]
-                told = f"{model}, mean of {len(seeds)} trainings" if len(seeds) > 1 else model
-                colour = _model_style(model, models)["color"]
-                axes.plot(*zip(*points, strict=True), color=colour, label=told, linewidth=1.2)
-        axes.set_xlabel("step")
-        axes.set_ylabel(label)
+        for model, found in seeds.items():
+            if curves[name, model]:
+                points = [(step, _scale(name) * value) for step, value in _smooth(curves[name, model])]
+                title = f"{model}, mean of {len(found)} trainings" if len(found) > 1 else model
+                colour = _model_colour(model, list(seeds))
+                axes.plot(*zip(*points, strict=True), color=colour, label=title, linewidth=1.2)
+        axes.set(xlabel="step", ylabel=label)
     _share_legend(figure, grid, "outside lower center")
     return figure
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
+def _read_log(path: Path) -> list[dict[str, float]]:
     """The lines of a log, with "reward" among them where it is logged: toy.motion, or else the score."""
     lines = [json.loads(line) for line in path.read_text().splitlines() if line]
     for line in lines:
@@ -174,7 +159,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _smooth(points: Points) -> Points:
     """The running mean at places spread evenly, each at the middle of what it is taken over."""
     width = max(1, len(points) // _SMOOTHED)
     last = len(points) - width
@@ -184,59 +169,52 @@ def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in part) / width, sum(y for _, y in part) / width) for part in parts]
 
 
-def _sinks(records: Records, model: str, seconds: int, samples: Mapping[str, Samples]) -> Figure:
-    panels = {
-        "reward": ("time, s", "reward, world's top speed = 1"),
-        "consistency": ("time between frames, s", "consistency, likeness"),
-        "sharpness_drift": ("time, s", "sharpness drift, octaves"),
-        "colour_drift": ("time, s", "colour drift, of 1"),
-    }
-    figure, grid = _figure(13, 7.5, 2, 3)
-    sinks = list(samples)
-    for axes, (name, (x, y)) in zip(grid[:4], panels.items(), strict=True):
-        for sink in sinks:
+def _sinks(records: Sequence[Record], model: str, seconds: int, samples: Mapping[str, Samples]) -> Figure:
+    figure, (*panels, copying, legend) = new_figure(13, 7.5, 2, 3)
+    lines = {}
+    for axes, (name, (x, y)) in zip(panels, _CURVES.items(), strict=True):
+        for sink in samples:
             owner = TRUE_MODEL if sink == TRUE_SINK else model
             points = _mean_curve(records, owner, sink, seconds, name)
             if points:
-                style = _sink_style(sink, sinks)
-                axes.plot(*zip(*points, strict=True), **style, label=sink, linewidth=1.5)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-    grid[1].set_xscale("log", base=2)
-    for place, sink in enumerate(sinks):
+                style = "--" if sink.endswith("_bf16") else "-"  # in the colour of the split precision
+                colour = _sink_colour(sink, samples)
+                (line,) = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.5)
+                lines.setdefault(sink, line)
+        axes.set(xlabel=x, ylabel=y)
+    panels[1].set_xscale("log", base=2)
+    for place, sink in enumerate(samples):
         found = measure(samples[sink], "copying_excess")
         if found:
             hatch = "//" if sink.endswith("_bf16") else None
-            grid[4].bar(place, found.mean, color=_sink_style(sink, sinks)["color"], alpha=0.6, hatch=hatch)
-            style = {"color": _BLACK, "marker": "none"}
-            _points(grid[4], [place], [samples[sink]], "copying_excess", 1, style)
-    grid[4].axhline(0, color=_GREY, linewidth=0.8)
-    grid[4].set_xticks(range(len(sinks)), sinks, rotation=60)
-    grid[4].set_ylabel("copying excess, likeness")
-    grid[5].set_axis_off()
-    lines = {line.get_label(): line for axes in grid[:4] for line in axes.lines}
-    shown = [sink for sink in sinks if sink in lines]
+            copying.bar(place, found.mean, color=_sink_colour(sink, samples), alpha=0.6, hatch=hatch)
+            _points(copying, [(place, samples[sink])], "copying_excess", color=_BLACK, marker="none")
+    copying.axhline(0, color=_GREY, linewidth=0.8)
+    copying.set_xticks(range(len(samples)), samples, rotation=60)
+    copying.set_ylabel("copying excess, likeness")
+    legend.set_axis_off()
+    shown = [sink for sink in samples if sink in lines]
     if shown:
         title = f"{model}, {seconds} s: sink"
-        grid[5].legend([lines[sink] for sink in shown], shown, loc="center", title=title)
+        legend.legend([lines[sink] for sink in shown], shown, loc="center", title=title)
     return figure
 
 
-def _mean_curve(
-    records: Records, model: str, sink: str, seconds: int, name: str
-) -> list[tuple[float, float]]:
+def _mean_curve(records: Sequence[Record], model: str, sink: str, seconds: int, name: str) -> Points:
     """The mean over all videos of a curve, at the places that all of them have."""
-    curves = [
-        video.curves[name]
-        for streams in records.streams
-        if (streams.model, streams.sink, streams.seconds) == (model, sink, seconds)
-        for video in streams.videos
-        if name in video.curves
-    ]
-    return _mean_points(curves)
+    return _mean_points(
+        [
+            video["curves"][name]
+            for record in records
+            if record["kind"] == "streams" and split_model(record["model"])[0] == model
+            if (record["sink"], record["seconds"]) == (sink, seconds)
+            for video in record["videos"]
+            if name in video["curves"]
+        ]
+    )
 
 
-def _mean_points(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+def _mean_points(curves: Sequence[Points]) -> Points:
     """The mean of curves at the places that all of them have."""
     values = [dict(curve) for curve in curves]
     shared = sorted(set.intersection(*map(set, values))) if values else []
@@ -251,37 +229,27 @@ def _eviction(streams: Mapping[tuple[str, int], Mapping[str, Samples]]) -> Figur
     ]
     if not lengths:
         return None
-    figure, grid = _figure(14, 4 * len(lengths), len(lengths), len(_EVICTION_VALUES))
+    figure, grid = new_figure(14, 4 * len(lengths), len(lengths), len(_EVICTION_VALUES))
     panels = [(seconds, name) for seconds in lengths for name in _EVICTION_VALUES]
     for axes, (seconds, name) in zip(grid, panels, strict=True):
         both = [streams[model, seconds] for model in (WITH_EVICTION, WITHOUT_EVICTION)]
         sinks = sorted(({*both[0]} | {*both[1]}) - {TRUE_SINK}, key=sink_place)
-        for samples, shift, colour, label in zip(
-            both, (-0.12, 0.12), (_BLUE, _RED), ("with eviction", "without"), strict=True
-        ):
-            places = [place + shift for place in range(len(sinks))]
-            style = {"color": colour, "marker": "o" if shift < 0 else "s", "label": f"trained {label}"}
-            scale = 100 if name == "shape" else 1
-            _points(axes, places, [samples.get(sink) for sink in sinks], name, scale, style)
+        styles = (-0.12, _BLUE, "o", "trained with eviction"), (0.12, _RED, "s", "trained without")
+        for samples, (shift, colour, marker, label) in zip(both, styles, strict=True):
+            found = [(place + shift, samples.get(sink)) for place, sink in enumerate(sinks)]
+            _points(axes, found, name, color=colour, marker=marker, label=label)
         axes.set_xticks(range(len(sinks)), sinks, rotation=60)
-        axes.set_xlabel(f"sink while streaming {seconds} s")
-        axes.set_ylabel(_EVICTION_VALUES[name])
+        axes.set(xlabel=f"sink while streaming {seconds} s", ylabel=_EVICTION_VALUES[name])
     _share_legend(figure, grid, "outside upper center")
     return figure
 
 
-def _points(
-    axes: Axes,
-    places: Sequence[float],
-    samples: Sequence[Samples | None],
-    name: str,
-    scale: float,
-    style: Mapping[str, Any],
-) -> None:
-    """Means with their intervals, for the samples that have the value."""
-    measured = [(place, measure(one, name)) for place, one in zip(places, samples, strict=True) if one]
-    found = [(place, one) for place, one in measured if one]
+def _points(axes: Axes, entries: Iterable[tuple[float, Samples | None]], name: str, **style: Any) -> None:
+    """Means with their intervals at their places, for the samples that have the value."""
+    measured = [(place, measure(samples, name)) for place, samples in entries if samples]
+    found = [(place, interval) for place, interval in measured if interval]
     if found:
+        scale = _scale(name)
         means = [scale * one.mean for _, one in found]
         below = [0.0 if one.low is None else max(0.0, scale * (one.mean - one.low)) for _, one in found]
         above = [0.0 if one.high is None else max(0.0, scale * (one.high - one.mean)) for _, one in found]
@@ -289,19 +257,18 @@ def _points(
         axes.errorbar(xs, means, [below, above], linestyle="none", capsize=3, markersize=6, **style)
 
 
-def _model_style(model: str, models: Sequence[str]) -> dict[str, Any]:
+def _scale(name: str) -> int:
+    return 100 if name in _PERCENT else 1
+
+
+def _model_colour(model: str, models: Iterable[str]) -> str:
     others = [name for name in models if name not in _MODEL_COLOURS]
-    marker = _MARKERS[models.index(model) % len(_MARKERS)]
-    if model in _MODEL_COLOURS:
-        return {"color": _MODEL_COLOURS[model], "marker": marker}
-    return {"color": _OTHER_COLOURS[others.index(model) % len(_OTHER_COLOURS)], "marker": marker}
+    return _MODEL_COLOURS.get(model) or _OTHER_COLOURS[others.index(model) % len(_OTHER_COLOURS)]
 
 
-def _sink_style(sink: str, sinks: Sequence[str]) -> dict[str, Any]:
-    """A sink in bf16 is a dashed line in the colour of the same sink in split precision."""
-    line, name = ("--" if sink.endswith("_bf16") else "-"), sink.removesuffix("_bf16")
-    if name in _SINK_COLOURS:
-        return {"color": _SINK_COLOURS[name], "linestyle": line}
+def _sink_colour(sink: str, sinks: Iterable[str]) -> str:
+    """A sink in bf16 has the colour of the same sink in split precision."""
+    name = sink.removesuffix("_bf16")
     others = list(dict.fromkeys(one.removesuffix("_bf16") for one in sinks))
     others = [one for one in others if one not in _SINK_COLOURS]
-    return {"color": _OTHER_COLOURS[others.index(name) % len(_OTHER_COLOURS)], "linestyle": line}
+    return _SINK_COLOURS.get(name) or _OTHER_COLOURS[others.index(name) % len(_OTHER_COLOURS)]

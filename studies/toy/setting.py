@@ -11,18 +11,21 @@ import torch
 
 from rfengine.training.arithmetic import Precision, casting
 
+WITH_EVICTION, WITHOUT_EVICTION = "re_dmd_0.5", "no_eviction"  # one recipe, trained in both ways
+SHIPPED = "shipped"  # halfway between the start and WITH_EVICTION
+
 
 @dataclass(frozen=True)
 class StudySize:
     """Every number of the study.
 
     start_scale: multiplies the steps and the videos of recipes.tiny for the start. clips: of the teacher.
-    betas: temperatures of Re-DMD; the first one is trained without eviction
-    too, and its student is streamed. training_seeds: of every distillation; the streams are those of the
-    first. captions, sampling_seeds: short clips of every model, once with full captions and once with open
-    ones. stream_captions: of the streams of stream_seconds, long_captions: of those of long_seconds. alphas:
-    of EMA-Sink. flow_clips: captions whose clips get an optical flow as well. batch: samples of one
-    training pass. precision: of the arithmetic in training and sampling.
+    betas: temperatures of Re-DMD, the first one that of WITH_EVICTION and WITHOUT_EVICTION. training_seeds:
+    of every distillation; the streams are those of the first. captions, sampling_seeds: short clips of every
+    model, once with full captions and once with open ones. stream_captions: of the streams of stream_seconds,
+    long_captions: of those of long_seconds. alphas: of EMA-Sink. flow_clips: captions whose clips get an
+    optical flow as well. batch: samples of one training pass. precision: of the arithmetic in training and
+    sampling.
     """
 
     name: str
@@ -44,20 +47,21 @@ class StudySize:
     precision: Precision = "bfloat16"
 
     @property
-    def evicting_model(self) -> str:
-        """The student that is trained without eviction too, and streamed."""
-        return f"re_dmd_{self.betas[0]:g}"
-
-    @property
     def students(self) -> tuple[str, ...]:
         """The distilled students of every training seed."""
-        names = ("dmd", *(f"re_dmd_{beta:g}" for beta in self.betas), "no_eviction")
+        names = ("dmd", *(f"re_dmd_{beta:g}" for beta in self.betas), WITHOUT_EVICTION)
         return tuple(seeded_name(name, seed) for seed in self.training_seeds for name in names)
 
 
 def seeded_name(model: str, seed: int) -> str:
     """A model of the first training seed, 0, goes by its name alone."""
     return model if seed == 0 else f"{model}_seed{seed}"
+
+
+def split_model(name: str) -> tuple[str, int]:
+    """The model and its training seed: "dmd_seed1" is ("dmd", 1), "dmd" is ("dmd", 0)."""
+    model, _, seed = name.partition("_seed")
+    return model, int(seed or 0)
 
 
 CPU = StudySize(

@@ -25,7 +25,6 @@ from studies.toy.record import Unit, Values, unit, write_record
 from studies.toy.setting import Setting
 
 CAPTION_SEED = 31
-TRUE = "true"  # the sink of the world itself
 _WINDOW = 48  # frames of one point of the reward's curve
 _WINDOWS = 20
 _FLOW_PAIRS = 32
@@ -34,15 +33,10 @@ _END_SECONDS = 20  # of which the attributes are judged
 _DRIFTS = ("exposure", "contrast", "colour", "sharpness")
 
 
-def sink_names(alphas: Sequence[float]) -> tuple[str, ...]:
-    """Every sink of the study: EMA-Sink at each alpha with the split sum, and in bf16 alone."""
+def sink_names(alphas: Sequence[float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sinks of the study with the split sum, and those of EMA-Sink in bf16 alone."""
     split = tuple(f"ema_{alpha:g}" for alpha in alphas)
-    return ("none", "frozen", *split, *(f"{name}_bf16" for name in split))
-
-
-def split_sink_names(alphas: Sequence[float]) -> tuple[str, ...]:
-    """Those without the ones in bf16 alone."""
-    return sink_names(alphas)[: 2 + len(alphas)]
+    return ("none", "frozen", *split), tuple(f"{name}_bf16" for name in split)
 
 
 def with_sink(config: CacheConfig, sink: str) -> CacheConfig:

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from rfengine.evaluation.confidence import Interval, bootstrap_mean
-from studies.toy.record import Records, Video
+from studies.toy.record import Record
+from studies.toy.setting import SHIPPED, WITH_EVICTION, WITHOUT_EVICTION, split_model
 
-SHIPPED = "shipped"  # halfway between the start and WITH_EVICTION
-WITH_EVICTION, WITHOUT_EVICTION = "re_dmd_0.5", "no_eviction"  # one recipe, trained in both ways
 TRUE_MODEL, TRUE_SINK = "world", "true"
 # up to 5 clusters all differ to one side by chance in more than 5% of the cases: 2 * 0.5**5 is 6%
 LEAST_MARKED = 6
 
-_FIRST_MODELS = ("start", "teacher", "dmd")
-_FIRST_SINKS = (TRUE_SINK, "none", "frozen")
 _CONTENT = ("colour", "shape", "direction")
 _DRIFTS = ("exposure_drift", "contrast_drift", "colour_drift", "sharpness_drift")
 _LIKENESS = ("consistency_near", "consistency_far", "copying_excess")
-_CLIPS_FULL = ("reward", "flow_speed", "fidelity", "agreement", *_CONTENT, "speed", "all")
-_CLIPS_OPEN = ("reward", "flow_speed", "fast", "fidelity", "agreement", *_CONTENT, "all")
+_CLIPS = {
+    "full": ("reward", "flow_speed", "fidelity", "agreement", *_CONTENT, "speed", "all"),
+    "open": ("reward", "flow_speed", "fast", "fidelity", "agreement", *_CONTENT, "all"),
+}
 _STREAMS = (
     *("reward", "flow_speed", "freeze_fraction", *_DRIFTS, *_LIKENESS, *_CONTENT),
     *("speed", "permanence"),
@@ -49,17 +48,11 @@ half a video apart (far). Copying excess: likeness of late frames to the own fir
 of other videos. The true videos show what a world without any model scores.
 """
 
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Values by (training seed, prompt, sampling seed), fidelity by (training seed, place of the seed)."""
-
-    values: dict[tuple[int, int, int], dict[str, float]] = field(default_factory=dict)
-    fidelity: dict[tuple[int, int], float] = field(default_factory=dict)
+Samples = dict[tuple[int, int | None, int], dict[str, float]]
+"""Values by (training seed, prompt, sampling seed); "fidelity" belongs to no prompt."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Table:
+class _Table(NamedTuple):
     """place: of its rows in the summary. compared: its rows are differences."""
 
     place: tuple[str, ...]
@@ -71,69 +64,69 @@ class _Table:
 
 def model_place(model: str) -> tuple[int, float, str]:
     """What models are sorted by: start, teacher, dmd, re_dmd of falling beta, no_eviction, others."""
-    if model in _FIRST_MODELS:
-        return _FIRST_MODELS.index(model), 0.0, ""
-    found = re.fullmatch(r"re_dmd_(\d+(?:\.\d+)?)", model)
-    if found:
-        return len(_FIRST_MODELS), -float(found[1]), ""
-    return len(_FIRST_MODELS) + (1 if model == WITHOUT_EVICTION else 2), 0.0, model
+    place, number = _place(model, ("start", "teacher", "dmd", "re_dmd", WITHOUT_EVICTION))
+    return place, -number, model
 
 
 def sink_place(sink: str) -> tuple[int, float, str]:
-    """What sinks are sorted by: true, none, frozen, ema of rising alpha, the same in bf16, others."""
-    if sink in _FIRST_SINKS:
-        return _FIRST_SINKS.index(sink), 0.0, ""
-    found = re.fullmatch(r"ema_(\d+(?:\.\d+)?)(_bf16)?", sink)
-    if found:
-        return len(_FIRST_SINKS) + (1 if found[2] else 0), float(found[1]), ""
-    return len(_FIRST_SINKS) + 2, 0.0, sink
+    """What sinks are sorted by: true, none, frozen, ema of rising alpha, the same in bf16."""
+    name = sink.removesuffix("_bf16")
+    place, number = _place(name, (TRUE_SINK, "none", "frozen", "ema"))
+    return place + (name != sink), number, sink
 
 
-def clip_samples(records: Records, captions: str) -> dict[str, Samples]:
+def _place(name: str, order: Sequence[str]) -> tuple[int, float]:
+    """Where `name` stands among the beginnings of `order`, and the number at its end."""
+    place = next((index for index, first in enumerate(order) if name.startswith(first)), len(order))
+    number = re.search(r"[\d.]+$", name)
+    return place, float(number[0]) if number else 0.0
+
+
+def clip_samples(records: Sequence[Record], captions: str) -> dict[str, Samples]:
     """The clips under one kind of captions by model, training seeds together, in the order of the tables."""
     found: dict[str, Samples] = {}
-    for clips in sorted(records.clips, key=lambda clips: model_place(clips.model)):
-        videos = [video for video in clips.videos if video.captions == captions]
-        if videos:
-            samples = found.setdefault(clips.model, Samples())
-            _add(samples, clips.training_seed, videos)
-            for place, value in enumerate(clips.fidelity.get(captions, ())):
-                samples.fidelity[clips.training_seed, place] = value
-    return found
+    for record in records:
+        if record["kind"] == "clips" and (samples := _samples(record, captions)):
+            seed = split_model(record["model"])[1]
+            fidelity = record["fidelity"].get(captions, ())
+            samples |= {(seed, None, place): {"fidelity": value} for place, value in enumerate(fidelity)}
+            found.setdefault(split_model(record["model"])[0], {}).update(samples)
+    return dict(sorted(found.items(), key=lambda entry: model_place(entry[0])))
 
 
-def stream_samples(records: Records) -> dict[tuple[str, int], dict[str, Samples]]:
+def stream_samples(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, Samples]]:
     """The streams by (model, seconds), in each by sink, the true videos first, in the order of the tables."""
     found: dict[tuple[str, int], dict[str, Samples]] = {}
-    for streams in sorted(records.streams, key=lambda streams: sink_place(streams.sink)):
-        place = found.setdefault((streams.model, streams.seconds), {})
-        _add(place.setdefault(streams.sink, Samples()), streams.training_seed, streams.videos)
-    models = sorted(found, key=lambda place: (model_place(place[0]), place[1]))
+    for record in records:
+        if record["kind"] == "streams":
+            sinks = found.setdefault((split_model(record["model"])[0], record["seconds"]), {})
+            sinks.setdefault(record["sink"], {}).update(_samples(record, ""))
     return {
-        (model, seconds): found.get((TRUE_MODEL, seconds), {}) | found[model, seconds]
-        for model, seconds in models
+        (model, seconds): found.get((TRUE_MODEL, seconds), {})
+        | dict(sorted(found[model, seconds].items(), key=lambda entry: sink_place(entry[0])))
+        for model, seconds in sorted(found, key=lambda place: (model_place(place[0]), place[1]))
         if model != TRUE_MODEL
     }
 
 
-def _add(samples: Samples, training_seed: int, videos: Iterable[Video]) -> None:
-    for video in videos:
-        samples.values[training_seed, video.prompt, video.seed] = video.values
+def _samples(record: Record, captions: str) -> Samples:
+    seed = split_model(record["model"])[1]
+    return {
+        (seed, video["prompt"], video["seed"]): {
+            name: value for name, value in video["values"].items() if value is not None
+        }
+        for video in record["videos"]
+        if video.get("captions", "") == captions
+    }
 
 
 def difference(samples: Samples, other: Samples) -> Samples:
     """`samples` minus `other` in every value of every video that both have."""
-    values = {
-        key: {
-            name: value - other.values[key][name]
-            for name, value in found.items()
-            if name in other.values[key]
-        }
-        for key, found in samples.values.items()
-        if key in other.values
+    return {
+        key: {name: value - other[key][name] for name, value in values.items() if name in other[key]}
+        for key, values in samples.items()
+        if key in other
     }
-    shared = samples.fidelity.keys() & other.fidelity.keys()
-    return Samples(values, {key: samples.fidelity[key] - other.fidelity[key] for key in shared})
 
 
 def measure(samples: Samples, name: str) -> Interval | None:
@@ -141,27 +134,25 @@ def measure(samples: Samples, name: str) -> Interval | None:
 
     The interval of "fidelity" is the range of its values, since they belong to no prompt.
     """
-    if name == "fidelity":
-        values = list(samples.fidelity.values())
-        if not values:
-            return None
-        ends = (min(values), max(values)) if len(values) > 1 else (None, None)
-        return Interval(sum(values) / len(values), *ends, len(values))
     clusters = _clusters(samples, name)
     if not clusters:
         return None
+    if name == "fidelity":
+        values = [value for found in clusters.values() for value in found]
+        ends = (min(values), max(values)) if len(values) > 1 else (None, None)
+        return Interval(sum(values) / len(values), *ends, len(values))
     return bootstrap_mean([sum(clusters[key]) / len(clusters[key]) for key in sorted(clusters)])
 
 
-def _clusters(samples: Samples, name: str) -> dict[tuple[int, int], list[float]]:
-    clusters: dict[tuple[int, int], list[float]] = {}
-    for (training_seed, prompt, _), values in samples.values.items():
+def _clusters(samples: Samples, name: str) -> dict[tuple[int, int | None], list[float]]:
+    clusters: dict[tuple[int, int | None], list[float]] = {}
+    for (training_seed, prompt, _), values in samples.items():
         if name in values:
             clusters.setdefault((training_seed, prompt), []).append(values[name])
     return clusters
 
 
-def render(records: Records) -> str:
+def render(records: Sequence[Record]) -> str:
     """The text of tables.md; records that are missing leave out their rows and tables."""
     text, section = _HEAD, ""
     for table in _tables(records):
@@ -173,7 +164,7 @@ def render(records: Records) -> str:
     return text if section else text + "\nNo record is there yet.\n"
 
 
-def summary(records: Records) -> dict[str, Any]:
+def summary(records: Sequence[Record]) -> dict[str, Any]:
     """Every number of the tables, by section, table, row and value: mean, low, high and count of clusters.
 
     Shares are from 0 to 1; low and high are None for a single cluster and the range for "fidelity".
@@ -185,66 +176,56 @@ def summary(records: Records) -> dict[str, Any]:
             place = place.setdefault(name, {})
         for row, samples in table.rows.items():
             found = {name: measure(samples, name) for name in table.columns}
-            place[row] = {
-                name: {"mean": one.mean, "low": one.low, "high": one.high, "count": one.count}
-                for name, one in found.items()
-                if one
-            }
+            place[row] = {name: asdict(interval) for name, interval in found.items() if interval}
     return result
 
 
-def _tables(records: Records) -> Iterator[_Table]:
+def _tables(records: Sequence[Record]) -> Iterator[_Table]:
     """The tables that have rows, each with the columns that some row has."""
-    for table in (*_clip_tables(records), *_sink_tables(records), *_eviction_tables(records)):
+    for table in (*_clip_tables(records), *_stream_tables(records)):
         names = {
-            row: {name for values in samples.values.values() for name in values}
-            | ({"fidelity"} if samples.fidelity else set())
+            row: {name for values in samples.values() for name in values}
             for row, samples in table.rows.items()
         }
         rows = {row: samples for row, samples in table.rows.items() if names[row] & {*table.columns}}
         columns = tuple(name for name in table.columns if any(name in names[row] for row in rows))
         if rows:
-            yield _Table(table.place, table.title, columns, rows, table.compared)
+            yield table._replace(columns=columns, rows=rows)
 
 
-def _clip_tables(records: Records) -> Iterator[_Table]:
-    section, kinds = "DMD against Re-DMD", {"full": _CLIPS_FULL, "open": _CLIPS_OPEN}
-    found = {kind: clip_samples(records, kind) for kind in kinds}
-    for kind, columns in kinds.items():
+def _clip_tables(records: Sequence[Record]) -> Iterator[_Table]:
+    section = "DMD against Re-DMD"
+    found = {kind: clip_samples(records, kind) for kind in _CLIPS}
+    for kind, columns in _CLIPS.items():
         yield _Table((section, kind), f"{kind.capitalize()} captions", columns, found[kind])
-    for kind, columns in kinds.items():
-        models = [model for model in found[kind] if model.startswith("re_dmd_")]
-        pairs = [*((model, "dmd") for model in models), (WITHOUT_EVICTION, WITH_EVICTION)]
-        pairs += [("dmd", "start"), (SHIPPED, "start")]
+    for kind, columns in _CLIPS.items():
+        pairs = [(model, "dmd") for model in found[kind] if model.startswith("re_dmd_")]
+        pairs += [(WITHOUT_EVICTION, WITH_EVICTION), ("dmd", "start"), (SHIPPED, "start")]
         title = f"Paired differences, {kind} captions"
         yield _Table((section, f"{kind}, differences"), title, columns, _paired(found[kind], pairs), True)
 
 
-def _sink_tables(records: Records) -> Iterator[_Table]:
-    for (model, seconds), sinks in stream_samples(records).items():
-        place, title = ("Sinks", model), f"{model}, {seconds} s"
-        yield _Table((*place, f"{seconds}s"), title, _STREAMS, sinks)
+def _stream_tables(records: Sequence[Record]) -> Iterator[_Table]:
+    streams = stream_samples(records)
+    for (model, seconds), sinks in streams.items():
+        title = f"{model}, {seconds} s"
+        yield _Table(("Sinks", model, f"{seconds}s"), title, _STREAMS, sinks)
         ema = [sink for sink in sinks if sink.startswith("ema_")]
         pairs = [(sink, other) for other in ("frozen", "none") for sink in ema]
         pairs += [(sink, sink.removesuffix("_bf16")) for sink in ema if sink.endswith("_bf16")]
-        rows = _paired(sinks, pairs)
-        yield _Table(
-            (*place, f"{seconds}s, differences"), f"Paired differences, {title}", _STREAMS, rows, True
-        )
-
-
-def _eviction_tables(records: Records) -> Iterator[_Table]:
-    section, streams = "Trained with eviction against without", stream_samples(records)
-    for model, seconds in streams:
+        place = ("Sinks", model, f"{seconds}s, differences")
+        yield _Table(place, f"Paired differences, {title}", _STREAMS, _paired(sinks, pairs), True)
+    for (model, seconds), sinks in streams.items():
         if model == WITH_EVICTION:
             others = streams.get((WITHOUT_EVICTION, seconds), {})
             rows = {
                 sink: difference(samples, others[sink])
-                for sink, samples in streams[model, seconds].items()
+                for sink, samples in sinks.items()
                 if sink in others and sink != TRUE_SINK
             }
+            place = ("Trained with eviction against without", f"{seconds}s")
             title = f"Paired differences, {WITH_EVICTION} minus {WITHOUT_EVICTION}, {seconds} s"
-            yield _Table((section, f"{seconds}s"), title, _STREAMS, rows, True)
+            yield _Table(place, title, _STREAMS, rows, True)
 
 
 def _paired(found: dict[str, Samples], pairs: Sequence[tuple[str, str]]) -> dict[str, Samples]:
@@ -289,23 +270,24 @@ def _sizes(table: _Table) -> str:
     """The sentence under a table: how many clusters and sampling seeds its rows and columns have."""
     rows: dict[str, list[str]] = {}
     for row, samples in table.rows.items():
-        whole = _size(Counter(key[:2] for key in samples.values))
-        told = [whole] if samples.values else []
+        whole = _size(Counter(key[:2] for key in samples if key[1] is not None))
+        sizes = [whole] if whole else []
         for name in table.columns:
-            size = _size({key: len(found) for key, found in _clusters(samples, name).items()})
-            if name == "fidelity" and samples.fidelity:
-                count = len(samples.fidelity)
-                told.append(f"fidelity from {count} value{'s' if count > 1 else ''}")
-            elif size not in ("", whole):
-                told.append(f"{name.replace('_', ' ')} {size}")
-        rows.setdefault(", ".join(told), []).append(row)
+            counts = {key: len(found) for key, found in _clusters(samples, name).items()}
+            if name == "fidelity" and counts:
+                count = sum(counts.values())
+                sizes.append(f"fidelity from {count} value{'s' if count > 1 else ''}")
+            elif _size(counts) not in ("", whole):
+                sizes.append(f"{name.replace('_', ' ')} {_size(counts)}")
+        rows.setdefault(", ".join(sizes), []).append(row)
     parts = [
-        f"{told} in every row" if len(rows) == 1 else f"{', '.join(of)}: {told}" for told, of in rows.items()
+        f"{sizes} in every row" if len(rows) == 1 else f"{', '.join(of)}: {sizes}"
+        for sizes, of in rows.items()
     ]
     return f"n, clusters x sampling seeds: {'; '.join(parts)}."
 
 
-def _size(counts: dict[tuple[int, int], int]) -> str:
+def _size(counts: dict[tuple[int, int | None], int]) -> str:
     if not counts:
         return ""
     least, most = min(counts.values()), max(counts.values())

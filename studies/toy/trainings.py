@@ -4,28 +4,24 @@ students."""
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import torch
 
-from recipes.tiny.run import STEPS, VIDEOS, Options, load_transformer, run_stage
+from recipes.tiny.run import CHECKPOINT, STEPS, VIDEOS, Options, run_stage
+from recipes.tiny.training import save_part
 from recipes.tiny.videos import encode_dataset
-from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import read_safetensors
-from rfengine.config import to_dict
-from rfengine.models.text_encoder import build_umt5
 from rfengine.toy.data import save_dataset
 from rfengine.training.build import build_stage
-from rfengine.training.checkpoint_parts import base_engine, export_checkpoint, load_vae
+from rfengine.training.checkpoint_parts import base_engine, export_checkpoint
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd, toy_re_dmd, toy_re_dmd_no_eviction, toy_teacher
 from rfengine.training.samples import averaged_state
 from rfengine.training.trainer import Trainer
-from studies.toy.setting import Setting, seeded_name
-from studies.toy.tables import SHIPPED, WITHOUT_EVICTION
+from studies.toy.setting import SHIPPED, WITH_EVICTION, WITHOUT_EVICTION, Setting, seeded_name
 
 _BASE = "tiny"  # whose VAE and text encoder the whole study uses
 _CLIP_SEED = 77
@@ -35,35 +31,23 @@ _CLIP_CHUNKS = 4  # of which a clip of three begins at the first or at the secon
 def train_start(setting: Setting) -> None:
     """The student before distillation: the shipped VAE and text encoder, and a transformer by teacher forcing
     as recipes.tiny trains it."""
-    directory = setting.directory / "start_run"
-    directory.mkdir(parents=True, exist_ok=True)
-    engine = base_engine(_BASE)
-    (directory / "vae.json").write_text(json.dumps(to_dict(engine.vae)))
-    for part, name in (("vae", "vae_weights"), ("text_encoder", "text_weights")):
+    directory, engine = setting.directory / "start_run", base_engine(_BASE)
+    parts = directory / CHECKPOINT
+    for part in ("vae", "text_encoder"):
         weights, _ = read_safetensors(checkpoint_directory(_BASE) / f"{part}.safetensors")
-        torch.save({key: value.float() for key, value in weights.items()}, directory / f"{name}.pt")
+        save_part(parts, engine, part, weights)
     scale = setting.size.start_scale
     for stage in ("videos", "starts"):
         if not (directory / f"{stage}.pt").exists():
             run_stage(Options(stage, directory, videos=max(1, int(scale * VIDEOS[stage]))))
     run_stage(Options("dit", directory, max(1, int(scale * STEPS["dit"]))))
-    start = load_transformer(engine, directory).state_dict()
+    start, _ = read_safetensors(parts / "transformer.safetensors")
     export_checkpoint(start, engine, _BASE, setting.checkpoint("start"))
 
 
 def encode_clips(setting: Setting) -> None:
     """Rendered and encoded videos of four chunks, which the teacher learns from."""
-    engine, device = base_engine(_BASE), torch.device("cpu")
-    text_model = Checkpoint.open(_BASE).load(lambda: build_umt5(engine.text), "text_encoder", torch.float32)
-    dataset = encode_dataset(
-        load_vae(_BASE, engine, device),
-        text_model.requires_grad_(False),
-        engine.model.text_len,
-        _CLIP_CHUNKS * engine.cache.chunk_frames,
-        setting.size.clips,
-        _CLIP_SEED,
-    )
-    save_dataset(dataset, setting.clips_path)
+    save_dataset(encode_dataset(_BASE, _CLIP_CHUNKS, setting.size.clips, _CLIP_SEED), setting.clips_path)
 
 
 def training_configs(setting: Setting) -> dict[str, TrainConfig]:
@@ -98,8 +82,8 @@ def run_training(setting: Setting, name: str) -> None:
         export_checkpoint(averaged_state(stage), config.engine, _BASE, setting.checkpoint(name))
 
 
-def average_with_start(setting: Setting, name: str) -> None:
-    """The model that is shipped: the mean of the weights of `name` and of the start it was distilled from.
+def average_with_start(setting: Setting) -> None:
+    """The model that is shipped: the mean of the weights of WITH_EVICTION and of the start.
 
     Distillation moves the weights by little, so the models on the straight line between both ends work too
     (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022); halfway keeps what the start does
@@ -107,7 +91,7 @@ def average_with_start(setting: Setting, name: str) -> None:
     """
     ends = [
         read_safetensors(setting.checkpoint(model) / "transformer.safetensors")[0]
-        for model in ("start", name)
+        for model in ("start", WITH_EVICTION)
     ]
     weights = {key: torch.lerp(value.float(), ends[1][key].float(), 0.5) for key, value in ends[0].items()}
     export_checkpoint(weights, base_engine(_BASE), _BASE, setting.checkpoint(SHIPPED))

@@ -14,6 +14,8 @@ from rfengine.toy.world import (
     Scene,
     SceneObject,
     WorldConfig,
+    as_clips,
+    as_model_pixels,
     background_image,
     caption,
     ground_truth,
@@ -140,3 +142,9 @@ def test_impossible_worlds_are_refused():
         WorldConfig(pair_share=2)
     with pytest.raises(ValueError, match="frames is 0"):
         ground_truth(moving_scene(), 0)
+
+
+def test_model_pixels_and_clips_are_inverse():
+    clips = [torch.rand(3, 16, 32, 3) for _ in range(2)]
+    for one, other in zip(as_clips(as_model_pixels(clips)), clips, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)

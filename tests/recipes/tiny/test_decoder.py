@@ -6,13 +6,12 @@ import torch
 from recipes.tiny.decoder import (
     _CONTEXT,
     _WINDOW,
-    Teacher,
     _draw,
+    encoded_latents,
     evaluate_tiny_decoder,
     train_tiny_decoder,
 )
-from recipes.tiny.training import StageConfig
-from rfengine.checkpoint.checkpoint import Checkpoint
+from recipes.tiny.training import StageConfig, ToyModel
 from rfengine.config import TinyVAEConfig
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.toy.world import sample_scenes
@@ -22,9 +21,8 @@ CONFIG = TinyVAEConfig(z_dim=8, widths=(8, 8, 4, 4), memory_blocks=1)
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
-    checkpoint = Checkpoint.open("tiny")
-    return Teacher.load(checkpoint.path, checkpoint.config)
+def teacher() -> ToyModel:
+    return ToyModel.load("tiny")
 
 
 def test_pixels_that_are_drawn_belong_to_the_latents_behind_the_context():
@@ -47,7 +45,7 @@ def test_pixels_that_are_drawn_belong_to_the_latents_behind_the_context():
 
 def test_latents_of_both_kinds_have_the_size_of_a_stream(teacher):
     scenes = sample_scenes(2, 3)
-    generated, encoded = teacher.generated_latents(scenes, 2, seed=4), teacher.encoded_latents(scenes, 2)
+    generated, encoded = teacher.latents(scenes, 2, seed=4), encoded_latents(teacher.vae, scenes, 6)
     assert generated.shape == encoded.shape == (2, 8, 6, 8, 8)
     assert teacher.pixels(generated).shape == (2, 3, 21, 64, 64)
     assert float(teacher.pixels(encoded).abs().max()) <= 1

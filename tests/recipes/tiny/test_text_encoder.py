@@ -1,8 +1,9 @@
 import torch
 
-from recipes.tiny.text_encoder import LABELS, TextStage, scene_labels, text_states
+from recipes.tiny.text_encoder import LABELS, TextStage, scene_labels
 from recipes.tiny.training import StageConfig
 from rfengine.config import PRESETS
+from rfengine.models.text_encoder import ByteTokenizer, TextEncoder
 from rfengine.toy.world import Scene, SceneObject, WorldConfig, caption, sample_scenes
 from rfengine.training.parallel import Ranks
 
@@ -28,7 +29,7 @@ def test_a_short_training_gives_a_frozen_encoder_with_zero_padding():
     stage.update(0)
     model = stage.encoder()
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    states = text_states(model, ["a small red circle", "a large blue square"], 32)
+    states = TextEncoder(model, ByteTokenizer(), 32).encode(["a small red circle", "a large blue square"])
     assert states.shape == (2, 32, 96)
     assert not states[0, len("a small red circle") + 1 :].any() and states[0, len("a small red circle")].any()
     assert torch.isfinite(states).all()

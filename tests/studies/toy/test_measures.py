@@ -12,7 +12,7 @@ from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import WorldConfig, caption, sample_scenes
 from studies.toy.clips import energy_distance
 from studies.toy.record import unit
-from studies.toy.streams import sink_names, split_sink_names, true_video, with_sink
+from studies.toy.streams import sink_names, true_video, with_sink
 
 
 def test_energy_distance_of_points_on_a_line() -> None:
@@ -32,8 +32,7 @@ def test_energy_distance_grows_with_the_shift_and_vanishes_without() -> None:
 def test_sinks_by_name() -> None:
     cache = PRESETS["tiny"].cache
     split_names, rounded_names = ("ema_0.9", "ema_0.99"), ("ema_0.9_bf16", "ema_0.99_bf16")
-    assert sink_names((0.9, 0.99)) == ("none", "frozen", *split_names, *rounded_names)
-    assert split_sink_names((0.9, 0.99)) == ("none", "frozen", *split_names)
+    assert sink_names((0.9, 0.99)) == (("none", "frozen", *split_names), rounded_names)
     none, frozen, split, rounded = (
         with_sink(cache, name) for name in ("none", "frozen", "ema_0.9", "ema_0.9_bf16")
     )
@@ -43,7 +42,7 @@ def test_sinks_by_name() -> None:
     assert (rounded.alpha, rounded.sink_precision) == (0.9, "bf16")
 
 
-def testtrue_videos_move_as_their_caption_says_and_differ_in_their_start() -> None:
+def test_true_videos_move_as_their_caption_says_and_differ_in_their_start() -> None:
     world = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
     scene = next(scene for scene in sample_scenes(20, 3, world) if scene.speed == "fast")
     one, other = true_video(scene, 500, 1), true_video(scene, 500, 2)

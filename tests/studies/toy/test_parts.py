@@ -27,8 +27,8 @@ def part(folder: Path, name: str, *needs: str) -> Part:
 
 def run(folder: Path, *parts: Part, workers: int = 2) -> tuple[list[str], list[str]]:
     """The parts that are missing in the end and the order in which the others were made."""
-    told: list[str] = []
-    missing = run_parts(parts, ["-c", MAKE, str(folder)], workers, folder / "output", told.append)
+    reports: list[str] = []
+    missing = run_parts(parts, ["-c", MAKE, str(folder)], workers, folder / "output", reports.append)
     order = folder / "order"
     return missing, order.read_text().split() if order.exists() else []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from studies.toy.plots import draw
-from studies.toy.record import Clips, Records, Streams, Video
+from studies.toy.record import Record
 
 MODELS = ("start", "teacher", "dmd", "re_dmd_0.5", "re_dmd_0.2", "no_eviction")
 SINKS = ("none", "frozen", "ema_0.9", "ema_0.999", "ema_0.9_bf16", "ema_0.999_bf16")
@@ -25,34 +25,36 @@ def needs_matplotlib() -> None:
     pytest.importorskip("matplotlib")
 
 
-def clips_of(model: str, seed: int = 0) -> Clips:
+def clips_of(model: str, seed: int = 0) -> Record:
     draw_number = random.Random(f"{model}{seed}").random
     videos = [
-        Video(prompt, 0, captions, {name: draw_number() for name in CLIP_VALUES}, {})
+        {
+            "prompt": prompt,
+            "seed": 0,
+            "captions": captions,
+            "values": {name: draw_number() for name in CLIP_VALUES},
+        }
         for prompt in range(4)
         for captions in ("full", "open")
     ]
-    fidelity = {"full": (draw_number(), draw_number()), "open": (draw_number(),)}
-    return Clips(model, 0, {}, fidelity, tuple(videos))
+    fidelity = {"full": [draw_number(), draw_number()], "open": [draw_number()]}
+    return {"kind": "clips", "model": model, "fidelity": fidelity, "videos": videos}
 
 
-def streams_of(model: str, sink: str, seconds: int = 60, without: str = "") -> Streams:
+def streams_of(model: str, sink: str, seconds: int = 60, without: str = "") -> Record:
     draw_number = random.Random(f"{model}{sink}").random
     videos = [
-        Video(
-            prompt,
-            0,
-            "",
-            {name: draw_number() for name in STREAM_VALUES},
-            {
-                name: tuple((2.0**step, draw_number()) for step in range(7))
-                for name in CURVES
-                if name != without
+        {
+            "prompt": prompt,
+            "seed": 0,
+            "values": {name: draw_number() for name in STREAM_VALUES},
+            "curves": {
+                name: [[2.0**step, draw_number()] for step in range(7)] for name in CURVES if name != without
             },
-        )
+        }
         for prompt in range(3)
     ]
-    return Streams(model, 0, sink, seconds, {}, tuple(videos))
+    return {"kind": "streams", "model": model, "sink": sink, "seconds": seconds, "videos": videos}
 
 
 def write_log(path: Path, names: tuple[str, ...], seed: int = 0) -> Path:
@@ -76,7 +78,7 @@ def write_logs(folder: Path) -> dict[str, Path]:
 def test_everything_drawn_is_a_small_png(tmp_path: Path) -> None:
     streams = [streams_of(model, sink) for model in ("re_dmd_0.5", "no_eviction") for sink in SINKS]
     streams += [streams_of("world", "true"), streams_of("re_dmd_0.5", "none", 600)]
-    records = Records(tuple(map(clips_of, MODELS)), tuple(streams))
+    records = [*map(clips_of, MODELS), *streams]
     files = draw(records, write_logs(tmp_path), tmp_path)
     assert [file.name for file in files] == [
         "models.png",
@@ -93,17 +95,17 @@ def test_everything_drawn_is_a_small_png(tmp_path: Path) -> None:
 
 def test_nothing_is_drawn_of_nothing(tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", ("teacher_loss",))
-    assert draw(Records(), {"teacher": log}, tmp_path) == []
+    assert draw([], {"teacher": log}, tmp_path) == []
     assert not list(tmp_path.glob("*.png"))
 
 
 def test_streams_without_a_counterpart_draw_no_eviction(tmp_path: Path) -> None:
-    records = Records((), (streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "none", 600)))
+    records = [streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "none", 600)]
     names = [file.name for file in draw(records, {}, tmp_path)]
     assert names == ["sinks_re_dmd_0.5_60s.png", "sinks_no_eviction_600s.png"]
 
 
-def drawn(folder: Path, records: Records, logs: dict[str, Path]) -> dict[str, bytes]:
+def drawn(folder: Path, records: list[Record], logs: dict[str, Path]) -> dict[str, bytes]:
     folder.mkdir()
     return {file.name: file.read_bytes() for file in draw(records, logs, folder)}
 
@@ -112,11 +114,11 @@ def drawn(folder: Path, records: Records, logs: dict[str, Path]) -> dict[str, by
 def test_a_plot_changes_with_its_data_and_only_then(tmp_path: Path) -> None:
     logs = {"dmd": write_log(tmp_path / "one", ("critic_loss",), 1)}
     pair = streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "none")
-    before = drawn(tmp_path / "before", Records((clips_of("dmd"),), pair), logs)
-    assert drawn(tmp_path / "again", Records((clips_of("dmd"),), pair), logs) == before
+    before = drawn(tmp_path / "before", [clips_of("dmd"), *pair], logs)
+    assert drawn(tmp_path / "again", [clips_of("dmd"), *pair], logs) == before
     logs = {"dmd": write_log(tmp_path / "other", ("critic_loss",), 2)}
     other = streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "frozen")
-    after = drawn(tmp_path / "after", Records((clips_of("dmd", 1),), other), logs)
+    after = drawn(tmp_path / "after", [clips_of("dmd", 1), *other], logs)
     assert after.keys() == before.keys()
     same = {name for name in before if before[name] == after[name]}
     assert same == {"sinks_re_dmd_0.5_60s.png"}
@@ -125,10 +127,10 @@ def test_a_plot_changes_with_its_data_and_only_then(tmp_path: Path) -> None:
 @pytest.mark.parametrize("curve", CURVES)
 def test_every_curve_of_the_streams_is_shown(tmp_path: Path, curve: str) -> None:
     whole, part = (streams_of("dmd", "none", without=name) for name in ("", curve))
-    assert drawn(tmp_path / "a", Records((), (whole,)), {}) != drawn(tmp_path / "b", Records((), (part,)), {})
+    assert drawn(tmp_path / "a", [whole], {}) != drawn(tmp_path / "b", [part], {})
 
 
 def test_missing_matplotlib_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="matplotlib is not installed; pip install matplotlib"):
-        draw(Records((clips_of("dmd"),)), {}, tmp_path)
+        draw([clips_of("dmd")], {}, tmp_path)

@@ -52,7 +52,7 @@ def test_unknown_parts_and_mixed_sizes_are_refused(
         toy_study.main([*common, "--only", "clips"])
 
 
-def test_list_tells_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_shows_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "clips.pt").touch()
     assert toy_study.main(["--directory", str(tmp_path), "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

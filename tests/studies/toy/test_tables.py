@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rfengine.evaluation.confidence import bootstrap_mean
-from studies.toy.record import Records, read_records
+from studies.toy.record import read_records
 from studies.toy.tables import LEAST_MARKED, render, summary
 
 CLIPS, SINKS = "DMD against Re-DMD", "Sinks"
@@ -256,44 +254,9 @@ def test_summary_is_json_and_the_folder_may_hold_it(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps(summary(read_records(tmp_path)), allow_nan=False))
     again = json.loads((tmp_path / "summary.json").read_text())
     assert again[CLIPS]["full"]["dmd"]["reward"]["mean"] == 0.5
-    assert len(read_records(tmp_path).clips) == 1
+    assert len(read_records(tmp_path)) == 1
 
 
 def test_no_record_is_said_in_a_sentence(tmp_path: Path) -> None:
-    assert read_records(tmp_path) == Records()
-    assert "No record is there yet." in render(Records()) and summary(Records()) == {}
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"kind": "streams"}, 'it does not say "kind": "clips"'),
-        ({"model": "start"}, "it holds what belongs into clips_start.json"),
-        ({"fidelity": None}, "no attribute 'items'"),
-        ({"videos": []}, "it has no video"),
-        ({"videos": [{"prompt": 0, "captions": "full", "values": {}}]}, "'seed' is missing"),
-        ({"videos": [{"prompt": 0, "seed": 0, "values": {}}]}, "captions are ''"),
-        (
-            {"videos": [{"prompt": 3, "seed": 1, "captions": "full", "values": {}}] * 2},
-            "prompt 3 with seed 1 is there 2 times",
-        ),
-        (
-            {"videos": [{"prompt": 0, "seed": 0, "captions": "full", "values": {"reward": float("nan")}}]},
-            "nan is no finite number",
-        ),
-    ],
-)
-def test_a_file_that_is_no_record_is_refused_in_a_sentence(
-    tmp_path: Path, change: dict[str, Any], told: str
-) -> None:
-    write_clips(tmp_path, "dmd", rewards(0.5))
-    path = tmp_path / "clips_dmd.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=rf"clips_dmd.json is no record of .*{re.escape(told)}"):
-        read_records(tmp_path)
-
-
-def test_a_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "streams_dmd_none_60s.json").write_text("{")
-    with pytest.raises(ValueError, match="streams_dmd_none_60s.json is no record"):
-        read_records(tmp_path)
+    assert read_records(tmp_path) == []
+    assert "No record is there yet." in render([]) and summary([]) == {}
