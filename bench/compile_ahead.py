@@ -1,4 +1,4 @@
-"""Fills a Triton cache for a GPU that is not here, so that a first start there compiles nothing.
+"""Fills a Triton cache for a GPU that is not here, so that a first start there compiles no kernel.
 
 The programs of the engine run on tensors of their real sizes in host memory, most of which is never touched,
 since no kernel runs: every chunk from the first to the steady state, and the decoders, with every op that
@@ -7,11 +7,9 @@ Triton has a form of on Triton, in each form that autotune compares. The golden 
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 from unittest import mock
@@ -19,14 +17,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from bench.absent_gpu import (
-    ARCHITECTURES,
-    Architecture,
-    StandInDriver,
-    recorded_launches,
-    seen_architecture,
-    stand_in_launches,
-)
+from bench.absent_gpu import ARCHITECTURES, Architecture, recorded_launches
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.grid import LatentGrid
@@ -43,39 +34,27 @@ Module = TypeVar("Module", bound=nn.Module)
 DTYPES = ("float32", "bfloat16")  # of the golden files
 
 
-@dataclass(frozen=True)
-class Filled:
-    """What was done. kernels: compiled, those that lay in the cache already left out. launches, maps, broken:
-    what the stand-in driver saw; None without a C compiler, where launchers are not built ahead."""
-
-    kernels: int
-    seconds: float
-    driver: dict[str, int] | None
-
-
 def fill_cache(
     cache: Path, arch: str, config: EngineConfig, dtype: torch.dtype, golden: list[Path]
-) -> Filled:
-    """Compile what `config` in `dtype` and `golden` launch into `cache`, which TRITON_CACHE_DIR must name."""
+) -> tuple[int, float]:
+    """Compile what `config` in `dtype` and `golden` launch into `cache`, which TRITON_CACHE_DIR must name.
+    Returns how many kernels were not in it yet, and the seconds."""
     architecture, started, before = ARCHITECTURES[arch], time.monotonic(), _kernels(cache)
-    with tempfile.TemporaryDirectory() as folder:
-        stand_in = StandInDriver.load(Path(folder)) if architecture.capability == 90 else None
-        launched = stand_in_launches if stand_in is not None else recorded_launches
-        with launched(architecture), seen_architecture(architecture), torch.no_grad():
-            variants = list(engine_ops(architecture))
-            for ops in variants:
-                run_chunks(config, dtype, ops)
-            run_decoders(config, dtype, variants[0])  # the others differ in ops of the transformer alone
-            with _triton_on_the_cpu():
-                for path in golden:
-                    for name in DTYPES:
-                        replay(path, "triton", "cpu", name)
-        counts = None if stand_in is None else stand_in.counts()
-    return Filled(_kernels(cache) - before, time.monotonic() - started, counts)
+    with recorded_launches(architecture), torch.no_grad():
+        variants = list(engine_ops(architecture))
+        for ops in variants:
+            run_chunks(config, dtype, ops)
+        run_decoders(config, dtype, variants[0])  # the others differ in ops of the transformer alone
+        # Triton counts as a backend of the CPU, where its launches are not run
+        with mock.patch.object(backends, "_triton_absence", lambda on_cuda: ""):
+            for path in golden:
+                for name in DTYPES:
+                    replay(path, "triton", "cpu", name)
+    return _kernels(cache) - before, time.monotonic() - started
 
 
 def engine_ops(architecture: Architecture) -> Iterator[Ops]:
-    """Every op on Triton where it has a form: with each form of the window attention, with folded gates."""
+    """Every op on Triton where it has a form: with folded gates, with each form of the window attention."""
     choice = {op: "triton" if has_backend(op, "triton") else "reference" for op in OPS}
     yield Ops(choice)
     yield Ops(choice, folds_gate=True)
@@ -130,14 +109,6 @@ def run_decoders(config: EngineConfig, dtype: torch.dtype, ops: Ops) -> None:
         state = decoder.decoder_state(1, *size, dtype, "cpu")
         for state.frames in (0, chunk):
             decoder.run(latents, state, packed=True)
-
-
-@contextlib.contextmanager
-def _triton_on_the_cpu() -> Iterator[None]:
-    """Inside, Triton counts as a backend of the CPU, where its launches are not run; results are left as they
-    were allocated."""
-    with mock.patch.object(backends, "_triton_absence", lambda on_cuda: ""):
-        yield
 
 
 def _kernels(cache: Path) -> int:

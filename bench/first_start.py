@@ -3,7 +3,7 @@
     python bench/first_start.py cuda
 
 Each form of Triton's attention runs in a process of its own (rfengine/tuning/attention_probe.py), so that one
-that hangs or breaks the device is left out by every later start. Prints JSON lines; exit status 1: a form was
+that hangs or breaks the device is left out by every later start. Prints JSON; exit status 1: a form was
 refused. The log of the tuning goes to the standard error, which shows where it is.
 """
 
@@ -17,34 +17,20 @@ from pathlib import Path
 if __name__ == "__main__":  # a checkout that need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from rfengine.benchmark.measured_engine import Engine
+from rfengine.benchmark.measured_engine import MeasuredEngine
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.cli.process import run_process
-from rfengine.config import PRESETS
-from rfengine.grid import LatentGrid
-from rfengine.tuning.attention_probe import attention_problems
-from rfengine.tuning.candidates import TuningShapes
-from rfengine.tuning.record import TuningCache, default_cache_path, describe_machine
-
-MODEL = "wan-1.3b"
+from rfengine.tuning.autotune import cached_decisions
+from rfengine.tuning.candidates import ATTENTION
 
 
 def main() -> int:
-    name = sys.argv[1]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    problems: dict[str, str] = {}
-    if name != "cpu":
-        config, device = PRESETS[MODEL], torch.device("cuda", torch.cuda.current_device())
-        cache = TuningCache(default_cache_path(), describe_machine(device))
-        problems = attention_problems(
-            TuningShapes(config, LatentGrid.of(config), torch.bfloat16, device), cache
-        )
-    print(json.dumps({"attention": problems}), flush=True)
-    engine = Engine.load(ThroughputOptions(device=name))
-    print(json.dumps({"choice": engine.pipeline.model.ops.choice}), flush=True)
-    return int(any(problems.values()))
+    engine = MeasuredEngine.load(ThroughputOptions(device=sys.argv[1]))
+    found = [each for each in cached_decisions(engine.device) if each.key.name == ATTENTION]
+    refused = {name: problem for decision in found for name, problem in decision.refused.items()}
+    print(json.dumps({"refused": refused, "choice": engine.pipeline.model.ops.choice}))
+    return int(bool(refused))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ failed or a goal was missed. Running out of time is no failure.
 
 Needs torch, triton, numpy, safetensors, transformers, tqdm and pytest. Bring as wheels, all pure Python:
 tyro, typeguard, docstring-parser, typing-extensions 4.14 or newer; without hypothesis the tests that draw
-their inputs are skipped. 8 minutes are enough with a warm Triton cache (bench/compile_report.py --cache).
+their inputs are skipped. 8 minutes are enough with a warm Triton cache (bench/compile_report.py --cache),
+named in TRITON_CACHE_DIR.
 The thousand chunks of the goals are --parts bench --chunks 1000 --minutes 9.
 
 Without a GPU, or with --self-check, every part runs in miniature on the CPU, to show what is broken before a
@@ -30,13 +31,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ CORES_LEFT = 2  # for this process and the system, beside processes that compile
 REASON_CHARACTERS = 400
 NO_TIME = "no time was left"
 NO_TESTS = 5  # exit status of pytest for a file whose tests are all left out
+GRAPH_TESTS = "runtime/test_gpu_stream"  # the part "graphs"
+SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
+BACKENDS = ("reference", "triton", "native", "cudnn", "flash")
 SIXTEEN_BIT = ("cudnn", "flash")  # attention of the libraries is for 16 bits only
 SMALL_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 SELF_CHECK = "a self-check of the gate in miniature on the CPU: none of its figures counts"
@@ -75,7 +78,6 @@ class Setting:
     small: bool
     folder: Path
     chunks: int = 100
-    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> str:
@@ -121,16 +123,21 @@ def rfengine(*arguments: str | Path) -> tuple[str, ...]:
     return python("-m", "rfengine.cli", *arguments)
 
 
+def measuring(name: str, setting: Setting, *call: str) -> Command:
+    """A command that leaves its figures in a file."""
+    path = setting.folder / f"{name}.json"
+    return Command(name, (*call, "--json", str(path)), json=path, shows=True)
+
+
+def testing(name: str, *arguments: str | Path) -> Command:
+    """A pytest. -v names each test before it runs, so that the output tells where a killed process was."""
+    call = python("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *arguments)
+    absence = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
+    return Command(name, call, absence, passes=(0, NO_TESTS), read=read_tests)
+
+
 def device_commands(setting: Setting) -> list[Command]:
-    return [
-        Command("doctor", rfengine("doctor", "--json")),
-        Command("first start", python("bench/first_start.py", setting.device)),
-        native_build(setting),
-    ]
-
-
-def native_build(setting: Setting) -> Command:
-    """csrc/ compiled for this GPU, where it can be and is not yet, so that its tests run."""
+    """Facts, a first start, and csrc/ compiled for this GPU where it can be and is not yet, for its tests."""
     missing = [tool for tool in ("nvcc", "cmake") if shutil.which(tool) is None]
     absence = "a self-check builds nothing" if setting.small else f"{missing[0]} is absent" if missing else ""
     if (ROOT / "rfengine" / "_native.fatbin").exists():
@@ -139,75 +146,62 @@ def native_build(setting: Setting) -> Command:
     arch = f"{major}{minor}{'a' if major >= 9 else ''}"
     folder = shlex.quote(str(setting.folder / "native"))
     build = f"cmake -S . -B {folder} -DRFENGINE_CUDA_ARCHS={arch} && cmake --build {folder}"
-    return Command("native build", ("sh", "-c", build), absence)
+    return [
+        Command("doctor", rfengine("doctor", "--json")),
+        Command("first start", python("bench/first_start.py", setting.device)),
+        Command("native build", ("sh", "-c", build), absence),
+    ]
 
 
 def test_commands(setting: Setting) -> list[Command]:
     """One pytest for each file of tests/kernels and for each with a test marked gpu; the largest first."""
     if setting.small:
-        return [pytest_command("test_flow_step", "tests/kernels/test_flow_step.py", "-k", "size0-dtype0")]
+        return [testing("test_flow_step", "tests/kernels/test_flow_step.py", "-k", "size0-dtype0")]
     commands = []
     for path in sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: -path.stat().st_size):
         name = path.relative_to(ROOT / "tests").with_suffix("").as_posix()
         if path.parent.name == "kernels":
-            commands.append(pytest_command(name, path))
-        elif (
-            "mark.gpu" in path.read_text() and name != "runtime/test_gpu_stream"
-        ):  # that is the part "graphs"
-            commands.append(pytest_command(name, path, "-m", "gpu"))
+            commands.append(testing(name, path))
+        elif "mark.gpu" in path.read_text() and name != GRAPH_TESTS:
+            commands.append(testing(name, path, "-m", "gpu"))
     return commands
 
 
 def graph_commands(setting: Setting) -> list[Command]:
     chosen = ("-k", "cpu") if setting.small else ("-m", "gpu")
-    return [pytest_command("stream", "tests/runtime/test_gpu_stream.py", *chosen)]
-
-
-def pytest_command(name: str, *arguments: str | Path) -> Command:
-    """-v names each test before it runs, so that the output tells where a killed process was."""
-    options = ("-v", "--tb=short", "-p", "no:cacheprovider")
-    absence = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
-    call = python("-m", "pytest", *options, *arguments)
-    return Command(name, call, absence, passes=(0, NO_TESTS), read=read_tests)
+    return [testing("stream", f"tests/{GRAPH_TESTS}.py", *chosen)]
 
 
 def parity_commands(setting: Setting) -> list[Command]:
-    golden = [str(path) for path in sorted((ROOT / "tests" / "golden").glob("*.safetensors"))]
+    golden = sorted((ROOT / "tests" / "golden").glob("*.safetensors"))
     reasons = {"reference": ""} if setting.small else backend_reasons(setting.device)
+    if setting.small:
+        golden = golden[:1]
     commands = []
-    for backend in ("reference",) if setting.small else ("reference", "triton", "native", "cudnn", "flash"):
+    for backend in ("reference",) if setting.small else BACKENDS:
         for dtype in ("bfloat16",) if backend in SIXTEEN_BIT else ("float32", "bfloat16"):
-            call = rfengine(
-                "parity", *golden, "--backend", backend, "--device", setting.device, "--dtype", dtype
-            )
+            options = ("--backend", backend, "--device", setting.device, "--dtype", dtype)
+            call = rfengine("parity", *golden, *options)
             commands.append(Command(f"{backend} {dtype}", call, reasons[backend]))
     return commands[:1] if setting.small else commands
 
 
-SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
-
-
 def bench_commands(setting: Setting) -> list[Command]:
-    path = setting.folder / "bench.json"
     size = (*SMALLEST, "--chunks", "2") if setting.small else ("--chunks", str(setting.chunks))
-    options = ("--device", setting.device, "--compare", "baseline", "--json", path)
-    return [Command("bench", rfengine("bench", *options, *size), json=path, shows=True)]
+    call = rfengine("bench", "--device", setting.device, "--compare", "baseline", *size)
+    return [measuring("bench", setting, *call)]
 
 
 def kernel_commands(setting: Setting) -> list[Command]:
-    path = setting.folder / "kernels.json"
     case = ("--check", "--case", "rms_norm") if setting.small else ("--no-compile",)
-    return [Command("kernels", python("bench/kernels.py", *case, "--json", path), json=path, shows=True)]
+    return [measuring("kernels", setting, *python("bench/kernels.py", *case))]
 
 
 def vae_commands(setting: Setting) -> list[Command]:
     size = (*SMALLEST, "--chunks", "1") if setting.small else ("--chunks", "10")
-    commands = []
-    for backend in ("reference",) if setting.small else VAE_COMMANDS:
-        path = setting.folder / f"vae-{backend}.json"
-        options = ("--device", setting.device, "--backend", backend, "--no-diffusers", "--json", path)
-        commands.append(Command(backend, python("bench/vae.py", *options, *size), json=path, shows=True))
-    return commands
+    call = python("bench/vae.py", "--device", setting.device, "--no-diffusers", *size, "--backend")
+    backends = ("reference",) if setting.small else VAE_COMMANDS
+    return [measuring(backend, setting, *call, backend) for backend in backends]
 
 
 # Most important first. With a cold cache the tests compile for 420 s of one core, parity for 51 s.
@@ -225,15 +219,12 @@ PARTS = {
 
 def read_json(text: str) -> Any:
     """The JSON value that a text is, or the list of those on its lines; NaN and infinities become None."""
-    try:
-        return json.loads(text, parse_constant=lambda _: None)
-    except ValueError:
-        values = []
-    for line in text.splitlines():
-        try:
-            values.append(json.loads(line, parse_constant=lambda _: None))
-        except ValueError:  # a line of another kind, or one that was cut off
-            continue
+    values = []
+    for piece in (text, *text.splitlines()):
+        with suppress(ValueError):  # a line of another kind, or one that was cut off
+            values.append(json.loads(piece, parse_constant=lambda _: None))
+            if piece == text:
+                return values[0]
     return values
 
 
@@ -262,11 +253,12 @@ class Run:
         self.command, self.started = command, time.monotonic()
         self.output, self.errors = (setting.output_of(command, kind) for kind in ("out", "err"))
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        usual = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
+        added = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
+        added |= SMALL_ENVIRONMENT if setting.small else {}
         with self.output.open("wb") as output, self.errors.open("wb") as errors:
             self.process = subprocess.Popen(
                 command.arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, cwd=ROOT,
-                env=os.environ | usual | setting.environment, start_new_session=True,
+                env=os.environ | added, start_new_session=True,
             )  # fmt: skip
 
     def kill(self) -> None:
@@ -342,50 +334,21 @@ def run_gate(
 def head_of(small: bool, minutes: float, given_commit: str | None) -> dict[str, Any]:
     device = torch.device("cpu" if small else "cuda")
     return {
-        "self_check": small,
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "minutes": minutes,
-        "device": device_name(device),
-        "before": state(device),
-        **versions(device),
+        "self_check": small, "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "minutes": minutes,
+        "device": device_name(device), "before": state(device), **versions(device),
         "commit": given_commit or commit(),
-    }
-
-
-def part_names(text: str) -> list[str]:
-    """Names between commas, in the order of PARTS."""
-    names = text.split(",")
-    unknown = [name for name in names if name not in PARTS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    return [name for name in PARTS if name in names]
-
-
-def triton_cache(given: Path, folder: Path) -> Path:
-    """The cache folder: `given`, or where the archive of one was unpacked."""
-    if given.is_dir():
-        return given.resolve()
-    with tarfile.open(given) as archive:
-        archive.extractall(folder, filter="data")
-    inside = list(folder.iterdir())
-    return inside[0] if len(inside) == 1 and not list(inside[0].glob("*.json")) else folder
+    }  # fmt: skip
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out", type=Path, help="JSON file of the results; a self-check needs none")
-    made.add_argument(
-        "--minutes", type=float, help=f"time for all; {MINUTES:g}, {SMALL_MINUTES:g} for a self-check"
-    )
-    made.add_argument(
-        "--parts", type=part_names, default=list(PARTS), help=f"between commas: {','.join(PARTS)}"
-    )
-    made.add_argument("--chunks", type=int, default=100, help="chunks that part bench measures")
-    made.add_argument(
-        "--triton-cache", type=Path, help="compiled kernels: a folder, or the tar archive of one"
-    )
-    made.add_argument("--self-check", action="store_true", help="in miniature on the CPU, whatever is here")
-    made.add_argument("--commit", help="the commit that is measured, where there is no git")
+    add = made.add_argument
+    add("--out", type=Path, help="JSON file of the results; a self-check needs none")
+    add("--minutes", type=float, help=f"time for all; {MINUTES:g}, {SMALL_MINUTES:g} for a self-check")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="these alone")
+    add("--chunks", type=int, default=100, help="chunks that part bench measures")
+    add("--self-check", action="store_true", help="in miniature on the CPU, whatever is here")
+    add("--commit", help="the commit that is measured, where there is no git")
     options = made.parse_args(arguments)
     options.small = options.self_check or not torch.cuda.is_available()
     if options.minutes is None:
@@ -406,14 +369,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         save(path, record)  # an earlier record of this name ends here
         folder = path.with_suffix("")
         folder.mkdir(exist_ok=True)
-        variables = dict(SMALL_ENVIRONMENT) if small else {}
-        if options.triton_cache is not None:
-            unpacked = triton_cache(options.triton_cache, Path(temporary) / "triton")
-            variables["TRITON_CACHE_DIR"] = str(unpacked)
         if small:
             print(SELF_CHECK if options.self_check else f"{ABSENT}; {SELF_CHECK}")
-        setting = Setting(small, folder, options.chunks, variables)
-        run_gate(path, record, options.parts, 60 * options.minutes, setting)
+        setting = Setting(small, folder, options.chunks)
+        names = [name for name in PARTS if name in options.parts]
+        run_gate(path, record, names, 60 * options.minutes, setting)
         text, well = summarise(record)
         after = state(torch.device(setting.device))
         record |= {"after": after, "seconds": round(time.monotonic() - started, 1), "well": well}

@@ -45,14 +45,11 @@ def gated_affine(shapes: Shapes, draw: Draw) -> Arguments:
     return *_branches(shapes, draw), _modulated(shapes, draw)[0], weight, bias, eps
 
 
-def norm_backward(gate: bool) -> Callable[[Shapes, Draw], Arguments]:
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        x, y = _branches(shapes, draw)
-        table = draw.table(1, shapes.frames, 6, shapes.dim).unbind(2)
-        branch = (y, table[2]) if gate else (None, None)
-        return x, *branch, table[3], table[4], y if gate else None, x.clone(), shapes.eps, True
-
-    return inputs
+def norm_backward(shapes: Shapes, draw: Draw, gate: bool) -> Arguments:
+    x, y = _branches(shapes, draw)
+    table = draw.table(1, shapes.frames, 6, shapes.dim).unbind(2)
+    branch = (y, table[2]) if gate else (None, None)
+    return x, *branch, table[3], table[4], y if gate else None, x.clone(), shapes.eps, True
 
 
 def rms(shapes: Shapes, draw: Draw) -> Arguments:
@@ -80,28 +77,22 @@ def qk_norm_rope_backward(shapes: Shapes, draw: Draw) -> Arguments:
     return *grads, *_queries_keys(shapes, draw), shapes.eps
 
 
-def qk_norm_rope_write(keep_raw: bool) -> Callable[[Shapes, Draw], Arguments]:
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        q, k, *rest = _queries_keys(shapes, draw)
-        slot = slice(shapes.window_tokens - shapes.tokens, shapes.window_tokens)
-        views = [_arena(shapes, draw)[0][:, slot] for _ in range(3 if keep_raw else 2)]
-        v = draw.rows(1, shapes.tokens, shapes.dim)
-        return q, k, v, *rest, shapes.eps, *views, *(() if keep_raw else (None,))
-
-    return inputs
+def qk_norm_rope_write(shapes: Shapes, draw: Draw, keep_raw: bool) -> Arguments:
+    q, k, *rest = _queries_keys(shapes, draw)
+    slot = slice(shapes.window_tokens - shapes.tokens, shapes.window_tokens)
+    views = [_arena(shapes, draw)[0][:, slot] for _ in range(3 if keep_raw else 2)]
+    v = draw.rows(1, shapes.tokens, shapes.dim)
+    return q, k, v, *rest, shapes.eps, *views, *(() if keep_raw else (None,))
 
 
 def _arena(shapes: Shapes, draw: Draw, layers: int = 1) -> Tensor:
     return draw.rows(layers, 1, shapes.window_tokens, shapes.heads, shapes.head_dim)
 
 
-def attention(form: str | None = None) -> Callable[[Shapes, Draw], Arguments]:
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        q = draw.rows(1, shapes.tokens, shapes.heads, shapes.head_dim)
-        keys, values = (_arena(shapes, draw)[0] for _ in range(2))
-        return q, keys, values, _filled(shapes, draw), form
-
-    return inputs
+def attention(shapes: Shapes, draw: Draw) -> Arguments:
+    q = draw.rows(1, shapes.tokens, shapes.heads, shapes.head_dim)
+    keys, values = (_arena(shapes, draw)[0] for _ in range(2))
+    return q, keys, values, shapes.window_tokens, _filled(shapes, draw)
 
 
 def _filled(shapes: Shapes, draw: Draw) -> Tensor:
@@ -109,24 +100,15 @@ def _filled(shapes: Shapes, draw: Draw) -> Tensor:
 
 
 def attention_backward_query(shapes: Shapes, draw: Draw) -> Arguments:
-    q, keys, values, filled, _ = attention()(shapes, draw)
+    q, keys, values, _, filled = attention(shapes, draw)
     return q.clone(), q, keys, values, filled, q.clone(), draw.table(1, shapes.heads, shapes.tokens)
 
 
 def attention_backward_keys(shapes: Shapes, draw: Draw) -> Arguments:
     """The gradient of the keys and values of one slot, that of the chunk."""
     grad, q, keys, values, filled, _, lse = attention_backward_query(shapes, draw)
-    return (
-        grad,
-        q,
-        keys,
-        values,
-        filled,
-        lse,
-        lse.clone(),
-        shapes.window_tokens - shapes.tokens,
-        shapes.tokens,
-    )
+    first = shapes.window_tokens - shapes.tokens
+    return grad, q, keys, values, filled, lse, lse.clone(), first, shapes.tokens
 
 
 def rephase(shapes: Shapes, draw: Draw) -> Arguments:
@@ -142,25 +124,19 @@ def _low(shapes: Shapes, draw: Draw, split: bool) -> tuple[Tensor | None, ...]:
     return tuple(draw.rows(*size, scale=2.0**-10) for _ in range(2))
 
 
-def evict(split: bool) -> Callable[[Shapes, Draw], Arguments]:
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        arenas = [_arena(shapes, draw, shapes.layers) for _ in range(2)]
-        sink = (arena[:, :, : shapes.sink_tokens] for arena in arenas)
-        leaving = (arena[:, :, -shapes.sink_tokens :] for arena in arenas)
-        return *sink, *_low(shapes, draw, split), *leaving, shapes.config.cache.alpha
-
-    return inputs
+def evict(shapes: Shapes, draw: Draw, split: bool) -> Arguments:
+    arenas = [_arena(shapes, draw, shapes.layers) for _ in range(2)]
+    sink = (arena[:, :, : shapes.sink_tokens] for arena in arenas)
+    leaving = (arena[:, :, -shapes.sink_tokens :] for arena in arenas)
+    return *sink, *_low(shapes, draw, split), *leaving, shapes.config.cache.alpha
 
 
-def evict_and_rephase(split: bool) -> Callable[[Shapes, Draw], Arguments]:
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        arenas = (_arena(shapes, draw, shapes.layers) for _ in range(3))
-        rotation = draw.angles(shapes.window_tokens, shapes.head_dim)
-        leaving = shapes.window_tokens - shapes.tokens
-        low = _low(shapes, draw, split)
-        return *arenas, *low, rotation, shapes.sink_tokens, leaving, shapes.config.cache.alpha
-
-    return inputs
+def evict_and_rephase(shapes: Shapes, draw: Draw, split: bool) -> Arguments:
+    arenas = (_arena(shapes, draw, shapes.layers) for _ in range(3))
+    rotation = draw.angles(shapes.window_tokens, shapes.head_dim)
+    leaving = shapes.window_tokens - shapes.tokens
+    low = _low(shapes, draw, split)
+    return *arenas, *low, rotation, shapes.sink_tokens, leaving, shapes.config.cache.alpha
 
 
 def flow_step(shapes: Shapes, draw: Draw) -> Arguments:
@@ -177,26 +153,18 @@ def pixels(shapes: Shapes, draw: Draw) -> Arguments:
     return (draw.rows(3, frames, shapes.grid.height, shapes.grid.width, scale=0.6),)
 
 
-def linear(outputs: Callable[[Shapes], int]) -> Callable[[Shapes, Draw], Arguments]:
+def linear(shapes: Shapes, draw: Draw, outputs: Callable[[Shapes], int]) -> Arguments:
     """The product of a chunk's rows [1, T, D]."""
-
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        size = outputs(shapes), shapes.dim
-        weight = draw.rows(*size, scale=shapes.dim**-0.5)
-        return draw.rows(1, shapes.tokens, shapes.dim), weight, draw.rows(size[0])
-
-    return inputs
+    size = outputs(shapes), shapes.dim
+    weight = draw.rows(*size, scale=shapes.dim**-0.5)
+    return draw.rows(1, shapes.tokens, shapes.dim), weight, draw.rows(size[0])
 
 
-def gated_linear(inner: Callable[[Shapes], int]) -> Callable[[Shapes, Draw], Arguments]:
+def gated_linear(shapes: Shapes, draw: Draw, inner: Callable[[Shapes], int]) -> Arguments:
     """The product that leads back to the residual stream, with one gate for the chunk."""
-
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        x, y = draw.rows(1, shapes.tokens, shapes.dim), draw.rows(1, shapes.tokens, inner(shapes))
-        weight = draw.rows(shapes.dim, inner(shapes), scale=inner(shapes) ** -0.5)
-        return x, y, weight, draw.rows(shapes.dim), _modulated(shapes, draw)[0]
-
-    return inputs
+    x, y = draw.rows(1, shapes.tokens, shapes.dim), draw.rows(1, shapes.tokens, inner(shapes))
+    weight = draw.rows(shapes.dim, inner(shapes), scale=inner(shapes) ** -0.5)
+    return x, y, weight, draw.rows(shapes.dim), _modulated(shapes, draw)[0]
 
 
 def _weight(draw: Draw, channels_out: int, channels: int, *kernel: int) -> Tensor:
@@ -209,23 +177,17 @@ def _halo(level: VaeLevel, draw: Draw, before: int = 2) -> Tensor:
     return draw.rows(level.frames + before, level.height, level.width, level.channels)
 
 
-def causal_conv3d(level: int, form: str | None = None) -> Callable[[Shapes, Draw], Arguments]:
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        size = shapes.vae_levels[level]
-        weight = _weight(draw, size.channels, size.channels, 3, 3, 3)
-        return _halo(size, draw), weight, draw.rows(size.channels), None, form
-
-    return inputs
+def causal_conv3d(shapes: Shapes, draw: Draw, level: int) -> Arguments:
+    size = shapes.vae_levels[level]
+    weight = _weight(draw, size.channels, size.channels, 3, 3, 3)
+    return _halo(size, draw), weight, draw.rows(size.channels)
 
 
-def causal_conv3d_fp8(level: int) -> Callable[[Shapes, Draw], Arguments]:
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        size = shapes.vae_levels[level]
-        x = draw.e4m3(size.frames + 2, size.height, size.width, size.channels)
-        weight = draw.e4m3(size.channels, 3, 3, 3, size.channels).movedim(-1, 1)
-        return x, weight, draw.table(size.channels).abs(), draw.rows(size.channels)
-
-    return inputs
+def causal_conv3d_fp8(shapes: Shapes, draw: Draw, level: int) -> Arguments:
+    size = shapes.vae_levels[level]
+    x = draw.e4m3(size.frames + 2, size.height, size.width, size.channels)
+    weight = draw.e4m3(size.channels, 3, 3, 3, size.channels).movedim(-1, 1)
+    return x, weight, draw.table(size.channels).abs(), draw.rows(size.channels)
 
 
 def time_conv(shapes: Shapes, draw: Draw) -> Arguments:
@@ -235,37 +197,26 @@ def time_conv(shapes: Shapes, draw: Draw) -> Arguments:
     return _halo(size, draw), weight, draw.rows(2 * size.channels)
 
 
-def phase_conv(level: int) -> Callable[[Shapes, Draw], Arguments]:
+def phase_conv(shapes: Shapes, draw: Draw, level: int) -> Arguments:
     """The upsampling in front of a level, which halves the channels."""
-
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        before, after = shapes.vae_levels[level - 1 : level + 1]
-        channels = before.channels
-        x = draw.rows(after.frames, before.height, before.width, channels)
-        weight = draw.rows(2, 2, channels // 2, 2, 2, channels, scale=(4 * channels) ** -0.5)
-        return x, weight.permute(0, 1, 2, 5, 3, 4), draw.rows(channels // 2)
-
-    return inputs
+    before, after = shapes.vae_levels[level - 1 : level + 1]
+    channels = before.channels
+    x = draw.rows(after.frames, before.height, before.width, channels)
+    weight = draw.rows(2, 2, channels // 2, 2, 2, channels, scale=(4 * channels) ** -0.5)
+    return x, weight.permute(0, 1, 2, 5, 3, 4), draw.rows(channels // 2)
 
 
-def channel_norm_silu(level: int) -> Callable[[Shapes, Draw], Arguments]:
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        size = shapes.vae_levels[level]
-        x, residual = (_halo(size, draw, before=0) for _ in range(2))
-        gamma = draw.rows(size.channels, scale=0.1, mean=1.0)
-        return x, draw.rows(size.channels), residual, gamma, _halo(size, draw)[2:]
-
-    return inputs
+def channel_norm_silu(shapes: Shapes, draw: Draw, level: int) -> Arguments:
+    size = shapes.vae_levels[level]
+    x, residual = (_halo(size, draw, before=0) for _ in range(2))
+    gamma = draw.rows(size.channels, scale=0.1, mean=1.0)
+    return x, draw.rows(size.channels), residual, gamma, _halo(size, draw)[2:]
 
 
-def channel_norm_silu_fp8(level: int) -> Callable[[Shapes, Draw], Arguments]:
+def channel_norm_silu_fp8(shapes: Shapes, draw: Draw, level: int) -> Arguments:
     """The same in front of a convolution in e4m3, whose unit lets nothing saturate."""
-
-    def inputs(shapes: Shapes, draw: Draw) -> Arguments:
-        *given, out = channel_norm_silu(level)(shapes, draw)
-        return *given, torch.zeros_like(out, dtype=torch.float8_e4m3fn), 2.0**-4
-
-    return inputs
+    *given, out = channel_norm_silu(shapes, draw, level)
+    return *given, torch.zeros_like(out, dtype=torch.float8_e4m3fn), 2.0**-4
 
 
 def frame_attention(shapes: Shapes, draw: Draw) -> Arguments:

@@ -14,12 +14,14 @@ random weights and normal latents, whose PSNR is no evidence for the published w
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -36,30 +38,30 @@ from bench.vae_decoders import (
     PLAIN,
     Candidate,
     Setting,
-    diffusers_absence,
     diffusers_candidates,
-    has_fp8,
     our_candidates,
 )
 from rfengine.accuracy import psnr_db
 from rfengine.benchmark.agreement import truth_precision
 from rfengine.benchmark.conditions import device_name, state, versions
+from rfengine.benchmark.measured_engine import device_of
 from rfengine.benchmark.timing import synchronize
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.process import run_script
+from rfengine.cli.terminal import find_device
 from rfengine.config import PRESETS, Backend, DTypeName
 from rfengine.costs.chunk import Part
-from rfengine.costs.rates import GPU, floor_ms, gpu_of, measured_cpu
+from rfengine.costs.rates import GPU, floor_ms, rates_of
 from rfengine.costs.vae import decode_work
+from rfengine.grid import LatentGrid
 from rfengine.limits import Range, check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import Upsample
-from rfengine.runtime.decoders import FP8_TIER, drawn_clip
+from rfengine.runtime.decoders import FP8_CAPABILITY, FP8_TIER, drawn_clip
 
 CHECKED_CHUNKS = 3
 WARM_UP_CHUNKS = 3  # the first of a video, one like all others, one that is recorded
 LAYER_CHUNKS = 7
-SEED = 3
 FAR_DB, PLENTY_DB = 6.1, 95.0  # twice the error of the plain decoder; float32 is beyond the second
 AHEAD_CYCLES = 50_000_000  # that the device waits for, about 30 ms: the host has launched everything by then
 REST = "first and last convolution, frames"
@@ -77,8 +79,6 @@ class Options:
     """Pixels."""
     chunks: Annotated[int, Range(1, 1_000_000)] = 50
     """Chunks to time of every decoder."""
-    latents: Annotated[int, Range(1, 64)] = 3
-    """Latent frames of a chunk."""
     backend: Backend = "auto"
     """What runs the ops of our decoder."""
     dtype: DTypeName | None = None
@@ -86,9 +86,7 @@ class Options:
     fp8: bool | None = None
     """A row with FP8 convolutions; on where the GPU has FP8. A CPU emulates it."""
     diffusers: bool = True
-    """Rows of diffusers' AutoencoderKLWan, where it is installed."""
-    compile: bool | None = None
-    """A row of it under torch.compile; on with CUDA."""
+    """Rows of diffusers' AutoencoderKLWan, where it is installed; on CUDA also under torch.compile."""
     threads: Annotated[int, Range(1, 1024)] | None = None
     """CPU threads of torch; its own choice where nothing is given."""
     device: str | None = None
@@ -109,88 +107,74 @@ def measure(options: Options) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     setting = _setting(options)
-    checkpoint = setting.checkpoint
-    device = setting.device
+    checkpoint, device = setting.checkpoint, setting.device
     before = state(device)
     candidates, left_out = _candidates(options, setting)
-    checked, exact = _exact(setting, options.latents)
+    checked, exact = _exact(setting)
     quality = {each.name: _quality(each, checked, exact) for each in candidates}
     _require_agreement(quality)
-    gpu = gpu_of(device_name(device)) if device.type == "cuda" else measured_cpu(setting.dtype)
-    times = _time(candidates, setting, options)
-    layers = measure_layers(setting, _latents(setting, options.latents, LAYER_CHUNKS), gpu)
+    gpu = rates_of(device, setting.dtype)
+    times = _time(candidates, setting, options.chunks)
+    layers = measure_layers(setting, gpu)
+    is_random = checkpoint.directory is None
+    weights = f"random, seed {checkpoint.seed}" if is_random else f"those of {checkpoint.path}"
+    faster = {
+        name: statistics.median(slow / fast for slow, fast in zip(times[BY_LATENT], times[name], strict=True))
+        for name in (OURS, PLAIN)
+    }
     return {
-        "model": setting.config.name,
-        "weights": f"random, seed {checkpoint.seed}" if setting.is_random else f"those of {checkpoint.path}",
-        "height": setting.grid.height,
-        "width": setting.grid.width,
-        "latents": options.latents,
-        "frames": options.latents * setting.grid.temporal_stride,
-        "dtype": str(setting.dtype).removeprefix("torch."),
-        "ops": setting.ops().choice,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "chunks": options.chunks,
-        "versions": versions(device),
-        "before": before,
-        "after": state(device),
-        "ceilings": None if gpu is None else {"name": gpu.name, "tb_per_s": gpu.tb_per_s,
-                                              "tflop_per_s": gpu.bf16_tflop_per_s},
-        "decoders": [_row(each, times[each.name], quality[each.name], setting, options.latents, gpu)
-                     for each in candidates],
-        "chunk_over_latent_by_latent": _ratios(times[BY_LATENT], times[OURS], times[PLAIN]),
-        "layers": layers,
-        "left_out": left_out,
+        "model": setting.config.name, "weights": weights, "height": setting.grid.height,
+        "width": setting.grid.width, "latents": setting.frames,
+        "frames": setting.frames * setting.grid.temporal_stride,
+        "dtype": str(setting.dtype).removeprefix("torch."), "ops": setting.ops().choice,
+        "device": device_name(device), "threads": torch.get_num_threads(), "chunks": options.chunks,
+        "versions": versions(device), "before": before, "after": state(device),
+        "ceilings": gpu and asdict(gpu),
+        "decoders": [_row(each, times[each.name], quality[each.name], setting, gpu) for each in candidates],
+        "chunk_over_latent_by_latent": faster, "layers": layers, "left_out": left_out,
     }  # fmt: skip
 
 
 def _setting(options: Options) -> Setting:
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {device} and torch finds no CUDA device; use --device cpu")
+    find_device(options.device)
+    device = device_of(options.device)
     on_cuda = device.type == "cuda"
     model = options.model or ("wan-1.3b" if on_cuda else "tiny")
     is_random = model != "tiny" and model in PRESETS
     checkpoint = Checkpoint.random(PRESETS[model]) if is_random else Checkpoint.open(model)
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_cuda else "float32"))
-    return Setting.load(checkpoint, (options.height, options.width), dtype, device, options.backend)
+    grid = LatentGrid.of(checkpoint.config, options.height, options.width)
+    return Setting.load(checkpoint, grid, dtype, device, options.backend)
 
 
 def _candidates(options: Options, setting: Setting) -> tuple[list[Candidate], dict[str, str]]:
     """Those that can be measured, and why others are left out."""
     on_cuda, left_out = setting.device.type == "cuda", {}
-    fp8 = has_fp8(setting.device) if options.fp8 is None else options.fp8
+    able = on_cuda and torch.cuda.get_device_capability(setting.device) >= FP8_CAPABILITY
+    fp8 = able if options.fp8 is None else options.fp8
     if not fp8:
         left_out["FP8"] = "the GPU has no FP8" if on_cuda and options.fp8 is None else "not asked for"
     candidates = list(our_candidates(setting, fp8))
-    absence = diffusers_absence() if options.diffusers else "switched off"
-    if absence:
-        left_out["diffusers"] = absence
-        return candidates, left_out
-    compiles = on_cuda if options.compile is None else options.compile
-    if not compiles:
-        left_out["diffusers, torch.compile"] = "not asked for: --compile"
-    return [*candidates, *diffusers_candidates(setting, compiles)], left_out
+    if not options.diffusers:
+        left_out["diffusers"] = "switched off"
+    elif importlib.util.find_spec("diffusers") is None:
+        left_out["diffusers"] = "diffusers is not installed: pip install diffusers"
+    else:
+        candidates += diffusers_candidates(setting, compiles=on_cuda)
+    return candidates, left_out
 
 
-def _latents(setting: Setting, frames: int, chunks: int) -> list[Tensor]:
-    shape = (chunks, 1, setting.config.vae.z_dim, frames, setting.grid.latent_height,
-             setting.grid.latent_width)  # fmt: skip
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-    return list(drawn.to(setting.device, setting.dtype))
-
-
-def _exact(setting: Setting, frames: int) -> tuple[list[Tensor], Tensor]:
+def _exact(setting: Setting) -> tuple[list[Tensor], Tensor]:
     """Latents of some chunks, and their pixels by the plain decoder in float32, on the host.
 
     The latents are those of a drawn clip; normal where the weights are random.
     """
     twin, grid = copy.deepcopy(setting.vae).float(), setting.grid
-    latents = _latents(setting, frames, CHECKED_CHUNKS)
+    latents = setting.latents(CHECKED_CHUNKS)
     with truth_precision(setting.dtype):
-        if not setting.is_random:
-            clip = drawn_clip(grid.pixel_frames(frames * CHECKED_CHUNKS), grid.height, grid.width)
-            latents = list(twin.encode_in_groups(clip).to(setting.dtype).split(frames, dim=2))
+        if setting.checkpoint.directory is not None:
+            clip = drawn_clip(grid.pixel_frames(setting.frames * CHECKED_CHUNKS), grid.height, grid.width)
+            latents = list(twin.encode_in_groups(clip).to(setting.dtype).split(setting.frames, dim=2))
         state = twin.decoder_state(1, grid.latent_height, grid.latent_width, torch.float32, setting.device)
         pixels = [twin.decode(chunk.float(), state).cpu() for chunk in latents]
     return latents, torch.cat(pixels, dim=2)
@@ -216,21 +200,18 @@ def _require_agreement(quality: dict[str, dict[str, float]]) -> None:
         )
 
 
-def _time(candidates: list[Candidate], setting: Setting, options: Options) -> dict[str, list[float]]:
+def _time(candidates: list[Candidate], setting: Setting, chunks: int) -> dict[str, list[float]]:
     """Milliseconds of every chunk by decoder; none of one that cannot run."""
-    latents = _latents(setting, options.latents, 2)
+    latents = setting.latents(2)
     streams, times = {}, {each.name: [] for each in candidates}
     for each in candidates:
-        try:
+        with suppress(RuntimeError):  # its quality says why
             decode = each.open(True)
             for place in range(WARM_UP_CHUNKS):
                 decode(latents[place % 2])
             streams[each.name] = decode
-        except RuntimeError:  # its quality says why
-            continue
-    for place in range(options.chunks):
-        order = list(streams) if place % 2 else list(reversed(streams))
-        for name in order:
+    for place in range(chunks):
+        for name in list(streams) if place % 2 else reversed(streams):
             synchronize(setting.device)
             started = time.perf_counter()
             streams[name](latents[place % 2])
@@ -240,39 +221,29 @@ def _time(candidates: list[Candidate], setting: Setting, options: Options) -> di
 
 
 def _row(
-    candidate: Candidate,
-    times: list[float],
-    quality: dict[str, Any],
-    setting: Setting,
-    frames: int,
-    gpu: GPU | None,
+    candidate: Candidate, times: list[float], quality: dict[str, Any], setting: Setting, gpu: GPU | None
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"decoder": candidate.name, "tier": candidate.tier, **quality}
     if not times:
         return row
     ms = statistics.median(times)
-    row |= {"chunk_ms": ms, "frame_ms": ms / frames / setting.grid.temporal_stride, "chunks_ms": times}
+    frames = setting.frames * setting.grid.temporal_stride
+    row |= {"chunk_ms": ms, "frame_ms": ms / frames, "chunks_ms": times}
     if candidate.tier != "reduced":  # the floor is that of the full decoder
         fp8 = candidate.tier == FP8_TIER and gpu is not None and gpu.fp8_tflop_per_s is not None
-        parts = layer_parts(setting, frames, fp8)
-        floor = _floor_of([part for layer in parts.values() for part in layer], gpu)
-        row |= {"floor_ms": floor, "share_of_floor": floor / ms if floor else None}
+        row |= _floor(sum(layer_parts(setting, fp8).values(), []), ms, gpu)
     return row
 
 
-def _ratios(by_latent: list[float], ours: list[float], plain: list[float]) -> dict[str, float]:
-    """How many times as fast chunks are as single latents, the median over the rounds."""
-    return {
-        name: statistics.median(slow / fast for slow, fast in zip(by_latent, times, strict=True))
-        for name, times in ((OURS, ours), (PLAIN, plain))
-    }
+def _floor(parts: list[Part], ms: float, gpu: GPU | None) -> dict[str, float | None]:
+    floor = None if gpu is None else sum(floor_ms(part, gpu) for part in parts)
+    return {"floor_ms": floor, "share_of_floor": floor / ms if floor and ms else None}
 
 
 def layer_paths(setting: Setting) -> Iterator[str]:
     """Paths of the layers of StreamingDecoder, in the order they run."""
-    decoder = setting.vae.decoder
     for group in ("middle", "upsamples"):
-        for index, block in enumerate(getattr(decoder, group)):
+        for index, block in enumerate(getattr(setting.vae.decoder, group)):
             path = f"decoder.{group}.{index}"
             if not isinstance(block, Upsample):
                 yield path
@@ -282,11 +253,13 @@ def layer_paths(setting: Setting) -> Iterator[str]:
             yield f"{path}.resample"
 
 
-def layer_parts(setting: Setting, frames: int, fp8: bool = False) -> dict[str, list[Part]]:
-    """What each layer computes and moves for a chunk of `frames` latents later than the first; REST last."""
-    work = decode_work(setting.config.vae, setting.grid, frames, False)
-    item = setting.dtype.itemsize
-    eights = fp8_paths(setting) if fp8 else frozenset()
+def layer_parts(setting: Setting, fp8: bool = False) -> dict[str, list[Part]]:
+    """What each layer computes and moves for a chunk later than the first; REST last."""
+    work = decode_work(setting.config.vae, setting.grid, setting.frames, False)
+    item, eights = setting.dtype.itemsize, set()
+    if fp8:
+        slots = StreamingDecoder(setting.vae, setting.ops("fp8"), "fp8").fp8_slots
+        eights = {f"decoder.{slot}" for slot in slots}
     parts: dict[str, list[Part]] = {path: [] for path in (*layer_paths(setting), REST)}
 
     def add(path: str, flops: int, moved: int) -> None:
@@ -294,29 +267,17 @@ def layer_parts(setting: Setting, frames: int, fp8: bool = False) -> dict[str, l
         parts[layer].append(Part("VAE decode", layer, flops, moved, path in eights, decodes=True))
 
     for path, product in work.products.items():
-        is_eight = path in eights
+        flops, read = product.flops, (1 if path in eights else item) * product.read_elements
         if path.endswith("resample.1"):
-            moved = item * (product.read_elements // 4 + product.written_elements)
-            add(path, product.flops * 4 // 9, moved)
-        else:
-            moved = (1 if is_eight else item) * product.read_elements + item * product.written_elements
-            add(path, product.flops, moved)
+            flops, read = flops * 4 // 9, read // 4
+        add(path, flops, read + item * product.written_elements)
     for path, elements in work.norm_elements.items():
         add(path, 0, 2 * item * elements)
     return parts
 
 
-def fp8_paths(setting: Setting) -> frozenset[str]:
-    decoder = StreamingDecoder(setting.vae, setting.ops("fp8"), "fp8")
-    return frozenset(f"decoder.{slot}" for slot in decoder.fp8_slots)
-
-
-def _floor_of(parts: list[Part], gpu: GPU | None) -> float | None:
-    return None if gpu is None else sum(floor_ms(part, gpu) for part in parts)
-
-
-def measure_layers(setting: Setting, latents: list[Tensor], gpu: GPU | None) -> list[dict[str, Any]]:
-    """A row for each layer: median milliseconds in one chunk of `latents`, the first two of which warm up."""
+def measure_layers(setting: Setting, gpu: GPU | None) -> list[dict[str, Any]]:
+    """A row for each layer: median milliseconds in one chunk, after two that warm up."""
     decoder, device = StreamingDecoder(setting.vae, setting.ops()), setting.device
     state, marks, samples = setting.state_of(decoder), [], []
 
@@ -330,7 +291,7 @@ def measure_layers(setting: Setting, latents: list[Tensor], gpu: GPU | None) -> 
         return run
 
     with patch.object(decoder, "_layers", [timed(layer) for layer in decoder._layers]):
-        for chunk in latents:
+        for chunk in setting.latents(LAYER_CHUNKS):
             if device.type == "cuda":
                 torch.cuda._sleep(AHEAD_CYCLES)
             marks.clear()
@@ -341,16 +302,10 @@ def measure_layers(setting: Setting, latents: list[Tensor], gpu: GPU | None) -> 
             inside = [_ms(*pair) for pair in zip(marks[::2], marks[1::2], strict=True)]
             samples.append([*inside, _ms(began, ended) - sum(inside)])
     medians = [statistics.median(times) for times in zip(*samples[2:], strict=True)]
-    layers = layer_parts(setting, latents[-1].shape[2]).items()
-    return [_layer_row(name, ms, parts, gpu) for (name, parts), ms in zip(layers, medians, strict=True)]
-
-
-def _layer_row(name: str, ms: float, parts: list[Part], gpu: GPU | None) -> dict[str, Any]:
-    floor = _floor_of(parts, gpu)
-    return {
-        "layer": name, "ms": ms, "floor_ms": floor, "share_of_floor": floor / ms if floor and ms else None,
-        "gflop": sum(part.flops for part in parts) / 1e9,
-    }  # fmt: skip
+    return [
+        {"layer": name, "ms": ms, **_floor(parts, ms, gpu), "gflop": sum(part.flops for part in parts) / 1e9}
+        for (name, parts), ms in zip(layer_parts(setting).items(), medians, strict=True)
+    ]
 
 
 def _now(device: torch.device) -> Any:

@@ -6,8 +6,6 @@ to chunk, which is how the published demos stream with it.
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -16,31 +14,19 @@ from torch import Tensor, nn
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.layouts import wan_vae_from_diffusers
-from rfengine.config import Backend, EngineConfig, RuntimeConfig, VAEConfig
+from rfengine.config import Backend, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
-from rfengine.runtime.decoders import FP8_CAPABILITY, FP8_TIER, TIERS, decoder_ops
+from rfengine.runtime.decoders import FP8_TIER, TIERS, decoder_ops
 
 Decode = Callable[[Tensor], Tensor]
 OURS, PLAIN, BY_LATENT = "rfengine", "plain, chunk by chunk", "plain, latent by latent"
 FP8_ROW, TINY_ROW = "rfengine, FP8", "rfengine, tiny decoder"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to decode. tier: the quality of its frames.
-
-    open: takes whether to pack, and returns a stream from the start of a video: a function from the latents
-    of the next chunk [1, z, F, h, w] to uint8 frames [T, H, W, 3] on the device, or pixels [1, 3, T, H, W].
-    """
-
-    name: str
-    tier: str
-    open: Callable[[bool], Decode]
+SEED = 3
 
 
 @dataclass(frozen=True)
@@ -56,16 +42,10 @@ class Setting:
 
     @classmethod
     def load(
-        cls,
-        checkpoint: Checkpoint,
-        size: tuple[int | None, int | None],
-        dtype: torch.dtype,
-        device: torch.device,
-        backend: Backend,
-    ) -> Setting:
-        """size: height and width in pixels; the model's own where one is None."""
+        cls, checkpoint: Checkpoint, grid: LatentGrid, dtype: torch.dtype, device: torch.device,
+        backend: Backend = "auto",
+    ) -> Setting:  # fmt: skip
         vae = checkpoint.load(lambda: WanVAE(checkpoint.config.vae), "vae", dtype, device)
-        grid = LatentGrid.of(checkpoint.config, *size)
         return cls(checkpoint, grid, vae.requires_grad_(False).eval(), dtype, device, backend)
 
     @property
@@ -73,8 +53,9 @@ class Setting:
         return self.checkpoint.config
 
     @property
-    def is_random(self) -> bool:
-        return self.checkpoint.directory is None
+    def frames(self) -> int:
+        """Latents of a chunk."""
+        return self.config.cache.chunk_frames
 
     def ops(self, precision: str = "default") -> Ops:
         runtime = RuntimeConfig(vae_precision=precision)
@@ -84,6 +65,26 @@ class Setting:
     def state_of(self, decoder: FrameDecoder) -> FrameDecoderState:
         size = self.grid.latent_height, self.grid.latent_width
         return decoder.decoder_state(1, *size, self.dtype, self.device)
+
+    def latents(self, chunks: int) -> list[Tensor]:
+        """Normal ones of so many chunks."""
+        size = self.grid.latent_height, self.grid.latent_width
+        shape = (chunks, 1, self.config.vae.z_dim, self.frames, *size)
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
+        return list(drawn.to(self.device, self.dtype))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to decode. tier: the quality of its frames.
+
+    open: takes whether to pack, and returns a stream from the start of a video: a function from the latents
+    of the next chunk [1, z, F, h, w] to uint8 frames [T, H, W, 3] on the device, or pixels [1, 3, T, H, W].
+    """
+
+    name: str
+    tier: str
+    open: Callable[[bool], Decode]
 
 
 def our_candidates(setting: Setting, fp8: bool) -> Iterator[Candidate]:
@@ -99,20 +100,11 @@ def our_candidates(setting: Setting, fp8: bool) -> Iterator[Candidate]:
     plain = Candidate(PLAIN, "lossless", _streams(setting.vae, setting))
     yield plain
     yield replace(plain, name=BY_LATENT, open=_by_latent(plain))
-    yield Candidate(TINY_ROW, TIERS["tiny"], _streams(_tiny_decoder(setting), setting))
-
-
-def _tiny_decoder(setting: Setting) -> TinyVAE:
-    """The tiny decoder, with random weights where the checkpoint has none of it."""
     config, ops, checkpoint = setting.config, setting.ops(), setting.checkpoint
     if not checkpoint.has("tiny_vae"):
         checkpoint = Checkpoint.random(config)
     tiny = checkpoint.load(lambda: TinyVAE(config.tiny_vae, ops), "tiny_vae", setting.dtype, setting.device)
-    return tiny.requires_grad_(False).eval()
-
-
-def has_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    yield Candidate(TINY_ROW, TIERS["tiny"], _streams(tiny.requires_grad_(False).eval(), setting))
 
 
 def _streams(decoder: FrameDecoder, setting: Setting) -> Callable[[bool], Decode]:
@@ -155,32 +147,19 @@ def _graphed(decoder: StreamingDecoder, setting: Setting) -> Callable[[bool], De
     return opened
 
 
-def diffusers_absence() -> str:
-    """Why diffusers' decoder cannot be measured here, or ""."""
-    present = importlib.util.find_spec("diffusers") is not None
-    return "" if present else "diffusers is not installed: pip install diffusers"
-
-
 def diffusers_candidates(setting: Setting, compiles: bool) -> Iterator[Candidate]:
-    """AutoencoderKLWan with the weights of the setting: eager, channels-last, compiled."""
-    eager = _autoencoder(setting.vae, setting.config.vae)
-    yield Candidate("diffusers, eager", "lossless", _published(eager, eager.decoder, setting))
-    last = copy.deepcopy(eager)
-    for parameter in last.parameters():
-        if parameter.ndim in (4, 5):
-            layout = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
-            parameter.data = parameter.data.contiguous(memory_format=layout)
-    opened = _published(last, last.decoder, setting, torch.channels_last_3d)
-    yield Candidate("diffusers, channels last", "lossless", opened)
+    """AutoencoderKLWan with the weights of the setting: eager, compiled."""
+    model = _autoencoder(setting)
+    yield Candidate("diffusers, eager", "lossless", _published(model, model.decoder, setting))
     if compiles:
-        compiled = torch.compile(eager.decoder, dynamic=False)
-        yield Candidate("diffusers, torch.compile", "lossless", _published(eager, compiled, setting))
+        compiled = torch.compile(model.decoder, dynamic=False)
+        yield Candidate("diffusers, torch.compile", "lossless", _published(model, compiled, setting))
 
 
-def _autoencoder(vae: WanVAE, config: VAEConfig) -> nn.Module:
+def _autoencoder(setting: Setting) -> nn.Module:
     from diffusers import AutoencoderKLWan
 
-    weight = vae.conv2.weight
+    config, state = setting.config.vae, setting.vae.state_dict()
     with torch.device("meta"):
         autoencoder = AutoencoderKLWan(
             base_dim=config.base_dim, z_dim=config.z_dim, dim_mult=list(config.dim_mult),
@@ -188,18 +167,14 @@ def _autoencoder(vae: WanVAE, config: VAEConfig) -> nn.Module:
             latents_mean=list(config.latents_mean), latents_std=list(config.latents_std),
         )  # fmt: skip
     # torch's own: that of diffusers warns of a dtype that is given afterwards
-    nn.Module.to(autoencoder, weight.dtype).to_empty(device=weight.device)
-    state, blocks = vae.state_dict(), config.num_res_blocks
-    named = {name: state[wan_vae_from_diffusers(name, blocks)] for name in autoencoder.state_dict()}
-    autoencoder.load_state_dict(named)
+    nn.Module.to(autoencoder, setting.dtype).to_empty(device=setting.device)
+    names = {name: wan_vae_from_diffusers(name, config.num_res_blocks) for name in autoencoder.state_dict()}
+    autoencoder.load_state_dict({name: state[ours] for name, ours in names.items()})
     return autoencoder.requires_grad_(False).eval()
 
 
 def _published(
-    autoencoder: nn.Module,
-    decoder: Callable[..., Tensor],
-    setting: Setting,
-    layout: torch.memory_format = torch.contiguous_format,
+    autoencoder: nn.Module, decoder: Callable[..., Tensor], setting: Setting
 ) -> Callable[[bool], Decode]:
     shift, scale = (
         torch.tensor(values, device=setting.device).view(1, -1, 1, 1, 1)
@@ -212,8 +187,8 @@ def _published(
         seen: list[None] = []
 
         def decode(latents: Tensor) -> Tensor:
-            raw = (latents.float() * scale + shift).to(setting.dtype).contiguous(memory_format=layout)
-            hidden, pieces = autoencoder.post_quant_conv(raw), []
+            hidden = autoencoder.post_quant_conv((latents.float() * scale + shift).to(setting.dtype))
+            pieces = []
             for latent in hidden.split(1, dim=2):
                 first = {} if seen else {"first_chunk": True}
                 pieces.append(decoder(latent, feat_cache=past, feat_idx=[0], **first))

@@ -69,9 +69,9 @@ def examine(
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": {"name": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
-        "driver": _driver(),
+        "driver": driver_version(),
         "gpus": _gpus() if on_cuda else [],
-        "packages": {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)},
+        "packages": {name: version_of(name) for name in (*_REQUIRED, *_OPTIONAL)},
         "h264": _h264(),
         "backends": {
             "device": device, "reasons": backend_reasons(device),
@@ -86,7 +86,7 @@ def examine(
         },
         "memory": {
             "model": config.name, "height": grid.height, "width": grid.width, "dtype": name, "device": device,
-            "needs": {**dataclasses.asdict(needs), "total": needs.total},
+            "needs": needs,
             "free": free_memory(torch.device(device)),
         },
         "files": files,
@@ -119,7 +119,7 @@ def _switches(runtime: RuntimeConfig, device: str) -> dict[str, Any]:
     report = {name: dataclasses.asdict(switch) for name, switch in switches.items()}
     absences = [
         "ranges need a CUDA device" * (device != "cuda"),
-        f"absent: {_how_to_get('nvtx')}" * (_version("nvtx") is None),
+        f"absent: {_how_to_get('nvtx')}" * (version_of("nvtx") is None),
     ]
     absence = "; ".join(filter(None, absences))
     report["nvtx"] = {"on": not absence, "reason": absence or "a profiler shows the parts of each chunk"}
@@ -136,7 +136,8 @@ def cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
+    """The driver of the GPUs; None where no nvidia-smi answers."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -158,7 +159,8 @@ def _gpus() -> list[dict[str, Any]]:
     return gpus
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

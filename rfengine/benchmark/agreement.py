@@ -12,8 +12,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +65,6 @@ class Agreement:
     @property
     def holds(self) -> bool:
         return self.error <= self.allowed
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def check_agreement(pipeline: Pipeline, grid: LatentGrid, decoder: nn.Module | None) -> list[Agreement]:

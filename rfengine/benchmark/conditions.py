@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 import rfengine
-from rfengine.doctor import cpu_name
+from rfengine.doctor import cpu_name, driver_version, version_of
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 UNKNOWN = "unknown"
@@ -38,12 +37,9 @@ def state(device: torch.device) -> dict[str, Any]:
     """Clocks, power and temperature of a GPU; the load of a CPU. What cannot be found out is "unknown"."""
     if device.type != "cuda":
         return {"load_average_1_min": os.getloadavg()[0] if hasattr(os, "getloadavg") else UNKNOWN}
-    uuid = torch.cuda.get_device_properties(device).uuid
-    queries = ",".join(GPU_QUERIES)
-    line = _output_of(
-        "nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={queries}", "--format=csv,noheader,nounits"
-    )
-    return read_state(line)
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
+    queries = f"--query-gpu={','.join(GPU_QUERIES)}"
+    return read_state(_output_of("nvidia-smi", gpu, queries, "--format=csv,noheader,nounits"))
 
 
 def read_state(line: str) -> dict[str, Any]:
@@ -51,31 +47,27 @@ def read_state(line: str) -> dict[str, Any]:
     values = [value.strip() for value in line.split(",")]
     if len(values) != len(GPU_QUERIES):
         return dict.fromkeys(GPU_QUERIES.values(), UNKNOWN)
-    return {name: _number(value) for name, value in zip(GPU_QUERIES.values(), values, strict=True)}
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text if text.startswith("0x") else UNKNOWN
+    found = dict(zip(GPU_QUERIES.values(), values, strict=True))
+    for name, value in found.items():
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = value if value.startswith("0x") else UNKNOWN
+    return found
 
 
 def versions(device: torch.device) -> dict[str, Any]:
     on_cuda = device.type == "cuda"
-    driver = (
-        _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_cuda else ""
-    )
     return {
         "rfengine": rfengine.__version__,
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
+        "triton": version_of("triton"),
+        "numpy": version_of("numpy"),
         "cuda": torch.version.cuda if on_cuda else None,
         "cudnn": torch.backends.cudnn.version() if on_cuda else None,
-        "driver": (driver.splitlines() or [UNKNOWN])[0] if on_cuda else None,
+        "driver": driver_version() or UNKNOWN if on_cuda else None,
     }
 
 
@@ -112,13 +104,6 @@ def _process_bytes(field: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _output_of(*command: str) -> str:

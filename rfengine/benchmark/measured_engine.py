@@ -21,7 +21,7 @@ SEED = 7
 
 
 @dataclass(frozen=True)
-class Engine:
+class MeasuredEngine:
     """What is measured: a pipeline whose text states are given, at one size.
 
     decoder: the plain module whose weights it decodes with; None where it does not decode. weights: where
@@ -34,9 +34,9 @@ class Engine:
     weights: str
 
     @classmethod
-    def load(cls, options: ThroughputOptions) -> Engine:
+    def load(cls, options: ThroughputOptions) -> MeasuredEngine:
         """Raises ValueError for a model, a device or a size that cannot be."""
-        device = _device(options.device)
+        device = device_of(options.device)
         model = options.model or ("wan-1.3b" if device.type == "cuda" else "tiny")
         dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         checkpoint = _checkpoint(model, options)
@@ -87,10 +87,7 @@ def _plain_decoder(pipeline: Pipeline, checkpoint: Checkpoint) -> nn.Module:
     return checkpoint.load(lambda: TinyVAE(config.tiny_vae), "tiny_vae", model.dtype, model.device).eval()
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of a name, with its index as tensors on it have; a GPU where there is one for None."""
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name} and torch finds no CUDA device; use --device cpu")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device

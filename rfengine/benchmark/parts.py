@@ -55,25 +55,6 @@ _MOVES = {"gpu_memcpy", "gpu_memset"}
 Event = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PartTime:
-    """Milliseconds of one part in one chunk, and its floor, where the device's rates are known."""
-
-    part: str
-    ms: float
-    floor_ms: float | None
-
-    @property
-    def share_of_floor(self) -> float | None:
-        """1 where the part is as fast as the device allows."""
-        return self.floor_ms / self.ms if self.floor_ms and self.ms else None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "part": self.part, "ms": self.ms, "floor_ms": self.floor_ms, "share_of_floor": self.share_of_floor
-        }  # fmt: skip
-
-
 def measure_parts(
     advance: Callable[[], object], ops: Ops, decoder: type, chunks: int, device: torch.device
 ) -> dict[str, float]:
@@ -192,6 +173,15 @@ def _thread_calls(events: Iterable[Event], chunks: list[tuple[float, float]]) ->
             )
         )
     yield from open_calls
+
+
+def part_rows(times: dict[str, float], floors: dict[str, float | None]) -> list[dict[str, Any]]:
+    """A row for each part; share_of_floor is 1 where it is as fast as the device allows."""
+    return [
+        {"part": part, "ms": ms, "floor_ms": floor, "share_of_floor": floor / ms if floor and ms else None}
+        for part, ms in times.items()
+        for floor in (floors[part],)
+    ]
 
 
 def part_floors(

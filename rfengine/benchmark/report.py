@@ -17,11 +17,16 @@ def render(figures: dict[str, Any]) -> str:
 def _head(figures: dict[str, Any]) -> list[str]:
     versions = figures["versions"]
     tier = f" ({figures['vae_tier']})" if figures.get("vae_tier") else ""
-    known = (
-        f"{name} {versions[name]}"
-        for name in ("torch", "triton", "cuda", "cudnn", "driver")
-        if versions[name] is not None
-    )
+    packages = ("torch", "triton", "cuda", "cudnn", "driver")
+    known = ", ".join(f"{name} {versions[name]}" for name in packages if versions[name] is not None)
+    switches = (f"{name} {'on' if figures[name] else 'off'}" for name in ("graphs", "overlap", "autotune"))
+    states = {
+        when: ", ".join(
+            f"{name} {f'{value:g}' if isinstance(value, float) else value}"
+            for name, value in figures[when].items()
+        )
+        for when in ("before", "after")
+    }
     agreement = ", ".join(
         f"{result['what']} {result['error']:.1e} (allowed {result['allowed']:.1e})"
         for result in figures["agreement"]
@@ -30,61 +35,39 @@ def _head(figures: dict[str, Any]) -> list[str]:
         f"{figures['model']} at {figures['width']} x {figures['height']}, {figures['denoising_steps']} "
         f"steps, window {figures['window_frames']}, {figures['dtype']}, VAE {figures['vae']}{tier}; "
         f"weights: {figures['weights']}",
-        f"backend {figures['backend']}, graphs {_on(figures['graphs'])}, "
-        f"overlap {_on(figures['overlap'])}, autotune {_on(figures['autotune'])}",
-        f"{figures['device']}, {figures['threads']} threads; commit {versions['commit']}, {', '.join(known)}",
-        f"before: {_state(figures['before'])}",
-        f"after: {_state(figures['after'])}",
+        f"backend {figures['backend']}, {', '.join(switches)}",
+        f"{figures['device']}, {figures['threads']} threads; commit {versions['commit']}, {known}",
+        *(f"{when}: {state}" for when, state in states.items()),
         f"against the reference, first {figures['agreement'][0]['chunks']} chunks: {agreement}",
     ]
 
 
-def _on(switch: bool) -> str:
-    return "on" if switch else "off"
-
-
-def _state(state: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {_short(value)}" for name, value in state.items())
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _rates(figures: dict[str, Any]) -> list[str]:
-    without = f"{figures['frames_per_s_without_vae']:.1f} frames/s without the VAE"
-    if figures["frames_per_s"] is None:
-        lines = [without]
-    else:
-        lines = [
-            f"{figures['frames_per_s']:.1f} frames/s end to end, {figures['real_time_factor']:.1f} times as "
-            f"fast as it plays; {without}"
-        ]
-    first = figures["first_frame_ms"]
-    lines.append(
+    whole, first, memory = (figures[name] for name in ("frames_per_s", "first_frame_ms", "peak_memory_bytes"))
+    played = f"{figures['real_time_factor']:.1f} times as fast as it plays"
+    end_to_end = "" if whole is None else f"{whole:.1f} frames/s end to end, {played}; "
+    shares = [
+        "unknown" if share is None else f"{share:.1%}"
+        for share in (figures["flop_utilisation"], figures["flop_utilisation_without_vae"])
+    ]
+    return [
+        f"{end_to_end}{figures['frames_per_s_without_vae']:.1f} frames/s without the VAE",
         f"chunk {figures['chunk_ms_p50']:.1f} ms (p95 {figures['chunk_ms_p95']:.1f}, p99 "
         f"{figures['chunk_ms_p99']:.1f}, jitter {figures['jitter_ms']:.1f}; without the VAE "
         f"{figures['chunk_ms_without_vae_p50']:.1f}), {figures['chunks']} chunks measured"
-        + ("" if first is None else f"; first frame {first:.1f} ms after the text states")
-    )
-    memory = figures["peak_memory_bytes"]
-    lines.append(
+        + ("" if first is None else f"; first frame {first:.1f} ms after the text states"),
         f"peak memory {'unknown' if memory is None else f'{memory / GIB:.2f} GiB'}; model FLOP utilisation "
-        f"{_percent(figures['flop_utilisation'])} end to end, "
-        f"{_percent(figures['flop_utilisation_without_vae'])} without the VAE"
-    )
-    return lines
-
-
-def _percent(share: float | None) -> str:
-    return "unknown" if share is None else f"{share:.1%}"
+        f"{shares[0]} end to end, {shares[1]} without the VAE",
+    ]
 
 
 def _parts(figures: dict[str, Any]) -> list[str]:
     ceilings = figures["ceilings"]
     rates = "of no data sheet here"
     if ceilings is not None:
-        rates = f"{ceilings['name']}: {ceilings['tb_per_s']:.3g} TB/s, {ceilings['tflop_per_s']:.3g} TFLOP/s"
+        rates = (
+            f"{ceilings['name']}: {ceilings['tb_per_s']:.3g} TB/s, {ceilings['bf16_tflop_per_s']:.3g} TFLOP/s"
+        )
     lines = [
         f"parts of a chunk under the profiler, without graphs; floors at the rates {rates}",
         f"{'part':<18}{'ms':>10}{'floor, ms':>12}{'share':>8}",
@@ -95,11 +78,8 @@ def _parts(figures: dict[str, Any]) -> list[str]:
             f"{row['part']:<18}{row['ms']:>10.3f}{'' if floor is None else f'{floor:.3f}':>12}"
             f"{'' if share is None else f'{share:.0%}':>8}"
         )
-    together = sum(row["ms"] for row in figures["parts"])
-    lines.append(
-        f"{'together':<18}{together:>10.3f}  a chunk takes {figures['chunk_ms_p50']:.3f} ms unprofiled"
-    )
-    return lines
+    together = f"{'together':<18}{sum(row['ms'] for row in figures['parts']):>10.3f}"
+    return [*lines, f"{together}  a chunk takes {figures['chunk_ms_p50']:.3f} ms unprofiled"]
 
 
 def _comparison(figures: dict[str, Any]) -> list[str]:
@@ -136,10 +116,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.bar([place - 0.2 for place in places], [row["ms"] for row in rows], 0.4, label="measured")
-    floors = [
-        (place + 0.2, row["floor_ms"]) for place, row in zip(places, rows, strict=True) if row["floor_ms"]
-    ]
-    axes.bar([place for place, _ in floors], [ms for _, ms in floors], 0.4, label="floor")
+    axes.bar([place + 0.2 for place in places], [row["floor_ms"] or 0 for row in rows], 0.4, label="floor")
     for place, row in zip(places, rows, strict=True):
         if row["share_of_floor"] is not None:
             axes.annotate(f"{row['share_of_floor']:.0%}", (place - 0.2, row["ms"]), ha="center", va="bottom")

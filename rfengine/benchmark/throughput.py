@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -28,9 +28,9 @@ from rfengine.benchmark.conditions import (
     state,
     versions,
 )
-from rfengine.benchmark.measured_engine import Engine
+from rfengine.benchmark.measured_engine import MeasuredEngine
 from rfengine.benchmark.options import ThroughputOptions
-from rfengine.benchmark.parts import PartTime, measure_parts, part_floors, steady_flops
+from rfengine.benchmark.parts import measure_parts, part_floors, part_rows, steady_flops
 from rfengine.benchmark.report import check_plot, draw, render
 from rfengine.benchmark.timing import (
     ChunkTimes,
@@ -40,7 +40,7 @@ from rfengine.benchmark.timing import (
     time_chunks,
     time_flow,
 )
-from rfengine.costs.rates import GPU, gpu_of, measured_cpu
+from rfengine.costs.rates import GPU, rates_of
 from rfengine.files import write_text
 from rfengine.limits import check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
@@ -62,12 +62,12 @@ def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
     check_options(options)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    engine = Engine.load(options)
+    engine = MeasuredEngine.load(options)
     device = engine.device
     # FP8 frames are held to a PSNR when the decoder is opened
     held = engine.decoder if options.runtime.vae_precision == "default" else None
     agreements = check_agreement(engine.pipeline, engine.grid, held)
-    gpu = gpu_of(device_name(device)) if device.type == "cuda" else measured_cpu(engine.pipeline.model.dtype)
+    gpu = rates_of(device, engine.pipeline.model.dtype)
     before = state(device)
     reset_peak_memory(device)
     whole = _time_whole(engine, options.chunks) if engine.decodes else None
@@ -78,17 +78,17 @@ def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
         "versions": versions(device),
         "before": before,
         "after": after,
-        "agreement": [agreement.to_dict() for agreement in agreements],
+        "agreement": [asdict(agreement) for agreement in agreements],
         **_rates(engine, (whole or latents_only).times, latents_only.times),
         "first_frame_ms": whole and whole.first_ms,
         "peak_memory_bytes": peak,
         "memory_growth_bytes": (whole or latents_only).memory_growth,
-        "ceilings": None if gpu is None else {"name": gpu.name, "tb_per_s": gpu.tb_per_s,
-                                              "tflop_per_s": gpu.bf16_tflop_per_s},
-        **_utilisation(engine, gpu, whole and whole.times, latents_only.times),
-    }  # fmt: skip
+        "ceilings": gpu and asdict(gpu),
+        "flop_utilisation": whole and _utilisation(engine, gpu, whole.times, True),
+        "flop_utilisation_without_vae": _utilisation(engine, gpu, latents_only.times, False),
+    }
     yield figures
-    figures["parts"] = [part.to_dict() for part in _time_parts(options, gpu)]
+    figures["parts"] = _time_parts(options, gpu)
     yield figures
     if options.compare is not None:
         rounds = min(CHUNKS_A_ROUND, options.chunks)
@@ -96,7 +96,7 @@ def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
         yield figures
 
 
-def _setting(engine: Engine, options: ThroughputOptions) -> dict[str, Any]:
+def _setting(engine: MeasuredEngine, options: ThroughputOptions) -> dict[str, Any]:
     config, model = engine.pipeline.config, engine.pipeline.model
     switches = runtime_switches(config.runtime, engine.device)
     return {
@@ -129,7 +129,7 @@ class _Run:
     first_ms: float | None = None
 
 
-def _time_whole(engine: Engine, chunks: int) -> _Run:
+def _time_whole(engine: MeasuredEngine, chunks: int) -> _Run:
     """Chunks as frames in host memory."""
     _warm(engine, frames_of(engine.stream()), waits=False)
     started = time.perf_counter()
@@ -140,13 +140,13 @@ def _time_whole(engine: Engine, chunks: int) -> _Run:
     return replace(_timed(engine, lambda count: time_flow(advance, count), chunks), first_ms=first_ms)
 
 
-def _time_latents(engine: Engine, chunks: int) -> _Run:
+def _time_latents(engine: MeasuredEngine, chunks: int) -> _Run:
     advance = latents_of(engine.stream(), engine.pipeline.config.cache.chunk_frames)
     _warm(engine, advance, waits=True)
     return _timed(engine, lambda count: time_chunks(advance, count, engine.device, waits=True), chunks)
 
 
-def _timed(engine: Engine, time_many: Callable[[int], ChunkTimes], chunks: int) -> _Run:
+def _timed(engine: MeasuredEngine, time_many: Callable[[int], ChunkTimes], chunks: int) -> _Run:
     time_many(SETTLED_CHUNKS)
     held = held_memory(engine.device)
     times = time_many(chunks)
@@ -154,26 +154,25 @@ def _timed(engine: Engine, time_many: Callable[[int], ChunkTimes], chunks: int) 
     return _Run(times, None if held is None or after is None else after - held)
 
 
-def _warm(engine: Engine, advance: Any, waits: bool) -> None:
+def _warm(engine: MeasuredEngine, advance: Any, waits: bool) -> None:
     """Until the window is full and all graphs are recorded."""
     time_chunks(advance, recorded_chunks(engine.pipeline.config.cache), engine.device, waits)
 
 
-def _time_parts(options: ThroughputOptions, gpu: GPU | None) -> list[PartTime]:
+def _time_parts(options: ThroughputOptions, gpu: GPU | None) -> list[dict[str, Any]]:
     """Of the same engine without graphs and without overlap, which is what a profiler can see into."""
     runtime = replace(options.runtime, graphs=False, overlap=False)
-    engine = Engine.load(replace(options, runtime=runtime))
+    engine = MeasuredEngine.load(replace(options, runtime=runtime))
     frames = engine.pipeline.config.cache.chunk_frames
     advance = frames_of(engine.stream()) if engine.decodes else latents_of(engine.stream(), frames)
     _warm(engine, advance, waits=True)
     decoder = StreamingDecoder if runtime.vae == "full" or not options.decode else type(engine.decoder)
     model = engine.pipeline.model
     times = measure_parts(advance, model.ops, decoder, PROFILED_CHUNKS, engine.device)
-    floors = part_floors(engine.shapes, gpu, model.dtype, engine.decodes)
-    return [PartTime(part, ms, floors[part]) for part, ms in times.items()]
+    return part_rows(times, part_floors(engine.shapes, gpu, model.dtype, engine.decodes))
 
 
-def _rates(engine: Engine, times: ChunkTimes, latents_only: ChunkTimes) -> dict[str, Any]:
+def _rates(engine: MeasuredEngine, times: ChunkTimes, latents_only: ChunkTimes) -> dict[str, Any]:
     return {
         "frames_per_s": times.frames_per_s if engine.decodes else None,
         "real_time_factor": times.frames_per_s / engine.pipeline.config.fps,
@@ -187,21 +186,10 @@ def _rates(engine: Engine, times: ChunkTimes, latents_only: ChunkTimes) -> dict[
     }
 
 
-def _utilisation(
-    engine: Engine, gpu: GPU | None, whole: ChunkTimes | None, latents_only: ChunkTimes
-) -> dict[str, float | None]:
+def _utilisation(engine: MeasuredEngine, gpu: GPU | None, times: ChunkTimes, decodes: bool) -> float | None:
     """FLOPs of the model in a chunk over its median time and the rate of products."""
-
-    def share(times: ChunkTimes | None, decodes: bool) -> float | None:
-        if gpu is None or times is None:
-            return None
-        rate = steady_flops(engine.shapes, decodes) / times.percentile_ms(0.5) / 1e9
-        return rate / gpu.bf16_tflop_per_s
-
-    return {
-        "flop_utilisation": share(whole, True),
-        "flop_utilisation_without_vae": share(latents_only, False),
-    }
+    rate = steady_flops(engine.shapes, decodes) / times.percentile_ms(0.5) / 1e9
+    return gpu and rate / gpu.bf16_tflop_per_s
 
 
 def run(options: ThroughputOptions) -> int:

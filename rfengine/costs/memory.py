@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -17,32 +16,14 @@ from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class MemoryNeeds:
-    """Bytes that one stream needs, without activations.
+def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes that one stream of `config` at `grid` needs, without activations, with weights and state in
+    `dtype`; allocates nothing.
 
     keys_values, raw_keys: the arenas of the cache; raw keys are kept with relative positions.
     sink_remainder: the low part of an averaged sink. cross_attention: keys and values of the text.
-    vae_buffers: of the lossless decoder, shared by all streams.
+    vae_buffers: of the lossless decoder, shared by all streams. total: their sum.
     """
-
-    transformer: int
-    vae: int
-    text_encoder: int
-    keys_values: int
-    raw_keys: int
-    sink_remainder: int
-    cross_attention: int
-    vae_state: int
-    vae_buffers: int
-
-    @property
-    def total(self) -> int:
-        return sum(dataclasses.astuple(self))
-
-
-def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> MemoryNeeds:
-    """What one stream of `config` at `grid` needs, with weights and state in `dtype`; allocates nothing."""
     model, size = config.model, dtype.itemsize
     cache = StreamingKVCache(model, config.cache, grid, dtype=dtype, device="meta").tensors()
     arenas = {name: cache.pop(name).nbytes for name in ("keys", "values", "raw_keys") if name in cache}
@@ -58,17 +39,18 @@ def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> 
         for _ in range(2):  # the first chunk, then any other
             decoder.run(latents, state, packed=False)
             state.frames += config.cache.chunk_frames
-    return MemoryNeeds(
-        transformer=parameter_count(model) * size,
-        vae=parameter_count(config.vae) * size,
-        text_encoder=parameter_count(config.text) * size,
-        keys_values=arenas["keys"] + arenas["values"],
-        raw_keys=arenas.get("raw_keys", 0),
-        sink_remainder=_nbytes(cache.values()),
-        cross_attention=2 * model.num_layers * model.text_len * model.dim * size,
-        vae_state=_nbytes(state.tensors().values()),
-        vae_buffers=decoder.halo_bytes,
-    )
+    needs = {
+        "transformer": parameter_count(model) * size,
+        "vae": parameter_count(config.vae) * size,
+        "text_encoder": parameter_count(config.text) * size,
+        "keys_values": arenas["keys"] + arenas["values"],
+        "raw_keys": arenas.get("raw_keys", 0),
+        "sink_remainder": _nbytes(cache.values()),
+        "cross_attention": 2 * model.num_layers * model.text_len * model.dim * size,
+        "vae_state": _nbytes(state.tensors().values()),
+        "vae_buffers": decoder.halo_bytes,
+    }
+    return needs | {"total": sum(needs.values())}
 
 
 def parameter_count(config: WanConfig | VAEConfig | TextConfig) -> int:

@@ -50,6 +50,12 @@ def gpu_of(device_name: str) -> GPU | None:
     return GPUS[known] if known else None
 
 
+def rates_of(device: torch.device, dtype: torch.dtype) -> GPU | None:
+    """The data sheet of a GPU, None where there is none here; what a CPU reaches in `dtype`, measured."""
+    on_cuda = device.type == "cuda"
+    return gpu_of(torch.cuda.get_device_name(device)) if on_cuda else measured_cpu(dtype)
+
+
 def measured_cpu(dtype: torch.dtype) -> GPU:
     """What this CPU reaches with torch's threads: a large copy (read and written) and a large product."""
     source = torch.randn(_COPY_ELEMENTS, dtype=torch.float32, device="cpu")

@@ -25,14 +25,8 @@ import torch
 
 from rfengine.ops.backends import family
 from rfengine.ops.table import implementation
-from rfengine.tuning.candidates import (
-    ATTENTION,
-    TuningCase,
-    TuningShapes,
-    attention_case,
-    window_attention_case,
-)
-from rfengine.tuning.record import CaseKey, TuningCache
+from rfengine.tuning.candidates import ATTENTION, TuningCase, attention_case
+from rfengine.tuning.record import CaseKey
 from rfengine.tuning.trials import Trials
 
 logger = logging.getLogger(__name__)
@@ -69,14 +63,6 @@ def probe_candidates(case: TuningCase, trials: Trials) -> dict[str, str]:
         else:
             untried[backend] = f"it could not be tried: {verdict.problem}"
     return untried
-
-
-def attention_problems(shapes: TuningShapes, cache: TuningCache) -> dict[str, str]:
-    """Why forms of Triton's attention are refused at these shapes, or "" where they are right, by backend;
-    one without a verdict is tried."""
-    case, trials = window_attention_case(shapes), Trials(cache)
-    problems = probe_candidates(case, trials) | trials.refused(case.key)
-    return {name: problems.get(name, "") for name in case.candidates if family(name) == "triton"}
 
 
 def probe(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.goals import RESULTS, Judgement, failures_of, judge, main, read_records, render, summarise
+from bench.goals import RESULTS, Goal, failures_of, judge, main, read_records, render, summarise
 from bench.kernel_cases import CASES_BY_NAME
 from bench.vae_decoders import FP8_ROW, OURS
 from rfengine.costs.rates import GPUS
@@ -32,8 +32,8 @@ def record_of(**results: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def goal(name: str, **results: Any) -> Judgement:
-    (found,) = [one for one in judge(record_of(**results)) if one.goal.name.startswith(name)]
+def goal(name: str, **results: Any) -> Goal:
+    (found,) = [one for one in judge(record_of(**results)) if one.name.startswith(name)]
     return found
 
 
@@ -156,17 +156,17 @@ def write(folder: Path, name: str, content: Any) -> None:
     (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def test_the_table_shows_goals_met_missed_and_not_measured(tmp_path):
+def test_the_committed_text_shows_goals_met_missed_and_not_measured(tmp_path):
     record = record_of(bench=BENCH | {"first_frame_ms": 512.0})
-    with_outcome(record, "vae", "cudnn", state="failed", reason="exit 1: a | b\nc", results=[])
+    with_outcome(record, "vae", "cudnn", state="failed", reason="exit 1: a | b", results=[])
     write(tmp_path, "a.json", record)
     lines = render(read_records(tmp_path)).splitlines()
-    assert "| frames per second, full VAE | at least 36 | 40.000 | met (random) |" in lines
-    assert "| first frame, ms | at most 400 | 512.000 | NOT met |" in lines
-    assert "| tiny decoder, ms per chunk | at most 8 |  | not measured |" in lines
-    assert "- bench: 1 done; 90 s" in lines
-    assert "1 failures; the first: FAILED vae, cudnn: exit 1: a / b c" in lines
-    assert any("commit `abc`" in line and "sm_clock_mhz 1980.0; after: unknown" in line for line in lines)
+    assert "met: frames per second, full VAE, at least 36, reached 40.000 (random)" in lines
+    assert "NOT met: first frame, ms, at most 400, reached 512.000" in lines
+    assert "not measured: tiny decoder, ms per chunk, at most 8" in lines
+    assert "bench     1 done; 90 s" in lines
+    assert "FAILED vae, cudnn: exit 1: a | b" in lines
+    assert any(line.startswith("X; torch 2.11, Triton 3.6, CUDA 13.0") and "abc" in line for line in lines)
 
 
 def test_the_newest_record_comes_first_and_without_one_nothing_is_claimed(tmp_path):

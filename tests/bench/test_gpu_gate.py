@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -189,7 +188,7 @@ def test_commands_for_a_gpu_are_made_before_one_is_there(tmp_path, monkeypatch):
         "gpu" in names["ops/test_native"].arguments and "gpu" not in names["kernels/test_rms_norm"].arguments
     )
     assert len(made["parity"]) == 8 and sum(bool(command.absence) for command in made["parity"]) == 3
-    assert made["bench"][0].arguments[-2:] == ("--chunks", "30")
+    assert made["bench"][0].arguments[-4:-2] == ("--chunks", "30")
 
 
 def test_the_parts_fill_the_minutes_and_leave_cores():
@@ -203,17 +202,6 @@ def test_the_parts_fill_the_minutes_and_leave_cores():
     assert max(1, (os.cpu_count() or 1) - gpu_gate.CORES_LEFT) >= gpu_gate.WORKERS
 
 
-def test_a_triton_cache_is_a_folder_or_an_archive_of_one(tmp_path):
-    cache = tmp_path / "cache"
-    (cache / "HASH").mkdir(parents=True)
-    (cache / "HASH" / "kernel.cubin").write_bytes(b"0")
-    with tarfile.open(tmp_path / "cache.tar.xz", "w:xz") as archive:
-        archive.add(cache, "cache")
-    for given in (cache, tmp_path / "cache.tar.xz"):
-        found = gpu_gate.triton_cache(given, tmp_path / "unpacked")
-        assert (found / "HASH" / "kernel.cubin").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -221,7 +209,7 @@ def test_a_triton_cache_is_a_folder_or_an_archive_of_one(tmp_path):
             (["--minutes", minutes], "give more than 0 and at most 1440")
             for minutes in ("0", "nan", "inf", "-1")
         ),
-        (["--parts", "device,speed"], "there is no part 'speed'"),
+        (["--parts", "device", "speed"], "invalid choice: 'speed'"),
     ],
 )
 def test_options_that_cannot_be_are_refused(arguments, message, capsys):
@@ -235,7 +223,6 @@ def test_results_of_a_gpu_need_a_file(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_gate.main([])
     assert "give --out FILE for the results" in capsys.readouterr().err
-    assert gpu_gate.part_names("vae,device") == ["device", "vae"]
 
 
 @pytest.mark.slow
@@ -258,4 +245,4 @@ def test_the_self_check_passes_with_what_a_bare_cuda_image_has(tmp_path):
         outcomes["test_flow_step"]["results"]["passed"] == 2 and outcomes["stream"]["results"]["passed"] == 1
     )
     assert outcomes["bench"]["results"]["model"] == "tiny" and "comparison" in outcomes["bench"]["results"]
-    assert all(replay["ok"] for replay in outcomes["reference float32"]["results"])
+    assert outcomes["reference float32"]["results"]["ok"]

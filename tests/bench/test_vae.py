@@ -17,6 +17,7 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.process import run_script
 from rfengine.config import PRESETS, VAEConfig
 from rfengine.costs.vae import decode_work
+from rfengine.grid import LatentGrid
 
 SMALLEST = Options(
     device="cpu", model="tiny", height=32, width=32, chunks=2, fp8=True, diffusers=False, threads=1
@@ -25,7 +26,8 @@ SMALLEST = Options(
 
 def setting_of(config: VAEConfig) -> Setting:
     checkpoint = Checkpoint.random(dataclasses.replace(PRESETS["wan-1.3b"], vae=config))
-    return Setting.load(checkpoint, (32, 32), torch.float32, torch.device("cpu"), "auto")
+    grid = LatentGrid.of(checkpoint.config, 32, 32)
+    return Setting.load(checkpoint, grid, torch.float32, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +63,13 @@ def test_the_table_has_a_line_for_every_decoder_and_every_layer(figures):
 
 def test_layers_cover_the_work_of_the_whole_but_for_what_folding_saves(figures):
     setting = setting_of(VAEConfig())
-    parts = layer_parts(setting, 3)
+    parts = layer_parts(setting)
     assert list(parts) == [*layer_paths(setting), REST] and all(parts.values())
     work = decode_work(setting.config.vae, setting.grid, 3, False)
     upsampling = sum(2 * w.multiply_adds for path, w in work.products.items() if "resample" in path)
     whole = sum(part.flops for held in parts.values() for part in held)
     assert whole == pytest.approx(2 * work.multiply_adds - 5 / 9 * upsampling)
-    eights = [part for held in layer_parts(setting, 3, fp8=True).values() for part in held if part.is_fp8]
+    eights = [part for held in layer_parts(setting, fp8=True).values() for part in held if part.is_fp8]
     assert sum(part.flops > 0 for part in eights) == 17
     assert len(figures["layers"]) == 17 and all(row["ms"] > 0 for row in figures["layers"])
 
@@ -75,13 +77,13 @@ def test_layers_cover_the_work_of_the_whole_but_for_what_folding_saves(figures):
 def test_diffusers_has_the_same_weights_and_streams_to_the_same_pixels():
     pytest.importorskip("diffusers")
     setting = setting_of(VAEConfig(base_dim=8))
-    latents, exact = vae._exact(setting, 2)
+    latents, exact = vae._exact(setting)
     for candidate in diffusers_candidates(setting, compiles=False):
         with torch.no_grad():
             quality = vae._quality(candidate, latents, exact)
             assert quality["psnr_db"] > 100, candidate.name
             decode = candidate.open(True)
-            assert [len(decode(chunk)) for chunk in latents] == [5, 8, 8]
+            assert [len(decode(chunk)) for chunk in latents] == [9, 12, 12]
 
 
 def test_a_wrong_decoder_is_not_timed(monkeypatch):
@@ -108,23 +110,20 @@ def test_what_cannot_run_has_its_reason_instead_of_figures(monkeypatch):
         return [*every, dataclasses.replace(every[0], name="broken", open=broken)]
 
     monkeypatch.setattr(vae, "our_candidates", candidates)
-    figures = measure(dataclasses.replace(SMALLEST, chunks=1, fp8=None))
+    monkeypatch.setattr(vae.importlib.util, "find_spec", lambda _: None)
+    figures = measure(dataclasses.replace(SMALLEST, chunks=1, fp8=None, diffusers=True))
+    assert figures["left_out"]["diffusers"] == "diffusers is not installed: pip install diffusers"
     row = next(row for row in figures["decoders"] if row["decoder"] == "broken")
     assert row == {"decoder": "broken", "tier": "lossless", "error": "RuntimeError: no compiler here"}
     assert "no compiler here" in render(figures) and figures["left_out"]["FP8"] == "not asked for"
 
 
-def test_absent_diffusers_is_a_sentence(monkeypatch):
-    monkeypatch.setattr(vae_decoders.importlib.util, "find_spec", lambda _: None)
-    assert vae_decoders.diffusers_absence() == "diffusers is not installed: pip install diffusers"
-
-
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [(("--chunks", "0"), "--chunks is 0; it must be at least 1"), (("--height", "30"), "multiple of")],
 )
-def test_a_setting_that_cannot_be_is_one_sentence(options, told, monkeypatch, capsys):
+def test_a_setting_that_cannot_be_is_one_sentence(options, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vae.py", "--device", "cpu", *options])
     assert run_script("vae", Options, vae.run) == 2
     shown = capsys.readouterr().err
-    assert told in shown and shown.count("\n") == 1
+    assert message in shown and shown.count("\n") == 1

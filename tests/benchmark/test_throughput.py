@@ -71,16 +71,18 @@ def figures(small_preset: None) -> dict[str, Any]:
         return throughput.measure(replace(SMALLEST, compare="baseline"))
 
 
-def broken_engine(monkeypatch: pytest.MonkeyPatch, change: Callable[[throughput.Engine], None]) -> None:
+def broken_engine(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[throughput.MeasuredEngine], None]
+) -> None:
     """Every engine that is loaded is changed; the reference it is compared with is not."""
-    load = throughput.Engine.load
+    load = throughput.MeasuredEngine.load
 
-    def load_broken(options: ThroughputOptions) -> throughput.Engine:
+    def load_broken(options: ThroughputOptions) -> throughput.MeasuredEngine:
         engine = load(options)
         change(engine)
         return engine
 
-    monkeypatch.setattr(throughput.Engine, "load", load_broken)
+    monkeypatch.setattr(throughput.MeasuredEngine, "load", load_broken)
 
 
 def test_figures_are_json_and_name_their_circumstances(figures: dict[str, Any]) -> None:
@@ -144,7 +146,7 @@ def test_agreement_reaches_a_chunk_that_evicts(figures: dict[str, Any]) -> None:
 def test_an_engine_with_a_slightly_wrong_op_is_refused(
     op: str, scale: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def change(engine: throughput.Engine) -> None:
+    def change(engine: throughput.MeasuredEngine) -> None:
         right = getattr(engine.pipeline.model.ops, op)
         monkeypatch.setattr(engine.pipeline.model.ops, op, lambda *given: right(*given) * scale)
 
@@ -159,7 +161,7 @@ def test_an_engine_with_a_slightly_wrong_op_is_refused(
 
 def test_an_engine_that_forgets_to_evict_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks would not show it."""
-    engine = throughput.Engine.load(replace(SMALLEST, model="tiny", decode=False))
+    engine = throughput.MeasuredEngine.load(replace(SMALLEST, model="tiny", decode=False))
     monkeypatch.setattr(engine.pipeline.model.ops, "evict_and_rephase", lambda *given: None)
     with pytest.raises(WrongEngineError, match="its latents of the first 4 chunks"):
         check_agreement(engine.pipeline, engine.grid, None)
@@ -172,13 +174,13 @@ def test_an_engine_with_a_wrong_decoder_is_refused(monkeypatch: pytest.MonkeyPat
         return (right(decoder, *given, **named).float() * 0.98).to(torch.uint8)
 
     monkeypatch.setattr(StreamingDecoder, "decode_frames", dim)
-    engine = throughput.Engine.load(SMALLEST)
+    engine = throughput.MeasuredEngine.load(SMALLEST)
     with pytest.raises(WrongEngineError, match="its frames of the first 4 chunks"):
         check_agreement(engine.pipeline, engine.grid, engine.decoder)
 
 
 def test_an_engine_that_gives_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = throughput.Engine.load(SMALLEST)
+    engine = throughput.MeasuredEngine.load(SMALLEST)
     right = engine.pipeline.model.ops.flow_step
     monkeypatch.setattr(engine.pipeline.model.ops, "flow_step", lambda *given: right(*given) * float("nan"))
     with pytest.raises(WrongEngineError, match="are inf from the reference"):
@@ -187,7 +189,7 @@ def test_an_engine_that_gives_no_number_is_refused(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_agree_with_the_reference(dtype: str) -> None:
-    engine = throughput.Engine.load(replace(SMALLEST, dtype=dtype))
+    engine = throughput.MeasuredEngine.load(replace(SMALLEST, dtype=dtype))
     latents, frames = check_agreement(engine.pipeline, engine.grid, engine.decoder)
     assert latents.error > 1e-4 and frames.holds  # it is a 16-bit engine that was looked at
 
@@ -214,7 +216,7 @@ def test_the_truth_of_sixteen_bits_alone_is_multiplied_in_tf32(
     note("reference_latents")
     note("_decoded")
     before = flags()
-    engine = throughput.Engine.load(replace(SMALLEST, dtype=dtype))
+    engine = throughput.MeasuredEngine.load(replace(SMALLEST, dtype=dtype))
     check_agreement(engine.pipeline, engine.grid, engine.decoder)
     truth, own = (torch.float32, torch.bfloat16) if is_coarse else (torch.float64, torch.float32)
     assert seen["reference_latents", truth] == seen["_decoded", truth] == (is_coarse, is_coarse)
@@ -247,7 +249,7 @@ def test_the_quality_of_the_frames_is_named(figures: dict[str, Any]) -> None:
 
 
 def test_a_preset_runs_with_random_weights_and_says_so() -> None:
-    engine, again = (throughput.Engine.load(SMALLEST) for _ in range(2))
+    engine, again = (throughput.MeasuredEngine.load(SMALLEST) for _ in range(2))
     assert engine.weights.startswith("random, seed 0")
     chunk = engine.stream().advance()
     assert chunk.frames.shape == (9, 32, 32, 3) and chunk.frames.std() > 1
@@ -396,7 +398,7 @@ def test_every_graph_is_replayed_before_the_clock_starts_and_while_it_is_checked
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three fill the window; its two slots are each written op by op, then recorded and replayed."""
-    engine = throughput.Engine.load(SMALLEST)
+    engine = throughput.MeasuredEngine.load(SMALLEST)
     assert chunk_times.recorded_chunks(engine.pipeline.config.cache) == 7
     assert agreement.checked_chunks(engine.pipeline) == 4
     switches = {"graphs": Switch(True, "asked for")}

@@ -13,7 +13,7 @@ from rfengine import ops
 from rfengine.ops import reference
 from rfengine.tuning import attention_probe, autotune
 from rfengine.tuning import candidates as tuning_candidates
-from rfengine.tuning.attention_probe import Verdict, attention_problems, main, probe
+from rfengine.tuning.attention_probe import Verdict, main, probe, probe_candidates
 from rfengine.tuning.candidates import TuningShapes, attention_case
 from rfengine.tuning.record import CaseKey, TuningCache, describe_machine
 from rfengine.tuning.trials import Trials
@@ -82,13 +82,14 @@ def test_every_form_is_tried_once_and_the_record_keeps_what_became_of_it(
         "triton-pointer": "raise OSError('no memory')",
     }  # fmt: skip
     cache = TuningCache(tmp_path / "autotune.json", describe_machine(CPU))
-    problems = attention_problems(hopper, cache)
-    assert list(problems) == list(FORMS)
-    assert "SIGSEGV" in problems["triton"] and problems["triton-descriptor"] == ""
-    assert problems["triton-pointer"].startswith("it could not be tried: its process ended with exit 1")
+    case = tuning_candidates.window_attention_case(hopper)
+    untried = probe_candidates(case, Trials(cache))
+    assert untried.keys() == {"triton-pointer"}
+    assert untried["triton-pointer"].startswith("it could not be tried: its process ended with exit 1")
     scripts |= {"triton": "never", "triton-descriptor": "never", "triton-pointer": SAYS}
-    again = attention_problems(hopper, TuningCache(cache.path, cache.machine))
-    assert again == problems | {"triton-pointer": ""}
+    assert probe_candidates(case, Trials(TuningCache(cache.path, cache.machine))) == {}
+    refused = Trials(TuningCache(cache.path, cache.machine)).refused(case.key)
+    assert refused.keys() == {"triton"} and "SIGSEGV" in refused["triton"]
     kept = {each.backend: each.reason for each in TuningCache(cache.path, cache.machine).decisions()}
     assert kept["triton-descriptor"] == kept["triton-pointer"] == "right" and "SIGSEGV" in kept["triton"]
 
