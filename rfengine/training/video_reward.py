@@ -18,29 +18,39 @@ H, W pixels of a frame; n frames that the model sees; S tokens.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rfengine.training.video_reward_weights import (
-    HEAD,
-    QUALITIES,
-    VideoRewardSettings,
-    fill,
-    read_settings,
-    read_weights,
-)
+from rfengine.checkpoint.layouts import list_names
+from rfengine.checkpoint.loader import assign, open_weights
+from rfengine.checkpoint.lora import LoraFile, add_lora
+from rfengine.checkpoint.lora_scale import MAX_ALPHA, MAX_RANK, ScaleStatement
+from rfengine.checkpoint.pickle_file import open_pickle
+from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
+from rfengine.files import read_text, strict_json
+from rfengine.limits import Range, check_value
 
+QUALITIES = ("VQ", "MQ", "TA")
+SCORES = ("visual_quality", "motion_quality", "text_alignment")
+SPECIAL_TOKENS = tuple(f"<|{quality}_reward|>" for quality in QUALITIES)
+# Two public files give these; nothing here was checked against the published checkpoint.
+UNVERIFIED_CONSTANTS = {
+    "VQ_mean": 3.6757, "VQ_std": 2.2476, "MQ_mean": 1.1646, "MQ_std": 1.3811,
+    "TA_mean": 2.8105, "TA_std": 2.5121,
+}  # fmt: skip
+HEAD = "rm_head.weight"
 # VideoAlign's DETAILED_PROMPT_WITH_SPECIAL_TOKEN in UTF-8, the placeholder {text_prompt} in place
 PROMPT_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 PROMPT_FILE = "prompt.txt"
-SPECIAL_TOKENS = tuple(f"<|{quality}_reward|>" for quality in QUALITIES)
-SCORES = ("visual_quality", "motion_quality", "text_alignment")
 
 _PLACEHOLDER = "{text_prompt}"
 _VIDEO = "<|video_pad|>"
@@ -52,6 +62,15 @@ _CHAT = (
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _LEAST_FRAMES, _MOST_FRAMES = 4, 768
+_EMBEDDING = "language_model.embed_tokens.weight"
+_SERVED = {"prompt_template_type": "detailed_special", "sample_type": "uniform", "num_frames": None}
+_KEYS = ("state_dict", "model")
+_MAX_CONFIG_BYTES = 1 << 20
+_Mean = Annotated[float, Range(-1e9, 1e9)]
+_Positive = Annotated[float, Range(1e-9, 1e9)]
+_Whole = Annotated[int, Range(1, 10**9)]
+_Alpha = Annotated[float, Range(1e-9, MAX_ALPHA)]
+_Rank = Annotated[int, Range(1, MAX_RANK)]
 
 
 class VideoReward:
@@ -73,8 +92,6 @@ class VideoReward:
         base: Path | None = None,
         prompt_sha256: str = PROMPT_SHA256,
     ) -> None:
-        if not fps > 0:
-            raise ValueError(f"fps is {fps}; give the videos' frames a second")
         base = base or directory / "base"
         self.settings, self.fps = read_settings(directory), fps
         self._template = read_template(directory / PROMPT_FILE, prompt_sha256)
@@ -83,10 +100,13 @@ class VideoReward:
         weights = read_weights(directory, base, self.settings)
         if HEAD not in weights:
             raise ValueError(f"{directory} has no {HEAD}; it is no reward model")
-        head = weights.pop(HEAD).read()
-        self._model = _language_model(base, self._tokenizer.get_vocab_size())
+        head, rows = weights.pop(HEAD).read(), self._tokenizer.get_vocab_size()
+        self._model = _language_model(base, rows)
         self._head = _checked_head(head, self._model, self.settings).to(device, dtype)
-        fill(self._model, weights, dtype, device)
+        if (embedding := weights.get(_EMBEDDING)) and embedding.shape[0] > rows:  # as resizing it drops them
+            shape = (rows, *embedding.shape[1:])
+            weights[_EMBEDDING] = replace(embedding, shape=shape, read=lambda: embedding.read()[:rows])
+        assign(self._model, weights, dtype, device, f"the reward model {directory}")
         self._model.to(device)
 
     @torch.no_grad()
@@ -200,6 +220,104 @@ def _checked_head(head: Tensor, model: nn.Module, settings: VideoRewardSettings)
             f"output_dim in model_config.json, which is {settings.output_dim}"
         )
     return head
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRewardSettings:
+    """Of model_config.json. mean, std: by quality, in the order of QUALITIES; max_pixels: of a frame that the
+    model sees; fps: frames a second that it sees; lora_alpha, lora_rank: None where the file has none."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    output_dim: int | None
+    max_pixels: int
+    fps: float
+    lora_alpha: float | None
+    lora_rank: int | None
+
+
+def read_settings(directory: Path) -> VideoRewardSettings:
+    """Raises ValueError for a file that is absent or damaged, or that lacks the normalisation constants."""
+    path = directory / "model_config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the directory of a VideoAlign checkpoint")
+    try:
+        config = strict_json(read_text(path, _MAX_CONFIG_BYTES))
+        sections = ("data_config", "model_config", "peft_lora_config", "inference_config")
+        data, model, lora, constants = (dict(config.get(name) or {}) for name in sections)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no model_config.json of VideoAlign ({error}); get it again") from error
+    missing = [name for name in UNVERIFIED_CONSTANTS if constants.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{path} has no {list_names(missing)} in inference_config; scores need them. Published "
+            f"elsewhere, and unverified: {json.dumps(UNVERIFIED_CONSTANTS)}"
+        )
+    for key, served in _SERVED.items():
+        if data.get(key, served) != served:
+            raise ValueError(f"{path} has {key} {data[key]!r}; only {served!r} is served")
+
+    def value(section: dict[str, Any], key: str, hint: Any) -> Any:
+        if section.get(key) is not None:
+            check_value(f"{key} in {path}", section[key], hint)
+        return section.get(key)
+
+    return VideoRewardSettings(
+        mean=tuple(float(value(constants, f"{quality}_mean", _Mean)) for quality in QUALITIES),
+        std=tuple(float(value(constants, f"{quality}_std", _Positive)) for quality in QUALITIES),
+        output_dim=value(model, "output_dim", _Whole),
+        max_pixels=value(data, "max_frame_pixels", _Whole) or 448 * 448,
+        fps=value(data, "fps", _Positive) or 2.0,
+        lora_alpha=value(lora, "lora_alpha", _Alpha) or value(model, "lora_alpha", _Alpha),
+        lora_rank=value(lora, "r", _Rank) or value(model, "lora_r", _Rank),
+    )
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """The checkpoint-N of the highest N."""
+    found = [path for path in directory.iterdir() if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    if not found:
+        raise ValueError(f"{directory} has no checkpoint-N; give the directory of a VideoAlign checkpoint")
+    return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def read_weights(directory: Path, base: Path, settings: VideoRewardSettings) -> dict[str, StoredTensor]:
+    """The weights of Qwen2VLModel and of the head by their names, LoRA merged in float32 as they are read.
+
+    Both layouts of a checkpoint are read: `model.pth` with the whole PEFT model, or
+    `adapter_model.safetensors` with `non_lora_state_dict.pth` over the weights of the base model in `base`.
+    Raises ValueError for files that are absent, and for LoRA pairs that are incomplete or do not fit.
+    """
+    folder = newest_checkpoint(directory)
+    whole, adapter, rest = (
+        folder / name for name in ("model.pth", "adapter_model.safetensors", "non_lora_state_dict.pth")
+    )
+    if whole.is_file():
+        layers = [open_pickle(whole, _KEYS)]
+    elif adapter.is_file() and rest.is_file():
+        if not (files := sorted(base.glob("*.safetensors"))):
+            raise ValueError(f"{base} has no safetensors; the checkpoint needs the weights of its base model")
+        layers = [open_weights(files), open_pickle(rest, _KEYS), open_safetensors(adapter)]
+    else:
+        raise ValueError(f"{folder} has neither model.pth nor {adapter.name} with {rest.name}; get it again")
+    stored = {engine_name(name): tensor for layer in layers for name, tensor in layer.items()}
+    pairs = {name: stored.pop(name) for name in list(stored) if ".lora_" in name}
+    stored.pop("lm_head.weight", None)
+    if pairs and (settings.lora_alpha is None or settings.lora_rank is None):
+        raise ValueError(f"{folder} has LoRA pairs and model_config.json no lora_alpha and r; add them there")
+    if pairs:
+        scale = ScaleStatement("model_config.json", settings.lora_rank, settings.lora_alpha)
+        add_lora(stored, LoraFile(str(folder), pairs, (scale,)))
+    return stored
+
+
+def engine_name(name: str) -> str:
+    """The name under transformers 5 of a weight of any layout: language_model.*, visual.* or rm_head.*."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    if not name.startswith(("visual.", "rm_head.", "lm_head.")):
+        name = name.removeprefix("model.")
+    known = name.startswith(("visual.", "rm_head.", "lm_head.", "language_model."))
+    return name if known else f"language_model.{name}"
 
 
 def prepare_frames(clip: Tensor, fps: float, settings: VideoRewardSettings, factor: int) -> Tensor:
