@@ -20,9 +20,10 @@ from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
 from rfengine.toy.world import Scene, caption
-from rfengine.training.checkpoint_parts import Encode, load_transformer, load_vae, text_states_of
+from rfengine.training.build import load_transformer, load_vae, text_states_of
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import Steps
+from rfengine.training.data import Encode
 from rfengine.training.parallel import Ranks
 from rfengine.training.rollout import roll_out
 from rfengine.training.stages import ModelStage

@@ -21,7 +21,7 @@ from rfengine.toy.world import (
     sample_scenes,
 )
 from rfengine.training.arithmetic import cpu_autocast
-from rfengine.training.checkpoint_parts import base_engine, load_vae, text_states_of
+from rfengine.training.build import base_engine, load_vae, text_states_of
 
 _BATCH = 8
 _MIN_CHANGE = 0.05  # of the range from 0 to 1, by which a pixel of the foreground differs from the background

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,25 +10,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from tyro.conf import Positional
 
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.terminal import find_device
 from rfengine.memory import free_memory
-from rfengine.training import recipes
 from rfengine.training.arithmetic import Precision, multiplies_bfloat16
 from rfengine.training.config import Parallelism, TrainConfig
+from rfengine.training.recipes import RECIPES
 
 if TYPE_CHECKING:
     from rfengine.training.parallel import Ranks
-    from rfengine.training.reward_guard import RewardGuard
-    from rfengine.training.trainer import Trainer
-
-RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "toy_teacher": recipes.toy_teacher,
-    "toy_ode_init": recipes.toy_ode_init,
-    "toy_dmd": recipes.toy_dmd,
-    "toy_re_dmd": recipes.toy_re_dmd,
-    "toy_re_dmd_no_eviction": recipes.toy_re_dmd_no_eviction,
-    "wan_1_3b_reward_forcing": recipes.wan_1_3b_reward_forcing,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +99,7 @@ def train_config(options: TrainOptions) -> TrainConfig:
     config = replace(config, **given)
     if config.engine.name != "tiny":
         return config
-    from rfengine.training.checkpoint_parts import base_engine
-
-    return replace(config, engine=base_engine(config.base))  # with the statistics of its latents
+    return replace(config, engine=Checkpoint.open(config.base).config)  # with the statistics of its latents
 
 
 def _run_directory(options: TrainOptions) -> Path:
@@ -160,16 +147,18 @@ def _train_to_the_end(
     config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, stops: bool
 ) -> None:
     from rfengine.checkpoint.loader import save_weights
-    from rfengine.training.build import build_stage
-    from rfengine.training.checkpoint_parts import export_checkpoint
+    from rfengine.training.build import build_stage, export_checkpoint
+    from rfengine.training.log import LOG_FILE
     from rfengine.training.lora import lora_weights, merged_weights
+    from rfengine.training.reward_guard import RewardGuard
     from rfengine.training.samples import SampleWriter, averaged_state
     from rfengine.training.trainer import Trainer
 
     stage = build_stage(config, device, ranks)
     trainer = Trainer(config, stage, directory, ranks, SampleWriter(config, stage, device, ranks))
-    if config.stage == "re-dmd":
-        trainer.on_step = _guard(config, trainer, stops).on_step
+    if config.stage == "re-dmd":  # a guard as it was at the checkpoint that the run resumes from
+        log, step = directory / LOG_FILE, trainer.state.step
+        trainer.on_step = RewardGuard.from_log(log, step, stage.score.held_out, stops).on_step
     trainer.finish(f"with --resume {directory}")
     state = averaged_state(stage)
     if ranks.rank == 0:
@@ -181,13 +170,3 @@ def _train_to_the_end(
             )
         print(f"{directory / 'checkpoint'}: the model of step {config.steps}; rfengine generate takes it")
     ranks.meet()
-
-
-def _guard(config: TrainConfig, trainer: Trainer, stops: bool) -> RewardGuard:
-    """The guard of the run, as it was at the checkpoint that the run resumes from."""
-    from rfengine.training.build import held_out_score
-    from rfengine.training.log import LOG_FILE
-    from rfengine.training.reward_guard import GuardConfig, RewardGuard
-
-    settings = GuardConfig(held_out=held_out_score(config), stops=stops)
-    return RewardGuard.from_log(trainer.directory / LOG_FILE, trainer.state.step, settings)

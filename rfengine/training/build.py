@@ -1,50 +1,44 @@
-"""From a TrainConfig to its stage: models, data and reward, loaded and placed."""
+"""From a TrainConfig to its stage: models, data and reward, loaded placed; and the directory it leaves."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rfengine.config import WanConfig
-from rfengine.grid import LatentGrid
+from rfengine.checkpoint.checkpoint import Checkpoint, write_config
+from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.loader import save_weights
+from rfengine.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from rfengine.config import EngineConfig, WanConfig
+from rfengine.files import new_directory
 from rfengine.models.dit import WanDiT
+from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops, default_choice
 from rfengine.prompts import read_prompts
 from rfengine.toy.data import LatentDataset, ToyClips, ToyPrompts, load_dataset, negative_states
 from rfengine.toy.reward import ToyReward
 from rfengine.training.arithmetic import casting
-from rfengine.training.checkpoint_parts import Encode, load_transformer, load_vae, text_states_of
 from rfengine.training.config import TrainConfig
-from rfengine.training.data import FilePrompts, LatentClips
-from rfengine.training.distillation import (
-    Distillation,
-    DistillationModels,
-    PromptBatch,
-    StudentLoss,
-)
-from rfengine.training.learner import Figures
+from rfengine.training.data import Encode, FilePrompts, LatentClips
+from rfengine.training.distillation import DistillationModels, DistillationStage
 from rfengine.training.lora import add_adapters
 from rfengine.training.memory import recompute_blocks
 from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks, shard
-from rfengine.training.reward import MotionReward, TrainedScore
-from rfengine.training.stages import (
-    Clips,
-    DistillationStage,
-    Prompts,
-    TeacherStage,
-    TrainingStage,
-    Trajectories,
-    TrajectoryStage,
-    seeded,
-)
-from rfengine.training.trajectories import TrajectoryFile, follow_flow, make_trajectories
+from rfengine.training.reward import TrainedScore, motion_reward
+from rfengine.training.rollout import latent_shape
+from rfengine.training.stages import Source, TeacherStage, TrainingStage, TrajectoryStage, seeded
+from rfengine.training.trajectories import TrajectoryFile, follow_flow, save_trajectories
 from rfengine.training.video_reward import VideoReward
 
 _TRAJECTORIES = 512  # of the file that ode-init makes for itself
+_KEPT_STATES = 1 << 28  # numbers of text states that stay in memory
 
 
 def build_stage(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainingStage:
@@ -63,15 +57,12 @@ def build_stage(config: TrainConfig, device: torch.device, ranks: Ranks) -> Trai
         vae=load_vae(config.base, config.engine, device),
         negative_states=_negative_states(config, encode).to(device),
     )
-    reward = build_reward(config, device) if config.stage == "re-dmd" else None
-    distillation = Distillation(
-        config.engine, models, config.distillation, config.rollout, reward, config.precision
-    )
-
-    def scores(result: StudentLoss, batch: PromptBatch) -> Figures:
-        return {} if reward is None else {name: float(part.mean()) for name, part in reward.parts.items()}
-
-    return DistillationStage(config, distillation, _prompts(config, encode), ranks, scores)
+    if config.data == "toy":
+        prompts: Source[list[str]] = ToyPrompts(encode)
+    else:
+        prompts = FilePrompts(read_prompts(Path(config.data), skip_empty_lines=False), encode)
+    score = trained_score(config, device) if config.stage == "re-dmd" else None
+    return DistillationStage(config, models, prompts, ranks, score)
 
 
 def _trained(
@@ -118,17 +109,11 @@ def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | N
     return torch.bfloat16 if config.precision == "bfloat16" and device.type == "cuda" else None
 
 
-def _prompts(config: TrainConfig, encode: Encode) -> Prompts:
-    if config.data == "toy":
-        return ToyPrompts(encode)
-    return FilePrompts(read_prompts(Path(config.data), skip_empty_lines=False), encode)
-
-
-def _clips(config: TrainConfig, encode: Encode, device: torch.device) -> Clips:
+def _clips(config: TrainConfig, encode: Encode, device: torch.device) -> Source[Tensor]:
     path = Path(config.data)
     if path.is_dir():
-        negative = _negative_states(config, encode)
-        return LatentClips(path, config.clip_frames, _latent_size(config), encode, negative)
+        size = latent_shape(config.engine, 1, config.clip_frames)[1:]
+        return LatentClips(path, size, encode, _negative_states(config, encode))
     if not path.is_file():
         raise ValueError(
             f"the clips {path} do not exist; give the toy world's file, which `python -m "
@@ -140,58 +125,46 @@ def _clips(config: TrainConfig, encode: Encode, device: torch.device) -> Clips:
 def _toy_dataset(path: Path, config: TrainConfig) -> LatentDataset:
     """The clips of a file. Raises ValueError where they are not of the size that is trained."""
     dataset, model = load_dataset(path), config.engine.model
-    channels, *sides = _latent_size(config)
+    wanted = list(latent_shape(config.engine, 1, config.clip_frames)[1:])
     found, texts = list(dataset.latents.shape[1:]), list(dataset.texts.shape[1:])
-    fits = [found[0], *found[2:]] == [channels, *sides] and found[1] >= config.clip_frames
+    fits = [found[0], *found[2:]] == [wanted[0], *wanted[2:]] and found[1] >= config.clip_frames
     if not fits or texts != [model.text_len, model.text_dim]:
-        wanted = f"{[channels, config.clip_frames, *sides]}, or more frames"
         raise ValueError(
-            f"{path} has latents {found} with texts {texts}; this training has {wanted}, with "
-            f"{[model.text_len, model.text_dim]}: give clips of its size"
+            f"{path} has latents {found} with texts {texts}; this training has {wanted}, or more frames, "
+            f"with {[model.text_len, model.text_dim]}: give clips of its size"
         )
     return dataset
 
 
-def _trajectories(config: TrainConfig, encode: Encode, device: torch.device, ranks: Ranks) -> Trajectories:
+def _trajectories(config: TrainConfig, encode: Encode, device: torch.device, ranks: Ranks) -> Source[Tensor]:
     """Those of the file config.data, which the first rank makes where it is absent."""
-    path, engine = Path(config.data), config.engine
-    if not path.exists() and engine.text.tokenizer != "bytes":
+    path = Path(config.data)
+    if not path.exists() and config.engine.text.tokenizer != "bytes":
         raise ValueError(
             f"the trajectories {path} do not exist, and only those of the toy world are made here; write the "
-            "file with trajectories.make_trajectories"
+            "file with trajectories.save_trajectories"
         )
     if not path.exists() and ranks.rank == 0:
-        own = seeded(torch.device("cpu"), config.seed, "trajectories")
-        teacher = load_transformer(
-            config.teacher, config.teacher_model or engine.model, training_ops(device), device
-        )
-        channels, *sides = _latent_size(config)
-        prompts, negative = _prompts(replace(config, data="toy"), encode), _negative_states(config, encode)
-
-        def draw(count: int) -> tuple[Tensor, Tensor]:
-            _, states = prompts.draw(count, own)
-            return torch.randn(count, channels, config.clip_frames, *sides, generator=own), states
-
-        def follow(noise: Tensor, states: Tensor) -> Tensor:
-            with casting(device, config.precision):
-                return follow_flow(
-                    teacher,
-                    engine.schedule,
-                    noise.to(device),
-                    states.to(device),
-                    negative.to(device),
-                    config.distillation.guidance,
-                )
-
-        make_trajectories(path, _TRAJECTORIES, draw, follow, engine.schedule, config.batch)
+        save_trajectories(path, _followed(config, encode, device), config.engine.schedule)
     ranks.meet()
-    return TrajectoryFile(path, engine)
+    return TrajectoryFile(path, config.engine)
 
 
-def _latent_size(config: TrainConfig) -> tuple[int, int, int]:
-    """Channels, height and width of the latents."""
-    grid = LatentGrid.of(config.engine)
-    return config.engine.model.in_dim, grid.latent_height, grid.latent_width
+def _followed(config: TrainConfig, encode: Encode, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields trajectories of the toy world's teacher, batch by batch, with their text states."""
+    from tqdm import tqdm
+
+    engine, own = config.engine, seeded(torch.device("cpu"), config.seed, "trajectories")
+    ops, prompts = training_ops(device), ToyPrompts(encode)
+    teacher = load_transformer(config.teacher, config.teacher_model or engine.model, ops, device)
+    negative, guidance = _negative_states(config, encode).to(device), config.distillation.guidance
+    for first in tqdm(range(0, _TRAJECTORIES, config.batch), unit="batch", disable=None):
+        count = min(config.batch, _TRAJECTORIES - first)
+        _, states = prompts.draw(count, own)
+        noise = torch.randn(latent_shape(engine, count, config.clip_frames), generator=own).to(device)
+        with casting(device, config.precision):
+            found = follow_flow(teacher, engine.schedule, noise, states.to(device), negative, guidance)
+        yield found, states
 
 
 def _negative_states(config: TrainConfig, encode: Encode) -> Tensor:
@@ -200,22 +173,77 @@ def _negative_states(config: TrainConfig, encode: Encode) -> Tensor:
     return negative_states(config.engine.model.text_len, config.engine.model.text_dim)
 
 
-def build_reward(config: TrainConfig, device: torch.device) -> TrainedScore:
+def trained_score(config: TrainConfig, device: torch.device) -> TrainedScore:
     """What the student's samples are weighted by: motion, as the toy world, the flow or a VideoReward has it.
 
-    The other scores are computed as well, and logged for a RewardGuard (see held_out_score).
+    The other scores are computed as well, and logged for a RewardGuard.
     """
     if config.reward == "toy":
-        return TrainedScore(ToyReward(), "toy.motion")
+        return TrainedScore(ToyReward(), "toy.motion", "toy.agreement")
     if config.reward == "flow":
-        return TrainedScore(MotionReward(fps=config.engine.fps), "flow.motion")
+        return TrainedScore(partial(motion_reward, fps=config.engine.fps), "flow.motion")
     directory = Path(config.reward)
     if not directory.is_dir():
         raise ValueError(f"the reward {config.reward} is no directory; give 'toy', 'flow' or a VideoReward")
     video = VideoReward(directory, device, fps=config.engine.fps)
-    return TrainedScore(video, "video.motion_quality")
+    return TrainedScore(video, "video.motion_quality", "video.text_alignment")
 
 
-def held_out_score(config: TrainConfig) -> str:
-    """The figure that must not fall while the reward rises; "" where the reward has no second score."""
-    return {"toy": "toy.agreement", "flow": ""}.get(config.reward, "video.text_alignment")
+def load_transformer(
+    source: str, config: WanConfig, ops: Ops, device: torch.device, dtype: torch.dtype = torch.float32
+) -> WanDiT:
+    """A transformer from a checkpoint directory, or with fresh weights where source is ""."""
+    if not source:
+        with torch.device(device):
+            return WanDiT(config, ops).to(dtype)
+    return Checkpoint.open(source).load(lambda: WanDiT(config, ops), "transformer", dtype, device)
+
+
+def load_vae(base: str, engine: EngineConfig, device: torch.device) -> WanVAE:
+    """The frozen VAE: bfloat16 on CUDA, as in inference, else float32."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae = Checkpoint.open(base).load(lambda: WanVAE(engine.vae), "vae", dtype, device)
+    return vae.eval().requires_grad_(False)
+
+
+def text_states_of(base: str, engine: EngineConfig, device: torch.device) -> Encode:
+    """Texts to states [N, L, D] on the CPU, by the text encoder of `base`; the last ones are kept.
+
+    Raises ValueError where `base` has no text encoder or no tokenizer.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    encoder = replace(Checkpoint.open(base), config=engine).text_encoder(device, dtype)
+    limit = max(1, _KEPT_STATES // (engine.model.text_len * engine.model.text_dim))
+
+    @lru_cache(maxsize=limit)
+    def states(text: str) -> Tensor:
+        return encoder.encode([text], "cpu", torch.float32)[0]
+
+    return lambda texts: torch.stack([states(text) for text in texts])
+
+
+def base_engine(base: str = "tiny") -> EngineConfig:
+    """The configuration of a checkpoint directory, with the statistics of its latents."""
+    return Checkpoint.open(base).config
+
+
+def export_checkpoint(
+    weights: Mapping[str, Tensor], engine: EngineConfig, base: str, destination: Path
+) -> None:
+    """Write a directory that Pipeline and load_transformer read: `weights` in float16 as the transformer, and
+    the VAE, the text encoder and the tokenizer of `base`, with a manifest of all.
+
+    It is whole or not there: what `destination` held stays until the new one is. RuntimeError when it cannot
+    be written.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    halves = {name: value.detach().half().contiguous() for name, value in weights.items()}
+    with new_directory(destination) as directory:
+        for path in checkpoint_directory(base).iterdir():
+            if path.is_file() and path.name != MANIFEST_FILE and not path.name.startswith("transformer"):
+                shutil.copyfile(path, directory / path.name)
+            elif path.is_dir() and path.name == "tokenizer":
+                shutil.copytree(path, directory / path.name)
+        write_config(directory, engine)
+        save_weights(directory / "transformer.safetensors", halves)
+        write_manifest(directory)

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from rfengine.files import file_sha256, json_object, locked, open_regular, read_text, write_text
 from rfengine.training.learner import WeightAverage
+from rfengine.training.parallel import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ _NAME = re.compile(r"step_(\d{8})")
 _LOCK_FILE = ".training.lock"
 _RECORD_FILE = "run.json"
 _FORMAT = 2
-_UNCHECKED_FORMAT = 1  # without checksums: the identity alone
 _LIMIT_BYTES = 10_000_000
 _INDEX = ".metadata"
 _INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -128,13 +128,13 @@ class CheckpointDirectory:
         if final.exists():
             return
         partial = final.with_suffix(".partial")
-        if _is_first():
+        if Ranks().rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=True)
-        _meet()
-        alone = not distributed.is_initialized()
+        Ranks().meet()
+        alone, group = self._group is None, self._group
         saving = checkpoint.async_save(
-            state.tensors(), checkpoint_id=partial, no_dist=alone, process_group=self._group
+            state.tensors(), checkpoint_id=partial, no_dist=alone, process_group=group
         )
         self._saving = (saving, final)
         if wait:
@@ -149,18 +149,18 @@ class CheckpointDirectory:
         try:
             saving.result()
         except (OSError, RuntimeError, CheckpointException) as error:
-            if _is_first():
+            if Ranks().rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
                 f"checkpoint {final} was not written ({_first_cause(error)}); earlier ones are whole: make "
                 "room and resume"
             ) from error
-        if _is_first():
+        if Ranks().rank == 0:
             _write_record(partial, self.identity)
             partial.rename(final)
             for path in self.complete()[: -self.keep]:
                 shutil.rmtree(path)
-        _meet()
+        Ranks().meet()
 
     def restore(self, state: TrainState) -> bool:
         """Resume from the newest checkpoint that is whole; False where there is none at all.
@@ -185,46 +185,38 @@ class CheckpointDirectory:
 
     def _take(self, path: Path, state: TrainState) -> str:
         """Read a checkpoint into `state`; what is wrong with one that is damaged, else ""."""
-        problem, refusal = self._from_first(self._examine(path) if _is_first() else ("", ""))
-        if refusal:
-            raise ValueError(refusal)
-        if problem:
-            return problem
-        tree = state.tensors()
+        found: list[ValueError | None] = [None]
+        if Ranks().rank == 0:
+            try:
+                self._check(path)
+            except ValueError as error:
+                found = [error]
+        if distributed.is_initialized():
+            distributed.broadcast_object_list(found, src=0, group=self._group)
         try:
+            if found[0] is not None:
+                raise found[0]
+            tree = state.tensors()
             read_checkpoint(tree, path)
         except DamagedCheckpointError as error:
             return str(error)
         state.take(tree)
         return ""
 
-    def _examine(self, path: Path) -> tuple[str, str]:
-        """What is damaged, and why a checkpoint that is whole is not of this run; "" for nothing."""
-        try:
-            found = _check_record(path)
-        except DamagedCheckpointError as error:
-            return str(error), ""
-        differing = sorted(
-            name for name in {*found, *self.identity} if found.get(name) != self.identity.get(name)
-        )
-        if not differing:
-            return "", ""
-        name = differing[0]
-        return "", (
-            f"{path} was made with {name} {found.get(name)!r}, this run has {self.identity.get(name)!r}; "
-            "resume with the recipe it was made with, or choose another directory"
-        )
-
-    def _from_first(self, found: tuple[str, str]) -> tuple[str, str]:
-        """What the first rank found, on every rank."""
-        if not distributed.is_initialized():
-            return found
-        shared = [found]
-        distributed.broadcast_object_list(shared, src=0, group=self._group)
-        return shared[0]
+    def _check(self, path: Path) -> None:
+        """Raises DamagedCheckpointError for a damaged checkpoint, ValueError for one that is not of this
+        run."""
+        found = _check_record(path)
+        for name in sorted({*found, *self.identity}):
+            if found.get(name) != self.identity.get(name):
+                raise ValueError(
+                    f"{path} was made with {name} {found.get(name)!r}, this run has "
+                    f"{self.identity.get(name)!r}; resume with the recipe it was made with, or choose "
+                    "another directory"
+                )
 
     def _set_aside(self, damaged: list[tuple[Path, str]], taken: Path) -> None:
-        if _is_first():
+        if Ranks().rank == 0:
             for path, problem in damaged:
                 logger.warning(
                     "checkpoint %s is damaged: %s; %s is taken, and the damaged one is kept as %s.damaged",
@@ -233,7 +225,7 @@ class CheckpointDirectory:
                 aside = path.with_suffix(".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-        _meet()
+        Ranks().meet()
 
 
 @contextmanager
@@ -243,7 +235,7 @@ def locked_run(directory: Path) -> Iterator[None]:
 
     Raises RuntimeError at once where another training runs there. Under several ranks the first one holds it.
     """
-    if not _is_first():
+    if Ranks().rank:
         yield
         return
     found = directory.exists()
@@ -255,15 +247,6 @@ def locked_run(directory: Path) -> Iterator[None]:
         if not found:
             with suppress(OSError):  # the run has left something in it
                 directory.rmdir()
-
-
-def _is_first() -> bool:
-    return not distributed.is_initialized() or distributed.get_rank() == 0
-
-
-def _meet() -> None:
-    if distributed.is_initialized():
-        distributed.barrier()
 
 
 class DamagedCheckpointError(ValueError):
@@ -280,41 +263,28 @@ def _write_record(directory: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _check_record(directory: Path) -> dict[str, Any]:
-    """Read every file of a checkpoint against its record, and return the identity.
+    """Compare every file of a checkpoint with its record, and return the identity.
 
-    A record of an earlier rfengine has no checksums: then only the record itself is checked.
     Raises DamagedCheckpointError where anything is absent, changed or not readable.
     """
-    content = _read_record(directory / _RECORD_FILE)
-    if content.get("format") == _UNCHECKED_FORMAT:
-        return {name: value for name, value in content.items() if name != "format"}
+    path = directory / _RECORD_FILE
+    try:
+        content = json_object(read_text(path, _LIMIT_BYTES), path)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"its {_RECORD_FILE} cannot be read") from error
     stated = content.pop("sha256", None)
     if content.get("format") != _FORMAT or stated != _digest(content):
         raise DamagedCheckpointError(f"its {_RECORD_FILE} is damaged")
-    identity, files = content["identity"], content["files"]
-    for name, digest in files.items():
-        problem = _difference(directory / name, digest)
+    for name, digest in content["files"].items():
+        try:
+            problem = "" if file_sha256(directory / name) == digest else "is not what was written"
+        except FileNotFoundError:
+            problem = "is absent"
+        except (OSError, ValueError) as error:
+            problem = f"cannot be read ({error})"
         if problem:
             raise DamagedCheckpointError(f"its file {name} {problem}")
-    return identity
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        return json_object(read_text(path, _LIMIT_BYTES), path)
-    except ValueError as error:
-        raise DamagedCheckpointError(f"its {_RECORD_FILE} cannot be read") from error
-
-
-def _difference(path: Path, digest: str) -> str:
-    if not re.fullmatch(r"[^/\0]+", path.name) or path.name in (".", ".."):
-        return "has no name of a file"
-    try:
-        return "" if file_sha256(path) == digest else "is not what was written"
-    except FileNotFoundError:
-        return "is absent"
-    except (OSError, ValueError) as error:
-        return f"cannot be read ({error})"
+    return content["identity"]
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -9,14 +9,13 @@ from rfengine.config import EngineConfig, WanConfig
 from rfengine.limits import Range, check_fields
 from rfengine.schedule import MAX_SEED
 from rfengine.training.arithmetic import Precision
-from rfengine.training.distillation import DistillationConfig
-from rfengine.training.rollout import RolloutConfig
 
 Stage = Literal["teacher", "ode-init", "dmd", "re-dmd"]
 Parallelism = Literal["replicated", "sharded"]
 MOST_STEPS = 10**9
 BELOW_ONE = 1 - 1e-9  # Adam and averages divide by what is missing to one
 Steps = Annotated[int, Range(1, MOST_STEPS)]
+Frames = Chunks = Annotated[int, Range(1, 4096)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,48 @@ class AdamConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutConfig:
+    """How long the rollouts of a training are, and where gradients flow.
+
+    Lengths are drawn evenly from min_chunks to max_chunks; the last gradient_chunks carry gradients, each a
+    graph of its own (in the published code some gradient leaks into keys and values of earlier chunks).
+    checkpointing: activations of the exit steps are computed once more in backward.
+    """
+
+    min_chunks: Chunks = 7
+    max_chunks: Chunks = 7
+    gradient_chunks: Chunks = 7
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.min_chunks > self.max_chunks:
+            raise ValueError(
+                f"min_chunks is {self.min_chunks} and max_chunks {self.max_chunks}; give 1 <= min <= max"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationConfig:
+    """clip_frames: latent frames the teacher was trained on; a rollout's last ones are judged. guidance: of
+    the teacher, 0 is none. beta: the reward's temperature, None for plain DMD.
+
+    first_latent: what the judged clip begins with where the rollout is longer. "given" takes it as it is,
+    for a teacher that was trained on clips from the middle of videos; "encoded" puts the encoded last pixel
+    frame before the clip in place of the clip's first latent, since a published teacher has only seen first
+    latents that stand for one frame.
+    """
+
+    clip_frames: Frames = 21
+    guidance: Annotated[float, Range(0, 1000)] = 3.0
+    beta: Annotated[float | None, Range(1e-6, 1e6)] = None
+    first_latent: Literal["given", "encoded"] = "encoded"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, slots=True)
 class TrainConfig:
     """One training.
 
@@ -53,7 +94,7 @@ class TrainConfig:
     fresh weights. base: the checkpoint directory whose VAE, text encoder and tokenizer are used. data: what
     the stage reads: "toy" or a prompt file; for the teacher the toy world's clips or a directory of latents
     (data.py); for ode-init the file of trajectories, made where it is absent. reward: "toy", "flow"
-    (MotionReward) or the directory of a VideoReward. negative_prompt: what guidance leads away from; "" are
+    (motion_reward) or the directory of a VideoReward. negative_prompt: what guidance leads away from; "" are
     states of zeros. lora_rank: train adapters of that rank in place of the weights. parallel: every rank
     holds all ("replicated") or a share ("sharded", FSDP). offload_teacher: it stays on the CPU between its
     uses. checkpointing: blocks over whole clips are computed once more in backward (RolloutConfig has its
@@ -67,7 +108,7 @@ class TrainConfig:
     batch: Annotated[int, Range(1, 65536)]
     optimizer: AdamConfig
     data: str
-    clip_frames: Annotated[int, Range(1, 4096)] = 21
+    clip_frames: Frames = 21
     student: str = ""
     teacher: str = ""
     critic: str = ""
@@ -109,6 +150,12 @@ class TrainConfig:
             raise ValueError(
                 f"beta is {self.distillation.beta} in stage {self.stage!r}; re-dmd has a temperature, "
                 "dmd none"
+            )
+        needed = -(-self.distillation.clip_frames // self.engine.cache.chunk_frames) if distils else 0
+        if distils and self.rollout.gradient_chunks > needed:
+            raise ValueError(
+                f"gradient_chunks is {self.rollout.gradient_chunks}, but the clip that is judged has "
+                f"{needed} chunks; gradients from before it would be zero"
             )
         if self.stage == "re-dmd" and self.group < 2:
             raise ValueError(

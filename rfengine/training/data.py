@@ -1,12 +1,13 @@
 """Prompts from a file and real videos as latents: what trainings outside the toy world read.
 
-A directory of latents holds one safetensors file for
-each video: the tensor `latents` [C, F, h, w], encoded by the VAE of the checkpoint from the video's first
-frame on and normalised as WanVAE.encode gives them, and the metadata `prompt`.
+A directory of latents holds one safetensors file for each video: the tensor `latents` [C, F, h, w], encoded
+by the VAE of the checkpoint from the video's first frame on and normalised as WanVAE.encode returns them, and
+the metadata `prompt`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from rfengine.checkpoint.loader import read_safetensors
 from rfengine.checkpoint.tensor_file import read_header
-from rfengine.training.checkpoint_parts import Encode
+
+Encode = Callable[[list[str]], Tensor]  # texts to states [N, L, D]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,28 +34,26 @@ class FilePrompts:
 
 
 class LatentClips:
-    """The first `frames` latent frames of the videos of a directory of latents, with their prompts.
+    """The starts of the videos of a directory of latents, with their prompts.
 
-    empty_share of the draws get `negative`, states [1, L, D], in place of their prompt's, for guidance.
+    size: [C, F, h, w] of a clip. empty_share of the draws get `negative`, states [1, L, D], in place of their
+    prompt's, for guidance. Raises ValueError for a directory without files, and for a file of another form.
     """
 
     def __init__(
         self,
         directory: Path,
-        frames: int,
-        size: tuple[int, int, int],
+        size: tuple[int, ...],
         encode: Encode,
         negative: Tensor,
         empty_share: float = 0.1,
     ) -> None:
-        """size: C, h, w of the latents. Raises ValueError for a directory without files, and for a file of
-        another form."""
         self.paths = sorted(directory.glob("*.safetensors"))
         if not self.paths:
             raise ValueError(f"{directory} has no *.safetensors file; give a directory of encoded videos")
         for path in self.paths:
-            _check_latents(path, frames, size)
-        self.frames, self.encode, self.negative, self.empty_share = frames, encode, negative, empty_share
+            _check_latents(path, size)
+        self.frames, self.encode, self.negative, self.empty_share = size[1], encode, negative, empty_share
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(self.paths), (count,), generator=generator).tolist()
@@ -80,7 +80,8 @@ def latent_prompt(path: Path) -> str:
     return read_header(path)[1].get("prompt", "").strip()
 
 
-def _check_latents(path: Path, frames: int, size: tuple[int, int, int]) -> None:
+def _check_latents(path: Path, size: tuple[int, ...]) -> None:
+    channels, frames, *sides = size
     entries, metadata = read_header(path)
     shape = entries["latents"].shape if "latents" in entries else None
     if shape is None or len(shape) != 4:
@@ -91,7 +92,6 @@ def _check_latents(path: Path, frames: int, size: tuple[int, int, int]) -> None:
         )
     if shape[1] < frames:
         raise ValueError(f"{path} has {shape[1]} latent frames; clips of this training have {frames}")
-    channels, *sides = size
     if shape[0] != channels or list(shape[2:]) != sides:
         raise ValueError(
             f"{path} has latents of {tuple(shape)}; this training has [{channels}, F, {sides[0]}, {sides[1]}]"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from rfengine.files import open_regular, write_text
 from rfengine.training.learner import Figures
@@ -19,19 +19,20 @@ def read_log(path: Path, last_step: int) -> list[Figures]:
 
     Raises ValueError where `path` is there and no ordinary file.
     """
-    return [figures for line in _lines(path) if (figures := _figures(line)) and figures["step"] <= last_step]
+    return [figures for figures in _entries(path) if figures and figures["step"] <= last_step]
 
 
-def _lines(path: Path) -> list[str]:
+def _entries(path: Path) -> list[Figures | None]:
+    """The lines of a log; None for one that a crash or the disk has damaged."""
     try:
         with open_regular(path) as file:
-            return file.read().decode("utf-8", errors="replace").split("\n")
+            lines = file.read().decode("utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
+    return [_figures(line) for line in lines if line]
 
 
 def _figures(line: str) -> Figures | None:
-    """The figures of one line; None where a crash or the disk has damaged it."""
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
@@ -46,15 +47,13 @@ def keep_until(path: Path, step: int) -> None:
 
     Damaged lines go as well, with a warning. The file is replaced as a whole.
     """
-    lines = [line for line in _lines(path) if line]
-    damaged = [number for number, line in enumerate(lines, 1) if _figures(line) is None]
-    kept = read_log(path, step)
-    if len(kept) == len(lines):
+    entries, kept = _entries(path), read_log(path, step)
+    if len(kept) == len(entries):
         return
-    if damaged:
+    if None in entries:
         logger.warning(
             "%s is damaged at line %d of %d; the %d whole lines up to step %d, the last checkpoint, are kept",
-            path, damaged[0], len(lines), len(kept), step,
+            path, entries.index(None) + 1, len(entries), len(kept), step,
         )  # fmt: skip
     write_text(path, "".join(json.dumps(figures) + "\n" for figures in kept))
 
@@ -70,7 +69,12 @@ class TrainingLog:
 
         keep_until(directory / LOG_FILE, step)
         self._file = (directory / LOG_FILE).open("a", encoding="utf-8")
-        self._board = _tensorboard(directory / "tensorboard", step)
+        self._board = None
+        with suppress(ImportError):  # TensorBoard is optional
+            from torch.utils.tensorboard import SummaryWriter
+
+            # what was logged beyond `step` is dropped
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step or None)
         self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None)
 
     def __enter__(self) -> TrainingLog:
@@ -95,12 +99,3 @@ class TrainingLog:
         self._bar.update()
         losses = {name: f"{value:.3g}" for name, value in figures.items() if name.endswith("loss")}
         self._bar.set_postfix(losses)
-
-
-def _tensorboard(directory: Path, step: int) -> Any:
-    """A writer that drops what was logged beyond `step`, or None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory), purge_step=step or None)

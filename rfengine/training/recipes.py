@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from rfengine.config import PRESETS, EngineConfig
-from rfengine.training.config import AdamConfig, TrainConfig
-from rfengine.training.distillation import DistillationConfig
-from rfengine.training.rollout import RolloutConfig
+from rfengine.training.config import AdamConfig, DistillationConfig, RolloutConfig, TrainConfig
 
 _TOY_FRAMES = 9  # latent frames of the toy teacher's clips: three chunks, 33 pixel frames from the start
 _TOY_TEACHER = "runs/toy_study/teacher/checkpoint"
@@ -52,7 +51,6 @@ def toy_ode_init(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER
         student="tiny",
         teacher=teacher,
         distillation=DistillationConfig(clip_frames=_TOY_FRAMES, guidance=1.0),
-        average_decay=0.99,
         precision="bfloat16",
     )
 
@@ -101,13 +99,7 @@ def toy_re_dmd_no_eviction(
     return replace(evicting, name="toy_re_dmd_no_eviction", rollout=RolloutConfig(3, 3, 3))
 
 
-def wan_1_3b_reward_forcing(
-    student: str = "checkpoints/ode_init",
-    teacher: str = "checkpoints/wan-14b",
-    critic: str = "checkpoints/wan-1.3b",
-    reward: str = "checkpoints/videoreward",
-    data: str = "prompts.txt",
-) -> TrainConfig:
+def wan_1_3b_reward_forcing() -> TrainConfig:
     """Reward Forcing of the 1.3B model as the paper means it: teacher 14B, critic 1.3B (arXiv 2512.04678).
 
     As published: rates, betas, decay and clips of both optimizers, guidance 3, 600 critic updates with one of
@@ -138,13 +130,12 @@ def wan_1_3b_reward_forcing(
         accumulation=16,
         optimizer=AdamConfig(2e-6),
         critic_optimizer=AdamConfig(4e-7),
-        data=data,
-        clip_frames=21,
-        student=student,
-        teacher=teacher,
-        critic=critic,
-        base=critic,
-        reward=reward,
+        data="prompts.txt",
+        student="checkpoints/ode_init",
+        teacher="checkpoints/wan-14b",
+        critic="checkpoints/wan-1.3b",
+        base="checkpoints/wan-1.3b",
+        reward="checkpoints/videoreward",
         negative_prompt=WAN_NEGATIVE_PROMPT,
         teacher_model=PRESETS["wan-14b"].model,
         critic_model=PRESETS["wan-1.3b"].model,
@@ -158,3 +149,11 @@ def wan_1_3b_reward_forcing(
         save_every=50,
         sample_every=50,
     )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        toy_teacher, toy_ode_init, toy_dmd, toy_re_dmd, toy_re_dmd_no_eviction, wan_1_3b_reward_forcing,
+    )
+}  # fmt: skip

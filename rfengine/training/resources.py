@@ -9,6 +9,7 @@ D model dim, T tokens, S keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 
 from rfengine.config import WanConfig
 from rfengine.costs.memory import parameter_count
@@ -92,104 +93,70 @@ class ResourcePlan:
 
 def plan_resources(config: TrainConfig, ranks: int, device_type: str) -> ResourcePlan:
     """The plan of `config` shared by `ranks` on devices of this type."""
-    shapes = {"student": config.engine.model}
-    if config.stage in ("dmd", "re-dmd"):
-        shapes |= {
-            "critic": config.critic_model or config.engine.model,
-            "teacher": config.teacher_model or config.engine.model,
-        }
-    sizes = _Sizes(config, device_type)
+    engine, distils = config.engine, config.stage in ("dmd", "re-dmd")
+    active = 2 if config.precision == "bfloat16" else 4  # bytes of an activation
+    halved = 2 if device_type == "cuda" else 4  # of a weight of the VAE and the text encoder
+    frozen = max(active, halved)  # of a weight of the teacher
     share = ranks if config.parallel == "sharded" else 1
-    models = [_model_memory(name, shape, config, sizes, share) for name, shape in shapes.items()]
-    decoder = parameter_count(config.engine.vae)
-    text = parameter_count(config.engine.text)
-    models.append(ModelMemory("VAE", decoder, float(sizes.halved * decoder)))
-    models.append(ModelMemory("text encoder", text, float(sizes.halved * text)))
+    models = [_learner_memory("student", engine.model, config, share)]
+    if distils:
+        models.append(_learner_memory("critic", config.critic_model or engine.model, config, share))
+        count = parameter_count(config.teacher_model or engine.model)
+        models.append(ModelMemory("teacher", count, 0 if config.offload_teacher else frozen * count / share))
+    for name, part in (("VAE", engine.vae), ("text encoder", engine.text)):
+        models.append(ModelMemory(name, parameter_count(part), halved * parameter_count(part)))
     if config.stage == "re-dmd" and config.reward != "toy":
-        models.append(ModelMemory("reward", int(_REWARD_PARAMETERS), 2.0 * _REWARD_PARAMETERS))
-    if config.stage in ("dmd", "re-dmd"):
-        return ResourcePlan(
-            config.name,
-            ranks,
-            tuple(models),
-            _distillation_phases(config, sizes),
-            _distillation_flops(config),
-        )
-    clip = {"activations": _clip_activations(config.engine.model, config, sizes)}
-    work = (
-        config.batch
-        * config.accumulation
-        * clip_flops(config.engine, config.engine.model, config.clip_frames)
-    )
-    flops = {"forward": work, "backward": (3 if config.checkpointing else 2) * work}
-    return ResourcePlan(config.name, ranks, tuple(models), {"update": clip}, flops)
+        models.append(ModelMemory("reward", int(_REWARD_PARAMETERS), 2 * _REWARD_PARAMETERS))
+    if distils:
+        phases, flops = _distillation_phases(config, active, halved), _distillation_flops(config)
+    else:
+        phases = {"update": {"activations": _clip_activations(engine.model, config, active)}}
+        work = config.batch * config.accumulation * clip_flops(engine, engine.model, config.clip_frames)
+        flops = {"forward": work, "backward": (3 if config.checkpointing else 2) * work}
+    return ResourcePlan(config.name, ranks, tuple(models), phases, flops)
 
 
-class _Sizes:
-    """Bytes of a number: weights of the teacher, of the VAE and the text encoder, and activations."""
-
-    def __init__(self, config: TrainConfig, device_type: str) -> None:
-        halves = config.precision == "bfloat16"
-        self.frozen = 2 if halves and device_type == "cuda" else 4
-        self.halved = 2 if device_type == "cuda" else 4
-        self.active = 2 if halves else 4
-
-
-def _model_memory(name: str, shape: WanConfig, config: TrainConfig, sizes: _Sizes, share: int) -> ModelMemory:
+def _learner_memory(name: str, shape: WanConfig, config: TrainConfig, share: int) -> ModelMemory:
     count = parameter_count(shape)
-    if name == "teacher":
-        on_device = 0.0 if config.offload_teacher else sizes.frozen * count / share
-        return ModelMemory(name, count, on_device)
     adapters = 0 if config.lora_rank is None else adapter_parameters(shape, config.lora_rank)
-    trained = adapters or count
-    whole = 4.0 * (count + adapters) / share
-    average = 0.0 if name == "critic" else whole
-    return ModelMemory(name, count, whole, 4.0 * trained / share, 8.0 * trained / share, average)
+    trained, whole = (adapters or count) / share, 4 * (count + adapters) / share
+    return ModelMemory(name, count, whole, 4 * trained, 8 * trained, 0 if name == "critic" else whole)
 
 
 def _block_activations(shape: WanConfig, tokens: int, size: int) -> float:
-    return float(size * tokens * (_KEPT_OF_WIDTH * shape.dim + _KEPT_OF_FFN * shape.ffn_dim))
+    return size * tokens * (_KEPT_OF_WIDTH * shape.dim + _KEPT_OF_FFN * shape.ffn_dim)
 
 
-def _clip_activations(shape: WanConfig, config: TrainConfig, sizes: _Sizes) -> float:
+def _clip_activations(shape: WanConfig, config: TrainConfig, size: int) -> float:
     """What a pass with gradient over whole clips keeps."""
     tokens = config.batch * config.clip_frames * LatentGrid.of(config.engine).frame_tokens
-    block = _block_activations(shape, tokens, sizes.active)
+    block = _block_activations(shape, tokens, size)
     if config.checkpointing:
-        return block + shape.num_layers * 2.0 * sizes.active * tokens * shape.dim
+        return block + shape.num_layers * 2 * size * tokens * shape.dim
     return shape.num_layers * block
 
 
-def _distillation_phases(config: TrainConfig, sizes: _Sizes) -> dict[str, dict[str, float]]:
-    engine, shape = config.engine, config.engine.model
-    grid, cache = LatentGrid.of(engine), engine.cache
-    chunk = config.batch * cache.chunk_frames * grid.frame_tokens
-    window = config.batch * cache.window_frames * grid.frame_tokens
-    arena = float(sizes.active * shape.num_layers * window * shape.dim)
-    learned = min(config.rollout.gradient_chunks, config.rollout.max_chunks)
-    activations = shape.num_layers * _block_activations(shape, chunk, sizes.active) + 2 * arena
-    kept = 1 if config.rollout.checkpointing else learned
-    pixels = config.batch * cache.chunk_frames * engine.vae.temporal_stride * engine.height * engine.width
-    decode = (
-        float(sizes.halved) * _VAE_LIVE * engine.vae.base_dim * pixels if config.stage == "re-dmd" else 0.0
-    )
-    rollout = {"cache": _ARENAS * arena}
-    cast = 0.0 if sizes.active == 4 or config.parallel == "sharded" else 2.0 * parameter_count(shape)
-    offloaded = 0.0
-    if config.offload_teacher and config.parallel == "replicated":
-        offloaded = float(sizes.frozen * parameter_count(config.teacher_model or shape))
-    critic = config.critic_model or shape
-    return {
-        "student update": rollout
-        | {
-            "windows kept": 2 * arena * learned,
-            "activations": kept * activations,
-            "weights cast": cast,
-            "decoding": decode,
-            "teacher": offloaded,
-        },
-        "critic update": {"activations": _clip_activations(critic, config, sizes), "weights cast": cast},
+def _distillation_phases(config: TrainConfig, active: int, halved: int) -> dict[str, dict[str, float]]:
+    engine, shape, rollout = config.engine, config.engine.model, config.rollout
+    tokens = config.batch * LatentGrid.of(engine).frame_tokens  # of one latent frame
+    arena = active * shape.num_layers * tokens * engine.cache.window_frames * shape.dim
+    learned = min(rollout.gradient_chunks, rollout.max_chunks)
+    block = _block_activations(shape, tokens * engine.cache.chunk_frames, active)
+    pixels = engine.cache.chunk_frames * engine.vae.temporal_stride * engine.height * engine.width
+    decoded = config.batch * pixels if config.stage == "re-dmd" else 0
+    cast = 0 if active == 4 or config.parallel == "sharded" else 2 * parameter_count(shape)
+    brought = config.offload_teacher and config.parallel == "replicated"
+    teacher = max(active, halved) * parameter_count(config.teacher_model or shape) if brought else 0
+    student = {
+        "cache": _ARENAS * arena,
+        "windows kept": 2 * arena * learned,
+        "activations": (1 if rollout.checkpointing else learned) * (shape.num_layers * block + 2 * arena),
+        "weights cast": cast,
+        "decoding": halved * _VAE_LIVE * engine.vae.base_dim * decoded,
+        "teacher": teacher,
     }
+    activations = _clip_activations(config.critic_model or shape, config, active)
+    return {"student update": student, "critic update": {"activations": activations, "weights cast": cast}}
 
 
 def _distillation_flops(config: TrainConfig) -> dict[str, float]:
@@ -198,8 +165,7 @@ def _distillation_flops(config: TrainConfig) -> dict[str, float]:
     students = samples / config.critic_updates  # the student's share of a step
     lengths = range(rollout.min_chunks, rollout.max_chunks + 1)
     free, learning = (
-        sum(_rollout_flops(config, chunks, gradient) for chunks in lengths) / len(lengths)
-        for gradient in (False, True)
+        fmean(_rollout_flops(config, chunks, gradient) for chunks in lengths) for gradient in (False, True)
     )
     critic = clip_flops(engine, config.critic_model or shape, config.clip_frames)
     teacher = clip_flops(engine, config.teacher_model or shape, config.clip_frames)
@@ -212,9 +178,7 @@ def _distillation_flops(config: TrainConfig) -> dict[str, float]:
     }
     if config.stage == "re-dmd":
         size = engine.cache.chunk_frames
-        flops["VAE decode"] = (
-            students * sum(decode_flops(engine, chunks * size) for chunks in lengths) / len(lengths)
-        )
+        flops["VAE decode"] = students * fmean(decode_flops(engine, chunks * size) for chunks in lengths)
         if config.reward != "toy":
             flops["reward"] = students * 2 * _REWARD_PARAMETERS * _REWARD_TOKENS
     return flops
@@ -229,7 +193,7 @@ def _rollout_flops(config: TrainConfig, chunks: int, gradient: bool) -> float:
     backward = 3 if config.rollout.checkpointing else 2
     total = text_flops(shape) * (3 if gradient else 1)
     for chunk in range(chunks):
-        one = pass_flops(shape, tokens, min(chunk + 1, cache.window_chunks) * tokens)
         learns = gradient and chunk >= chunks - config.rollout.gradient_chunks
+        one = pass_flops(shape, tokens, min(chunk + 1, cache.window_chunks) * tokens)
         total += one * (steps + 1 + (backward if learns else 0))
     return total

@@ -8,40 +8,20 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from statistics import fmean
 
-from rfengine.limits import Range, check_fields
 from rfengine.training.log import read_log
 
 logger = logging.getLogger(__name__)
 
-Threshold = Annotated[float, Range(0, 1e6)]
+WINDOW = 50  # student updates that a mean is taken over
+ERRORS = 4.0  # standard errors of the difference of two means by which one changes before it counts
+FALL = 0.02  # of the held-out score, in its own unit, that may be lost
+GROWTH = 0.1  # the part by which the distance may grow
 
 
 @dataclass(frozen=True, slots=True)
-class GuardConfig:
-    """What a RewardGuard calls reward hacking.
-
-    window: student updates that a mean is taken over. errors: standard errors of the difference of two such
-    means by which one has to change before it counts; fall, growth: how much of the held-out score has to be
-    lost, in its own unit, and by which part the distance has to grow. score, held_out and distance are names
-    of figures of the log. stops: end the training rather than warn.
-    """
-
-    window: Annotated[int, Range(2, 100_000)] = 50  # a spread needs two
-    errors: Threshold = 4.0
-    fall: Threshold = 0.02
-    growth: Threshold = 0.1
-    score: str = "score"
-    held_out: str = "agreement"
-    distance: str = "distance"
-    stops: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-class _Window(NamedTuple):
+class _Window:
     """Mean and variance of the mean over the window that ends with `step`, for every figure."""
 
     step: int
@@ -57,18 +37,20 @@ class RewardGuard:
     score has risen since, and the held-out score has fallen, or the distance has grown. Steps without a score
     (the critic's alone) are passed over. The state is one window of figures and those two, and follows from
     the log.
+
+    held_out: the name of the held-out score in the log. stops: end the training rather than warn.
     """
 
-    def __init__(self, config: GuardConfig | None = None) -> None:
-        self.config = config or GuardConfig()
-        self._recent: deque[dict[str, float]] = deque(maxlen=self.config.window)
+    def __init__(self, held_out: str, stops: bool = False) -> None:
+        self.held_out, self.stops = held_out, stops
+        self._recent: deque[dict[str, float]] = deque(maxlen=WINDOW)
         self._best: dict[str, _Window] = {}
         self.warning: str | None = None
 
     @classmethod
-    def from_log(cls, path: Path, last_step: int, config: GuardConfig | None = None) -> RewardGuard:
+    def from_log(cls, path: Path, last_step: int, held_out: str, stops: bool = False) -> RewardGuard:
         """The guard as it was after `last_step` of the run that wrote this log.jsonl."""
-        guard = cls(config)
+        guard = cls(held_out, stops)
         for figures in read_log(path, last_step):
             guard.observe(int(figures["step"]), figures)
         return guard
@@ -80,57 +62,48 @@ class RewardGuard:
         found = self.observe(step, figures)
         if found and not known:
             logger.warning(found)
-        return found if self.config.stops else None
+        return found if self.stops else None
 
     def observe(self, step: int, figures: Mapping[str, float]) -> str | None:
         """Take in the figures of a step; returns a sentence on what is wrong, or None, as `warning` does."""
-        config = self.config
-        if config.score not in figures:
+        if "score" not in figures:
             return self.warning
-        names = [name for name in (config.score, config.held_out, config.distance) if name in figures]
+        names = [name for name in ("score", self.held_out, "distance") if name in figures]
         # the log has six digits, and a guard that is rebuilt from it has to be the same
         self._recent.append({name: round(float(figures[name]), 6) for name in names})
-        if len(self._recent) == config.window:
-            latest = self._latest(step)
-            judged = self._judged(latest, config.held_out, -1), self._judged(latest, config.distance, 1)
+        if len(self._recent) == WINDOW:
+            shared = set.intersection(*map(set, self._recent))
+            values = {name: [each[name] for each in self._recent] for name in shared}
+            means = {name: fmean(numbers) for name, numbers in values.items()}
+            squares = {name: sum((x - means[name]) ** 2 for x in numbers) for name, numbers in values.items()}
+            variances = {name: square / (WINDOW - 1) / WINDOW for name, square in squares.items()}
+            latest = _Window(step, means, variances)
+            judged = self._judged(latest, self.held_out, -1), self._judged(latest, "distance", 1)
             self.warning = judged[0] or judged[1]
         return self.warning
-
-    def _latest(self, step: int) -> _Window:
-        """Of the figures that every step of the window has."""
-        shared = set.intersection(*(set(figures) for figures in self._recent))
-        mean, variance = {}, {}
-        for name in shared:
-            values = [figures[name] for figures in self._recent]
-            mean[name] = sum(values) / len(values)
-            spread = sum((value - mean[name]) ** 2 for value in values) / (len(values) - 1)
-            variance[name] = spread / len(values)
-        return _Window(step, mean, variance)
 
     def _judged(self, latest: _Window, name: str, worse: int) -> str | None:
         """Compare a figure with its best window; worse: 1 where more of it is worse, else -1."""
         if name not in latest.mean:
             return None
         best = self._best.get(name)
-        if best is None or worse * (latest.mean[name] - best.mean[name]) < 0:
+        lost = 0.0 if best is None else worse * (latest.mean[name] - best.mean[name])
+        if best is None or lost < 0:
             self._best[name] = latest
             return None
-        config = self.config
-        allowed = config.fall if name == config.held_out else config.growth * abs(best.mean[name])
-        lost = worse * (latest.mean[name] - best.mean[name])
-        gained = latest.mean[config.score] - best.mean[config.score]
-        if lost <= max(allowed, self._noise(latest, best, name)):
-            return None
-        if gained <= self._noise(latest, best, config.score):
+
+        def noise(figure: str) -> float:
+            return ERRORS * math.sqrt(latest.variance[figure] + best.variance[figure])
+
+        allowed = FALL if name == self.held_out else GROWTH * abs(best.mean[name])
+        gained = latest.mean["score"] - best.mean["score"]
+        if lost <= max(allowed, noise(name)) or gained <= noise("score"):
             return None
         changes = [
             f"{figure} went from {best.mean[figure]:.4g} to {latest.mean[figure]:.4g}"
-            for figure in (config.score, name)
+            for figure in ("score", name)
         ]
         return (
             f"{' while '.join(changes)} between steps {best.step} and {latest.step}; the reward is being "
             f"exploited, so go back to step {best.step} or raise beta"
         )
-
-    def _noise(self, latest: _Window, best: _Window, name: str) -> float:
-        return self.config.errors * math.sqrt(latest.variance[name] + best.variance[name])

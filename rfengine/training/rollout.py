@@ -10,8 +10,6 @@ channels, F latent frames, L layers, S arena tokens, T tokens of a chunk, H head
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -20,62 +18,31 @@ from torch.utils.checkpoint import checkpoint
 from rfengine.cache.kv_cache import CachePlan, LayerCache, StreamingKVCache
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
-from rfengine.limits import Range, check_fields
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.schedule import FlowSchedule
+from rfengine.training.config import RolloutConfig
 
-Chunks = Annotated[int, Range(1, 4096)]
 Noise = Callable[[int, int], Tensor]  # of (chunk, step): [B, C, chunk_frames, h, w]
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutConfig:
-    """How long the rollouts of a training are, and where gradients flow.
+def latent_shape(config: EngineConfig, batch: int, frames: int) -> tuple[int, ...]:
+    """[B, C, F, h, w] of `batch` videos of `frames` latent frames."""
+    grid = LatentGrid.of(config)
+    return batch, config.model.in_dim, frames, grid.latent_height, grid.latent_width
 
-    Lengths are drawn evenly from min_chunks to max_chunks; the last gradient_chunks carry gradients, each a
-    graph of its own (in the published code some gradient leaks into keys and values of earlier chunks).
-    checkpointing: activations of the exit steps are computed once more in backward.
+
+def draw_exits(config: RolloutConfig, num_steps: int, generator: torch.Generator) -> tuple[int, ...]:
+    """The step at which each chunk of a rollout ends: an even number of chunks, and one even step for all.
+
+    Ranks that share a generator's seed draw the same.
     """
-
-    min_chunks: Chunks = 7
-    max_chunks: Chunks = 7
-    gradient_chunks: Chunks = 7
-    checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.min_chunks > self.max_chunks:
-            raise ValueError(
-                f"min_chunks is {self.min_chunks} and max_chunks {self.max_chunks}; give 1 <= min <= max"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutPlan:
-    """What was drawn for one rollout: its length, and the step at which each chunk ends."""
-
-    chunks: int
-    exits: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """latents: x0 of every chunk, [B, C, F, h, w], with a graph from first_gradient_frame on."""
-
-    latents: Tensor
-    first_gradient_frame: int
-
-
-def draw_plan(config: RolloutConfig, num_steps: int, generator: torch.Generator) -> RolloutPlan:
-    """An even length, and one even exit step for all chunks; ranks that share a generator's seed draw the
-    same."""
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator, device=generator.device))
 
     chunks = draw(config.min_chunks, config.max_chunks)
-    return RolloutPlan(chunks, (draw(0, num_steps - 1),) * chunks)
+    return (draw(0, num_steps - 1),) * chunks
 
 
 def self_forced_rollout(
@@ -83,19 +50,22 @@ def self_forced_rollout(
     config: EngineConfig,
     text: TextKeysValues,
     noise: Noise,
-    plan: RolloutPlan,
+    exits: tuple[int, ...],
     rollout: RolloutConfig,
-) -> Rollout:
-    """Generate plan.chunks chunks with a fresh cache; see the module's docstring.
+) -> Tensor:
+    """Generate a chunk for each of `exits`, the step at which it ends, with a fresh cache; see the module.
 
     text: cross-attention keys and values of the prompts, with their graph where the text layers learn.
     noise(chunk, step): step 0 starts the chunk, step k > 0 re-noises before step k. The model's ops must be
-    DifferentiableOps.
+    DifferentiableOps. Returns x0 of every chunk, [B, C, F, h, w], the last gradient_chunks with a graph.
     """
-    video = _Generation(model, config, text, _arithmetic(model))
-    first_gradient = max(0, plan.chunks - rollout.gradient_chunks)
+    kind = model.device.type
+    casts = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if casts else model.dtype  # of keys and values
+    video = _Generation(model, config, text, dtype)
+    first_gradient = max(0, len(exits) - rollout.gradient_chunks)
     chunks = []
-    for chunk, exit_step in enumerate(plan.exits):
+    for chunk, exit_step in enumerate(exits):
         place = video.begin_chunk()
         x = noise(chunk, 0)
         with torch.no_grad():
@@ -105,13 +75,7 @@ def self_forced_rollout(
             x0 = video.exit_step(place, x, exit_step, rollout.checkpointing)
         video.commit(place, x0.detach())
         chunks.append(x0)
-    return Rollout(torch.cat(chunks, dim=2), first_gradient * config.cache.chunk_frames)
-
-
-def _arithmetic(model: WanDiT) -> torch.dtype:
-    """The dtype of keys and values as the model computes them."""
-    kind = model.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    return torch.cat(chunks, dim=2)
 
 
 class _Generation:
@@ -136,10 +100,8 @@ class _Generation:
         view: _GradientCache | None = None,
     ) -> Tensor:
         """One denoising step: x0 without fresh noise, the start of the next step with it."""
-        modulation, sigmas = (
-            self._modulation(self.schedule.denoising_timesteps[step]),
-            self.schedule.denoising_sigmas,
-        )
+        modulation = self._modulation(self.schedule.denoising_timesteps[step])
+        sigmas = self.schedule.denoising_sigmas
         tokens = self.model.forward_chunk(x, modulation, self.text, view or self.cache, place)
         next_sigma = 0.0 if fresh is None else sigmas[step + 1]
         return self.model.ops.flow_step(tokens, x, sigmas[step], fresh, next_sigma)
@@ -148,11 +110,10 @@ class _Generation:
         """The last step of a chunk: x0; with gradients it reads a copy of the cache, which will change."""
         if not torch.is_grad_enabled():
             return self.denoise(place, x, step, None)
-        view = _GradientCache(self.cache, place)
+        arguments = place, x, step, None, _GradientCache(self.cache, place)
         if checkpointing:
-            arguments = place, x, step, None, view
             return checkpoint(self.denoise, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return self.denoise(place, x, step, None, view)
+        return self.denoise(*arguments)
 
     @torch.no_grad()
     def commit(self, place: CachePlan, x0: Tensor) -> None:
@@ -196,11 +157,11 @@ def roll_out(
     text_states: [B, <= text_len, text_dim].
     """
     video = _Generation(model, config, model.text_keys_values(text_states), model.dtype)
-    generator, grid = torch.Generator().manual_seed(seed), LatentGrid.of(config)
-    size = (config.model.in_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width)
+    generator = torch.Generator().manual_seed(seed)
+    shape = latent_shape(config, len(text_states), config.cache.chunk_frames)
 
     def draw() -> Tensor:
-        return torch.randn(len(text_states), *size, generator=generator).to(model.device)
+        return torch.randn(shape, generator=generator).to(model.device)
 
     steps = len(config.schedule.denoising_steps)
     for _ in range(chunks):

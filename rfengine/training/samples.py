@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,12 +14,12 @@ from rfengine.ops.reference import frame_pack
 from rfengine.prompts import read_prompts
 from rfengine.toy.data import negative_states
 from rfengine.toy.world import WorldConfig, caption, sample_scenes
-from rfengine.training.checkpoint_parts import load_transformer, load_vae, text_states_of
+from rfengine.training.build import load_transformer, load_vae, text_states_of
 from rfengine.training.config import TrainConfig
 from rfengine.training.data import latent_prompt
 from rfengine.training.lora import merged_weights
 from rfengine.training.parallel import Ranks, full_tensors
-from rfengine.training.rollout import decode_chunks, roll_out
+from rfengine.training.rollout import decode_chunks, latent_shape, roll_out
 from rfengine.training.stages import TrainingStage, seeded
 from rfengine.training.trajectories import follow_flow
 from rfengine.video import VideoWriter
@@ -52,41 +53,31 @@ class SampleWriter:
         directory.mkdir(parents=True, exist_ok=True)
         engine = self.config.engine
         paths = [directory / f"step_{step:08d}_{number}.mp4" for number in range(_VIDEOS)]
-        writers = [VideoWriter(path, engine.fps, engine.height, engine.width) for path in paths]
-        try:
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(VideoWriter(path, engine.fps, engine.height, engine.width))
+                for path in paths
+            ]
             for pixels in self._pixels(weights):
                 for writer, video in zip(writers, pixels.split(1), strict=True):
                     writer.write(frame_pack(video[0]).cpu().numpy())
-            for writer in writers:
-                writer.close()
-        finally:
-            for writer in writers:
-                writer.abort()
 
     def _pixels(self, weights: dict[str, Tensor]) -> Iterator[Tensor]:
         config, engine = self.config, self.config.engine
-        ops = choose_ops("auto", self.device)
-        model = load_transformer("", engine.model, ops, self.device).requires_grad_(False).eval()
-        model.load_state_dict(weights)
+        model = load_transformer("", engine.model, choose_ops("auto", self.device), self.device)
+        model.requires_grad_(False).eval().load_state_dict(weights)
         vae = load_vae(config.base, engine, self.device)
-        states = self._text_states().to(self.device)
+        if self._states is None:
+            self._states = text_states_of(config.base, engine, self.device)(_sample_prompts(config))
+        states = self._states.to(self.device)
         if config.stage != "teacher":
             chunks = min(_MOST_CHUNKS, config.rollout.max_chunks if config.rollout else _MOST_CHUNKS)
             return decode_chunks(vae, roll_out(model, engine, states, chunks, config.seed))
-        stride = engine.vae.spatial_stride
-        size = (engine.model.in_dim, config.clip_frames, engine.height // stride, engine.width // stride)
         own = seeded(torch.device("cpu"), config.seed, "samples")
-        noise = torch.randn(len(states), *size, generator=own).to(self.device)
+        noise = torch.randn(latent_shape(engine, len(states), config.clip_frames), generator=own)
         empty = negative_states(engine.model.text_len, engine.model.text_dim).to(self.device)
-        clip = follow_flow(model, engine.schedule, noise, states, empty, guidance=1.0)[:, -1]
+        clip = follow_flow(model, engine.schedule, noise.to(self.device), states, empty, guidance=1.0)[:, -1]
         return decode_chunks(vae, iter(clip.split(engine.cache.chunk_frames, dim=2)))
-
-    def _text_states(self) -> Tensor:
-        if self._states is None:
-            config = self.config
-            encode = text_states_of(config.base, config.engine, self.device)
-            self._states = encode(_sample_prompts(config))
-        return self._states
 
 
 def _sample_prompts(config: TrainConfig) -> list[str]:

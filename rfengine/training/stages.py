@@ -8,51 +8,31 @@ the same steps.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule, add_noise, shifted
 from rfengine.training.arithmetic import casting
 from rfengine.training.config import TrainConfig
-from rfengine.training.distillation import Distillation, PromptBatch, StudentLoss
 from rfengine.training.learner import Figures, Learner, WeightAverage
 from rfengine.training.parallel import Ranks
 
-
-class Prompts(Protocol):
-    """A source of prompts."""
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
-        """`count` texts and their states [count, L, D]."""
+Drawn = TypeVar("Drawn", covariant=True)
 
 
-class Clips(Protocol):
-    """A source of training videos as latents."""
+class Source(Protocol[Drawn]):
+    """Where a stage draws what it learns from."""
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Clean latents [count, C, F, h, w] and text states [count, L, D]; a text may be the empty one."""
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Drawn, Tensor]:
+        """`count` samples and their text states [count, L, D].
 
-
-class Trajectories(Protocol):
-    """A source of the teacher's trajectories."""
-
-    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """States [count, steps + 1, C, F, h, w], the last one clean, and text states [count, L, D]."""
-
-
-class TrainingStage(Protocol):
-    """One stage: what it trains, and one step of it."""
-
-    models: Mapping[str, nn.Module]
-    optimizers: Mapping[str, Sequence[torch.optim.Optimizer]]
-    averages: Mapping[str, WeightAverage]
-
-    def update(self, step: int) -> Figures:
-        """Run step `step`, counted from 0; returns what to log of it."""
+        Samples are texts, clean latents [count, C, F, h, w] with a text or the empty one, or trajectories of
+        a teacher [count, steps + 1, C, F, h, w], whose last state is clean.
+        """
 
 
 def seeded(device: torch.device, *key: int | str) -> torch.Generator:
@@ -61,15 +41,27 @@ def seeded(device: torch.device, *key: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-class ModelStage:
+class TrainingStage:
+    """What a training trains, by the names of its learners, and one step of it."""
+
+    def __init__(self, learners: Sequence[Learner], averages: Mapping[str, WeightAverage]) -> None:
+        self.models = {learner.name: learner.model for learner in learners}
+        self.optimizers = {learner.name: learner.optimizers for learner in learners}
+        self.averages = averages
+
+    def update(self, step: int) -> Figures:
+        """Run step `step`, counted from 0; returns what to log of it."""
+        raise NotImplementedError
+
+
+class ModelStage(TrainingStage):
     """A stage that trains one model, by the loss that a subclass defines; its moving average follows every
     step. average_decay: 0 leaves the average equal to the weights."""
 
     def __init__(self, learner: Learner, average_decay: float) -> None:
-        name, model = learner.name, learner.model
-        self.model, self._learner, self._average = model, learner, WeightAverage(model, average_decay)
-        self.models, self.optimizers = {name: model}, {name: learner.optimizers}
-        self.averages = {name: self._average}
+        self.model, self._learner = learner.model, learner
+        self._average = WeightAverage(learner.model, average_decay)
+        super().__init__((learner,), {learner.name: self._average})
 
     def update(self, step: int) -> Figures:
         figures = self._learner.learn(step, lambda index: self.loss(step, index))
@@ -81,71 +73,10 @@ class ModelStage:
         raise NotImplementedError
 
 
-class DistillationStage:
-    """dmd and re-dmd: the critic learns in every step, the student in every critic_updates-th."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        distillation: Distillation,
-        prompts: Prompts,
-        ranks: Ranks,
-        watch: Callable[[StudentLoss, PromptBatch], Figures] | None = None,
-    ) -> None:
-        self.config, self.distillation, self.prompts, self.ranks = config, distillation, prompts, ranks
-        self._watch = watch
-        models = distillation.models
-        updates, passes = max(1, config.steps // config.critic_updates), config.accumulation
-        self._student = Learner("student", models.student, config.optimizer, updates, passes, ranks)
-        self._critic = Learner("critic", models.critic, config.critic_optimizer, config.steps, passes, ranks)
-        self.models = {"student": models.student, "critic": models.critic}
-        self.optimizers = {"student": self._student.optimizers, "critic": self._critic.optimizers}
-        self.averages = {"student": WeightAverage(models.student, config.average_decay)}
-
-    def update(self, step: int) -> Figures:
-        figures = self._critic.learn(step, lambda index: self._critic_loss(step, index))
-        if (step + 1) % self.config.critic_updates:
-            return figures
-        number = step // self.config.critic_updates
-        figures |= self._student.learn(number, lambda index: self._student_loss(step, index))
-        average = self.averages["student"]
-        if step >= self.config.average_start:
-            average.update(self._student.model, number)
-        else:
-            average.follow(self._student.model)
-        return figures
-
-    def _batch(
-        self, purpose: str, step: int, index: int
-    ) -> tuple[PromptBatch, torch.Generator, torch.Generator]:
-        """Prompts of one pass, the generator that all passes of a step share and the pass's own."""
-        config, device = self.config, self.distillation.models.student.device
-        own = seeded(device, config.seed, purpose, step, index)
-        texts, states = self.prompts.draw(
-            config.batch // config.group,
-            seeded(torch.device("cpu"), config.seed, purpose, "prompts", step, index),
-        )
-        groups = torch.arange(len(texts), device=device).repeat_interleave(config.group)
-        repeated = tuple(text for text in texts for _ in range(config.group))
-        batch = PromptBatch(repeated, states.to(device).repeat_interleave(config.group, 0), groups)
-        return batch, seeded(torch.device("cpu"), config.seed, purpose, "plan", step), own
-
-    def _critic_loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
-        return self.distillation.critic_loss(*self._batch("critic", step, index)), {}
-
-    def _student_loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
-        batch, shared, own = self._batch("student", step, index)
-        result = self.distillation.student_loss(batch, shared, own)
-        figures = {"distance": float(result.distance)}
-        if result.scores is not None:
-            figures |= {"score": float(result.scores.mean()), "largest_weight": float(result.weights.max())}
-        return result.loss, figures | (self._watch(result, batch) if self._watch is not None else {})
-
-
 class TeacherStage(ModelStage):
     """teacher: flow matching of a bidirectional model on whole clips, one noise level a clip."""
 
-    def __init__(self, config: TrainConfig, model: WanDiT, clips: Clips, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, model: WanDiT, clips: Source[Tensor], ranks: Ranks) -> None:
         self.config, self.clips = config, clips
         learner = Learner("teacher", model, config.optimizer, config.steps, config.accumulation, ranks)
         super().__init__(learner, config.average_decay)
@@ -172,7 +103,9 @@ class TrajectoryStage(ModelStage):
     trajectories must have been made by the same schedule.
     """
 
-    def __init__(self, config: TrainConfig, model: WanDiT, trajectories: Trajectories, ranks: Ranks) -> None:
+    def __init__(
+        self, config: TrainConfig, model: WanDiT, trajectories: Source[Tensor], ranks: Ranks
+    ) -> None:
         self.config, self.trajectories = config, trajectories
         self._schedule = FlowSchedule(config.engine.schedule)
         learner = Learner("student", model, config.optimizer, config.steps, config.accumulation, ranks)

@@ -8,9 +8,8 @@ a shift of 5 and the states of a shift of 8). N trajectories, K student steps, C
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,10 @@ from torch import Tensor
 from rfengine.checkpoint.loader import read_safetensors, save_weights
 from rfengine.config import EngineConfig, ScheduleConfig, to_dict
 from rfengine.files import strict_json
-from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule, shifted
 from rfengine.training.re_dmd import guided
+from rfengine.training.rollout import latent_shape
 
 _REMEDY = "remove the file, and it is made again"
 SUBSTEPS = 12  # Euler steps for each step of a student of four: 48, as the published trajectories
@@ -67,28 +66,13 @@ def _sigmas(schedule: ScheduleConfig, substeps: int) -> list[list[float]]:
     return parts
 
 
-def make_trajectories(
-    path: Path,
-    count: int,
-    draw: Callable[[int], tuple[Tensor, Tensor]],
-    follow: Callable[[Tensor, Tensor], Tensor],
-    schedule: ScheduleConfig,
-    batch: int,
-) -> None:
-    """Write `count` trajectories to one file, which appears whole or not at all.
-
-    draw(n): noise [n, C, F, h, w] and text states [n, L, D]; follow(noise, states): see follow_flow.
-    """
-    from tqdm import tqdm
-
-    states, texts = [], []
-    for first in tqdm(range(0, count, batch), desc=path.name, unit="batch", disable=None):
-        noise, text = draw(min(batch, count - first))
-        states.append(follow(noise, text).half().cpu())
-        texts.append(text.half().cpu())
+def save_trajectories(path: Path, batches: Iterable[tuple[Tensor, Tensor]], schedule: ScheduleConfig) -> None:
+    """Write batches of trajectories, as follow_flow returns them, with their text states [n, L, D] to one
+    file, which appears whole or not at all."""
+    halves = [(states.half().cpu(), texts.half().cpu()) for states, texts in batches]
+    states, texts = (torch.cat(parts) for parts in zip(*halves, strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"states": torch.cat(states), "texts": torch.cat(texts)}
-    save_weights(path, tensors, {"schedule": json.dumps(to_dict(schedule))})
+    save_weights(path, {"states": states, "texts": texts}, {"schedule": json.dumps(to_dict(schedule))})
 
 
 class TrajectoryFile:
@@ -98,7 +82,11 @@ class TrajectoryFile:
         """Raises ValueError for a file that is damaged, is no file of trajectories, has other sizes than
         `engine`, or was made with another schedule, whose labels would be wrong."""
         tensors, metadata = read_safetensors(path)
-        made, wanted = _schedule_of(path, metadata), json.loads(json.dumps(to_dict(engine.schedule)))
+        try:
+            made = strict_json(metadata.get("schedule", ""))
+        except ValueError as error:
+            raise ValueError(f"{path} names no schedule ({error}), as trajectories do; {_REMEDY}") from error
+        wanted = json.loads(json.dumps(to_dict(engine.schedule)))
         if made != wanted:
             raise ValueError(
                 f"{path} was made with the schedule {made} and this training has {wanted}; {_REMEDY}"
@@ -113,24 +101,16 @@ class TrajectoryFile:
         return self._states[rows].float(), self._texts[rows].float()
 
 
-def _schedule_of(path: Path, metadata: dict[str, str]) -> Any:
-    try:
-        return strict_json(metadata.get("schedule", ""))
-    except ValueError as error:
-        raise ValueError(f"{path} names no schedule ({error}), as trajectories do; {_REMEDY}") from error
-
-
 def _problem(tensors: dict[str, Tensor], engine: EngineConfig) -> str:
     """What does not fit in the tensors of a file, or ""."""
-    grid, model = LatentGrid.of(engine), engine.model
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if shapes.keys() != {"states", "texts"} or len(shapes["states"]) != 6:
         return f"the tensors {shapes}, not states [N, K + 1, C, F, h, w] and texts [N, L, D]"
-    count, _, _, frames, _, _ = shapes["states"]
+    count, frames = shapes["states"][0], shapes["states"][3]
     steps = len(engine.schedule.denoising_steps) + 1
     wanted = {
-        "states": [count, steps, model.in_dim, frames, grid.latent_height, grid.latent_width],
-        "texts": [count, model.text_len, model.text_dim],
+        "states": [count, steps, *latent_shape(engine, 1, frames)[1:]],
+        "texts": [count, engine.model.text_len, engine.model.text_dim],
     }
     for name, shape in wanted.items():
         if shapes[name] != shape or not count or not frames:

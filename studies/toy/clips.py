@@ -15,7 +15,7 @@ from rfengine.toy.data import negative_states
 from rfengine.toy.detector import detect, score
 from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import Scene, WorldConfig, as_clips, caption, open_caption, sample_scenes
-from rfengine.training.checkpoint_parts import base_engine, load_transformer, load_vae, text_states_of
+from rfengine.training.build import base_engine, load_transformer, load_vae, text_states_of
 from rfengine.training.recipes import toy_dmd
 from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.stages import seeded

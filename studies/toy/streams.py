@@ -19,7 +19,7 @@ from rfengine.ops import choose_ops
 from rfengine.ops.reference import frame_pack
 from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import START_JITTER, Scene, WorldConfig, caption, render, sample_scenes
-from rfengine.training.checkpoint_parts import base_engine, load_transformer, load_vae, text_states_of
+from rfengine.training.build import base_engine, load_transformer, load_vae, text_states_of
 from rfengine.training.rollout import decode_chunks, roll_out
 from studies.toy.record import Unit, Values, unit, write_record
 from studies.toy.setting import Setting

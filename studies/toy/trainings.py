@@ -13,8 +13,7 @@ from recipes.tiny.videos import encode_dataset
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import read_safetensors
 from rfengine.toy.data import save_dataset
-from rfengine.training.build import build_stage
-from rfengine.training.checkpoint_parts import base_engine, export_checkpoint
+from rfengine.training.build import base_engine, build_stage, export_checkpoint
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks

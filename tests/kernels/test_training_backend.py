@@ -11,10 +11,11 @@ from rfengine.accuracy import relative_error
 from rfengine.config import WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import Ops, choose_ops
+from rfengine.training.config import RolloutConfig
 from rfengine.training.ops import DifferentiableOps
-from rfengine.training.rollout import RolloutConfig, RolloutPlan, self_forced_rollout
+from rfengine.training.rollout import self_forced_rollout
 from support.models import small_model, text_states
-from support.small_distillation import ENGINE
+from support.small_training import ENGINE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD_OF_64 = WanConfig(
@@ -34,12 +35,11 @@ def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, t
         for step in (0, 1)
     }
     text = model.text_keys_values(text_states().to(DEVICE))
-    plan = RolloutPlan(4, (1, 0, 1, 1))
-    result = self_forced_rollout(
-        model, CONFIG, text, lambda chunk, step: noise[chunk, step].to(DEVICE), plan, rollout
+    latents = self_forced_rollout(
+        model, CONFIG, text, lambda chunk, step: noise[chunk, step].to(DEVICE), (1, 0, 1, 1), rollout
     )
-    result.latents[:, :, result.first_gradient_frame :].square().mean().backward()
-    return result.latents, {name: value.grad for name, value in model.named_parameters()}
+    latents[:, :, 3 * (4 - rollout.gradient_chunks) :].square().mean().backward()
+    return latents, {name: value.grad for name, value in model.named_parameters()}
 
 
 @pytest.mark.slow

@@ -17,6 +17,14 @@ from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
 
 SMALL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=8, in_dim=4, out_dim=4)
+SMALL_VAE = VAEConfig(
+    base_dim=4,
+    z_dim=4,
+    dim_mult=(1, 1, 2, 2),
+    num_res_blocks=1,
+    latents_mean=(0.1,) * 4,
+    latents_std=(1.2,) * 4,
+)
 GRID = LatentGrid(32, 48)  # 2 x 3 tokens in a frame
 
 
@@ -55,21 +63,13 @@ def text_states(seed: int = 0) -> torch.Tensor:
 def small_pipeline(cache: CacheConfig | None = None, seed: int = 0) -> Pipeline:
     """A whole pipeline at 32 x 48 pixels with random weights, two denoising steps and a byte tokenizer."""
     model_config = dataclasses.replace(SMALL, text_len=64)
-    vae_config = VAEConfig(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=(1, 1, 2, 2),
-        num_res_blocks=1,
-        latents_mean=(0.1,) * 4,
-        latents_std=(1.2,) * 4,
-    )
     text_config = TextConfig(259, 16, 16, 24, 2, 1, tokenizer="bytes")
     config = EngineConfig(
-        "small", model_config, vae_config, text_config, cache or CacheConfig(),
+        "small", model_config, SMALL_VAE, text_config, cache or CacheConfig(),
         ScheduleConfig(denoising_steps=(1000, 500)), GRID.height, GRID.width,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vae = WanVAE(vae_config).eval().requires_grad_(False)
+        vae = WanVAE(SMALL_VAE).eval().requires_grad_(False)
         encoder = TextEncoder(build_umt5(text_config), ByteTokenizer(), model_config.text_len)
     return Pipeline(config, small_model(model_config, seed), vae, encoder, f"small-{seed}")

@@ -30,7 +30,7 @@ def test_drawn_prompts_follow_from_the_generator():
 def test_clips_are_the_starts_of_the_videos_with_their_prompts(tmp_path):
     write_clip(tmp_path, "one", 1.0, prompt="a")
     write_clip(tmp_path, "two", 2.0, prompt="bb")
-    clips = LatentClips(tmp_path, 3, (4, 2, 3), states_of, torch.zeros(1, 2, 3), empty_share=0.0)
+    clips = LatentClips(tmp_path, (4, 3, 2, 3), states_of, torch.zeros(1, 2, 3), empty_share=0.0)
     latents, states = clips.draw(16, torch.Generator().manual_seed(0))
     assert latents.shape == (16, 4, 3, 2, 3) and latents.dtype == torch.float32
     assert torch.equal(latents[:, 0, 0, 0, 0], states[:, 0, 0])
@@ -39,7 +39,7 @@ def test_clips_are_the_starts_of_the_videos_with_their_prompts(tmp_path):
 
 def test_some_clips_get_the_negative_states(tmp_path):
     write_clip(tmp_path, "one", 1.0)
-    clips = LatentClips(tmp_path, 3, (4, 2, 3), states_of, torch.full((1, 2, 3), -1.0), empty_share=0.25)
+    clips = LatentClips(tmp_path, (4, 3, 2, 3), states_of, torch.full((1, 2, 3), -1.0), empty_share=0.25)
     _, states = clips.draw(400, torch.Generator().manual_seed(0))
     share = (states[:, 0, 0] == -1).float().mean().item()
     assert 0.18 < share < 0.32
@@ -47,7 +47,7 @@ def test_some_clips_get_the_negative_states(tmp_path):
 
 def test_latents_of_another_form_are_refused(tmp_path):
     def open_clips() -> None:
-        LatentClips(tmp_path, 3, (4, 2, 3), states_of, torch.zeros(1, 2, 3))
+        LatentClips(tmp_path, (4, 3, 2, 3), states_of, torch.zeros(1, 2, 3))
 
     with pytest.raises(ValueError, match="no \\*.safetensors"):
         open_clips()
@@ -68,7 +68,7 @@ def test_latents_of_another_form_are_refused(tmp_path):
 
 def test_latents_that_are_not_finite_are_named_when_they_are_drawn(tmp_path):
     write_clip(tmp_path, "one", float("nan"))
-    clips = LatentClips(tmp_path, 3, (4, 2, 3), states_of, torch.zeros(1, 2, 3))
+    clips = LatentClips(tmp_path, (4, 3, 2, 3), states_of, torch.zeros(1, 2, 3))
     with pytest.raises(ValueError, match="one.safetensors has latents that are not finite"):
         clips.draw(1, torch.Generator())
 
@@ -78,12 +78,12 @@ def test_latents_of_integers_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match="a.safetensors has latents in torch.int32; they must be floating-point"
     ):
-        LatentClips(tmp_path, 3, (4, 2, 3), states_of, torch.zeros(1, 2, 3))
+        LatentClips(tmp_path, (4, 3, 2, 3), states_of, torch.zeros(1, 2, 3))
 
 
-def test_a_file_that_changes_during_the_training_is_told(tmp_path):
+def test_a_file_that_changes_during_the_training_is_named(tmp_path):
     write_clip(tmp_path, "one", 1.0)
-    clips = LatentClips(tmp_path, 3, (4, 2, 3), states_of, torch.zeros(1, 2, 3))
+    clips = LatentClips(tmp_path, (4, 3, 2, 3), states_of, torch.zeros(1, 2, 3))
     write_clip(tmp_path, "one", 1.0, frames=2)
     with pytest.raises(ValueError, match="one.safetensors was changed since the training began"):
         clips.draw(1, torch.Generator())

@@ -1,4 +1,4 @@
-"""log.jsonl after a crash: what is whole is kept, what is damaged or ahead goes, and damage is told."""
+"""log.jsonl after a crash: what is whole is kept, what is damaged or ahead goes, and damage is reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_line_is_dropped_and_told(
+def test_a_damaged_line_is_dropped_with_a_warning(
     tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "log.jsonl"
@@ -38,7 +38,7 @@ def test_damage_in_the_middle_costs_its_own_line(tmp_path: Path, caplog: pytest.
     assert "damaged at line 2 of 3" in caplog.text
 
 
-def test_what_lies_beyond_the_step_goes_without_a_word(
+def test_what_is_beyond_the_step_goes_without_a_word(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "log.jsonl"

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from rfengine.training.config import RolloutConfig
 from rfengine.training.parallel import Ranks, ranks_from_environment
-from rfengine.training.rollout import RolloutConfig
 from support.ranks import run_ranks
-from support.small_distillation import distillation_models
-from support.small_runs import changed, run_all, run_small
+from support.small_training import changed, distillation_models, run_all, run_small
 
 
 @pytest.mark.parametrize(
-    ("variables", "told"),
+    ("variables", "sentence"),
     [
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE is 'many'; torchrun sets it, here from 1 to 65536"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
@@ -25,12 +24,12 @@ from support.small_runs import changed, run_all, run_small
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is '2'; torchrun sets it, here from 0 to 1"),
     ],
 )
-def test_ranks_that_torchrun_did_not_count_are_refused(monkeypatch, variables, told):
+def test_ranks_that_torchrun_did_not_count_are_refused(monkeypatch, variables, sentence):
     for name in ("WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=told), ranks_from_environment(torch.device("cpu")):
+    with pytest.raises(ValueError, match=sentence), ranks_from_environment(torch.device("cpu")):
         pass
 
 

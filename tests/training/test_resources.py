@@ -19,7 +19,7 @@ from rfengine.training import recipes
 from rfengine.training.lora import add_adapters, lora_weights
 from rfengine.training.resources import _block_activations, plan_resources
 from support.models import text_states
-from support.small_distillation import ENGINE
+from support.small_training import ENGINE
 
 WAN = PRESETS["wan-1.3b"]
 

@@ -12,30 +12,22 @@ import pytest
 import torch
 
 from rfengine.training.checkpoints import CheckpointDirectory, TrainState
-from rfengine.training.config import AdamConfig, TrainConfig
-from rfengine.training.distillation import Distillation
+from rfengine.training.config import AdamConfig, RolloutConfig, TrainConfig
 from rfengine.training.parallel import Ranks
-from rfengine.training.rollout import RolloutConfig
-from rfengine.training.stages import DistillationStage, TeacherStage, TrajectoryStage, seeded
+from rfengine.training.stages import TeacherStage, TrajectoryStage, seeded
 from rfengine.training.trainer import Trainer
 from support.models import small_model, text_states
-from support.small_distillation import ENGINE, PLAIN, distillation_models
-from support.small_runs import DrawnPrompts
+from support.small_training import ENGINE, PLAIN, changed, small_trainer
 
-ROLLOUT = RolloutConfig(1, 2, 1)
 ADAM = AdamConfig(1e-3)
-DMD = TrainConfig(
-    name="small",
-    stage="dmd",
-    engine=ENGINE,
+DMD = changed(
     steps=7,
     batch=2,
+    accumulation=1,
     optimizer=ADAM,
-    data="",
     critic_optimizer=ADAM,
-    critic_updates=2,
-    distillation=PLAIN,
-    rollout=ROLLOUT,
+    rollout=RolloutConfig(1, 2, 1),
+    average_decay=0.99,
     average_start=3,
     save_every=3,
 )
@@ -57,9 +49,7 @@ class DrawnTrajectories:
 
 
 def dmd_trainer(directory, config: TrainConfig = DMD, **options) -> Trainer:
-    distillation = Distillation(ENGINE, distillation_models(), config.distillation, config.rollout)
-    stage = DistillationStage(config, distillation, DrawnPrompts(), Ranks())
-    return Trainer(config, stage, directory, Ranks(), **options)
+    return small_trainer(directory, config, **options)
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -154,7 +144,7 @@ def test_killed_save_leaves_the_checkpoint_before_it(tmp_path):
     assert again.state.step == 7
 
 
-def test_full_disk_is_told_and_loses_no_checkpoint(tmp_path, monkeypatch):
+def test_full_disk_is_reported_and_loses_no_checkpoint(tmp_path, monkeypatch):
     trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3))
     trainer.run()
     whole = trainer.checkpoints.complete()[-1]
@@ -312,6 +302,7 @@ def test_a_run_with_a_damaged_newest_checkpoint_ends_as_one_without_damage(tmp_p
         ({"average_decay": 1.0}, "average_decay is 1.0"),
         ({"rollout": None}, "needs distillation, rollout"),
         ({"stage": "re-dmd"}, "beta is None"),
+        ({"rollout": RolloutConfig(5, 5, 5)}, "gradient_chunks is 5"),
         ({"stage": "redmd"}, "stage is 'redmd'; use 'teacher', 'ode-init', 'dmd' or 're-dmd'"),
         ({"stage": "re-dmd", "distillation": dataclasses.replace(PLAIN, beta=1.0)}, "at least 2 samples"),
     ],

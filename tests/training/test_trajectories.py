@@ -11,9 +11,9 @@ import torch
 from rfengine.checkpoint.loader import save_weights
 from rfengine.config import ScheduleConfig, to_dict
 from rfengine.schedule import FlowSchedule, add_noise
-from rfengine.training.trajectories import TrajectoryFile, follow_flow, make_trajectories
+from rfengine.training.trajectories import TrajectoryFile, follow_flow, save_trajectories
 from support.models import small_model, text_states
-from support.small_distillation import ENGINE
+from support.small_training import ENGINE
 
 SCHEDULE = ScheduleConfig(denoising_steps=(1000, 750, 500, 250))
 
@@ -59,13 +59,12 @@ def test_guidance_moves_the_trajectory_by_the_difference_of_two_texts():
 
 
 def write(path, schedule) -> None:
-    def draw(count):
-        return torch.randn(count, 4, 3, 4, 6), text_states().expand(count, -1, -1)
+    def batches():
+        for count in (2, 2, 1):
+            noise = torch.randn(count, 4, 3, 4, 6)
+            yield torch.stack([noise, noise / 2, 0 * noise], dim=1), text_states().expand(count, -1, -1)
 
-    def follow(noise, states):
-        return torch.stack([noise, noise / 2, 0 * noise], dim=1)
-
-    make_trajectories(path, 5, draw, follow, schedule, batch=2)
+    save_trajectories(path, batches(), schedule)
 
 
 def test_file_gives_back_what_was_made(tmp_path):

@@ -1,23 +1,36 @@
-"""A small DMD training that any number of ranks can make, alone in a process or as its workers."""
+"""A small distillation: a student, a teacher and a critic with random weights, alone or on several ranks."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from rfengine.training.config import AdamConfig, TrainConfig
-from rfengine.training.distillation import Distillation
+from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig
+from rfengine.models.dit import WanDiT
+from rfengine.models.vae import WanVAE
+from rfengine.training.config import AdamConfig, DistillationConfig, RolloutConfig, TrainConfig
+from rfengine.training.distillation import DistillationModels, DistillationStage
 from rfengine.training.lora import add_adapters
 from rfengine.training.memory import recompute_blocks
+from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks, full_tensors, shard
-from rfengine.training.rollout import RolloutConfig
-from rfengine.training.stages import DistillationStage
 from rfengine.training.trainer import Trainer
-from support.models import text_states
-from support.small_distillation import ENGINE, PLAIN, distillation_models
+from support.models import GRID, SMALL, SMALL_VAE, small_model, text_states
 
+ENGINE = EngineConfig(
+    name="small",
+    model=SMALL,
+    vae=SMALL_VAE,
+    text=TextConfig(dim=16, attention_dim=16, num_heads=2),
+    cache=CacheConfig(alpha=0.8),
+    schedule=ScheduleConfig(denoising_steps=(1000, 500)),
+    height=GRID.height,
+    width=GRID.width,
+)
+PLAIN = DistillationConfig(clip_frames=9, guidance=0.0, first_latent="given")
 # a large eps: with a first beta of 0 a step is g / (|g| + eps), which would turn rounding into signs
 ADAM = AdamConfig(1e-2, eps=1e-1)
 DMD = TrainConfig(
@@ -44,7 +57,30 @@ class DrawnPrompts:
         return [f"prompt {number}" for number in numbers], torch.cat([text_states(n) for n in numbers])
 
 
-def small_trainer(directory: Path, config: TrainConfig) -> Trainer:
+def differentiable(model: WanDiT) -> WanDiT:
+    """The model, with ops that let gradients through its cache."""
+    ops = DifferentiableOps(model.ops.choice)
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            module.ops = ops
+    return model
+
+
+def distillation_models() -> DistillationModels:
+    teacher = small_model(seed=1).requires_grad_(False)
+    return DistillationModels(
+        differentiable(small_model(seed=0)), teacher, small_model(seed=2), small_vae(), text_states(3)
+    )
+
+
+@cache
+def small_vae() -> WanVAE:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return WanVAE(ENGINE.vae).eval().requires_grad_(False)
+
+
+def small_trainer(directory: Path, config: TrainConfig = DMD, **options: object) -> Trainer:
     models, ranks = distillation_models(), Ranks()
     if config.checkpointing:
         recompute_blocks(models.critic)
@@ -54,8 +90,8 @@ def small_trainer(directory: Path, config: TrainConfig) -> Trainer:
     if config.parallel == "sharded":
         for model in (models.student, models.teacher, models.critic):
             shard(model, "cpu")
-    distillation = Distillation(ENGINE, models, config.distillation, config.rollout)
-    return Trainer(config, DistillationStage(config, distillation, DrawnPrompts(), ranks), directory, ranks)
+    stage = DistillationStage(config, models, DrawnPrompts(), ranks)
+    return Trainer(config, stage, directory, ranks, **options)
 
 
 def run_small(rank: int, directory: Path, config: TrainConfig, result: Path) -> None:
