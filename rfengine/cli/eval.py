@@ -7,18 +7,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional
 
 from rfengine.cli.exit_status import OTHER_ERROR
 from rfengine.cli.terminal import fail, one_line
 from rfengine.files import locked, write_text
+from rfengine.limits import Range, check_value
 
 if TYPE_CHECKING:
     from rfengine.evaluation.copying import SinkTrace
+    from rfengine.evaluation.prompt_switch import Captions
     from rfengine.evaluation.report import EvaluationReport, LeftOut
-    from rfengine.evaluation.video_report import Captions, MeasureOptions, VideoReport
+    from rfengine.evaluation.video_frames import ChunkGrid
+    from rfengine.evaluation.video_report import VideoReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +53,24 @@ def run(options: EvalOptions) -> int:
     from rfengine.evaluation.report import summarise
     from rfengine.evaluation.vbench import read_vbench
     from rfengine.evaluation.video_frames import ChunkGrid, find_videos
-    from rfengine.evaluation.video_report import MeasureOptions, with_copying
+    from rfengine.evaluation.video_report import with_copying
 
-    settings = MeasureOptions(ChunkGrid(options.first_chunk_frames, options.chunk_frames), options.flow_pairs)
+    grid = ChunkGrid(options.first_chunk_frames, options.chunk_frames)
+    check_value("flow_pairs", options.flow_pairs, Annotated[int, Range(1, 100_000)])
     paths = find_videos(options.paths)
     failed: list[LeftOut] = []
     captions = _captions(options.captions, paths, failed)
     vbench = read_vbench(options.vbench, paths) if options.vbench else {}
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"{options.out} is no directory; choose another --out")
-    baselines = _baselines(options.baseline, settings, failed)
+    baselines = _baselines(options.baseline, grid, failed)
     with ExitStack() as held:
         with _writing(options.out):
             options.out.mkdir(parents=True, exist_ok=True)
             held.enter_context(locked(options.out / ".evaluation.lock", "writing an evaluation beside it"))
-        measured = _measured(paths, captions, settings, failed)
+        measured = _measured(paths, captions, grid, options.flow_pairs, failed)
         report = summarise(
-            with_copying(
-                [entry.report for entry in measured], [entry.trace for entry in measured], baselines
-            ),
+            with_copying([each for each, _ in measured], [trace for _, trace in measured], baselines),
             settings={
                 "first_chunk_frames": options.first_chunk_frames,
                 "chunk_frames": options.chunk_frames,
@@ -98,8 +100,8 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _told(path: Path, failed: list[LeftOut]) -> Iterator[None]:
-    """Whatever is wrong with one file is shown and noted in `failed`, and the others go on."""
+def _noted(path: Path, failed: list[LeftOut]) -> Iterator[None]:
+    """Show whatever is wrong with one file and note it in `failed`; the others continue."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - of any library that the file has led into trouble
@@ -133,43 +135,44 @@ def _captions(path: Path | None, videos: list[Path], failed: list[LeftOut]) -> d
     return captions
 
 
-class _Measured(NamedTuple):
-    report: VideoReport
-    trace: SinkTrace | None
-
-
 def _measured(
-    paths: list[Path], captions: dict[str, Captions], settings: MeasureOptions, failed: list[LeftOut]
-) -> list[_Measured]:
+    paths: list[Path],
+    captions: dict[str, Captions],
+    grid: ChunkGrid,
+    flow_pairs: int,
+    failed: list[LeftOut],
+) -> list[tuple[VideoReport, SinkTrace | None]]:
     from tqdm import tqdm
 
+    from rfengine.evaluation import video_report
     from rfengine.evaluation.latents_file import read_latents
     from rfengine.evaluation.video_file import open_video
-    from rfengine.evaluation.video_report import measure_video
 
     measured = []
     for path in tqdm(paths, unit="video", disable=not sys.stderr.isatty(), leave=False):
-        with _told(path, failed):
+        with _noted(path, failed):
             video = open_video(path)
             beside, latents = path.with_suffix(".safetensors"), None
-            with _told(beside, failed):
+            with _noted(beside, failed):
                 latents = read_latents(beside, video)
             given = captions.get(path.name, ())
             measured.append(
-                _Measured(*measure_video(str(path), video, settings, captions=given, latents=latents))
+                video_report.measure_video(
+                    str(path), video, grid, flow_pairs, captions=given, latents=latents
+                )
             )
     return measured
 
 
-def _baselines(paths: tuple[Path, ...], settings: MeasureOptions, failed: list[LeftOut]) -> list[SinkTrace]:
+def _baselines(paths: tuple[Path, ...], grid: ChunkGrid, failed: list[LeftOut]) -> list[SinkTrace]:
     from rfengine.evaluation.copying import trace_sink
     from rfengine.evaluation.video_file import open_video
     from rfengine.evaluation.video_frames import find_videos
 
     traces: list[SinkTrace] = []
     for path in find_videos(paths) if paths else ():
-        with _told(path, failed):
-            traces.append(trace_sink(open_video(path), settings.chunks))
+        with _noted(path, failed):
+            traces.append(trace_sink(open_video(path), grid))
     if paths and not traces:
         raise ValueError("no video of --baseline can be used; give one that can, or none")
     return traces
@@ -180,10 +183,9 @@ def _write(report: EvaluationReport, directory: Path, plots: bool) -> list[Path]
 
     written = [directory / "metrics.json"]
     write_text(written[0], report.to_json() + "\n")
-    if plots:
-        missing = missing_plots()
-        if missing:
-            print(f"rfengine: {missing}", file=sys.stderr)
-        else:
-            written += draw_plots(report.videos, directory)
+    missing = missing_plots() if plots else None
+    if missing:
+        print(f"rfengine: {missing}", file=sys.stderr)
+    elif plots:
+        written += draw_plots(report.videos, directory)
     return written

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rfengine.evaluation.video_report import Captions
+from rfengine.evaluation.prompt_switch import Captions
 from rfengine.files import read_text, strict_json
-from rfengine.toy.captions import parse_caption
+from rfengine.toy.world import parse_caption
 
 _MOST_BYTES = 64 * 2**20
 

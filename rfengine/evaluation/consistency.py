@@ -9,7 +9,6 @@ does not. A still video is the most consistent of all, so read this beside the d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from rfengine.evaluation.frame_signals import luma_and_chroma
+from rfengine.evaluation.optical_flow import gradient
 from rfengine.evaluation.video_frames import (
     Frames,
+    Measured,
     NotMeasurableError,
     as_frames,
     gathered,
@@ -36,18 +37,9 @@ _STRENGTHS = 4
 _STRONGEST = 0.25  # brightness a pixel: an edge at least as steep as this falls into the last bin
 
 
-@dataclass(frozen=True, slots=True)
-class Consistency:
-    """curve: pairs (lag in frames, mean likeness of all frames that far apart). near: the likeness at one
-    chunk, far: at half the video."""
-
-    curve: tuple[tuple[int, float], ...]
-    near: float
-    far: float
-
-
-def measure_consistency(frames: Tensor | ndarray | Frames, chunk_frames: int = 12) -> Consistency:
-    """The consistency curve of frames uint8 [T, H, W, 3] over lags that double, up to half the video.
+def measure_consistency(frames: Tensor | ndarray | Frames, chunk_frames: int = 12) -> Measured:
+    """How alike frames uint8 [T, H, W, 3] are: at one chunk (near), at half the video (far), and as a curve
+    over lags that double, each with the mean likeness of all frames that far apart.
 
     Raises NotMeasurableError for a video shorter than two chunks.
     """
@@ -58,7 +50,8 @@ def measure_consistency(frames: Tensor | ndarray | Frames, chunk_frames: int = 1
     half = video.count // 2
     lags = {2**power for power in range(half.bit_length())} | {chunk_frames, half}
     likeness = {lag: _likeness(features, lag) for lag in sorted(lags)}
-    return Consistency(tuple(likeness.items()), likeness[chunk_frames], likeness[half])
+    values = {"consistency_near": likeness[chunk_frames], "consistency_far": likeness[half]}
+    return Measured(values, {"consistency": tuple(likeness.items())})
 
 
 def look_features(frames: Tensor | ndarray | Frames) -> Tensor:
@@ -98,9 +91,7 @@ def _soft_bins(values: Tensor, count: int) -> Tensor:
 
 def _gradient_bins(luma: Tensor) -> tuple[Tensor, Tensor]:
     """Direction and strength bins [B, H, W, bins] of the gradient; opposite directions are one."""
-    padded = functional.pad(luma[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    x = (padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]) / 2
-    y = (padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]) / 2
+    x, y = (axis[:, 0] for axis in gradient(luma[:, None]))
     strength = _soft_bins(torch.sqrt((x.square() + y.square()) / _STRONGEST**2), _STRENGTHS)
     turn = (torch.atan2(y, x) / math.pi) % 1.0
     direction = _soft_bins(turn, _DIRECTIONS + 1)

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from rfengine.evaluation.video_frames import (
-    ChosenFrames,
     ChunkGrid,
     Frames,
     NotMeasurableError,
     as_frames,
+    chosen_frames,
     layout_features,
 )
 
@@ -39,19 +39,6 @@ class SinkTrace:
     late: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Copying:
-    """likeness: of late frames to the nearest frame of the first chunk, from -1 to 1; baseline: to the first
-    chunks of other videos; excess: the first minus the second, 0 without copying."""
-
-    likeness: float
-    baseline: float
-
-    @property
-    def excess(self) -> float:
-        return self.likeness - self.baseline
-
-
 def trace_sink(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None) -> SinkTrace:
     """The trace of frames uint8 [T, H, W, 3].
 
@@ -68,20 +55,27 @@ def trace_sink(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None)
         .round()
         .int()
     )
-    kept = ChosenFrames(video, [*range(grid.first_frames), *spread.tolist()])
+    kept = chosen_frames(video, [*range(grid.first_frames), *spread.tolist()])
     features = functional.normalize(layout_features(kept), dim=1)
     return SinkTrace(features[: grid.first_frames], features[grid.first_frames :])
 
 
-def measure_copying(trace: SinkTrace, others: Sequence[SinkTrace]) -> Copying:
+def measure_copying(trace: SinkTrace, others: Sequence[SinkTrace]) -> dict[str, float]:
     """Copying in one video, measured against the first chunks of `others`, at least one.
 
-    Raises NotMeasurableError when there is none.
+    copying_likeness: of late frames to the nearest frame of the first chunk, from -1 to 1; copying_baseline:
+    to the first chunks of other videos; copying_excess: the first minus the second, 0 without copying. Raises
+    NotMeasurableError when there is no other.
     """
     if not others:
         raise NotMeasurableError("there is no other video to compare with; copying needs two videos or more")
+    likeness = _likeness(trace.late, trace.first)
     baseline = sum(_likeness(trace.late, other.first) for other in others) / len(others)
-    return Copying(_likeness(trace.late, trace.first), baseline)
+    return {
+        "copying_likeness": likeness,
+        "copying_baseline": baseline,
+        "copying_excess": likeness - baseline,
+    }
 
 
 def _likeness(late: Tensor, first: Tensor) -> float:

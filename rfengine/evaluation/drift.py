@@ -5,14 +5,13 @@ A prompt switch is a drift too as far as these see; they compare looks, not inte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rfengine.evaluation.frame_signals import frame_signals
-from rfengine.evaluation.video_frames import ChunkGrid, Frames, NotMeasurableError, as_frames
+from rfengine.evaluation.video_frames import ChunkGrid, Frames, Measured, NotMeasurableError, as_frames
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -21,46 +20,13 @@ _LAST_PART = 4  # a quarter of the chunks is the end of the video
 _LEAST_VARIANCE = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """Differences between every chunk and the first one, and how large they are over the last quarter.
+def measure_drift(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None) -> Measured:
+    """The drift of frames uint8 [T, H, W, 3]: between every chunk and the first one (curves, by the frame a
+    chunk starts at, the first being 0), and how large it is over the last quarter (values).
 
-    Curves have one value a chunk, the first being 0. exposure, contrast: signed, of the range 0 to 1. colour:
-    distance of the means and deviations of both chroma axes. sharpness: signed, in octaves. clipped: signed,
-    a share of the values.
-    """
-
-    exposure_curve: Tensor
-    contrast_curve: Tensor
-    colour_curve: Tensor
-    sharpness_curve: Tensor
-    clipped_curve: Tensor
-
-    @property
-    def exposure(self) -> float:
-        return _at_end(self.exposure_curve)
-
-    @property
-    def contrast(self) -> float:
-        return _at_end(self.contrast_curve)
-
-    @property
-    def colour(self) -> float:
-        return _at_end(self.colour_curve)
-
-    @property
-    def sharpness(self) -> float:
-        return _at_end(self.sharpness_curve)
-
-    @property
-    def clipped(self) -> float:
-        return _at_end(self.clipped_curve)
-
-
-def measure_drift(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None) -> Drift:
-    """The drift of frames uint8 [T, H, W, 3].
-
-    Raises NotMeasurableError for a video without a second chunk.
+    exposure, contrast: signed, of the range 0 to 1. colour: distance of the means and deviations of both
+    chroma axes. sharpness: signed, in octaves. clipped: signed, a share of the values. Raises
+    NotMeasurableError for a video without a second chunk.
     """
     video, grid = as_frames(frames), grid or ChunkGrid()
     chunks = grid.slices(video.count)
@@ -74,12 +40,17 @@ def measure_drift(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = No
         means = torch.stack([signal[chunk].mean(0) for chunk in chunks])
         return means - means[0]
 
-    return Drift(
-        exposure_curve=against_first(signals.luma),
-        contrast_curve=against_first(signals.contrast),
-        colour_curve=against_first(signals.colour).norm(dim=-1),
-        sharpness_curve=against_first(signals.sharpness),
-        clipped_curve=against_first(signals.clipped),
+    drifts = {
+        "exposure_drift": against_first(signals.luma),
+        "contrast_drift": against_first(signals.contrast),
+        "colour_drift": against_first(signals.colour).norm(dim=-1),
+        "sharpness_drift": against_first(signals.sharpness),
+        "clipped_drift": against_first(signals.clipped),
+    }
+    last, starts = max(1, len(chunks) // _LAST_PART), [chunk.start for chunk in chunks]
+    return Measured(
+        {name: abs(float(drift[-last:].mean())) for name, drift in drifts.items()},
+        {name: tuple(zip(starts, drift.tolist(), strict=True)) for name, drift in drifts.items()},
     )
 
 
@@ -101,7 +72,3 @@ def latent_drift(latents: Tensor, chunk_frames: int = 3) -> Tensor:
     ratio = variance / variance[:, :1]
     distance = (mean - mean[:, :1]).square() / variance[:, :1]
     return (ratio - 1 - ratio.log() + distance).mean(0) / 2
-
-
-def _at_end(curve: Tensor) -> float:
-    return abs(float(curve[-max(1, len(curve) // _LAST_PART) :].mean()))

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.drift import Drift, measure_drift
+from rfengine.evaluation.drift import measure_drift
 from rfengine.evaluation.optical_flow import (
+    WORKING_SIDE,
     OpticalFlow,
-    as_pictures,
     moving_speed,
     pairs_at_once,
     picture_flow,
-    shrunk,
 )
 from rfengine.evaluation.video_frames import (
-    ChosenFrames,
     ChunkGrid,
     Frames,
+    Measured,
     NotMeasurableError,
     as_frames,
+    chosen_frames,
     gathered,
     picture_batches,
     windows,
@@ -38,32 +37,20 @@ _FREEZE_SIDE = 64  # pixels: noise of the coding is gone at this size, motion is
 _FREEZE_CHANGE = 2 / 255  # 99% of the pixels of a frozen frame change by less
 
 
-@dataclass(frozen=True, slots=True)
-class Dynamics:
-    """Motion of one video, with the drift without which it says nothing: a drifting picture seems to move.
+def measure_dynamics(
+    frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None, most_pairs: int = 96
+) -> Measured:
+    """Motion of frames uint8 [T, H, W, 3], with the drift without which it says nothing: a drifting picture
+    seems to move.
 
     speed: how fast what moves is (the fastest 5% of the picture), mean_flow: the mean over the whole picture,
     both in per cent of the shorter side a frame. freeze_fraction: the share of frames that repeat the one
-    before, light and colour aside. pair_speeds [P]: the speed at pair_frames [P], the pairs measured.
-    """
-
-    speed: float
-    mean_flow: float
-    freeze_fraction: float
-    pair_speeds: Tensor
-    pair_frames: Tensor
-    drift: Drift
-
-
-def measure_dynamics(
-    frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None, most_pairs: int = 96
-) -> Dynamics:
-    """Dynamics and drift of frames uint8 [T, H, W, 3].
+    before, light and colour aside. The curve of the speed is that of the pairs measured.
 
     most_pairs: pairs of neighbouring frames whose flow is measured; of a longer video they are taken in runs
     of eight, spread evenly. The flow evens out light and colour around every pixel, so that neither exposure
     nor colour that changes moves anything; noise hides motion, and the drift of sharpness shows it.
-    Raises NotMeasurableError for a video without a second chunk, whose drift cannot be told.
+    Raises NotMeasurableError for a video without a second chunk, whose drift is unknown.
     """
     video = as_frames(frames)
     if most_pairs < 1:
@@ -77,16 +64,14 @@ def measure_dynamics(
         lengths = torch.where(flow.mask, flow.vectors.norm(dim=-1), 0.0)
         means.append(lengths.flatten(1).mean(1) * percent)
     speed = torch.cat(speeds)
-    return Dynamics(
-        speed=float(speed.mean()),
-        mean_flow=float(torch.cat(means).mean()),
-        freeze_fraction=freeze_fraction(video),
-        pair_speeds=speed,
-        pair_frames=torch.cat(
-            [torch.arange(start, end, dtype=torch.int64, device="cpu") for start, end in runs]
-        ),
-        drift=drift,
-    )
+    values = {
+        "speed": float(speed.mean()),
+        "mean_flow": float(torch.cat(means).mean()),
+        "freeze_fraction": freeze_fraction(video),
+    }
+    pairs = [place for start, end in runs for place in range(start, end)]
+    curve = tuple(zip(pairs, speed.tolist(), strict=True))
+    return Measured(values | drift.values, {"speed": curve} | drift.curves)
 
 
 def freeze_fraction(frames: Tensor | ndarray | Frames) -> float:
@@ -125,7 +110,7 @@ def _run_flows(video: Frames, runs: list[tuple[int, int]]) -> Iterator[OpticalFl
     """The flow of all pairs of the runs, in parts that memory holds; the video is gone through once."""
     places = sorted({place for start, end in runs for place in range(start, end + 1)})
     rows = {place: row for row, place in enumerate(places)}
-    pictures = (shrunk(as_pictures(batch)) for batch in ChosenFrames(video, places).batches())
+    pictures = picture_batches(chosen_frames(video, places), WORKING_SIDE)
     first = next(pictures)
     at_once = pairs_at_once(*first.shape[-2:])
     parts = [

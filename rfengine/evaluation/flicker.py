@@ -6,14 +6,13 @@ frequencies beside them: motion and drift have no reason to prefer these two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rfengine.evaluation.frame_signals import frame_signals
-from rfengine.evaluation.video_frames import Frames, NotMeasurableError, as_frames
+from rfengine.evaluation.video_frames import Frames, Measured, NotMeasurableError, as_frames
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -23,24 +22,13 @@ _NEIGHBOURS = (-3.0, -2.5, 2.5, 3.0)  # bins of the spectrum; the window is narr
 _FLOOR = 1e-4  # amplitude below which there is no flicker: a fortieth of a step of 8 bits
 
 
-@dataclass(frozen=True, slots=True)
-class Flicker:
-    """Amplitude at the chunk period beyond that of the frequencies beside it, 0 where they are as strong.
+def measure_flicker(frames: Tensor | ndarray | Frames, period: int = 12) -> Measured:
+    """Flicker of frames uint8 [T, H, W, 3]: the amplitude at `period` frames beyond that of the frequencies
+    beside it, 0 where they are as strong.
 
-    brightness and colour: of the range 0 to 1; sharpness: octaves. brightness_ratio: power of the brightness
-    at the period over that beside it, 1 without flicker.
-    """
-
-    brightness: float
-    colour: float
-    sharpness: float
-    brightness_ratio: float
-
-
-def measure_flicker(frames: Tensor | ndarray | Frames, period: int = 12) -> Flicker:
-    """Flicker of frames uint8 [T, H, W, 3] at a period of `period` frames.
-
-    Raises NotMeasurableError for a video of less than four periods.
+    brightness and colour: of the range 0 to 1; sharpness: octaves. flicker_ratio: power of the brightness at
+    the period over that beside it, 1 without flicker. Raises NotMeasurableError for a video of less than four
+    periods.
     """
     video = as_frames(frames)
     least = _LEAST_PERIODS * period
@@ -51,12 +39,13 @@ def measure_flicker(frames: Tensor | ndarray | Frames, period: int = 12) -> Flic
     signals = frame_signals(video)
     brightness, beside = period_power(signals.luma[:, None], period)
     floor = _FLOOR**2
-    return Flicker(
-        brightness=_excess(brightness, beside),
-        colour=_excess(*period_power(signals.colour[:, :2], period)),
-        sharpness=_excess(*period_power(signals.sharpness[:, None], period)),
-        brightness_ratio=(brightness + floor) / (beside + floor),
-    )
+    values = {
+        "brightness_flicker": _excess(brightness, beside),
+        "colour_flicker": _excess(*period_power(signals.colour[:, :2], period)),
+        "sharpness_flicker": _excess(*period_power(signals.sharpness[:, None], period)),
+        "flicker_ratio": (brightness + floor) / (beside + floor),
+    }
+    return Measured(values, {})
 
 
 def period_power(signal: Tensor, period: int) -> tuple[float, float]:

@@ -208,7 +208,7 @@ def _refined(here: Tensor, there: Tensor, flow: Tensor) -> Tensor:
     """
     for _ in range(_REFINEMENTS):
         warped = _warped(there, flow)
-        x, y = _gradient((here + warped) / 2)
+        x, y = gradient((here + warped) / 2)
         wanted = here - warped + x * flow[:, :1] + y * flow[:, 1:]
         pairs = ((x, x), (x, y), (y, y), (x, wanted), (y, wanted))
         sums = _block_mean(torch.stack([(a * b).mean(1) for a, b in pairs], dim=1), _BLOCK_RADIUS)
@@ -221,7 +221,8 @@ def _refined(here: Tensor, there: Tensor, flow: Tensor) -> Tensor:
     return flow
 
 
-def _gradient(pictures: Tensor) -> tuple[Tensor, Tensor]:
+def gradient(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Central differences of pictures [..., C, H, W] across and down, of their shape."""
     padded = functional.pad(pictures, (1, 1, 1, 1), mode="replicate")
     x = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
     y = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2

@@ -2,99 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import Frames, NotMeasurableError, as_frames, windows
+from rfengine.evaluation.video_frames import Frames, Measured, NotMeasurableError, as_frames, windows
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
+Captions = Sequence[tuple[int, str]]
+"""The captions of a video: (the frame each begins at, its text), the first at 0."""
 WindowScore = Callable[[Tensor, str], float]
 """How well frames uint8 [T, H, W, 3] show a prompt; higher is better."""
 
-
-@dataclass(frozen=True, slots=True)
-class SwitchDelay:
-    """frames: from the switch to the first window from which on the new prompt scores higher in every window;
-    None where it never wins for good. margins: pairs (first frame of a window, new score minus old)."""
-
-    frames: int | None
-    margins: tuple[tuple[int, float], ...]
+_STRIDE = 4  # frames between two windows
 
 
-@dataclass(frozen=True, slots=True)
-class Switch:
-    """A change of the prompt at `frame`, judged on the frames before `end`."""
+def measure_switches(
+    frames: Tensor | ndarray | Frames, captions: Captions, score: WindowScore, window_frames: int = 12
+) -> Measured:
+    """The switches of the captions of frames uint8 [T, H, W, 3], each judged on the frames up to the next.
 
-    frame: int
-    end: int
-    old_prompt: str
-    new_prompt: str
-
-
-def measure_switch_delay(
-    frames: Tensor | ndarray | Frames,
-    switch_frame: int,
-    old_prompt: str,
-    new_prompt: str,
-    score: WindowScore,
-    window_frames: int = 12,
-    stride: int = 4,
-) -> SwitchDelay:
-    """The delay after one switch at `switch_frame`, as `measure_switch_delays` has it."""
-    video = as_frames(frames)
-    switch = Switch(switch_frame, video.count, old_prompt, new_prompt)
-    return measure_switch_delays(video, [switch], score, window_frames, stride)[0]
-
-
-def measure_switch_delays(
-    frames: Tensor | ndarray | Frames,
-    switches: Sequence[Switch],
-    score: WindowScore,
-    window_frames: int = 12,
-    stride: int = 4,
-) -> list[SwitchDelay]:
-    """The delay after each switch of frames uint8 [T, H, W, 3], to within `stride` frames.
-
-    Windows of `window_frames` begin at a switch and every `stride` frames after it. The switches are in order
-    and none ends after the next one begins. Raises NotMeasurableError when less than one window follows one.
+    switch_delay: the mean of the frames from a switch to the first window from which on the new prompt scores
+    higher in every window, to within four frames; one that is never done counts as all its frames.
+    switch_failures: the share of those. The curve switch_margin: (first frame of a window, new score minus
+    old). Raises NotMeasurableError when less than a window of `window_frames` follows a switch.
     """
     video = as_frames(frames)
-    starts = [_window_starts(video, switch, window_frames, stride) for switch in switches]
-    ranges = [(start, start + window_frames) for places in starts for start in places]
-    pictures = windows(video.batches(), ranges)
-    return [
-        _delay(switch, zip(places, pictures, strict=False), score)
-        for switch, places in zip(switches, starts, strict=True)
-    ]
+    starts = [start for start, _ in captions]
+    ends = [min(start, video.count) for start in starts[2:]] + [video.count]
+    places = [_window_starts(*part, window_frames) for part in zip(starts[1:], ends, strict=True)]
+    pictures = windows(video.batches(), [(at, at + window_frames) for part in places for at in part])
+    delays, margins, failures = [], [], 0
+    for index, part in enumerate(places):
+        (_, old), (start, new) = captions[index : index + 2]
+        since = None
+        for place, window in zip(part, pictures, strict=False):
+            margin = score(window, new) - score(window, old)
+            margins.append((place, margin))
+            if margin <= 0:
+                since = None
+            elif since is None:
+                since = place
+        failures += since is None
+        delays.append((ends[index] if since is None else since) - start)
+    values = {"switch_delay": sum(delays) / len(delays), "switch_failures": failures / len(delays)}
+    return Measured(values, {"switch_margin": tuple(margins)})
 
 
-def _window_starts(video: Frames, switch: Switch, window_frames: int, stride: int) -> range:
-    if window_frames < 1 or stride < 1 or switch.frame < 0:
-        raise ValueError(
-            f"window_frames is {window_frames}, stride {stride} and switch_frame {switch.frame}; "
-            "use at least 1, 1 and 0"
-        )
-    end = min(switch.end, video.count)
-    if end - switch.frame < window_frames:
+def _window_starts(start: int, end: int, window_frames: int) -> range:
+    if end - start < window_frames:
         raise NotMeasurableError(
-            f"{max(0, end - switch.frame)} frames follow the switch at {switch.frame}; "
-            f"its delay needs {window_frames}"
+            f"{max(0, end - start)} frames follow the switch at {start}; its delay needs {window_frames}"
         )
-    return range(switch.frame, end - window_frames + 1, stride)
-
-
-def _delay(switch: Switch, parts: Iterable[tuple[int, Tensor]], score: WindowScore) -> SwitchDelay:
-    margins, since = [], None
-    for start, window in parts:
-        margin = score(window, switch.new_prompt) - score(window, switch.old_prompt)
-        margins.append((start, margin))
-        if margin <= 0:
-            since = None
-        elif since is None:
-            since = start
-    return SwitchDelay(None if since is None else since - switch.frame, tuple(margins))
+    return range(start, end - window_frames + 1, _STRIDE)

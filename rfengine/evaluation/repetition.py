@@ -8,13 +8,12 @@ is itself exactly periodic (a shape that wraps around a border in whole frames) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import Frames, NotMeasurableError, as_frames, layout_features
+from rfengine.evaluation.video_frames import Frames, Measured, NotMeasurableError, as_frames, layout_features
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -25,20 +24,12 @@ _MOTION = 0.5  # of a frame's motion: a match nearer than this is not explained 
 _FLOOR = 0.02  # distance of features, standard deviations of a picture: coding noise
 
 
-@dataclass(frozen=True, slots=True)
-class Repetition:
-    """score: mean over late windows of 1 - (best match / half a frame's motion), from 0 to 1. repeated: the
-    share of late windows above 0.5. lag: the median of the frames back to their match; None without any."""
-
-    score: float
-    repeated: float
-    lag: int | None
-
-
-def measure_repetition(frames: Tensor | ndarray | Frames, window_frames: int = 12) -> Repetition:
+def measure_repetition(frames: Tensor | ndarray | Frames, window_frames: int = 12) -> Measured:
     """Repetition in frames uint8 [T, H, W, 3]: windows of the second half against those two windows earlier.
 
-    Raises NotMeasurableError for a video of less than four windows.
+    repetition: mean over late windows of 1 - (best match / half a frame's motion), from 0 to 1. repeated: the
+    share of late windows above 0.5. repetition_lag: the median of the frames back to their match, where there
+    are any. Raises NotMeasurableError for a video of less than four windows.
     """
     video = as_frames(frames)
     count = video.count
@@ -63,11 +54,10 @@ def measure_repetition(frames: Tensor | ndarray | Frames, window_frames: int = 1
         lags.append(start - place)
     score = torch.tensor(scores, dtype=torch.float32, device="cpu")
     found = torch.tensor(lags, dtype=torch.int64, device="cpu")[score > 0.5]
-    return Repetition(
-        score=float(score.mean()),
-        repeated=float((score > 0.5).float().mean()),
-        lag=int(found.median()) if len(found) else None,
-    )
+    values = {"repetition": float(score.mean()), "repeated": float((score > 0.5).float().mean())}
+    if len(found):
+        values["repetition_lag"] = float(found.median())
+    return Measured(values, {})
 
 
 def _distance(first: Tensor, second: Tensor) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rfengine.evaluation.confidence import Interval, bootstrap_mean
+import torch
+
 from rfengine.evaluation.video_report import VideoReport
 
 # in the order of the table; the drift stands right below the motion that means nothing without it
@@ -47,6 +47,39 @@ METRICS = {
 }
 
 
+_RESAMPLES = 2000
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """The mean of `count` values and the interval that holds it with 95%; None for a single value."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
+    """The mean with its percentile interval over 2000 resamples of the values; the same each time.
+
+    Raises ValueError without a value.
+    """
+    if not values:
+        raise ValueError("0 values are given; a mean needs at least one")
+    data = torch.tensor(values, dtype=torch.float64, device="cpu")
+    mean = float(data.mean())
+    if len(data) == 1:
+        return Interval(mean, None, None, 1)
+    generator = torch.Generator().manual_seed(seed)
+    shape = _RESAMPLES, len(data)
+    drawn = torch.randint(len(data), shape, generator=generator, dtype=torch.int64, device="cpu")
+    means = data[drawn].mean(1)
+    low, high = (float(means.quantile((1 + side * _LEVEL) / 2)) for side in (-1, 1))
+    return Interval(mean, low, high, len(data))
+
+
 @dataclass(frozen=True, slots=True)
 class LeftOut:
     """A file that could not be used, and why: one sentence."""
@@ -71,7 +104,8 @@ class EvaluationReport:
 
     def to_json(self) -> str:
         """One JSON object; a number that is not finite becomes null."""
-        return json.dumps(_finite(asdict(self)), indent=2)
+        finite = json.loads(json.dumps(asdict(self)), parse_constant=lambda name: None)
+        return json.dumps(finite, indent=2)
 
     def table(self) -> str:
         """A table of the means, and below it a line for each metric that is absent and each file left out."""
@@ -103,11 +137,8 @@ def summarise(
     """Means over videos with bootstrap intervals. Raises ValueError without a video and a file left out."""
     if not videos and not failed:
         raise ValueError("0 videos were measured; give at least one")
-    means = {}
-    for name in METRICS:
-        values = [video.values[name] for video in videos if name in video.values]
-        if values:
-            means[name] = bootstrap_mean(values)
+    found = {name: [video.values[name] for video in videos if name in video.values] for name in METRICS}
+    means = {name: bootstrap_mean(values) for name, values in found.items() if values}
     return EvaluationReport(tuple(videos), means, settings or {}, vbench or {}, tuple(failed))
 
 
@@ -119,11 +150,3 @@ def _row(name: str, interval: Interval) -> tuple[str, ...]:
 def _listed(names: list[str], most: int = 3) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import (
-    Frames,
-    NotMeasurableError,
-    as_frames,
-    split_ranges,
-    windows,
-)
-from rfengine.toy.captions import CaptionFacts, parse_caption
+from rfengine.evaluation.video_frames import Frames, NotMeasurableError, as_frames, split_ranges, windows
 from rfengine.toy.detector import detect, score
 from rfengine.toy.reward import ToyReward
-from rfengine.toy.world import SPEEDS, Scene, SceneObject, WorldConfig
+from rfengine.toy.world import Scene, WorldConfig, parse_caption
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -37,22 +30,21 @@ def toy_accuracy(frames: Tensor | ndarray | Frames, text: str) -> dict[str, floa
     too short or of a size the world does not have.
     """
     video = as_frames(frames)
-    facts = parse_caption(text)
+    scene = parse_caption(text)
     if video.count < _LEAST_FRAMES:
         raise NotMeasurableError(f"{video.count} frames are too few; the toy world needs {_LEAST_FRAMES}")
     check_world_size(video)
     world = WorldConfig(video.height, video.width)
-    scene = _scene(facts)
     results: dict[str, list[float]] = {}
     for part in windows(video.batches(), split_ranges(video.count, max(1, video.count // _PART_FRAMES))):
         detection = detect(part, world)
         for name, right in score(scene, detection).items():
             results.setdefault(name, []).append(float(right))
     results["permanence"] = [
-        _presence(window, facts, world)
+        _presence(window, scene, world)
         for window in windows(video.batches(), split_ranges(video.count, video.count // _WINDOW))
     ]
-    if facts.speed is None:
+    if scene.speed is None:
         del results["speed"]
     return {name: sum(values) / len(values) for name, values in results.items()}
 
@@ -66,12 +58,12 @@ def check_world_size(video: Frames) -> None:
         )
 
 
-def _presence(window: Tensor, facts: CaptionFacts, world: WorldConfig) -> float:
+def _presence(window: Tensor, scene: Scene, world: WorldConfig) -> float:
     """The share of frames in which every object the caption names is there."""
     seen = {entry.colour: entry.presence for entry in detect(window, world).objects}
     there = torch.ones(len(window), dtype=torch.bool, device="cpu")
-    for _, colour, _ in facts.objects:
-        there &= seen.get(colour, torch.zeros_like(there))
+    for entry in scene.objects:
+        there &= seen.get(entry.colour, torch.zeros_like(there))
     return float(there.float().mean())
 
 
@@ -79,13 +71,3 @@ def toy_window_score(frames: Tensor, text: str) -> float:
     """The share of what a caption says that frames uint8 [T, H, W, 3] show: a scorer for prompt switches."""
     world = WorldConfig(frames.shape[1], frames.shape[2])
     return float(ToyReward(world)(frames[None], [text])["agreement"][0])
-
-
-def _scene(facts: CaptionFacts) -> Scene:
-    return Scene(
-        objects=tuple(SceneObject(colour, shape, size) for size, colour, shape in facts.objects),
-        motion=facts.motion,
-        speed=facts.speed or next(iter(SPEEDS)),
-        direction=facts.direction,
-        background=facts.background,
-    )

@@ -10,7 +10,6 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rfengine.evaluation.container_length import declared_bytes
-from rfengine.evaluation.video_frames import frames_at_once
+from rfengine.evaluation.video_frames import Frames, frames_at_once
 from rfengine.files import open_regular
 
 if TYPE_CHECKING:
@@ -46,40 +45,9 @@ class _Turn(NamedTuple):
 _UPRIGHT = _Turn((_ONE, 0), (0, _ONE))
 
 
-@dataclass(frozen=True, slots=True)
-class VideoFile:
-    """A video file that has been decoded once to its end: `Frames` that are decoded again for each metric.
-
-    count, height, width: as it is shown. stamp: of the file then; one that has changed since is a ValueError.
-    """
-
-    path: Path
-    count: int
-    height: int
-    width: int
-    turn: _Turn
-    stamp: tuple[int, ...]
-
-    def batches(self) -> Iterator[Tensor]:
-        """uint8 [B, H, W, 3], RGB, turned as the file says. Raises ValueError when it has changed."""
-        from av.video.reformatter import VideoReformatter
-
-        reformatter, held = VideoReformatter(), []
-        with _opened(self.path) as file:
-            if _stamp(file) != self.stamp:
-                raise ValueError(f"{self.path} has changed while it was measured; measure it again")
-            for frame in _decoded(self.path, file):
-                picture = reformatter.reformat(frame, format="rgb24").to_ndarray()
-                held.append(_turned(torch.from_numpy(picture), self.turn))
-                if len(held) == frames_at_once(self.height, self.width):
-                    yield torch.stack(held)
-                    held = []
-        if held:
-            yield torch.stack(held)
-
-
-def open_video(path: Path) -> VideoFile:
-    """Decode a video file once, to know that it can be measured, and how many frames it has.
+def open_video(path: Path) -> Frames:
+    """Decode a video file once, to know that it can be measured, and how many frames it has; `batches`
+    decodes it again, and raises ValueError when it has changed since.
 
     Raises ValueError, with the reason, for one that is damaged or empty, has no picture, changes its size,
     has pixels that are not square or see-through, or is larger than MOST_SIDE, MOST_PIXELS or MOST_FRAMES,
@@ -103,7 +71,26 @@ def open_video(path: Path) -> VideoFile:
         if not count:
             raise ValueError(f"{path} has 0 frames; give a video with some")
         height, width = size if turn.across[0] else size[::-1]
-        return VideoFile(path, count, height, width, turn, _stamp(file))
+        stamp = _stamp(file)
+    return Frames(count, height, width, lambda: _batches(path, turn, stamp, frames_at_once(height, width)))
+
+
+def _batches(path: Path, turn: _Turn, stamp: tuple[int, ...], at_once: int) -> Iterator[Tensor]:
+    """uint8 [B, H, W, 3], RGB, turned as the file says."""
+    from av.video.reformatter import VideoReformatter
+
+    reformatter, held = VideoReformatter(), []
+    with _opened(path) as file:
+        if _stamp(file) != stamp:
+            raise ValueError(f"{path} has changed while it was measured; measure it again")
+        for frame in _decoded(path, file):
+            picture = reformatter.reformat(frame, format="rgb24").to_ndarray()
+            held.append(_turned(torch.from_numpy(picture), turn))
+            if len(held) == at_once:
+                yield torch.stack(held)
+                held = []
+    if held:
+        yield torch.stack(held)
 
 
 @contextmanager

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from rfengine.evaluation.optical_flow import shrunk
 from rfengine.limits import Range, check_value, field_hints
 
 if TYPE_CHECKING:
     from numpy import ndarray
+
+Curve = tuple[tuple[float, float], ...]
 
 _FRAMES_AT_ONCE = 32
 _PIXELS_AT_ONCE = 2**22  # a metric holds about 60 bytes for each pixel of a batch
@@ -44,74 +47,40 @@ class ChunkGrid:
         return first + [slice(start, start + self.frames) for start in starts]
 
 
-@runtime_checkable
-class Frames(Protocol):
-    """The frames of one video, all of one size, which a metric goes through in order as often as it needs."""
+class Measured(NamedTuple):
+    """What a metric says of one video. values: by the names of report.METRICS. curves: points by name."""
 
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def height(self) -> int: ...
-
-    @property
-    def width(self) -> int: ...
-
-    def batches(self) -> Iterator[Tensor]:
-        """All frames from the first on, uint8 [B, H, W, 3], at most `frames_at_once` of them together."""
-        ...
+    values: dict[str, float]
+    curves: dict[str, Curve]
 
 
 @dataclass(frozen=True, slots=True)
-class FramesInMemory:
-    """A video that is there as a whole: uint8 [T, H, W, 3]."""
+class Frames:
+    """The frames of one video, all of one size, which a metric goes through in order as often as it needs.
 
-    video: Tensor
+    batches: all frames from the first on, uint8 [B, H, W, 3], at most `frames_at_once` of them together.
+    """
 
-    @property
-    def count(self) -> int:
-        return self.video.shape[0]
-
-    @property
-    def height(self) -> int:
-        return self.video.shape[1]
-
-    @property
-    def width(self) -> int:
-        return self.video.shape[2]
-
-    def batches(self) -> Iterator[Tensor]:
-        yield from self.video.split(frames_at_once(self.height, self.width))
+    count: int
+    height: int
+    width: int
+    batches: Callable[[], Iterator[Tensor]]
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenFrames:
+def chosen_frames(whole: Frames, places: Sequence[int]) -> Frames:
     """Some frames of a video: those at `places`, which rise."""
 
-    whole: Frames
-    places: Sequence[int]
-
-    @property
-    def count(self) -> int:
-        return len(self.places)
-
-    @property
-    def height(self) -> int:
-        return self.whole.height
-
-    @property
-    def width(self) -> int:
-        return self.whole.width
-
-    def batches(self) -> Iterator[Tensor]:
+    def batches() -> Iterator[Tensor]:
         first, taken = 0, 0
-        for batch in self.whole.batches():
-            end = bisect_left(self.places, first + len(batch))
+        for batch in whole.batches():
+            end = bisect_left(places, first + len(batch))
             if end > taken:
-                yield batch[[place - first for place in self.places[taken:end]]]
-            if end == len(self.places):
+                yield batch[[place - first for place in places[taken:end]]]
+            if end == len(places):
                 return
             first, taken = first + len(batch), end
+
+    return Frames(len(places), whole.height, whole.width, batches)
 
 
 def frames_at_once(height: int, width: int) -> int:
@@ -120,31 +89,24 @@ def frames_at_once(height: int, width: int) -> int:
 
 
 def as_frames(frames: Tensor | ndarray | Frames) -> Frames:
-    """A video in memory, uint8 [T, H, W, 3], as `Frames`; what is that already is given back.
+    """A video in memory, uint8 [T, H, W, 3], as `Frames` that share it; what is that already is given back.
 
     Raises ValueError for anything else.
     """
-    return frames if isinstance(frames, Frames) else FramesInMemory(as_video(frames))
-
-
-def as_video(frames: Tensor | ndarray) -> Tensor:
-    """Frames uint8 [T, H, W, 3] as a tensor that shares their memory. Raises ValueError for anything else."""
+    if isinstance(frames, Frames):
+        return frames
     video = frames if isinstance(frames, Tensor) else torch.from_numpy(frames)
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not video.numel():
         raise ValueError(f"frames are {video.dtype} {tuple(video.shape)}; give uint8 [T, H, W, 3]")
-    return video
+    count, height, width = video.shape[:3]
+    return Frames(count, height, width, lambda: iter(video.split(frames_at_once(height, width))))
 
 
 def picture_batches(frames: Tensor | ndarray | Frames, shorter_side: int | None = None) -> Iterator[Tensor]:
     """The frames in order as float32 [B, 3, H, W] from 0 to 1, shrunk to `shorter_side` where larger."""
-    video = as_frames(frames)
-    scale = 1.0 if shorter_side is None else min(1.0, shorter_side / min(video.height, video.width))
-    for batch in video.batches():
+    for batch in as_frames(frames).batches():
         pictures = batch.permute(0, 3, 1, 2).float().div_(255)
-        if scale < 1:
-            size = (max(1, round(video.height * scale)), max(1, round(video.width * scale)))
-            pictures = functional.interpolate(pictures, size, mode="area")
-        yield pictures
+        yield pictures if shorter_side is None else shrunk(pictures, shorter_side)
         del pictures  # before the next ones are made
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfengine.toy.captions import CaptionFacts, parse_caption
 from rfengine.toy.detector import Detection, ObjectDetection, detect
-from rfengine.toy.world import SPEEDS, WorldConfig
+from rfengine.toy.world import SPEEDS, Scene, WorldConfig, parse_caption
 
 _TOP_SPEED = max(SPEEDS.values())
 _HIGHEST = 1.5  # of the top speed: what moves faster than anything in the world earns no more
@@ -33,18 +32,18 @@ class ToyReward:
             for clip, text in zip(frames.cpu(), prompts, strict=True)
         ]
         return {
-            "motion": torch.tensor([_motion(facts, seen) for facts, seen in pairs]),
-            "agreement": torch.tensor([_agreement(facts, seen) for facts, seen in pairs]),
+            "motion": torch.tensor([_motion(said, seen) for said, seen in pairs]),
+            "agreement": torch.tensor([_agreement(said, seen) for said, seen in pairs]),
         }
 
 
-def _named(facts: CaptionFacts, detection: Detection) -> list[ObjectDetection | None]:
+def _named(said: Scene, detection: Detection) -> list[ObjectDetection | None]:
     found = {entry.colour: entry for entry in detection.objects}
-    return [found.get(colour) for _, colour, _ in facts.objects]
+    return [found.get(entry.colour) for entry in said.objects]
 
 
-def _motion(facts: CaptionFacts, detection: Detection) -> float:
-    objects = _named(facts, detection)
+def _motion(said: Scene, detection: Detection) -> float:
+    objects = _named(said, detection)
     if any(entry is None for entry in objects):
         return 0.0
     speeds = [min(_HIGHEST, entry.speed_value / _TOP_SPEED) for entry in objects]
@@ -52,15 +51,15 @@ def _motion(facts: CaptionFacts, detection: Detection) -> float:
     return sum(speed * there for speed, there in zip(speeds, present, strict=True)) / len(objects)
 
 
-def _agreement(facts: CaptionFacts, detection: Detection) -> float:
-    objects = _named(facts, detection)
-    right = [facts.background == detection.background, len(detection.objects) == len(objects)]
-    for (size, _, shape), entry in zip(facts.objects, objects, strict=True):
+def _agreement(said: Scene, detection: Detection) -> float:
+    objects = _named(said, detection)
+    right = [said.background == detection.background, len(detection.objects) == len(objects)]
+    for named, entry in zip(said.objects, objects, strict=True):
         seen = entry is not None
-        right += [seen, seen and entry.size == size, seen and entry.shape == shape]
-        right.append(seen and entry.motion == facts.motion)
-        if facts.direction is not None:
-            right.append(seen and entry.direction == facts.direction)
-        if facts.speed is not None:
-            right.append(seen and entry.speed == facts.speed)
+        right += [seen, seen and entry.size == named.size, seen and entry.shape == named.shape]
+        right.append(seen and entry.motion == said.motion)
+        if said.direction is not None:
+            right.append(seen and entry.direction == said.direction)
+        if said.speed is not None:
+            right.append(seen and entry.speed == said.speed)
     return sum(right) / len(right)

@@ -8,9 +8,11 @@ radians.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,8 +36,11 @@ SPEEDS: dict[str, float] = {"slowly": 1.0, "fast": 2.0}  # pixels a frame, at 64
 BACKGROUNDS = ("grey wall", "checkered floor", "striped wall", "dotted wall")
 MOTIONS = ("moving", "bouncing", "turning", "growing")
 
-_DIRECTION_WORDS = {"left": "to the left", "right": "to the right", "up": "upwards", "down": "downwards"}
-_BOUNCE_WORDS = {"right": "left and right", "down": "up and down"}
+_DIRECTION_WORDS: dict[str, dict[str, str]] = {  # of the motions that have a direction
+    "moving": {"left": "to the left", "right": "to the right", "up": "upwards", "down": "downwards"},
+    "bouncing": {"right": "left and right", "down": "up and down"},
+}
+_OBJECT = re.compile(rf"a ({'|'.join(RADII)}) ({'|'.join(PALETTE)}) ({'|'.join(SHAPES)})")
 _SQUARE_SIDE = 0.886  # half side over radius: the square of the same area as the circle
 _TRIANGLE_RADIUS = 1.3  # circumradius over radius
 _BOUNCE_REACH = 8.0  # pixels from the middle to either turning point, at 64 pixels
@@ -99,23 +104,25 @@ class SceneObject:
 class Scene:
     """What a video shows, from its first frame to any later one.
 
-    `direction` is None for turning and growing; a bouncing shape starts towards it and comes back.
-    `start` is the offset (x, y) of the first position from the middle, in pixels of the 64-pixel world.
-    Only it is not said by the caption.
+    `direction` is None for turning and growing; a bouncing shape starts towards it and comes back. `speed` is
+    None where an open caption leaves it open; such a scene cannot be drawn. `start` is the offset (x, y) of
+    the first position from the middle, in pixels of the 64-pixel world. Only it is not said by the caption.
     """
 
     objects: tuple[SceneObject, ...]
     motion: str
-    speed: str
+    speed: str | None
     direction: str | None
     background: str
     start: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
-        for name, known in (("motion", MOTIONS), ("speed", SPEEDS), ("background", BACKGROUNDS)):
+        for name, known in (("motion", MOTIONS), ("speed", (*SPEEDS, None)), ("background", BACKGROUNDS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}")
-        allowed = {"moving": tuple(DIRECTIONS), "bouncing": tuple(_BOUNCE_WORDS)}.get(self.motion, (None,))
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; use one of {', '.join(map(str, known))}"
+                )
+        allowed = tuple(_DIRECTION_WORDS.get(self.motion, (None,)))
         if self.direction not in allowed:
             raise ValueError(f"direction is {self.direction!r}; a {self.motion} shape has one of {allowed}")
         if len(self.objects) not in (1, 2) or (len(self.objects) == 2 and self.motion != "moving"):
@@ -140,18 +147,33 @@ class ObjectTrack:
 def caption(scene: Scene) -> str:
     """The sentence that describes the scene; equal sentences mean scenes that differ in `start` alone."""
     subject = " and ".join(f"a {entry.size} {entry.colour} {entry.shape}" for entry in scene.objects)
-    action = {
-        "moving": f"moving {scene.speed} {_DIRECTION_WORDS.get(scene.direction or '')}",
-        "bouncing": f"bouncing {scene.speed} {_BOUNCE_WORDS.get(scene.direction or '')}",
-        "turning": f"turning {scene.speed}",
-        "growing": f"growing and shrinking {scene.speed}",
-    }[scene.motion]
-    return f"{subject} {action} over a {scene.background}"
+    words = ["growing and shrinking" if scene.motion == "growing" else scene.motion]
+    if scene.speed is not None:
+        words.append(scene.speed)
+    if scene.direction is not None:
+        words.append(_DIRECTION_WORDS[scene.motion][scene.direction])
+    return f"{subject} {' '.join(words)} over a {scene.background}"
 
 
 def open_caption(scene: Scene) -> str:
     """The caption without its speed: slow and fast videos are equally likely under it."""
-    return caption(scene).replace(f" {scene.speed}", "", 1)
+    return caption(dataclasses.replace(scene, speed=None))
+
+
+def parse_caption(text: str) -> Scene:
+    """The scene of a caption, open or not, from the middle. Raises ValueError for any other text."""
+    objects = tuple(SceneObject(colour, shape, size) for size, colour, shape in _OBJECT.findall(text))
+    motion = next((name for name in MOTIONS if f" {name}" in text), "")
+    background = next((name for name in BACKGROUNDS if text.endswith(f"over a {name}")), "")
+    words = _DIRECTION_WORDS.get(motion, {})
+    direction = next((name for name, phrase in words.items() if phrase in text), None)
+    speed = next((name for name in SPEEDS if f" {name}" in text), None)
+    try:
+        return Scene(objects, motion, speed, direction, background)
+    except ValueError as error:
+        raise ValueError(
+            f"{text!r} is no caption of the toy world; use one that toy.world.caption gives"
+        ) from error
 
 
 def is_held_out(scene: Scene) -> bool:
@@ -181,7 +203,7 @@ def _sample_scene(generator: random.Random, config: WorldConfig) -> Scene:
     colours = generator.sample(list(PALETTE), count)
     shapes = [shape for shape in SHAPES if motion != "turning" or shape != "circle"]
     sizes = ["small"] if count == 2 else list(RADII)
-    directions = {"moving": list(DIRECTIONS), "bouncing": list(_BOUNCE_WORDS)}.get(motion, [None])
+    directions = list(_DIRECTION_WORDS.get(motion, (None,)))
     return Scene(
         objects=tuple(
             SceneObject(colour, generator.choice(shapes), generator.choice(sizes)) for colour in colours

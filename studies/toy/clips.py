@@ -109,7 +109,7 @@ def _measure(setting: Setting, sampler: _Sampler, kind: str, seed: int) -> Unit:
             values = _clip_values(scene, text, pixels[place])
             if first_seed and first + place < setting.size.flow_clips:
                 frames = frame_pack(pixels[place]).cpu().numpy()
-                values["flow_speed"] = measure_dynamics(frames, most_pairs=_FLOW_PAIRS).speed
+                values["flow_speed"] = measure_dynamics(frames, most_pairs=_FLOW_PAIRS).values["speed"]
             videos.append({"prompt": first + place, "seed": seed, "captions": kind, "values": values})
     return {"videos": videos, "latents": torch.cat(kept)}
 

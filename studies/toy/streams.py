@@ -30,7 +30,11 @@ _WINDOWS = 20
 _FLOW_PAIRS = 32
 _STRIDE = 4  # every fourth frame counts for consistency
 _END_SECONDS = 20  # of which the attributes are judged
-_DRIFTS = ("exposure", "contrast", "colour", "sharpness")
+_MOST_POINTS = 40  # chunks of one curve of a drift
+_MEASURED = (
+    *("freeze_fraction", "consistency_near", "consistency_far"),
+    *(f"{name}_drift" for name in ("exposure", "contrast", "colour", "sharpness")),
+)
 
 
 def sink_names(alphas: Sequence[float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -140,32 +144,22 @@ def _stream_values(
 ) -> tuple[Values, dict[str, list[tuple[float, float]]]]:
     dynamics = measure_dynamics(video, grid, _FLOW_PAIRS)
     consistency = measure_consistency(video[::_STRIDE], grid.frames // _STRIDE)
+    measured = dynamics.values | consistency.values
     starts = torch.linspace(0, len(video) - _WINDOW, _WINDOWS).round().int().tolist()
     windows = torch.stack([video[start : start + _WINDOW] for start in starts])
     rewards = ToyReward()(windows, [text] * len(windows))["motion"].tolist()
-    values = {
-        "reward": sum(rewards) / len(rewards),
-        "flow_speed": dynamics.speed,
-        "freeze_fraction": dynamics.freeze_fraction,
-        "consistency_near": consistency.near,
-        "consistency_far": consistency.far,
-    }
-    values |= {f"{name}_drift": getattr(dynamics.drift, name) for name in _DRIFTS}
+    values = {"reward": sum(rewards) / len(rewards), "flow_speed": measured["speed"]}
+    values |= {name: measured[name] for name in _MEASURED}
     values |= toy_accuracy(video[-_END_SECONDS * fps :], text)
     curves = {
         "reward": [(start / fps, reward) for start, reward in zip(starts, rewards, strict=True)],
-        "consistency": [(lag * _STRIDE / fps, value) for lag, value in consistency.curve],
+        "consistency": [(lag * _STRIDE / fps, value) for lag, value in consistency.curves["consistency"]],
     }
-    for name in ("sharpness", "colour"):
-        curves[f"{name}_drift"] = _thinned(getattr(dynamics.drift, f"{name}_curve"), grid, fps)
+    for name in ("sharpness_drift", "colour_drift"):
+        curve = dynamics.curves[name]
+        chosen = torch.linspace(0, len(curve) - 1, min(_MOST_POINTS, len(curve))).round().int().unique()
+        curves[name] = [(curve[index][0] / fps, curve[index][1]) for index in chosen.tolist()]
     return values, curves
-
-
-def _thinned(curve: Tensor, grid: ChunkGrid, fps: int, most: int = 40) -> list[tuple[float, float]]:
-    """(second, value) of at most `most` chunks, spread evenly; the first chunk begins at 0."""
-    chosen = torch.linspace(0, len(curve) - 1, min(most, len(curve))).round().int().unique().tolist()
-    begins = [0 if index == 0 else grid.first_frames + (index - 1) * grid.frames for index in chosen]
-    return [(begin / fps, float(curve[index])) for begin, index in zip(begins, chosen, strict=True)]
 
 
 def _with_copying(units: Sequence[Unit]) -> list[dict[str, Any]]:
@@ -175,11 +169,6 @@ def _with_copying(units: Sequence[Unit]) -> list[dict[str, Any]]:
     for seed, made in enumerate(units):
         for prompt, video in enumerate(made["videos"]):
             others = [row[prompt] for place, row in enumerate(traces) if place != seed]
-            copying = measure_copying(traces[seed][prompt], others)
-            video["values"] |= {
-                "copying_likeness": copying.likeness,
-                "copying_baseline": copying.baseline,
-                "copying_excess": copying.excess,
-            }
+            video["values"] |= measure_copying(traces[seed][prompt], others)
             videos.append(video)
     return videos

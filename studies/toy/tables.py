@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from rfengine.evaluation.confidence import Interval, bootstrap_mean
+from rfengine.evaluation.report import Interval, bootstrap_mean
 from studies.toy.record import Record
 from studies.toy.setting import SHIPPED, WITH_EVICTION, WITHOUT_EVICTION, split_model
 

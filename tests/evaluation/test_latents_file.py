@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from rfengine.evaluation.latents_file import read_latents
-from rfengine.evaluation.video_frames import FramesInMemory
+from rfengine.evaluation.video_frames import as_frames
 
-VIDEO = FramesInMemory(torch.zeros(21, 32, 48, 3, dtype=torch.uint8))
+VIDEO = as_frames(torch.zeros(21, 32, 48, 3, dtype=torch.uint8))
 
 
 def test_latents_are_read_and_a_batch_of_one_is_taken_off(

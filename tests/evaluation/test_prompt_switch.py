@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.prompt_switch import measure_switch_delay
+from rfengine.evaluation.prompt_switch import measure_switches
 from rfengine.evaluation.toy_accuracy import toy_window_score
 from rfengine.evaluation.video_frames import NotMeasurableError
 from rfengine.toy.world import Scene, SceneObject, caption, render
@@ -28,24 +28,23 @@ def video_of_levels(levels: list[int]) -> Tensor:
 @pytest.mark.parametrize("late", [0, 8, 20])
 def test_delay_grows_with_the_frames_that_show_the_old_prompt(late: int) -> None:
     video = as_frames(torch.cat((render(OLD, 24 + late), render(NEW, 60, start_frame=24 + late))))
-    found = measure_switch_delay(video, 24, caption(OLD), caption(NEW), toy_window_score)
-    assert found.frames is not None and max(0, late - 8) <= found.frames <= late + 4
+    found = measure_switches(video, [(0, caption(OLD)), (24, caption(NEW))], toy_window_score).values
+    assert found["switch_failures"] == 0 and max(0, late - 8) <= found["switch_delay"] <= late + 4
 
 
 def test_a_first_win_that_does_not_last_does_not_count() -> None:
     video = video_of_levels([0] * 12 + [255] * 12 + [0] * 12 + [255] * 24)
-    found = measure_switch_delay(video, 0, "dark", "bright", level, window_frames=4, stride=4)
-    assert found.frames == 36
-    assert [start for start, margin in found.margins if margin > 0][:3] == [12, 16, 20]
+    found = measure_switches(video, [(0, "dark"), (0, "bright")], level, window_frames=4)
+    assert found.values == {"switch_delay": 36, "switch_failures": 0}
+    assert [start for start, margin in found.curves["switch_margin"] if margin > 0][:3] == [12, 16, 20]
 
 
-def test_a_prompt_that_never_wins_has_no_delay() -> None:
-    found = measure_switch_delay(video_of_levels([0] * 40), 8, "dark", "bright", level)
-    assert found.frames is None and all(margin < 0 for _, margin in found.margins)
+def test_a_prompt_that_never_wins_counts_as_long_as_its_frames() -> None:
+    found = measure_switches(video_of_levels([0] * 40), [(0, "dark"), (8, "bright")], level)
+    assert found.values == {"switch_delay": 32, "switch_failures": 1}
+    assert all(margin < 0 for _, margin in found.curves["switch_margin"])
 
 
 def test_a_switch_at_the_end_cannot_be_judged() -> None:
     with pytest.raises(NotMeasurableError, match="5 frames follow the switch at 35; its delay needs 12"):
-        measure_switch_delay(video_of_levels([0] * 40), 35, "dark", "bright", level)
-    with pytest.raises(ValueError, match="stride 0"):
-        measure_switch_delay(video_of_levels([0] * 40), 0, "dark", "bright", level, stride=0)
+        measure_switches(video_of_levels([0] * 40), [(0, "dark"), (35, "bright")], level)

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from rfengine.evaluation.video_frames import (
-    ChosenFrames,
     ChunkGrid,
     as_frames,
-    as_video,
+    chosen_frames,
     find_videos,
     layout_features,
     picture_batches,
@@ -54,7 +53,7 @@ def test_windows_and_chosen_frames_are_those_of_the_whole_video() -> None:
     found = windows(as_frames(video).batches(), ranges)
     assert all(torch.equal(part, video[a:b]) for part, (a, b) in zip(found, ranges, strict=True))
     places = [0, 15, 16, 17, 63, 98]
-    chosen = ChosenFrames(as_frames(video), places)
+    chosen = chosen_frames(as_frames(video), places)
     assert torch.equal(torch.cat(list(chosen.batches())), video[places]) and chosen.count == 6
     for parts in (1, 3, 7):
         lengths = [len(part) for part in video.tensor_split(parts)]
@@ -70,10 +69,10 @@ def test_chunks_are_the_first_and_the_whole_ones_after_it() -> None:
 
 def test_arrays_and_tensors_are_taken_and_other_frames_refused() -> None:
     video = textured_clip(3)
-    assert torch.equal(as_video(video.numpy()), video)
+    assert torch.equal(next(as_frames(video.numpy()).batches()), video)
     for wrong in (numpy.zeros((2, 4, 4, 3)), torch.zeros(4, 4, 3, dtype=torch.uint8), video[:0]):
         with pytest.raises(ValueError, match="give uint8"):
-            as_video(wrong)
+            as_frames(wrong)
 
 
 def test_batches_cover_every_frame_and_shrink_large_ones() -> None:

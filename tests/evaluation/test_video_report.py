@@ -7,16 +7,16 @@ import torch
 
 from rfengine.evaluation.report import METRICS
 from rfengine.evaluation.video_frames import ChunkGrid
-from rfengine.evaluation.video_report import MeasureOptions, measure_video, with_copying
+from rfengine.evaluation.video_report import measure_video, with_copying
 from rfengine.toy.world import Scene, SceneObject, WorldConfig, caption, render
 from support.distortions import SCENE, as_frames, distorted, textured_clip, toy_clip
 
-FEW = MeasureOptions(flow_pairs=2)
+FEW = (ChunkGrid(), 2)  # pairs of frames whose flow is measured
 
 
 @pytest.mark.parametrize("frames", [1, 20, 21, 30, 48, 60])
 def test_a_short_video_has_fewer_metrics_and_a_reason_for_each_it_lacks(frames: int) -> None:
-    report, trace = measure_video("a", textured_clip(frames), FEW)
+    report, trace = measure_video("a", textured_clip(frames), *FEW)
     assert ("speed" in report.values) == ("exposure_drift" in report.values) == (frames >= 21)
     assert ("dynamics and drift" in report.absent) == (frames < 21)
     assert ("consistency" in report.absent) == (frames < 24)
@@ -29,11 +29,11 @@ def test_a_long_video_with_caption_and_latents_has_every_metric_but_switches() -
     first, trace = measure_video(
         "a",
         toy_clip(69, SCENE, WorldConfig()),
-        FEW,
+        *FEW,
         captions=[(0, caption(SCENE))],
         latents=torch.randn(4, 18, 8, 8, generator=generator),
     )
-    second, other = measure_video("b", textured_clip(69), FEW)
+    second, other = measure_video("b", textured_clip(69), *FEW)
     assert not first.absent and first.captions == (caption(SCENE),)
     done = with_copying([first, second], [trace, other])
     missing = set(METRICS) - set(done[0].values) - {"switch_delay", "switch_failures", "repetition_lag"}
@@ -43,7 +43,7 @@ def test_a_long_video_with_caption_and_latents_has_every_metric_but_switches() -
 
 def test_copying_is_reckoned_against_baselines_then_equal_captions_then_all_others() -> None:
     videos = [distorted("textured", "frozen"), textured_clip(69, seed=3), textured_clip(69, seed=4)]
-    pairs = [measure_video(str(index), video, FEW) for index, video in enumerate(videos)]
+    pairs = [measure_video(str(index), video, *FEW) for index, video in enumerate(videos)]
     reports, traces = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
     def baseline(*extra) -> float:
@@ -63,7 +63,7 @@ def test_switches_are_judged_one_after_the_other() -> None:
     other = Scene((SceneObject("blue", "circle", "large"),), "moving", "slowly", "left", "grey wall")
     frames = as_frames(torch.cat((render(SCENE, 40), render(other, 40, 40), render(other, 40, 80))))
     captions = [(0, caption(SCENE)), (40, caption(other)), (80, caption(SCENE))]
-    report, _ = measure_video("a", frames, MeasureOptions(ChunkGrid(), 2), captions=captions)
+    report, _ = measure_video("a", frames, *FEW, captions=captions)
     # the first switch is done at once, the second never within its 40 frames
     assert report.values["switch_delay"] == (0 + 40) / 2 and report.values["switch_failures"] == 0.5
 
@@ -71,11 +71,11 @@ def test_switches_are_judged_one_after_the_other() -> None:
 def test_switches_in_a_video_of_another_size_are_absent_and_the_rest_is_measured() -> None:
     captions = [(0, caption(SCENE)), (12, caption(SCENE))]
     odd = torch.zeros(30, 40, 64, 3, dtype=torch.uint8)
-    report, _ = measure_video("a", odd, FEW, captions=captions)
+    report, _ = measure_video("a", odd, *FEW, captions=captions)
     assert "40 x 64; the toy world has multiples of 16" in report.absent["prompt switch"]
     assert "consistency_near" in report.values
 
 
 def test_a_caption_of_no_toy_world_is_an_error() -> None:
     with pytest.raises(ValueError, match="'a cat' is no caption of the toy world"):
-        measure_video("a", textured_clip(24), FEW, captions=[(0, "a cat")])
+        measure_video("a", textured_clip(24), *FEW, captions=[(0, "a cat")])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rfengine.evaluation.confidence import bootstrap_mean
+from rfengine.evaluation.report import bootstrap_mean
 from studies.toy.record import read_records
 from studies.toy.tables import LEAST_MARKED, render, summary
 
