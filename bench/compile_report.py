@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,27 +63,7 @@ class Options:
     """Golden files whose kernels are compiled as well, with --cache; all where nothing is given."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel compiled for one launch."""
-
-    arch: str
-    case: str
-    kernel: str
-    grid: tuple[int, ...]
-    warps: int  # those of the block, with what warp specialisation adds
-    registers: int
-    stack_bytes: int
-    spills: int
-    shared_bytes: int
-    products: tuple[int, int]  # HGMMA with the first factor in shared memory, in registers
-    other_products: dict[str, int]  # matrix instructions of other generations
-    tensor_copies: int  # instructions of the tensor memory accelerator, loads and stores
-    blocks: int  # resident on one multiprocessor
-    occupancy: float  # share of its warps
-
-
-def compile_case(case: KernelCase, arch: str, shapes: Shapes) -> list[Launch]:
+def compile_case(case: KernelCase, arch: str, shapes: Shapes) -> list[dict[str, Any]]:
     """Every kernel that one case launches on `arch`."""
     architecture = ARCHITECTURES[arch]
     kernel = case.kernel()
@@ -92,8 +72,15 @@ def compile_case(case: KernelCase, arch: str, shapes: Shapes) -> list[Launch]:
     return [describe(case, arch, *launch) for launch in recorded]
 
 
-def describe(case: KernelCase, arch: str, kernel: str, grid: tuple[int, ...], compiled: Any) -> Launch:
-    """Resources and instructions of one compiled kernel."""
+def describe(
+    case: KernelCase, arch: str, kernel: str, grid: tuple[int, ...], compiled: Any
+) -> dict[str, Any]:
+    """Resources and instructions of one compiled kernel.
+
+    warps: those of the block, with what warp specialisation adds. products: HGMMA with the first factor in
+    shared memory, in registers. other_products: matrix instructions of other generations. tensor_copies:
+    instructions of the tensor memory accelerator. blocks: resident on one multiprocessor.
+    """
     architecture = ARCHITECTURES[arch]
     threads = int(re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])[1])
     warps = threads // 32
@@ -113,22 +100,16 @@ def describe(case: KernelCase, arch: str, kernel: str, grid: tuple[int, ...], co
     in_shared = sum(factor.startswith("gdesc") for factor in first_factors)
     others = {name for name in names if "MMA" in name and name != "HGMMA"}
     blocks = resident_blocks(architecture, registers, warps, compiled.metadata.shared)
-    return Launch(
-        arch=arch,
-        case=case.name,
-        kernel=kernel,
-        grid=grid,
-        warps=warps,
-        registers=registers,
-        stack_bytes=stack,
-        spills=sum(name in ("LDL", "STL") for name in names),
-        shared_bytes=compiled.metadata.shared,
-        products=(in_shared, len(first_factors) - in_shared),
-        other_products={name: names.count(name) for name in sorted(others)},
-        tensor_copies=sum(name in ("UTMALDG", "UTMASTG", "UTMAREDG") for name in names),
-        blocks=blocks,
-        occupancy=blocks * warps / architecture.warps,
-    )
+    return {
+        "arch": arch, "case": case.name, "kernel": kernel, "grid": grid, "warps": warps,
+        "registers": registers, "stack_bytes": stack,
+        "spills": sum(name in ("LDL", "STL") for name in names),
+        "shared_bytes": compiled.metadata.shared,
+        "products": (in_shared, len(first_factors) - in_shared),
+        "other_products": {name: names.count(name) for name in sorted(others)},
+        "tensor_copies": sum(name in ("UTMALDG", "UTMASTG", "UTMAREDG") for name in names),
+        "blocks": blocks, "occupancy": blocks * warps / architecture.warps,
+    }  # fmt: skip
 
 
 def resident_blocks(architecture: Architecture, registers: int, warps: int, shared_bytes: int) -> int:
@@ -145,12 +126,12 @@ def _run(program: str, *arguments: str) -> str:
     return finished.stdout
 
 
-def render(launches: list[Launch]) -> str:
+def render(launches: list[dict[str, Any]]) -> str:
     """One line for each launch, under a heading for each architecture."""
     lines = []
-    for arch in dict.fromkeys(launch.arch for launch in launches):
+    for arch in dict.fromkeys(launch["arch"] for launch in launches):
         lines += [f"{arch}, Triton {triton.__version__}", HEADING]
-        lines += [_line(launch) for launch in launches if launch.arch == arch]
+        lines += [_line(launch) for launch in launches if launch["arch"] == arch]
     return "\n".join(lines)
 
 
@@ -160,15 +141,14 @@ HEADING = (
 )
 
 
-def _line(launch: Launch) -> str:
-    products = "+".join(map(str, launch.products)) if any(launch.products) else "-"
-    for name, count in launch.other_products.items():
+def _line(launch: dict[str, Any]) -> str:
+    products = "+".join(map(str, launch["products"])) if any(launch["products"]) else "-"
+    for name, count in launch["other_products"].items():
         products = f"{count} {name}"
-    name = f"{launch.case}: {launch.kernel}"
     return (
-        f"{name:<74} {launch.warps:>5} {launch.registers:>4} {launch.spills:>6} "
-        f"{launch.shared_bytes / KILO:>9.1f} {products:>10} {launch.tensor_copies:>3} {launch.blocks:>6} "
-        f"{launch.occupancy:>9.0%}"
+        f"{launch['case'] + ': ' + launch['kernel']:<74} {launch['warps']:>5} {launch['registers']:>4} "
+        f"{launch['spills']:>6} {launch['shared_bytes'] / KILO:>9.1f} {products:>10} "
+        f"{launch['tensor_copies']:>3} {launch['blocks']:>6} {launch['occupancy']:>9.0%}"
     )
 
 
@@ -205,8 +185,7 @@ def run(options: Options) -> int:
                     last_line = str(error).strip().splitlines()[-1]
                     failures.append({"arch": arch, "case": case.name, "error": last_line})
     if options.json:
-        rows = [asdict(launch) for launch in launches]
-        print(json.dumps({"triton": triton.__version__, "launches": rows, "failures": failures}))
+        print(json.dumps({"triton": triton.__version__, "launches": launches, "failures": failures}))
     else:
         print(render(launches))
         for failure in failures:

@@ -23,11 +23,10 @@ if __name__ == "__main__":  # a checkout that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch import Tensor
 
 from bench.kernel_cases import KernelCase, chosen_cases
 from bench.kernel_inputs import Arguments, Draw
-from rfengine.accuracy import beyond_reference_error
+from rfengine.accuracy import wrong_result
 from rfengine.benchmark.attention_libraries import libraries
 from rfengine.benchmark.conditions import device_name, state, versions
 from rfengine.cli.process import run_script
@@ -157,27 +156,8 @@ def seeded_draw(seed: int, device: str = "cuda", dtype: torch.dtype = torch.bflo
 def fault_of(case: KernelCase, shapes: Shapes, draw: Draw) -> str:
     """What is wrong with the kernel of a case (beyond_reference_error); empty where it is right."""
     arguments = case.inputs(shapes.with_layers(min(CHECKED_LAYERS, shapes.layers)), draw)
-    found, expected = (
-        _results(case, run, _map(Tensor.clone, arguments)) for run in (case.kernel(), case.meaning())
-    )
-    truth = _results(case, case.meaning(), _map(_widened, arguments))
-    for index, tensors in enumerate(zip(found, expected, truth, strict=True)):
-        problem = beyond_reference_error(*tensors)
-        if problem:
-            return f"{case.name}: result {index} is {problem}"
-    return ""
-
-
-def _results(case: KernelCase, run: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
-    return [result.clone() for result in case.checked(arguments, run(*arguments))]
-
-
-def _map(change: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
-    return tuple(change(item) if isinstance(item, Tensor) else item for item in arguments)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+    problem = wrong_result(case.kernel(), case.meaning(), arguments, arguments, case.checked)
+    return problem and f"{case.name}: {problem}"
 
 
 def candidates(case: KernelCase, compiles: bool) -> Iterator[tuple[str, Callable[..., object]]]:

@@ -25,6 +25,7 @@ from rfengine.config import PRESETS
 from rfengine.costs.chunk import GROUPS, PRODUCTS, ChunkWork, Part, Precision, prompt_parts
 from rfengine.costs.rates import GPU, GPUS, GPUName, arithmetic_ms, floor_ms, memory_ms
 from rfengine.costs.shapes import Shapes
+from rfengine.grid import LatentGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,64 +56,43 @@ def roofline(options: Options) -> dict[str, Any]:
     gpu = GPUS[options.gpu]
     if options.precision != "bf16" and gpu.fp8_tflop_per_s is None:
         raise ValueError(f"precision is {options.precision} but {gpu.name} has no FP8 products; use bf16")
-    work = _chunk_work(options)
-    parts = work.parts()
-    products = [part for part in parts if part.group in PRODUCTS]
-    groups = {group: [part for part in parts if part.group == group] for group in GROUPS}
-    return {
-        "model": work.shapes.config.name,
-        "height": work.shapes.grid.height,
-        "width": work.shapes.grid.width,
-        "chunk": work.index,
-        "is_steady": work.evicts,
-        "precision": options.precision,
-        "gpu": asdict(gpu),
-        "passes": work.passes,
-        "pixel_frames": work.pixel_frames,
-        "pass_weights": work.pass_weights,
-        "parts": _rows(parts, gpu),
-        "groups": [_row(group, "", members, gpu) for group, members in groups.items()],
-        "once_a_prompt": _rows(prompt_parts(work.shapes.config.model), gpu),
-        "totals": {
-            "without_vae": _total([part for part in parts if not part.decodes], work, gpu),
-            "with_vae": _total(parts, work, gpu),
-            "products_without_vae": _total([part for part in products if not part.decodes], work, gpu),
-            "products_with_vae": _total(products, work, gpu),
-        },
-    }
-
-
-def _chunk_work(options: Options) -> ChunkWork:
     config = PRESETS[options.model] if options.model in PRESETS else Checkpoint.open(options.model).config
-    height = config.height if options.height is None else options.height
-    width = config.width if options.width is None else options.width
-    shapes = Shapes(replace(config, height=height, width=width))
-    if options.chunk == "steady":
-        return ChunkWork.steady(shapes, options.precision)
-    return ChunkWork(shapes, options.chunk, options.precision)
-
-
-def _rows(parts: list[Part], gpu: GPU) -> list[dict[str, Any]]:
-    """A row for every name: a stage of the VAE sums its layers."""
+    grid = LatentGrid.of(config, options.height, options.width)
+    shapes = Shapes(replace(config, height=grid.height, width=grid.width))
+    steady = ChunkWork.steady(shapes, options.precision)
+    work = steady if options.chunk == "steady" else replace(steady, index=options.chunk)
+    parts = work.parts()
     named: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
         named.setdefault((part.group, part.name), []).append(part)
-    return [_row(group, name, members, gpu) for (group, name), members in named.items()]
+    totals = {
+        f"{what}{vae}": _total(
+            [part for part in parts if part.group in groups and (decodes or not part.decodes)], work, gpu
+        )
+        for what, groups in (("", GROUPS), ("products_", PRODUCTS))
+        for vae, decodes in (("without_vae", False), ("with_vae", True))
+    }
+    return {
+        "model": config.name, "height": grid.height, "width": grid.width, "chunk": work.index,
+        "is_steady": work.evicts, "precision": options.precision, "gpu": asdict(gpu), "passes": work.passes,
+        "pixel_frames": work.pixel_frames, "pass_weights": work.pass_weights,
+        "parts": [_row(*name, members, gpu) for name, members in named.items()],
+        "groups": [_row(name, "", [each for each in parts if each.group == name], gpu) for name in GROUPS],
+        "once_a_prompt": [_row(part.group, part.name, [part], gpu) for part in prompt_parts(config.model)],
+        "totals": totals,
+    }  # fmt: skip
 
 
 def _row(group: str, name: str, members: list[Part], gpu: GPU) -> dict[str, Any]:
+    """The sum of `members`: a stage of the VAE is as many parts as it has layers."""
     arithmetic = sum(arithmetic_ms(part, gpu) for part in members)
     memory = sum(memory_ms(part, gpu) for part in members)
     return {
-        "group": group,
-        "part": name,
-        "flops": sum(part.flops for part in members),
-        "bytes": sum(part.bytes for part in members),
-        "arithmetic_ms": arithmetic,
-        "memory_ms": memory,
+        "group": group, "part": name, "flops": sum(part.flops for part in members),
+        "bytes": sum(part.bytes for part in members), "arithmetic_ms": arithmetic, "memory_ms": memory,
         "floor_ms": sum(floor_ms(part, gpu) for part in members),
         "bound": "arithmetic" if arithmetic > memory else "memory",
-    }
+    }  # fmt: skip
 
 
 def _total(parts: list[Part], work: ChunkWork, gpu: GPU) -> dict[str, float]:

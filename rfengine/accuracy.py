@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,3 +45,32 @@ def beyond_reference_error(found: Tensor, reference: Tensor, exact: Tensor) -> s
     error = _relative(found, exact)
     limit = REFERENCE_FACTOR * _relative(reference, exact) + torch.finfo(found.dtype).eps / 16
     return "" if error <= limit else f"{error:.2e} from float64, the limit is {limit:.2e}"
+
+
+def wrong_result(
+    run: Callable[..., object],
+    meaning: Callable[..., object],
+    arguments: tuple[Any, ...],
+    part: tuple[Any, ...],
+    results: Callable[[tuple[Any, ...], Any], tuple[Tensor, ...]],
+) -> str:
+    """Why a result of `run` on `arguments`, which it may write into, is beyond_reference_error; "" if none.
+
+    meaning: the same in plain PyTorch, which runs on `part`, in float64 for the exact results. results: the
+    tensors to compare, from the arguments after a call and what it returned.
+    """
+
+    def results_of(call: Callable[..., object], given: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        return results(given, call(*given))
+
+    def copied(change: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+        return tuple(change(item) if isinstance(item, Tensor) else item for item in part)
+
+    own = copied(Tensor.clone)
+    wide = copied(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone())
+    found = results_of(run, arguments)
+    compared = zip(found, results_of(meaning, own), results_of(meaning, wide), strict=True)
+    for index, tensors in enumerate(compared):
+        if problem := beyond_reference_error(*tensors):
+            return f"result {index} is {problem}"
+    return ""

@@ -20,7 +20,7 @@ from rfengine.runtime import decoders
 from support.models import small_pipeline
 
 
-def told(report: dict[str, Any]) -> str:
+def text_of(report: dict[str, Any]) -> str:
     """The text of a report, without the widths of its columns."""
     return "\n".join(" ".join(line.split()) for line in render(report).splitlines())
 
@@ -63,7 +63,7 @@ def test_text_says_what_is_on_what_is_absent_and_how_to_get_it(monkeypatch: pyte
 
     monkeypatch.setattr(importlib.metadata, "version", without_triton)
     monkeypatch.setattr(doctor, "backend_reasons", lambda _: {"reference": "", "native": "no GPU here"})
-    text = told(examine())
+    text = text_of(examine())
     assert "reference on" in text and "native off: no GPU here" in text
     assert "triton absent: pip install triton" in text
     assert "pycuda absent: it has no wheel: build its source archive" in text
@@ -147,7 +147,7 @@ def test_absent_tensorrt_and_profiler_say_how_to_get_them(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(importlib.metadata, "version", no_package)
     monkeypatch.setattr(decoders, "import_tensorrt", no_tensorrt)
-    text = told(examine())
+    text = text_of(examine())
     assert "tensorrt absent: pip install rfengine[tensorrt]" in text
     assert "onnxruntime absent: pip install rfengine[tensorrt]" in text
     assert "absent: pip install rfengine[native]" in text

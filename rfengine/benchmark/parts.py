@@ -35,20 +35,14 @@ PARTS = (LINEARS, SELF_ATTENTION, CROSS_ATTENTION, ROW_KERNELS, EVICTION, VAE, C
 UNASSIGNED = "unassigned"
 # of torch's operations that no range holds
 _ATEN_PARTS = {
-    "aten::linear": LINEARS,
-    "aten::addmm": LINEARS,
-    "aten::mm": LINEARS,
-    "aten::bmm": LINEARS,
+    **dict.fromkeys(("aten::linear", "aten::addmm", "aten::mm", "aten::bmm"), LINEARS),
     "aten::gelu": ROW_KERNELS,
-    "aten::to": COPIES,
-    "aten::copy_": COPIES,
-    "aten::contiguous": COPIES,
-    "aten::clone": COPIES,
-    "aten::cat": COPIES,
-    "aten::stack": COPIES,
+    **dict.fromkeys(("aten::to", "aten::copy_", "aten::contiguous", "aten::clone"), COPIES),
+    **dict.fromkeys(("aten::cat", "aten::stack"), COPIES),
 }
 FUSED = ("GELU", "VAE history and upsampling")  # passes of their own in costs/chunk.py
-_MARK, _CHUNK = "part: ", "chunk"
+_CHUNK = "chunk"
+_MARKED = {f"part: {part}": part for part in PARTS}  # names of the ranges
 _HOST = {"cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"}
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 _MOVES = {"gpu_memcpy", "gpu_memset"}
@@ -84,19 +78,19 @@ def marked_parts(ops: Ops, decoder: type) -> Iterator[None]:
     targets = [(ops, name, op.part) for name, op in OPS.items()]
     targets += [(decoder, name, VAE) for name in ("decode", "decode_frames", "run") if hasattr(decoder, name)]
     targets.append((StreamingKVCache, "begin_chunk", EVICTION))
+
+    def in_range(call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        @wraps(call)
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            with record_function(f"part: {part}"):
+                return call(*args, **kwargs)
+
+        return marked
+
     with ExitStack() as stack:
         for owner, name, part in targets:
-            stack.enter_context(patch.object(owner, name, _in_range(getattr(owner, name), part)))
+            stack.enter_context(patch.object(owner, name, in_range(getattr(owner, name), part)))
         yield
-
-
-def _in_range(call: Callable[..., Any], part: str) -> Callable[..., Any]:
-    @wraps(call)
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        with record_function(_MARK + part):
-            return call(*args, **kwargs)
-
-    return marked
 
 
 def host_times(events: Iterable[Event]) -> Counter[str]:
@@ -135,16 +129,11 @@ class _HostCall:
 
 
 def _host_calls(events: Iterable[Event]) -> Iterator[_HostCall]:
+    events = [event for event in events if event.get("ph") == "X" and event.get("cat") in _HOST]
+    chunks = [(event["ts"], event["ts"] + event["dur"]) for event in events if event["name"] == _CHUNK]
     threads: dict[tuple[Any, Any], list[Event]] = {}
     for event in events:
-        if event.get("ph") == "X" and event.get("cat") in _HOST:
-            threads.setdefault((event["pid"], event["tid"]), []).append(event)
-    chunks = [
-        (event["ts"], event["ts"] + event["dur"])
-        for thread in threads.values()
-        for event in thread
-        if event["name"] == _CHUNK
-    ]
+        threads.setdefault((event["pid"], event["tid"]), []).append(event)
     for thread in threads.values():
         yield from _thread_calls(sorted(thread, key=lambda event: (event["ts"], -event["dur"])), chunks)
 
@@ -158,20 +147,11 @@ def _thread_calls(events: Iterable[Event], chunks: list[tuple[float, float]]) ->
         parent = open_calls[-1] if open_calls else None
         if parent is not None:
             parent.own_us -= event["dur"]
-        name = event["name"]
-        if name.startswith(_MARK):
-            part = name.removeprefix(_MARK)
-        else:
-            part = (parent.part if parent else None) or _ATEN_PARTS.get(name)
-        open_calls.append(
-            _HostCall(
-                end=event["ts"] + event["dur"],
-                part=part,
-                own_us=event["dur"],
-                in_chunk=any(start <= event["ts"] < end for start, end in chunks),
-                correlation=event.get("args", {}).get("correlation"),
-            )
-        )
+        inherited = parent.part if parent else None
+        part = _MARKED.get(event["name"]) or inherited or _ATEN_PARTS.get(event["name"])
+        in_chunk = any(start <= event["ts"] < end for start, end in chunks)
+        correlation = event.get("args", {}).get("correlation")
+        open_calls.append(_HostCall(event["ts"] + event["dur"], part, event["dur"], in_chunk, correlation))
     yield from open_calls
 
 

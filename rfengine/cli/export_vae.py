@@ -46,8 +46,7 @@ class ExportVAEOptions:
 def run(options: ExportVAEOptions) -> int:
     from rfengine.checkpoint.checkpoint import Checkpoint
     from rfengine.checkpoint.directories import checkpoint_directory
-    from rfengine.export.engine_folders import export_folder
-    from rfengine.export.onnx_export import STAGES, ExportSpec, read_onnx, vae_fingerprint
+    from rfengine.export.onnx_export import STAGES, ExportSpec, export_folder, read_onnx, vae_fingerprint
     from rfengine.grid import LatentGrid
 
     directory = checkpoint_directory(options.directory)
@@ -93,8 +92,13 @@ def _device_for_engines() -> torch.device:
 def _export(checkpoint: Checkpoint, spec: ExportSpec, stages: list[Stage], folder: Path) -> None:
     """Check the export of these weights in onnxruntime, then write the ONNX files of `stages`."""
     from rfengine.export.decoder_graphs import DecoderGraph
-    from rfengine.export.onnx_check import check_in_onnxruntime
-    from rfengine.export.onnx_export import DTYPES, export_graph, missing_packages, write_onnx
+    from rfengine.export.onnx_export import (
+        DTYPES,
+        check_in_onnxruntime,
+        export_graph,
+        missing_packages,
+        write_onnx,
+    )
     from rfengine.grid import LatentGrid
     from rfengine.models.vae import WanVAE
 

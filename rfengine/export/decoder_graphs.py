@@ -36,8 +36,8 @@ class DecoderGraph(nn.Module):
     """One call of WanVAE.decode on one video, without a state object; shares the weights of `vae`.
 
     first: the graph of the first chunk, which takes no state. latents: latent frames of a call.
-    input_names, output_names: of forward, in order. A slot that a call leaves as it is (those of the temporal
-    doublings in a first call of one latent) is no output; it stays zero.
+    inputs, outputs: shapes and dtypes of forward's, by name, in order. A slot that a call leaves as it is
+    (those of the temporal doublings in a first call of one latent) is no output; it stays zero.
     """
 
     def __init__(self, vae: WanVAE, latents: int, latent_height: int, latent_width: int, first: bool) -> None:
@@ -55,21 +55,24 @@ class DecoderGraph(nn.Module):
         for name, values in (("shift", config.latents_mean), ("scale", config.latents_std)):
             statistic = torch.tensor(values, dtype=torch.float32, device="cpu").view(1, -1, 1, 1, 1)
             self.register_buffer(name, statistic, persistent=False)
-        written = self.slot_shapes
+        self._written = list(self.slot_shapes)
         if first and latents == 1:
-            written = {name: shape for name, shape in written.items() if not name.endswith("time_conv")}
-        self.input_names = [LATENTS, *(() if first else map(state_input, self.slot_shapes))]
-        self.output_names = [PIXELS, *map(state_output, written)]
-        self._written = list(written)
+            self._written = [name for name in self._written if not name.endswith("time_conv")]
+        frames = config.temporal_stride * (latents - 1) + (1 if first else config.temporal_stride)
+        pixels = (1, 3, frames, *(side * config.spatial_stride for side in (latent_height, latent_width)))
+        slots = {} if first else self.slot_shapes
+        self.inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            LATENTS: (self.latents_shape, torch.float32),
+            **{state_input(name): (shape, self.dtype) for name, shape in slots.items()},
+        }
+        self.outputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            PIXELS: (pixels, self.dtype),
+            **{state_output(name): (self.slot_shapes[name], self.dtype) for name in self._written},
+        }
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """Uninitialised tensors of the shapes and dtypes that forward takes."""
-        slots = (
-            []
-            if self.first
-            else [torch.empty(shape, dtype=self.dtype, device="cpu") for shape in self.slot_shapes.values()]
-        )
-        return (torch.empty(self.latents_shape, dtype=torch.float32, device="cpu"), *slots)
+        return tuple(torch.empty(shape, dtype=dtype, device="cpu") for shape, dtype in self.inputs.values())
 
     def forward(self, latents: Tensor, *slots: Tensor) -> tuple[Tensor, ...]:
         """float32 latents [1, z, latents, h, w], normalised, and the slots -> pixels [1, 3, T, H, W] in the

@@ -1,5 +1,7 @@
 """The decoder graphs as ONNX files: exported by torch's dynamo exporter, checked, written in one piece.
 
+The check decodes a few chunks in onnxruntime on the CPU beside WanVAE.decode.
+
 A file is named by the fingerprint of the VAE, its size, the latents of a chunk, the precision and its stage,
 and says the same in its metadata: it holds what its name says, or it is refused.
 """
@@ -10,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
+from torch import Tensor
 
-from rfengine.checkpoint.directories import CheckpointDirectory
+from rfengine.accuracy import relative_error
+from rfengine.checkpoint.directories import EXPORT_FOLDER, CheckpointDirectory, checkpoint_directory
 from rfengine.config import Pixels, VAEConfig, to_dict
-from rfengine.export.decoder_graphs import DecoderGraph
+from rfengine.export.decoder_graphs import PIXELS, DecoderGraph, state_output
 from rfengine.files import replaced
 from rfengine.limits import Range, check_fields
+from rfengine.models.vae import WanVAE
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -39,7 +45,8 @@ DTYPES: dict[Precision, torch.dtype] = {
 }  # fmt: skip
 _OPSETS: dict[Precision, int] = {"fp16": 18, "bf16": 22, "fp32": 18}  # from 22 on a Conv takes bfloat16
 _EXPORTER = ("onnx", "onnxscript")
-_NAME_DIGITS = 12  # of the fingerprint, in file names
+_NAME_DIGITS, _FOLDER_DIGITS = 12, 16  # of the fingerprint, in names of files and folders
+_CHUNKS = 3  # that are checked: the first graph once, the steady one with a history of it and of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +97,37 @@ def vae_fingerprint(directory: Path, config: VAEConfig) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def export_folder(directory: Path, fingerprint: str, given: Path | None = None) -> Path:
+    """The folder that decoders of the checkpoint `directory` are written to: `given`, else the checkpoint's
+    own where it can be written and is not the package's, else one in the user's cache directory.
+
+    fingerprint: vae_fingerprint of the checkpoint. Raises ValueError where `given` is a file, RuntimeError
+    where there is no such place.
+    """
+    if given is not None and given.exists() and not given.is_dir():
+        raise ValueError(f"{given} is no directory; choose another --out")
+    own, *cached = engine_folders(directory, fingerprint, given)
+    packaged = directory.resolve() == checkpoint_directory("tiny").resolve()
+    if given is not None or (
+        not packaged and os.access(own if own.exists() else directory, os.W_OK | os.X_OK)
+    ):
+        return own
+    if not cached:
+        raise RuntimeError(f"{directory} cannot be written and there is no home directory; give --out DIR")
+    return cached[0]
+
+
+def engine_folders(directory: Path, fingerprint: str, given: Path | None = None) -> tuple[Path, ...]:
+    """The folders that engines are looked for in, in this order: `given` alone, or the checkpoint's own and
+    the one in the user's cache directory, which a user without a home directory has not."""
+    if given is not None:
+        return (given,)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    name = f"{directory.resolve().name}-{fingerprint[:_FOLDER_DIGITS]}"
+    cached = (cache / "rfengine" / "tensorrt" / name,) if cache.is_absolute() else ()
+    return (directory / EXPORT_FOLDER, *cached)
+
+
 def missing_packages(*names: str) -> list[str]:
     """Those of the packages `names` that are not installed."""
     return [name for name in names if importlib.util.find_spec(name) is None]
@@ -114,8 +152,8 @@ def export_graph(graph: DecoderGraph) -> ONNXProgram:
         program = torch.onnx.export(
             graph.eval(),
             graph.example_inputs(),
-            input_names=graph.input_names,
-            output_names=graph.output_names,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
             opset_version=_OPSETS[precision],
             dynamo=True,
             external_data=False,
@@ -195,3 +233,57 @@ def _exporter_is_quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Largest differences of a stream that onnxruntime decodes, from WanVAE.decode with its own state: of the
+    pixels absolute, of a slot of the state relative in its norm."""
+
+    chunks: int
+    pixels: float
+    state: float
+
+    @property
+    def worst(self) -> float:
+        return max(self.pixels, self.state)
+
+    def __str__(self) -> str:
+        return f"{self.chunks} chunks agree to {self.pixels:.1e} in pixels and {self.state:.1e} in the state"
+
+
+@torch.no_grad()
+def check_in_onnxruntime(vae: WanVAE, latents: int, height: int, width: int) -> Agreement:
+    """Decode a stream of chunks of noise with both graphs in onnxruntime on the CPU and with `vae`; compare.
+
+    Both graphs are exported at height x width pixels in the dtype of `vae`, float32 or float16; onnxruntime
+    carries its own state from call to call. Raises RuntimeError when a package is missing.
+    """
+    if missing_packages("onnxruntime"):
+        raise RuntimeError("onnxruntime cannot be imported and the check needs it; pip install onnxruntime")
+    import onnxruntime
+
+    size = (height // vae.config.spatial_stride, width // vae.config.spatial_stride)
+    graphs = [DecoderGraph(vae, latents, *size, first=stage == "first") for stage in STAGES]
+    sessions = [
+        onnxruntime.InferenceSession(
+            export_graph(graph).model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        for graph in graphs
+    ]
+    state = vae.decoder_state(1, *size, vae.conv2.weight.dtype, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    slots: dict[str, Tensor] = {}
+    of_pixels, of_state = 0.0, 0.0
+    for chunk in range(_CHUNKS):
+        graph, session = graphs[min(chunk, 1)], sessions[min(chunk, 1)]
+        noise = torch.randn(graph.latents_shape, generator=generator, dtype=torch.float32, device="cpu")
+        given = (noise, *(slots.values() if chunk else ()))
+        feed = {name: tensor.numpy() for name, tensor in zip(graph.inputs, given, strict=True)}
+        answers = map(torch.from_numpy, session.run(list(graph.outputs), feed))
+        outputs = dict(zip(graph.outputs, answers, strict=True))
+        pixels, held = vae.decode(noise, state), state.tensors()
+        slots = {name: outputs.get(state_output(name), torch.zeros_like(slot)) for name, slot in held.items()}
+        of_pixels = max(of_pixels, (outputs[PIXELS].float() - pixels.float()).abs().max().item())
+        of_state = max(of_state, *(relative_error(slots[name], slot) for name, slot in held.items()))
+    return Agreement(_CHUNKS, of_pixels, of_state)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,11 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfengine.config import EngineConfig, VAEConfig
+from rfengine.config import EngineConfig
 from rfengine.cuda_graph import CapturedCall
 from rfengine.export.decoder_graphs import LATENTS, PIXELS, DecoderGraph, state_input, state_output
-from rfengine.export.engine_folders import engine_folders
-from rfengine.export.onnx_export import DTYPES, STAGES, ExportSpec, Precision, Stage, vae_fingerprint
+from rfengine.export.onnx_export import (
+    DTYPES,
+    STAGES,
+    ExportSpec,
+    Precision,
+    Stage,
+    engine_folders,
+    vae_fingerprint,
+)
 from rfengine.export.tensorrt_api import import_tensorrt, make_logger, torch_dtypes
 from rfengine.export.tensorrt_engine import EngineTarget, read_engine
 from rfengine.grid import LatentGrid
@@ -28,39 +34,6 @@ from rfengine.models.vae import DecoderState, WanVAE
 from rfengine.ops import choose_ops
 
 logger = logging.getLogger(__name__)
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Bindings:
-    """Names and shapes of an engine's inputs and outputs, in the order of its graph."""
-
-    latents: Shape
-    pixels: Shape
-    slots_in: dict[str, Shape]
-    slots_out: dict[str, Shape]
-    dtype: torch.dtype  # of all but the latents, which are float32
-
-    @classmethod
-    def of(cls, graph: DecoderGraph, vae: VAEConfig) -> Bindings:
-        _, _, latents, height, width = graph.latents_shape
-        stride = vae.temporal_stride
-        frames = 1 + stride * (latents - 1) if graph.first else stride * latents
-        size = (height * vae.spatial_stride, width * vae.spatial_stride)
-        slots = graph.slot_shapes
-        written = {name: shape for name, shape in slots.items() if state_output(name) in graph.output_names}
-        return cls(
-            graph.latents_shape, (1, 3, frames, *size), {} if graph.first else slots, written, graph.dtype
-        )
-
-    def inputs(self) -> dict[str, tuple[Shape, torch.dtype]]:
-        slots = {state_input(name): (shape, self.dtype) for name, shape in self.slots_in.items()}
-        return {LATENTS: (self.latents, torch.float32), **slots}
-
-    def outputs(self) -> dict[str, tuple[Shape, torch.dtype]]:
-        slots = {state_output(name): (shape, self.dtype) for name, shape in self.slots_out.items()}
-        return {PIXELS: (self.pixels, self.dtype), **slots}
 
 
 class TensorRTState:
@@ -72,19 +45,19 @@ class TensorRTState:
     def __init__(self, decoder: TensorRTDecoder) -> None:
         self.frames = 0
         self.decoder = decoder
-        device, dtype = decoder.device, decoder.bindings["steady"].dtype
-        shapes = decoder.bindings["steady"].slots_in
+        steady, device = decoder.bindings["steady"], decoder.device
         with torch.inference_mode(False):  # such a state serves calls inside and outside of inference mode
             self._sides = [
-                {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+                {
+                    name: torch.zeros(shape, dtype=steady.dtype, device=device)
+                    for name, shape in steady.slot_shapes.items()
+                }
                 for _ in range(2)
             ]
-            self._latents = torch.zeros(
-                decoder.bindings["steady"].latents, dtype=torch.float32, device=device
-            )
+            self._latents = torch.zeros(steady.latents_shape, dtype=torch.float32, device=device)
             self._pixels = {
-                stage: torch.zeros(bindings.pixels, dtype=dtype, device=device)
-                for stage, bindings in decoder.bindings.items()
+                stage: torch.zeros(graph.outputs[PIXELS][0], dtype=steady.dtype, device=device)
+                for stage, graph in decoder.bindings.items()
             }
             size = max(engine.device_memory_size_v2 for engine in decoder.engines.values())
             self._activations = torch.empty(max(size, 1), dtype=torch.uint8, device=device)
@@ -110,8 +83,9 @@ class TensorRTState:
         stage: Stage = "steady" if self.frames else "first"
         self._latents.copy_(latents)
         if stage == "first":  # slots that the first call leaves out start from zero
-            for name in self._sides[0].keys() - self.decoder.bindings["first"].slots_out.keys():
-                self._sides[1 - self._side][name].zero_()
+            for name, slot in self._sides[1 - self._side].items():
+                if state_output(name) not in self.decoder.bindings["first"].outputs:
+                    slot.zero_()
         if stage == "steady" and self._capture and self._side not in self._captured:
             self._record(self._side)
         if stage == "steady" and self._side in self._captured:
@@ -136,12 +110,12 @@ class TensorRTState:
 
     def _enqueue(self, stage: Stage, side: int) -> None:
         """Queue a call on torch's current stream: from the buffers of `side` into the others."""
-        bindings, context = self.decoder.bindings[stage], self._contexts[stage]
+        graph, context = self.decoder.bindings[stage], self._contexts[stage]
         tensors = {LATENTS: self._latents, PIXELS: self._pixels[stage]}
-        tensors |= {state_input(name): self._sides[side][name] for name in bindings.slots_in}
-        tensors |= {state_output(name): self._sides[1 - side][name] for name in bindings.slots_out}
-        for name, tensor in tensors.items():
-            if not context.set_tensor_address(name, tensor.data_ptr()):
+        tensors |= {state_input(name): slot for name, slot in self._sides[side].items()}
+        tensors |= {state_output(name): slot for name, slot in self._sides[1 - side].items()}
+        for name in (*graph.inputs, *graph.outputs):
+            if not context.set_tensor_address(name, tensors[name].data_ptr()):
                 raise RuntimeError(f"TensorRT refuses the address of {name} ({self.decoder.reason()})")
         stream = torch.cuda.current_stream(self.decoder.device)
         if not context.execute_async_v3(stream.cuda_stream):
@@ -169,7 +143,7 @@ class TensorRTDecoder:
         self,
         trt: ModuleType,
         engines: Mapping[Stage, bytes],
-        bindings: Mapping[Stage, Bindings],
+        bindings: Mapping[Stage, DecoderGraph],
         device: torch.device,
         graphs: bool = True,
     ) -> None:
@@ -212,11 +186,8 @@ class TensorRTDecoder:
         Raises RuntimeError when TensorRT is missing; ValueError, with the command that builds it, when there
         is no engine for this VAE, size, GPU and version, or a damaged one.
         """
-        device, latents, given = (
-            _indexed(device),
-            config.cache.chunk_frames,
-            config.runtime.tensorrt_directory,
-        )
+        device, latents = _indexed(device), config.cache.chunk_frames
+        given = config.runtime.tensorrt_directory
         trt = import_tensorrt()
         target = EngineTarget.of(trt, device)
         fingerprint = vae_fingerprint(directory, config.vae)
@@ -233,10 +204,8 @@ class TensorRTDecoder:
         logger.info("the decoder is TensorRT %s in %s", target.tensorrt, spec.precision)
         with torch.device("meta"):
             vae = WanVAE(config.vae).to(DTYPES[spec.precision])
-        bindings = {}
-        for stage in STAGES:
-            graph = DecoderGraph(vae, latents, grid.latent_height, grid.latent_width, stage == "first")
-            bindings[stage] = Bindings.of(graph, config.vae)
+        size = (latents, grid.latent_height, grid.latent_width)
+        bindings = {stage: DecoderGraph(vae, *size, first=stage == "first") for stage in STAGES}
         return cls(trt, engines, bindings, device, graphs)
 
     def decoder_state(
@@ -272,11 +241,11 @@ class TensorRTDecoder:
         return self._log.reason()
 
     def _size(self) -> tuple[int, int, int]:
-        batch, _, _, height, width = self.bindings["steady"].latents
+        batch, _, _, height, width = self.bindings["steady"].latents_shape
         return batch, height, width
 
     def _run(self, latents: Tensor, state: TensorRTState) -> Tensor:
-        wanted = self.bindings["steady"].latents
+        wanted = self.bindings["steady"].latents_shape
         if tuple(latents.shape) != wanted:
             raise ValueError(f"latents are {tuple(latents.shape)}; these engines decode {wanted}")
         if not isinstance(state, TensorRTState) or state.decoder is not self:
@@ -295,9 +264,9 @@ class TensorRTDecoder:
             )
             for name in names
         }
-        bindings = self.bindings[stage]
-        wanted = {name: (True, *binding) for name, binding in bindings.inputs().items()}
-        wanted |= {name: (False, *binding) for name, binding in bindings.outputs().items()}
+        graph = self.bindings[stage]
+        wanted = {name: (True, *binding) for name, binding in graph.inputs.items()}
+        wanted |= {name: (False, *binding) for name, binding in graph.outputs.items()}
         for name in sorted(found.keys() | wanted.keys()):
             if found.get(name) != wanted.get(name):
                 raise RuntimeError(

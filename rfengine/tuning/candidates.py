@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rfengine.accuracy import beyond_reference_error
+from rfengine.accuracy import wrong_result
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops, default_choice
@@ -57,25 +57,7 @@ class TuningCase:
         """Why the results of `run` are wrong, or ""."""
         if self.check is not None:
             return self.check(run, arguments)
-        part = self.part(arguments)  # before the call, which may write into its arguments
-        expected = self._results(self.meaning, _map(Tensor.clone, part))
-        truth = self._results(self.meaning, _map(_widened, part))
-        found = self._results(run, arguments)
-        for index, tensors in enumerate(zip(found, expected, truth, strict=True)):
-            if problem := beyond_reference_error(*tensors):
-                return f"result {index} is {problem}"
-        return ""
-
-    def _results(self, run: Callable[..., object], arguments: Arguments) -> tuple[Tensor, ...]:
-        return self.results(arguments, run(*arguments))
-
-
-def _map(change: Callable[[Tensor], Tensor], arguments: Arguments) -> Arguments:
-    return tuple(change(item) if isinstance(item, Tensor) else item for item in arguments)
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor.clone()
+        return wrong_result(run, self.meaning, arguments, self.part(arguments), self.results)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from rfengine import cli
 from rfengine.cli import export_vae
 from rfengine.config import RuntimeConfig
-from rfengine.export import onnx_check, onnx_export
+from rfengine.export import onnx_export
 from rfengine.export.decoder_graphs import DecoderGraph
 from rfengine.pipeline import Pipeline
 from support.outcome import fails
@@ -140,8 +140,8 @@ def test_export_that_differs_from_the_decoder_is_not_written(
 ) -> None:
     directory = tmp_path / "model"
     shutil.copytree(model, directory)
-    wrong = onnx_check.Agreement(3, 1e-6, 2e-3, 1e-6, 9)
-    monkeypatch.setattr(onnx_check, "check_in_onnxruntime", lambda *_: wrong)
+    wrong = onnx_export.Agreement(3, 1e-6, 2e-3)
+    monkeypatch.setattr(onnx_export, "check_in_onnxruntime", lambda *_: wrong)
     told = fails(capsys, cli.OTHER_ERROR, "export-vae", directory, "--onnx-only")
     assert "onnxruntime differs from the decoder by 2.0e-03, above 0.0001: nothing is written" in told
     assert not (directory / "tensorrt").exists()

@@ -39,7 +39,7 @@ def decode_by_graphs(
     pixels = []
     for number, piece in enumerate(pieces):
         graph = DecoderGraph(vae, piece.shape[2], *SIZE, first=number == 0)
-        outputs = dict(zip(graph.output_names, graph(piece, *slots.values()), strict=True))
+        outputs = dict(zip(list(graph.outputs), graph(piece, *slots.values()), strict=True))
         pixels.append(outputs[PIXELS])
         slots = {
             name: outputs.get(state_output(name), torch.zeros(shape))
@@ -65,7 +65,7 @@ def test_chunks_and_state_equal_the_plain_decoder(vae: WanVAE, plan: list[int]) 
 
 def test_first_latent_alone_leaves_the_temporal_doublings_untouched(vae: WanVAE) -> None:
     graph = DecoderGraph(vae, 1, *SIZE, first=True)
-    left = set(graph.output_names)
+    left = set(list(graph.outputs))
     missing = [name for name in graph.slot_shapes if state_output(name) not in left]
     assert missing == ["upsamples.2.time_conv", "upsamples.5.time_conv"]
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_first_latent_alone_leaves_the_temporal_doublings_untouched(vae: WanVAE)
 def test_frames_after_the_first_latent_know_nothing_of_it_in_the_temporal_doubling(vae: WanVAE) -> None:
     """What the published exporters get wrong: the history of the second latent is zeros."""
     graph = DecoderGraph(vae, 2, *SIZE, first=True)
-    outputs = dict(zip(graph.output_names, graph(noise(2, 0)), strict=True))
+    outputs = dict(zip(list(graph.outputs), graph(noise(2, 0)), strict=True))
     history = outputs[state_output("upsamples.2.time_conv")]
     assert history[:, :, 0].count_nonzero() == 0 and history[:, :, 1].count_nonzero() > 0
 
@@ -83,11 +83,11 @@ def test_frames_after_the_first_latent_know_nothing_of_it_in_the_temporal_doubli
 def test_names_follow_the_order_in_which_layers_run(vae: WanVAE) -> None:
     graph = DecoderGraph(vae, 3, *SIZE, first=False)
     slots = list(vae.decoder_state(1, *SIZE, torch.float32, "cpu").tensors())
-    assert graph.input_names == [LATENTS, *map(state_input, slots)]
-    assert graph.output_names == [PIXELS, *map(state_output, slots)]
-    assert graph.input_names[1:3] == ["state_conv1", "state_middle_0_residual_2"]
-    assert len(graph.example_inputs()) == len(graph.input_names)
-    assert DecoderGraph(vae, 3, *SIZE, first=True).input_names == [LATENTS]
+    assert list(graph.inputs) == [LATENTS, *map(state_input, slots)]
+    assert list(graph.outputs) == [PIXELS, *map(state_output, slots)]
+    assert list(graph.inputs)[1:3] == ["state_conv1", "state_middle_0_residual_2"]
+    assert len(graph.example_inputs()) == len(list(graph.inputs))
+    assert list(DecoderGraph(vae, 3, *SIZE, first=True).inputs) == [LATENTS]
 
 
 def test_half_precision_norm_holds_sums_that_half_precision_does_not() -> None:

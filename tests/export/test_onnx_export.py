@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import save_weights
 from rfengine.export import onnx_export
 from rfengine.export.decoder_graphs import DecoderGraph
 from rfengine.export.onnx_export import (
     STAGES,
     ExportSpec,
+    check_in_onnxruntime,
+    engine_folders,
+    export_folder,
     export_graph,
     read_onnx,
     vae_fingerprint,
@@ -31,8 +37,8 @@ def test_file_has_the_graph_s_names_and_static_shapes(export, stage) -> None:
     model = read_onnx(export.spec.onnx_file(export.folder, stage), export.spec, stage)
     size = (LATENTS, GRID.latent_height, GRID.latent_width)
     graph = DecoderGraph(export.vae, *size, first=stage == "first")
-    assert [entry.name for entry in model.graph.input] == graph.input_names
-    assert [entry.name for entry in model.graph.output] == graph.output_names
+    assert [entry.name for entry in model.graph.input] == list(graph.inputs)
+    assert [entry.name for entry in model.graph.output] == list(graph.outputs)
     for entry, given in zip(model.graph.input, graph.example_inputs(), strict=True):
         axes = entry.type.tensor_type.shape.dim
         assert tuple(axis.dim_value for axis in axes) == tuple(given.shape)
@@ -147,3 +153,113 @@ def test_export_without_latents_is_refused() -> None:
 
 def test_exporter_s_own_log_level_is_left_as_it_was(session_export) -> None:
     assert logging.getLogger("torch.onnx").level == logging.NOTSET
+
+
+MARK = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rfengine" / "tensorrt"
+
+
+def test_checkpoint_that_can_be_written_keeps_its_own(tmp_path: Path, cache: Path) -> None:
+    assert export_folder(tmp_path, MARK) == tmp_path / "tensorrt"
+    own_first = (tmp_path / "tensorrt", cache / f"{tmp_path.name}-0123456789abcdef")
+    assert engine_folders(tmp_path, MARK) == own_first
+
+
+def test_the_package_is_never_written(cache: Path) -> None:
+    tiny = checkpoint_directory("tiny")
+    assert export_folder(tiny, MARK) == cache / "tiny-0123456789abcdef"
+    assert export_folder(tiny, MARK) in engine_folders(tiny, MARK)
+
+
+def test_checkpoint_that_cannot_be_written_has_its_folder_in_the_cache(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export.os, "access", lambda path, mode: False)  # root may write everywhere
+    assert export_folder(tmp_path, MARK) == cache / f"{tmp_path.name}-0123456789abcdef"
+    assert export_folder(tmp_path, MARK) in engine_folders(tmp_path, MARK)
+
+
+def test_folder_that_is_given_is_the_only_one(tmp_path: Path, cache: Path) -> None:
+    given = tmp_path / "mine"
+    assert export_folder(tmp_path, MARK, given) == given and engine_folders(tmp_path, MARK, given) == (given,)
+    given.write_bytes(b"")
+    with pytest.raises(ValueError, match="mine is no directory; choose another --out"):
+        export_folder(tmp_path, MARK, given)
+
+
+def test_user_without_a_home_directory_has_to_give_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert engine_folders(tmp_path, MARK) == (tmp_path / "tensorrt",)
+    with pytest.raises(RuntimeError, match="no home directory; give --out DIR"):
+        export_folder(checkpoint_directory("tiny"), MARK)
+
+
+TOLERANCE = 1e-4  # float32
+
+
+@pytest.fixture
+def exported_once(session_export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check takes the programs of the session instead of exporting again."""
+    pytest.importorskip("onnxruntime")
+
+    def program_of(graph):
+        return session_export.programs["first" if graph.first else "steady"]
+
+    monkeypatch.setattr(onnx_export, "export_graph", program_of)
+
+
+@pytest.mark.slow
+def test_float32_agrees_over_several_chunks(session_export, exported_once) -> None:
+    agreement = check_in_onnxruntime(session_export.vae, LATENTS, GRID.height, GRID.width)
+    assert agreement.chunks == 3
+    assert agreement.pixels <= TOLERANCE and agreement.state <= TOLERANCE
+    assert "3 chunks agree to" in str(agreement)
+
+
+def test_wrong_weight_in_the_file_shows_in_both_figures(session_export, exported_once, monkeypatch) -> None:
+    right = onnx_export.export_graph
+
+    def with_wrong_weight(graph):
+        program = right(graph)
+        model = program.model_proto
+        weight = next(entry for entry in model.graph.initializer if entry.name == "layers.1.weight")
+        values = onnx.numpy_helper.to_array(weight) * 1.01
+        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+        return SimpleNamespace(model_proto=model)
+
+    monkeypatch.setattr(onnx_export, "export_graph", with_wrong_weight)
+    agreement = check_in_onnxruntime(session_export.vae, LATENTS, GRID.height, GRID.width)
+    assert min(agreement.pixels, agreement.state) > 10 * TOLERANCE
+    assert agreement.worst == max(agreement.pixels, agreement.state)
+
+
+def test_history_that_is_lost_shows_from_the_second_chunk_on(
+    session_export, exported_once, monkeypatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "state_output", lambda name: f"no output of {name}")
+    agreement = check_in_onnxruntime(session_export.vae, LATENTS, GRID.height, GRID.width)
+    assert agreement.pixels > 100 * TOLERANCE
+
+
+@pytest.mark.slow
+def test_float16_graph_of_the_first_latent_runs() -> None:
+    """Bound: some 40 roundings to 11 bits on values around one."""
+    pytest.importorskip("onnxruntime")
+    agreement = check_in_onnxruntime(random_vae(TWO_LEVELS).half(), 1, GRID.height // 2, GRID.width // 2)
+    assert agreement.pixels < 0.05
+
+
+def test_missing_onnxruntime_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export, "missing_packages", lambda *names: list(names))
+    with pytest.raises(
+        RuntimeError, match="onnxruntime cannot be imported and the check needs it; pip install"
+    ):
+        check_in_onnxruntime(random_vae(), 1, GRID.height, GRID.width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 
@@ -12,8 +13,7 @@ from torch import Tensor
 from rfengine.config import CacheConfig, EngineConfig, RuntimeConfig
 from rfengine.export import tensorrt_decoder as tensorrt_module
 from rfengine.export.decoder_graphs import DecoderGraph
-from rfengine.export.engine_folders import engine_folders
-from rfengine.export.onnx_export import STAGES, export_graph, write_onnx
+from rfengine.export.onnx_export import STAGES, engine_folders, export_graph, write_onnx
 from rfengine.export.tensorrt_decoder import TensorRTDecoder
 from rfengine.export.tensorrt_engine import build_engine
 from rfengine.models.decoder import reset_state
@@ -280,7 +280,8 @@ def test_engine_that_tensorrt_does_not_load_is_one_sentence(decoder) -> None:
 
 
 def test_engine_with_other_bindings_is_refused_by_name(export, decoder, journal) -> None:
-    steady = dataclasses.replace(decoder.bindings["steady"], dtype=torch.float16)
+    right = decoder.bindings["steady"]
+    steady = DecoderGraph(copy.deepcopy(export.vae).half(), *right.latents_shape[2:], first=False)
     content = next(export.folder.glob("*-steady-*.engine"))
     engines = {"steady": content.read_bytes()[content.read_bytes().index(b"fake engine") :]}
     with pytest.raises(
@@ -290,4 +291,4 @@ def test_engine_with_other_bindings_is_refused_by_name(export, decoder, journal)
 
 
 def test_chunk_length_is_that_of_the_checkpoint_s_cache(decoder) -> None:
-    assert decoder.bindings["steady"].latents[2] == LATENTS
+    assert decoder.bindings["steady"].latents_shape[2] == LATENTS
