@@ -187,7 +187,8 @@ class Block(nn.Module):
             nn.Identity(),  # the GELU of the checkpoints, which call the next layer ffn.2
             Linear(config.ffn_dim, config.dim, ops),
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        # in place: any other division of a meta tensor imports torch._dynamo, which takes seconds
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim).div_(config.dim**0.5))
 
     def forward(
         self,
@@ -231,7 +232,7 @@ class Head(nn.Module):
         super().__init__()
         _, patch_height, patch_width = config.patch_size
         self.head = nn.Linear(config.dim, patch_height * patch_width * config.out_dim)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim).div_(config.dim**0.5))
 
 
 class WanDiT(nn.Module):
