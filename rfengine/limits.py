@@ -206,9 +206,6 @@ class _Shown(reprlib.Repr):
     def repr_int(self, value: int, level: int) -> str:
         return repr(value) if value.bit_length() <= 4 * _SHOWN else f"an integer of {value.bit_length()} bits"
 
-    def repr_bool(self, value: bool, level: int) -> str:
-        return repr(value)
-
 
 _REPR = _Shown()
 

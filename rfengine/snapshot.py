@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import Repr
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -23,17 +21,22 @@ from rfengine.cache.kv_cache import StreamingKVCache, check_slots
 from rfengine.config import CacheConfig, WanConfig, from_dict
 from rfengine.files import strict_json
 from rfengine.grid import LatentGrid
+from rfengine.limits import Range, check_value, shown
 from rfengine.schedule import MAX_SEED
 
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_FORMAT = 3
 _WITHOUT_CHECKSUM = 2  # an older format, the same but for the checksum
-_MAX_CHUNKS = 2**31 - 1
-_MAX_SIDE = 2**16  # pixels
-_SHOWN = Repr()
-_SHOWN.maxstring = _SHOWN.maxother = 80
-_SHOWN.maxdict = _SHOWN.maxlist = 20
+_Count = Annotated[int, Range(0, 2**31 - 1)]
+_Side = Annotated[int, Range(1, 2**16)]  # pixels
+# The types of info by name; from_dict checks the cache.
+_FIELDS = {
+    "format": int, "fingerprint": str, "dtype": str, "decoder": str, "cache": object,
+    "denoising_timesteps": tuple[float, ...], "prompt": str, "seed": Annotated[int, Range(0, MAX_SEED)],
+    "height": _Side, "width": _Side, "index": _Count, "next_chunk": _Count,
+    "slot_chunks": Annotated[tuple[int, ...], Range(-1, 2**31 - 1)], "decoded_frames": _Count,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,40 +133,40 @@ class Snapshot:
         """The values of info, checked. Raises ValueError for any that is absent, unknown, of a wrong type,
         out of range or against another."""
         if not isinstance(self.info, dict):
-            raise ValueError(
-                f"the snapshot's info is {_SHOWN.repr(self.info)}, no table of values; take it again"
-            )
+            raise ValueError(f"the snapshot's info is {shown(self.info)}, no table of values; take it again")
         known = self.info.get("format")
         if type(known) is not int or known not in (_WITHOUT_CHECKSUM, SNAPSHOT_FORMAT):
             raise ValueError(
-                f"the snapshot's format is {_SHOWN.repr(known)} and this rfengine reads {SNAPSHOT_FORMAT}; "
+                f"the snapshot's format is {shown(known)} and this rfengine reads {SNAPSHOT_FORMAT}; "
                 "take it again"
             )
         missing = [name for name in _FIELDS if name not in self.info]
         if missing:
             raise ValueError(f"the snapshot lacks {', '.join(missing)}; take it again")
-        for name, value in self.info.items():
+        values = {name: tuple(each) if isinstance(each, list) else each for name, each in self.info.items()}
+        for name, value in values.items():
             if name not in _FIELDS:
-                raise ValueError(f"the snapshot has {_SHOWN.repr(name)}, which no stream has; take it again")
-            if not _FIELDS[name](value):
-                raise ValueError(f"the snapshot's {name} is {_SHOWN.repr(value)}; take it again")
-        values = {name: self.info[name] for name in StreamInfo.__dataclass_fields__ if name in self.info}
+                raise ValueError(f"the snapshot has {shown(name)}, which no stream has; take it again")
+            check_value(f"the snapshot's {name}", value, _FIELDS[name])
         try:
-            cache = from_dict(CacheConfig, self.info["cache"])
-            slots, ahead = tuple(self.info["slot_chunks"]), "ahead.frames" in self.tensors
-            info = StreamInfo(**values | {"slot_chunks": slots, "cache": cache, "ahead": ahead})
+            values |= {
+                "cache": from_dict(CacheConfig, values["cache"]),
+                "ahead": "ahead.frames" in self.tensors,
+            }
+            info = StreamInfo(**{name: values[name] for name in StreamInfo.__dataclass_fields__})
             info.check()
         except ValueError as error:
             raise ValueError(f"the snapshot is damaged: {error}; take it again") from error
         return info
 
     def check(self, expected: dict[str, Any]) -> None:
-        """Raises ValueError unless info holds `expected`, which the pipeline that restores it has."""
+        """Raises ValueError unless info, which stream_info has checked, holds what the pipeline that restores
+        it has."""
         for name, value in expected.items():
-            if not _same(self.info.get(name), value):
+            if self.info[name] != value:
                 raise ValueError(
-                    f"the snapshot's {name} is {_SHOWN.repr(self.info.get(name))}, this pipeline's is "
-                    f"{_SHOWN.repr(value)}; restore it with the model and settings it was taken with"
+                    f"the snapshot's {name} is {shown(self.info[name])}, this pipeline's is {shown(value)}; "
+                    "restore it with the model and settings it was taken with"
                 )
 
     def group(self, name: str) -> dict[str, Tensor]:
@@ -195,13 +198,11 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     for name in expected:
         if name not in tensors:
             group, _, number = name.partition(".")
-            shown = f"the latents of chunk {number}" if group == "window_latents" else name
-            raise ValueError(f"the snapshot lacks {shown}; take it again")
+            lacking = f"the latents of chunk {number}" if group == "window_latents" else name
+            raise ValueError(f"the snapshot lacks {lacking}; take it again")
     for name, tensor in tensors.items():
         if name not in expected:
-            raise ValueError(
-                f"the snapshot has {_SHOWN.repr(name)}, which this stream has not; take it again"
-            )
+            raise ValueError(f"the snapshot has {shown(name)}, which this stream has not; take it again")
         own = expected[name]
         if not isinstance(tensor, Tensor) or tensor.shape != own.shape or tensor.dtype != own.dtype:
             found = f"{tuple(tensor.shape)} in {tensor.dtype}" if isinstance(tensor, Tensor) else "no tensor"
@@ -220,46 +221,3 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _whole(low: int, high: int, value: Any) -> bool:
-    return type(value) is int and low <= value <= high
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _timesteps(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(number) in (int, float) and math.isfinite(number) and number > 0 for number in value
-    )
-
-
-_FIELDS = {
-    "format": lambda value: True,  # looked at first
-    "fingerprint": _text,
-    "dtype": _text,
-    "decoder": _text,
-    "cache": lambda value: isinstance(value, dict),
-    "denoising_timesteps": _timesteps,
-    "prompt": _text,
-    "seed": lambda value: _whole(0, MAX_SEED, value),
-    "height": lambda value: _whole(1, _MAX_SIDE, value),
-    "width": lambda value: _whole(1, _MAX_SIDE, value),
-    "index": lambda value: _whole(0, _MAX_CHUNKS, value),
-    "next_chunk": lambda value: _whole(0, _MAX_CHUNKS, value),
-    "slot_chunks": lambda value: (
-        isinstance(value, list) and all(_whole(-1, _MAX_CHUNKS, chunk) for chunk in value)
-    ),
-    "decoded_frames": lambda value: _whole(0, _MAX_CHUNKS, value),
-}  # info by name, and whether a value can be right
-
-
-def _same(found: Any, wanted: Any) -> bool:
-    """Equality of JSON values, in which true is not 1."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        return found.keys() == wanted.keys() and all(_same(found[name], wanted[name]) for name in wanted)
-    if isinstance(found, list) and isinstance(wanted, list):
-        return len(found) == len(wanted) and all(map(_same, found, wanted))
-    return isinstance(found, bool) == isinstance(wanted, bool) and found == wanted

@@ -101,7 +101,7 @@ def test_a_file_whose_checksum_is_lost_or_whose_format_is_made_old_is_refused(
             Snapshot.load(path)
 
 
-def test_an_old_file_loads_with_a_warning_and_goes_on_bit_for_bit(
+def test_an_old_file_loads_with_a_warning_and_continues_bit_for_bit(
     pipe: Pipeline, snapshot: Snapshot, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "old.safetensors"
@@ -184,7 +184,7 @@ def spoiled(tensor: Tensor, value: float) -> Tensor:
     return copy
 
 
-def test_every_tensor_is_held_against_what_the_stream_expects(pipe: Pipeline, snapshot: Snapshot) -> None:
+def test_every_tensor_is_compared_with_what_the_stream_expects(pipe: Pipeline, snapshot: Snapshot) -> None:
     groups = set()
     for name, tensor in snapshot.tensors.items():
         others = {key: each for key, each in snapshot.tensors.items() if key != name}
