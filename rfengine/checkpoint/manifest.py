@@ -10,7 +10,6 @@ import json
 import os
 import re
 import stat
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from reprlib import repr as shortened
 from typing import Any
@@ -26,14 +25,6 @@ _READ_SUFFIXES = (".safetensors", ".json", ".model")  # what loading reads
 _SHOWN = 3  # differences in one sentence
 
 
-@dataclass(frozen=True, slots=True)
-class ListedFile:
-    """What the manifest says of one file: its bytes, and their sha256 in hexadecimal digits."""
-
-    size: int
-    sha256: str
-
-
 def write_manifest(directory: Path) -> None:
     """Write the manifest of the files in `directory`, in place of the one that is there. Raises OSError."""
     paths = {name: directory / name for name in _present(directory)}
@@ -42,8 +33,9 @@ def write_manifest(directory: Path) -> None:
     write_text(directory / MANIFEST_FILE, text + "\n")
 
 
-def read_manifest(directory: Path) -> dict[str, ListedFile] | None:
-    """The listed files by their names inside `directory`; None where it has no manifest.
+def read_manifest(directory: Path) -> dict[str, dict[str, Any]] | None:
+    """The size in bytes and the sha256 of each listed file by its name inside `directory`; None where it has
+    no manifest.
 
     Raises ValueError for a manifest that is damaged or names anything outside of the directory.
     """
@@ -60,7 +52,7 @@ def read_manifest(directory: Path) -> dict[str, ListedFile] | None:
 def check_sizes(directory: Path) -> None:
     """Raises ValueError where a listed file is absent or has another size; without a manifest all is well."""
     listed = read_manifest(directory) or {}
-    _refuse(directory, {name: _other_size(directory / name, entry) for name, entry in listed.items()})
+    _refuse(directory, {name: _difference(directory / name, each, False) for name, each in listed.items()})
 
 
 def verify(directory: Path) -> None:
@@ -83,19 +75,18 @@ def differences(directory: Path) -> dict[str, str] | None:
     listed = read_manifest(directory)
     if listed is None:
         return None
-    found = {name: _difference(directory / name, entry) for name, entry in listed.items()}
+    found = {name: _difference(directory / name, entry, True) for name, entry in listed.items()}
     unlisted = [name for name in _present(directory) if name not in listed and name.endswith(_READ_SUFFIXES)]
     return found | dict.fromkeys(unlisted, "is not listed")
 
 
-def _parse(values: Any) -> dict[str, ListedFile]:
+def _parse(values: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(values, dict) or values.keys() != {"format", "files"}:
         raise ValueError("it is no object of format and files")
     if type(values["format"]) is not int or values["format"] != _FORMAT:
         raise ValueError(f"its format is {shortened(values['format'])} and this rfengine reads {_FORMAT}")
     if not isinstance(values["files"], dict):
         raise ValueError("its files are no object of names")
-    listed = {}
     for name, entry in values["files"].items():
         if not _is_inside(name):
             raise ValueError(f"the name {shortened(name)} is not that of a file inside the directory")
@@ -106,8 +97,7 @@ def _parse(values: Any) -> dict[str, ListedFile]:
             raise ValueError(f"the size of {name} is {shortened(size)}; it must be a whole number of bytes")
         if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
             raise ValueError(f"the sha256 of {name} is {shortened(sha256)}; it must be 64 hexadecimal digits")
-        listed[name] = ListedFile(size, sha256)
-    return listed
+    return values["files"]
 
 
 def _is_inside(name: str) -> bool:
@@ -129,24 +119,17 @@ def _present(directory: Path) -> list[str]:
     return [name for name in names if name != MANIFEST_FILE]
 
 
-def _other_size(path: Path, entry: ListedFile) -> str:
-    """Why the file cannot be the listed one, as far as its size tells; "" where it may be."""
+def _difference(path: Path, entry: dict[str, Any], reads: bool) -> str:
+    """Why the file is not the listed one, by its size or, where it `reads`, its content; "" where it is."""
     try:
         found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "is no ordinary file"
+        if found.st_size != entry["size"]:
+            return f"has {found.st_size} bytes instead of {entry['size']}"
+        return "has another content (sha256)" if reads and file_sha256(path) != entry["sha256"] else ""
     except FileNotFoundError:
         return "is absent"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if not stat.S_ISREG(found.st_mode):
-        return "is no ordinary file"
-    return "" if found.st_size == entry.size else f"has {found.st_size} bytes instead of {entry.size}"
-
-
-def _difference(path: Path, entry: ListedFile) -> str:
-    if other := _other_size(path, entry):
-        return other
-    try:
-        return "" if file_sha256(path) == entry.sha256 else "has another content (sha256)"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 

@@ -53,7 +53,7 @@ def test_every_file_of_the_directory_is_listed(directory: Path) -> None:
     write_manifest(directory)
     listed = read_manifest(directory)
     assert listed.keys() == {"rfengine.json", "vae.safetensors", "tokenizer/spiece.model"}
-    assert listed["tokenizer/spiece.model"].size == 6
+    assert listed["tokenizer/spiece.model"]["size"] == 6
     assert differences(directory) == dict.fromkeys(listed, "")
 
 
@@ -79,9 +79,9 @@ def test_another_size_and_absent_files_are_noticed_in_loading(directory: Path) -
     with (directory / "tokenizer" / "spiece.model").open("ab") as file:
         file.write(b"!")
     (directory / "vae.safetensors").unlink()
-    told = "vae.safetensors is absent, tokenizer/spiece.model has 7 bytes instead of 6"
+    message = "vae.safetensors is absent, tokenizer/spiece.model has 7 bytes instead of 6"
     for call in (check_sizes, verify, load):
-        with pytest.raises(ValueError, match=told.replace("/", ".")):
+        with pytest.raises(ValueError, match=message.replace("/", ".")):
             call(directory)
 
 
@@ -172,13 +172,13 @@ def test_text_that_is_no_manifest_is_refused(directory: Path) -> None:
     path = directory / "manifest.json"
     good = path.read_text()
     twice = good.replace('"vae.safetensors"', '"rfengine.json"')
-    for text, told in (
+    for text, message in (
         ("", "Expecting value"),
         ("[" * 100_000, "too deep"),
         (twice, "'rfengine.json' twice"),
     ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             check_sizes(directory)
     path.write_bytes(b"\xff")
     with pytest.raises(ValueError, match="is not UTF-8"):
