@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +59,10 @@ def infer_config(
     """
     settings = settings or {}
     try:
-        if part == "transformer":
-            return _infer_transformer(shapes, settings)
         if part == "tiny_vae":
             return _infer_tiny_vae(shapes)
-        return _infer_vae(shapes, settings) if part == "vae" else _infer_text(shapes, settings)
+        infer = {"transformer": _infer_transformer, "vae": _infer_vae, "text_encoder": _infer_text}[part]
+        return infer(shapes, settings)
     except ValueError as error:
         raise ValueError(f"{place}: {error}" if place else str(error)) from error
 
@@ -246,74 +244,63 @@ def _count_layers(shapes: Shapes, prefix: str) -> int:
 def _transformer_shapes(config: WanConfig) -> dict[str, Shape]:
     """Every tensor of the transformer by its original name."""
     dim, ffn_dim = config.dim, config.ffn_dim
-    outputs = math.prod(config.patch_size) * config.out_dim
-    shapes: dict[str, Shape] = {
-        "patch_embedding.weight": (dim, config.in_dim, *config.patch_size),
-        "patch_embedding.bias": (dim,),
-        **_linear("text_embedding.0", dim, config.text_dim),
-        **_linear("text_embedding.2", dim, dim),
-        **_linear("time_embedding.0", dim, config.freq_dim),
-        **_linear("time_embedding.2", dim, dim),
-        **_linear("time_projection.1", 6 * dim, dim),
-        "head.modulation": (1, 2, dim),
-        **_linear("head.head", outputs, dim),
+    block = {
+        "modulation": (1, 6, dim),
+        **{f"norm3.{leaf}": (dim,) for leaf in ("weight", "bias")},
+        **_conv("ffn.0", ffn_dim, dim),
+        **_conv("ffn.2", dim, ffn_dim),
     }
-    for block in (f"blocks.{index}" for index in range(config.num_layers)):
-        shapes[f"{block}.modulation"] = (1, 6, dim)
-        for attention in (f"{block}.self_attn", f"{block}.cross_attn"):
-            for letter in "qkvo":
-                shapes |= _linear(f"{attention}.{letter}", dim, dim)
-            shapes |= {f"{attention}.norm_q.weight": (dim,), f"{attention}.norm_k.weight": (dim,)}
-        shapes |= {f"{block}.norm3.weight": (dim,), f"{block}.norm3.bias": (dim,)}
-        shapes |= {**_linear(f"{block}.ffn.0", ffn_dim, dim), **_linear(f"{block}.ffn.2", dim, ffn_dim)}
-    return shapes
+    for attention in ("self_attn", "cross_attn"):
+        block |= {f"{attention}.norm_{letter}.weight": (dim,) for letter in "qk"}
+        for letter in "qkvo":
+            block |= _conv(f"{attention}.{letter}", dim, dim)
+    return {
+        **_conv("patch_embedding", dim, config.in_dim, *config.patch_size),
+        **_conv("text_embedding.0", dim, config.text_dim),
+        **_conv("text_embedding.2", dim, dim),
+        **_conv("time_embedding.0", dim, config.freq_dim),
+        **_conv("time_embedding.2", dim, dim),
+        **_conv("time_projection.1", 6 * dim, dim),
+        "head.modulation": (1, 2, dim),
+        **_conv("head.head", math.prod(config.patch_size) * config.out_dim, dim),
+        **_repeated("blocks", config.num_layers, block),
+    }
 
 
 def _vae_shapes(config: VAEConfig) -> dict[str, Shape]:
     """Every tensor of the VAE by its original name."""
     widths, z_dim = [config.base_dim * factor for factor in config.dim_mult], config.z_dim
-    shapes = {**_conv("conv1", 2 * z_dim, 2 * z_dim, 1, 1, 1), **_conv("conv2", z_dim, z_dim, 1, 1, 1)}
-
-    shapes |= _conv("encoder.conv1", config.base_dim, RGB_CHANNELS, 3, 3, 3)
-    names, channels = _numbered("encoder.downsamples"), config.base_dim
-    for width, temporal in zip(widths, (*config.temporal_downsample, None), strict=True):
-        shapes |= _residuals(names, channels, width, config.num_res_blocks)
-        channels = width
-        if temporal is not None:
-            shapes |= _resample(next(names), width, width, width if temporal else 0)
-    shapes |= _middle_and_head("encoder", channels, channels, 2 * z_dim)
-
-    shapes |= _conv("decoder.conv1", widths[-1], z_dim, 3, 3, 3)
-    names, channels = _numbered("decoder.upsamples"), widths[-1]
-    for width, temporal in zip(reversed(widths), (*reversed(config.temporal_downsample), None), strict=True):
-        shapes |= _residuals(names, channels, width, config.num_res_blocks + 1)
-        channels = width
-        if temporal is not None:
-            channels = width // 2
-            shapes |= _resample(next(names), width, channels, 2 * width if temporal else 0)
-    return shapes | _middle_and_head("decoder", widths[-1], channels, RGB_CHANNELS)
+    temporal, blocks = config.temporal_downsample, config.num_res_blocks
+    return {
+        **_conv("conv1", 2 * z_dim, 2 * z_dim, 1, 1, 1),
+        **_conv("conv2", z_dim, z_dim, 1, 1, 1),
+        **_conv("encoder.conv1", config.base_dim, RGB_CHANNELS, 3, 3, 3),
+        **_levels("encoder.downsamples", config.base_dim, widths, temporal, blocks),
+        **_middle_and_head("encoder", widths[-1], widths[-1], 2 * z_dim),
+        **_conv("decoder.conv1", widths[-1], z_dim, 3, 3, 3),
+        **_levels("decoder.upsamples", widths[-1], widths[::-1], temporal[::-1], blocks + 1),
+        **_middle_and_head("decoder", widths[-1], widths[0], RGB_CHANNELS),
+    }
 
 
 def _text_shapes(config: TextConfig) -> dict[str, Shape]:
     """Every tensor of the text encoder by its transformers name, the tied embedding once."""
     inner, dim = config.attention_dim, config.dim
-    shapes: dict[str, Shape] = {
+    block = {
+        **{f"0.SelfAttention.{letter}.weight": (inner, dim) for letter in "qkv"},
+        "0.SelfAttention.o.weight": (dim, inner),
+        "0.SelfAttention.relative_attention_bias.weight": (config.num_buckets, config.num_heads),
+        **{f"{index}.layer_norm.weight": (dim,) for index in (0, 1)},
+        **{f"1.DenseReluDense.wi_{index}.weight": (config.ffn_dim, dim) for index in (0, 1)},
+        "1.DenseReluDense.wo.weight": (dim, config.ffn_dim),
+    }
+    return {
         "shared.weight": (config.vocab_size, dim),
         "encoder.final_layer_norm.weight": (dim,),
+        **_repeated(
+            "encoder.block", config.num_layers, {f"layer.{name}": shape for name, shape in block.items()}
+        ),
     }
-    for block in (f"encoder.block.{index}.layer" for index in range(config.num_layers)):
-        attention, dense = f"{block}.0.SelfAttention", f"{block}.1.DenseReluDense"
-        shapes |= {f"{attention}.{letter}.weight": (inner, dim) for letter in "qkv"}
-        shapes |= {
-            f"{attention}.o.weight": (dim, inner),
-            f"{attention}.relative_attention_bias.weight": (config.num_buckets, config.num_heads),
-            f"{block}.0.layer_norm.weight": (dim,),
-            f"{block}.1.layer_norm.weight": (dim,),
-            f"{dense}.wi_0.weight": (config.ffn_dim, dim),
-            f"{dense}.wi_1.weight": (config.ffn_dim, dim),
-            f"{dense}.wo.weight": (dim, config.ffn_dim),
-        }
-    return shapes
 
 
 def _tiny_vae_shapes(config: TinyVAEConfig) -> dict[str, Shape]:
@@ -333,35 +320,39 @@ def _tiny_vae_shapes(config: TinyVAEConfig) -> dict[str, Shape]:
     return shapes | _conv(f"decoder.{index + 1}", RGB_CHANNELS, widths[-1], 3, 3)
 
 
-def _linear(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+def _repeated(prefix: str, count: int, block: Shapes) -> dict[str, Shape]:
+    return {f"{prefix}.{index}.{name}": shape for index in range(count) for name, shape in block.items()}
 
 
 def _conv(name: str, outputs: int, inputs: int, *kernel: int) -> dict[str, Shape]:
+    """A convolution, or without a kernel a linear layer."""
     return {f"{name}.weight": (outputs, inputs, *kernel), f"{name}.bias": (outputs,)}
 
 
 def _residual(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
     shapes = {f"{name}.residual.0.gamma": (inputs, 1, 1, 1), f"{name}.residual.3.gamma": (outputs, 1, 1, 1)}
-    shapes |= {**_conv(f"{name}.residual.2", outputs, inputs, 3, 3, 3)}
-    shapes |= {**_conv(f"{name}.residual.6", outputs, outputs, 3, 3, 3)}
+    shapes |= _conv(f"{name}.residual.2", outputs, inputs, 3, 3, 3)
+    shapes |= _conv(f"{name}.residual.6", outputs, outputs, 3, 3, 3)
     return shapes if inputs == outputs else shapes | _conv(f"{name}.shortcut", outputs, inputs, 1, 1, 1)
 
 
-def _numbered(prefix: str) -> Iterator[str]:
-    return (f"{prefix}.{index}" for index in itertools.count())
-
-
-def _residuals(names: Iterator[str], inputs: int, outputs: int, count: int) -> dict[str, Shape]:
-    """`count` residual blocks under the next names; the first one takes `inputs` channels."""
-    blocks = [_residual(next(names), inputs if index == 0 else outputs, outputs) for index in range(count)]
-    return {name: shape for block in blocks for name, shape in block.items()}
-
-
-def _resample(name: str, width: int, outputs: int, time_outputs: int) -> dict[str, Shape]:
-    """A step between two levels; time_outputs is 0 where it leaves time as it is."""
-    shapes = _conv(f"{name}.resample.1", outputs, width, 3, 3)
-    return shapes | (_conv(f"{name}.time_conv", time_outputs, width, 3, 1, 1) if time_outputs else {})
+def _levels(
+    prefix: str, channels: int, widths: Sequence[int], temporal: Sequence[bool], blocks: int
+) -> dict[str, Shape]:
+    """Residual blocks of each level, numbered through, and a step between two levels, which in the decoder
+    halves the channels. temporal: which steps change the number of frames."""
+    up, shapes, index = prefix.startswith("decoder"), {}, 0
+    for level, width in enumerate(widths):
+        for inputs in (channels, *[width] * (blocks - 1)):
+            shapes |= _residual(f"{prefix}.{index}", inputs, width)
+            index += 1
+        channels = width // 2 if up else width
+        if level < len(temporal):
+            shapes |= _conv(f"{prefix}.{index}.resample.1", channels, width, 3, 3)
+            if temporal[level]:
+                shapes |= _conv(f"{prefix}.{index}.time_conv", 2 * width if up else width, width, 3, 1, 1)
+            index += 1
+    return shapes
 
 
 def _middle_and_head(half: str, channels: int, head_channels: int, outputs: int) -> dict[str, Shape]:

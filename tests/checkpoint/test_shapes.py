@@ -184,8 +184,8 @@ def test_a_published_setting_that_cannot_be_is_refused_by_its_key(part: str, key
         [2**31] * 16, [0] * 3, [True],
     ]  # fmt: skip
     for value in absurd:
-        told = f"^the stated {key} |^config.json states|^{key}|max_distance is"
-        with pytest.raises(ValueError, match=told) as caught:
+        message = f"^the stated {key} |^config.json states|^{key}|max_distance is"
+        with pytest.raises(ValueError, match=message) as caught:
             infer_config(part, shapes, SETTINGS[part] | {key: value})
         assert len(str(caught.value)) < 300
 
