@@ -6,13 +6,20 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rfengine.checkpoint.directories import CONFIG_FILE, PARTS, CheckpointDirectory, checkpoint_directory
+from rfengine.checkpoint.directories import (
+    CONFIG_FILE,
+    PARTS,
+    CheckpointDirectory,
+    checkpoint_directory,
+    read_json,
+)
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import assign
 from rfengine.checkpoint.manifest import check_sizes
@@ -24,7 +31,6 @@ from rfengine.checkpoint.shapes import (
     part_configs,
     shapes_of,
 )
-from rfengine.checkpoint.shards import read_json
 from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.checkpoint.text_states import TextStateFiles
 from rfengine.config import (
@@ -115,9 +121,16 @@ class Checkpoint:
         if self.directory is None:
             stored = _random_tensors(part_configs(self.config)[part], self.seed + PARTS.index(part), device)
             assign(module, stored, dtype, device, f"the random {part}")
-        else:
-            label, stored = _open_part(self.directory, part)
-            assign(module, stored, dtype, device, label, check_finite=True)
+            return module
+        check_sizes(self.path)
+        files = self.directory.files(part)
+        if not files:
+            way = "run `rfengine convert SRC DST --base WAN` where WAN is a directory that has it"
+            if part in _SINGLE_FILES:
+                way = f"run `rfengine convert {_SINGLE_FILES[part]} DST --base {self.path}` and load DST"
+            raise ValueError(f"{self.path} has no {part}; {way}")
+        self.directory.refuse_pickles(part)
+        assign(module, self.directory.open(part), dtype, device, str(files[0]), check_finite=True)
         return module
 
     def text_encoder(
@@ -130,7 +143,12 @@ class Checkpoint:
         """
         text, model = self.config.text, self.config.model
         if self.directory is None:
-            return GivenTextStates(_random_states(model, self.seed))
+            shape, generator = (
+                (1, model.text_len, model.text_dim),
+                torch.Generator("cpu").manual_seed(self.seed),
+            )
+            states = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return GivenTextStates(states)
         folder = self.directory.tokenizer()
         if not self.directory.files("text_encoder") or (folder is None and text.tokenizer != "bytes"):
             raise ValueError(
@@ -246,7 +264,7 @@ def _require_agreement(directory: CheckpointDirectory, config: EngineConfig) -> 
     """
     for part, stated in part_configs(config).items():
         files = directory.files(part)
-        if not files or directory.is_pickled(part):
+        if not files or directory.pickle(part):
             continue
         problem = describe_mismatch(expected_shapes(stated), shapes_of(directory.open(part)))
         if problem:
@@ -263,7 +281,7 @@ def _infer_config(directory: CheckpointDirectory) -> EngineConfig:
             if not files:
                 raise ValueError(f"{directory.path} has no transformer; give the directory that has it")
             directory.refuse_pickles(part)
-        if files and not directory.is_pickled(part):
+        if files and not directory.pickle(part):
             shapes = shapes_of(directory.open(part))
             configs[part] = infer_config(part, shapes, directory.settings(part), files[0].parent)
     logger.warning(
@@ -274,29 +292,11 @@ def _infer_config(directory: CheckpointDirectory) -> EngineConfig:
     return engine_config(configs)
 
 
-def _open_part(directory: CheckpointDirectory, part: Part) -> tuple[str, dict[str, StoredTensor]]:
-    """The first file of a part that has to be there, and its tensors."""
-    check_sizes(directory.path)
-    files = directory.files(part)
-    if not files:
-        if part in _SINGLE_FILES:
-            way = f"run `rfengine convert {_SINGLE_FILES[part]} DST --base {directory.path}` and load DST"
-        else:
-            way = "run `rfengine convert SRC DST --base WAN` where WAN is a directory that has it"
-        raise ValueError(f"{directory.path} has no {part}; {way}")
-    directory.refuse_pickles(part)
-    return str(files[0]), directory.open(part)
-
-
 def _random_tensors(config: PartConfig, seed: int, device: torch.device | str) -> dict[str, StoredTensor]:
     """Float32 tensors of a part, drawn on `device` one by one as they are read."""
     generator = torch.Generator(device).manual_seed(seed)
-
-    def drawn(name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-        return lambda: _random_tensor(name, shape, generator)
-
     return {
-        name: StoredTensor(shape, torch.float32, drawn(name, shape))
+        name: StoredTensor(shape, torch.float32, partial(_random_tensor, name, shape, generator))
         for name, shape in expected_shapes(config).items()
     }
 
@@ -311,10 +311,3 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
     if values.numel() == shape[0]:  # the scale of a norm
         return values.fill_(1)
     return values.normal_(0, values[0].numel() ** -0.5, generator=generator)
-
-
-def _random_states(model: WanConfig, seed: int) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(
-        1, model.text_len, model.text_dim, generator=generator, dtype=torch.float32, device="cpu"
-    )

@@ -18,7 +18,13 @@ from typing import Literal, get_args
 import torch
 
 from rfengine.checkpoint.checkpoint import engine_config, open_tokenizer, read_config, write_config
-from rfengine.checkpoint.directories import MODEL_PARTS, PARTS, CheckpointDirectory, inner_directory
+from rfengine.checkpoint.directories import (
+    MODEL_PARTS,
+    PARTS,
+    CheckpointDirectory,
+    all_shards,
+    inner_directory,
+)
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import open_part, read_as
 from rfengine.checkpoint.lora import add_lora, open_lora
@@ -32,13 +38,11 @@ from rfengine.checkpoint.shapes import (
     shapes_of,
     stated_heads,
 )
-from rfengine.checkpoint.shards import all_shards
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
 from rfengine.config import (
     CacheConfig,
     DTypeName,
     EngineConfig,
-    TextConfig,
     VAEConfig,
     require_same_latents,
 )
@@ -155,20 +159,7 @@ def _open_source(source: Path, base: Path | None, use_ema: bool) -> _Checkpoint:
         shapes = shapes_of(checkpoint.tensors["transformer"])
         heads = _base_heads(base, shapes)
         checkpoint.configs["transformer"] = infer_config("transformer", shapes, heads, source)
-    if "text_encoder" in checkpoint.tensors:
-        _check_tokenizer(checkpoint, base or source)
     return checkpoint
-
-
-def _check_tokenizer(checkpoint: _Checkpoint, directory: Path) -> None:
-    text = checkpoint.configs["text_encoder"]
-    assert isinstance(text, TextConfig)
-    if text.tokenizer == "sentencepiece" and checkpoint.tokenizer is None:
-        raise ValueError(
-            f"{directory} has a text encoder and no tokenizer; add google/umt5-xxl/ or tokenizer/ to it, "
-            "with the tokenizer.json of umt5-xxl"
-        )
-    open_tokenizer(checkpoint.tokenizer, text)
 
 
 def _take_parts(checkpoint: _Checkpoint, path: Path, use_ema: bool) -> None:
@@ -186,7 +177,13 @@ def _take_parts(checkpoint: _Checkpoint, path: Path, use_ema: bool) -> None:
         else:
             checkpoint.configs[part] = part_configs(own)[part]
         if part == "text_encoder":
-            checkpoint.tokenizer = directory.tokenizer()
+            text, checkpoint.tokenizer = checkpoint.configs[part], directory.tokenizer()
+            if text.tokenizer == "sentencepiece" and checkpoint.tokenizer is None:
+                raise ValueError(
+                    f"{path} has a text encoder and no tokenizer; add google/umt5-xxl/ or tokenizer/ to it, "
+                    "with the tokenizer.json of umt5-xxl"
+                )
+            open_tokenizer(checkpoint.tokenizer, text)
     checkpoint.own_config = checkpoint.own_config or own
 
 
@@ -213,7 +210,10 @@ def _resolve_kind(kind: Kind, source: Path) -> str:
     layout = CheckpointDirectory.of(inner_directory(source)).layout if source.is_dir() else ""
     if layout == "rfengine":
         return ""
-    name = _given_name(source).lower().replace("-", "").replace("_", "")
+    path = Path(os.path.abspath(source))  # as given: in a cache links lead to files named by their hashes
+    # a snapshot, named by a hash too, is in the folder of its repository
+    given = path.parent.parent if path.parent.name == "snapshots" else path
+    name = given.name.lower().replace("-", "").replace("_", "")
     named = {found for part, found in _KINDS_IN_NAMES.items() if part in name}
     if len(named) == 1:
         return named.pop()
@@ -223,13 +223,6 @@ def _resolve_kind(kind: Kind, source: Path) -> str:
         f"the name {source.name} does not tell which cache the checkpoint was trained for; "
         f"give kind, one of {', '.join(CACHES)}"
     )
-
-
-def _given_name(source: Path) -> str:
-    """The name of the source as it was given: in a cache a link leads to a file named by its hash, and a
-    snapshot, named by one too, is in the folder of its repository."""
-    path = Path(os.path.abspath(source))
-    return path.parent.parent.name if path.parent.name == "snapshots" else path.name
 
 
 def _check_tensors(checkpoint: _Checkpoint) -> None:

@@ -1,22 +1,25 @@
-"""The parts of a checkpoint in a directory of rfengine, Wan2.1, Diffusers, ComfyUI or a download cache."""
+"""The parts of a checkpoint in a directory of rfengine, Wan2.1, Diffusers, ComfyUI or a download cache.
+
+The files of a part are one file, or shards with or without an index, in variants such as fp16.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from rfengine.checkpoint.file_format import PICKLE_SUFFIXES, SAFETENSORS_SUFFIXES, weights_format
-from rfengine.checkpoint.layouts import Part
+from rfengine.checkpoint.layouts import Part, list_names
 from rfengine.checkpoint.loader import open_part
-from rfengine.checkpoint.shards import folder_names, model_files, read_json, refuse_dangling
 from rfengine.checkpoint.tensor_file import StoredTensor, TensorEntry, read_header
-from rfengine.files import read_text
+from rfengine.files import absence, json_object, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ _FILES: dict[DirectoryLayout, dict[Part, tuple[tuple[str, str], ...]]] = {
         "text_encoder": (("text_encoder", "model"), ("text_encoder", "pytorch_model")),
         "tiny_vae": (("tiny_vae", "diffusion_pytorch_model"), ("tiny_vae", "taew2_1")),
     },
-    "comfyui": {part: () for part in PARTS},
+    "comfyui": dict.fromkeys(PARTS, ()),
 }
 _CACHE_FOLDERS = ("blobs", "refs", "snapshots")  # all that a cached repository has
 _COMFYUI_ROOTS = ("split_files", "models")
@@ -65,6 +68,16 @@ _TOKENIZERS: dict[DirectoryLayout, tuple[str, ...]] = {
     "diffusers": ("tokenizer", "google/umt5-xxl"),
     "comfyui": ("tokenizer", "google/umt5-xxl"),
 }
+
+MAX_JSON_BYTES = 4 << 20  # an index of the largest published models has less than 1 MB
+_SUFFIX = "|".join(re.escape(suffix) for suffix in (*SAFETENSORS_SUFFIXES, *PICKLE_SUFFIXES))
+_VARIANT = r"[A-Za-z]\w*"
+# Variants stand in front of the shard's number, and in older files behind it.
+_AFTER_STEM = (
+    rf"(?:\.(?P<variant>{_VARIANT}))?(?:-(?P<number>\d{{5}})-of-(?P<total>\d{{5}}))?"
+    rf"(?:\.(?P<late>{_VARIANT}))?(?P<suffix>{_SUFFIX})"
+)
+_INDEX_AFTER_STEM = rf"(?P<suffix>{_SUFFIX})\.index(?:\.(?P<variant>{_VARIANT}))?\.json"
 
 
 def checkpoint_directory(source: str | Path) -> Path:
@@ -110,14 +123,40 @@ class CheckpointDirectory:
     @classmethod
     def of(cls, path: Path) -> CheckpointDirectory:
         """Raises ValueError when `path` is no directory or has none of the known layouts."""
-        return cls(path, _layout_of(path))
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a directory on this machine; give one that holds a checkpoint")
+        names = folder_names(path)
+        if CONFIG_FILE in names:
+            return cls(path, "rfengine")
+        for directory in (cls(path, "diffusers"), cls(path, "wan")):
+            if any(map(directory.files, MODEL_PARTS)):
+                return directory
+        if _has_comfyui(path):
+            return cls(path, "comfyui")
+        weights = ", ".join(name for name in names if _suffix(name) in _COMFYUI_SUFFIXES)
+        held = f" (it holds {weights}: give that file itself to `rfengine convert`)" if weights else ""
+        raise ValueError(
+            f"{path} has no {CONFIG_FILE}, no transformer/ folder and no "
+            f"diffusion_pytorch_model.safetensors{held}; give a directory of rfengine, Wan2.1, Diffusers or "
+            "ComfyUI"
+        )
 
     def files(self, part: Part) -> tuple[Path, ...]:
         """The files of `part`: safetensors, or pickles where there is nothing else; empty when absent.
 
         Raises ValueError when shards are incomplete, and where several files may be meant.
         """
-        return _files_of(self.path, self.layout, part)
+        for folder, stem in _FILES[self.layout][part]:
+            if files := model_files(self.path / folder, stem):
+                return files
+        if part == "tiny_vae":  # a folder of that name holds it under whatever name it came
+            names = [name for name in folder_names(self.path / part) if _suffix(name) in SAFETENSORS_SUFFIXES]
+            if names:
+                return tuple(self.path / part / name for name in names)
+        folders = _COMFYUI_FOLDERS[part] if self.layout == "comfyui" else ()
+        if self.layout == "wan" and part != "transformer":  # files of ComfyUI beside those of Wan2.1
+            folders = ("",)
+        return next(filter(None, (_comfyui_files(self.path / folder, part) for folder in folders)), ())
 
     def settings(self, part: Part) -> dict[str, Any]:
         """The config.json of `part`; empty where the layout has none."""
@@ -150,18 +189,17 @@ class CheckpointDirectory:
             )
         return tensors
 
-    def is_pickled(self, part: Part) -> bool:
-        """Whether a file of `part` is a pickle, which convert alone reads."""
-        return any(weights_format(path) == "pickle" for path in self.files(part))
+    def pickle(self, part: Part) -> Path | None:
+        """The first file of `part` that is a pickle, which convert alone reads."""
+        return next((path for path in self.files(part) if weights_format(path) == "pickle"), None)
 
     def refuse_pickles(self, part: Part) -> None:
-        """Raises ValueError for a part that is_pickled."""
-        for path in self.files(part):
-            if weights_format(path) == "pickle":
-                raise ValueError(
-                    f"{path} is a pickle, which the engine does not load; run `rfengine convert {self.path} "
-                    "DST` and load DST"
-                )
+        """Raises ValueError for a part that has a pickle."""
+        if path := self.pickle(part):
+            raise ValueError(
+                f"{path} is a pickle, which the engine does not load; run `rfengine convert {self.path} "
+                "DST` and load DST"
+            )
 
     def fingerprint(self, parts: Iterable[Part] = PARTS) -> str:
         """A sha256 of every name, shape and dtype of `parts` and of 16 evenly spread elements of each tensor.
@@ -171,7 +209,7 @@ class CheckpointDirectory:
         """
         digest = hashlib.sha256()
         for part in parts:
-            if part not in MODEL_PARTS and self.is_pickled(part):
+            if part not in MODEL_PARTS and self.pickle(part):
                 continue  # one that is never loaded
             self.refuse_pickles(part)
             for path in self.files(part):
@@ -188,43 +226,6 @@ def _hash_file(digest: hashlib._Hash, part: Part, path: Path, entries: Mapping[s
             for position in range(entry.begin, entry.end, step)[:_SAMPLES]:
                 file.seek(position)
                 digest.update(file.read(width))
-
-
-def _layout_of(directory: Path) -> DirectoryLayout:
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory on this machine; give one that holds a checkpoint")
-    names = folder_names(directory)
-    if CONFIG_FILE in names:
-        return "rfengine"
-    for layout in ("diffusers", "wan"):
-        if any(_files_of(directory, layout, part) for part in MODEL_PARTS):
-            return layout
-    if _has_comfyui(directory):
-        return "comfyui"
-    weights = [name for name in names if Path(name).suffix.lower() in _COMFYUI_SUFFIXES]
-    held = f" (it holds {', '.join(weights)}: give that file itself to `rfengine convert`)" if weights else ""
-    raise ValueError(
-        f"{directory} has no {CONFIG_FILE}, no transformer/ folder and no "
-        f"diffusion_pytorch_model.safetensors{held}; give a directory of rfengine, Wan2.1, Diffusers or "
-        "ComfyUI"
-    )
-
-
-def _files_of(directory: Path, layout: DirectoryLayout, part: Part) -> tuple[Path, ...]:
-    for folder, stem in _FILES[layout][part]:
-        if files := model_files(directory / folder, stem):
-            return files
-    if part == "tiny_vae":  # a folder of that name holds it under whatever name it came
-        names = folder_names(directory / part)
-        if files := tuple(directory / part / name for name in names if _suffix(name) in SAFETENSORS_SUFFIXES):
-            return files
-    if layout == "wan" and part != "transformer":  # files of ComfyUI beside those of Wan2.1
-        return _comfyui_files(directory, part)
-    if layout == "comfyui":
-        for folder in _COMFYUI_FOLDERS[part]:
-            if files := _comfyui_files(directory / folder, part):
-                return files
-    return ()
 
 
 def _suffix(name: str) -> str:
@@ -266,3 +267,154 @@ def _comfyui_names(folder: Path, part: Part) -> dict[tuple[int, bool], list[str]
             rank = 0 if suffix in SAFETENSORS_SUFFIXES else 1 if suffix in PICKLE_SUFFIXES else 2
             ranks.setdefault((rank, "fp8" in plain), []).append(name)
     return ranks
+
+
+@dataclass(slots=True)
+class _Form:
+    """What a folder has of one model in one format and one variant."""
+
+    single: str = ""
+    index: str = ""
+    shards: dict[int, dict[int, str]] = field(default_factory=dict)  # of each total, the names by number
+
+
+def model_files(folder: Path, stem: str) -> tuple[Path, ...]:
+    """The files of the model that `folder` calls `stem`; empty when there is none.
+
+    Safetensors go before pickles, a plain file before a variant. Raises ValueError when shards or the files
+    of links are absent, and where there are only variants, and several.
+    """
+    forms = _forms(folder, stem)
+    if not forms:
+        return ()
+    is_pickle, variant = min(forms)
+    rivals = [name for kind, name in forms if kind == is_pickle and name != variant]
+    if variant and rivals:
+        raise ValueError(
+            f"{folder} has {stem} in the variants {', '.join(sorted([variant, *rivals]))} and not plain, so "
+            "which is meant is not clear; keep one of them"
+        )
+    if rivals:
+        logger.info("%s: %s is read, and not its variant %s", folder, stem, " or ".join(sorted(rivals)))
+    return _files(folder, stem, forms[is_pickle, variant])
+
+
+def all_shards(path: Path) -> tuple[Path, ...]:
+    """The whole model of which `path` is a shard or the index, or `path` itself; by its name as given.
+
+    Raises ValueError when shards are absent, which it lists.
+    """
+    if match := re.fullmatch(rf"(?P<stem>.+?){_INDEX_AFTER_STEM}", path.name, re.IGNORECASE):
+        return _files(path.parent, match["stem"], _Form(index=path.name))
+    match = re.fullmatch(rf"(?P<stem>.+?){_AFTER_STEM}", path.name, re.IGNORECASE)
+    if match is None or match["number"] is None:
+        return (path,)
+    form = _forms(path.parent, match["stem"])[_key(match)]
+    if match["total"] and int(match["total"]) in form.shards:
+        form.shards = {int(match["total"]): form.shards[int(match["total"])]}
+    files = _files(path.parent, match["stem"], _Form(index=form.index, shards=form.shards))
+    if path not in files:
+        raise ValueError(
+            f"{path} is no shard that {path.parent / form.index} names; give the whole directory"
+        )
+    if len(files) > 1:
+        logger.warning("%s is one of %d shards; all of them are read", path, len(files))
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file.
+
+    Raises ValueError when the file is something else.
+    """
+    if not os.path.lexists(path):
+        return {}
+    refuse_dangling(path)
+    return json_object(read_text(path, MAX_JSON_BYTES), path)
+
+
+def refuse_dangling(path: Path) -> None:
+    """Raises ValueError for a link whose file is not there, which would otherwise count as absent."""
+    if os.path.islink(path) and not os.path.exists(path):  # False for a name that no file can have
+        raise ValueError(f"{path} {absence(path)}")
+
+
+def folder_names(folder: Path) -> list[str]:
+    """Names of everything in a folder, sorted; none where there is no folder.
+
+    Raises ValueError when it cannot be listed or is a link to nothing.
+    """
+    refuse_dangling(folder)
+    if not os.path.isdir(folder):
+        return []
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be listed ({error.strerror}); make it readable") from error
+
+
+def _forms(folder: Path, stem: str) -> dict[tuple[bool, str], _Form]:
+    """What `folder` has of `stem`, by whether it is a pickle and by its variant."""
+    file, index = (
+        re.compile(re.escape(stem) + rest, re.IGNORECASE) for rest in (_AFTER_STEM, _INDEX_AFTER_STEM)
+    )
+    forms: dict[tuple[bool, str], _Form] = {}
+    for name in folder_names(folder):
+        if match := index.fullmatch(name):
+            key = match["suffix"].lower() in PICKLE_SUFFIXES, match["variant"] or ""
+            forms.setdefault(key, _Form()).index = name
+        elif match := file.fullmatch(name):
+            form = forms.setdefault(_key(match), _Form())
+            if match["number"] is None:
+                form.single = name
+            else:
+                form.shards.setdefault(int(match["total"]), {})[int(match["number"])] = name
+    return forms
+
+
+def _key(match: re.Match[str]) -> tuple[bool, str]:
+    return match["suffix"].lower() in PICKLE_SUFFIXES, match["variant"] or match["late"] or ""
+
+
+def _files(folder: Path, stem: str, form: _Form) -> tuple[Path, ...]:
+    if form.index:
+        names = _indexed(folder / form.index)
+    elif form.single:
+        names = [form.single]
+    else:
+        names = _counted(folder, stem, form.shards)
+    for name in names:
+        refuse_dangling(folder / name)
+    absent = [name for name in names if not os.path.lexists(folder / name)]
+    if absent:
+        raise ValueError(f"{folder} lacks {list_names(absent)} of {len(names)} shards; get the missing files")
+    return tuple(folder / name for name in names)
+
+
+def _indexed(index: Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_bare, weight_map.values())):
+        raise ValueError(f"{index} has no weight_map of file names beside it; get the file again")
+    return sorted(set(weight_map.values()))
+
+
+def _is_bare(name: object) -> bool:
+    return (
+        isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name and name == Path(name).name
+    )
+
+
+def _counted(folder: Path, stem: str, shards: dict[int, dict[int, str]]) -> list[str]:
+    """The names of the shards that belong to one total, absent ones included."""
+    whole = [total for total, found in shards.items() if set(found) == set(range(1, total + 1))]
+    if len(shards) > 1 and len(whole) != 1:
+        raise ValueError(
+            f"{folder} has shards of {stem} that count {', '.join(map(str, sorted(shards)))}; keep those of "
+            "one model"
+        )
+    total = whole[0] if whole else next(iter(shards))
+    found = shards[total]
+    number, name = next(iter(found.items()))
+    return [
+        found.get(each, name.replace(f"-{number:05}-of-", f"-{each:05}-of-")) for each in range(1, total + 1)
+    ] or [name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.directories import inner_directory
+from rfengine.checkpoint.directories import folder_names, inner_directory, refuse_dangling
 from rfengine.checkpoint.file_format import weights_format
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.loader import open_weights
@@ -25,7 +26,6 @@ from rfengine.checkpoint.lora_scale import (
     read_adapter_config,
 )
 from rfengine.checkpoint.pickle_file import LORA_KEYS
-from rfengine.checkpoint.shards import folder_names, refuse_dangling
 from rfengine.checkpoint.tensor_file import StoredTensor, read_header
 
 logger = logging.getLogger(__name__)
@@ -69,11 +69,8 @@ def open_lora(path: Path) -> LoraFile:
 def _file_in(folder: Path) -> Path:
     folder = inner_directory(folder)
     names = folder_names(folder)
-    found = [
-        next(f"{stem}{suffix}" for suffix in _SUFFIXES if f"{stem}{suffix}" in names)
-        for stem in _STEMS
-        if any(f"{stem}{suffix}" in names for suffix in _SUFFIXES)
-    ]
+    of_stem = {stem: [stem + suffix for suffix in _SUFFIXES if stem + suffix in names] for stem in _STEMS}
+    found = [files[0] for files in of_stem.values() if files]
     if len(found) == 1:
         return folder / found[0]
     if found:
@@ -97,13 +94,9 @@ def add_lora(transformer: dict[str, StoredTensor], lora: LoraFile) -> None:
     _check_whole(layers, lora)
     scales = _scales(layers, lora)
     for target, names in layers.items():
-        transformer[target] = _merged(transformer[target], names, lora, scales.get(_pair_of(target), 1.0))
+        pair = re.sub(r"\.bias$", ".weight", target)  # which gives the scale of the bias beside it
+        transformer[target] = _merged(transformer[target], names, lora, scales.get(pair, 1.0))
     logger.info("%s: merging %d tensors, %d of them by pairs", lora.label, len(layers), len(scales))
-
-
-def _pair_of(target: str) -> str:
-    """The weight whose pair gives the scale of `target`, which may be the bias beside it."""
-    return f"{target.removesuffix('.bias')}.weight" if target.endswith(".bias") else target
 
 
 def _check_dtypes(layers: Mapping[str, LoraNames], lora: LoraFile) -> None:
@@ -173,7 +166,9 @@ def _check_whole(layers: Mapping[str, LoraNames], lora: LoraFile) -> None:
     for target, names in layers.items():
         if names.whole is None:
             continue
-        modules = [module for module in saved if any(_ends_with(layer, module) for layer in names.layers)]
+        modules = [
+            module for module in saved if any(f".{layer}".endswith(f".{module}") for layer in names.layers)
+        ]
         saved |= dict.fromkeys(modules, True)
         if not modules and not (has_biases and target.endswith(".bias")):
             strange.append(names.whole)
@@ -195,10 +190,6 @@ def _check_whole(layers: Mapping[str, LoraNames], lora: LoraFile) -> None:
                 f"{each.source} has lora_bias {str(each.has_lora_bias).lower()} and {lora.label} is "
                 "otherwise; they do not belong together"
             )
-
-
-def _ends_with(layer: str, module: str) -> bool:
-    return layer == module or layer.endswith(f".{module}")
 
 
 def _scales(layers: Mapping[str, LoraNames], lora: LoraFile) -> dict[str, float]:

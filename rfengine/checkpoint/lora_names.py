@@ -28,14 +28,13 @@ _IMAGE = re.compile(
     r"(^|[._])(k_img|v_img|norm_k_img|img_emb|add_[kv]_proj|norm_added_[kq]|image_embedder)($|[._])"
 )
 
-_MATRIX = re.compile(
-    r"(?P<layer>.+?)"
+# A matrix, or another tensor of a layer.
+_NAME = re.compile(
+    r"(?P<layer>.+?)(?:"
     r"(?:\.lora_(?P<side>A|B|down|up)|[._]lora(?:_linear_layer)?\.(?P<old_side>down|up))"
-    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?"
-    r"(?:\.(?P<leaf>weight|bias))?"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
+    r"|\.(?P<kind>alpha|diff|diff_b|diff_m|w_norm|b_norm|weight|bias))"
 )
-_OTHER = re.compile(r"(?P<layer>.+)\.(?P<kind>alpha|diff|diff_b|diff_m|w_norm|b_norm|weight|bias)")
-_DOWN_SIDES = ("A", "down")
 
 # Parts of names by which other methods than LoRA are known.
 _OTHER_METHODS = {
@@ -52,8 +51,11 @@ _OTHER_METHODS = {
 }
 
 # Field of LoraNames, and the leaves that its tensor can have in the transformer; an empty one means that the
-# name in front is that of a tensor.
+# name in front is that of a tensor. A bias of the first matrix is of no known form.
 _FIELDS = {
+    **dict.fromkeys(("lora_A", "lora_down"), ("down", ("weight",))),
+    **dict.fromkeys(("lora_B", "lora_up"), ("up", ("weight",))),
+    **dict.fromkeys(("lora_B bias", "lora_up bias"), ("up_bias", ("bias",))),
     "alpha": ("alpha", ("weight",)),
     "diff": ("diff", ("weight", "")),
     "diff_b": ("diff", ("bias",)),
@@ -103,29 +105,24 @@ def parse_lora(names: Iterable[str], known: Collection[str], label: str = "the L
     if len(adapters) > 1:
         raise ValueError(f"{label} holds the adapters {list_names(adapters)}; keep one of them in the file")
     spellings = _spellings(known)
+    targets = [_target(each, spellings) for each in found]
+    lacking = [each for each, target in zip(found, targets, strict=True) if target is None]
+    if lacking:
+        raise ValueError(_describe_lacking(lacking, len(lacking) < len(found), spellings, label))
     parts: dict[str, dict[str, _Found]] = {}
-    lacking = []
-    for each in found:
-        target = _target(each, spellings)
-        if target is None:
-            lacking.append(each)
-            continue
+    for each, target in zip(found, targets, strict=True):
         other = parts.setdefault(target, {}).setdefault(each.kind, each)
         if other is not each:
             raise ValueError(
                 f"{label} has {other.name} and {each.name}, which both are the {each.kind} of {target}; keep "
                 "one of them in the file"
             )
-    if lacking:
-        raise ValueError(_describe_lacking(lacking, bool(parts), spellings, label))
-    layers = {target: _lora_names(kinds) for target, kinds in parts.items()}
+    layers = {}
+    for target, kinds in parts.items():
+        names = {kind: each.name for kind, each in kinds.items()}
+        layers[target] = LoraNames(**names, layers=_stripped(next(iter(kinds.values())).layer))
     _check_complete(layers, label)
     return layers
-
-
-def _lora_names(kinds: dict[str, _Found]) -> LoraNames:
-    names = {kind: found.name for kind, found in kinds.items()}
-    return LoraNames(**names, layers=_stripped(next(iter(kinds.values())).layer))
 
 
 def _without_text_encoder(names: list[str], label: str) -> list[str]:
@@ -146,17 +143,12 @@ def _without_text_encoder(names: list[str], label: str) -> list[str]:
 def _take_apart(name: str) -> _Found:
     """What `name` says of itself; the kind is empty for a name of no known form."""
     clean = WRAPPER_SEGMENTS.sub("", name)
-    if match := _MATRIX.fullmatch(clean):
-        is_down = (match["side"] or match["old_side"]) in _DOWN_SIDES
-        if match["leaf"] == "bias":
-            return _Found(
-                name, match["layer"], "" if is_down else "up_bias", ("bias",), match["adapter"] or ""
-            )
-        return _Found(name, match["layer"], "down" if is_down else "up", ("weight",), match["adapter"] or "")
-    if match := _OTHER.fullmatch(clean):
-        kind, leaves = _FIELDS[match["kind"]]
-        return _Found(name, match["layer"], kind, leaves)
-    return _Found(name, clean, "", ())
+    match = _NAME.fullmatch(clean)
+    if match is None:
+        return _Found(name, clean, "", ())
+    side = f"lora_{match['side'] or match['old_side']}{' bias' * (match['leaf'] == 'bias')}"
+    kind, leaves = _FIELDS.get(match["kind"] or side, ("", ("bias",)))
+    return _Found(name, match["layer"], kind, leaves, match["adapter"] or "")
 
 
 def _check_forms(found: list[_Found], label: str) -> None:

@@ -110,16 +110,14 @@ def header_statements(metadata: Mapping[str, str], label: str, has_alphas: bool)
     is not merged.
     """
     source = f"the header of {label}"
-    statements = []
+    statements: list[ScaleStatement | None] = []
     if DIFFUSERS_KEY in metadata:
         where = f"{DIFFUSERS_KEY} in {source}"
         statements += _from_prefixed(json_object(metadata[DIFFUSERS_KEY], where), where)
-    prefixed = {key: _parsed(value) for key, value in metadata.items() if "." in key}
-    statements += _from_prefixed(prefixed, source)
-    names = [(_HEADER_ALPHAS, _HEADER_RANKS)]
+    statements += _from_prefixed({key: _parsed(text) for key, text in metadata.items() if "." in key}, source)
+    statements.append(_from_names(metadata, _HEADER_ALPHAS, _HEADER_RANKS, source))
     if not has_alphas:
-        names.append(((_KOHYA_ALPHA,), (_KOHYA_RANK,)))
-    statements += [_from_names(metadata, alphas, ranks, source) for alphas, ranks in names]
+        statements.append(_from_names(metadata, (_KOHYA_ALPHA,), (_KOHYA_RANK,), source))
     understood = {*_HEADER_ALPHAS, _KOHYA_ALPHA, DIFFUSERS_KEY}
     strange = [
         key
@@ -202,19 +200,11 @@ def _refuse_unread(options: Mapping[str, Any], source: str) -> None:
     kind = options.get("peft_type")
     if kind is not None and kind != "LORA":
         raise ValueError(f"{source} is of peft_type {shortened(kind)}; the engine merges LORA alone")
-    unread = {
-        **{
-            key: f"{key.removeprefix('use_')} in place of plain LoRA"
-            for key in options
-            if key.startswith("use_")
-        },
-        **_UNREAD_OPTIONS,
-    }
-    unread.pop("use_rslora", None)
-    for key, meaning in unread.items():
-        if options.get(key):
+    for key, value in options.items():
+        if value and (key in _UNREAD_OPTIONS or (key.startswith("use_") and key != "use_rslora")):
+            meaning = _UNREAD_OPTIONS.get(key, f"{key.removeprefix('use_')} in place of plain LoRA")
             raise ValueError(
-                f"{source} has {key} {shortened(options[key])}: {meaning}, which the engine does not merge; "
+                f"{source} has {key} {shortened(value)}: {meaning}, which the engine does not merge; "
                 "merge it with PEFT's merge_and_unload and convert the merged model"
             )
     start = options.get("init_lora_weights")

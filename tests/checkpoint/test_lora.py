@@ -166,7 +166,7 @@ def test_rslora_divides_by_the_root_of_the_rank(transformer: dict[str, StoredTen
     torch.testing.assert_close(added, 4 * product(pair(rank=4)))
 
 
-def test_scale_that_nothing_states_is_one_and_is_told(
+def test_scale_that_nothing_states_is_one_and_is_reported(
     transformer: dict[str, StoredTensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     lora = {**pair(), **pair("blocks.1.self_attn.q"), f"{LAYER}.alpha": torch.tensor(8)}
@@ -321,7 +321,7 @@ def test_difference_of_another_shape_is_refused(transformer: dict[str, StoredTen
         add(transformer, stored({"blocks.0.diff_m": drawn(6, 16)}))
 
 
-def test_pattern_of_no_layer_is_told(
+def test_pattern_of_no_layer_is_reported(
     transformer: dict[str, StoredTensor], caplog: pytest.LogCaptureFixture
 ) -> None:
     statement = ScaleStatement("a.json", alpha=2.0, alpha_pattern=((re.compile("ffn.9$"), 4.0),))

@@ -119,7 +119,7 @@ def test_other_methods_are_named(leaf: str, method: str) -> None:
 @pytest.mark.parametrize(
     "prefix", ["lora_te_", "lora_te1_", "text_encoder.", "base_model.model.text_encoder."]
 )
-def test_text_encoder_is_left_out_and_told(prefix: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_text_encoder_is_left_out_and_reported(prefix: str, caplog: pytest.LogCaptureFixture) -> None:
     text = [f"{prefix}encoder_block_0.lora_{side}.weight" for side in "AB"]
     with pytest.raises(ValueError, match=r"the LoRA adapts the text encoder alone"):
         parse_lora(text, KNOWN)
@@ -138,14 +138,14 @@ def test_text_encoder_is_left_out_and_told(prefix: str, caplog: pytest.LogCaptur
         "transformer.condition_embedder.image_embedder.ff.net.0.proj",
     ],
 )
-def test_image_to_video_is_told_from_a_foreign_model(layer: str) -> None:
+def test_image_to_video_is_distinguished_from_a_foreign_model(layer: str) -> None:
     names = [f"{each}.lora_{side}.weight" for each in (layer, "blocks.0.ffn.0") for side in "AB"]
     with pytest.raises(ValueError, match=rf"{layer}.weight, which image-to-video models alone have"):
         parse_lora(names, KNOWN)
 
 
 @pytest.mark.parametrize(
-    ("layers", "told"),
+    ("layers", "message"),
     [
         (["lora_unet_blocks_31_ffn_0"], "it has 4 layers, so the LoRA is for a transformer of another size"),
         (["transformer.blocks.9.attn1.to_q", "blocks.1.ffn.0"], "it has 4 layers, so"),
@@ -155,9 +155,11 @@ def test_image_to_video_is_told_from_a_foreign_model(layer: str) -> None:
         (["transformer_2.blocks.0.attn1.to_q"], "it is for another model"),
     ],
 )
-def test_layers_that_the_transformer_lacks_are_listed(layers: list[str], told: str) -> None:
+def test_layers_that_the_transformer_lacks_are_listed(layers: list[str], message: str) -> None:
     names = [f"{layer}.lora_{side}.weight" for layer in layers for side in ("down", "up")]
-    with pytest.raises(ValueError, match=rf"adapts {layers[0]}.weight, which the transformer lacks.*{told}"):
+    with pytest.raises(
+        ValueError, match=rf"adapts {layers[0]}.weight, which the transformer lacks.*{message}"
+    ):
         parse_lora(names, KNOWN)
 
 

@@ -52,7 +52,7 @@ def test_rslora_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         ({"use_dora": True}, "use_dora True: dora in place of plain LoRA"),
         ({"use_qalora": True}, "use_qalora True"),
@@ -79,8 +79,8 @@ def test_rslora_is_read(tmp_path: Path) -> None:
         ({"rank_pattern": {str(i): 4 for i in range(2001)}}, "2001 entries in rank_pattern"),
     ],
 )
-def test_options_that_are_not_merged_are_named(tmp_path: Path, option: dict[str, Any], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_options_that_are_not_merged_are_named(tmp_path: Path, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         config(tmp_path, {**PEFT, **option})
 
 
@@ -141,7 +141,7 @@ def test_kohyas_header_yields_to_alphas_among_the_tensors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metadata", "told"),
+    ("metadata", "message"),
     [
         ({"lora_alpha": "64", "alpha": "32"}, "states lora_alpha 64, alpha 32, which contradict each other"),
         ({"lora_alpha": "nan"}, "lora_alpha in the header of lora.safetensors is 'nan'"),
@@ -156,12 +156,12 @@ def test_kohyas_header_yields_to_alphas_among_the_tensors() -> None:
         ),
     ],
 )
-def test_damaged_header_is_refused(metadata: dict[str, str], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_damaged_header_is_refused(metadata: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         header(**metadata)
 
 
-def test_alpha_of_an_unknown_name_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_alpha_of_an_unknown_name_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     assert header_statements({"my_alpha": "64"}, "lora.safetensors", has_alphas=False) == []
     assert "the header of lora.safetensors has 'my_alpha', of which nothing is taken" in caplog.text
 
