@@ -262,30 +262,26 @@ def engine_names(tensors: Mapping[str, _Value], use_ema: bool = True) -> tuple[P
     if layout == "transformers_text" and "shared.weight" in inner.values():
         inner = {name: plain for name, plain in inner.items() if plain != _TIED_TEXT_NAME}
     if layout == "taehv":
-        encoder = [name for name, plain in inner.items() if plain.startswith("encoder.")]
-        if encoder:
-            logger.info("%d tensors of the tiny encoder are left out; the full VAE encodes", len(encoder))
-        inner = {name: inner[name] for name in inner if name not in encoder}
-    res_blocks = _count_res_blocks(inner.values()) if layout == "diffusers_vae" else 0
+        decoder = {name: plain for name, plain in inner.items() if not plain.startswith("encoder.")}
+        if absent := len(inner) - len(decoder):
+            logger.info("%d tensors of the tiny encoder are left out; the full VAE encodes", absent)
+        inner = decoder
+    res_blocks = _count_res_blocks(inner.values())
+    rename = {
+        "diffusers_transformer": wan_transformer_from_diffusers,
+        "diffusers_vae": lambda name: wan_vae_from_diffusers(name, res_blocks),
+        "wan_text": transformers_text_from_wan,
+        "transformers_text": lambda name: "shared.weight" if name == _TIED_TEXT_NAME else name,
+    }.get(layout, str)
     renamed: dict[str, _Value] = {}
     for stored_name, plain in inner.items():
-        name = _engine_name(layout, plain, res_blocks)
+        name = rename(plain)
         if name in renamed:
             raise ValueError(
                 f"{stored_name} and another tensor both become {name}; keep one of them in the file"
             )
         renamed[name] = tensors[stored_name]
     return _LAYOUTS[layout][0], renamed
-
-
-def _engine_name(layout: Layout, name: str, res_blocks: int) -> str:
-    if layout == "diffusers_transformer":
-        return wan_transformer_from_diffusers(name)
-    if layout == "diffusers_vae":
-        return wan_vae_from_diffusers(name, res_blocks)
-    if layout == "wan_text":
-        return transformers_text_from_wan(name)
-    return "shared.weight" if name == _TIED_TEXT_NAME else name
 
 
 def _count_res_blocks(names: Iterable[str]) -> int:

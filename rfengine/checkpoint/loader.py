@@ -86,7 +86,12 @@ def assign(
         raise ValueError(
             f"{label} does not fit the model: {problem}; load it into the model that it was made for"
         )
-    _check_kinds(label, stored, {name: wanted[name].dtype for name in chosen})
+    for name in chosen:  # a cast would hide that a file is damaged, or quantized in a way of its own
+        if stored[name].dtype.is_floating_point != wanted[name].dtype.is_floating_point:
+            raise ValueError(
+                f"{label} holds {name} in {stored[name].dtype} and the model has {wanted[name].dtype} there; "
+                "get the file again, or one that is not quantized"
+            )
     state: dict[str, Tensor] = {}
     for name, names in chosen.items():
         value = read_as(name, stored[name], dtype, device, check_finite)
@@ -99,17 +104,6 @@ def assign(
         raise RuntimeError(
             f"buffers {', '.join(waiting)} are in no checkpoint; build them outside the meta device"
         )
-
-
-def _check_kinds(label: str, stored: Mapping[str, StoredTensor], wanted: Mapping[str, torch.dtype]) -> None:
-    """Refuse integers where the module has floating-point numbers, and the other way round: a cast would hide
-    that a file is damaged, or quantized in a way of its own."""
-    for name, dtype in wanted.items():
-        if stored[name].dtype.is_floating_point != dtype.is_floating_point:
-            raise ValueError(
-                f"{label} holds {name} in {stored[name].dtype} and the model has {dtype} there; get the file "
-                "again, or one that is not quantized"
-            )
 
 
 def read_as(

@@ -25,21 +25,9 @@ OLDEST_TORCH = (2, 10)  # weights_only of earlier versions can be made to corrup
 
 # What torch.load raises for damaged content, and how it words the refusal of a class or function.
 _LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    zipfile.BadZipFile,
-    NotImplementedError,
-    RecursionError,
-    OverflowError,
-    struct.error,
-)
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
+    AttributeError, AssertionError, zipfile.BadZipFile, OverflowError, struct.error,
+)  # fmt: skip
 _REFUSED_CODE = re.compile(r"GLOBAL |allowlisted|unrecognized function")
 
 # In the order of preference: averaged weights first, as the published trainers save them; `module` is
@@ -60,15 +48,16 @@ def open_pickle(path: Path, keys: Sequence[str] = MODEL_KEYS) -> dict[str, Store
     Raises RuntimeError for a torch older than 2.10, and ValueError for a file that is damaged, holds anything
     but tensors, or needs code to be read.
     """
-    return _tensors_of(path, load_pickle(path), keys)
+    version = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        raise RuntimeError(
+            f"torch is {torch.__version__}; pickles are read safely from 2.10 on, so update torch"
+        )
+    return _tensors_of(path, _load(path), keys)
 
 
-def load_pickle(path: Path) -> Any:
-    """What a torch file holds, on the CPU and mapped where it can be; no code in it runs.
-
-    Raises as open_pickle does, except for the content.
-    """
-    _check_torch()
+def _load(path: Path) -> Any:
+    """What a torch file holds, on the CPU and mapped where it can be."""
     if not path.is_file():
         raise ValueError(f"{path} {absence(path)}")
     if path.stat().st_size == 0:
@@ -79,7 +68,7 @@ def load_pickle(path: Path) -> Any:
             # torch.load goes by the suffix .safetensors and not by the content.
             named = f"/dev/fd/{file.fileno()}" if path.suffix == ".safetensors" else path
             # Files older than torch 1.6 are no zip archives and cannot be mapped.
-            payload = torch.load(named, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(named, map_location="cpu", weights_only=True, mmap=zipped)
     except _LOAD_ERRORS as error:
         if isinstance(error, pickle.UnpicklingError) and _REFUSED_CODE.search(str(error)):
             raise ValueError(
@@ -89,7 +78,6 @@ def load_pickle(path: Path) -> Any:
         if weights_format(path) == "safetensors":  # which raises for any other format that it knows
             raise ValueError(f"{path} is safetensors, not a torch pickle; get it as one") from error
         raise ValueError(f"{path} is damaged or not a torch file; get it again") from error
-    return payload
 
 
 def _is_archive(path: Path) -> bool:
@@ -112,14 +100,6 @@ def _is_archive(path: Path) -> bool:
     return True
 
 
-def _check_torch() -> None:
-    version = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
-    if version < OLDEST_TORCH:
-        raise RuntimeError(
-            f"torch is {torch.__version__}; pickles are read safely from 2.10 on, so update torch"
-        )
-
-
 def _tensors_of(path: Path, payload: Any, keys: Sequence[str]) -> dict[str, StoredTensor]:
     if not isinstance(payload, dict):
         raise ValueError(
@@ -130,14 +110,14 @@ def _tensors_of(path: Path, payload: Any, keys: Sequence[str]) -> dict[str, Stor
         chosen = next((key for key in keys if isinstance(weights.get(key), dict)), None)
         if chosen is None:
             break
-        _tell_of_others(path, weights, chosen)
+        _warn_of_others(path, weights, chosen)
         weights = weights[chosen]
         taken.append(chosen)
     logger.info("%s: reading %s", path, ".".join(taken) or "the whole file")
     foreign = [
         str(name)
-        for name, value in weights.items()
-        if not (isinstance(name, str) and isinstance(value, Tensor))
+        for name, each in weights.items()
+        if not (isinstance(name, str) and isinstance(each, Tensor))
     ]
     if foreign or not weights:
         raise ValueError(
@@ -149,7 +129,7 @@ def _tensors_of(path: Path, payload: Any, keys: Sequence[str]) -> dict[str, Stor
     return {name: StoredTensor.of(tensor) for name, tensor in weights.items()}
 
 
-def _tell_of_others(path: Path, weights: dict[Any, Any], chosen: str) -> None:
+def _warn_of_others(path: Path, weights: dict[Any, Any], chosen: str) -> None:
     others = [
         str(key)
         for key, value in weights.items()

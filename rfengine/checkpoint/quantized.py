@@ -155,7 +155,7 @@ def _scaled(
 
 
 def _scale_grid(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int] | None:
-    """How many scales lie along the rows and the columns of a weight; None where they do not fit.
+    """How many scales are along the rows and the columns of a weight; None where they do not fit.
 
     Blocks are of a power of two, as every published form has them: an edge block that is cut would
     otherwise look like smaller blocks.

@@ -45,26 +45,17 @@ class TextStateFiles:
         if not os.path.lexists(path):
             return None
         try:
-            states = self._read(path, length, dtype)
+            metadata, found = read_header(path)[1], open_safetensors(path).get("states")
+            # of another size it is not read
+            if found is not None and (found.shape, found.dtype) == ((length, self._dim), dtype):
+                states = found.read()
+                if metadata.get("sha256") == _checksum(states) and states.isfinite().all():
+                    return states
+            reason = "are damaged"
         except (ValueError, RuntimeError) as error:
-            logger.warning("cached text states %s cannot be read (%s); they are computed again", path, error)
-            return None
-        if states is None:
-            logger.warning("cached text states %s are damaged; they are computed again", path)
-        return states
-
-    def _read(self, path: Path, length: int, dtype: torch.dtype) -> Tensor | None:
-        """The rows, or None where they are not those that were stored; larger tensors are not read.
-
-        Raises ValueError and RuntimeError for a file that cannot be read.
-        """
-        _, metadata = read_header(path)
-        found = open_safetensors(path).get("states")
-        if found is None or (tuple(found.shape), found.dtype) != ((length, self._dim), dtype):
-            return None
-        states = found.read()
-        whole = metadata.get("sha256") == _checksum(states) and bool(states.isfinite().all())
-        return states if whole else None
+            reason = f"cannot be read ({error})"
+        logger.warning("cached text states %s %s; they are computed again", path, reason)
+        return None
 
     def store(self, text: str, states: Tensor) -> None:
         """Write the rows; the last of several concurrent writers wins. A failing disk is a warning."""
