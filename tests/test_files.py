@@ -175,8 +175,8 @@ def test_what_is_there_comes_back_when_the_new_one_cannot_take_its_name(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    told = r"cannot write .*out \(no more\); free space or choose another place"
-    with pytest.raises(RuntimeError, match=told), new_directory(out) as directory:
+    message = r"cannot write .*out \(no more\); free space or choose another place"
+    with pytest.raises(RuntimeError, match=message), new_directory(out) as directory:
         (directory / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 

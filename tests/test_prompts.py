@@ -72,18 +72,18 @@ def test_file_that_never_ends_and_one_that_waits_are_refused_at_once(
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "large").write_bytes(b"a" * 33)
     monkeypatch.setattr(prompts, "_MOST_BYTES", 32)
-    for path, told in (
+    for path, message in (
         (tmp_path / "pipe", "is a pipe"),
         (Path("/dev/zero"), "is a device"),
         (tmp_path, "is a directory"),
         (tmp_path / "large", "has more than the 32 bytes"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             read_prompts(path, skip_empty_lines=True)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "told"),
+    ("prompt", "message"),
     [
         (" \n", r"the prompt ' \\n' is empty"),
         ("a\0", "the prompt has a NUL at character 2"),
@@ -91,6 +91,6 @@ def test_file_that_never_ends_and_one_that_waits_are_refused_at_once(
         ("a" * 10_001, "the prompt has 10001 characters; give at most 10000"),
     ],
 )
-def test_text_that_is_no_prompt_is_refused(prompt: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_text_that_is_no_prompt_is_refused(prompt: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         check_prompt(prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from rfengine.checkpoint.layouts import (
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
 from rfengine.config import TextConfig, VAEConfig, WanConfig
-from support.checkpoints import diffusers_vae_names, original_text_names
+from support.checkpoints import diffusers_vae_names, original_text_names, random_tensors
 
 Tensors = dict[str, Tensor]
 
@@ -28,11 +28,6 @@ MODEL = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2, text_dim=32, f
 VAE = VAEConfig(base_dim=8)
 TEXT = TextConfig(vocab_size=64, dim=32, attention_dim=16, ffn_dim=24, num_heads=2, num_layers=2)
 CONFIGS = {"transformer": MODEL, "vae": VAE, "text_encoder": TEXT}
-
-
-def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def write(path: Path, tensors: Tensors) -> Path:

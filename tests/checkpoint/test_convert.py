@@ -4,6 +4,7 @@ import filecmp
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,33 +19,46 @@ from rfengine.checkpoint.convert import CACHES, _resolve_kind, convert
 from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import read_manifest, verify
-from rfengine.checkpoint.shapes import (
-    expected_shapes,
-)
-from rfengine.config import PRESETS, CacheConfig, TinyVAEConfig, VAEConfig, WanConfig
+from rfengine.checkpoint.shapes import expected_shapes
+from rfengine.config import PRESETS, CacheConfig, EngineConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.files import reserved
 from rfengine.models.dit import WanDiT
 from rfengine.models.tiny_vae import TinyVAE
+from support.checkpoints import random_tensors
 
 Tensors = dict[str, Tensor]
 Parts = dict[str, Tensors]
 WriteFile = Callable[[Path, Tensors], Path]
 CacheLinks = Callable[[Path, Path], Path]
+Log = pytest.LogCaptureFixture
 FILES = {
-    "manifest.json",
-    "transformer.safetensors",
-    "vae.safetensors",
-    "text_encoder.safetensors",
-    "tokenizer",
+    "manifest.json", "transformer.safetensors", "vae.safetensors", "text_encoder.safetensors", "tokenizer",
     "rfengine.json",
-}
+}  # fmt: skip
 
 
-def assert_holds(directory: Path, part: str, tensors: Tensors, dtype: torch.dtype = torch.bfloat16) -> None:
-    found = load_file(directory / f"{part}.safetensors")
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert found[name].dtype == dtype and torch.equal(found[name], tensor.to(dtype)), name
+def refused(message: str) -> pytest.RaisesExc[ValueError]:
+    return pytest.raises(ValueError, match=message)
+
+
+def config_of(directory: Path) -> EngineConfig:
+    return Checkpoint.open(directory).config
+
+
+def names_in(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def ones(config: WanConfig) -> Tensors:
+    return {name: torch.ones(shape) for name, shape in expected_shapes(config).items()}
+
+
+def assert_holds(directory: Path, parts: Parts, dtype: torch.dtype = torch.bfloat16) -> None:
+    for part, tensors in parts.items():
+        found = load_file(directory / f"{part}.safetensors")
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert found[name].dtype == dtype and torch.equal(found[name], tensor.to(dtype)), name
 
 
 def prefixed(tensors: Tensors, prefix: str = "model.") -> Tensors:
@@ -62,59 +76,44 @@ def tokenizer_file(directory: Path) -> Path:
 
 @pytest.mark.parametrize("layout", ["wan_directory", "diffusers_directory"])
 def test_whole_directory_is_converted(
-    layout: str,
-    request: pytest.FixtureRequest,
-    parts: Parts,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    layout: str, request: pytest.FixtureRequest, parts: Parts, tmp_path: Path, caplog: Log
 ) -> None:
     source = request.getfixturevalue(layout)
     with caplog.at_level(logging.WARNING):
         convert(source, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert names_in(tmp_path / "out") == FILES
     verify(tmp_path / "out")
     assert read_manifest(tmp_path / "out").keys() >= {"rfengine.json", "tokenizer/tokenizer.json"}
-    for part, tensors in parts.items():
-        assert_holds(tmp_path / "out", part, tensors)
+    assert_holds(tmp_path / "out", parts)
     assert filecmp.cmp(tmp_path / "out" / "tokenizer" / "tokenizer.json", tokenizer_file(source), False)
-    config = Checkpoint.open(tmp_path / "out").config
+    config = config_of(tmp_path / "out")
     assert config.model == WanConfig(128, 64, 1, 2, text_dim=32, freq_dim=32)
     assert (config.vae, config.cache) == (VAEConfig(base_dim=8), CacheConfig())
     assert (config.text.num_heads, config.text.tokenizer) == (2, "sentencepiece")
     assert "is a teacher: it needs many steps" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert names_in(tmp_path) == {"out"}
 
 
 def generator_payloads(tensors: Tensors) -> dict[str, tuple[str, object, str]]:
     """File name, content and kind of every published generator file."""
     ema = {}
     for name, tensor in tensors.items():
-        inner = name.replace("ffn.0.", "ffn.0._fsdp_wrapped_module.").replace(
-            "_attn.q", "_attn._fsdp_wrapped_module.q"
-        )
+        inner = re.sub(r"(ffn\.0|_attn)\.", r"\1._fsdp_wrapped_module.", name)
         ema[f"model._fsdp_wrapped_module.{inner}"] = tensor
     model = prefixed(tensors)
+    diffusers = {diffusers_transformer_from_wan(name): tensor for name, tensor in tensors.items()}
+    state_dict = {"state_dict": prefixed(tensors, "model.diffusion_model.")}
+    both = {"generator": noise(model), "generator_ema": model}
+    trainer = {"critic": noise(model), "generator_ema": ema}
     return {
         "flat": ("rewardforcing.pt", model, "reward-forcing"),
-        "generator_ema first": (
-            "self_forcing_dmd.pt",
-            {"generator": noise(model), "generator_ema": model},
-            "self-forcing",
-        ),
+        "generator_ema first": ("self_forcing_dmd.pt", both, "self-forcing"),
         "generator": ("ode_init.pt", {"generator": model}, "self-forcing"),
         "model": ("ode_init.pt", {"model": model}, "self-forcing"),
         "longlive": ("longlive_base.pt", {"generator": model}, "longlive"),
-        "trainer": ("self_forcing_dmd.pt", {"critic": noise(model), "generator_ema": ema}, "self-forcing"),
-        "state_dict": (
-            "rewardforcing.pt",
-            {"state_dict": prefixed(tensors, "model.diffusion_model.")},
-            "reward-forcing",
-        ),
-        "diffusers names": (
-            "Reward-Forcing.pth",
-            {diffusers_transformer_from_wan(name): tensor for name, tensor in tensors.items()},
-            "reward-forcing",
-        ),
+        "trainer": ("self_forcing_dmd.pt", trainer, "self-forcing"),
+        "state_dict": ("rewardforcing.pt", state_dict, "reward-forcing"),
+        "diffusers names": ("Reward-Forcing.pth", diffusers, "reward-forcing"),
     }
 
 
@@ -125,36 +124,30 @@ def test_generator_file_takes_the_rest_from_its_base(
     name, payload, kind = generator_payloads(parts["transformer"])[case]
     torch.save(payload, tmp_path / name)
     convert(tmp_path / name, tmp_path / "out", base=wan_directory)
-    for part, tensors in parts.items():
-        assert_holds(tmp_path / "out", part, tensors)
-    config = Checkpoint.open(tmp_path / "out").config
+    assert_holds(tmp_path / "out", parts)
+    config = config_of(tmp_path / "out")
     assert config.cache == CACHES[kind] and config.name == f"{kind}-dim128-layers2"
 
 
 def test_caches_are_those_the_checkpoints_were_trained_for() -> None:
-    assert CACHES["reward-forcing"] == CacheConfig(
-        window_frames=9, sink="ema", sink_frames=3, positions="relative"
-    )
-    assert CACHES["self-forcing"] == CacheConfig(
-        window_frames=21, sink="none", sink_frames=0, positions="absolute"
-    )
-    assert CACHES["longlive"] == CacheConfig(
-        window_frames=12, sink="frozen", sink_frames=3, positions="absolute"
-    )
+    assert CACHES["reward-forcing"] == CacheConfig(3, 9, "ema", 3, positions="relative")
+    assert CACHES["self-forcing"] == CacheConfig(3, 21, "none", 0, positions="absolute")
+    assert CACHES["longlive"] == CacheConfig(3, 12, "frozen", 3, positions="absolute")
 
 
 def test_generator_is_taken_when_ema_is_not_wanted(parts: Parts, wan_directory: Path, tmp_path: Path) -> None:
-    model = prefixed(parts["transformer"])
-    path = tmp_path / "self_forcing_dmd.pt"
+    model, path = prefixed(parts["transformer"]), tmp_path / "self_forcing_dmd.pt"
     torch.save({"generator": model, "generator_ema": noise(model)}, path)
     convert(path, tmp_path / "out", base=wan_directory, use_ema=False)
-    assert_holds(tmp_path / "out", "transformer", parts["transformer"])
+    assert_holds(tmp_path / "out", {"transformer": parts["transformer"]})
     torch.save({"generator_ema": model}, path)
-    with pytest.raises(ValueError, match="has generator_ema where tensors are expected"):
+    with refused("has generator_ema where tensors are expected"):
         convert(path, tmp_path / "again", base=wan_directory, use_ema=False)
 
 
-def test_lora_is_merged_in_float32_before_the_cast(parts: Parts, wan_directory: Path, tmp_path: Path) -> None:
+def test_lora_is_merged_in_float32_before_the_cast_at_its_stated_scale(
+    parts: Parts, write_file: WriteFile, wan_directory: Path, tmp_path: Path
+) -> None:
     transformer, generator = parts["transformer"], torch.Generator().manual_seed(1)
     lora, merged = {}, dict(transformer)
     for name, weight in transformer.items():
@@ -177,59 +170,59 @@ def test_lora_is_merged_in_float32_before_the_cast(parts: Parts, wan_directory: 
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
     torch.save(lora, adapter)
     convert(base, tmp_path / "bare", base=wan_directory, lora=adapter)
-    assert_holds(tmp_path / "bare", "transformer", found)
+    assert_holds(tmp_path / "bare", {"transformer": found})
+    write_file(tmp_path / "peft" / "adapter_model.safetensors", lora)
+    stated = {"peft_type": "LORA", "r": 4, "lora_alpha": 16}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(stated))
+    convert(base, tmp_path / "scaled", base=wan_directory, lora=tmp_path / "peft", dtype="float32")
+    scaled = load_file(tmp_path / "scaled" / "transformer.safetensors")
+    for name, tensor in merged.items():
+        quadruple = transformer[name] + 4 * (tensor - transformer[name])
+        torch.testing.assert_close(scaled[name], quadruple, atol=1e-4, rtol=1e-4)
 
 
 def test_generator_without_base_gives_the_transformer_alone(
-    parts: Parts, write_file: WriteFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    parts: Parts, write_file: WriteFile, tmp_path: Path, caplog: Log
 ) -> None:
     config = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2)
-    tensors = {name: torch.ones(shape) for name, shape in expected_shapes(config).items()}
-    source = write_file(tmp_path / "rewardforcing.safetensors", prefixed(tensors))
+    source = write_file(tmp_path / "rewardforcing.safetensors", prefixed(ones(config)))
     with caplog.at_level(logging.WARNING):
         convert(source, tmp_path / "out")
     assert "no vae or text_encoder was found and none is written" in caplog.text
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "transformer.safetensors",
-        "rfengine.json",
-        "manifest.json",
-    }
-    assert Checkpoint.open(tmp_path / "out").config.model == config
-    with pytest.raises(ValueError, match="has no vae; run `rfengine convert SRC DST --base WAN`"):
+    assert names_in(tmp_path / "out") == {"transformer.safetensors", "rfengine.json", "manifest.json"}
+    assert config_of(tmp_path / "out").model == config
+    with refused("has no vae; run `rfengine convert SRC DST --base WAN`"):
         Checkpoint.open(tmp_path / "out").load(lambda: WanDiT(config), "vae", torch.float32)
     small = write_file(tmp_path / "small" / "rewardforcing.safetensors", parts["transformer"])
-    with pytest.raises(ValueError, match="gives 4096; give a base whose VAE and text encoder belong to this"):
+    with refused("gives 4096; give a base whose VAE and text encoder belong to this"):
         convert(small, tmp_path / "other")
 
 
 def test_converted_directory_is_a_base_and_a_source(
-    parts: Parts, wan_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    parts: Parts, wan_directory: Path, tmp_path: Path, caplog: Log
 ) -> None:
     convert(wan_directory, tmp_path / "wan", dtype="float32")
     torch.save(prefixed(parts["transformer"]), tmp_path / "rewardforcing.pt")
     convert(tmp_path / "rewardforcing.pt", tmp_path / "student", base=tmp_path / "wan", dtype="float16")
-    for part, tensors in parts.items():
-        assert_holds(tmp_path / "student", part, tensors, torch.float16)
+    assert_holds(tmp_path / "student", parts, torch.float16)
     assert (tmp_path / "student" / "tokenizer" / "tokenizer.json").is_file()
     (tmp_path / "student").rename(tmp_path / "longlive")  # its own configuration counts, not its name
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         convert(tmp_path / "longlive", tmp_path / "copy")
     assert caplog.text == ""
-    assert Checkpoint.open(tmp_path / "copy").config == Checkpoint.open(tmp_path / "longlive").config
+    assert config_of(tmp_path / "copy") == config_of(tmp_path / "longlive")
 
 
 def test_own_settings_of_a_base_are_kept(tmp_path: Path) -> None:
     tiny, base = PRESETS["tiny"], tmp_path / "base"
     base.mkdir()
     write_config(base, tiny)
-    tensors = {}
     for part, config in (("transformer", tiny.model), ("vae", tiny.vae), ("text_encoder", tiny.text)):
-        tensors[part] = {name: torch.ones(shape) for name, shape in expected_shapes(config).items()}
-        save_weights(base / f"{part}.safetensors", tensors[part])
-    torch.save(prefixed(tensors["transformer"]), tmp_path / "model.pt")
+        save_weights(base / f"{part}.safetensors", ones(config))
+    torch.save(prefixed(ones(tiny.model)), tmp_path / "model.pt")
     convert(tmp_path / "model.pt", tmp_path / "out", base=base, kind="reward-forcing")
-    config = Checkpoint.open(tmp_path / "out").config
+    config = config_of(tmp_path / "out")
     assert (config.model.num_heads, config.vae, config.text) == (tiny.model.num_heads, tiny.vae, tiny.text)
     assert (config.height, config.width, config.schedule) == (tiny.height, tiny.width, tiny.schedule)
     assert not (tmp_path / "out" / "tokenizer").exists()
@@ -239,11 +232,8 @@ def test_head_count_comes_from_a_base_of_the_same_dim(
     write_file: WriteFile, wan_directory: Path, tmp_path: Path
 ) -> None:
     config = WanConfig(dim=96, ffn_dim=64, num_heads=4, num_layers=2, text_dim=32)
-    tensors = {name: torch.ones(shape) for name, shape in expected_shapes(config).items()}
-    source = write_file(tmp_path / "rewardforcing.safetensors", tensors)
-    with pytest.raises(
-        ValueError, match="dim 96, no multiple of 128, .* convert it with a base of the same dim"
-    ):
+    source = write_file(tmp_path / "rewardforcing.safetensors", ones(config))
+    with refused("dim 96, no multiple of 128, .* convert it with a base of the same dim"):
         convert(source, tmp_path / "out", base=wan_directory)
     for name, settings in (
         ("original", {"dim": 96, "num_heads": 4}),
@@ -253,7 +243,7 @@ def test_head_count_comes_from_a_base_of_the_same_dim(
         shutil.copytree(wan_directory, base)
         (base / "config.json").write_text(json.dumps(settings))
         convert(source, tmp_path / f"{name}-out", base=base)
-        assert Checkpoint.open(tmp_path / f"{name}-out").config.model.num_heads == 4
+        assert config_of(tmp_path / f"{name}-out").model.num_heads == 4
 
 
 def test_kind_is_never_guessed(
@@ -261,29 +251,25 @@ def test_kind_is_never_guessed(
 ) -> None:
     source = write_file(tmp_path / "model.safetensors", parts["transformer"])
     message = "the name model.safetensors does not tell .* one of wan, reward-forcing, self-forcing, longlive"
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         convert(source, tmp_path / "out", base=wan_directory)
     both = write_file(tmp_path / "longlive-from-self-forcing.safetensors", parts["transformer"])
-    with pytest.raises(ValueError, match="does not tell which cache"):
+    with refused("does not tell which cache"):
         convert(both, tmp_path / "out", base=wan_directory)
-    with pytest.raises(ValueError, match="kind is 'causvid'; use one of auto, wan, reward-forcing"):
+    with refused("kind is 'causvid'; use one of auto, wan, reward-forcing"):
         convert(source, tmp_path / "out", base=wan_directory, kind="causvid")
     convert(source, tmp_path / "out", base=wan_directory, kind="longlive")
-    assert Checkpoint.open(tmp_path / "out").config.cache == CACHES["longlive"]
+    assert config_of(tmp_path / "out").cache == CACHES["longlive"]
 
 
-def test_wrong_tensors_are_listed_and_nothing_is_written(
+def test_wrong_tensors_and_values_are_listed_and_nothing_is_written(
     parts: Parts, write_file: WriteFile, wan_directory: Path, tmp_path: Path
 ) -> None:
-    tensors = prefixed(parts["transformer"]) | {
-        "model.extra.weight": torch.ones(2),
-        "model.head.head.bias": torch.ones(3),
-    }
     absent = sorted(name for name in parts["transformer"] if name.startswith("blocks.1.cross_attn."))
     assert len(absent) == 10
-    for name in absent:
-        del tensors[f"model.{name}"]
-    source = write_file(tmp_path / "rewardforcing.safetensors", tensors)
+    tensors = {name: tensor for name, tensor in parts["transformer"].items() if name not in absent}
+    tensors |= {"extra.weight": torch.ones(2), "head.head.bias": torch.ones(3)}
+    source = write_file(tmp_path / "rewardforcing.safetensors", prefixed(tensors))
     with pytest.raises(ValueError) as caught:
         convert(source, tmp_path / "out", base=wan_directory)
     assert str(caught.value) == (
@@ -291,43 +277,31 @@ def test_wrong_tensors_are_listed_and_nothing_is_written(
         "1 unexpected: extra.weight; 1 mis-shaped: head.head.bias (3,) instead of (64,); "
         "get the file again or give the right one"
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["rewardforcing.safetensors"]
-
-
-def test_values_that_do_not_fit_the_dtype_stop_the_conversion_without_a_trace(
-    parts: Parts, write_file: WriteFile, wan_directory: Path, tmp_path: Path
-) -> None:
-    tensors = parts["transformer"] | {"head.head.bias": torch.full((64,), 1e5)}
-    source = write_file(tmp_path / "rewardforcing.safetensors", tensors)
-    with pytest.raises(
-        ValueError, match=r"head.head.bias has values that are not finite in torch.float16; use a wider"
-    ):
+    write_file(source, parts["transformer"] | {"head.head.bias": torch.full((64,), 1e5)})
+    with refused(r"head.head.bias has values that are not finite in torch.float16; use a wider"):
         convert(source, tmp_path / "out", base=wan_directory, dtype="float16")
-    assert [path.name for path in tmp_path.iterdir()] == ["rewardforcing.safetensors"]
-    with pytest.raises(ValueError, match="dtype is 'fp8'; use one of float32, bfloat16, float16"):
+    with refused("dtype is 'fp8'; use one of float32, bfloat16, float16"):
         convert(source, tmp_path / "out", base=wan_directory, dtype="fp8")
+    assert names_in(tmp_path) == {"rewardforcing.safetensors"}
 
 
-def test_destination_in_use_is_refused(wan_directory: Path, tmp_path: Path) -> None:
+def test_destination_that_is_in_use_reserved_or_not_writable_is_refused(
+    wan_directory: Path, tmp_path: Path
+) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     for used in (tmp_path / "used", tmp_path / "used" / "file"):
-        with pytest.raises(
-            ValueError, match="exists and is not an empty directory; choose another or remove it"
-        ):
+        with refused("exists and is not an empty directory; choose another or remove it"):
             convert(wan_directory, used)
+    with pytest.raises(RuntimeError, match="cannot write .*out .*; free space or choose another place"):
+        convert(wan_directory, tmp_path / "used" / "file" / "out")
+    locked = pytest.raises(RuntimeError, match=r"\.out\.lock is locked: another process is converting into")
+    with reserved(tmp_path / "out", "converting into out"), locked:
+        convert(tmp_path / "rewardforcing.pt", tmp_path / "out")
+    assert names_in(tmp_path) == {"used"}
     (tmp_path / "empty").mkdir()
     convert(wan_directory, tmp_path / "empty")
     assert (tmp_path / "empty" / "rfengine.json").is_file()
-
-
-def test_a_second_conversion_into_a_directory_is_refused_at_once(tmp_path: Path) -> None:
-    with (
-        reserved(tmp_path / "out", "converting into out"),
-        pytest.raises(RuntimeError, match=r"\.out\.lock is locked: another process is converting into"),
-    ):
-        convert(tmp_path / "rewardforcing.pt", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_links_of_a_cache_are_read_by_the_names_they_have(
@@ -335,15 +309,13 @@ def test_links_of_a_cache_are_read_by_the_names_they_have(
 ) -> None:
     repository = tmp_path / "models--Wan-AI--Wan2.1-T2V-1.3B"
     snapshot = cached(wan_directory, repository)
-    files = tmp_path / "trained"
-    files.mkdir()
+    (files := tmp_path / "trained").mkdir()
     torch.save({"generator": prefixed(parts["transformer"])}, files / "self_forcing_dmd.pt")
     student = cached(files, tmp_path / "models--someone--students") / "self_forcing_dmd.pt"
     for base in (snapshot, repository):
         convert(student, tmp_path / "out", base=base)
-        for part, tensors in parts.items():
-            assert_holds(tmp_path / "out", part, tensors)
-        assert Checkpoint.open(tmp_path / "out").config.cache == CACHES["self-forcing"]
+        assert_holds(tmp_path / "out", parts)
+        assert config_of(tmp_path / "out").cache == CACHES["self-forcing"]
         shutil.rmtree(tmp_path / "out")
 
 
@@ -360,110 +332,76 @@ def test_a_snapshot_is_named_by_its_repository(
 def test_a_source_that_is_no_file_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.pt")
     (tmp_path / "link.pt").symlink_to("blobs/absent")
-    for name, message in (
-        ("pipe.pt", "is a pipe"),
-        ("link.pt", "is a link to a"),
-        ("x" * 300, "does not exist"),
-    ):
-        with pytest.raises(ValueError, match=f"{name} {message}"):
+    named = {"pipe.pt": "is a pipe", "link.pt": "is a link to a", "x" * 300: "does not exist"}
+    for name, message in named.items():
+        with refused(f"{name} {message}"):
             convert(tmp_path / name, tmp_path / "out")
 
 
-def test_a_damaged_tokenizer_stops_the_conversion_before_anything_is_written(
-    wan_directory: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("google/umt5-xxl/tokenizer.json", {}, "google/umt5-xxl/tokenizer.json is damaged or no tokenizer"),
+        ("config.json", {"num_heads": 1, "dim": 1536}, "json states dim 1536 and the tensors have 128"),
+    ],
+)
+def test_a_damaged_tokenizer_or_config_stops_the_conversion_before_anything_is_written(
+    wan_directory: Path, tmp_path: Path, file: str, content: dict[str, int], message: str
 ) -> None:
     source = tmp_path / "wan"
     shutil.copytree(wan_directory, source)
-    tokenizer_file(source).write_text("{}")
-    with pytest.raises(ValueError, match="google/umt5-xxl/tokenizer.json is damaged or no tokenizer"):
+    (source / file).write_text(json.dumps(content))
+    with refused(message):
         convert(source, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["wan"]
-
-
-def test_destination_that_cannot_be_written_is_reported(wan_directory: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match="cannot write .*out .*; free space or choose another place"):
-        convert(wan_directory, tmp_path / "file" / "out")
-
-
-def drawn(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def test_lora_of_a_peft_directory_has_its_stated_scale(write_file: WriteFile, tmp_path: Path) -> None:
-    config = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=1, freq_dim=32)
-    weights = drawn(expected_shapes(config))
-    source = write_file(tmp_path / "self_forcing_dmd.safetensors", weights)
-    layer = "blocks.0.self_attn.q"
-    pair = drawn({f"{layer}.lora_A.weight": (4, 128), f"{layer}.lora_B.weight": (128, 4)}, seed=1)
-    lora = tmp_path / "adapter"
-    write_file(
-        lora / "adapter_model.safetensors", {f"base_model.model.{name}": each for name, each in pair.items()}
-    )
-    (lora / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 16}))
-    convert(source, tmp_path / "out", lora=lora, dtype="float32")
-    found = load_file(tmp_path / "out" / "transformer.safetensors")[f"{layer}.weight"]
-    down, up = pair.values()
-    torch.testing.assert_close(found, weights[f"{layer}.weight"] + 4 * up @ down, atol=1e-4, rtol=1e-4)
+    assert names_in(tmp_path) == {"wan"}
 
 
 def test_unusable_sources_are_explained(
     parts: Parts, write_file: WriteFile, wan_directory: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="absent.pt does not exist"):
+    with refused("absent.pt does not exist"):
         convert(tmp_path / "absent.pt", out)
     vae = write_file(tmp_path / "longlive.safetensors", parts["vae"])
-    with pytest.raises(ValueError, match="holds a vae; give the transformer's file"):
+    with refused("holds a vae; give the transformer's file"):
         convert(vae, out)
     lora = write_file(tmp_path / "lora.safetensors", {"blocks.0.ffn.0.lora_A.weight": torch.ones(1, 1)})
-    with pytest.raises(ValueError, match="holds a LoRA, not a whole model"):
+    with refused("holds a LoRA, not a whole model"):
         convert(lora, out, base=wan_directory)
-    rest = tmp_path / "rest"
-    rest.mkdir()
+    (rest := tmp_path / "rest").mkdir()
     shutil.copy(wan_directory / "Wan2.1_VAE.pth", rest)
-    with pytest.raises(ValueError, match="rest has no transformer; give the checkpoint as the source"):
+    with refused("rest has no transformer; give the checkpoint as the source"):
         convert(rest, out)
     shutil.copy(wan_directory / "models_t5_umt5-xxl-enc-bf16.pth", rest)
     source = write_file(tmp_path / "rewardforcing.safetensors", parts["transformer"])
-    with pytest.raises(ValueError, match="rest has a text encoder and no tokenizer; add google/umt5-xxl/"):
+    with refused("rest has a text encoder and no tokenizer; add google/umt5-xxl/"):
         convert(source, out, base=rest)
     (rest / "google" / "umt5-xxl").mkdir(parents=True)
-    with pytest.raises(ValueError, match="umt5-xxl/tokenizer.json does not exist; copy tokenizer.json"):
+    with refused("umt5-xxl/tokenizer.json does not exist; copy tokenizer.json"):
         convert(source, out, base=rest)
     shutil.copy(tokenizer_file(wan_directory), rest / "google" / "umt5-xxl")
     convert(source, out, base=rest)
-    assert_holds(out, "vae", parts["vae"])
-
-
-def test_config_that_contradicts_the_tensors_is_refused(wan_directory: Path, tmp_path: Path) -> None:
-    source = tmp_path / "wan"
-    shutil.copytree(wan_directory, source)
-    (source / "config.json").write_text(json.dumps({"num_heads": 1, "dim": 1536}))
-    with pytest.raises(ValueError, match="config.json states dim 1536 and the tensors have 128"):
-        convert(source, tmp_path / "out")
+    assert_holds(out, {"vae": parts["vae"]})
 
 
 TINY_VAE = TinyVAEConfig(widths=(8, 6, 4, 4))
 
 
-def tiny_decoder(config: TinyVAEConfig = TINY_VAE) -> Tensors:
-    return {name: torch.randn(shape) for name, shape in expected_shapes(config).items()}
-
-
-def published_tiny_file(path: Path, tensors: Tensors) -> Path:
-    """A file as taew2_1.pth is: the decoder, and the encoder that the engine does without."""
+def published_tiny_file(path: Path, config: TinyVAEConfig = TINY_VAE, *, without: str = "") -> Tensors:
+    """Write a file as taew2_1.pth is: the decoder, and the encoder that the engine does without."""
+    tensors = random_tensors(
+        {name: shape for name, shape in expected_shapes(config).items() if name != without}
+    )
     torch.save({"encoder.0.weight": torch.zeros(4, 3, 3, 3), **tensors}, path)
-    return path
+    return tensors
 
 
-def test_a_tiny_decoder_alone_becomes_one_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tensors = tiny_decoder()
+def test_a_tiny_decoder_alone_becomes_one_file(tmp_path: Path, caplog: Log) -> None:
+    tensors = published_tiny_file(tmp_path / "taew2_1.pth")
     with caplog.at_level(logging.INFO):
-        convert(published_tiny_file(tmp_path / "taew2_1.pth", tensors), tmp_path / "out", dtype="float16")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tiny_vae.safetensors"}
-    assert_holds(tmp_path / "out", "tiny_vae", tensors, torch.float16)
+        convert(tmp_path / "taew2_1.pth", tmp_path / "out", dtype="float16")
+    assert names_in(tmp_path / "out") == {"tiny_vae.safetensors"}
+    assert_holds(tmp_path / "out", {"tiny_vae": tensors}, torch.float16)
     assert "1 tensors of the tiny encoder are left out; the full VAE encodes" in caplog.text
     assert "only a tiny decoder was given: copy it" in caplog.text
 
@@ -471,12 +409,10 @@ def test_a_tiny_decoder_alone_becomes_one_file(tmp_path: Path, caplog: pytest.Lo
 def test_a_tiny_decoder_is_added_to_its_base_and_loads_by_name(
     tmp_path: Path, wan_directory: Path, parts: Parts
 ) -> None:
-    tensors = tiny_decoder()
-    source = published_tiny_file(tmp_path / "taew2_1.pth", tensors)
-    convert(source, tmp_path / "out", base=wan_directory)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES | {"tiny_vae.safetensors"}
-    for part in parts:
-        assert_holds(tmp_path / "out", part, parts[part])
+    tensors = published_tiny_file(tmp_path / "taew2_1.pth")
+    convert(tmp_path / "taew2_1.pth", tmp_path / "out", base=wan_directory)
+    assert names_in(tmp_path / "out") == FILES | {"tiny_vae.safetensors"}
+    assert_holds(tmp_path / "out", parts)
     checkpoint = Checkpoint.open(tmp_path / "out")
     config = checkpoint.config
     assert (config.tiny_vae, config.cache) == (TINY_VAE, CACHES["wan"])
@@ -488,32 +424,26 @@ def test_a_tiny_decoder_is_added_to_its_base_and_loads_by_name(
 def test_a_tiny_decoder_in_a_base_comes_along(tmp_path: Path, wan_directory: Path, parts: Parts) -> None:
     base = tmp_path / "Wan2.1-T2V-1.3B"
     shutil.copytree(wan_directory, base)
-    published_tiny_file(base / "taew2_1.pth", tensors := tiny_decoder())
+    tensors = published_tiny_file(base / "taew2_1.pth")
     torch.save(prefixed(parts["transformer"]), tmp_path / "rewardforcing.pt")
     convert(tmp_path / "rewardforcing.pt", tmp_path / "out", base=base)
-    assert_holds(tmp_path / "out", "tiny_vae", tensors)
-    assert Checkpoint.open(tmp_path / "out").config.cache == CACHES["reward-forcing"]
+    assert_holds(tmp_path / "out", {"tiny_vae": tensors})
+    assert config_of(tmp_path / "out").cache == CACHES["reward-forcing"]
     convert(tmp_path / "out", tmp_path / "again")
-    assert Checkpoint.open(tmp_path / "again").config == Checkpoint.open(tmp_path / "out").config
-    assert_holds(tmp_path / "again", "tiny_vae", tensors)
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "out")
+    assert_holds(tmp_path / "again", {"tiny_vae": tensors})
 
 
-def test_a_tiny_decoder_of_other_latents_or_with_a_lora_is_refused(
+def test_a_tiny_decoder_of_other_latents_with_a_lora_or_incomplete_is_refused(
     tmp_path: Path, wan_directory: Path
 ) -> None:
-    other = TinyVAEConfig(z_dim=12, widths=(8, 6, 4, 4))
-    source = published_tiny_file(tmp_path / "tae.pth", tiny_decoder(other))
-    with pytest.raises(ValueError, match="z_dim of the tiny decoder is 12 and that of the VAE 16"):
-        convert(source, tmp_path / "out", base=wan_directory)
-    with pytest.raises(ValueError, match="which takes no LoRA"):
-        convert(source, tmp_path / "out", lora=tmp_path / "lora.pt")
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_incomplete_tiny_decoder_is_refused(tmp_path: Path) -> None:
-    tensors = tiny_decoder()
-    del tensors["decoder.16.conv.2.bias"]
-    with pytest.raises(
-        ValueError, match="the tiny_vae is not that of Wan2.1: 1 missing: decoder.16.conv.2.bias"
-    ):
-        convert(published_tiny_file(tmp_path / "tae.pth", tensors), tmp_path / "out")
+    source, out = tmp_path / "tae.pth", tmp_path / "out"
+    published_tiny_file(source, TinyVAEConfig(z_dim=12, widths=(8, 6, 4, 4)))
+    with refused("z_dim of the tiny decoder is 12 and that of the VAE 16"):
+        convert(source, out, base=wan_directory)
+    with refused("which takes no LoRA"):
+        convert(source, out, lora=tmp_path / "lora.pt")
+    published_tiny_file(source, without="decoder.16.conv.2.bias")
+    with refused("the tiny_vae is not that of Wan2.1: 1 missing: decoder.16.conv.2.bias"):
+        convert(source, out)
+    assert not out.exists()

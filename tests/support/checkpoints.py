@@ -1,8 +1,18 @@
-"""Names in the files that people have."""
+"""Names in the files that people have, and random tensors for them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
 from rfengine.config import TextConfig
+
+
+def random_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def original_text_names(config: TextConfig) -> list[str]:
