@@ -30,9 +30,9 @@ SNAPSHOT_FORMAT = 3
 _WITHOUT_CHECKSUM = 2  # an older format, the same but for the checksum
 _Count = Annotated[int, Range(0, 2**31 - 1)]
 _Side = Annotated[int, Range(1, 2**16)]  # pixels
-# The types of info by name; from_dict checks the cache.
+# The type of each value of info; from_dict checks those inside cache.
 _FIELDS = {
-    "format": int, "fingerprint": str, "dtype": str, "decoder": str, "cache": object,
+    "format": int, "fingerprint": str, "dtype": str, "decoder": str, "cache": dict,
     "denoising_timesteps": tuple[float, ...], "prompt": str, "seed": Annotated[int, Range(0, MAX_SEED)],
     "height": _Side, "width": _Side, "index": _Count, "next_chunk": _Count,
     "slot_chunks": Annotated[tuple[int, ...], Range(-1, 2**31 - 1)], "decoded_frames": _Count,

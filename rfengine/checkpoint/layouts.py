@@ -15,13 +15,9 @@ from typing import Literal, TypeVar
 logger = logging.getLogger(__name__)
 
 Part = Literal["transformer", "vae", "text_encoder", "tiny_vae"]
-Layout = Literal[
-    "wan_transformer", "diffusers_transformer", "wan_vae", "diffusers_vae", "wan_text", "transformers_text",
-    "taehv",
-]  # fmt: skip
 
 # The part that a layout names, and pieces of names that no layout above it has.
-_LAYOUTS: dict[Layout, tuple[Part, tuple[str, ...]]] = {
+_LAYOUTS: dict[str, tuple[Part, tuple[str, ...]]] = {
     "diffusers_transformer": ("transformer", ("condition_embedder.", ".attn1.")),
     "wan_transformer": ("transformer", (".self_attn.", "text_embedding.")),
     "diffusers_vae": ("vae", (".down_blocks.", ".up_blocks.")),
@@ -226,7 +222,7 @@ def _share_a_name(first: Mapping[str, object], second: Mapping[str, object]) -> 
     return not {strip_prefixes(name) for name in first}.isdisjoint(strip_prefixes(name) for name in second)
 
 
-def detect_layout(names: Iterable[str]) -> Layout:
+def detect_layout(names: Iterable[str]) -> str:
     """The layout of a set of names that are without prefixes; a few missing names do not matter.
 
     Raises ValueError for a LoRA, an image-to-video transformer and names of no known layout.

@@ -259,7 +259,7 @@ def _merged(weight: StoredTensor, names: LoraNames, lora: LoraFile, scale: float
             return values(names.whole)
         value = weight.read().float()
         if names.down is not None and names.up is not None:
-            value = _add_product(value, values(names.down), values(names.up), scale)
+            value = merge_lora(value, values(names.down), values(names.up), scale)
         if names.up_bias is not None:
             value = value + scale * values(names.up_bias)
         return value if names.diff is None else value + values(names.diff)
@@ -267,17 +267,12 @@ def _merged(weight: StoredTensor, names: LoraNames, lora: LoraFile, scale: float
     return replace(weight, dtype=torch.float32, read=read)
 
 
-def merge_lora(weight: Tensor, down: Tensor, up: Tensor, alpha: float | None = None) -> Tensor:
-    """weight + alpha / rank * up @ down in float32, whatever the dtypes given.
+def merge_lora(weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
+    """weight + scale * up @ down in float32, whatever the dtypes given.
 
-    weight: [out, in]; down: [rank, in]; up: [out, rank]. Without alpha the scale is 1.
+    weight: [out, in]; down: [rank, in]; up: [out, rank]. Those of a convolution have more axes, which are
+    flattened behind the first.
     """
-    scale = 1.0 if alpha is None else alpha / down.shape[0]
-    return _add_product(weight.float(), down.float(), up.float(), scale)
-
-
-def _add_product(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """weight + scale * up @ down; those of a convolution are flattened behind their first axis."""
     with torch.autocast(weight.device.type, enabled=False):  # a caller's would round to 16 bits
-        flat = torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1), alpha=scale)
-    return flat.reshape(weight.shape)
+        flat, inner, outer = (tensor.float().flatten(1) for tensor in (weight, down, up))
+        return torch.addmm(flat, outer, inner, alpha=scale).reshape(weight.shape)

@@ -59,10 +59,8 @@ def infer_config(
     """
     settings = settings or {}
     try:
-        if part == "tiny_vae":
-            return _infer_tiny_vae(shapes)
-        infer = {"transformer": _infer_transformer, "vae": _infer_vae, "text_encoder": _infer_text}[part]
-        return infer(shapes, settings)
+        infer = {"transformer": _infer_transformer, "vae": _infer_vae, "text_encoder": _infer_text}
+        return infer[part](shapes, settings) if part in infer else _infer_tiny_vae(shapes)
     except ValueError as error:
         raise ValueError(f"{place}: {error}" if place else str(error)) from error
 
@@ -73,11 +71,8 @@ def expected_shapes(config: PartConfig) -> dict[str, Shape]:
     The modules themselves have them too, but building one on the meta device takes as long as its layers are
     many, and a hostile configuration has many.
     """
-    if isinstance(config, WanConfig):
-        return _transformer_shapes(config)
-    if isinstance(config, TinyVAEConfig):
-        return _tiny_vae_shapes(config)
-    return _vae_shapes(config) if isinstance(config, VAEConfig) else _text_shapes(config)
+    kinds = {WanConfig: _transformer_shapes, VAEConfig: _vae_shapes, TextConfig: _text_shapes}
+    return kinds.get(type(config), _tiny_vae_shapes)(config)
 
 
 def _infer_transformer(shapes: Shapes, settings: Mapping[str, Any]) -> WanConfig:

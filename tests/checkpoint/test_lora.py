@@ -93,10 +93,10 @@ def test_300_pairs_are_merged_in_float32(alpha: float | None) -> None:
     assert changed == 300
 
 
-def test_scale_is_alpha_over_rank() -> None:
+def test_scale_is_that_of_the_product() -> None:
     weight, down, up = torch.zeros(3, 2), torch.ones(4, 2), torch.ones(3, 4)
     assert torch.equal(merge_lora(weight, down, up), torch.full((3, 2), 4.0))
-    assert torch.equal(merge_lora(weight, down, up, alpha=2.0), torch.full((3, 2), 2.0))
+    assert torch.equal(merge_lora(weight, down, up, scale=0.5), torch.full((3, 2), 2.0))
 
 
 def test_lora_of_another_model_is_refused() -> None:
