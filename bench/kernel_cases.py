@@ -106,6 +106,22 @@ def _evicted(arguments: Arguments, _: object) -> tuple[Tensor, ...]:
     return rotated, *(_whole(arena[:, :, :sink], low) for arena, low in pairs)
 
 
+def _fp8(norm: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The reference of an FP8 norm: row_fp8 of its last result; in float64, the truth, not rounded."""
+
+    def rows(*arguments: Tensor | float | None) -> tuple[Tensor, Tensor]:
+        result = getattr(reference, norm)(*arguments)
+        normed = result[-1] if isinstance(result, tuple) else result
+        return (normed, normed.new_ones(())) if normed.dtype == torch.float64 else reference.row_fp8(normed)
+
+    return rows
+
+
+def _dequantised(_: Arguments, returned: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    values, scale = returned[-2:]
+    return (values.to(scale.dtype) * scale,)
+
+
 def _as_numbers(_: Arguments, returned: Tensor) -> tuple[Tensor, ...]:
     return (returned.float(),)
 
@@ -149,6 +165,14 @@ CASES: tuple[KernelCase, ...] = (
         is_row=True,
     ),
     KernelCase("gated_residual_affine_norm", inputs.gated_affine, row_bytes(8), is_row=True),
+    *(
+        KernelCase(f"{norm}_fp8", drawn, BYTES[f"{norm}_fp8"], file=file, reference=_fp8(norm),
+                   results=_dequantised, is_row=True, minimum_capability=89)
+        for norm, file, drawn in (
+            ("adaptive_layer_norm", "layer_norm", inputs.adaptive),
+            ("gated_residual_adaptive_norm", "gated_residual_norm", inputs.gated_adaptive),
+        )
+    ),
     *(
         KernelCase(f"{name}_backward", partial(inputs.norm_backward, gate=gate), row_bytes(moved),
                    op="layer_norm_backward", file="layer_norm")

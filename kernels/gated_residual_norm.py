@@ -9,7 +9,7 @@ The kernels, forward and backward, are those of layer_norm.py.
 import torch
 from torch import Tensor
 
-from rfengine.kernels.layer_norm import Affine, Branch, launch_layer_norm, layer_norm_backward
+from rfengine.kernels.layer_norm import Affine, Branch, fake_fp8, launch_layer_norm, layer_norm_backward
 
 # B batch, F latent frames, T tokens, D model dim
 
@@ -34,6 +34,24 @@ def gated_residual_affine_norm(
     return _add_and_norm(x, y, gate, weight, bias, eps, False)
 
 
+def gated_residual_adaptive_norm_fp8(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, values, row scales): the sum in x, which is overwritten, and its adaptive norm in FP8.
+
+    values: float8_e4m3fn [B, T, D]; row scales: float32 [B, T, 1], as adaptive_layer_norm_fp8 makes them. No
+    gradient.
+    """
+    return x, *add_into_and_norm_fp8_op(x, y, gate, scale, shift, eps, True)
+
+
+def gated_residual_affine_norm_fp8(
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, values, row scales) as gated_residual_adaptive_norm_fp8 returns them, of the affine norm."""
+    return x, *add_into_and_norm_fp8_op(x, y, gate, weight, bias, eps, False)
+
+
 def _add_and_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
 ) -> tuple[Tensor, Tensor]:
@@ -48,7 +66,7 @@ def add_and_norm_op(
     x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
 ) -> tuple[Tensor, Tensor]:
     total = x.new_empty(x.shape)
-    return total, launch_layer_norm(x, Affine(factor, offset, plus_one), eps, Branch(y, gate, total))
+    return total, launch_layer_norm(x, Affine(factor, offset, plus_one), eps, Branch(y, gate, total))[0]
 
 
 @torch.library.custom_op("rfengine::add_into_and_norm", mutates_args={"x"})
@@ -56,7 +74,15 @@ def add_into_and_norm_op(
     x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
 ) -> Tensor:
     _check_writable(x)
-    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps, Branch(y, gate, x))
+    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps, Branch(y, gate, x))[0]
+
+
+@torch.library.custom_op("rfengine::add_into_and_norm_fp8", mutates_args={"x"})
+def add_into_and_norm_fp8_op(
+    x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
+) -> tuple[Tensor, Tensor]:
+    _check_writable(x)
+    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps, Branch(y, gate, x), fp8=True)
 
 
 def _check_writable(x: Tensor) -> None:
@@ -84,3 +110,4 @@ def _backward(ctx, grad_total, grad_normed):
 add_and_norm_op.register_fake(lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)))
 add_and_norm_op.register_autograd(_backward, setup_context=_save)
 add_into_and_norm_op.register_fake(lambda x, *_: x.new_empty(x.shape))
+add_into_and_norm_fp8_op.register_fake(lambda x, *_: fake_fp8(x))

@@ -7,8 +7,8 @@
     doffset = sum grad_normed; the sums run over the tokens that share a row of the table
 
 A program holds a whole row in float32, so mean and centred variance are two passes over registers and every
-tensor is read once and written once. Bound: memory. Bytes for each element in bf16: 4 for a norm, 8 with a
-branch, 6 and 12 backward. The tables are float32 and stay in cache.
+tensor is read once and written once. Bound: memory. Bytes for each element in bf16: 4 for a norm (2 + 1 with
+FP8 output), 8 with a branch, 6 and 12 backward. The tables are float32 and stay in cache.
 
 The ops without a branch are here, those with one in gated_residual_norm.py.
 """
@@ -45,7 +45,7 @@ class Branch:
 
 @triton.jit
 def _layer_norm_kernel(
-    x, y, gate, factor, offset, total, normed,
+    x, y, gate, factor, offset, total, normed, row_scale,
     x_stride_b, x_stride_t, y_stride_b, y_stride_t, total_stride_b, total_stride_t,
     gate_stride_b, gate_stride_f, factor_stride_b, factor_stride_f, offset_stride_b, offset_stride_f,
     tokens, frame_tokens, dim, eps,
@@ -79,8 +79,18 @@ def _layer_norm_kernel(
     offset_row = offset + batch * offset_stride_b + frame * offset_stride_f
     result = centred * rstd * multiplier + tl.load(offset_row + column, mask=inside, other=0.0).to(tl.float32)
 
-    out = (batch * tokens + token) * dim
-    tl.store(normed + out + column, result.to(x.dtype.element_ty), mask=inside)
+    out = batch * tokens + token
+    rounded = result.to(x.dtype.element_ty)
+    if row_scale is not None:
+        result = rounded.to(tl.float32)
+        # correctly rounded divisions: the plain one differs from torch's in the last bit
+        scale = tl.div_rn(tl.max(tl.abs(result), 0), 448.0)
+        scale = tl.where(scale > 0.0, scale, 1.0)
+        tl.store(row_scale + out, scale)
+        # at most 448 (1 + 2^-23) in magnitude, which rounds to 448: nothing is left to saturate
+        tl.store(normed + out * dim + column, tl.div_rn(result, scale).to(tl.float8e4nv), mask=inside)
+    else:
+        tl.store(normed + out * dim + column, rounded, mask=inside)
 
 
 @triton.jit
@@ -150,27 +160,31 @@ def check_dtype(x: Tensor) -> None:
         raise ValueError(f"x is {x.dtype}; the norm kernels serve bfloat16, float16 and float32: cast it")
 
 
-def launch_layer_norm(x: Tensor, affine: Affine, eps: float, branch: Branch | None = None) -> Tensor:
+def launch_layer_norm(
+    x: Tensor, affine: Affine, eps: float, branch: Branch | None = None, fp8: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Launch the forward kernel on x [B, T, D]; writes branch.total when there is a branch.
 
-    Returns the normed rows [B, T, D]. Inputs whose last axis is not contiguous are copied. Raises ValueError
-    for a dtype that is not served and for tables that disagree in F.
+    Returns the normed rows [B, T, D], and with fp8 (which makes them e4m3) their scales [B, T, 1]. Inputs
+    whose last axis is not contiguous are copied. Raises ValueError for a dtype that is not served and for
+    tables that disagree in F.
     """
     check_dtype(x)
     batch, tokens, dim = x.shape
     y, gate, total = (branch.y, branch.gate, branch.total) if branch else (None, None, None)
     frames = _frames(gate, affine.factor, affine.offset)
     block, num_warps = row_launch(dim)
-    normed = x.new_empty(x.shape)
+    normed = x.new_empty(x.shape, dtype=torch.float8_e4m3fn if fp8 else x.dtype)
+    row_scale = x.new_empty((batch, tokens, 1), dtype=torch.float32) if fp8 else None
     x, y = contiguous_rows(x), None if y is None else contiguous_rows(y)
     gate, factor, offset = (_table(table) for table in (gate, affine.factor, affine.offset))
     strides = [*_row_strides(x), *_row_strides(y), *_row_strides(total)]
     strides += [*_table_strides(gate), *_table_strides(factor), *_table_strides(offset)]
     _layer_norm_kernel[(tokens, batch)](
-        x, y, gate, factor, offset, total, normed, *strides, tokens, tokens // frames, dim, eps,
+        x, y, gate, factor, offset, total, normed, row_scale, *strides, tokens, tokens // frames, dim, eps,
         PLUS_ONE=affine.plus_one, BLOCK_D=block, num_warps=num_warps,
     )  # fmt: skip
-    return normed
+    return normed, row_scale
 
 
 @torch.library.custom_op("rfengine::layer_norm_backward", mutates_args=())
@@ -213,7 +227,20 @@ def _(total, y, gate, factor, offset, grad_total, grad_normed, eps, plus_one):
 
 @torch.library.custom_op("rfengine::layer_norm", mutates_args=())
 def layer_norm_op(x: Tensor, factor: Tensor, offset: Tensor, eps: float, plus_one: bool) -> Tensor:
-    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps)
+    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps)[0]
+
+
+@torch.library.custom_op("rfengine::layer_norm_fp8", mutates_args=())
+def layer_norm_fp8_op(
+    x: Tensor, factor: Tensor, offset: Tensor, eps: float, plus_one: bool
+) -> tuple[Tensor, Tensor]:
+    return launch_layer_norm(x, Affine(factor, offset, plus_one), eps, fp8=True)
+
+
+def fake_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty e4m3 values [B, T, D] and row scales [B, T, 1], as an FP8 norm of x returns them."""
+    values = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return values, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -229,6 +256,7 @@ def _backward(ctx, grad):
 
 layer_norm_op.register_fake(lambda x, *_: x.new_empty(x.shape))
 layer_norm_op.register_autograd(_backward, setup_context=_save)
+layer_norm_fp8_op.register_fake(lambda x, *_: fake_fp8(x))
 
 
 def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -243,6 +271,15 @@ def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
 def affine_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) * weight + bias, rounded and refused as in adaptive_layer_norm. weight, bias: [D]."""
     return layer_norm_op(x, weight, bias, eps, False)
+
+
+def adaptive_layer_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """adaptive_layer_norm, rounded to the dtype of x, then to e4m3 with one scale for each row.
+
+    Returns values [B, T, D] in float8_e4m3fn and row scales [B, T, 1] in float32: amax / 448, or 1 where that
+    is zero; values * scale is the norm. No gradient.
+    """
+    return layer_norm_fp8_op(x, scale, shift, eps, True)
 
 
 def _frames(*tables: Tensor | None) -> int:

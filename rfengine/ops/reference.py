@@ -90,7 +90,8 @@ def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] in e4m3 with one scale for each row: (values, scale [..., 1] in float32), x = values *
     scale.
 
-    scale = max |row| / 448, or 1 for a row of zeros; values are rounded to nearest and saturate at 448.
+    scale = max |row| / 448, or 1 for a row of zeros; values are rounded to nearest and saturate at 448. The
+    FP8 forms of the norms return row_fp8 of the norm.
     """
     scale = x.float().abs().amax(-1, keepdim=True) / 448
     scale = torch.where(scale > 0, scale, 1.0)

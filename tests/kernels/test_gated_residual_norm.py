@@ -4,6 +4,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rfengine.kernels import gated_residual_norm, layer_norm
 from rfengine.ops import reference
+from rfengine.ops.reference import row_fp8
 from support.against_reference import assert_op_matches
 from support.interpreter_rounding import round_to_nearest_even
 
@@ -92,6 +93,19 @@ def test_strided_rows_agree_with_the_reference(name):
     )
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_rows_are_the_rounded_norm_in_e4m3_and_x_receives_the_sum(name, dtype):
+    case = inputs(name, dtype=dtype)
+    x = case[0].clone()
+    total, normed = getattr(gated_residual_norm, name)(case[0].clone(), *case[1:], 1e-6)
+    found, values, row_scale = getattr(gated_residual_norm, f"{name}_fp8")(x, *case[1:], 1e-6)
+    expected, expected_scale = row_fp8(normed)
+    assert found is x and torch.equal(x, total)
+    assert torch.equal(row_scale, expected_scale)
+    assert values.dtype == torch.float8_e4m3fn and torch.equal(values.float(), expected.float())
+
+
 @pytest.mark.parametrize(
     "view", [lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x[:1].expand(2, -1, -1)]
 )
@@ -106,4 +120,5 @@ def test_torch_sees_the_ops_as_it_must(gated):
     case = inputs(NAMES[0], dim=16, gated=gated)
     recorded = [None if tensor is None else tensor.clone().requires_grad_() for tensor in case]
     torch.library.opcheck(gated_residual_norm.add_and_norm_op, (*recorded, 1e-6, True))
-    torch.library.opcheck(gated_residual_norm.add_into_and_norm_op, (*case, 1e-6, False))
+    for op in (gated_residual_norm.add_into_and_norm_op, gated_residual_norm.add_into_and_norm_fp8_op):
+        torch.library.opcheck(op, (*case, 1e-6, False))

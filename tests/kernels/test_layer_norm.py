@@ -8,12 +8,15 @@ from rfengine.kernels.device import row_launch, rows_per_sum
 from rfengine.kernels.layer_norm import (
     Affine,
     adaptive_layer_norm,
+    adaptive_layer_norm_fp8,
     affine_layer_norm,
     launch_layer_norm,
     layer_norm_backward,
+    layer_norm_fp8_op,
     layer_norm_op,
 )
 from rfengine.ops import reference
+from rfengine.ops.reference import row_fp8
 from support.against_reference import assert_op_matches
 from support.interpreter_rounding import round_to_nearest_even
 from support.tolerance import assert_within_reference_error
@@ -88,6 +91,23 @@ def test_any_shape_agrees_with_the_reference(batch, frames, frame_tokens, dim):
     assert_within_reference_error("norm", found, expected, truth)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_rows_are_the_rounded_norm_in_e4m3(dtype):
+    x, (shift, scale) = rows(2, 9, 100, dtype), tables(2, 3, 100)
+    values, row_scale = adaptive_layer_norm_fp8(x, shift, scale, 1e-6)
+    expected, expected_scale = row_fp8(adaptive_layer_norm(x, shift, scale, 1e-6))
+    assert values.dtype == torch.float8_e4m3fn and row_scale.shape == (2, 9, 1)
+    assert torch.equal(row_scale, expected_scale)
+    assert torch.equal(values.float(), expected.float())
+    assert (values.float().abs().amax(-1) == 448).all()
+
+
+def test_an_fp8_row_of_zeros_has_scale_one():
+    shift = torch.zeros(1, 1, 48, device=DEVICE)
+    values, row_scale = adaptive_layer_norm_fp8(rows(1, 3, 48), shift, shift - 1, 1e-6)
+    assert (values.float() == 0).all() and (row_scale == 1).all()
+
+
 def affine_inputs(batch, tokens, dim, dtype=torch.float32, parameter_dtype=torch.float32):
     x = (3 * torch.randn(batch, tokens, dim, device=DEVICE) + 1).to(dtype)
     return x, *torch.randn(2, dim, device=DEVICE).to(parameter_dtype)
@@ -158,6 +178,7 @@ def test_torch_sees_the_ops_as_it_must(plus_one):
     x, factor, offset = rows(2, 6, 16), *tables(1, 3, 16)
     factor, offset = factor.requires_grad_(), offset.clone().requires_grad_()
     torch.library.opcheck(layer_norm_op, (x.requires_grad_(), factor, offset, 1e-6, plus_one))
+    torch.library.opcheck(layer_norm_fp8_op, (x.detach(), factor.detach(), offset.detach(), 1e-6, plus_one))
 
 
 def test_torch_sees_the_backward_op_as_it_must():
