@@ -1,40 +1,30 @@
-"""Checkpoints of a training: one directory each, complete or not there at all, read without running code.
+"""Checkpoints of a training: one directory each, complete or not there at all, in safetensors files.
 
-A checkpoint is written beside its final name by torch.distributed.checkpoint, in the background, and renamed
-when every rank has finished, so a run that is killed while it saves has the one before. Another number of
-ranks can read it. Its record, run.json, states what run it is of and the sha256 of each of its files.
-
-torch.distributed.checkpoint keeps an index (`.metadata`) and small values as pickles and loads them as such.
-Here the index may name the classes of an index alone, and values go through torch's weights_only reader.
+Every rank writes a file of the shards it holds, in the background, beside the final name, and the directory
+is renamed when all have finished, so a run that is killed while it saves has the one before. Another number
+of ranks can read it. Its record, run.json, states what run it is of and the sha256 of each of its files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
-import pickle
 import re
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as distributed
-import torch.distributed.checkpoint as checkpoint
-from torch import nn
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rfengine.files import file_sha256, json_object, locked, open_regular, read_text, write_text
+from rfengine.checkpoint.loader import save_weights
+from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
+from rfengine.files import file_sha256, json_object, locked, read_text, write_text
 from rfengine.training.learner import WeightAverage
 from rfengine.training.parallel import Ranks
 
@@ -43,19 +33,8 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})")
 _LOCK_FILE = ".training.lock"
 _RECORD_FILE = "run.json"
-_FORMAT = 2
+_FORMAT = 3
 _LIMIT_BYTES = 10_000_000
-_INDEX = ".metadata"
-_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_INDEX_NAMES = {
-    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"), ("builtins", "set"), ("pathlib", "PosixPath"),
-}  # fmt: skip
-# what damaged content makes the reader raise
-_DAMAGE = (
-    CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, EOFError,
-    AttributeError, OSError, AssertionError, ImportError, MemoryError,
-)  # fmt: skip
 
 
 class TrainState:
@@ -72,30 +51,65 @@ class TrainState:
     ) -> None:
         self.models, self.optimizers, self.averages = dict(models), dict(optimizers), dict(averages)
         self.step = 0
-        self.tensors()  # moments exist from the start, whether a run saves before its first update or not
 
-    def tensors(self) -> dict[str, Any]:
-        """A tree of tensors and numbers that torch.distributed.checkpoint takes, by reference."""
-        tree: dict[str, Any] = {"step": self.step}
-        for name, model in self.models.items():
-            weights, moments = get_state_dict(model, self.optimizers[name])
-            tree[name] = {"weights": weights, "optimizer": moments}
-        for name, average in self.averages.items():
-            tree[f"{name}_average"] = dict(average.values)
-        return tree
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of the models and of the averages by name, by reference."""
+        values = {
+            f"weights.{name}.{key}": value
+            for name, model in self.models.items()
+            for key, value in model.state_dict().items()
+        }
+        return values | {
+            f"average.{name}.{key}": value
+            for name, average in self.averages.items()
+            for key, value in average.values.items()
+        }
 
-    def take(self, tree: Mapping[str, Any]) -> None:
-        """Put a tree that was read into the models, the optimizers and the averages."""
-        self.step = int(tree["step"])
-        for name, model in self.models.items():
-            set_state_dict(
-                model,
-                self.optimizers[name],
-                model_state_dict=tree[name]["weights"],
-                optim_state_dict=tree[name]["optimizer"],
-            )
-        for name, average in self.averages.items():
-            average.load(tree[f"{name}_average"])
+    def moments(self) -> dict[str, Tensor]:
+        """The moments of the optimizers by name, by reference; there are none before the first update."""
+        return {
+            f"moments.{name}.{number}.{row}.{key}": value
+            for name, optimizers in self.optimizers.items()
+            for number, optimizer in enumerate(optimizers)
+            for row, values in optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+        }
+
+    @torch.no_grad()
+    def take(self, step: int, shards: Mapping[str, Sequence[StoredTensor]]) -> None:
+        """Put what was read into the models, the averages and the optimizers, in place.
+
+        shards: of each tensor, along its first axis. Raises ValueError, LookupError or RuntimeError for
+        tensors that are not those of this state, parts of which may be filled then.
+        """
+        for name, value in self.weights().items():
+            value.copy_(_whole(shards[name], value))
+        states: dict[tuple[str, int], dict[int, dict[str, Tensor]]] = {}
+        for full_name, parts in shards.items():
+            if full_name.startswith("moments."):
+                _, name, number, row, key = full_name.split(".")
+                parameter = _parameters(self.optimizers[name][int(number)])[int(row)]
+                rows = states.setdefault((name, int(number)), {})
+                rows.setdefault(int(row), {})[key] = _whole(parts, parameter)
+        for name, optimizers in self.optimizers.items():
+            for number, optimizer in enumerate(optimizers):
+                groups = optimizer.state_dict()["param_groups"]
+                state = states.get((name, number), {})
+                optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step = step
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for group in optimizer.param_groups for value in group["params"]]
+
+
+def _whole(shards: Sequence[StoredTensor], like: Tensor) -> Tensor:
+    """The tensor of all shards; this rank's share of it where `like` is sharded and of the same shape."""
+    parts = [shard.read() for shard in shards]
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    if not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 class CheckpointDirectory:
@@ -107,12 +121,9 @@ class CheckpointDirectory:
     def __init__(self, directory: Path, identity: Mapping[str, Any], keep: int) -> None:
         self.path = directory / "checkpoints"
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
-        self.keep = keep
-        # torch warns at each save and load of a run of one process that it takes it for one
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self._saving: tuple[Future, Path] | None = None
-        # ranks talk while they save, beside the training: in a group of their own, or the two would mix
-        self._group = distributed.new_group(backend="gloo") if distributed.is_initialized() else None
+        self.keep, self.ranks = keep, Ranks()
+        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._saving: tuple[Future[None], Path] | None = None
 
     def complete(self) -> list[Path]:
         """The checkpoints that were finished, oldest first; reading may still find one damaged."""
@@ -127,16 +138,18 @@ class CheckpointDirectory:
         final = self.path / f"step_{state.step:08d}"
         if final.exists():
             return
-        partial = final.with_suffix(".partial")
-        if Ranks().rank == 0:
+        partial, rank = final.with_suffix(".partial"), self.ranks.rank
+        if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-        Ranks().meet()
-        alone, group = self._group is None, self._group
-        saving = checkpoint.async_save(
-            state.tensors(), checkpoint_id=partial, no_dist=alone, process_group=group
-        )
-        self._saving = (saving, final)
+            partial.mkdir(parents=True)
+        self.ranks.meet()
+        shards = {}
+        for name, value in (state.weights() | state.moments()).items():
+            local = value.to_local() if isinstance(value, DTensor) else value
+            if local.numel() and (rank == 0 or isinstance(value, DTensor)):
+                shards[name] = local.detach().to("cpu", copy=True)
+        file = partial / f"rank_{rank:05d}.safetensors"
+        self._saving = self._writer.submit(save_weights, file, shards), final
         if wait:
             self.finish()
 
@@ -145,22 +158,25 @@ class CheckpointDirectory:
         if self._saving is None:
             return
         (saving, final), self._saving = self._saving, None
-        partial = final.with_suffix(".partial")
+        partial, failure = final.with_suffix(".partial"), ""
         try:
             saving.result()
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if Ranks().rank == 0:
+        except (OSError, RuntimeError) as error:
+            failure = str(error)
+        failure = self.ranks.agreed(failure)
+        if failure:
+            if self.ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
-                f"checkpoint {final} was not written ({_first_cause(error)}); earlier ones are whole: make "
-                "room and resume"
-            ) from error
-        if Ranks().rank == 0:
+                f"checkpoint {final} was not written ({failure}); earlier ones are whole: make room and "
+                "resume"
+            )
+        if self.ranks.rank == 0:
             _write_record(partial, self.identity)
             partial.rename(final)
             for path in self.complete()[: -self.keep]:
                 shutil.rmtree(path)
-        Ranks().meet()
+        self.ranks.meet()
 
     def restore(self, state: TrainState) -> bool:
         """Resume from the newest checkpoint that is whole; False where there is none at all.
@@ -184,39 +200,42 @@ class CheckpointDirectory:
         return False
 
     def _take(self, path: Path, state: TrainState) -> str:
-        """Read a checkpoint into `state`; what is wrong with one that is damaged, else ""."""
-        found: list[ValueError | None] = [None]
-        if Ranks().rank == 0:
-            try:
-                self._check(path)
-            except ValueError as error:
-                found = [error]
-        if distributed.is_initialized():
-            distributed.broadcast_object_list(found, src=0, group=self._group)
-        try:
-            if found[0] is not None:
-                raise found[0]
-            tree = state.tensors()
-            read_checkpoint(tree, path)
-        except DamagedCheckpointError as error:
-            return str(error)
-        state.take(tree)
-        return ""
+        """Read a checkpoint into `state`; what is wrong with one that is damaged, else "".
 
-    def _check(self, path: Path) -> None:
-        """Raises DamagedCheckpointError for a damaged checkpoint, ValueError for one that is not of this
-        run."""
-        found = _check_record(path)
+        Raises ValueError for a whole one of another recipe.
+        """
+        problem, refusal = self._examine(path) if self.ranks.rank == 0 else ("", "")
+        if refusal := self.ranks.agreed(refusal):
+            raise ValueError(refusal)
+        if problem := self.ranks.agreed(problem):
+            return problem
+        shards: dict[str, list[StoredTensor]] = {}
+        try:
+            for file in sorted(path.glob("rank_*.safetensors")):
+                for name, tensor in open_safetensors(file).items():
+                    shards.setdefault(name, []).append(tensor)
+            state.take(int(path.name.removeprefix("step_")), shards)
+        except (OSError, RuntimeError, ValueError, LookupError) as error:
+            problem = f"it cannot be read ({error})"
+        return self.ranks.agreed(problem)
+
+    def _examine(self, path: Path) -> tuple[str, str]:
+        """What is damaged, and why a checkpoint that is whole is not of this run; "" for nothing."""
+        try:
+            found = _check_record(path)
+        except ValueError as error:
+            return str(error), ""
         for name in sorted({*found, *self.identity}):
             if found.get(name) != self.identity.get(name):
-                raise ValueError(
+                return "", (
                     f"{path} was made with {name} {found.get(name)!r}, this run has "
                     f"{self.identity.get(name)!r}; resume with the recipe it was made with, or choose "
                     "another directory"
                 )
+        return "", ""
 
     def _set_aside(self, damaged: list[tuple[Path, str]], taken: Path) -> None:
-        if Ranks().rank == 0:
+        if self.ranks.rank == 0:
             for path, problem in damaged:
                 logger.warning(
                     "checkpoint %s is damaged: %s; %s is taken, and the damaged one is kept as %s.damaged",
@@ -225,7 +244,7 @@ class CheckpointDirectory:
                 aside = path.with_suffix(".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-        Ranks().meet()
+        self.ranks.meet()
 
 
 @contextmanager
@@ -249,15 +268,9 @@ def locked_run(directory: Path) -> Iterator[None]:
                 directory.rmdir()
 
 
-class DamagedCheckpointError(ValueError):
-    """A checkpoint that is not whole; the message says what is wrong with it."""
-
-
 def _write_record(directory: Path, identity: Mapping[str, Any]) -> None:
     """Write the record of the files in `directory`. identity: JSON values. Raises OSError."""
-    files = {
-        path.name: file_sha256(path) for path in sorted(directory.iterdir()) if path.name != _RECORD_FILE
-    }
+    files = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
     content = {"format": _FORMAT, "identity": dict(identity), "files": files}
     write_text(directory / _RECORD_FILE, json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
 
@@ -265,16 +278,18 @@ def _write_record(directory: Path, identity: Mapping[str, Any]) -> None:
 def _check_record(directory: Path) -> dict[str, Any]:
     """Compare every file of a checkpoint with its record, and return the identity.
 
-    Raises DamagedCheckpointError where anything is absent, changed or not readable.
+    Raises ValueError where anything is absent, changed or not readable.
     """
     path = directory / _RECORD_FILE
     try:
         content = json_object(read_text(path, _LIMIT_BYTES), path)
     except ValueError as error:
-        raise DamagedCheckpointError(f"its {_RECORD_FILE} cannot be read") from error
+        raise ValueError(f"its {_RECORD_FILE} cannot be read") from error
     stated = content.pop("sha256", None)
-    if content.get("format") != _FORMAT or stated != _digest(content):
-        raise DamagedCheckpointError(f"its {_RECORD_FILE} is damaged")
+    if stated != _digest(content):
+        raise ValueError(f"its {_RECORD_FILE} is damaged")
+    if content.get("format") != _FORMAT:
+        raise ValueError(f"its {_RECORD_FILE} has format {content.get('format')}, and {_FORMAT} is read")
     for name, digest in content["files"].items():
         try:
             problem = "" if file_sha256(directory / name) == digest else "is not what was written"
@@ -283,70 +298,9 @@ def _check_record(directory: Path) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             problem = f"cannot be read ({error})"
         if problem:
-            raise DamagedCheckpointError(f"its file {name} {problem}")
+            raise ValueError(f"its file {name} {problem}")
     return content["identity"]
 
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_checkpoint(tree: dict[str, Any], directory: Path) -> None:
-    """Fill `tree` in place, as torch.distributed.checkpoint.load does.
-
-    Raises DamagedCheckpointError, on every rank, where the checkpoint cannot be read; parts of `tree` may be
-    filled then.
-    """
-    try:
-        checkpoint.load(
-            tree,
-            storage_reader=_Reader(directory),
-            planner=_Planner(),
-            no_dist=not distributed.is_initialized(),
-        )
-    except _DAMAGE as error:
-        raise DamagedCheckpointError(f"it cannot be read ({_first_cause(error)})") from error
-
-
-def _first_cause(error: BaseException) -> str:
-    """The first line of what went wrong underneath, on the first rank that failed."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        plain = "." not in name
-        dtype = module == "torch" and plain and isinstance(vars(torch).get(name), torch.dtype)
-        if plain and (module in _INDEX_MODULES or (module, name) in _INDEX_NAMES or dtype):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{_INDEX} names {module}.{name}, which is no part of an index")
-
-
-class _Reader(FileSystemReader):
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self._index = directory / _INDEX
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open_regular(self._index) as file:
-            metadata = _IndexUnpickler(file).load()
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, Mapping):
-            raise pickle.UnpicklingError(f"{_INDEX} holds no index")
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        for name in {str(info.relative_path) for info in metadata.storage_data.values()}:
-            if Path(name).name != name:
-                raise pickle.UnpicklingError(f"{_INDEX} names {name}, which lies elsewhere")
-            open_regular(self._index.with_name(name)).close()  # a pipe would be waited for
-        return metadata
-
-
-class _Planner(DefaultLoadPlanner):
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        checked = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), checked)
-        checked.seek(0)
-        super().load_bytes(read_item, checked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,6 @@ class WeightAverage:
         torch._foreach_lerp_(
             list(self.values.values()), [values[name].detach() for name in self.values], weight
         )
-
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        self.values = {name: value.clone() for name, value in values.items()}
 
     @torch.no_grad()
     def follow(self, module: nn.Module) -> None:

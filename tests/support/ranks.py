@@ -11,10 +11,14 @@ import torch.distributed as distributed
 
 
 def run_ranks(function: Callable[..., None], count: int, *arguments: object) -> None:
-    """Call `function(rank, *arguments)` in `count` processes of one thread, and wait."""
+    """Call `function(rank, *arguments)` in `count` processes of one thread, and wait; its module is imported
+    once for all."""
     with tempfile.TemporaryDirectory() as directory:
         meeting = (Path(directory) / "meeting").as_uri()
-        torch.multiprocessing.spawn(_start, (function, count, meeting, arguments), nprocs=count)
+        torch.multiprocessing.get_context("forkserver").set_forkserver_preload([function.__module__])
+        torch.multiprocessing.start_processes(
+            _start, (function, count, meeting, arguments), nprocs=count, start_method="forkserver"
+        )
 
 
 def _start(

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as checkpoint
 from torch import nn
 
-from rfengine.training.checkpoints import (
-    CheckpointDirectory,
-    DamagedCheckpointError,
-    TrainState,
-    locked_run,
-    read_checkpoint,
-)
+from rfengine.training.checkpoints import CheckpointDirectory, TrainState, locked_run
 from rfengine.training.learner import WeightAverage
 
 IDENTITY = {"name": "small", "betas": (0.0, 0.5), "seed": 0}
@@ -72,7 +66,7 @@ DAMAGES = [truncate, flip, Path.unlink, exchange, lambda path: path.write_bytes(
 NEWEST = "checkpoints/step_00000002"
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "run.json"])
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "run.json"])
 @pytest.mark.parametrize("damage", DAMAGES, ids=["truncated", "one bit", "absent", "a pipe", "empty"])
 def test_the_one_before_a_damaged_checkpoint_is_taken_with_a_warning(
     run: Path, name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
@@ -89,9 +83,9 @@ def test_the_one_before_a_damaged_checkpoint_is_taken_with_a_warning(
 
 def test_a_training_without_any_whole_checkpoint_is_refused(run: Path) -> None:
     for path in (run / "checkpoints").iterdir():
-        (path / ".metadata").unlink()
+        (path / "rank_00000.safetensors").unlink()
     refusal = (
-        "none of the 2 checkpoints .* is whole: of step_00000002, its file .metadata is absent; begin anew"
+        "none of the 2 checkpoints .* is whole: of step_00000002, its file rank_00000.safetensors is"
     )
     with pytest.raises(ValueError, match=refusal):
         checkpoints(run).restore(small_state())
@@ -103,7 +97,7 @@ def test_an_older_checkpoint_does_not_stand_in_for_one_of_another_recipe(run: Pa
 
 
 def test_the_step_of_a_damaged_checkpoint_is_saved_again(run: Path) -> None:
-    flip(run / NEWEST / "__0_0.distcp")
+    flip(run / NEWEST / "rank_00000.safetensors")
     again, state = checkpoints(run), small_state()
     again.restore(state)
     state.step = 2
@@ -122,50 +116,18 @@ def test_a_directory_in_which_another_trains_is_refused_at_once(tmp_path: Path) 
         pass
 
 
-class Touch:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
-def test_what_torch_saves_is_read(tmp_path: Path) -> None:
-    values = {
-        "weights": torch.arange(6.0).view(2, 3),
-        "step": 4,
-        "rates": {"betas": (0.0, 0.9), "fused": None},
-    }
-    checkpoint.save(values, checkpoint_id=tmp_path / "saved", no_dist=True)
-    tree = {"weights": torch.zeros(2, 3), "step": 0, "rates": {"betas": (0.0, 0.0), "fused": True}}
-    read_checkpoint(tree, tmp_path / "saved")
-    assert torch.equal(tree.pop("weights"), values.pop("weights"))
-    assert tree == values
+def test_a_checkpoint_of_an_earlier_format_is_refused(run: Path) -> None:
+    for path in (run / "checkpoints").iterdir():
+        content = json.loads((path / "run.json").read_text()) | {"format": 2}
+        del content["sha256"]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        (path / "run.json").write_text(json.dumps(content | {"sha256": digest}))
+    with pytest.raises(ValueError, match="none .* is whole: .* its run.json has format 2, and 3 is read"):
+        checkpoints(run).restore(small_state())
 
 
-def test_code_in_the_index_does_not_run(tmp_path: Path) -> None:
-    checkpoint.save({"step": 4}, checkpoint_id=tmp_path / "saved", no_dist=True)
-    (tmp_path / "saved" / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "made")))
-    with pytest.raises(DamagedCheckpointError, match="names posix.mkdir, which is no part of an index"):
-        read_checkpoint({"step": 0}, tmp_path / "saved")
-    assert not (tmp_path / "made").exists()
-
-
-def test_code_in_a_value_does_not_run(tmp_path: Path) -> None:
-    checkpoint.save({"step": Touch(tmp_path / "made")}, checkpoint_id=tmp_path / "saved", no_dist=True)
-    with pytest.raises(DamagedCheckpointError, match="cannot be read"):
-        read_checkpoint({"step": 0}, tmp_path / "saved")
-    assert not (tmp_path / "made").exists()
-
-
-def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
-    checkpoint.save({"step": 4}, checkpoint_id=tmp_path / "saved", no_dist=True)
-    index = tmp_path / "saved" / ".metadata"
-    metadata = pickle.loads(index.read_bytes())
-    for info in metadata.storage_data.values():
-        object.__setattr__(info, "relative_path", "../" + info.relative_path)
-    index.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(DamagedCheckpointError, match="which lies elsewhere"):
-        read_checkpoint({"step": 0}, tmp_path / "saved")
+def test_tensors_of_another_model_are_damage(run: Path) -> None:
+    other = nn.Linear(4, 4)
+    state = TrainState({"student": other}, {"student": (torch.optim.AdamW(other.parameters()),)}, {})
+    with pytest.raises(ValueError, match="none of the 2 .* is whole: of step_00000002, it cannot be read"):
+        checkpoints(run).restore(state)

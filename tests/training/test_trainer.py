@@ -136,7 +136,7 @@ def test_killed_save_leaves_the_checkpoint_before_it(tmp_path):
     trainer.run()
     partial = trainer.checkpoints.path / "step_00000006.partial"
     shutil.copytree(trainer.checkpoints.complete()[-1], partial)
-    (partial / ".metadata").unlink()
+    (partial / "run.json").unlink()
     again = dmd_trainer(tmp_path)
     assert again.checkpoints.restore(again.state)
     assert again.state.step == 3
@@ -152,7 +152,7 @@ def test_full_disk_is_reported_and_loses_no_checkpoint(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("torch.distributed.checkpoint.filesystem._write_files_from_queue", full)
+    monkeypatch.setattr("rfengine.training.checkpoints.save_weights", full)
     trainer.state.step = 4
     with pytest.raises(OSError, match="was not written .*No space left.*make room"):
         trainer.checkpoints.save(trainer.state, wait=True)
@@ -271,14 +271,14 @@ def test_a_log_that_was_cut_in_its_last_line_stops_no_resume(tmp_path, caplog):
 def test_a_run_with_a_damaged_newest_checkpoint_ends_as_one_without_damage(tmp_path, whole_run, caplog):
     trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, save_every=3, steps=6))
     trainer.run()
-    for path in trainer.checkpoints.complete()[-1].glob("*.distcp"):
+    for path in trainer.checkpoints.complete()[-1].glob("*.safetensors"):
         path.write_bytes(b"")
     resumed = dmd_trainer(tmp_path)
     assert resumed.state.step == 3
     assert resumed.run() == ""
     assert_equal(resumed, whole_run)
     assert (
-        "step_00000006 is damaged: its file __0_0.distcp is not what was written; step_00000003 is"
+        "step_00000006 is damaged: its file rank_00000.safetensors is not what was written; step_00000003 is"
         in caplog.text
     )
 
