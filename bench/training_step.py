@@ -15,11 +15,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 if __name__ == "__main__":  # a checkout that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -36,7 +36,12 @@ from rfengine.training.config import Precision, TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.resources import plan_resources
 
-_PASSES = ("forward_chunk", "context_pass", "forward_clip", "text_keys_values", "modulation")
+_TIMED = [
+    *((WanDiT, method, "model") for method in ("forward_chunk", "context_pass", "forward_clip")),
+    *((WanDiT, method, "model") for method in ("text_keys_values", "modulation")),
+    (torch.Tensor, "backward", "model"),
+    (WanVAE, "decode", "VAE"),
+]
 _SIDE = 2048  # of the matrices whose product gives the rate
 _TRIES = 5
 
@@ -61,64 +66,48 @@ class Options:
     """CPU threads of torch."""
 
 
-class Clock:
-    """Seconds by name, of the outermost of the timed calls."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device, self._inside = device, False
-
-    @contextmanager
-    def timing(self, name: str) -> Iterator[None]:
-        if self._inside:
-            yield
-            return
-        self._inside, started = True, self.now()
-        try:
-            yield
-        finally:
-            self._inside = False
-            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
-
-    def now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
-
-    def watch(self, owner: type, method: str, name: str) -> Callable[..., Any]:
-        """Time every call of a method; returns what was there before."""
-        plain = getattr(owner, method)
-
-        @wraps(plain)
-        def timed(*arguments: Any, **options: Any) -> Any:
-            with self.timing(name):
-                return plain(*arguments, **options)
-
-        setattr(owner, method, timed)
-        return plain
+def now(device: torch.device) -> float:
+    """Seconds, once the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextmanager
-def watched(clock: Clock) -> Iterator[None]:
-    places = [(WanDiT, method, "model") for method in _PASSES]
-    places += [(torch.Tensor, "backward", "model"), (WanVAE, "decode", "VAE")]
-    before = [(owner, method, clock.watch(owner, method, name)) for owner, method, name in places]
-    try:
-        yield
-    finally:
-        for owner, method, plain in before:
-            setattr(owner, method, plain)
+def watched(device: torch.device) -> Iterator[dict[str, float]]:
+    """The seconds inside the block's outermost calls of _TIMED, by name."""
+    seconds: dict[str, float] = {}
+    inside = False
+
+    def timed(plain: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return plain(*arguments, **options)
+            inside, started = True, now(device)
+            try:
+                return plain(*arguments, **options)
+            finally:
+                inside = False
+                seconds[name] = seconds.get(name, 0.0) + now(device) - started
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, method, name in _TIMED:
+            stack.enter_context(patch.object(owner, method, timed(getattr(owner, method), name)))
+        yield seconds
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of several products of square matrices, in this type and in float32."""
-    clock, best = Clock(device), float("inf")
+    best = float("inf")
     for kind in {dtype, torch.float32}:
         a, b = (torch.randn(_SIDE, _SIDE, device=device, dtype=kind) for _ in range(2))
         for _ in range(_TRIES):
-            started = clock.now()
+            started = now(device)
             torch.nn.functional.linear(a, b)  # both matrices row by row, as in the model
-            best = min(best, clock.now() - started)
+            best = min(best, now(device) - started)
     return 2 * _SIDE**3 / best
 
 
@@ -131,13 +120,12 @@ def measure(options: Options) -> dict[str, Any]:
     cycle = config.critic_updates if config.stage in ("dmd", "re-dmd") else 1
     for step in range(cycle):
         stage.update(step)
-    clock = Clock(device)
-    started, steps = clock.now(), cycle * options.cycles
-    with watched(clock):
+    started, steps = now(device), cycle * options.cycles
+    with watched(device) as spent_in:
         for step in range(cycle, cycle + steps):
             stage.update(step)
-    seconds = (clock.now() - started) / steps
-    parts = {name: spent / steps for name, spent in clock.seconds.items()}
+    seconds = (now(device) - started) / steps
+    parts = {name: spent / steps for name, spent in spent_in.items()}
     rest = seconds - sum(parts.values())
     flops = plan_resources(config, 1, device.type).step_flops
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32

@@ -68,7 +68,9 @@ class Trainer:
         sentence, and a checkpoint of the last whole step is there to resume from.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self._signals(), self._log() as log:
+        first, config = self.ranks.rank == 0, self.config
+        log = TrainingLog(self.directory, first, config.name, config.steps, self.state.step)
+        with self._signals(), log:
             while self.state.step < self.config.steps and not self._stop:
                 self._step(log)
             self.checkpoints.save(self.state, wait=True)
@@ -80,11 +82,6 @@ class Trainer:
         if reason := self.run():
             message = f"{reason} {how}, at step {self.state.step} of {self.config.steps}"
             raise KeyboardInterrupt(message) if self.interrupted else RuntimeError(message)
-
-    def _log(self) -> TrainingLog:
-        return TrainingLog(
-            self.directory, self.ranks.rank == 0, self.config.name, self.config.steps, self.state.step
-        )
 
     def _step(self, log: TrainingLog) -> None:
         started = time.perf_counter()

@@ -84,9 +84,7 @@ def test_the_one_before_a_damaged_checkpoint_is_taken_with_a_warning(
 def test_a_training_without_any_whole_checkpoint_is_refused(run: Path) -> None:
     for path in (run / "checkpoints").iterdir():
         (path / "rank_00000.safetensors").unlink()
-    refusal = (
-        "none of the 2 checkpoints .* is whole: of step_00000002, its file rank_00000.safetensors is"
-    )
+    refusal = "none of the 2 checkpoints .* is whole: of step_00000002, its file rank_00000.safetensors is"
     with pytest.raises(ValueError, match=refusal):
         checkpoints(run).restore(small_state())
 

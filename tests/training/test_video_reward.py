@@ -266,10 +266,8 @@ def test_bfloat16_is_near_float32(checkpoint, frames):
         torch.testing.assert_close(half[name], full[name], atol=0.15, rtol=0)
 
 
-def test_frames_out_of_range_and_special_tokens_in_prompts_are_refused(checkpoint, frames):
+def test_special_tokens_in_prompts_are_refused(checkpoint, frames):
     reward = checkpoint.load(checkpoint.whole)
-    with pytest.raises(ValueError, match="frames go from -1 to"):
-        reward((2 * frames - 1).round(), PROMPTS)
     for token in ("<|MQ_reward|>", "<|video_pad|>"):
         with pytest.raises(ValueError, match="holds a special token"):
             reward(frames[:1], [f"a {token} dog"])
@@ -286,8 +284,6 @@ def test_frames_are_sampled_at_two_a_second_and_fitted():
     assert to_patches(pixels, 14, 2, 2)[1] == (5, 24, 42)
     for length, count in ((2, 2), (3, 2), (5, 4), (16, 4), (65, 8)):
         assert len(prepare_frames(clip[:length, :28, :28], 16.0, settings, 28)) == count
-    with pytest.raises(ValueError, match="two frames or more"):
-        prepare_frames(clip[:1], 16.0, settings, 28)
 
 
 @pytest.mark.parametrize(
@@ -340,14 +336,6 @@ def test_another_prompt_file_is_refused(text, sentence, tmp_path):
     assert read_template(path, SHA256) == TEMPLATE
     with pytest.raises(ValueError, match="fdb6309bac618dd0"):
         read_template(path)
-
-
-@pytest.mark.parametrize("part", [*SPECIAL_TOKENS, "{text_prompt}"])
-def test_template_without_its_tokens_is_refused(part, tmp_path):
-    text = TEMPLATE.replace(part, "")
-    (tmp_path / "prompt.txt").write_text(text)
-    with pytest.raises(ValueError, match="exactly once"):
-        read_template(tmp_path / "prompt.txt", hashlib.sha256(text.encode()).hexdigest())
 
 
 def test_constants_that_are_absent_are_named_as_unverified(tmp_path):
