@@ -59,32 +59,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What this GPU reaches, measured: a large copy and one of a chunk's rows (bytes read and written), and a
-    large bf16 matrix product."""
-
-    copy_tb_per_s: float
-    chunk_copy_tb_per_s: float
-    product_tflop_per_s: float
-
-    @classmethod
-    def measured(cls, shapes: Shapes) -> Ceilings:
-        def copy_rate(elements: int) -> float:
-            def make() -> Arguments:
-                source = torch.randn(elements, device="cuda", dtype=torch.float32).bfloat16()
-                return source, torch.empty_like(source)
-
-            moved = 2 * 2 * elements
-            timing = time_calls(lambda source, target: target.copy_(source), input_sets(make, moved))
-            return moved / timing.median_ms / 1e9
-
-        side = 8192
-        sets = [tuple(torch.randn(side, side, device="cuda").bfloat16() for _ in range(2)) for _ in range(2)]
-        product_rate = 2 * side**3 / time_calls(torch.mm, sets).median_ms / 1e9
-        return cls(copy_rate(2**29), copy_rate(shapes.chunk), product_rate)
-
-
-@dataclass(frozen=True)
 class Timing:
     """Milliseconds of one call over `runs` runs."""
 
@@ -133,6 +107,28 @@ def time_calls(run: Callable[..., object], sets: Sequence[Arguments], runs: int 
     return Timing(statistics.median(milliseconds), milliseconds[math.ceil(0.95 * runs) - 1], runs)
 
 
+def measured_ceilings(shapes: Shapes) -> dict[str, float]:
+    """What this GPU reaches: a large copy and one of a chunk's rows (bytes read and written), and a large
+    product in bf16."""
+
+    def copy_rate(elements: int) -> float:
+        def make() -> Arguments:
+            source = torch.randn(elements, device="cuda", dtype=torch.float32).bfloat16()
+            return source, torch.empty_like(source)
+
+        moved = 2 * 2 * elements
+        timing = time_calls(lambda source, target: target.copy_(source), input_sets(make, moved))
+        return moved / timing.median_ms / 1e9
+
+    side = 8192
+    sets = [tuple(torch.randn(side, side, device="cuda").bfloat16() for _ in range(2)) for _ in range(2)]
+    return {
+        "copy_tb_per_s": copy_rate(2**29),
+        "chunk_copy_tb_per_s": copy_rate(shapes.chunk),
+        "product_tflop_per_s": 2 * side**3 / time_calls(torch.mm, sets).median_ms / 1e9,
+    }
+
+
 def _replay_ms(graph: torch.cuda.CUDAGraph, runs: int) -> list[float]:
     """Milliseconds of each of so many replays in a row."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
@@ -176,7 +172,7 @@ def candidates(case: KernelCase, compiles: bool) -> Iterator[tuple[str, Callable
 
 
 def measure_case(
-    case: KernelCase, shapes: Shapes, ceilings: Ceilings, compiles: bool = False
+    case: KernelCase, shapes: Shapes, ceilings: dict[str, float], compiles: bool = False
 ) -> Iterator[Row]:
     """Rows of all candidates, ours first."""
     torch.cuda.empty_cache()
@@ -194,13 +190,13 @@ def measure_case(
         torch.cuda.empty_cache()
 
 
-def _row(case: KernelCase, name: str, timing: Timing, shapes: Shapes, ceilings: Ceilings) -> Row:
+def _row(case: KernelCase, name: str, timing: Timing, shapes: Shapes, ceilings: dict[str, float]) -> Row:
     if case.floor_flops is not None:
         rate = case.floor_flops(shapes) / timing.median_ms / 1e9
-        share = rate / ceilings.product_tflop_per_s
+        share = rate / ceilings["product_tflop_per_s"]
         return Row(case.name, name, timing, tflop_per_s=rate, share_of_product=share)
     rate = case.floor_bytes(shapes) / timing.median_ms / 1e9
-    large, own = rate / ceilings.copy_tb_per_s, rate / ceilings.chunk_copy_tb_per_s
+    large, own = (rate / ceilings[name] for name in ("copy_tb_per_s", "chunk_copy_tb_per_s"))
     return Row(case.name, name, timing, tb_per_s=rate, share_of_copy=large, share_of_chunk_copy=own)
 
 
@@ -213,12 +209,12 @@ def run(options: Options) -> int:
     device = torch.device("cuda" if on_cuda else "cpu")
     small = replace(PRESETS["tiny"], height=CHECKED_SIDE, width=CHECKED_SIDE)
     shapes = Shapes() if on_cuda else Shapes(small)
-    ceilings = None if options.check else Ceilings.measured(shapes)
+    ceilings = None if options.check else measured_ceilings(shapes)
     figures: dict[str, Any] = {
         "device": device_name(device),
         "versions": versions(device),
         "before": state(device),
-        "ceilings": ceilings and asdict(ceilings),
+        "ceilings": ceilings,
         "cases": [],
     }
     for case in _runnable(chosen_cases(options.case), on_cuda):

@@ -192,22 +192,22 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _machine_lines(report: dict[str, Any]) -> list[str]:
-    torch_report, cpu = report["torch"], report["cpu"]
+    cpu = report["cpu"]
     gpus = [
         f"GPU      {gpu['name']}, sm {gpu['capability']}, {_mib(gpu['free'])} free of {_mib(gpu['total'])}"
         for gpu in report["gpus"]
     ]
     return [
         f"rfengine {report['rfengine']}, Python {report['python']}, {report['system']}",
-        f"torch    {torch_report['version']}, CUDA {torch_report['cuda'] or 'not built in'}",
+        f"torch    {report['torch']['version']}, CUDA {report['torch']['cuda'] or 'not built in'}",
         f"driver   {report['driver'] or 'absent: no nvidia-smi answers'}",
         f"CPU      {cpu['name']}, {cpu['cores']} cores, {cpu['torch_threads']} threads used by torch",
         *(gpus or ["GPU      none that torch can use"]),
     ]
 
 
-def _row(name: str, text: str) -> str:
-    return f"  {name:<13} {text}"
+def _rows(rows: dict[str, str]) -> list[str]:
+    return [f"  {name:<13} {text}" for name, text in rows.items()]
 
 
 def _on_or_off(reason: str) -> str:
@@ -215,42 +215,39 @@ def _on_or_off(reason: str) -> str:
 
 
 def _package_lines(report: dict[str, Any]) -> list[str]:
-    packages, h264 = report["packages"].items(), report["h264"]
+    h264 = report["h264"]
     libraries = ", ".join(f"{name} {version}" for name, version in h264.get("libraries", {}).items())
-    return [
-        "packages",
-        *(_row(name, version or f"absent: {_how_to_get(name)}") for name, version in packages),
-        _row("libx264", f"in PyAV, with {libraries}" if h264["libx264"] else h264["reason"]),
-    ]
+    rows = {name: version or f"absent: {_how_to_get(name)}" for name, version in report["packages"].items()}
+    video = f"in PyAV, with {libraries}" if h264["libx264"] else h264["reason"]
+    return ["packages", *_rows(rows | {"libx264": video})]
 
 
 def _backend_lines(report: dict[str, Any]) -> list[str]:
     backends = report["backends"]
-    lines = [f"backends on {backends['device']}"]
-    lines += [_row(name, _on_or_off(reason)) for name, reason in backends["reasons"].items()]
-    chosen = backends["auto"]
+    rows = {name: _on_or_off(reason) for name, reason in backends["reasons"].items()}
+    lines, chosen = [f"backends on {backends['device']}", *_rows(rows)], backends["auto"]
     for name in sorted(set(chosen.values())):
         taken = [op for op, backend in chosen.items() if backend == name]
-        ops = "every op" if len(taken) == len(chosen) else ", ".join(taken)
-        lines.append(f"  auto takes {name} for {ops}")
+        lines.append(
+            f"  auto takes {name} for {'every op' if len(taken) == len(chosen) else ', '.join(taken)}"
+        )
     return lines
 
 
 def _runtime_lines(report: dict[str, Any]) -> list[str]:
     runtime = report["runtime"]
+    switches = {
+        name: f"{'on' if switch['on'] else 'off'}: {switch['reason']}"
+        for name, switch in runtime["switches"].items()
+    }
+    decoders = {
+        name: f"{decoder['tier']}, {_on_or_off(decoder['reason'])}"
+        for name, decoder in runtime["decoders"].items()
+    }
     return [
-        f"runtime on {runtime['device']}, where nothing else is asked for",
-        *(
-            _row(name, f"{'on' if switch['on'] else 'off'}: {switch['reason']}")
-            for name, switch in runtime["switches"].items()
-        ),
-        *(f"  autotuned: {decision}" for decision in runtime["autotuned"]),
-        "decoders",
-        *(
-            _row(name, f"{decoder['tier']}, {_on_or_off(decoder['reason'])}")
-            for name, decoder in runtime["decoders"].items()
-        ),
-    ]
+        f"runtime on {runtime['device']}, where nothing else is asked for", *_rows(switches),
+        *(f"  autotuned: {decision}" for decision in runtime["autotuned"]), "decoders", *_rows(decoders),
+    ]  # fmt: skip
 
 
 def _memory_lines(report: dict[str, Any]) -> list[str]:

@@ -57,16 +57,17 @@ class EagerTransformer:
             raise ValueError(f"positions is {cache.positions!r}; the baseline knows 'relative' alone")
         self.config, self.cache, self.weights, self.attend = config, cache, weights, attend
         device = weights["patch_embedding.weight"].device
-        self.turns = [_turns(dim, device) for dim in _axis_dims(config.head_dim)]
+        side = 2 * (config.head_dim // 6)
+        self.turns = [_turns(dim, device) for dim in (config.head_dim - 2 * side, side, side)]
 
     def new_buffers(self, grid: LatentGrid) -> list[LayerBuffer]:
         weight = self.weights["patch_embedding.weight"]
         tokens = self.cache.window_frames * grid.frame_tokens
         shape = (1, tokens, self.config.num_heads, self.config.head_dim)
-        zeros = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)]
+        arena = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         index = torch.zeros(1, dtype=torch.long, device=weight.device)
         return [
-            LayerBuffer(*(zero.clone() for zero in zeros), index.clone(), index.clone())
+            LayerBuffer(arena.clone(), arena.clone(), index.clone(), index.clone())
             for _ in range(self.config.num_layers)
         ]
 
@@ -75,12 +76,8 @@ class EagerTransformer:
     ) -> Tensor:
         """Flow of latents [B, C, F, h, w], token `start` of the stream being their first; writes buffers."""
         weights, frames = self.weights, latents.shape[2]
-        x = F.conv3d(
-            latents,
-            weights["patch_embedding.weight"],
-            weights["patch_embedding.bias"],
-            stride=self.config.patch_size,
-        )
+        patches = weights["patch_embedding.weight"], weights["patch_embedding.bias"]
+        x = F.conv3d(latents, *patches, stride=self.config.patch_size)
         size = tuple(x.shape[2:])
         x = x.flatten(2).transpose(1, 2)
         times = torch.full(latents.shape[:1] + (frames,), timestep, device=x.device)
@@ -121,8 +118,9 @@ class EagerTransformer:
         q = self._heads(self._rms_norm(path + "norm_q", self._linear(path + "q", x)))
         k = self._heads(self._rms_norm(path + "norm_k", self._linear(path + "k", x)))
         v = self._heads(self._linear(path + "v", x))
-        self.write(buffer, k, v, start, sink=self.cache.sink_frames * size[1] * size[2])
-        filled, sink = buffer.filled.item(), self.cache.sink_frames * size[1] * size[2]
+        sink = self.cache.sink_frames * size[1] * size[2]
+        self.write(buffer, k, v, start, sink)
+        filled = buffer.filled.item()
         keys, values = (
             torch.cat([arena[:, : min(sink, filled)], arena[:, sink:filled]], dim=1)
             for arena in (buffer.keys, buffer.values)
@@ -178,14 +176,11 @@ class EagerTransformer:
         _, rows, columns = size
         frames = x.shape[1] // (rows * columns)
         time, row, column = self.turns
-        turns = torch.cat(
-            [
-                time[first : first + frames].view(frames, 1, 1, -1).expand(frames, rows, columns, -1),
-                row[:rows].view(1, rows, 1, -1).expand(frames, rows, columns, -1),
-                column[:columns].view(1, 1, columns, -1).expand(frames, rows, columns, -1),
-            ],
-            dim=-1,
-        ).reshape(1, -1, 1, x.shape[-1] // 2)
+        axes = (
+            time[first : first + frames, None, None], row[None, :rows, None], column[None, None, :columns]
+        )  # fmt: skip
+        turns = torch.cat([axis.expand(frames, rows, columns, -1) for axis in axes], dim=-1)
+        turns = turns.reshape(1, -1, 1, x.shape[-1] // 2)
         pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
@@ -246,13 +241,11 @@ class EagerStream:
         self.chunk += 1
         return x0
 
-    def advance(self) -> ndarray:
-        """uint8 frames of the next chunk in host memory."""
-        return self._decode(self.advance_latents())
-
     @torch.no_grad()
-    def _decode(self, latents: Tensor) -> ndarray:
-        pieces = [self.vae.decode(latent, self.decoder_state) for latent in latents.split(1, dim=2)]
+    def advance(self) -> ndarray:
+        """uint8 frames of the next chunk in host memory, decoded latent by latent."""
+        latents = self.advance_latents().split(1, dim=2)
+        pieces = [self.vae.decode(latent, self.decoder_state) for latent in latents]
         pixels = torch.cat(pieces, dim=2)
         pixels = (pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255.0
         return pixels.round().to(torch.uint8)[0].permute(1, 2, 3, 0).cpu().numpy()
@@ -268,11 +261,6 @@ def device_noise(config: EngineConfig, grid: LatentGrid, like: Tensor, seed: int
     frames = config.cache.chunk_frames
     shape = (1, config.model.in_dim, frames, grid.latent_height, grid.latent_width)
     return lambda chunk, step: torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _axis_dims(head_dim: int) -> tuple[int, int, int]:
-    side = 2 * (head_dim // 6)
-    return head_dim - 2 * side, side, side
 
 
 def _turns(dim: int, device: torch.device) -> Tensor:

@@ -9,10 +9,7 @@ from collections.abc import Callable
 
 from rfengine.costs.shapes import Shapes
 
-HALF = 2  # bytes of an element in 16 bits
-
-
-SINGLE = 4
+HALF, SINGLE = 2, 4  # bytes of an element in 16 and in 32 bits
 
 
 def slot_bytes(bytes_for_element: int) -> Callable[[Shapes], int]:

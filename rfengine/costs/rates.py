@@ -19,35 +19,29 @@ class GPU:
     """Rates of a data sheet: dense products, accumulated in float32; None where there are none.
 
     bf16_tflop_per_s is the rate of products in the dtype that runs, where it was measured on a CPU.
+    device_name: as the driver reports it.
     """
 
     name: str
     tb_per_s: float
     bf16_tflop_per_s: float
     fp8_tflop_per_s: float | None
+    device_name: str = ""
 
 
-# NVIDIA's data sheets (A100, H100 SXM, H200) and the Ada white paper
+# NVIDIA's data sheets (A100, H100 SXM, H200) and the Ada white paper; the PCIe and NVL forms have lower rates
 GPUS: dict[GPUName, GPU] = {
-    "a100": GPU("A100 SXM 80 GB", 2.039, 312, None),
-    "h100": GPU("H100 SXM", 3.35, 989, 1979),
-    "h200": GPU("H200 SXM", 4.8, 989, 1979),
-    "rtx4090": GPU("GeForce RTX 4090", 1.008, 165.2, 330.3),
-}
-# as the driver names them; the PCIe and NVL forms have lower rates and are not these
-DEVICE_NAMES: dict[str, GPUName] = {
-    "NVIDIA A100-SXM4-80GB": "a100",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "a100": GPU("A100 SXM 80 GB", 2.039, 312, None, "NVIDIA A100-SXM4-80GB"),
+    "h100": GPU("H100 SXM", 3.35, 989, 1979, "NVIDIA H100 80GB HBM3"),
+    "h200": GPU("H200 SXM", 4.8, 989, 1979, "NVIDIA H200"),
+    "rtx4090": GPU("GeForce RTX 4090", 1.008, 165.2, 330.3, "NVIDIA GeForce RTX 4090"),
 }
 _PRODUCT_SIDE, _COPY_ELEMENTS, _TRIALS = 1024, 2**24, 5
 
 
 def gpu_of(device_name: str) -> GPU | None:
     """The data sheet of a device by its driver's name; None where there is none here."""
-    known = DEVICE_NAMES.get(device_name)
-    return GPUS[known] if known else None
+    return next((gpu for gpu in GPUS.values() if gpu.device_name == device_name), None)
 
 
 def rates_of(device: torch.device, dtype: torch.dtype) -> GPU | None:

@@ -1,4 +1,4 @@
-"""The sizes of a chunk in the steady state and tensors of these sizes, for the report and the benchmarks."""
+"""The sizes of a chunk in the steady state."""
 
 from __future__ import annotations
 

@@ -15,11 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -70,23 +69,24 @@ def probe(
 ) -> dict[str, Verdict]:
     """Run each backend of the attention at the shape of `key` in a process of its own, all at once."""
     stop = time.monotonic() + limit_s
-    processes: dict[str, subprocess.Popen[bytes]] = {}
     verdicts: dict[str, Verdict] = {}
     with tempfile.TemporaryDirectory() as folder:
-        with _killed_at_the_end(processes):
-            for backend in backends:
-                with (Path(folder) / backend).open("wb") as out:
-                    try:
-                        processes[backend] = _start(_command(key, backend, device), out)
-                    except OSError as error:
-                        verdicts[backend] = Verdict(f"no process can be started: {error}", was_run=False)
+        outputs = {backend: Path(folder) / backend for backend in backends}
+        with ExitStack() as at_the_end:
+            processes: dict[str, subprocess.Popen[bytes]] = {}
+            for backend, output in outputs.items():
+                try:
+                    processes[backend] = _start(_command(key, backend, device), output)
+                except OSError as error:
+                    verdicts[backend] = Verdict(f"no process can be started: {error}", was_run=False)
+                else:
+                    at_the_end.callback(_end, processes[backend])
             for process in processes.values():
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, stop - time.monotonic()))
             codes = {backend: process.poll() for backend, process in processes.items()}
         for backend, code in codes.items():
-            output = (Path(folder) / backend).read_text(errors="replace")
-            verdicts[backend] = _verdict(code, output, limit_s)
+            verdicts[backend] = _verdict(code, outputs[backend].read_text(errors="replace"), limit_s)
     return verdicts
 
 
@@ -94,25 +94,20 @@ def _command(key: CaseKey, backend: str, device: torch.device) -> list[str]:
     return [sys.executable, "-P", "-m", __name__, backend, str(device), key.dtype, *map(str, key.shape)]
 
 
-def _start(command: list[str], out: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(command: list[str], output: Path) -> subprocess.Popen[bytes]:
     """In the process group of this one, so that what ends the group ends it as well. Raises OSError."""
     paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=variables
-    )
+    with output.open("wb") as out:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=variables
+        )
 
 
-@contextmanager
-def _killed_at_the_end(processes: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in processes.values():
-            process.kill()
-        for process in processes.values():
-            with suppress(subprocess.TimeoutExpired):  # a driver may keep it until the kernel ends
-                process.wait(_ENDING_S)
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with suppress(subprocess.TimeoutExpired):  # a driver may keep it until the kernel ends
+        process.wait(_ENDING_S)
 
 
 def _verdict(code: int | None, output: str, limit_s: float) -> Verdict:
@@ -135,17 +130,13 @@ def main(arguments: Sequence[str]) -> None:
     attend = implementation(ATTENTION, backend)
 
     def run(*inputs: object) -> object:
-        _say(BEGUN)
+        sys.stdout.write(f"{BEGUN}\n")
+        sys.stdout.flush()
         return attend(*inputs)
 
     problem = case.problem(run, case.make_inputs(torch.Generator(device).manual_seed(SEED)))
     if problem:
-        _say(f"{WRONG}{problem}")
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+        sys.stdout.write(f"{WRONG}{problem}\n")
 
 
 if __name__ == "__main__":

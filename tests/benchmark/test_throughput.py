@@ -127,8 +127,8 @@ def test_table_has_every_figure_of_the_json(figures: dict[str, Any]) -> None:
     shown = render(figures)
     for row in figures["parts"]:
         assert row["part"] in shown and f"{row['ms']:.3f}" in shown
-    for told in ("frames/s end to end", "p99", "jitter", "peak memory", "FLOP utilisation", "alternating"):
-        assert told in shown
+    for words in ("frames/s end to end", "p99", "jitter", "peak memory", "FLOP utilisation", "alternating"):
+        assert words in shown
     assert figures["versions"]["commit"] in shown
     assert figures["weights"] in shown
 
@@ -152,10 +152,11 @@ def test_an_engine_with_a_slightly_wrong_op_is_refused(
 
     broken_engine(monkeypatch, change)
     assert cli.main(["bench", *SMALLEST_ARGUMENTS]) == 1
-    told = capsys.readouterr()
-    assert told.out == ""
+    printed = capsys.readouterr()
+    assert printed.out == ""
     assert (
-        told.err.count("\n") == 1 and "the engine is wrong, so nothing was measured: its latents" in told.err
+        printed.err.count("\n") == 1
+        and "the engine is wrong, so nothing was measured: its latents" in printed.err
     )
 
 
@@ -276,8 +277,8 @@ def test_what_cannot_be_measured_is_one_sentence(
     arguments: tuple[str, ...], status: int, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["bench", *arguments]) == status
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and sentence in told
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and sentence in printed
 
 
 def test_json_goes_to_a_file_beside_the_table_or_takes_its_place(
@@ -387,10 +388,10 @@ def test_an_even_stream_that_goes_one_ahead_has_even_times_in_a_flow(monkeypatch
     assert time_flow(advance, 5, lead_in=0).seconds == (1.0,) * 5
 
 
-def test_what_nvidia_smi_does_not_tell_is_unknown() -> None:
-    told = conditions.read_state("1980, 2619, 1980, 512.30, [N/A], 44, 0x0000000000000000")
-    assert told["sm_clock_mhz"] == 1980 and told["power_w"] == 512.3
-    assert told["power_limit_w"] == "unknown" and told["clock_reasons"] == "0x0000000000000000"
+def test_what_nvidia_smi_does_not_report_is_unknown() -> None:
+    printed = conditions.read_state("1980, 2619, 1980, 512.30, [N/A], 44, 0x0000000000000000")
+    assert printed["sm_clock_mhz"] == 1980 and printed["power_w"] == 512.3
+    assert printed["power_limit_w"] == "unknown" and printed["clock_reasons"] == "0x0000000000000000"
     assert set(conditions.read_state("").values()) == {"unknown"}
 
 

@@ -15,6 +15,7 @@ from rfengine.cli import export_vae
 from rfengine.config import RuntimeConfig
 from rfengine.export import onnx_export
 from rfengine.export.decoder_graphs import DecoderGraph
+from rfengine.models.vae import WanVAE
 from rfengine.pipeline import Pipeline
 from support.outcome import fails
 from support.tensorrt import install
@@ -25,10 +26,19 @@ pytest.importorskip("onnxscript")
 
 @pytest.fixture(scope="session")
 def exported_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint with its float32 ONNX files, made by the command; its own check must pass."""
-    directory = tmp_path_factory.mktemp("exported") / "model"
+    """The checkpoint with its float32 ONNX files, made by the command; its own check, which takes seconds and
+    is that of tests/export, is only called."""
+    directory, checked = tmp_path_factory.mktemp("exported") / "model", []
+
+    def check(vae: WanVAE, *size: int) -> onnx_export.Agreement:
+        checked.append((vae.conv2.weight.dtype, *size))
+        return onnx_export.Agreement(3, 1e-6, 1e-6)
+
     shutil.copytree(model, directory)
-    assert cli.main(["export-vae", str(directory), "--onnx-only", "--precision", "fp32"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "check_in_onnxruntime", check)
+        assert cli.main(["export-vae", str(directory), "--onnx-only", "--precision", "fp32"]) == 0
+    assert checked == [(torch.float32, 3, 32, 32)]
     return directory
 
 
@@ -107,7 +117,7 @@ def test_pipeline_streams_through_the_engines_what_the_full_decoder_gives(
     assert abs(videos[0] - videos[1]).max() <= 1
 
 
-def test_force_writes_a_damaged_file_anew(
+def test_force_writes_a_damaged_file_again(
     exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = contents(exported)
@@ -115,8 +125,8 @@ def test_force_writes_a_damaged_file_anew(
     first.write_bytes(first.read_bytes()[:1000])
     damaged = contents(exported)
     command = ["export-vae", exported, "--onnx-only", "--precision", "fp32"]
-    told = fails(capsys, cli.CALLER_ERROR, *command)
-    assert f"{first} is truncated or no ONNX file" in told and "--force" in told
+    printed = fails(capsys, cli.CALLER_ERROR, *command)
+    assert f"{first} is truncated or no ONNX file" in printed and "--force" in printed
     assert contents(exported) == damaged
     models = {graph: onnx.load_from_string(content) for graph, content in whole.items()}
     asked = []
@@ -142,21 +152,25 @@ def test_export_that_differs_from_the_decoder_is_not_written(
     shutil.copytree(model, directory)
     wrong = onnx_export.Agreement(3, 1e-6, 2e-3)
     monkeypatch.setattr(onnx_export, "check_in_onnxruntime", lambda *_: wrong)
-    told = fails(capsys, cli.OTHER_ERROR, "export-vae", directory, "--onnx-only")
-    assert "onnxruntime differs from the decoder by 2.0e-03, above 0.0001: nothing is written" in told
+    printed = fails(capsys, cli.OTHER_ERROR, "export-vae", directory, "--onnx-only")
+    assert "onnxruntime differs from the decoder by 2.0e-03, above 0.0001: nothing is written" in printed
     assert not (directory / "tensorrt").exists()
 
 
-def test_absent_tensorrt_and_absent_gpu_are_told_before_any_work(
+def test_absent_tensorrt_and_absent_gpu_are_reported_before_any_work(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    told = fails(capsys, cli.OTHER_ERROR, "export-vae", model)
-    assert "TensorRT cannot be imported" in told and "pip install tensorrt" in told and "--onnx-only" in told
+    printed = fails(capsys, cli.OTHER_ERROR, "export-vae", model)
+    assert (
+        "TensorRT cannot be imported" in printed
+        and "pip install tensorrt" in printed
+        and "--onnx-only" in printed
+    )
     install(monkeypatch, "10.16.1.11")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    told = fails(capsys, cli.OTHER_ERROR, "export-vae", model)
-    assert "torch finds no GPU" in told and "--onnx-only" in told
+    printed = fails(capsys, cli.OTHER_ERROR, "export-vae", model)
+    assert "torch finds no GPU" in printed and "--onnx-only" in printed
     assert not (model / "tensorrt").exists()
 
 
@@ -166,12 +180,12 @@ def test_wrong_directory_size_and_chunk_are_one_sentence(
     command = ["export-vae", "--onnx-only"]
     assert "is no directory" in fails(capsys, cli.CALLER_ERROR, *command, tmp_path / "no")
     assert "has no rfengine.json" in fails(capsys, cli.CALLER_ERROR, *command, tmp_path)
-    told = fails(capsys, cli.CALLER_ERROR, *command, model, "--height", 40)
-    assert told == "height is 40 pixels; it must be a multiple of 16, such as 32"
-    told = fails(capsys, cli.CALLER_ERROR, *command, model, "--latents", 0)
-    assert told == "latents is 0; it must be at least 1"
-    told = fails(capsys, cli.CALLER_ERROR, *command, model, "--latents", 10**9)
-    assert told == "latents is 1000000000; it must be at most 64"
-    told = fails(capsys, cli.CALLER_ERROR, *command, model, "--width", 65536)
-    assert told == "width is 65536 pixels; use at most 8192"
+    printed = fails(capsys, cli.CALLER_ERROR, *command, model, "--height", 40)
+    assert printed == "height is 40 pixels; it must be a multiple of 16, such as 32"
+    printed = fails(capsys, cli.CALLER_ERROR, *command, model, "--latents", 0)
+    assert printed == "latents is 0; it must be at least 1"
+    printed = fails(capsys, cli.CALLER_ERROR, *command, model, "--latents", 10**9)
+    assert printed == "latents is 1000000000; it must be at most 64"
+    printed = fails(capsys, cli.CALLER_ERROR, *command, model, "--width", 65536)
+    assert printed == "width is 65536 pixels; use at most 8192"
     assert list(tmp_path.iterdir()) == [] and not (model / "tensorrt").exists()

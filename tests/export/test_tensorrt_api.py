@@ -112,9 +112,9 @@ def test_absent_package_is_named_with_the_way_to_get_it(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(RuntimeError) as refused:
         import_tensorrt()
-    told = str(refused.value)
-    assert told.startswith("TensorRT cannot be imported (") and "pip install tensorrt" in told
-    assert "tensorrt_cu13_libs" in told and "\n" not in told
+    message = str(refused.value)
+    assert message.startswith("TensorRT cannot be imported (") and "pip install tensorrt" in message
+    assert "tensorrt_cu13_libs" in message and "\n" not in message
 
 
 def test_too_old_and_unknown_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

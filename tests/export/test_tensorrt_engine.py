@@ -50,18 +50,20 @@ def test_timing_cache_is_kept_for_the_next_build_and_a_damaged_one_is_replaced(e
 
 
 @pytest.mark.parametrize(
-    ("fault", "value", "told"),
+    ("fault", "value", "reason"),
     [
         ("parser_error", "Conv of bfloat16 is unknown", r"cannot read .*first.onnx \(Conv of bfloat16 is"),
         ("build_fails", True, r"cannot build .*first.onnx \(no tactic fits the memory\); free GPU memory"),
         ("rename", "output_0", "renames inputs or outputs of .*first.onnx"),
     ],
 )
-def test_build_that_fails_is_one_sentence_and_writes_nothing(export, monkeypatch, fault, value, told) -> None:
+def test_build_that_fails_is_one_sentence_and_writes_nothing(
+    export, monkeypatch, fault, value, reason
+) -> None:
     journal = install(monkeypatch, "10.16.1.11")
     setattr(journal, fault, value)
     before = sorted(export.folder.iterdir())
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(RuntimeError, match=reason):
         build_engine(export.folder, export.spec, "first", CPU)
     assert sorted(export.folder.iterdir()) == before
 

@@ -34,7 +34,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return found
 
 
-def test_what_became_of_each_form_is_told(scripts: dict[str, str]) -> None:
+def test_each_form_has_a_verdict(scripts: dict[str, str]) -> None:
     scripts |= {
         "triton": SAYS, "exit": SAYS + "os._exit(3)", "fault": SAYS + "os.kill(os.getpid(), 11)",
         "raises": SAYS + "raise KeyError('shared')", "wrong": SAYS + "print('wrong: it is far off')",

@@ -157,15 +157,15 @@ def test_what_was_measured_before_a_start_broke_off_is_kept(tmp_path):
     assert [decision.backend for decision in cached_decisions(CPU, path)] == ["other"]
 
 
-def test_who_waits_for_a_measurement_is_told_once_what_for(tmp_path, monkeypatch, caplog):
+def test_a_warning_says_once_what_a_measurement_waits_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(autotune, "graph_sampler", Clock(plain=2.0, other=1.0))
     asked = [case(key, plain=plain, other=other) for key in ("rms_norm", "linear@4x4")]
     for expected in (1, 0):  # nothing is measured the second time
         caplog.clear()
         cache = tuning_cache.TuningCache(tmp_path / "a.json", tuning_cache.describe_machine(CPU))
         autotune._decide_all(asked, [], cache, None)
-        told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert ["times the backends on cpu" in message for message in told] == [True] * expected
+        messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert ["times the backends on cpu" in message for message in messages] == [True] * expected
 
 
 def test_two_processes_that_tune_at_once_keep_what_both_found(tmp_path):
@@ -222,7 +222,7 @@ def test_what_another_gpu_found_is_neither_used_nor_lost(held, tmp_path, monkeyp
         lambda text: "\x00\xff",
     ],
 )
-def test_a_damaged_file_is_ignored_in_one_sentence_and_written_anew(held, tmp_path, caplog, damage):
+def test_a_damaged_file_is_ignored_in_one_sentence_and_written_again(held, tmp_path, caplog, damage):
     path, asked = tmp_path / "autotune.json", case(plain=plain, other=other)
     held(asked, timer=Clock(plain=2.0, other=1.0), cache_path=path)
     path.write_text(damage(path.read_text()), encoding="utf-8")

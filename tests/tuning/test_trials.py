@@ -180,16 +180,16 @@ def test_a_trial_file_that_is_being_made_refuses_nothing(tmp_path):
     assert not found.refused(asked.key)
 
 
-@pytest.mark.parametrize("told", ["CUDA error: ", "Triton Error [CUDA]: "])
-def test_a_candidate_that_breaks_the_device_ends_the_start_and_the_next_goes_round_it(tmp_path, told):
+@pytest.mark.parametrize("start", ["CUDA error: ", "Triton Error [CUDA]: "])
+def test_a_candidate_that_breaks_the_device_ends_the_start_and_the_next_goes_round_it(tmp_path, start):
     def bad(x):
-        raise RuntimeError(told + ILLEGAL)
+        raise RuntimeError(start + ILLEGAL)
 
     path = tmp_path / "autotune.json"
     with pytest.raises(LostDeviceError) as lost:
         hold(path, case(plain=double, bad=bad, late=never))
     assert str(lost.value) == (
-        f"bad has broken the device in rms_norm at 20x4 in float32 (RuntimeError: {told}{ILLEGAL}); nothing "
+        f"bad has broken the device in rms_norm at 20x4 in float32 (RuntimeError: {start}{ILLEGAL}); nothing "
         "runs on it until this process is started again, and then bad is left out there"
     )
     (decision,) = hold(path, case(plain=double, bad=never, late=double))
