@@ -156,12 +156,10 @@ class Checkpoint:
                 "--base WAN` where WAN is a directory that has them"
             )
 
-        def load() -> nn.Module:
-            return self.load(lambda: build_umt5(text), "text_encoder", dtype, device)
-
         tokenizer, files = open_tokenizer(folder, text), None
         if cache is not None:
             files = TextStateFiles(cache, self.fingerprint(), model.text_len, text.dim)
+        load = partial(self.load, partial(build_umt5, text), "text_encoder", dtype, device)
         return TextEncoder(load, tokenizer, model.text_len, device, dtype, files)
 
     def fingerprint(self) -> str:

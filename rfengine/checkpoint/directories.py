@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -269,13 +269,9 @@ def _comfyui_names(folder: Path, part: Part) -> dict[tuple[int, bool], list[str]
     return ranks
 
 
-@dataclass(slots=True)
-class _Form:
-    """What a folder has of one model in one format and one variant."""
-
-    single: str = ""
-    index: str = ""
-    shards: dict[int, dict[int, str]] = field(default_factory=dict)  # of each total, the names by number
+# What a folder has of one model in one format and one variant: the name of its "index", of its "single" file,
+# and of each shard by their total and its number.
+_Form = dict[str | tuple[int, int], str]
 
 
 def model_files(folder: Path, stem: str) -> tuple[Path, ...]:
@@ -305,17 +301,16 @@ def all_shards(path: Path) -> tuple[Path, ...]:
     Raises ValueError when shards are absent, which it lists.
     """
     if match := re.fullmatch(rf"(?P<stem>.+?){_INDEX_AFTER_STEM}", path.name, re.IGNORECASE):
-        return _files(path.parent, match["stem"], _Form(index=path.name))
+        return _files(path.parent, match["stem"], {"index": path.name})
     match = re.fullmatch(rf"(?P<stem>.+?){_AFTER_STEM}", path.name, re.IGNORECASE)
     if match is None or match["number"] is None:
         return (path,)
-    form = _forms(path.parent, match["stem"])[_key(match)]
-    if match["total"] and int(match["total"]) in form.shards:
-        form.shards = {int(match["total"]): form.shards[int(match["total"])]}
-    files = _files(path.parent, match["stem"], _Form(index=form.index, shards=form.shards))
+    found = _forms(path.parent, match["stem"])[_key(match)]
+    form = {at: name for at, name in found.items() if at == "index" or at[0] == int(match["total"])}
+    files = _files(path.parent, match["stem"], form)
     if path not in files:
         raise ValueError(
-            f"{path} is no shard that {path.parent / form.index} names; give the whole directory"
+            f"{path} is no shard that {path.parent / form['index']} names; give the whole directory"
         )
     if len(files) > 1:
         logger.warning("%s is one of %d shards; all of them are read", path, len(files))
@@ -327,10 +322,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises ValueError when the file is something else.
     """
-    if not os.path.lexists(path):
-        return {}
-    refuse_dangling(path)
-    return json_object(read_text(path, MAX_JSON_BYTES), path)
+    return json_object(read_text(path, MAX_JSON_BYTES), path) if os.path.lexists(path) else {}
 
 
 def refuse_dangling(path: Path) -> None:
@@ -362,13 +354,10 @@ def _forms(folder: Path, stem: str) -> dict[tuple[bool, str], _Form]:
     for name in folder_names(folder):
         if match := index.fullmatch(name):
             key = match["suffix"].lower() in PICKLE_SUFFIXES, match["variant"] or ""
-            forms.setdefault(key, _Form()).index = name
+            forms.setdefault(key, {})["index"] = name
         elif match := file.fullmatch(name):
-            form = forms.setdefault(_key(match), _Form())
-            if match["number"] is None:
-                form.single = name
-            else:
-                form.shards.setdefault(int(match["total"]), {})[int(match["number"])] = name
+            at = (int(match["total"]), int(match["number"])) if match["number"] else "single"
+            forms.setdefault(_key(match), {})[at] = name
     return forms
 
 
@@ -377,12 +366,12 @@ def _key(match: re.Match[str]) -> tuple[bool, str]:
 
 
 def _files(folder: Path, stem: str, form: _Form) -> tuple[Path, ...]:
-    if form.index:
-        names = _indexed(folder / form.index)
-    elif form.single:
-        names = [form.single]
+    if "index" in form:
+        names = _indexed(folder / form["index"])
+    elif "single" in form:
+        names = [form["single"]]
     else:
-        names = _counted(folder, stem, form.shards)
+        names = _counted(folder, stem, form)
     for name in names:
         refuse_dangling(folder / name)
     absent = [name for name in names if not os.path.lexists(folder / name)]
@@ -404,8 +393,11 @@ def _is_bare(name: object) -> bool:
     )
 
 
-def _counted(folder: Path, stem: str, shards: dict[int, dict[int, str]]) -> list[str]:
+def _counted(folder: Path, stem: str, form: _Form) -> list[str]:
     """The names of the shards that belong to one total, absent ones included."""
+    shards: dict[int, dict[int, str]] = {}
+    for (total, number), name in form.items():
+        shards.setdefault(total, {})[number] = name
     whole = [total for total, found in shards.items() if set(found) == set(range(1, total + 1))]
     if len(shards) > 1 and len(whole) != 1:
         raise ValueError(

@@ -33,6 +33,10 @@ _Value = TypeVar("_Value")
 WRAPPER_SEGMENTS = re.compile(
     r"(?:(?<=\.)|(?<=^))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_orig_mod)\."
 )
+# Parts of names that image-to-video models alone have, with dots or underscores around them.
+IMAGE_NAMES = re.compile(
+    r"(^|[._])(k_img|v_img|norm_k_img|img_emb|add_[kv]_proj|norm_added_[kq]|image_embedder)($|[._])"
+)
 # A segment in front that tells nothing about which model it is.
 _PLAIN_WORDS = frozenset({
     "model", "module", "net", "network", "diffusion_model", "transformer", "dit", "unet", "pipe", "pipeline",
@@ -233,7 +237,7 @@ def detect_layout(names: Iterable[str]) -> str:
         raise ValueError(
             "the file holds a LoRA, not a whole model; give it as lora, beside the model it adapts"
         )
-    if any(piece in joined for piece in ("img_emb.", ".k_img.", "image_embedder.", ".add_k_proj.")):
+    if any(map(IMAGE_NAMES.search, names)):
         raise ValueError("the checkpoint is an image-to-video model; the engine takes text-to-video models")
     for layout, (_, pieces) in _LAYOUTS.items():
         if any(piece in joined for piece in pieces):

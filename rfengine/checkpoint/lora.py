@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.directories import folder_names, inner_directory, refuse_dangling
+from rfengine.checkpoint.directories import folder_names, inner_directory
 from rfengine.checkpoint.file_format import weights_format
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.loader import open_weights
@@ -57,7 +57,6 @@ def open_lora(path: Path) -> LoraFile:
     tensors = open_weights([path], LORA_KEYS)
     statements = []
     config = path.with_name(CONFIG_FILE)
-    refuse_dangling(config)
     if os.path.lexists(config):
         statements.append(read_adapter_config(config))
     if weights_format(path) == "safetensors":

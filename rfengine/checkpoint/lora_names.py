@@ -13,7 +13,12 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
-from rfengine.checkpoint.layouts import WRAPPER_SEGMENTS, diffusers_transformer_from_wan, list_names
+from rfengine.checkpoint.layouts import (
+    IMAGE_NAMES,
+    WRAPPER_SEGMENTS,
+    diffusers_transformer_from_wan,
+    list_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +29,6 @@ _PREFIXES = (
 )  # fmt: skip
 _MOST_PREFIXES = 4  # of one name, as in base_model.model.model.diffusion_model.
 _TEXT_ENCODER = re.compile(r"lora_te\d*_|(text_encoders?(_\d)?|cond_stage_model|conditioner|te\d?)\.")
-_IMAGE = re.compile(
-    r"(^|[._])(k_img|v_img|norm_k_img|img_emb|add_[kv]_proj|norm_added_[kq]|image_embedder)($|[._])"
-)
-
 # A matrix, or another tensor of a layer.
 _NAME = re.compile(
     r"(?P<layer>.+?)(?:"
@@ -210,7 +211,7 @@ def _target(found: _Found, spellings: dict[str, str]) -> str | None:
 def _describe_lacking(lacking: list[_Found], others_fit: bool, spellings: dict[str, str], label: str) -> str:
     names = [f"{each.layer}.{each.leaves[0]}" for each in lacking]
     problem = f"{label} adapts {list_names(set(names))}, which the transformer lacks"
-    images = [name for name in names if _IMAGE.search(name)]
+    images = [name for name in names if IMAGE_NAMES.search(name)]
     if images:
         return (
             f"{label} adapts {list_names(set(images))}, which image-to-video models alone have; give a LoRA "
