@@ -19,9 +19,6 @@ from recipes.tiny.muon import Muon
 from recipes.tiny.training import StageConfig, ToyModel, train
 from recipes.tiny.vae import WORLD
 from rfengine.accuracy import psnr_db
-from rfengine.checkpoint.layouts import list_names
-from rfengine.checkpoint.pickle_file import open_pickle
-from rfengine.files import replaced
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.toy.detector import accuracy
@@ -80,24 +77,16 @@ class TinyDecoderStage(ModelStage):
 def train_tiny_decoder(
     teacher: ToyModel, config: StageConfig, directory: Path, ranks: Ranks, clips: int = _CLIPS
 ) -> TinyVAE:
-    """Train, or continue training, a tiny decoder; returns its averaged weights, frozen.
-
-    The training clips, `clips` of each kind, are made at the first call and kept in tiny_decoder_clips.pt.
-    """
-    path = directory / "tiny_decoder_clips.pt"
-    stage = TinyDecoderStage(config, *_training_clips(teacher, path, clips, config.seed), ranks)
+    """Train, or continue training, a tiny decoder on `clips` clips of each kind; returns its averaged
+    weights, frozen."""
+    stage = TinyDecoderStage(config, *_training_clips(teacher, clips, config.seed), ranks)
     model = TinyVAE(config.model)
     model.load_state_dict(train(config, stage, directory, ranks))
     return model.eval().requires_grad_(False)
 
 
-def _training_clips(teacher: ToyModel, path: Path, clips: int, seed: int) -> tuple[Tensor, Tensor]:
+def _training_clips(teacher: ToyModel, clips: int, seed: int) -> tuple[Tensor, Tensor]:
     """Latents [2 * clips, z, F, h, w] and the teacher's pixels [2 * clips, 3, T, H, W], both float16."""
-    if path.exists():
-        stored = open_pickle(path, ())
-        if stored.keys() != {"latents", "pixels"}:
-            raise ValueError(f"{path} holds {list_names(sorted(stored))}, not latents and pixels; remove it")
-        return stored["latents"].read(), stored["pixels"].read()
     parts = []
     for first in range(0, clips, _GENERATED_BATCH):
         count = min(_GENERATED_BATCH, clips - first)
@@ -108,11 +97,7 @@ def _training_clips(teacher: ToyModel, path: Path, clips: int, seed: int) -> tup
     for first in range(0, clips, _RENDERED_BATCH):
         parts.append(encoded_latents(teacher.vae, scenes[first : first + _RENDERED_BATCH], frames))
     latents = torch.cat(parts).half()
-    pixels = teacher.pixels(latents.float()).half()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as partial:
-        torch.save({"latents": latents, "pixels": pixels}, partial)
-    return latents, pixels
+    return latents, teacher.pixels(latents.float()).half()
 
 
 def _draw(latents: Tensor, pixels: Tensor, stride: int, generator: random.Random) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,7 @@ from rfengine.checkpoint.directories import MODEL_PARTS
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import read_safetensors
 from rfengine.checkpoint.manifest import write_manifest
-from rfengine.cli.exit_status import CALLER_ERROR, OTHER_ERROR
-from rfengine.cli.process import run_process
+from rfengine.cli.process import run_script
 from rfengine.config import PRESETS
 from rfengine.limits import Range, check_options
 from rfengine.models.vae import WanVAE
@@ -170,16 +169,5 @@ def _add_tiny_decoder(options: Options, config: StageConfig, ranks: Ranks) -> No
     write_manifest(options.output)
 
 
-def main() -> int:
-    import tyro
-
-    try:
-        run_stage(tyro.cli(Options))
-    except (ValueError, RuntimeError) as error:
-        sys.stderr.write(f"tiny_model: error: {error}\n")
-        return CALLER_ERROR if isinstance(error, ValueError) else OTHER_ERROR
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run_process(main, "tiny_model"))
+    sys.exit(run_script("tiny_model", Options, run_stage))

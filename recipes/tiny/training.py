@@ -18,7 +18,7 @@ from rfengine.config import PRESETS, EngineConfig, TinyVAEConfig, VAEConfig
 from rfengine.limits import check_fields
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
-from rfengine.ops import REFERENCE_OPS
+from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.toy.world import Scene, caption
 from rfengine.training.build import load_transformer, load_vae, text_states_of
 from rfengine.training.checkpoints import locked_run
@@ -83,7 +83,7 @@ def save_part(directory: Path, engine: EngineConfig, part: Part, weights: Mappin
 
 @dataclass(frozen=True, slots=True)
 class ToyModel:
-    """The frozen models of a checkpoint directory, in float32 on the CPU. encode: captions to text states."""
+    """The frozen models of a checkpoint directory. encode: captions to text states on the CPU."""
 
     config: EngineConfig
     transformer: WanDiT
@@ -91,10 +91,18 @@ class ToyModel:
     encode: Encode
 
     @classmethod
-    def load(cls, source: Path | str) -> ToyModel:
+    def load(
+        cls,
+        source: Path | str,
+        device: torch.device = CPU,
+        ops: Ops = REFERENCE_OPS,
+        dtype: torch.dtype = torch.float32,
+    ) -> ToyModel:
+        """ops, dtype: of the transformer; the others are in float32 on the CPU and in bfloat16 on CUDA."""
         source, config = str(source), Checkpoint.open(source).config
-        transformer = load_transformer(source, config.model, REFERENCE_OPS, CPU).eval().requires_grad_(False)
-        return cls(config, transformer, load_vae(source, config, CPU), text_states_of(source, config, CPU))
+        transformer = load_transformer(source, config.model, ops, device, dtype).eval().requires_grad_(False)
+        vae, encode = load_vae(source, config, device), text_states_of(source, config, device)
+        return cls(config, transformer, vae, encode)
 
     @torch.inference_mode()
     def latents(self, scenes: Sequence[Scene], chunks: int, seed: int) -> Tensor:

@@ -51,7 +51,7 @@ class EvalOptions:
 
 def run(options: EvalOptions) -> int:
     from rfengine.evaluation.report import summarise
-    from rfengine.evaluation.vbench import read_vbench
+    from rfengine.evaluation.side_files import read_vbench
     from rfengine.evaluation.video_frames import ChunkGrid, find_videos
     from rfengine.evaluation.video_report import with_copying
 
@@ -121,7 +121,7 @@ def _leave_out(path: Path, reason: str, failed: list[LeftOut]) -> None:
 
 def _captions(path: Path | None, videos: list[Path], failed: list[LeftOut]) -> dict[str, Captions]:
     """The captions by file name; names that no video has are left out."""
-    from rfengine.evaluation.captions_file import read_captions
+    from rfengine.evaluation.side_files import read_captions
 
     if path is None:
         return {}
@@ -145,7 +145,7 @@ def _measured(
     from tqdm import tqdm
 
     from rfengine.evaluation import video_report
-    from rfengine.evaluation.latents_file import read_latents
+    from rfengine.evaluation.side_files import read_latents
     from rfengine.evaluation.video_file import open_video
 
     measured = []

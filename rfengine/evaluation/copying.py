@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +21,7 @@ from rfengine.evaluation.video_frames import (
     as_frames,
     chosen_frames,
     layout_features,
+    spread,
 )
 
 if TYPE_CHECKING:
@@ -48,14 +48,8 @@ def trace_sink(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None)
     count, half, least = video.count, video.count // 2, 2 * (grid.first_frames + grid.frames)
     if count < least:
         raise NotMeasurableError(f"{count} frames are too few; copying needs {least}")
-    spread = (
-        torch.linspace(
-            half, count - 1, min(_MOST_LATE_FRAMES, count - half), dtype=torch.float32, device="cpu"
-        )
-        .round()
-        .int()
-    )
-    kept = chosen_frames(video, [*range(grid.first_frames), *spread.tolist()])
+    late = spread(half, count - 1, min(_MOST_LATE_FRAMES, count - half))
+    kept = chosen_frames(video, [*range(grid.first_frames), *late])
     features = functional.normalize(layout_features(kept), dim=1)
     return SinkTrace(features[: grid.first_frames], features[grid.first_frames :])
 

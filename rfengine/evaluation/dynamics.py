@@ -26,6 +26,7 @@ from rfengine.evaluation.video_frames import (
     chosen_frames,
     gathered,
     picture_batches,
+    spread,
     windows,
 )
 
@@ -127,10 +128,4 @@ def _runs(pairs: int, most: int) -> list[tuple[int, int]]:
     if pairs <= most:
         return [(0, pairs)]
     length = min(_RUN_PAIRS, most)
-    count = most // length
-    spread = (
-        torch.linspace(0, pairs - length, count, dtype=torch.float32, device="cpu").round().int().tolist()
-        if count > 1
-        else [0]
-    )
-    return [(start, start + length) for start in spread]
+    return [(start, start + length) for start in spread(0, pairs - length, most // length)]

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import Frames, Measured, NotMeasurableError, as_frames, layout_features
+from rfengine.evaluation.video_frames import (
+    Frames,
+    Measured,
+    NotMeasurableError,
+    as_frames,
+    layout_features,
+    spread,
+)
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -38,15 +45,10 @@ def measure_repetition(frames: Tensor | ndarray | Frames, window_frames: int = 1
             f"{count} frames are too few; repetition needs {_LEAST_WINDOWS * window_frames + 1}"
         )
     features = layout_features(video)
-    starts = torch.arange(count // 2, count - window_frames, dtype=torch.int64, device="cpu")
-    if len(starts) > _MOST_WINDOWS:
-        starts = starts[
-            torch.linspace(0, len(starts) - 1, _MOST_WINDOWS, dtype=torch.float32, device="cpu")
-            .round()
-            .long()
-        ]
+    windows = count - window_frames - count // 2
     scores, lags = [], []
-    for start in starts.tolist():
+    for late in spread(0, windows - 1, min(windows, _MOST_WINDOWS)):
+        start = count // 2 + late
         window = features[start : start + window_frames]
         step = _distance(window, features[start + 1 : start + 1 + window_frames])
         best, place = _best_match(window, features[: start - window_frames])

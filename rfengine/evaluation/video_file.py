@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.container_length import declared_bytes
 from rfengine.evaluation.video_frames import Frames, frames_at_once
 from rfengine.files import open_regular
 
@@ -32,6 +31,11 @@ MOST_FRAMES = 100_000  # features of all frames are held, about 6 KB for each
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts"  # FFmpeg's names
 _TRANSFERS = {16: "PQ", 18: "HLG"}  # of ISO/IEC 23091-2: brighter than a picture of 8 bits can show
 _ONE = 1 << 16  # of the numbers of a display matrix
+_MATROSKA = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")  # the header and the segment
+_BOXES = {
+    b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"mdat", b"mfra", b"meta", b"udta", b"uuid", b"free",
+    b"skip", b"wide", b"pnot",
+}  # fmt: skip
 _ADVICE = "give an MP4, MOV, Matroska, WebM, AVI or MPEG-TS file"
 
 
@@ -196,3 +200,36 @@ def _turned(picture: Tensor, turn: _Turn) -> Tensor:
         picture = picture.transpose(0, 1)
     steps = (turn.across[1] + turn.down[1], turn.across[0] + turn.down[0])  # of the rows and of the columns
     return picture.flip([axis for axis, step in enumerate(steps) if step < 0])
+
+
+def declared_bytes(file: BinaryIO) -> int:
+    """The end of the last part that an MP4, Matroska or AVI file states the length of; 0 where none does.
+
+    So a file that was cut off differs from a short one. Files above a gigabyte have several RIFF chunks, and
+    live recordings leave lengths open. The file is read where lengths stand, and is at its start afterwards.
+    """
+    size, end = os.fstat(file.fileno()).st_size, 0
+    while end < size:
+        file.seek(end)
+        length = _part_bytes(file.read(16))
+        if length == 0:
+            break
+        end += length
+    file.seek(0)
+    return end
+
+
+def _part_bytes(head: bytes) -> int:
+    """The length that a RIFF chunk, a Matroska element or an MP4 box states in its head, 0 for none."""
+    if head[:4] == b"RIFF":
+        length = 8 + int.from_bytes(head[4:8], "little")
+        return length + length % 2
+    if head[:4] in _MATROSKA:
+        more = 8 - head[4].bit_length() if len(head) > 4 else 8  # bytes of the number after its first
+        unknown = (1 << 7 * (more + 1)) - 1
+        value = int.from_bytes(head[4 : 5 + more], "big") & unknown
+        return 5 + more + value if len(head) >= 5 + more and more < 8 and value != unknown else 0
+    length, least = int.from_bytes(head[:4], "big"), 8
+    if length == 1:
+        length, least = int.from_bytes(head[8:16], "big"), 16
+    return length if head[4:8] in _BOXES and length >= least else 0  # 0 means up to the end of the file

@@ -140,6 +140,12 @@ def windows(batches: Iterable[Tensor], ranges: Iterable[tuple[int, int]]) -> Ite
         yield held[start - first : end - first]
 
 
+def spread(first: int, last: int, count: int) -> list[int]:
+    """`count` whole numbers from `first` to `last`, evenly apart as far as they can be."""
+    places = torch.linspace(first, last, count, dtype=torch.float32, device="cpu")
+    return places.round().int().tolist()
+
+
 def split_ranges(count: int, parts: int) -> list[tuple[int, int]]:
     """`count` frames in `parts` ranges of nearly one length, as Tensor.tensor_split divides them."""
     length, longer = divmod(count, parts)

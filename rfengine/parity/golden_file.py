@@ -7,7 +7,7 @@ under `config` in the header says how they were made, its `kind` (causal, vae, u
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, expected_s
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors, read_header
 from rfengine.config import VAEConfig, to_dict
 from rfengine.parity.golden_header import check_golden_header, parse_golden_header
+
+Module = TypeVar("Module", bound=nn.Module)
 
 PARTS: dict[str, Part] = {"causal": "transformer", "vae": "vae", "umt5": "text_encoder"}
 # Axes of every t.* by kind: of those that must be there, and of those that may.
@@ -131,7 +133,7 @@ class GoldenFile:
             settings["relative_attention_max_distance"] = settings["max_distance"]
         return settings
 
-    def load(self, module: nn.Module, stored: dict[str, StoredTensor]) -> None:
+    def load(self, module: Module, stored: dict[str, StoredTensor]) -> Module:
         """Put the checked weights onto `module`, which is moved to the device and dtype, in place."""
         module.load_state_dict({name: tensor.read() for name, tensor in stored.items()}, strict=False)
-        module.to(device=self.device, dtype=self.dtype).eval()
+        return module.to(device=self.device, dtype=self.dtype).eval()

@@ -52,13 +52,15 @@ def _window(value: Any) -> str:
     return wanted or ("-1 or at least 1" if value == 0 else "")
 
 
-_SEED = {"seed": _whole(0, 2**64 - 1)}  # of the recording; a replay draws nothing
-_EPSILON = _number(1e-12, 1.0)
+def _sizes(*names: str) -> dict[str, Check]:
+    return dict.fromkeys(names, _whole(1))
 
-_REQUIRED: dict[str, dict[str, Check]] = {
+
+_EPSILON = _number(1e-12, 1.0)
+_CHECKS: dict[str, dict[str, Check]] = {
     "causal": {
-        "num_heads": _whole(1),
-        "frames_per_chunk": _whole(1),
+        **_sizes("num_heads", "frames_per_chunk", "dim", "ffn_dim", "num_layers", "text_dim", "text_len"),
+        **_sizes("freq_dim", "in_dim", "out_dim", "latent_height", "latent_width", "chunks"),
         "local_attn_size": _window,
         "sink_size": _whole(0),
         "sink": _one_of(get_args(SinkKind)),
@@ -67,34 +69,29 @@ _REQUIRED: dict[str, dict[str, Check]] = {
         "denoising_steps": _list_of(_whole(1, _STEPS), _STEPS),
         "warped_timesteps": _list_of(_number(0, _STEPS), _STEPS),
         "timestep_shift": _number(1e-3, 1e3),
-    },
-    "vae": {},
-    "umt5": {},
-}  # fmt: skip
-_OPTIONAL: dict[str, dict[str, Check]] = {
-    "causal": {
-        **_SEED,
-        **dict.fromkeys(("dim", "ffn_dim", "num_layers", "text_dim", "text_len", "freq_dim"), _whole(1)),
-        **dict.fromkeys(("in_dim", "out_dim", "latent_height", "latent_width", "chunks"), _whole(1)),
         "context_timestep": _number(0, _STEPS),
         "eps": _EPSILON,
     },
     "vae": {
-        **_SEED,
-        **dict.fromkeys(("base_dim", "z_dim", "num_res_blocks"), _whole(1)),
+        **_sizes("base_dim", "z_dim", "num_res_blocks"),
         "dim_mult": _list_of(_whole(1), 16),
         "temporal_downsample": _list_of(_truth, 16),
         "latents_mean": _list_of(_number(-1e6, 1e6), _LARGEST_SIZE),
         "latents_std": _list_of(_number(1e-6, 1e6), _LARGEST_SIZE),
     },
     "umt5": {
-        **_SEED,
-        **dict.fromkeys(("vocab", "dim", "dim_ffn", "num_heads", "num_layers", "num_buckets"), _whole(1)),
-        "max_distance": _whole(1),
+        **_sizes("vocab", "dim", "dim_ffn", "num_heads", "num_layers", "num_buckets", "max_distance"),
         "layer_norm_epsilon": _EPSILON,
     },
-}  # fmt: skip
-KINDS = tuple(_REQUIRED)
+}
+_SEED = _whole(0, 2**64 - 1)  # of the recording; a replay draws nothing
+_NEEDED = {  # what a replay cannot do without
+    "causal": (
+        *("num_heads", "frames_per_chunk", "local_attn_size", "sink_size", "sink", "positions", "alpha"),
+        *("denoising_steps", "warped_timesteps", "timestep_shift"),
+    )
+}
+KINDS = tuple(_CHECKS)
 
 
 def parse_golden_header(text: str) -> dict[str, Any]:
@@ -119,8 +116,8 @@ def check_golden_header(header: dict[str, Any]) -> None:
     """Raises ValueError for a value that is missing, unknown, of a wrong type or out of range, and for two
     that cannot be true at once."""
     kind = header["kind"]
-    known = _REQUIRED[kind] | _OPTIONAL[kind]
-    for name in _REQUIRED[kind]:
+    known = _CHECKS[kind] | {"seed": _SEED}
+    for name in _NEEDED.get(kind, ()):
         if name not in header:
             raise ValueError(f"its header has no {name}, which a {kind} file needs; record it again")
     for name, value in header.items():

@@ -7,9 +7,8 @@ recorded.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -57,14 +56,8 @@ class ParityReport:
 
     def to_json(self) -> str:
         """One line; an infinite error is null there, since JSON has no infinity."""
-        errors = {name: error if math.isfinite(error) else None for name, error in self.errors.items()}
-        largest = self.max_rel_err if math.isfinite(self.max_rel_err) else None
-        return json.dumps(
-            {
-                "file": self.file, "kind": self.kind, "dtype": self.dtype, "backend": self.backend,
-                "max_rel_err": largest, "tolerance": self.tolerance, "errors": errors, "ok": self.ok,
-            }
-        )  # fmt: skip
+        line = json.dumps(asdict(self) | {"max_rel_err": self.max_rel_err, "ok": self.ok})
+        return json.dumps(json.loads(line, parse_constant=lambda name: None))
 
 
 def replay(
@@ -87,8 +80,8 @@ def replay(
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             errors = replays[golden.kind](golden, ops)
     except ValueError as error:
-        told = str(error)
-        raise ValueError(told if str(path) in told else f"{path} cannot be replayed: {told}") from error
+        text = str(error)
+        raise ValueError(text if str(path) in text else f"{path} cannot be replayed: {text}") from error
     used = "+".join(sorted(set(ops.choice.values())))
     return ParityReport(str(path), golden.kind, dtype, used, errors, tolerance(golden.kind, dtype))
 
@@ -102,20 +95,15 @@ def tolerance(kind: str, dtype: DTypeName) -> float:
 
 def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:
     config, stored = golden.config_and_weights()
-    model = WanDiT(config, ops)
-    golden.load(model, stored)
+    model = golden.load(WanDiT(config, ops), stored)
     noise, frames, num_chunks = _chunk_noise(golden, config)
-    schedule_config = ScheduleConfig(
-        shift=float(golden.header["timestep_shift"]),
-        denoising_steps=tuple(golden.header["denoising_steps"]),
-    )
-    runner, first_step = (
-        _runner(model, item, golden)
-        for item in (
-            schedule_config,
-            replace(schedule_config, denoising_steps=schedule_config.denoising_steps[:1]),
-        )
-    )
+    header, steps = golden.header, tuple(golden.header["denoising_steps"])
+    runners = []
+    for chosen in (steps, steps[:1]):
+        schedule = FlowSchedule(ScheduleConfig(float(header["timestep_shift"]), denoising_steps=chosen))
+        schedule.context_timestep = float(header.get("context_timestep", schedule.context_timestep))
+        runners.append(ChunkRunner(model, schedule))
+    runner, first_step = runners
     height, width = (side * VAEConfig().spatial_stride for side in noise[0].shape[-2:])
     grid = LatentGrid.of_parts(config, VAEConfig(), height, width)
     cache_config, batch = _cache_config(golden, grid, frames, num_chunks), noise[0].shape[1]
@@ -137,17 +125,11 @@ def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:
         "first_flow": relative_error(torch.cat(flows, 2).transpose(1, 2), golden.recorded("first_flow")),
         **_cache_errors(golden, cache),
     }
-    warped = torch.tensor(golden.header["warped_timesteps"], dtype=torch.float64, device="cpu")
+    warped = torch.tensor(header["warped_timesteps"], dtype=torch.float64, device="cpu")
     errors["timesteps"] = relative_error(
         torch.tensor(runner.schedule.denoising_timesteps, dtype=torch.float32, device="cpu"), warped
     )
     return errors
-
-
-def _runner(model: WanDiT, config: ScheduleConfig, golden: GoldenFile) -> ChunkRunner:
-    schedule = FlowSchedule(config)
-    schedule.context_timestep = float(golden.header.get("context_timestep", schedule.context_timestep))
-    return ChunkRunner(model, schedule)
 
 
 def _chunk_noise(golden: GoldenFile, model: WanConfig) -> tuple[list[Tensor], int, int]:
@@ -216,8 +198,7 @@ def _cache_errors(golden: GoldenFile, cache: StreamingKVCache) -> dict[str, floa
 
 def _replay_vae(golden: GoldenFile, ops: Ops) -> dict[str, float]:
     config, stored = golden.config_and_weights()
-    vae = WanVAE(config)
-    golden.load(vae, stored)
+    vae = golden.load(WanVAE(config), stored)
     errors = {}
     if "latents" in golden:
         latents, video = golden.input("latents"), golden.recorded("video")

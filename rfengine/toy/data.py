@@ -13,12 +13,7 @@ from torch import Tensor
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.files import replaced
-from rfengine.toy.world import (
-    WorldConfig,
-    caption,
-    open_caption,
-    sample_scenes,
-)
+from rfengine.toy.world import WorldConfig, caption, open_caption, sample_scenes
 
 
 def negative_states(text_len: int, text_dim: int) -> Tensor:

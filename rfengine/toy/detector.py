@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rfengine.toy.world import (
@@ -63,7 +64,6 @@ class ObjectDetection:
     presence: Tensor  # [T] bool, the object is there
     position: Tensor  # [T, 2], (x, y) in pixels; NaN where it is not
     radius: Tensor  # [T] pixels
-    angle: Tensor  # [T] degrees, within the symmetry of the shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,33 +88,29 @@ def detect(frames: Tensor, config: WorldConfig | None = None) -> Detection:
     high, low = pixels.amax(-1), pixels.amin(-1)
     foreground = (high - low) > _MIN_CHROMA
     nearest = _nearest_colour(pixels, low)
-    objects = []
-    for index, colour in enumerate(PALETTE):
-        mask = (foreground & (nearest == index)).float()
-        area = mask.sum((1, 2))
-        if float(area.median()) >= _MIN_AREA * config.scale**2:
-            objects.append((float(area.sum()), _detect_object(colour, mask, config)))
-    objects.sort(key=lambda entry: -entry[0])
-    return Detection(tuple(entry for _, entry in objects), _detect_background(pixels, foreground, config))
+    masks = {colour: (foreground & (nearest == index)).float() for index, colour in enumerate(PALETTE)}
+    areas = {colour: mask.sum((1, 2)) for colour, mask in masks.items()}
+    seen = [colour for colour in PALETTE if float(areas[colour].median()) >= _MIN_AREA * config.scale**2]
+    seen.sort(key=lambda colour: -float(areas[colour].sum()))
+    objects = tuple(_detect_object(colour, masks[colour], config) for colour in seen)
+    return Detection(objects, _detect_background(pixels, foreground, config))
 
 
 def _nearest_colour(pixels: Tensor, low: Tensor) -> Tensor:
     """Index into PALETTE of the hue nearest to every pixel, whatever its brightness and saturation."""
     palette = torch.tensor(list(PALETTE.values()))
     palette = palette - palette.amin(-1, keepdim=True)
-    hue = pixels - low[..., None]
-    return (
-        torch.nn.functional.normalize(hue, dim=-1) @ torch.nn.functional.normalize(palette, dim=-1).T
-    ).argmax(-1)
+    hue = F.normalize(pixels - low[..., None], dim=-1)
+    return (hue @ F.normalize(palette, dim=-1).T).argmax(-1)
 
 
 def _detect_background(pixels: Tensor, foreground: Tensor, config: WorldConfig) -> str:
     visible = (~foreground)[..., None].float()
-    errors = []
-    for name in BACKGROUNDS:
-        image = background_image(name, config)
-        errors.append(float(((pixels - image).square() * visible).sum()))
-    return BACKGROUNDS[errors.index(min(errors))]
+
+    def error(name: str) -> float:
+        return float(((pixels - background_image(name, config)).square() * visible).sum())
+
+    return min(BACKGROUNDS, key=error)
 
 
 def _detect_object(colour: str, mask: Tensor, config: WorldConfig) -> ObjectDetection:
@@ -141,7 +137,6 @@ def _detect_object(colour: str, mask: Tensor, config: WorldConfig) -> ObjectDete
         presence=presence,
         position=position,
         radius=radius,
-        angle=angle,
     )
 
 
@@ -225,16 +220,16 @@ def score(scene: Scene, detection: Detection) -> dict[str, bool]:
     complete = all(seen is not None for _, seen in pairs) and len(found) == len(pairs)
     if not complete and len(pairs) == 1 and detection.objects:
         pairs = [(scene.objects[0], detection.objects[0])]
-    result = {"colour": complete, "background": detection.background == scene.background}
-    for name in ("shape", "size"):
-        result[name] = all(
-            seen is not None and getattr(seen, name) == getattr(true, name) for true, seen in pairs
+
+    def agrees(name: str) -> bool:
+        of_object = name in ("shape", "size")
+        return all(
+            seen is not None and getattr(seen, name) == getattr(true if of_object else scene, name)
+            for true, seen in pairs
         )
-    for name in ("motion", "direction", "speed"):
-        result[name] = all(
-            seen is not None and getattr(seen, name) == getattr(scene, name) for _, seen in pairs
-        )
-    return {name: result[name] for name in ATTRIBUTES}
+
+    whole = {"colour": complete, "background": detection.background == scene.background}
+    return {name: whole[name] if name in whole else agrees(name) for name in ATTRIBUTES}
 
 
 def accuracy(

@@ -3,11 +3,10 @@ moves, and how far they are from the teacher's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from recipes.tiny.training import ToyModel
 from rfengine.evaluation.dynamics import measure_dynamics
 from rfengine.ops import choose_ops
 from rfengine.ops.reference import frame_pack
@@ -15,7 +14,6 @@ from rfengine.toy.data import negative_states
 from rfengine.toy.detector import detect, score
 from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import Scene, WorldConfig, as_clips, caption, open_caption, sample_scenes
-from rfengine.training.build import base_engine, load_transformer, load_vae, text_states_of
 from rfengine.training.recipes import toy_dmd
 from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.stages import seeded
@@ -40,7 +38,7 @@ def measure_clips(setting: Setting, model: str) -> None:
         "flow_clips": setting.size.flow_clips,
         "student_steps": setting.size.student_steps,
     }
-    sampler = _Sampler(setting, model)
+    toy = ToyModel.load(setting.checkpoint(model), setting.device, choose_ops("auto", setting.device))
     videos, fidelity = [], {}
     for kind in KINDS:
         units = [
@@ -48,7 +46,7 @@ def measure_clips(setting: Setting, model: str) -> None:
                 setting.directory / "units" / f"clips_{model}",
                 f"{kind}_{seed}",
                 settings,
-                lambda kind=kind, seed=seed: _measure(setting, sampler, kind, seed),
+                lambda kind=kind, seed=seed: _measure(setting, toy, model == "teacher", kind, seed),
             )
             for seed in setting.size.sampling_seeds
         ]
@@ -58,52 +56,35 @@ def measure_clips(setting: Setting, model: str) -> None:
     write_record(setting.records / f"clips_{model}.json", record)
 
 
-class _Sampler:
-    """Clean latents of captions from one model, by rollout or along the teacher's probability flow."""
-
-    def __init__(self, setting: Setting, model: str) -> None:
-        directory, device = str(setting.checkpoint(model)), setting.device
-        self.setting, self.is_teacher = setting, model == "teacher"
-        self.engine = base_engine(directory)
-        ops = choose_ops("auto", device)
-        self.model = load_transformer(directory, self.engine.model, ops, device).eval()
-        self.vae = load_vae(directory, self.engine, device)
-        self.encode = text_states_of(directory, self.engine, device)
-
-    @torch.no_grad()
-    def latents(self, texts: Sequence[str], seed: int) -> Tensor:
-        """[B, C, F, h, w]; the students of one study get the same noise for the same texts and seed."""
-        states, engine = self.encode(list(texts)).to(self.setting.device), self.engine
-        if not self.is_teacher:
-            return torch.cat(list(roll_out(self.model, engine, states, _CHUNKS, seed)), dim=2)
-        size = (engine.model.in_dim, _CHUNKS * engine.cache.chunk_frames)
-        stride = engine.vae.spatial_stride
-        own = seeded(torch.device("cpu"), "clips", seed)
-        noise = torch.randn(
-            len(states), *size, engine.height // stride, engine.width // stride, generator=own
-        ).to(self.setting.device)
-        empty = negative_states(engine.model.text_len, engine.model.text_dim).to(self.setting.device)
-        guidance = toy_dmd(engine).distillation.guidance
-        with self.setting.casting():
-            ways = follow_flow(self.model, engine.schedule, noise, states, empty, guidance, _TEACHER_SUBSTEPS)
-        return ways[:, -1]
-
-    @torch.no_grad()
-    def pixels(self, latents: Tensor) -> Tensor:
-        with self.setting.casting():
-            chunks = iter(latents.split(self.engine.cache.chunk_frames, dim=2))
-            return torch.cat(list(decode_chunks(self.vae, chunks)), dim=2).float().cpu()
+def _latents(setting: Setting, toy: ToyModel, is_teacher: bool, texts: list[str], seed: int) -> Tensor:
+    """Clean latents [B, C, F, h, w] of captions, by rollout or along the teacher's probability flow; the
+    students of one study get the same noise for the same texts and seed."""
+    engine, device = toy.config, setting.device
+    states = toy.encode(texts).to(device)
+    if not is_teacher:
+        return torch.cat(list(roll_out(toy.transformer, engine, states, _CHUNKS, seed)), dim=2)
+    frames, stride = _CHUNKS * engine.cache.chunk_frames, engine.vae.spatial_stride
+    size = (len(texts), engine.model.in_dim, frames, engine.height // stride, engine.width // stride)
+    noise = torch.randn(size, generator=seeded(torch.device("cpu"), "clips", seed)).to(device)
+    empty = negative_states(engine.model.text_len, engine.model.text_dim).to(device)
+    guidance, schedule = toy_dmd(engine).distillation.guidance, engine.schedule
+    with setting.casting():
+        flow = follow_flow(toy.transformer, schedule, noise, states, empty, guidance, _TEACHER_SUBSTEPS)
+    return flow[:, -1]
 
 
-def _measure(setting: Setting, sampler: _Sampler, kind: str, seed: int) -> Unit:
+@torch.no_grad()
+def _measure(setting: Setting, toy: ToyModel, is_teacher: bool, kind: str, seed: int) -> Unit:
     scenes = sample_scenes(setting.size.captions, CAPTION_SEED, WorldConfig(), "held_out")
     first_seed = seed == setting.size.sampling_seeds[0]
     videos, kept = [], []
     for first in range(0, len(scenes), _BATCH):
         drawn = scenes[first : first + _BATCH]
         texts = [open_caption(scene) if kind == "open" else caption(scene) for scene in drawn]
-        latents = sampler.latents(texts, seed * 1_000_003 + first)
-        pixels = sampler.pixels(latents)
+        latents = _latents(setting, toy, is_teacher, texts, seed * 1_000_003 + first)
+        with setting.casting():
+            chunks = iter(latents.split(toy.config.cache.chunk_frames, dim=2))
+            pixels = torch.cat(list(decode_chunks(toy.vae, chunks)), dim=2).float().cpu()
         kept.append(latents.half().cpu())
         for place, (scene, text) in enumerate(zip(drawn, texts, strict=True)):
             values = _clip_values(scene, text, pixels[place])
@@ -146,8 +127,8 @@ def energy_distance(first: Tensor, second: Tensor) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two sets [N, ...] under the same N captions, per root of the
     dimension (Szekely and Rizzo, 2013).
 
-    0 for equal distributions, up to the noise of the samples. Only samples of different captions are held
-    against each other, within a set and between them.
+    0 for equal distributions, up to the noise of the samples. Only samples of different captions are
+    compared, within a set and between them.
     """
     one, two = first.flatten(1), second.flatten(1)
 

@@ -17,19 +17,20 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
 import tyro
 
-from rfengine.cli.exit_status import CALLER_ERROR
+from rfengine.cli.exit_status import CALLER_ERROR, OTHER_ERROR
 from rfengine.cli.process import run_process
 from studies.toy.parts import Part, run_parts, study_parts
 from studies.toy.plots import draw
 from studies.toy.record import read_records
 from studies.toy.setting import SIZES, Setting
-from studies.toy.tables import render, summary
+from studies.toy.tables import render
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MOST_WORKERS = 256
@@ -101,48 +102,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _remember_size(setting)
         chosen = [part for part in parts.values() if fnmatch.fnmatch(part.name, options.only)]
         if not chosen:
-            print(f"--only is {options.only!r}, which no part matches; see --list", file=sys.stderr)
-            return 2
-        failed = _run_chosen(options, setting, chosen)
+            _refuse(f"--only is {options.only!r}, which no part matches; see --list")
+        signal.signal(signal.SIGTERM, _interrupt)
+        command = ["-m", "studies.toy.run", "--size", options.size, "--directory", str(options.directory)]
+        command += ["--device", options.device, "--workers", str(options.workers), "--part"]
+        failed = run_parts(
+            chosen, command, options.workers, setting.directory / "output", partial(print, flush=True)
+        )
         if failed:
             print(f"{len(failed)} parts are not there: {', '.join(failed)}", file=sys.stderr)
-            return 1
+            return OTHER_ERROR
     publish(setting, options.results)
     return 0
 
 
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 def _run_part(setting: Setting, parts: dict[str, Part], name: str) -> int:
     if name not in parts:
-        print(f"--part is {name!r}; see --list", file=sys.stderr)
-        return 2
+        _refuse(f"--part is {name!r}; see --list")
     torch.set_num_threads(setting.threads)
     missing = [need for need in parts[name].needs if not parts[need].result.exists()]
     if missing:
         print(f"{name} needs {', '.join(missing)}; make them first", file=sys.stderr)
-        return 1
+        return OTHER_ERROR
     parts[name].run(setting)
     return 0
-
-
-def _run_chosen(options: Options, setting: Setting, chosen: list[Part]) -> list[str]:
-    command = ["-m", "studies.toy.run", "--size", options.size, "--directory", str(options.directory)]
-    command += ["--device", options.device, "--workers", str(options.workers), "--part"]
-
-    def interrupt(number: int, _: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    signal.signal(signal.SIGTERM, interrupt)
-    logs = setting.directory / "output"
-    return run_parts(chosen, command, options.workers, logs, lambda text: print(text, flush=True))
 
 
 def _remember_size(setting: Setting) -> None:
     """Raises SystemExit where the directory holds a study of another size."""
     path = setting.directory / "size.txt"
-    if path.exists() and path.read_text().strip() != setting.size.name:
-        raise SystemExit(
-            f"{setting.directory} holds a study of size {path.read_text().strip()}, not "
-            f"{setting.size.name}; choose another --directory"
+    held = path.read_text().strip() if path.exists() else setting.size.name
+    if held != setting.size.name:
+        _refuse(
+            f"{setting.directory} holds a study of size {held}, not {setting.size.name}; choose another "
+            "--directory"
         )
     setting.directory.mkdir(parents=True, exist_ok=True)
     path.write_text(setting.size.name + "\n")
@@ -164,7 +161,6 @@ def publish(setting: Setting, results: Path) -> None:
             logs[model] = name
     records = read_records(results)
     (results / "tables.md").write_text(render(records))
-    (results / "summary.json").write_text(json.dumps(summary(records), indent=1) + "\n")
     for path in draw(records, logs, results):
         print(path)
 

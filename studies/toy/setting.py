@@ -17,7 +17,7 @@ SHIPPED = "shipped"  # halfway between the start and WITH_EVICTION
 
 @dataclass(frozen=True)
 class StudySize:
-    """Every number of the study.
+    """Every number of the study; the defaults are those of two CPU cores.
 
     start_scale: multiplies the steps and the videos of recipes.tiny for the start. clips: of the teacher.
     betas: temperatures of Re-DMD, the first one that of WITH_EVICTION and WITHOUT_EVICTION. training_seeds:
@@ -28,19 +28,19 @@ class StudySize:
     sampling.
     """
 
-    name: str
-    start_scale: float
-    clips: int
-    teacher_steps: int
-    student_steps: int
-    betas: tuple[float, ...]
-    training_seeds: tuple[int, ...]
-    captions: int
-    sampling_seeds: tuple[int, ...]
-    stream_captions: int
-    stream_seconds: int
-    long_captions: int
-    long_seconds: int
+    name: str = "cpu"
+    start_scale: float = 1.0
+    clips: int = 4096
+    teacher_steps: int = 3600
+    student_steps: int = 600
+    betas: tuple[float, ...] = (0.5, 0.2, 0.05)
+    training_seeds: tuple[int, ...] = (0,)
+    captions: int = 200
+    sampling_seeds: tuple[int, ...] = (0, 1, 2)
+    stream_captions: int = 6
+    stream_seconds: int = 60
+    long_captions: int = 2
+    long_seconds: int = 600
     alphas: tuple[float, ...] = (0.9, 0.99, 0.999)
     flow_clips: int = 64
     batch: int = 16
@@ -64,35 +64,16 @@ def split_model(name: str) -> tuple[str, int]:
     return model, int(seed or 0)
 
 
-CPU = StudySize(
-    name="cpu",
-    start_scale=1.0,
-    clips=4096,
-    teacher_steps=3600,
-    student_steps=600,
-    betas=(0.5, 0.2, 0.05),
-    training_seeds=(0,),
-    captions=200,
-    sampling_seeds=(0, 1, 2),
-    stream_captions=6,
-    stream_seconds=60,
-    long_captions=2,
-    long_seconds=600,
-)
+CPU = StudySize()
 GPU = StudySize(
     name="gpu",
-    start_scale=1.0,
-    clips=4096,
     teacher_steps=6000,
     student_steps=1600,
     betas=(0.5, 1.0, 0.2, 0.1),
     training_seeds=(0, 1, 2),
     captions=400,
-    sampling_seeds=(0, 1, 2),
     stream_captions=32,
-    stream_seconds=60,
     long_captions=8,
-    long_seconds=600,
     flow_clips=200,
 )
 SMOKE = StudySize(
@@ -102,7 +83,6 @@ SMOKE = StudySize(
     teacher_steps=2,
     student_steps=5,
     betas=(0.5,),
-    training_seeds=(0,),
     captions=2,
     sampling_seeds=(0, 1),
     stream_captions=1,

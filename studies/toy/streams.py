@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfengine.config import CacheConfig, EngineConfig
+from recipes.tiny.training import ToyModel
+from rfengine.config import CacheConfig
 from rfengine.evaluation.consistency import measure_consistency
 from rfengine.evaluation.copying import SinkTrace, measure_copying, trace_sink
 from rfengine.evaluation.dynamics import measure_dynamics
 from rfengine.evaluation.toy_accuracy import toy_accuracy
-from rfengine.evaluation.video_frames import ChunkGrid
+from rfengine.evaluation.video_frames import ChunkGrid, spread
 from rfengine.ops import choose_ops
 from rfengine.ops.reference import frame_pack
 from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import START_JITTER, Scene, WorldConfig, caption, render, sample_scenes
-from rfengine.training.build import base_engine, load_transformer, load_vae, text_states_of
+from rfengine.training.build import base_engine
 from rfengine.training.rollout import decode_chunks, roll_out
 from studies.toy.record import Unit, Values, unit, write_record
 from studies.toy.setting import Setting
@@ -88,7 +89,7 @@ def _measure(setting: Setting, model: str, sink: str, seconds: int, scenes: list
     if model == "world":
         videos = [true_video(scene, seconds * engine.fps, seed * 1009 + i) for i, scene in enumerate(scenes)]
     else:
-        videos = _stream(setting, model, engine, sink, seconds, scenes, seed)
+        videos = _stream(setting, model, sink, seconds, scenes, seed)
     frames, stride = engine.cache.chunk_frames, engine.vae.temporal_stride
     grid = ChunkGrid(1 + stride * (frames - 1), stride * frames)
     entries, traces = [], []
@@ -102,27 +103,19 @@ def _measure(setting: Setting, model: str, sink: str, seconds: int, scenes: list
 
 @torch.no_grad()
 def _stream(
-    setting: Setting,
-    model: str,
-    engine: EngineConfig,
-    sink: str,
-    seconds: int,
-    scenes: list[Scene],
-    seed: int,
+    setting: Setting, model: str, sink: str, seconds: int, scenes: list[Scene], seed: int
 ) -> list[Tensor]:
     """uint8 [T, H, W, 3] for each scene, the transformer and its cache in bfloat16 as on a GPU."""
-    directory, device = str(setting.checkpoint(model)), setting.device
-    engine = dataclasses.replace(engine, cache=with_sink(engine.cache, sink))
-    ops = choose_ops("auto", device, dtype=torch.bfloat16)
-    dit = load_transformer(directory, engine.model, ops, device, torch.bfloat16)
-    vae = load_vae(directory, engine, device)
-    states = text_states_of(directory, engine, device)([caption(scene) for scene in scenes])
+    ops = choose_ops("auto", setting.device, dtype=torch.bfloat16)
+    toy = ToyModel.load(setting.checkpoint(model), setting.device, ops, torch.bfloat16)
+    engine = dataclasses.replace(toy.config, cache=with_sink(toy.config.cache, sink))
+    states = toy.encode([caption(scene) for scene in scenes]).to(setting.device, torch.bfloat16)
     size = engine.cache.chunk_frames * engine.vae.temporal_stride
     chunks = -(-(seconds * engine.fps + engine.vae.temporal_stride - 1) // size)
-    latents = roll_out(dit.eval(), engine, states.to(device, torch.bfloat16), chunks, seed)
+    latents = roll_out(toy.transformer, engine, states, chunks, seed)
     parts: list[list[Tensor]] = [[] for _ in scenes]
     with setting.casting():
-        for pixels in decode_chunks(vae, (chunk.float() for chunk in latents)):
+        for pixels in decode_chunks(toy.vae, (chunk.float() for chunk in latents)):
             for place, video in enumerate(pixels.float().cpu().split(1)):
                 parts[place].append(frame_pack(video[0]))
     return [torch.cat(frames)[: seconds * engine.fps] for frames in parts]
@@ -145,7 +138,7 @@ def _stream_values(
     dynamics = measure_dynamics(video, grid, _FLOW_PAIRS)
     consistency = measure_consistency(video[::_STRIDE], grid.frames // _STRIDE)
     measured = dynamics.values | consistency.values
-    starts = torch.linspace(0, len(video) - _WINDOW, _WINDOWS).round().int().tolist()
+    starts = spread(0, len(video) - _WINDOW, _WINDOWS)
     windows = torch.stack([video[start : start + _WINDOW] for start in starts])
     rewards = ToyReward()(windows, [text] * len(windows))["motion"].tolist()
     values = {"reward": sum(rewards) / len(rewards), "flow_speed": measured["speed"]}
@@ -157,8 +150,8 @@ def _stream_values(
     }
     for name in ("sharpness_drift", "colour_drift"):
         curve = dynamics.curves[name]
-        chosen = torch.linspace(0, len(curve) - 1, min(_MOST_POINTS, len(curve))).round().int().unique()
-        curves[name] = [(curve[index][0] / fps, curve[index][1]) for index in chosen.tolist()]
+        chosen = [curve[index] for index in spread(0, len(curve) - 1, min(_MOST_POINTS, len(curve)))]
+        curves[name] = [(start / fps, value) for start, value in chosen]
     return values, curves
 
 

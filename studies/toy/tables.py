@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rfengine.evaluation.report import Interval, bootstrap_mean
 from studies.toy.record import Record
@@ -52,10 +51,10 @@ Samples = dict[tuple[int, int | None, int], dict[str, float]]
 """Values by (training seed, prompt, sampling seed); "fidelity" belongs to no prompt."""
 
 
-class _Table(NamedTuple):
-    """place: of its rows in the summary. compared: its rows are differences."""
+class Table(NamedTuple):
+    """rows: the samples of each. compared: they are differences."""
 
-    place: tuple[str, ...]
+    section: str
     title: str
     columns: tuple[str, ...]
     rows: dict[str, Samples]
@@ -155,32 +154,16 @@ def _clusters(samples: Samples, name: str) -> dict[tuple[int, int | None], list[
 def render(records: Sequence[Record]) -> str:
     """The text of tables.md; records that are missing leave out their rows and tables."""
     text, section = _HEAD, ""
-    for table in _tables(records):
+    for table in tables(records):
         text += _READING if not section else ""
-        if table.place[0] != section:
-            section = table.place[0]
+        if table.section != section:
+            section = table.section
             text += f"\n## {section}\n"
         text += f"\n### {table.title}\n\n" + "\n".join(_lines(table)) + "\n"
     return text if section else text + "\nNo record is there yet.\n"
 
 
-def summary(records: Sequence[Record]) -> dict[str, Any]:
-    """Every number of the tables, by section, table, row and value: mean, low, high and count of clusters.
-
-    Shares are from 0 to 1; low and high are None for a single cluster and the range for "fidelity".
-    """
-    result: dict[str, Any] = {}
-    for table in _tables(records):
-        place = result
-        for name in table.place:
-            place = place.setdefault(name, {})
-        for row, samples in table.rows.items():
-            found = {name: measure(samples, name) for name in table.columns}
-            place[row] = {name: asdict(interval) for name, interval in found.items() if interval}
-    return result
-
-
-def _tables(records: Sequence[Record]) -> Iterator[_Table]:
+def tables(records: Sequence[Record]) -> Iterator[Table]:
     """The tables that have rows, each with the columns that some row has."""
     for table in (*_clip_tables(records), *_stream_tables(records)):
         names = {
@@ -193,28 +176,26 @@ def _tables(records: Sequence[Record]) -> Iterator[_Table]:
             yield table._replace(columns=columns, rows=rows)
 
 
-def _clip_tables(records: Sequence[Record]) -> Iterator[_Table]:
-    section = "DMD against Re-DMD"
-    found = {kind: clip_samples(records, kind) for kind in _CLIPS}
+def _clip_tables(records: Sequence[Record]) -> Iterator[Table]:
+    section, found = "DMD against Re-DMD", {kind: clip_samples(records, kind) for kind in _CLIPS}
     for kind, columns in _CLIPS.items():
-        yield _Table((section, kind), f"{kind.capitalize()} captions", columns, found[kind])
+        yield Table(section, f"{kind.capitalize()} captions", columns, found[kind])
     for kind, columns in _CLIPS.items():
         pairs = [(model, "dmd") for model in found[kind] if model.startswith("re_dmd_")]
         pairs += [(WITHOUT_EVICTION, WITH_EVICTION), ("dmd", "start"), (SHIPPED, "start")]
         title = f"Paired differences, {kind} captions"
-        yield _Table((section, f"{kind}, differences"), title, columns, _paired(found[kind], pairs), True)
+        yield Table(section, title, columns, _paired(found[kind], pairs), True)
 
 
-def _stream_tables(records: Sequence[Record]) -> Iterator[_Table]:
+def _stream_tables(records: Sequence[Record]) -> Iterator[Table]:
     streams = stream_samples(records)
     for (model, seconds), sinks in streams.items():
         title = f"{model}, {seconds} s"
-        yield _Table(("Sinks", model, f"{seconds}s"), title, _STREAMS, sinks)
+        yield Table("Sinks", title, _STREAMS, sinks)
         ema = [sink for sink in sinks if sink.startswith("ema_")]
         pairs = [(sink, other) for other in ("frozen", "none") for sink in ema]
         pairs += [(sink, sink.removesuffix("_bf16")) for sink in ema if sink.endswith("_bf16")]
-        place = ("Sinks", model, f"{seconds}s, differences")
-        yield _Table(place, f"Paired differences, {title}", _STREAMS, _paired(sinks, pairs), True)
+        yield Table("Sinks", f"Paired differences, {title}", _STREAMS, _paired(sinks, pairs), True)
     for (model, seconds), sinks in streams.items():
         if model == WITH_EVICTION:
             others = streams.get((WITHOUT_EVICTION, seconds), {})
@@ -223,9 +204,8 @@ def _stream_tables(records: Sequence[Record]) -> Iterator[_Table]:
                 for sink, samples in sinks.items()
                 if sink in others and sink != TRUE_SINK
             }
-            place = ("Trained with eviction against without", f"{seconds}s")
             title = f"Paired differences, {WITH_EVICTION} minus {WITHOUT_EVICTION}, {seconds} s"
-            yield _Table(place, title, _STREAMS, rows, True)
+            yield Table("Trained with eviction against without", title, _STREAMS, rows, True)
 
 
 def _paired(found: dict[str, Samples], pairs: Sequence[tuple[str, str]]) -> dict[str, Samples]:
@@ -236,7 +216,7 @@ def _paired(found: dict[str, Samples], pairs: Sequence[tuple[str, str]]) -> dict
     }
 
 
-def _lines(table: _Table) -> Iterator[str]:
+def _lines(table: Table) -> Iterator[str]:
     unit = "points" if table.compared else "%"
     heads = [
         name.replace("_", " ") + (f", {unit}" if name in _SHARES else "") for name in ("", *table.columns)
@@ -266,7 +246,7 @@ def _cell(name: str, found: Interval | None, compared: bool) -> str:
     return f"{f'**{mean}**' if marked else mean} [{low}, {high}]"
 
 
-def _sizes(table: _Table) -> str:
+def _sizes(table: Table) -> str:
     """The sentence under a table: how many clusters and sampling seeds its rows and columns have."""
     rows: dict[str, list[str]] = {}
     for row, samples in table.rows.items():

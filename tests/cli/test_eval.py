@@ -58,15 +58,15 @@ def test_eval_writes_table_json_and_plots(
         assert (out / "consistency.png").is_file() and (out / "motion_and_drift.png").is_file()
 
 
-def test_one_unreadable_file_is_told_and_the_others_are_measured(
+def test_one_unreadable_file_is_named_and_the_others_are_measured(
     videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     short = tmp_path / "short.mp4"
     Video(textured_clip(10).numpy(), 16).save(short)
-    told = fails(capsys, 1, "eval", broken, short, "--out", tmp_path / "out", "--no-plots")
-    assert "broken.mp4 cannot be read as a video" in told
+    message = fails(capsys, 1, "eval", broken, short, "--out", tmp_path / "out", "--no-plots")
+    assert "broken.mp4 cannot be read as a video" in message
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [Path(video["name"]).name for video in found["videos"]] == ["short.mp4"]
     assert found["videos"][0]["values"] == {} and "drift needs 21" in str(found["videos"][0]["absent"])
@@ -99,7 +99,7 @@ def measured(out: Path) -> tuple[list[str], dict[str, str]]:
     return names, {Path(entry["file"]).name: entry["reason"] for entry in found["failed"]}
 
 
-def test_every_bad_file_of_a_directory_is_told_and_the_others_are_measured(
+def test_every_bad_file_of_a_directory_is_named_and_the_others_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "videos"
@@ -148,8 +148,8 @@ def test_an_error_of_any_library_about_one_video_does_not_end_the_others(
         return measure(name, *rest, **named)
 
     monkeypatch.setattr(video_report, "measure_video", failing)
-    told = fails(capsys, 1, "eval", tmp_path, "--out", tmp_path / "out", "--no-plots")
-    assert "a.mp4 cannot be measured" in told and measured(tmp_path / "out")[0] == ["b.mp4"]
+    message = fails(capsys, 1, "eval", tmp_path, "--out", tmp_path / "out", "--no-plots")
+    assert "a.mp4 cannot be measured" in message and measured(tmp_path / "out")[0] == ["b.mp4"]
 
 
 def test_a_bad_baseline_is_left_out_and_without_any_left_it_is_an_error(
@@ -168,15 +168,15 @@ def test_a_bad_baseline_is_left_out_and_without_any_left_it_is_an_error(
     assert "no video of --baseline can be used" in capsys.readouterr().err
 
 
-def test_captions_that_belong_to_no_video_are_told(
+def test_captions_that_belong_to_no_video_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clip = encode(tmp_path / "clip.mp4", corner_clip(4))
     path = tmp_path / "captions.json"
     path.write_text(json.dumps({"clip.mp4": caption(SCENE), "other.mp4": caption(SCENE)}))
-    told = fails(capsys, 1, "eval", clip, "--captions", path, "--out", tmp_path / "out", "--no-plots")
-    assert "captions for other.mp4, not among the videos" in told
-    assert measured(tmp_path / "out") == (["clip.mp4"], {"captions.json": told})
+    message = fails(capsys, 1, "eval", clip, "--captions", path, "--out", tmp_path / "out", "--no-plots")
+    assert "captions for other.mp4, not among the videos" in message
+    assert measured(tmp_path / "out") == (["clip.mp4"], {"captions.json": message})
 
 
 def test_scores_of_vbench_stand_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,5 +211,5 @@ def test_a_directory_that_cannot_be_written_is_one_sentence(
         raise full
 
     monkeypatch.setattr(evaluate, "write_text", failing)
-    told = fails(capsys, 1, "eval", clip, "--out", tmp_path / "out", "--no-plots")
-    assert "out cannot be written (No space left on device); free space or choose another --out" in told
+    message = fails(capsys, 1, "eval", clip, "--out", tmp_path / "out", "--no-plots")
+    assert "out cannot be written (No space left on device); free space or choose another --out" in message

@@ -73,16 +73,16 @@ def test_what_is_no_file_gets_its_line(tmp_path: Path, capsys: pytest.CaptureFix
     pipe, zero = tmp_path / "pipe", tmp_path / "zero"
     os.mkfifo(pipe)
     zero.symlink_to("/dev/zero")
-    told = {
+    messages = {
         tmp_path / "no": "does not exist",
         tmp_path: "is a directory",
         pipe: "is a pipe",
         zero: "is a device",
     }
-    assert cli.main(["parity", *map(str, told)]) == 1
+    assert cli.main(["parity", *map(str, messages)]) == 1
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["file"] for line in lines] == list(map(str, told))
-    for line, message in zip(lines, told.values(), strict=True):
+    assert [line["file"] for line in lines] == list(map(str, messages))
+    for line, message in zip(lines, messages.values(), strict=True):
         assert line["ok"] is False and message in line["error"] and line["file"] in line["error"]
 
 

@@ -26,8 +26,8 @@ SCENE = Scene((SceneObject("red", "square", "large"),), "moving", "fast", "right
 
 
 def test_true_videos_are_right_in_everything() -> None:
-    for scene in sample_scenes(4, 0):
-        found = toy_accuracy(as_frames(render(scene, 96)), caption(scene))
+    for scene in sample_scenes(3, 0):
+        found = toy_accuracy(as_frames(render(scene, 48)), caption(scene))
         assert found == dict.fromkeys((*ATTRIBUTES, "permanence"), 1.0), caption(scene)
 
 

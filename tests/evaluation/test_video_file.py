@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rfengine.evaluation import video_file
-from rfengine.evaluation.video_file import open_video
+from rfengine.evaluation.video_file import declared_bytes, open_video
 from rfengine.evaluation.video_frames import frames_at_once
 from rfengine.video import Video
 from support.distortions import textured_clip
@@ -31,9 +31,9 @@ def shown(path: Path) -> Tensor:
 
 
 def refused(path: Path) -> str:
-    with pytest.raises(ValueError) as told:
+    with pytest.raises(ValueError) as caught:
         open_video(path)
-    text = str(told.value)
+    text = str(caught.value)
     assert text.startswith(str(path)) and "\n" not in text and ";" in text, text
     return text.removeprefix(str(path))
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_measured_is_named_with_the_reason(tmp_path: Path) -> Non
     assert "cannot be read as a video (No such file" in refused(tmp_path / "no.mp4")
 
 
-def test_a_change_of_size_is_told_with_its_frame(tmp_path: Path) -> None:
+def test_a_change_of_size_is_named_with_its_frame(tmp_path: Path) -> None:
     parts = [encode(tmp_path / f"{width}.ts", corner_clip(width=width)).read_bytes() for width in (48, 64)]
     (tmp_path / "joined.mp4").write_bytes(b"".join(parts))
     assert "changes its size at frame 12 from 48 x 32 to 64 x 32" in refused(tmp_path / "joined.mp4")
@@ -100,7 +100,7 @@ def test_a_change_of_size_is_told_with_its_frame(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.mp4", "faststart.mp4", "a.mkv", "a.webm", "a.avi"])
 @pytest.mark.parametrize("kept", [0.4, 0.7, 0.98])
-def test_a_cut_file_is_told_from_a_short_one(tmp_path: Path, name: str, kept: float) -> None:
+def test_a_cut_file_is_refused_and_a_short_one_is_not(tmp_path: Path, name: str, kept: float) -> None:
     codec = {"a.webm": "libvpx-vp9", "a.avi": "mpeg4"}.get(name, "libx264")
     options = {"movflags": "faststart"} if name == "faststart.mp4" else None
     path = encode(tmp_path / name, textured_clip(30), codec, options=options)
@@ -112,7 +112,7 @@ def test_a_cut_file_is_told_from_a_short_one(tmp_path: Path, name: str, kept: fl
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_flipped_bits_end_in_a_sentence_or_in_whole_frames(tmp_path: Path, name: str) -> None:
     path = encode(tmp_path / name, textured_clip(16))
-    whole, draw, told = path.read_bytes(), random.Random(0), 0
+    whole, draw, refusals = path.read_bytes(), random.Random(0), 0
     for _ in range(40):
         damaged = bytearray(whole)
         for place in draw.choices(range(len(whole)), k=4):
@@ -122,8 +122,8 @@ def test_flipped_bits_end_in_a_sentence_or_in_whole_frames(tmp_path: Path, name:
             shown(path)
         except ValueError as error:
             assert str(error).startswith(str(path))
-            told += 1
-    assert told > 10
+            refusals += 1
+    assert refusals > 10
 
 
 def test_damage_in_the_middle_is_not_painted_over(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_limits_of_size_and_length_are_said(tmp_path: Path, monkeypatch: pytest.
     assert "and 1000 a frame" in refused(path)
 
 
-def test_a_file_that_changes_between_two_passes_is_told(tmp_path: Path) -> None:
+def test_a_file_that_changes_between_two_passes_is_refused(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.mp4", corner_clip())
     video = open_video(path)
     encode(path, corner_clip(20))
@@ -232,3 +232,30 @@ def test_memory_holds_a_batch_of_frames_however_long_the_video(tmp_path: Path) -
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 2 * at_once * height * width * 3
+
+
+# The length that a container states: whole files have it, cut ones lack bytes of it
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv", "a.avi"])
+def test_a_whole_file_is_as_long_as_it_says(tmp_path: Path, name: str) -> None:
+    path = encode(tmp_path / name, corner_clip(), "mpeg4")
+    with path.open("rb") as file:
+        assert declared_bytes(file) == path.stat().st_size and file.tell() == 0
+
+
+def test_what_states_no_length_has_none_and_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for content in (b"", b"text", bytes(40), b"\x00\x00\x00\x01moov" + bytes(8), b"\x1a\x45\xdf\xa3\x01"):
+        path.write_bytes(content)
+        with path.open("rb") as file:
+            assert declared_bytes(file) == 0
+
+
+def test_what_follows_the_last_box_does_not_count(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", corner_clip())
+    size = path.stat().st_size
+    with path.open("ab") as file:
+        file.write(b"\x00\x00\x10\x00note")
+    with path.open("rb") as file:
+        assert declared_bytes(file) == size

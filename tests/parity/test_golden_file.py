@@ -36,7 +36,7 @@ def test_another_size_in_the_header_than_in_the_tensors_is_refused(path: Path) -
         if type(value) is not int or key in SEEN_IN_RESULTS | IRRELEVANT:
             continue
         if key in ("frames_per_chunk", "num_heads") and golden.kind == "causal":
-            continue  # held against the shapes of the noise and of the recorded cache, in the replay
+            continue  # compared with the shapes of the noise and of the recorded cache, in the replay
         for other in (value + 1, 2 * value, 2**20):
             golden.header = header | {key: other}
             with pytest.raises(ValueError, match=f"state[sd] {key} (is )?{other}"):
@@ -56,7 +56,7 @@ def changed(source: Path, path: Path, change: Callable[[dict[str, Tensor]], obje
 
 
 @pytest.mark.parametrize(
-    ("source", "change", "told"),
+    ("source", "change", "message"),
     [
         (VAE, lambda tensors: tensors.update({"t.more": torch.ones(1)}), "it has t.more, which a vae file"),
         (VAE, lambda tensors: tensors.update({"more": torch.ones(1)}), "it has .*more, neither w"),
@@ -80,9 +80,9 @@ def changed(source: Path, path: Path, change: Callable[[dict[str, Tensor]], obje
     ],
 )  # fmt: skip
 def test_tensors_that_no_replay_can_use_are_refused(
-    source: Path, change: Callable, told: str, tmp_path: Path
+    source: Path, change: Callable, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         opened(changed(source, tmp_path / "changed.safetensors", change))
 
 

@@ -66,7 +66,7 @@ def test_a_replay_guesses_nothing_that_is_missing(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"colour": 1}, "has 'colour', which a causal file has not"),
         ({"vocab": 384}, "has 'vocab', which a causal file has not"),
@@ -81,8 +81,8 @@ def test_a_replay_guesses_nothing_that_is_missing(key: str) -> None:
         ({"seed": -1}, "seed -1; it must be a whole number from 0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_by_a_sentence(values: dict, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_what_cannot_be_is_refused_by_a_sentence(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read(header_of(GOLDEN / "ema_sink.safetensors") | values)
 
 

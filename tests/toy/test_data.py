@@ -31,9 +31,9 @@ def test_clips_begin_at_chunks_and_bring_their_own_text():
     assert 0.4 < (starts == 0).float().mean() < 0.6
     assert ((clips[:, 0, :, 0, 0] - clips[:, 0, :1, 0, 0]) == torch.arange(9)).all()
     videos = (clips[:, 0, 0, 0, 0] // 100).long()
-    told = states[:, 0, 0]
-    assert ((told == 0) | (told.abs() == DATA.text_rows[videos] + 1)).all()
-    shares = [(told > 0).float().mean(), (told < 0).float().mean(), (told == 0).float().mean()]
+    kinds = states[:, 0, 0]
+    assert ((kinds == 0) | (kinds.abs() == DATA.text_rows[videos] + 1)).all()
+    shares = [(kinds > 0).float().mean(), (kinds < 0).float().mean(), (kinds == 0).float().mean()]
     assert all(abs(share - wanted) < 0.08 for share, wanted in zip(shares, (0.6, 0.3, 0.1), strict=True))
 
 

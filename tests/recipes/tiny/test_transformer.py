@@ -9,6 +9,7 @@ from recipes.tiny.transformer import (
     LAYOUTS,
     OPENING,
     START,
+    ChunkedAttentionOps,
     Segment,
     TransformerStage,
     _loss,
@@ -19,6 +20,7 @@ from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import PRESETS, CacheConfig, EngineConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
+from rfengine.ops import REFERENCE_OPS
 from rfengine.toy.data import LatentDataset
 from rfengine.training.parallel import Ranks
 
@@ -158,3 +160,28 @@ def test_training_lowers_the_loss_and_continues_where_it_stopped(tmp_path):
     resumed, again = trained(101), trained(101)  # the second finds nothing left to do
     assert any(not torch.equal(resumed[name], value) for name, value in model.state_dict().items())
     assert all(torch.equal(again[name], value) for name, value in resumed.items())
+
+
+def assert_agree(query_tokens: int, key_tokens: int, chunk_tokens: int, mask: torch.Tensor | None) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, tokens, 3, 10) for tokens in (query_tokens, key_tokens, key_tokens)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    upstream = torch.randn(shapes[0], dtype=torch.float64)
+    found = ChunkedAttentionOps(chunk_tokens).clip_attention(*inputs, mask)
+    expected = REFERENCE_OPS.clip_attention(*inputs, mask)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_and_gradients_are_those_of_masked_attention(layout: tuple[Segment, ...]):
+    assert_agree(7 * len(layout), 7 * len(layout), 7, layout_mask(layout, 7))
+
+
+def test_without_a_mask_every_key_is_seen():
+    assert_agree(12, 5, 4, None)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rfengine.evaluation.report import bootstrap_mean
-from studies.toy.record import read_records
-from studies.toy.tables import LEAST_MARKED, render, summary
+from rfengine.evaluation.report import Interval, bootstrap_mean
+from studies.toy.record import Record, read_records
+from studies.toy.tables import LEAST_MARKED, measure, render, tables
 
-CLIPS, SINKS = "DMD against Re-DMD", "Sinks"
-EVICTION = "Trained with eviction against without"
+FULL, PAIRED = "Full captions", "Paired differences, full captions"
+EVICTION = "Paired differences, re_dmd_0.5 minus no_eviction, 60 s"
 Values = dict[tuple[int, int], dict[str, float]]
 
 
@@ -55,6 +55,15 @@ def rows_of(text: str, title: str) -> dict[str, list[str]]:
     return {row: rest for row, *rest in cells}
 
 
+def intervals(records: list[Record], title: str) -> dict[str, dict[str, Interval]]:
+    """The numbers of one table by row and column, where there are any."""
+    (table,) = [table for table in tables(records) if table.title == title]
+    measured = {
+        row: {name: measure(samples, name) for name in table.columns} for row, samples in table.rows.items()
+    }
+    return {row: {name: one for name, one in found.items() if one} for row, found in measured.items()}
+
+
 def note_of(text: str, title: str) -> str:
     part = text.split(f"### {title}\n", 1)[1].split("\n#")[0]
     (note,) = [line for line in part.splitlines() if line.startswith("n, clusters")]
@@ -65,10 +74,10 @@ def test_sampling_seeds_of_a_prompt_are_one_cluster(tmp_path: Path) -> None:
     first = {(0, seed): {"reward": value} for seed, value in enumerate((0.0, 0.1, 0.2, 0.3))}
     write_clips(tmp_path, "dmd", first | {(1, 0): {"reward": 1.0}})
     records = read_records(tmp_path)
-    found = summary(records)[CLIPS]["full"]["dmd"]["reward"]
+    found = intervals(records, FULL)["dmd"]["reward"]
     expected = bootstrap_mean([0.15, 1.0])  # not the 0.32 of five single videos
-    assert found["mean"] == pytest.approx(0.575) and found["count"] == 2
-    assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    assert found.mean == pytest.approx(0.575) and found.count == 2
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
     assert (
         note_of(render(records), "Full captions") == "n, clusters x sampling seeds: 2 x 1 to 4 in every row."
     )
@@ -79,12 +88,12 @@ def test_training_seeds_are_pooled_as_clusters_of_their_own(tmp_path: Path) -> N
     write_clips(tmp_path, "dmd_seed1", rewards(0.4, 1.0))
     write_clips(tmp_path, "re_dmd_0.5", rewards(0.1, 0.3))
     write_clips(tmp_path, "re_dmd_0.5_seed2", rewards(9.0, 9.0))  # no dmd of this training seed
-    found = summary(read_records(tmp_path))[CLIPS]
-    assert found["full"].keys() == {"dmd", "re_dmd_0.5"}
-    assert found["full"]["dmd"]["reward"]["mean"] == pytest.approx(0.4)
-    assert found["full"]["dmd"]["reward"]["count"] == 4
-    paired = found["full, differences"]["re_dmd_0.5 minus dmd"]["reward"]
-    assert paired["mean"] == pytest.approx(0.1) and paired["count"] == 2
+    records = read_records(tmp_path)
+    found = intervals(records, FULL)
+    assert found.keys() == {"dmd", "re_dmd_0.5"}
+    assert found["dmd"]["reward"].mean == pytest.approx(0.4) and found["dmd"]["reward"].count == 4
+    paired = intervals(records, PAIRED)["re_dmd_0.5 minus dmd"]["reward"]
+    assert paired.mean == pytest.approx(0.1) and paired.count == 2
 
 
 def test_pairing_finds_a_difference_that_prompts_would_hide(tmp_path: Path) -> None:
@@ -93,13 +102,13 @@ def test_pairing_finds_a_difference_that_prompts_would_hide(tmp_path: Path) -> N
     write_clips(tmp_path, "dmd", rewards(*spread))
     write_clips(tmp_path, "re_dmd_0.5", rewards(*(a + b for a, b in zip(spread, gains, strict=True))))
     records = read_records(tmp_path)
-    found = summary(records)[CLIPS]
-    paired = found["full, differences"]["re_dmd_0.5 minus dmd"]["reward"]
+    found = intervals(records, FULL)
+    paired = intervals(records, PAIRED)["re_dmd_0.5 minus dmd"]["reward"]
     expected = bootstrap_mean(gains)
-    assert paired["mean"] == pytest.approx(0.02)
-    assert (paired["low"], paired["high"]) == pytest.approx((expected.low, expected.high))
-    apart = found["full"]["re_dmd_0.5"]["reward"], found["full"]["dmd"]["reward"]
-    assert apart[0]["low"] < apart[1]["high"]  # unpaired, the intervals overlap
+    assert paired.mean == pytest.approx(0.02)
+    assert (paired.low, paired.high) == pytest.approx((expected.low, expected.high))
+    # unpaired, the intervals overlap
+    assert found["re_dmd_0.5"]["reward"].low < found["dmd"]["reward"].high
     cell = rows_of(render(records), "Paired differences, full captions")["re_dmd_0.5 minus dmd"][0]
     assert cell.startswith("**+0.020** [+0.0")
 
@@ -115,9 +124,9 @@ def test_only_videos_that_both_models_have_are_paired(tmp_path: Path) -> None:
     write_clips(tmp_path, "re_dmd_0.2", mine)
     write_clips(tmp_path, "dmd", theirs)
     records = read_records(tmp_path)
-    paired = summary(records)[CLIPS]["full, differences"]["re_dmd_0.2 minus dmd"]
-    assert paired["reward"]["mean"] == pytest.approx((0.5 + 0.3) / 2) and paired["reward"]["count"] == 2
-    assert paired["agreement"] == {"mean": 0.25, "low": None, "high": None, "count": 1}
+    paired = intervals(records, PAIRED)["re_dmd_0.2 minus dmd"]
+    assert paired["reward"].mean == pytest.approx((0.5 + 0.3) / 2) and paired["reward"].count == 2
+    assert paired["agreement"] == Interval(0.25, None, None, 1)
     text = render(records)
     title = "Paired differences, full captions"
     assert rows_of(text, title)["re_dmd_0.2 minus dmd"][1] == "+25.0"
@@ -151,7 +160,7 @@ def test_missing_values_leave_their_cells_columns_and_rows_out(tmp_path: Path) -
     assert note_of(text, "Full captions") == (
         "n, clusters x sampling seeds: start: 2 x 1; dmd: 3 x 1, colour 2 x 1, shape 1 x 1."
     )
-    assert "Open captions" not in text and "Paired" not in text.split("## ", 1)[1] and SINKS not in text
+    assert "Open captions" not in text and "Paired" not in text.split("## ", 1)[1] and "Sinks" not in text
 
 
 def test_fidelity_is_a_mean_over_sampling_seeds_with_its_range(tmp_path: Path) -> None:
@@ -163,8 +172,7 @@ def test_fidelity_is_a_mean_over_sampling_seeds_with_its_range(tmp_path: Path) -
     assert note_of(text, "Full captions").endswith("1 x 1, fidelity from 3 values in every row.")
     paired = rows_of(text, "Paired differences, full captions")["re_dmd_0.5 minus dmd"][1]
     assert paired == "-0.15 (-0.3 to -0.05)"  # -0.10, -0.05, -0.30; never bold
-    found = summary(records)[CLIPS]["full"]["dmd"]["fidelity"]
-    assert found == {"mean": pytest.approx(0.4), "low": 0.3, "high": 0.5, "count": 3}
+    assert intervals(records, FULL)["dmd"]["fidelity"] == Interval(pytest.approx(0.4), 0.3, 0.5, 3)
 
 
 def test_models_columns_and_pairs_stand_in_the_order_of_the_study(tmp_path: Path) -> None:
@@ -233,8 +241,8 @@ def test_sinks_stand_below_true_videos_and_are_paired(tmp_path: Path) -> None:
     }
     expected["ema_0.9_bf16 minus ema_0.9"] = 0.3
     assert list(rows_of(text, "Paired differences, re_dmd_0.5, 60 s")) == ["", *expected]
-    paired = summary(records)[SINKS]["re_dmd_0.5"]["60s, differences"]
-    assert {row: cells["reward"]["mean"] for row, cells in paired.items()} == pytest.approx(expected)
+    paired = intervals(records, "Paired differences, re_dmd_0.5, 60 s")
+    assert {row: cells["reward"].mean for row, cells in paired.items()} == pytest.approx(expected)
 
 
 def test_eviction_is_compared_for_the_sinks_that_both_models_have(tmp_path: Path) -> None:
@@ -243,20 +251,12 @@ def test_eviction_is_compared_for_the_sinks_that_both_models_have(tmp_path: Path
     write_streams(tmp_path, "no_eviction", "frozen", rewards(0.1, 0.4))
     write_streams(tmp_path, "no_eviction", "none", rewards(0.3))
     write_streams(tmp_path, "world", "true", rewards(1.0))
-    found = summary(read_records(tmp_path))[EVICTION]["60s"]
+    found = intervals(read_records(tmp_path), EVICTION)
     assert list(found) == ["none", "frozen"]
-    assert found["none"]["reward"] == {"mean": pytest.approx(-0.1), "low": None, "high": None, "count": 1}
-    assert found["frozen"]["reward"]["mean"] == pytest.approx((0.4 + 0.2) / 2)
-
-
-def test_summary_is_json_and_the_folder_may_hold_it(tmp_path: Path) -> None:
-    write_clips(tmp_path, "dmd", rewards(0.25, 0.75))
-    (tmp_path / "summary.json").write_text(json.dumps(summary(read_records(tmp_path)), allow_nan=False))
-    again = json.loads((tmp_path / "summary.json").read_text())
-    assert again[CLIPS]["full"]["dmd"]["reward"]["mean"] == 0.5
-    assert len(read_records(tmp_path)) == 1
+    assert found["none"]["reward"] == Interval(pytest.approx(-0.1), None, None, 1)
+    assert found["frozen"]["reward"].mean == pytest.approx((0.4 + 0.2) / 2)
 
 
 def test_no_record_is_said_in_a_sentence(tmp_path: Path) -> None:
     assert read_records(tmp_path) == []
-    assert "No record is there yet." in render([]) and summary([]) == {}
+    assert "No record is there yet." in render([])
