@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
 from rfengine.files import file_sha256, json_object, locked, read_text, write_text
-from rfengine.training.learner import WeightAverage
 from rfengine.training.parallel import Ranks
+from rfengine.training.stages import TrainingStage
 
 logger = logging.getLogger(__name__)
 
@@ -43,25 +43,19 @@ class TrainState:
     Random draws are keyed by the step (see stages.py), so no generator is kept.
     """
 
-    def __init__(
-        self,
-        models: Mapping[str, nn.Module],
-        optimizers: Mapping[str, Sequence[torch.optim.Optimizer]],
-        averages: Mapping[str, WeightAverage],
-    ) -> None:
-        self.models, self.optimizers, self.averages = dict(models), dict(optimizers), dict(averages)
-        self.step = 0
+    def __init__(self, stage: TrainingStage) -> None:
+        self.stage, self.step = stage, 0
 
     def weights(self) -> dict[str, Tensor]:
         """The weights of the models and of the averages by name, by reference."""
         values = {
             f"weights.{name}.{key}": value
-            for name, model in self.models.items()
+            for name, model in self.stage.models.items()
             for key, value in model.state_dict().items()
         }
         return values | {
             f"average.{name}.{key}": value
-            for name, average in self.averages.items()
+            for name, average in self.stage.averages.items()
             for key, value in average.values.items()
         }
 
@@ -69,7 +63,7 @@ class TrainState:
         """The moments of the optimizers by name, by reference; there are none before the first update."""
         return {
             f"moments.{name}.{number}.{row}.{key}": value
-            for name, optimizers in self.optimizers.items()
+            for name, optimizers in self.stage.optimizers.items()
             for number, optimizer in enumerate(optimizers)
             for row, values in optimizer.state_dict()["state"].items()
             for key, value in values.items()
@@ -88,10 +82,10 @@ class TrainState:
         for full_name, parts in shards.items():
             if full_name.startswith("moments."):
                 _, name, number, row, key = full_name.split(".")
-                parameter = _parameters(self.optimizers[name][int(number)])[int(row)]
+                parameter = _parameters(self.stage.optimizers[name][int(number)])[int(row)]
                 rows = states.setdefault((name, int(number)), {})
                 rows.setdefault(int(row), {})[key] = _whole(parts, parameter)
-        for name, optimizers in self.optimizers.items():
+        for name, optimizers in self.stage.optimizers.items():
             for number, optimizer in enumerate(optimizers):
                 groups = optimizer.state_dict()["param_groups"]
                 state = states.get((name, number), {})

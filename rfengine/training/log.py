@@ -61,10 +61,7 @@ def keep_until(path: Path, step: int) -> None:
 class TrainingLog:
     """A line of JSON a step, the same to TensorBoard where it is installed, and a progress bar."""
 
-    def __init__(self, directory: Path, writes: bool, title: str, steps: int, step: int) -> None:
-        self._writes = writes
-        if not writes:
-            return
+    def __init__(self, directory: Path, title: str, steps: int, step: int) -> None:
         from tqdm import tqdm
 
         keep_until(directory / LOG_FILE, step)
@@ -77,19 +74,13 @@ class TrainingLog:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step or None)
         self._bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=None)
 
-    def __enter__(self) -> TrainingLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._writes:
-            self._file.close()
-            self._bar.close()
-            if self._board is not None:
-                self._board.close()
+    def close(self) -> None:
+        self._file.close()
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
 
     def write(self, step: int, figures: Figures) -> None:
-        if not self._writes:
-            return
         rounded = {name: round(value, 6) for name, value in figures.items()}
         self._file.write(json.dumps({"step": step} | rounded) + "\n")
         self._file.flush()
@@ -97,5 +88,6 @@ class TrainingLog:
             for name, value in figures.items():
                 self._board.add_scalar(name, value, step)
         self._bar.update()
-        losses = {name: f"{value:.3g}" for name, value in figures.items() if name.endswith("loss")}
-        self._bar.set_postfix(losses)
+        self._bar.set_postfix(
+            {name: f"{value:.3g}" for name, value in figures.items() if name.endswith("loss")}
+        )

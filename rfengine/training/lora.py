@@ -1,8 +1,8 @@
 """LoRA adapters that a student or a critic is trained by, in place of its weights.
 
 They sit on the ten linears of every block that LongLive's LoRA covers: q, k, v and o of both attentions and
-both of the feed-forward , each y = W x + b + up down x, scale 1. The matrices are parametrizations
-of the weights, so every op reads the merged weight W + up @ down and none knows of them. B batch.
+both of the feed-forward, each y = W x + b + up down x, scale 1. The matrices are parametrizations of the
+weights, so every op reads the merged weight W + up @ down and none knows of them. B batch.
 
 While it trains a model's state holds, for each of those weights, `<layer>.parametrizations.weight.original`,
 `<layer>.parametrizations.weight.0.down` [rank, in] and `.0.up` [out, rank]. merged_weights gives the plain
@@ -43,14 +43,9 @@ def add_adapters(model: WanDiT, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
     for block in model.blocks:
-        for layer in adapted_layers(block):
+        for layer in [module for module in block.modules() if isinstance(module, nn.Linear)]:
             adapter = LowRank(layer.weight, rank, generator)
             parametrize.register_parametrization(layer, "weight", adapter, unsafe=True)
-
-
-def adapted_layers(block: nn.Module) -> list[nn.Linear]:
-    """The ten linears of a block, in the order of its modules."""
-    return [module for module in block.modules() if isinstance(module, nn.Linear)]
 
 
 def merged_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,28 +32,17 @@ class TrainedScore:
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The score, and all scores by such names, float32 [B] each on the device of the frames.
 
-        Raises ValueError for scores that are not one for each video, or not finite.
+        Raises ValueError for scores that are not finite.
         """
-        owner = self.name.split(".")[0]
-        parts = {
-            f"{owner}.{name}": _checked(f"{owner}.{name}", values, len(frames)).to(frames.device)
-            for name, values in self.reward(frames, prompts).items()
-        }
+        owner, parts = self.name.split(".")[0], {}
+        for name, values in self.reward(frames, prompts).items():
+            if bad := (~values.isfinite()).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"{owner}.{name} is {values[bad[0]].item()} for video {bad[0]} of the batch; a score is "
+                    "finite"
+                )
+            parts[f"{owner}.{name}"] = values.detach().float().to(frames.device)
         return parts[self.name], parts
-
-
-def _checked(name: str, values: Tensor, count: int) -> Tensor:
-    if values.shape != (count,):
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)} for {count} videos; a reward gives one score each"
-        )
-    values = values.detach().float()
-    bad = (~values.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"{name} is {values[bad[0]].item()} for video {bad[0]} of the batch; a score is finite"
-        )
-    return values
 
 
 def motion_reward(frames: Tensor, prompts: Sequence[str], fps: float = 16.0) -> dict[str, Tensor]:

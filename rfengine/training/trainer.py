@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -53,7 +53,7 @@ class Trainer:
     ) -> None:
         self.config, self.stage, self.directory, self.ranks = config, stage, directory, ranks
         self._sample, self.on_step = sample, on_step
-        self.state = TrainState(stage.models, stage.optimizers, stage.averages)
+        self.state = TrainState(stage)
         identity = {name: value for name, value in to_dict(config).items() if name not in _MAY_DIFFER}
         self.checkpoints = CheckpointDirectory(directory, identity, config.keep)
         if self.checkpoints.restore(self.state):
@@ -68,9 +68,11 @@ class Trainer:
         sentence, and a checkpoint of the last whole step is there to resume from.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        first, config = self.ranks.rank == 0, self.config
-        log = TrainingLog(self.directory, first, config.name, config.steps, self.state.step)
-        with self._signals(), log:
+        with self._signals(), ExitStack() as stack:
+            log = None
+            if self.ranks.rank == 0:
+                log = TrainingLog(self.directory, self.config.name, self.config.steps, self.state.step)
+                stack.callback(log.close)
             while self.state.step < self.config.steps and not self._stop:
                 self._step(log)
             self.checkpoints.save(self.state, wait=True)
@@ -83,12 +85,13 @@ class Trainer:
             message = f"{reason} {how}, at step {self.state.step} of {self.config.steps}"
             raise KeyboardInterrupt(message) if self.interrupted else RuntimeError(message)
 
-    def _step(self, log: TrainingLog) -> None:
+    def _step(self, log: TrainingLog | None) -> None:
         started = time.perf_counter()
         figures = self.stage.update(self.state.step)
         self.state.step += 1
         step = self.state.step
-        log.write(step, figures | {"seconds": time.perf_counter() - started})
+        if log is not None:
+            log.write(step, figures | {"seconds": time.perf_counter() - started})
         reason = self.on_step(step, figures) if self.on_step is not None else None
         self._stop = self.ranks.agreed(reason or self._stop)
         if step % self.config.save_every == 0 and step < self.config.steps:

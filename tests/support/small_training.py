@@ -99,9 +99,9 @@ def run_small(rank: int, directory: Path, config: TrainConfig, result: Path) -> 
     trainer = small_trainer(directory, config)
     trainer.run()
     found = {}
-    for name, model in trainer.state.models.items():
+    for name, model in trainer.stage.models.items():
         found |= {f"{name}.{key}": value for key, value in full_tensors(model.state_dict()).items()}
-    for name, average in trainer.state.averages.items():
+    for name, average in trainer.stage.averages.items():
         found |= {f"{name}_average.{key}": value for key, value in full_tensors(average.values).items()}
     if rank == 0:
         torch.save(found | {"step": torch.tensor(trainer.state.step)}, result)

@@ -14,17 +14,20 @@ import torch
 from torch import nn
 
 from rfengine.training.checkpoints import CheckpointDirectory, TrainState, locked_run
-from rfengine.training.learner import WeightAverage
+from rfengine.training.config import AdamConfig
+from rfengine.training.learner import Learner, WeightAverage
+from rfengine.training.parallel import Ranks
+from rfengine.training.stages import TrainingStage
 
 IDENTITY = {"name": "small", "betas": (0.0, 0.5), "seed": 0}
 
 
-def small_state(step: int = 0) -> TrainState:
-    model = nn.Linear(8, 8)
+def small_state(step: int = 0, size: int = 8) -> TrainState:
+    model = nn.Linear(size, size)
     with torch.no_grad():
         model.weight.fill_(float(step))
-    optimizer = torch.optim.AdamW(model.parameters())
-    state = TrainState({"student": model}, {"student": (optimizer,)}, {"student": WeightAverage(model, 0.5)})
+    learner = Learner("student", model, AdamConfig(1e-3), 1, 1, Ranks())
+    state = TrainState(TrainingStage((learner,), {"student": WeightAverage(model, 0.5)}))
     state.step = step
     return state
 
@@ -75,7 +78,7 @@ def test_the_one_before_a_damaged_checkpoint_is_taken_with_a_warning(
     state = small_state()
     assert checkpoints(run).restore(state)
     assert state.step == 1
-    assert float(state.models["student"].weight[0, 0].detach()) == 1.0
+    assert float(state.stage.models["student"].weight[0, 0].detach()) == 1.0
     assert f"step_00000002 is damaged: its {'run.json' if name == 'run.json' else 'file'}" in caplog.text
     assert "step_00000001 is taken, and the damaged one is kept as step_00000002.damaged" in caplog.text
     assert sorted(os.listdir(run / "checkpoints")) == ["step_00000001", "step_00000002.damaged"]
@@ -125,7 +128,5 @@ def test_a_checkpoint_of_an_earlier_format_is_refused(run: Path) -> None:
 
 
 def test_tensors_of_another_model_are_damage(run: Path) -> None:
-    other = nn.Linear(4, 4)
-    state = TrainState({"student": other}, {"student": (torch.optim.AdamW(other.parameters()),)}, {})
     with pytest.raises(ValueError, match="none of the 2 .* is whole: of step_00000002, it cannot be read"):
-        checkpoints(run).restore(state)
+        checkpoints(run).restore(small_state(size=4))

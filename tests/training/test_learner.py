@@ -8,6 +8,7 @@ from rfengine.training.checkpoints import CheckpointDirectory, TrainState
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Learner, WeightAverage
 from rfengine.training.parallel import Ranks
+from rfengine.training.stages import TrainingStage
 
 ADAM = AdamConfig(1e-2, betas=(0.9, 0.98), warm_up=2)
 
@@ -49,13 +50,13 @@ def test_an_update_uses_each_optimizer_at_its_share_of_its_own_peak():
 
 def test_a_checkpoint_of_two_optimizers_resumes_bit_by_bit(tmp_path):
     whole = two_optimizers()
-    state = TrainState({"small": whole.model}, {"small": whole.optimizers}, {})
+    state = TrainState(TrainingStage((whole,), {}))
     for update in range(4):
         learn(whole, update)
         if update == 1:
             CheckpointDirectory(tmp_path, {}, 1).save(state, wait=True)
     resumed = two_optimizers()
-    state = TrainState({"small": resumed.model}, {"small": resumed.optimizers}, {})
+    state = TrainState(TrainingStage((resumed,), {}))
     assert CheckpointDirectory(tmp_path, {}, 1).restore(state)
     for update in (2, 3):
         learn(resumed, update)

@@ -49,8 +49,6 @@ def test_scores_have_no_gradient():
 @pytest.mark.parametrize(
     ("scores", "name", "sentence"),
     [
-        ({"a": [1.0, 2.0, 3.0]}, "one.a", r"shape \(3,\) for 2 videos"),
-        ({"a": [[1.0], [2.0]]}, "one.a", r"shape \(2, 1\) for 2 videos"),
         ({"a": [1.0, float("nan")]}, "one.a", "one.a is nan for video 1"),
         ({"a": [1.0, 2.0], "b": [float("-inf"), 0.0]}, "one.a", "one.b is -inf for video 0"),
     ],

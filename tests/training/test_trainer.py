@@ -54,12 +54,12 @@ def dmd_trainer(directory, config: TrainConfig = DMD, **options) -> Trainer:
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     found = {}
-    for name, model in trainer.state.models.items():
+    for name, model in trainer.stage.models.items():
         found |= {f"{name}.{key}": value for key, value in model.state_dict().items()}
-        (optimizer,) = trainer.state.optimizers[name]
+        (optimizer,) = trainer.stage.optimizers[name]
         moments = optimizer.state_dict()["state"]
         found |= {f"{name}.{i}.{key}": torch.as_tensor(v) for i, s in moments.items() for key, v in s.items()}
-    for name, average in trainer.state.averages.items():
+    for name, average in trainer.stage.averages.items():
         found |= {f"{name}_average.{key}": value for key, value in average.values.items()}
     return found
 
@@ -184,8 +184,8 @@ def test_student_learns_in_every_second_step_and_its_average_follows(whole_run, 
     assert [("student_loss" in line) for line in lines] == [False, True, False, True, False, True, False]
     assert all("critic_loss" in line for line in lines)
     assert all("distance" in line for line in lines if "student_loss" in line)
-    student = whole_run.state.models["student"].state_dict()
-    average = whole_run.state.averages["student"].values
+    student = whole_run.stage.models["student"].state_dict()
+    average = whole_run.stage.averages["student"].values
     assert any(not torch.equal(student[name], average[name]) for name in student)
 
 
