@@ -88,8 +88,7 @@ def add_lora(transformer: dict[str, StoredTensor], lora: LoraFile) -> None:
     contradictory, and, once a tensor is read, for values that are not finite.
     """
     layers = parse_lora(lora.tensors, transformer.keys(), lora.label)
-    _check_dtypes(layers, lora)
-    _check_shapes(transformer, layers, lora)
+    _check_tensors(transformer, layers, lora)
     _check_whole(layers, lora)
     scales = _scales(layers, lora)
     for target, names in layers.items():
@@ -98,37 +97,29 @@ def add_lora(transformer: dict[str, StoredTensor], lora: LoraFile) -> None:
     logger.info("%s: merging %d tensors, %d of them by pairs", lora.label, len(layers), len(scales))
 
 
-def _check_dtypes(layers: Mapping[str, LoraNames], lora: LoraFile) -> None:
-    wrong = [
-        f"{name} {lora.tensors[name].dtype}"
-        for names in layers.values()
-        for name in (names.down, names.up, names.up_bias, names.diff, names.whole)
-        if name is not None and not lora.tensors[name].dtype.is_floating_point
-    ]
-    if wrong:
-        raise ValueError(
-            f"{lora.label} holds {list_names(wrong)} where floating-point numbers are expected; quantized "
-            "adapters are not merged, so give it in BF16, F16 or F32"
-        )
-
-
-def _check_shapes(
-    transformer: Mapping[str, StoredTensor],
-    layers: Mapping[str, LoraNames],
-    lora: LoraFile,
+def _check_tensors(
+    transformer: Mapping[str, StoredTensor], layers: Mapping[str, LoraNames], lora: LoraFile
 ) -> None:
-    empty, misfits = [], []
+    """Raises ValueError for matrices and differences of integers, without values, or of other shapes."""
+    integers, empty, misfits = [], [], []
     for target, names in layers.items():
-        shape = transformer[target].shape
+        shape, pair = transformer[target].shape, (names.down, names.up)
+        for name in (*pair, names.up_bias, names.diff, names.whole):
+            if name is not None and not lora.tensors[name].dtype.is_floating_point:
+                integers.append(f"{name} {lora.tensors[name].dtype}")
+            if name is not None and name not in pair and lora.tensors[name].shape != shape:
+                misfits.append(f"{target} {shape} by {name} {lora.tensors[name].shape}")
         if names.down is not None and names.up is not None:
             up, down = lora.tensors[names.up].shape, lora.tensors[names.down].shape
             if 0 in (*up, *down):
                 empty.append(f"{target} by {up} x {down}")
             elif not _fits(shape, up, down):
                 misfits.append(f"{target} {shape} by {up} x {down}")
-        for name in (names.up_bias, names.diff, names.whole):
-            if name is not None and lora.tensors[name].shape != shape:
-                misfits.append(f"{target} {shape} by {name} {lora.tensors[name].shape}")
+    if integers:
+        raise ValueError(
+            f"{lora.label} holds {list_names(integers)} where floating-point numbers are expected; quantized "
+            "adapters are not merged, so give it in BF16, F16 or F32"
+        )
     if empty:
         raise ValueError(
             f"{lora.label} has matrices of rank 0 or without values for {list_names(empty)}; get it again"
