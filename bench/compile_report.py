@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 if __name__ == "__main__":  # a checkout that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -35,11 +35,12 @@ from bench.absent_gpu import ARCHITECTURES, KILO, Architecture, ArchitectureName
 from bench.kernel_cases import KernelCase, chosen_cases
 from bench.kernel_inputs import Draw
 from rfengine.cli.process import run_script
-from rfengine.config import PRESETS, DTypeName
+from rfengine.config import PRESETS
 from rfengine.costs.shapes import Shapes
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MODEL = "wan-1.3b"
 REGISTERS = 65536  # of one multiprocessor, on every architecture here
 
 
@@ -55,12 +56,6 @@ class Options:
     """Print JSON instead of a table."""
     cache: Path | None = None
     """Fill this Triton cache, and print no report."""
-    model: Literal["tiny", "wan-1.3b", "wan-14b"] = "wan-1.3b"
-    """Whose kernels, with --cache."""
-    dtype: DTypeName = "bfloat16"
-    """Precision of the weights, with --cache."""
-    golden: tuple[Path, ...] | None = None
-    """Golden files whose kernels are compiled as well, with --cache; all where nothing is given."""
 
 
 def compile_case(case: KernelCase, arch: str, shapes: Shapes) -> list[dict[str, Any]]:
@@ -152,18 +147,18 @@ def _line(launch: dict[str, Any]) -> str:
     )
 
 
-def fill(options: Options, cache: Path) -> None:
-    """Fill a Triton cache and say what is in it."""
+def fill(archs: tuple[ArchitectureName, ...], cache: Path) -> None:
+    """Fill a Triton cache with the kernels of MODEL and of the golden files, and say what is in it."""
     from bench.compile_ahead import fill_cache
 
     os.environ["TRITON_CACHE_DIR"] = str(cache.resolve())
-    golden = sorted(GOLDEN.glob("*.safetensors")) if options.golden is None else list(options.golden)
-    for arch in options.arch:
-        made, seconds = fill_cache(cache, arch, PRESETS[options.model], getattr(torch, options.dtype), golden)
+    golden = sorted(GOLDEN.glob("*.safetensors"))
+    for arch in archs:
+        made, seconds = fill_cache(cache, arch, PRESETS[MODEL], torch.bfloat16, golden)
         size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
         print(
-            f"{arch}, Triton {triton.__version__}: {made} kernels of {options.model} in {options.dtype} and "
-            f"of {len(golden)} golden files compiled in {seconds:.1f} s; {cache} holds {size / 1e6:.1f} MB"
+            f"{arch}, Triton {triton.__version__}: {made} kernels of {MODEL} in bfloat16 and of "
+            f"{len(golden)} golden files compiled in {seconds:.1f} s; {cache} holds {size / 1e6:.1f} MB"
         )
 
 
@@ -172,7 +167,7 @@ def run(options: Options) -> int:
         raise RuntimeError("TRITON_INTERPRET is set, so nothing is compiled; unset it")
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
     if options.cache is not None:
-        fill(options, options.cache)
+        fill(options.arch, options.cache)
         return 0
     shapes = Shapes()
     launches, failures = [], []

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from rfengine.config import Backend
+from rfengine.cuda_graph import made_current
 from rfengine.ops.table import op_of
 from rfengine.tuning.attention_probe import probe_candidates
 from rfengine.tuning.candidates import FOLDED, FOLDS_GATE, Case, TuningCase
@@ -93,7 +94,7 @@ def _require_right(case: TuningCase, backend: str, cache: TuningCache) -> None:
     trials = Trials(cache)
     known = trials.verdict(case.key, backend) or cache.find(case.key)
     if known is None:
-        with torch.no_grad(), _current(case.device), trials.running(case.key, backend):
+        with torch.no_grad(), made_current(case.device), trials.running(case.key, backend):
             problem = _attempt(case, backend, lambda: _check(case, backend, _seeded(case)), trials)
         known = trials.judge(case.key, backend, problem)
     if backend in known.refused:
@@ -153,7 +154,7 @@ def decide(
     Raises RuntimeError where all of them fail or are wrong, LostDeviceError where one breaks the device.
     """
     refused = dict(left_out or {}) | (trials.refused(case.key) if trials else {})
-    with torch.no_grad(), _current(case.device):
+    with torch.no_grad(), made_current(case.device):
         samplers = _prepare(case, timer or graph_sampler, refused, trials)
         times = _sample(case, samplers, refused, trials)
     if case.device.type == "cuda":
@@ -165,10 +166,6 @@ def decide(
     backend, reason = choose(times, case.default)
     notes = [reason, *(f"{name} refused: {problem}" for name, problem in refused.items())]
     return Decision(case.key, backend, "; ".join(notes), times, refused)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _seeded(case: TuningCase) -> torch.Generator:
