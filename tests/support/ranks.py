@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 
+_SHARED_IMPORTS = ("rfengine.training.distillation", "rfengine.training.trainer")  # once for all processes
+
 
 def run_ranks(function: Callable[..., None], count: int, *arguments: object) -> None:
-    """Call `function(rank, *arguments)` in `count` processes of one thread, and wait; its module is imported
-    once for all."""
+    """Call `function(rank, *arguments)` in `count` processes of one thread, and wait."""
     with tempfile.TemporaryDirectory() as directory:
         meeting = (Path(directory) / "meeting").as_uri()
-        torch.multiprocessing.get_context("forkserver").set_forkserver_preload([function.__module__])
+        torch.multiprocessing.get_context("forkserver").set_forkserver_preload(list(_SHARED_IMPORTS))
         torch.multiprocessing.start_processes(
             _start, (function, count, meeting, arguments), nprocs=count, start_method="forkserver"
         )

@@ -45,7 +45,7 @@ DMD = TrainConfig(
     critic_updates=2,
     accumulation=2,
     distillation=PLAIN,
-    rollout=RolloutConfig(4, 4, 3),
+    rollout=RolloutConfig(2, 2, 2),
     average_decay=0.5,
     save_every=1,
 )

@@ -38,7 +38,7 @@ RUNS = {
     "sharded": {"parallel": "sharded"},
     "recomputed": {
         "parallel": "sharded",
-        "rollout": RolloutConfig(4, 4, 3, checkpointing=True),
+        "rollout": RolloutConfig(2, 2, 2, checkpointing=True),
         "checkpointing": True,
     },
     "sharded adapters": {"parallel": "sharded", "lora_rank": 2},
