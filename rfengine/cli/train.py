@@ -50,7 +50,7 @@ class TrainOptions:
     critic: str | None = None
     """The checkpoint directory that the critic starts from."""
     base: str | None = None
-    """The checkpoint directory that gives VAE, text encoder and tokenizer."""
+    """The checkpoint directory that has the VAE, text encoder and tokenizer."""
     reward: str | None = None
     """toy, flow (optical flow), or the directory of a reward model."""
     guard: Literal["warn", "stop"] = "warn"

@@ -189,7 +189,7 @@ class CheckpointDirectory:
             path, problem = damaged[0]
             raise ValueError(
                 f"none of the {len(damaged)} checkpoints in {self.path} is whole: of {path.name}, {problem}; "
-                "begin anew in another directory"
+                "start again in another directory"
             )
         return False
 

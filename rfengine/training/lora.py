@@ -5,7 +5,7 @@ both of the feed-forward, each y = W x + b + up down x, scale 1. The matrices ar
 weights, so every op reads the merged weight W + up @ down and none knows of them. B batch.
 
 While it trains a model's state holds, for each of those weights, `<layer>.parametrizations.weight.original`,
-`<layer>.parametrizations.weight.0.down` [rank, in] and `.0.up` [out, rank]. merged_weights gives the plain
+`<layer>.parametrizations.weight.0.down` [rank, in] and `.0.up` [out, rank]. merged_weights returns the plain
 names again; lora_weights those of a PEFT file, which `rfengine convert --lora` reads.
 """
 

@@ -5,7 +5,7 @@ questionnaire's three special tokens go through the head: visual quality, motion
 language model was trained with plain positions 0, 1, 2, ... on all three rotary axes, and is run so.
 
 Differences from the published use in training, which fed the model what it was not trained on:
-- frames are sampled at 2 a second; the published call has the sub-sampling commented out and gives all 81;
+- frames are sampled at 2 a second; the published call has the sub-sampling commented out and takes all 81;
 - frames are in [0, 1] before they are normalised; the published call leaves them in [-1, 1];
 - frames are resized and normalised in float32, where the published ones are bfloat16 already;
 - all videos are scored, each by itself and without padding; the published loss scores the first of a batch;

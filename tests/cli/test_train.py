@@ -110,7 +110,7 @@ def test_prompt_file_with_an_empty_line_is_refused(model, prompts, tmp_path, cap
         ),
     ],
 )
-def test_what_cannot_be_trained_is_told(extra, sentence, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_trained_is_refused(extra, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert sentence in fails(capsys, 2, "train", *extra)
     assert not list(tmp_path.iterdir())
@@ -136,11 +136,11 @@ def test_trajectories_are_made_once_and_then_read(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("precision", [[], ["--precision", "float32"]])
-def test_a_cpu_that_is_slow_in_bfloat16_is_told_of(slow, precision, monkeypatch, capsys):
+def test_a_cpu_that_is_slow_in_bfloat16_is_a_warning(slow, precision, monkeypatch, capsys):
     monkeypatch.setattr(train, "multiplies_bfloat16", lambda: not slow)
     assert cli.main(["train", "toy_dmd", "--teacher", "tiny", "--plan", "--device", "cpu", *precision]) == 0
-    told = "warning: this CPU has no bfloat16 products; --precision float32 is several times as fast"
-    assert (told in capsys.readouterr().err) == (slow and not precision)
+    warning = "warning: this CPU has no bfloat16 products; --precision float32 is several times as fast"
+    assert (warning in capsys.readouterr().err) == (slow and not precision)
 
 
 def test_plan_comes_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
