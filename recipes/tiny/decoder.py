@@ -103,7 +103,7 @@ def _training_clips(teacher: ToyModel, clips: int, seed: int) -> tuple[Tensor, T
 def _draw(latents: Tensor, pixels: Tensor, stride: int, generator: random.Random) -> tuple[Tensor, Tensor]:
     """A batch of windows of latents, and the pixels [B, 3, T, H, W] of their last frames.
 
-    A window that does not start with its video gives pixels for the latents behind its context only.
+    A window that does not start with its video has pixels for the latents behind its context only.
     """
     rows = [generator.randrange(len(latents)) for _ in range(_BATCH)]
     window = min(_WINDOW, latents.shape[2])

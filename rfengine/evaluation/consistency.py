@@ -9,7 +9,6 @@ does not. A still video is the most consistent of all, so read this beside the d
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,16 +17,13 @@ from torch.nn import functional
 from rfengine.evaluation.frame_signals import luma_and_chroma
 from rfengine.evaluation.optical_flow import gradient
 from rfengine.evaluation.video_frames import (
-    Frames,
+    FrameSource,
     Measured,
     NotMeasurableError,
     as_frames,
     gathered,
     picture_batches,
 )
-
-if TYPE_CHECKING:
-    from numpy import ndarray
 
 _SIDE = 64  # pixels of the shorter side at which the features are taken
 _ROWS_AT_ONCE = 4096  # of the features, whose products are held
@@ -37,7 +33,7 @@ _STRENGTHS = 4
 _STRONGEST = 0.25  # brightness a pixel: an edge at least as steep as this falls into the last bin
 
 
-def measure_consistency(frames: Tensor | ndarray | Frames, chunk_frames: int = 12) -> Measured:
+def measure_consistency(frames: FrameSource, chunk_frames: int = 12) -> Measured:
     """How alike frames uint8 [T, H, W, 3] are: at one chunk (near), at half the video (far), and as a curve
     over lags that double, each with the mean likeness of all frames that far apart.
 
@@ -54,7 +50,7 @@ def measure_consistency(frames: Tensor | ndarray | Frames, chunk_frames: int = 1
     return Measured(values, {"consistency": tuple(likeness.items())})
 
 
-def look_features(frames: Tensor | ndarray | Frames) -> Tensor:
+def look_features(frames: FrameSource) -> Tensor:
     """Features [T, D] of length 1, whose products are the likeness of frames uint8 [T, H, W, 3]."""
     video = as_frames(frames)
     return gathered(map(_picture_features, picture_batches(video, _SIDE)), video.count)
@@ -84,7 +80,7 @@ def _picture_features(pictures: Tensor) -> Tensor:
 
 
 def _soft_bins(values: Tensor, count: int) -> Tensor:
-    """Shares [..., count] of each value from 0 to 1 in the two bins it lies between."""
+    """Shares [..., count] of each value from 0 to 1 in the two bins nearest to it."""
     places = torch.arange(count, dtype=torch.int64, device=values.device)
     return (1 - (values.clamp(0, 1)[..., None] * (count - 1) - places).abs()).clamp(min=0)
 

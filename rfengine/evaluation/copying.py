@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.nn import functional
 
 from rfengine.evaluation.video_frames import (
+    DEFAULT_GRID,
     ChunkGrid,
-    Frames,
+    FrameSource,
     NotMeasurableError,
     as_frames,
     chosen_frames,
     layout_features,
     spread,
 )
-
-if TYPE_CHECKING:
-    from numpy import ndarray
 
 _MOST_LATE_FRAMES = 64
 
@@ -39,12 +36,12 @@ class SinkTrace:
     late: Tensor
 
 
-def trace_sink(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None) -> SinkTrace:
+def trace_sink(frames: FrameSource, grid: ChunkGrid = DEFAULT_GRID) -> SinkTrace:
     """The trace of frames uint8 [T, H, W, 3].
 
-    Raises NotMeasurableError unless at least a chunk lies between the first chunk and the second half.
+    Raises NotMeasurableError unless there is at least a chunk between the first chunk and the second half.
     """
-    video, grid = as_frames(frames), grid or ChunkGrid()
+    video = as_frames(frames)
     count, half, least = video.count, video.count // 2, 2 * (grid.first_frames + grid.frames)
     if count < least:
         raise NotMeasurableError(f"{count} frames are too few; copying needs {least}")

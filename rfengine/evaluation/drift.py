@@ -5,22 +5,24 @@ A prompt switch is a drift too as far as these see; they compare looks, not inte
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from rfengine.evaluation.frame_signals import frame_signals
-from rfengine.evaluation.video_frames import ChunkGrid, Frames, Measured, NotMeasurableError, as_frames
-
-if TYPE_CHECKING:
-    from numpy import ndarray
+from rfengine.evaluation.video_frames import (
+    DEFAULT_GRID,
+    ChunkGrid,
+    FrameSource,
+    Measured,
+    NotMeasurableError,
+    as_frames,
+)
 
 _LAST_PART = 4  # a quarter of the chunks is the end of the video
 _LEAST_VARIANCE = 1e-6
 
 
-def measure_drift(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None) -> Measured:
+def measure_drift(frames: FrameSource, grid: ChunkGrid = DEFAULT_GRID) -> Measured:
     """The drift of frames uint8 [T, H, W, 3]: between every chunk and the first one (curves, by the frame a
     chunk starts at, the first being 0), and how large it is over the last quarter (values).
 
@@ -28,7 +30,7 @@ def measure_drift(frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = No
     chroma axes. sharpness: signed, in octaves. clipped: signed, a share of the values. Raises
     NotMeasurableError for a video without a second chunk.
     """
-    video, grid = as_frames(frames), grid or ChunkGrid()
+    video = as_frames(frames)
     chunks = grid.slices(video.count)
     if len(chunks) < 2:
         raise NotMeasurableError(

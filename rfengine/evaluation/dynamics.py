@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +17,10 @@ from rfengine.evaluation.optical_flow import (
     picture_flow,
 )
 from rfengine.evaluation.video_frames import (
+    DEFAULT_GRID,
     ChunkGrid,
     Frames,
+    FrameSource,
     Measured,
     NotMeasurableError,
     as_frames,
@@ -30,17 +31,12 @@ from rfengine.evaluation.video_frames import (
     windows,
 )
 
-if TYPE_CHECKING:
-    from numpy import ndarray
-
 _RUN_PAIRS = 8  # neighbouring pairs of frames measured together
 _FREEZE_SIDE = 64  # pixels: noise of the coding is gone at this size, motion is not
 _FREEZE_CHANGE = 2 / 255  # 99% of the pixels of a frozen frame change by less
 
 
-def measure_dynamics(
-    frames: Tensor | ndarray | Frames, grid: ChunkGrid | None = None, most_pairs: int = 96
-) -> Measured:
+def measure_dynamics(frames: FrameSource, grid: ChunkGrid = DEFAULT_GRID, most_pairs: int = 96) -> Measured:
     """Motion of frames uint8 [T, H, W, 3], with the drift without which it says nothing: a drifting picture
     seems to move.
 
@@ -75,7 +71,7 @@ def measure_dynamics(
     return Measured(values | drift.values, {"speed": curve} | drift.curves)
 
 
-def freeze_fraction(frames: Tensor | ndarray | Frames) -> float:
+def freeze_fraction(frames: FrameSource) -> float:
     """The share of pairs of neighbouring frames that show the same once light and colour are matched.
 
     Frames uint8 [T, H, W, 3]. Each channel of a frame is given the mean and the deviation that it had in the

@@ -6,23 +6,18 @@ frequencies beside them: motion and drift have no reason to prefer these two.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from rfengine.evaluation.frame_signals import frame_signals
-from rfengine.evaluation.video_frames import Frames, Measured, NotMeasurableError, as_frames
-
-if TYPE_CHECKING:
-    from numpy import ndarray
+from rfengine.evaluation.video_frames import FrameSource, Measured, NotMeasurableError, as_frames
 
 _LEAST_PERIODS = 4
 _NEIGHBOURS = (-3.0, -2.5, 2.5, 3.0)  # bins of the spectrum; the window is narrower than two
 _FLOOR = 1e-4  # amplitude below which there is no flicker: a fortieth of a step of 8 bits
 
 
-def measure_flicker(frames: Tensor | ndarray | Frames, period: int = 12) -> Measured:
+def measure_flicker(frames: FrameSource, period: int = 12) -> Measured:
     """Flicker of frames uint8 [T, H, W, 3]: the amplitude at `period` frames beyond that of the frequencies
     beside it, 0 where they are as strong.
 

@@ -166,7 +166,7 @@ def _without_jitter(here: Tensor, there: Tensor, flow: Tensor) -> Tensor:
 
 
 def _warped(pictures: Tensor, flow: Tensor) -> Tensor:
-    """What lies in `pictures` where the flow leads to; the border goes on outwards."""
+    """The pictures [B, C, h, w] sampled where the flow [B, 2, h, w] points; the border continues outwards."""
     height, width = pictures.shape[-2:]
     x = torch.arange(width, dtype=torch.float32, device=flow.device) + 0.5 + flow[:, 0]
     y = (torch.arange(height, dtype=torch.float32, device=flow.device) + 0.5)[:, None] + flow[:, 1]

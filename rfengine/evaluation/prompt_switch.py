@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import Frames, Measured, NotMeasurableError, as_frames, windows
-
-if TYPE_CHECKING:
-    from numpy import ndarray
+from rfengine.evaluation.video_frames import FrameSource, Measured, NotMeasurableError, as_frames, windows
 
 Captions = Sequence[tuple[int, str]]
 """The captions of a video: (the frame each begins at, its text), the first at 0."""
@@ -21,7 +17,7 @@ _STRIDE = 4  # frames between two windows
 
 
 def measure_switches(
-    frames: Tensor | ndarray | Frames, captions: Captions, score: WindowScore, window_frames: int = 12
+    frames: FrameSource, captions: Captions, score: WindowScore, window_frames: int = 12
 ) -> Measured:
     """The switches of the captions of frames uint8 [T, H, W, 3], each judged on the frames up to the next.
 

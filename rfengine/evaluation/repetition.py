@@ -8,13 +8,11 @@ is itself exactly periodic (a shape that wraps around a border in whole frames) 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from rfengine.evaluation.video_frames import (
-    Frames,
+    FrameSource,
     Measured,
     NotMeasurableError,
     as_frames,
@@ -22,16 +20,13 @@ from rfengine.evaluation.video_frames import (
     spread,
 )
 
-if TYPE_CHECKING:
-    from numpy import ndarray
-
 _LEAST_WINDOWS = 4
 _MOST_WINDOWS = 64
 _MOTION = 0.5  # of a frame's motion: a match nearer than this is not explained by passing the same place
 _FLOOR = 0.02  # distance of features, standard deviations of a picture: coding noise
 
 
-def measure_repetition(frames: Tensor | ndarray | Frames, window_frames: int = 12) -> Measured:
+def measure_repetition(frames: FrameSource, window_frames: int = 12) -> Measured:
     """Repetition in frames uint8 [T, H, W, 3]: windows of the second half against those two windows earlier.
 
     repetition: mean over late windows of 1 - (best match / half a frame's motion), from 0 to 1. repeated: the

@@ -1,4 +1,4 @@
-"""What lies beside the videos: captions, latents, and scores of VBench; each read strictly.
+"""Files that belong to videos: captions, latents, and scores of VBench; each is read strictly.
 
 VBench needs numpy below 2 and transformers 4.33.2, which do not go together with this package. In an
 environment of its own, `vbench evaluate --videos_path DIR --dimension NAME --mode=custom_input` writes

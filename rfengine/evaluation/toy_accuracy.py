@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from rfengine.evaluation.video_frames import Frames, NotMeasurableError, as_frames, split_ranges, windows
+from rfengine.evaluation.video_frames import (
+    Frames,
+    FrameSource,
+    NotMeasurableError,
+    as_frames,
+    split_ranges,
+    windows,
+)
 from rfengine.toy.detector import detect, score
 from rfengine.toy.reward import ToyReward
 from rfengine.toy.world import Scene, WorldConfig, parse_caption
-
-if TYPE_CHECKING:
-    from numpy import ndarray
 
 _PART_FRAMES = 48  # one full period of the slowest motion that comes back
 _LEAST_FRAMES = 12
@@ -21,7 +23,7 @@ _MOST_PIXELS = 2**18  # of a frame: the detector holds 48 to 95 frames in severa
 _WINDOW = 4  # frames judged together on whether an object is there: the detector drops one that mostly is not
 
 
-def toy_accuracy(frames: Tensor | ndarray | Frames, text: str) -> dict[str, float]:
+def toy_accuracy(frames: FrameSource, text: str) -> dict[str, float]:
     """Shares of the video, from 0 to 1, in which each attribute of the detector is as `text` says.
 
     frames: uint8 [T, H, W, 3]. The video is judged in parts of 48 frames or more. With them `permanence`: the

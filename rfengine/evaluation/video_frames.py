@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class ChunkGrid:
         return first + [slice(start, start + self.frames) for start in starts]
 
 
+DEFAULT_GRID = ChunkGrid()
+
+
 class Measured(NamedTuple):
     """What a metric says of one video. values: by the names of report.METRICS. curves: points by name."""
 
@@ -65,6 +68,10 @@ class Frames:
     height: int
     width: int
     batches: Callable[[], Iterator[Tensor]]
+
+
+FrameSource: TypeAlias = "Tensor | ndarray | Frames"
+"""A video in memory, uint8 [T, H, W, 3], or `Frames`."""
 
 
 def chosen_frames(whole: Frames, places: Sequence[int]) -> Frames:
@@ -88,10 +95,10 @@ def frames_at_once(height: int, width: int) -> int:
     return max(1, min(_FRAMES_AT_ONCE, _PIXELS_AT_ONCE // (height * width)))
 
 
-def as_frames(frames: Tensor | ndarray | Frames) -> Frames:
-    """A video in memory, uint8 [T, H, W, 3], as `Frames` that share it; what is that already is given back.
+def as_frames(frames: FrameSource) -> Frames:
+    """A video in memory as `Frames` that share its memory; `Frames` as they are.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else than uint8 [T, H, W, 3].
     """
     if isinstance(frames, Frames):
         return frames
@@ -102,7 +109,7 @@ def as_frames(frames: Tensor | ndarray | Frames) -> Frames:
     return Frames(count, height, width, lambda: iter(video.split(frames_at_once(height, width))))
 
 
-def picture_batches(frames: Tensor | ndarray | Frames, shorter_side: int | None = None) -> Iterator[Tensor]:
+def picture_batches(frames: FrameSource, shorter_side: int | None = None) -> Iterator[Tensor]:
     """The frames in order as float32 [B, 3, H, W] from 0 to 1, shrunk to `shorter_side` where larger."""
     for batch in as_frames(frames).batches():
         pictures = batch.permute(0, 3, 1, 2).float().div_(255)
@@ -153,7 +160,7 @@ def split_ranges(count: int, parts: int) -> list[tuple[int, int]]:
     return list(zip(ends, ends[1:], strict=False))
 
 
-def layout_features(frames: Tensor | ndarray | Frames, side: int = 16) -> Tensor:
+def layout_features(frames: FrameSource, side: int = 16) -> Tensor:
     """Where things are: the frames at `side` x `side`, each channel with mean 0, variance 1: [T, 3 side^2].
 
     Exposure and colour balance of a frame are gone from it; a plain channel is near zero.

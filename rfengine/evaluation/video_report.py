@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,16 +16,15 @@ from rfengine.evaluation.prompt_switch import Captions, measure_switches
 from rfengine.evaluation.repetition import measure_repetition
 from rfengine.evaluation.toy_accuracy import check_world_size, toy_accuracy, toy_window_score
 from rfengine.evaluation.video_frames import (
+    DEFAULT_GRID,
     ChunkGrid,
     Curve,
     Frames,
+    FrameSource,
     Measured,
     NotMeasurableError,
     as_frames,
 )
-
-if TYPE_CHECKING:
-    from numpy import ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +44,8 @@ class VideoReport:
 
 def measure_video(
     name: str,
-    frames: Tensor | ndarray | Frames,
-    grid: ChunkGrid | None = None,
+    frames: FrameSource,
+    grid: ChunkGrid = DEFAULT_GRID,
     flow_pairs: int = 96,
     *,
     captions: Captions = (),
@@ -59,7 +57,7 @@ def measure_video(
     is measured, at most; captions: of the toy world; latents: [C, F, h, w]. A metric that the video does not
     allow is absent, with the reason; captions that are none of the toy world are a ValueError.
     """
-    video, grid = as_frames(frames), grid or ChunkGrid()
+    video = as_frames(frames)
     groups: dict[str, Callable[[], Measured]] = {
         "dynamics and drift": lambda: measure_dynamics(video, grid, flow_pairs),
         "consistency": lambda: measure_consistency(video, grid.frames),

@@ -115,7 +115,7 @@ def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:
     latents, flows = [], []
     for draws in noise:
         plan = cache.plan_chunk()
-        # one step from the same state gives away the first flow: x0 = noise - sigma * flow
+        # one step from the same state shows the first flow: x0 = noise - sigma * flow
         twin.load(cache.tensors(), cache.slot_chunks, cache.next_chunk)
         x0 = first_step.advance(twin, plan, draws[:1], text)
         flows.append((draws[0].float() - x0.float()) / first_step.schedule.denoising_sigmas[0])

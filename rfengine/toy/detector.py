@@ -1,6 +1,6 @@
 """Exact measurements on videos of the toy world, from their pixels alone.
 
-Foreground is what has colour; objects are told apart by hue; the place of a shape is the circular mean of its
+Foreground is what has colour; hue separates objects; the place of a shape is the circular mean of its
 pixels, so that borders need no special case; shape, radius and angle are those of the template that fits best
 once centred.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rfengine.toy.world import (
     BACKGROUNDS,
+    DEFAULT_WORLD,
     DIRECTIONS,
     PALETTE,
     PULSE,
@@ -49,8 +50,7 @@ _PERIODS = {"circle": _TURN_STEP, "square": 90, "triangle": 120}  # degrees afte
 class ObjectDetection:
     """One object as measured over T frames; None where nothing could be measured.
 
-    `speed_value` is the mean distance in pixels a frame (per 64 pixels of the shorter side), `velocity` its
-    mean vector.
+    `speed_value` is the mean distance in pixels a frame, per 64 pixels of the shorter side.
     """
 
     colour: str
@@ -60,7 +60,6 @@ class ObjectDetection:
     direction: str | None
     speed: str
     speed_value: float
-    velocity: tuple[float, float]
     presence: Tensor  # [T] bool, the object is there
     position: Tensor  # [T, 2], (x, y) in pixels; NaN where it is not
     radius: Tensor  # [T] pixels
@@ -74,12 +73,11 @@ class Detection:
     background: str
 
 
-def detect(frames: Tensor, config: WorldConfig | None = None) -> Detection:
+def detect(frames: Tensor, config: WorldConfig = DEFAULT_WORLD) -> Detection:
     """Measure a video [T, H, W, 3], uint8 or float from 0 to 1, with T >= 2.
 
     Raises ValueError when its size is not the one of `config`.
     """
-    config = config or WorldConfig()
     if frames.ndim != 4 or frames.shape[1:] != (config.height, config.width, 3) or frames.shape[0] < 2:
         raise ValueError(
             f"frames is {tuple(frames.shape)}; give [T >= 2, {config.height}, {config.width}, 3]"
@@ -124,7 +122,6 @@ def _detect_object(colour: str, mask: Tensor, config: WorldConfig) -> ObjectDete
     steps = ((steps + extent / 2) % extent - extent / 2) / (config.scale * lag)
     motion, direction, value = _classify_motion(shape, steps, radius / config.scale, angle)
     mean_radius = float(radius.mean()) / config.scale
-    velocity = steps.mean(0).tolist() if len(steps) else (0.0, 0.0)
     return ObjectDetection(
         colour=colour,
         shape=shape,
@@ -133,7 +130,6 @@ def _detect_object(colour: str, mask: Tensor, config: WorldConfig) -> ObjectDete
         direction=direction,
         speed=min(SPEEDS, key=lambda name: abs(SPEEDS[name] - value)),
         speed_value=value,
-        velocity=(velocity[0], velocity[1]),
         presence=presence,
         position=position,
         radius=radius,
@@ -233,7 +229,7 @@ def score(scene: Scene, detection: Detection) -> dict[str, bool]:
 
 
 def accuracy(
-    scenes: Sequence[Scene], clips: Sequence[Tensor], config: WorldConfig | None = None
+    scenes: Sequence[Scene], clips: Sequence[Tensor], config: WorldConfig = DEFAULT_WORLD
 ) -> dict[str, float]:
     """Share of clips [T, H, W, 3] measured as their scenes say, for each of ATTRIBUTES and for `all`."""
     if not scenes or len(scenes) != len(clips):

@@ -86,6 +86,9 @@ class WorldConfig:
         return min(self.height, self.width) / 64
 
 
+DEFAULT_WORLD = WorldConfig()
+
+
 @dataclass(frozen=True, slots=True)
 class SceneObject:
     """One coloured shape: names of PALETTE, SHAPES and RADII."""
@@ -130,9 +133,7 @@ class Scene:
                 f"{len(self.objects)} objects are {self.motion}; use one, or two that are moving"
             )
         if len({entry.colour for entry in self.objects}) != len(self.objects):
-            raise ValueError(
-                "both objects have one colour; give each its own, since they are told apart by it"
-            )
+            raise ValueError("both objects have one colour; give each its own, which distinguishes them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ def parse_caption(text: str) -> Scene:
         return Scene(objects, motion, speed, direction, background)
     except ValueError as error:
         raise ValueError(
-            f"{text!r} is no caption of the toy world; use one that toy.world.caption gives"
+            f"{text!r} is no caption of the toy world; use one that toy.world.caption returns"
         ) from error
 
 
@@ -182,12 +183,9 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def sample_scenes(
-    count: int, seed: int, config: WorldConfig | None = None, split: Split = "all"
+    count: int, seed: int, config: WorldConfig = DEFAULT_WORLD, split: Split = "all"
 ) -> list[Scene]:
     """Draw `count` scenes; the same arguments give the same scenes."""
-    config = config or WorldConfig()
-    if split not in ("train", "held_out", "all"):
-        raise ValueError(f"split is {split!r}; use 'train', 'held_out' or 'all'")
     generator = random.Random(seed)
     scenes: list[Scene] = []
     while len(scenes) < count:
@@ -220,10 +218,9 @@ def _sample_scene(generator: random.Random, config: WorldConfig) -> Scene:
 
 
 def ground_truth(
-    scene: Scene, frames: int, start_frame: int = 0, config: WorldConfig | None = None
+    scene: Scene, frames: int, start_frame: int = 0, config: WorldConfig = DEFAULT_WORLD
 ) -> tuple[ObjectTrack, ...]:
     """The true track of every object over frames `start_frame` .. `start_frame + frames - 1`."""
-    config = config or WorldConfig()
     if frames < 1 or start_frame < 0:
         raise ValueError(
             f"frames is {frames} and start_frame {start_frame}; draw at least one frame, from 0 on"
@@ -252,9 +249,8 @@ def ground_truth(
     return tuple(tracks)
 
 
-def render(scene: Scene, frames: int, start_frame: int = 0, config: WorldConfig | None = None) -> Tensor:
+def render(scene: Scene, frames: int, start_frame: int = 0, config: WorldConfig = DEFAULT_WORLD) -> Tensor:
     """Draw the frames of `ground_truth`, anti-aliased: float32 [T, H, W, 3] from 0 to 1."""
-    config = config or WorldConfig()
     pixels = background_image(scene.background, config).expand(frames, -1, -1, -1)
     tracks = ground_truth(scene, frames, start_frame, config)
     for entry, track in reversed(list(zip(scene.objects, tracks, strict=True))):

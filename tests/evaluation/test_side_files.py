@@ -1,4 +1,4 @@
-"""What lies beside the videos is read strictly: captions, latents, scores that VBench wrote elsewhere."""
+"""Files that belong to videos are read strictly: captions, latents, scores that VBench wrote elsewhere."""
 
 from __future__ import annotations
 
