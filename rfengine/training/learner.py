@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rfengine.training.config import AdamConfig
-from rfengine.training.parallel import Ranks, full
+from rfengine.training.parallel import Ranks, full_tensors
 
 Figures = dict[str, float]
 
@@ -57,7 +57,8 @@ class Learner:
                 figures[name] = figures.get(name, 0.0) + value / len(self.passes)
         parameters = [value for value in self.model.parameters() if value.grad is not None]
         self.ranks.average_gradients(parameters)
-        norm = full(torch.nn.utils.clip_grad_norm_(parameters, self.config.clip))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        norm = float(full_tensors({"norm": norm})["norm"])
         figures = {name: self.ranks.mean(value) for name, value in figures.items()}
         total = figures[f"{self.name}_loss"]
         if not torch.isfinite(torch.tensor((total, norm))).all():

@@ -86,11 +86,6 @@ def _average(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
-def full(value: Tensor) -> float:
-    """A norm as a number, of all shards together."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
-
-
 def full_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors of shards, on every rank, which all have to call it; whole ones as they are."""
     return {

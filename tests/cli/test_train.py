@@ -190,9 +190,10 @@ def test_teacher_learns_from_a_directory_of_latents(model, tmp_path):
 @pytest.mark.slow
 def test_ranks_of_torchrun_make_the_run_of_one(model, prompts, tmp_path):
     command = [*arguments("toy_dmd", model, prompts), "--accumulation", "2", "--parallel", "sharded"]
+    command[command.index("--steps") + 1] = "2"
     assert cli.main([*command, "--directory", str(tmp_path / "one")]) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += ["--directory", str(tmp_path / "two"), "--sample-every", "5"]
+    command += ["--directory", str(tmp_path / "two"), "--sample-every", "2"]
     finished = subprocess.run(
         [*launcher, "-m", "rfengine.cli", *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=300,
