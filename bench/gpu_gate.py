@@ -199,7 +199,7 @@ def kernel_commands(setting: Setting) -> list[Command]:
 
 def vae_commands(setting: Setting) -> list[Command]:
     size = (*SMALLEST, "--chunks", "1") if setting.small else ("--chunks", "10")
-    call = python("bench/vae.py", "--device", setting.device, *size, "--backend")
+    call = python("bench/vae.py", "--device", setting.device, "--no-diffusers", *size, "--backend")
     backends = ("reference",) if setting.small else VAE_COMMANDS
     return [measuring(backend, setting, *call, backend) for backend in backends]
 

@@ -14,6 +14,7 @@ random weights and normal latents, whose PSNR is no evidence for the published w
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import statistics
 import sys
@@ -37,6 +38,7 @@ from bench.vae_decoders import (
     PLAIN,
     Candidate,
     Setting,
+    diffusers_candidates,
     our_candidates,
 )
 from rfengine.accuracy import psnr_db
@@ -83,6 +85,8 @@ class Options:
     """bfloat16 on CUDA, float32 on a CPU where nothing is given."""
     fp8: bool | None = None
     """A row with FP8 convolutions; on where the GPU has FP8. A CPU emulates it."""
+    diffusers: bool = True
+    """Rows of diffusers' AutoencoderKLWan, where it is installed; on CUDA also under torch.compile."""
     threads: Annotated[int, Range(1, 1024)] | None = None
     """CPU threads of torch; its own choice where nothing is given."""
     device: str | None = None
@@ -105,8 +109,7 @@ def measure(options: Options) -> dict[str, Any]:
     setting = _setting(options)
     checkpoint, device = setting.checkpoint, setting.device
     before = state(device)
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
-    candidates = list(our_candidates(setting, able if options.fp8 is None else options.fp8))
+    candidates, left_out = _candidates(options, setting)
     checked, exact = _exact(setting)
     quality = {each.name: _quality(each, checked, exact) for each in candidates}
     _require_agreement(quality)
@@ -128,7 +131,7 @@ def measure(options: Options) -> dict[str, Any]:
         "versions": versions(device), "before": before, "after": state(device),
         "ceilings": gpu and asdict(gpu),
         "decoders": [_row(each, times[each.name], quality[each.name], setting, gpu) for each in candidates],
-        "chunk_over_latent_by_latent": faster, "layers": layers,
+        "chunk_over_latent_by_latent": faster, "layers": layers, "left_out": left_out,
     }  # fmt: skip
 
 
@@ -142,6 +145,23 @@ def _setting(options: Options) -> Setting:
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_cuda else "float32"))
     grid = LatentGrid.of(checkpoint.config, options.height, options.width)
     return Setting.load(checkpoint, grid, dtype, device, options.backend)
+
+
+def _candidates(options: Options, setting: Setting) -> tuple[list[Candidate], dict[str, str]]:
+    """Those that can be measured, and why others are left out."""
+    on_cuda, left_out = setting.device.type == "cuda", {}
+    able = on_cuda and torch.cuda.get_device_capability(setting.device) >= FP8_CAPABILITY
+    fp8 = able if options.fp8 is None else options.fp8
+    if not fp8:
+        left_out["FP8"] = "the GPU has no FP8" if on_cuda and options.fp8 is None else "not asked for"
+    candidates = list(our_candidates(setting, fp8))
+    if not options.diffusers:
+        left_out["diffusers"] = "switched off"
+    elif importlib.util.find_spec("diffusers") is None:
+        left_out["diffusers"] = "diffusers is not installed: pip install diffusers"
+    else:
+        candidates += diffusers_candidates(setting, compiles=on_cuda)
+    return candidates, left_out
 
 
 def _exact(setting: Setting) -> tuple[list[Tensor], Tensor]:
@@ -165,7 +185,7 @@ def _quality(candidate: Candidate, latents: list[Tensor], exact: Tensor) -> dict
     try:
         decode = candidate.open(False)
         found = torch.cat([decode(chunk).float().cpu() for chunk in latents], dim=2)
-    except RuntimeError as error:
+    except RuntimeError as error:  # a compiler that does not take the model
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"}
     largest = (found.clamp(-1, 1) - exact.clamp(-1, 1)).abs().max().item()
     return {"psnr_db": psnr_db(found, exact), "largest_error": largest}
@@ -330,6 +350,7 @@ def render(figures: dict[str, Any]) -> str:
         floor = f"{row['floor_ms']:.4f}" if row["floor_ms"] else ""
         share = f"{row['share_of_floor']:.0%}" if row["share_of_floor"] else ""
         lines.append(f"{row['layer']:<42}{row['ms']:>10.4f}{floor:>12}{share:>10}{row['gflop']:>10.3f}")
+    lines += [f"left out: {name}: {reason}" for name, reason in figures["left_out"].items()]
     return "\n".join(lines)
 
 

@@ -1,5 +1,7 @@
-"""Decoders that bench/vae.py compares: ours, the plain one chunk by chunk and latent by latent (as the
-published demos stream), the tiny one.
+"""Decoders that bench/vae.py compares: ours, the plain one, the tiny one, and diffusers'.
+
+A stream of diffusers' AutoencoderKLWan decodes latent by latent and keeps its list of past frames from chunk
+to chunk, which is how the published demos stream with it.
 """
 
 from __future__ import annotations
@@ -8,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.checkpoint.layouts import wan_vae_from_diffusers
 from rfengine.config import Backend, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
@@ -142,3 +145,62 @@ def _graphed(decoder: StreamingDecoder, setting: Setting) -> Callable[[bool], De
         return decode
 
     return opened
+
+
+def diffusers_candidates(setting: Setting, compiles: bool) -> Iterator[Candidate]:
+    """AutoencoderKLWan with the weights of the setting: eager, compiled."""
+    model = _autoencoder(setting)
+    yield Candidate("diffusers, eager", "lossless", _published(model, model.decoder, setting))
+    if compiles:
+        compiled = torch.compile(model.decoder, dynamic=False)
+        yield Candidate("diffusers, torch.compile", "lossless", _published(model, compiled, setting))
+
+
+def _autoencoder(setting: Setting) -> nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    config, state = setting.config.vae, setting.vae.state_dict()
+    with torch.device("meta"):
+        autoencoder = AutoencoderKLWan(
+            base_dim=config.base_dim, z_dim=config.z_dim, dim_mult=list(config.dim_mult),
+            num_res_blocks=config.num_res_blocks, temperal_downsample=list(config.temporal_downsample),
+            latents_mean=list(config.latents_mean), latents_std=list(config.latents_std),
+        )  # fmt: skip
+    # torch's own: that of diffusers warns of a dtype that is given afterwards
+    nn.Module.to(autoencoder, setting.dtype).to_empty(device=setting.device)
+    names = {name: wan_vae_from_diffusers(name, config.num_res_blocks) for name in autoencoder.state_dict()}
+    autoencoder.load_state_dict({name: state[ours] for name, ours in names.items()})
+    return autoencoder.requires_grad_(False).eval()
+
+
+def _published(
+    autoencoder: nn.Module, decoder: Callable[..., Tensor], setting: Setting
+) -> Callable[[bool], Decode]:
+    shift, scale = (
+        torch.tensor(values, device=setting.device).view(1, -1, 1, 1, 1)
+        for values in (setting.config.vae.latents_mean, setting.config.vae.latents_std)
+    )
+
+    def opened(packs: bool) -> Decode:
+        autoencoder.clear_cache()
+        past: list[Tensor | str | None] = list(autoencoder._feat_map)
+        seen: list[None] = []
+
+        def decode(latents: Tensor) -> Tensor:
+            hidden = autoencoder.post_quant_conv((latents.float() * scale + shift).to(setting.dtype))
+            pieces = []
+            for latent in hidden.split(1, dim=2):
+                first = {} if seen else {"first_chunk": True}
+                pieces.append(decoder(latent, feat_cache=past, feat_idx=[0], **first))
+                seen.append(None)
+            pixels = torch.cat(pieces, dim=2)
+            return _packed(pixels) if packs else pixels
+
+        return decode
+
+    return opened
+
+
+def _packed(pixels: Tensor) -> Tensor:
+    scaled = (pixels[0].clamp(-1, 1).float() + 1) * 127.5
+    return scaled.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()

@@ -12,14 +12,16 @@ import torch
 
 from bench import vae, vae_decoders
 from bench.vae import REST, Options, WrongDecoderError, layer_parts, layer_paths, measure, render
-from bench.vae_decoders import BY_LATENT, FP8_ROW, OURS, PLAIN, TINY_ROW, Setting
+from bench.vae_decoders import BY_LATENT, FP8_ROW, OURS, PLAIN, TINY_ROW, Setting, diffusers_candidates
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.process import run_script
 from rfengine.config import PRESETS, VAEConfig
 from rfengine.costs.vae import decode_work
 from rfengine.grid import LatentGrid
 
-SMALLEST = Options(device="cpu", model="tiny", height=32, width=32, chunks=2, fp8=True, threads=1)
+SMALLEST = Options(
+    device="cpu", model="tiny", height=32, width=32, chunks=2, fp8=True, diffusers=False, threads=1
+)
 
 
 def setting_of(config: VAEConfig) -> Setting:
@@ -48,6 +50,7 @@ def test_every_decoder_has_times_and_its_distance_from_float32(figures):
     assert rows[PLAIN]["largest_error"] == 0 < rows[OURS]["largest_error"] < 1e-5
     assert rows[OURS]["floor_ms"] > 0 and "floor_ms" not in rows[TINY_ROW]
     assert figures["chunk_over_latent_by_latent"].keys() == {OURS, PLAIN}
+    assert figures["left_out"] == {"diffusers": "switched off"}
     assert json.loads(json.dumps(figures)) == figures
 
 
@@ -55,6 +58,7 @@ def test_the_table_has_a_line_for_every_decoder_and_every_layer(figures):
     lines = render(figures).splitlines()
     assert any(line.startswith(f"{TINY_ROW:<28}reduced") for line in lines)
     assert sum(line.startswith("decoder.upsamples") for line in lines) == 13
+    assert lines[-1] == "left out: diffusers: switched off"
 
 
 def test_layers_cover_the_work_of_the_whole_but_for_what_folding_saves(figures):
@@ -68,6 +72,18 @@ def test_layers_cover_the_work_of_the_whole_but_for_what_folding_saves(figures):
     eights = [part for held in layer_parts(setting, fp8=True).values() for part in held if part.is_fp8]
     assert sum(part.flops > 0 for part in eights) == 17
     assert len(figures["layers"]) == 17 and all(row["ms"] > 0 for row in figures["layers"])
+
+
+def test_diffusers_has_the_same_weights_and_streams_to_the_same_pixels():
+    pytest.importorskip("diffusers")
+    setting = setting_of(VAEConfig(base_dim=8))
+    latents, exact = vae._exact(setting)
+    for candidate in diffusers_candidates(setting, compiles=False):
+        with torch.no_grad():
+            quality = vae._quality(candidate, latents, exact)
+            assert quality["psnr_db"] > 100, candidate.name
+            decode = candidate.open(True)
+            assert [len(decode(chunk)) for chunk in latents] == [9, 12, 12]
 
 
 def test_a_wrong_decoder_is_not_timed(monkeypatch):
@@ -94,10 +110,12 @@ def test_what_cannot_run_has_its_reason_instead_of_figures(monkeypatch):
         return [*every, dataclasses.replace(every[0], name="broken", open=broken)]
 
     monkeypatch.setattr(vae, "our_candidates", candidates)
-    figures = measure(dataclasses.replace(SMALLEST, chunks=1, fp8=None))
+    monkeypatch.setattr(vae.importlib.util, "find_spec", lambda _: None)
+    figures = measure(dataclasses.replace(SMALLEST, chunks=1, fp8=None, diffusers=True))
+    assert figures["left_out"]["diffusers"] == "diffusers is not installed: pip install diffusers"
     row = next(row for row in figures["decoders"] if row["decoder"] == "broken")
     assert row == {"decoder": "broken", "tier": "lossless", "error": "RuntimeError: no compiler here"}
-    assert "no compiler here" in render(figures)
+    assert "no compiler here" in render(figures) and figures["left_out"]["FP8"] == "not asked for"
 
 
 @pytest.mark.parametrize(
