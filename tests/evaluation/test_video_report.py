@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rfengine.evaluation.copying import trace_sink
 from rfengine.evaluation.report import METRICS
 from rfengine.evaluation.video_frames import ChunkGrid
-from rfengine.evaluation.video_report import measure_video, with_copying
+from rfengine.evaluation.video_report import VideoReport, measure_video, with_copying
 from rfengine.toy.world import Scene, SceneObject, WorldConfig, caption, render
 from support.distortions import SCENE, as_frames, distorted, textured_clip, toy_clip
 
@@ -43,8 +44,8 @@ def test_a_long_video_with_caption_and_latents_has_every_metric_but_switches() -
 
 def test_copying_is_reckoned_against_baselines_then_equal_captions_then_all_others() -> None:
     videos = [distorted("textured", "frozen"), textured_clip(69, seed=3), textured_clip(69, seed=4)]
-    pairs = [measure_video(str(index), video, *FEW) for index, video in enumerate(videos)]
-    reports, traces = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    reports = [VideoReport(str(index), 69, 48, 64, (), {}, {}, {}) for index in range(3)]
+    traces = [trace_sink(video) for video in videos]
 
     def baseline(*extra) -> float:
         return with_copying(reports, traces, *extra)[0].values["copying_baseline"]
