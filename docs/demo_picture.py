@@ -1,6 +1,6 @@
 """Draws demo.gif: the first eight seconds of the streams that the README names, with the seed of `make demo`.
 
-`python docs/demo_picture.py` writes the file anew; tests/test_demo_picture.py holds it against the model.
+`python docs/demo_picture.py` writes the file again; tests/test_demo_picture.py compares it with the model.
 """
 
 from __future__ import annotations
