@@ -35,8 +35,8 @@ def test_free_memory_is_what_a_container_gives_with_the_pages_of_files(group: Pa
 
 def test_what_does_not_fit_is_refused_with_both_sizes(group: Path) -> None:
     memory.require_memory(4_096_000, CPU, "it", "take less")
-    told = "it needs 2.0 GiB and this machine has 0.0 GiB free; take less"
-    with pytest.raises(RuntimeError, match=told):
+    message = "it needs 2.0 GiB and this machine has 0.0 GiB free; take less"
+    with pytest.raises(RuntimeError, match=message):
         memory.require_memory(2**31, CPU, "it", "take less")
 
 

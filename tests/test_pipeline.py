@@ -83,10 +83,10 @@ def test_a_length_that_makes_no_video_is_refused(pipe, length, message):
 
 def test_frames_that_memory_cannot_hold_point_to_the_stream(pipe, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 10**7)
-    told = (
+    reason = (
         "holding 1382400 frames of 32 x 48 pixels needs 11.9 GiB and this machine has 0.0 GiB free; ask for"
     )
-    with pytest.raises(RuntimeError, match=told):
+    with pytest.raises(RuntimeError, match=reason):
         pipe.generate("a circle", seconds=86_400)
     with pytest.raises(RuntimeError, match=r"holding 50000 frames .*; ask for fewer, or take .* stream\(\)"):
         pipe(["a circle"] * 50, num_frames=1000)

@@ -148,7 +148,7 @@ def test_rate_that_no_file_can_have_is_refused(fps: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "told"),
+    ("height", "width", "message"),
     [
         (63, 96, "63 x 96 pixels; .* must be even: crop or pad them, such as to 62 x 96"),
         (64, 95, "64 x 95 pixels; .* must be even: crop or pad them, such as to 64 x 94"),
@@ -159,15 +159,15 @@ def test_rate_that_no_file_can_have_is_refused(fps: Any, tmp_path: Path) -> None
     ],
 )
 def test_size_that_no_file_can_have_is_refused_with_its_reason(
-    height: Any, width: int, told: str, tmp_path: Path
+    height: Any, width: int, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         VideoWriter(tmp_path / "a.mp4", 16, height, width)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("frames", "told"),
+    ("frames", "message"),
     [
         (some_frames(0), "has 0 frames; give at least one"),
         (some_frames(2) / numpy.float32(255), "float32 .*; values from 0 to 1 are times 255"),
@@ -179,8 +179,10 @@ def test_size_that_no_file_can_have_is_refused_with_its_reason(
         (None, "of type NoneType; give uint8"),
     ],
 )
-def test_frames_of_another_kind_are_refused_with_what_to_give(frames: Any, told: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_frames_of_another_kind_are_refused_with_what_to_give(
+    frames: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
         Video(frames, 16).save(tmp_path / "a.mp4")
     assert list(tmp_path.iterdir()) == []
 
@@ -301,7 +303,7 @@ def test_frames_of_another_size_or_dtype_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("no/a.mp4", "no of a.mp4 does not exist"),
         ("a.gif", r"name it .*a\.mp4"),
@@ -312,9 +314,9 @@ def test_frames_of_another_size_or_dtype_are_refused(tmp_path: Path) -> None:
         ("\ud800.mp4", "no file can have the name .* encoding of the file system"),
     ],
 )
-def test_path_that_no_video_can_have_is_refused(name: str, told: str, tmp_path: Path) -> None:
+def test_path_that_no_video_can_have_is_refused(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "dir.mp4").mkdir()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         VideoWriter(tmp_path / name, 16, HEIGHT, WIDTH)
 
 

@@ -22,6 +22,6 @@ def test_converted_checkpoint_generates(
 
 
 def test_conversion_of_nothing_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = fails(capsys, cli.CALLER_ERROR, "convert", tmp_path / "no", tmp_path / "out")
-    assert "no does not exist" in told
+    message = fails(capsys, cli.CALLER_ERROR, "convert", tmp_path / "no", tmp_path / "out")
+    assert "no does not exist" in message
     assert list(tmp_path.iterdir()) == []

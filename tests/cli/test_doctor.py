@@ -21,8 +21,8 @@ def test_doctor_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_doctor_refuses_a_wrong_size_and_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert "height is 100 pixels" in fails(capsys, cli.CALLER_ERROR, "doctor", "--height", 100)
-    told = fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-14b", "--width", 2**64)
-    assert told == "width is 18446744073709551616 pixels; use at most 8192"
+    message = fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-14b", "--width", 2**64)
+    assert message == "width is 18446744073709551616 pixels; use at most 8192"
     assert "wan-9b" in fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-9b")
 
 
@@ -56,13 +56,13 @@ def test_doctor_names_a_damaged_configuration_that_the_manifest_knows(
     capsys.readouterr()
     config = directory / "rfengine.json"
     config.write_text(config.read_text().replace('"dim": 48', '"dim": 49'))
-    told = fails(capsys, cli.OTHER_ERROR, "doctor", "--model", directory)
-    assert "is not a configuration" in told and "rfengine.json has another content" in told
+    message = fails(capsys, cli.OTHER_ERROR, "doctor", "--model", directory)
+    assert "is not a configuration" in message and "rfengine.json has another content" in message
 
 
 def test_doctor_renews_no_directory_without_a_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = fails(capsys, cli.CALLER_ERROR, "doctor", "--model", tmp_path, "--renew")
-    assert "has no rfengine.json" in told and list(tmp_path.iterdir()) == []
+    message = fails(capsys, cli.CALLER_ERROR, "doctor", "--model", tmp_path, "--renew")
+    assert "has no rfengine.json" in message and list(tmp_path.iterdir()) == []
     assert "wan-1.3b is no directory" in fails(capsys, 2, "doctor", "--model", "wan-1.3b", "--renew")

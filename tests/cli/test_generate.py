@@ -110,13 +110,13 @@ def test_verification_refuses_a_changed_checkpoint_before_anything_is_made(
     assert "vae.safetensors has another content (sha256)" in fails(capsys, 2, *request, "--verify")
     assert not path.exists()
     (directory / "notes.json").write_text("{ }")
-    told = fails(capsys, 2, *request)  # sizes are looked at without being asked
-    assert "notes.json has 3 bytes instead of 2" in told
+    message = fails(capsys, 2, *request)  # sizes are looked at without being asked
+    assert "notes.json has 3 bytes instead of 2" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize(
-    ("status", "options", "told"),
+    ("status", "options", "message"),
     [
         (cli.CALLER_ERROR, ["--decode-device", "cuda:1"], "--decode-device is cuda:1 and torch finds 0 CUDA"),
         (cli.CALLER_ERROR, ["--vae", "tiny"], "z_dim of the tiny decoder is 16"),
@@ -126,13 +126,13 @@ def test_verification_refuses_a_changed_checkpoint_before_anything_is_made(
 def test_runtime_that_cannot_be_had_is_one_sentence(
     status: int,
     options: list[str],
-    told: str,
+    message: str,
     model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "a.mp4"
-    assert told in fails(capsys, status, "generate", "a", "-o", path, "--model", model, *options)
+    assert message in fails(capsys, status, "generate", "a", "-o", path, "--model", model, *options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,7 +203,7 @@ def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["", "-o", "{dir}/a.mp4"], "the prompt '' is empty"),
         (["&nbsp;\n", "-o", "{dir}/a.mp4"], "is empty; give it at least one word"),
@@ -244,7 +244,7 @@ def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
     ],
 )
 def test_wrong_input_is_one_sentence_and_leaves_nothing(
-    arguments: list[str], told: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {
         "empty.txt": b"\n \n",
@@ -256,7 +256,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
         (tmp_path / name).write_bytes(content)
     filled = [argument.format(dir=tmp_path) for argument in arguments]
     chosen = filled if "--model" in filled else [*filled, "--model", str(model)]
-    assert told in fails(capsys, cli.CALLER_ERROR, "generate", *chosen)
+    assert message in fails(capsys, cli.CALLER_ERROR, "generate", *chosen)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
 
 
@@ -291,7 +291,7 @@ def damage_no_vae(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (damage_truncated, "transformer.safetensors is truncated"),
         (damage_foreign, "vae.safetensors"),
@@ -300,7 +300,11 @@ def damage_no_vae(directory: Path) -> None:
     ],
 )
 def test_damaged_checkpoint_is_one_sentence_and_leaves_nothing(
-    damage: Callable[[Path], None], told: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: Callable[[Path], None],
+    message: str,
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     copy, out = tmp_path / "copy", tmp_path / "out"
     copy.mkdir()
@@ -308,7 +312,7 @@ def test_damaged_checkpoint_is_one_sentence_and_leaves_nothing(
     for path in model.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     damage(copy)
-    assert told in fails(
+    assert message in fails(
         capsys, cli.CALLER_ERROR, "generate", "a", "-o", out / "a.mp4", "--model", copy, "--seconds", 0.2
     )
     assert list(out.iterdir()) == []
@@ -321,10 +325,10 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     try:
         arguments = ("generate", "a", "-o", tmp_path / "a.mp4", "--model", model, "--seconds", 3)
-        told = fails(capsys, cli.OTHER_ERROR, *arguments)
+        message = fails(capsys, cli.OTHER_ERROR, *arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "a.mp4 could not be written (File too large" in told and "free space" in told
+    assert "a.mp4 could not be written (File too large" in message and "free space" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,8 +348,8 @@ def test_interrupted_generation_leaves_a_file_that_plays(
 
     monkeypatch.setattr(VideoStream, "advance", interrupted)
     path = tmp_path / "a.mp4"
-    told = fails(capsys, cli.INTERRUPTED, "generate", "a", "-o", path, "--model", model, "--seconds", 600)
-    assert told == f"interrupted; {path} holds the first 1.3 of 600.0 seconds (21 frames)"
+    message = fails(capsys, cli.INTERRUPTED, "generate", "a", "-o", path, "--model", model, "--seconds", 600)
+    assert message == f"interrupted; {path} holds the first 1.3 of 600.0 seconds (21 frames)"
     assert frame_count(path) == 21
     assert list(tmp_path.iterdir()) == [path]
 
@@ -373,8 +377,8 @@ def test_interrupt_before_the_first_frames_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(VideoStream, "advance", interrupted)
-    told = fails(capsys, cli.INTERRUPTED, "generate", "a", "-o", tmp_path / "a.mp4", "--model", model)
-    assert told == "interrupted; nothing was written"
+    message = fails(capsys, cli.INTERRUPTED, "generate", "a", "-o", tmp_path / "a.mp4", "--model", model)
+    assert message == "interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -123,8 +123,8 @@ def test_full_disk_under_the_output_is_one_line() -> None:
         finished = run(
             PRINTING.format(body="print('a')"), capture_output=False, stdout=full, stderr=subprocess.PIPE
         )
-    told = "name: error: the output cannot be written (No space left on device)\n"
-    assert (finished.returncode, finished.stderr) == (1, told)
+    message = "name: error: the output cannot be written (No space left on device)\n"
+    assert (finished.returncode, finished.stderr) == (1, message)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "latin-1"])

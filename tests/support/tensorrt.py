@@ -67,7 +67,7 @@ TYPES = {
 
 @dataclass
 class Journal:
-    """What the module was asked for, and the faults it is told to have."""
+    """What the module was asked for, and the faults it has."""
 
     executions: list[tuple[str, dict[str, int]]] = field(default_factory=list)
     timings_given: list[bytes] = field(default_factory=list)
