@@ -6,10 +6,8 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import av
@@ -24,7 +22,14 @@ from rfengine.cli import generate
 from rfengine.config import RuntimeConfig
 from rfengine.stream import FrameChunk
 from rfengine.video import VideoWriter
+from support.command_forks import CommandForks
 from support.outcome import fails, frame_count
+
+
+@pytest.fixture(scope="module")
+def command_forks() -> Iterator[CommandForks]:
+    with CommandForks() as forks:
+        yield forks
 
 
 def test_generate_writes_the_length_asked_for(
@@ -175,19 +180,16 @@ def test_prompt_may_begin_with_a_dash_after_two(
 
 
 @pytest.mark.slow
-def test_batch_goes_on_where_the_terminal_cannot_print_a_name(model: Path, tmp_path: Path) -> None:
+def test_batch_goes_on_where_the_terminal_cannot_print_a_name(
+    command_forks: CommandForks, model: Path, tmp_path: Path
+) -> None:
     (tmp_path / "видео").mkdir()
     (tmp_path / "p.txt").write_text("a circle\na square\n")
-    finished = subprocess.run(
-        [
-            sys.executable, "-m", "rfengine.cli", "generate", "--prompts", "p.txt", "-o", "видео",
-            "--seconds", "0.1", "--model", str(model),
-        ],
-        env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.startswith("\\u0432\\u0438\\u0434\\u0435\\u043e/0001-a-circle.mp4: 2 frames")
+    arguments = ["--prompts", "p.txt", "-o", "видео", "--seconds", "0.1", "--model", str(model)]
+    command_forks.start(tmp_path, "generate", *arguments)
+    assert command_forks.status() == 0, command_forks.errors()
+    printed = (tmp_path / "stdout").read_text()
+    assert printed.startswith("\\u0432\\u0438\\u0434\\u0435\\u043e/0001-a-circle.mp4: 2 frames")
     assert len(list((tmp_path / "видео").iterdir())) == 2
 
 
@@ -385,26 +387,24 @@ def test_interrupt_before_the_first_frames_leaves_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGHUP], [signal.SIGINT] * 2])
 def test_interrupted_process_exits_with_130_and_its_file_plays(
-    model: Path, tmp_path: Path, signals: list[signal.Signals]
+    command_forks: CommandForks, model: Path, tmp_path: Path, signals: list[signal.Signals]
 ) -> None:
-    path = tmp_path / "a.mp4"
-    arguments = ["generate", "a", "-o", str(path), "--model", str(model), "--seconds", "36000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rfengine.cli", *arguments],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    path = videos / "a.mp4"
+    arguments = ["a", "-o", str(path), "--model", str(model), "--seconds", "36000"]
+    process = command_forks.start(tmp_path, "generate", *arguments)
     deadline = time.monotonic() + 240
-    while not any(entry.stat().st_size for entry in tmp_path.iterdir()):
-        assert process.poll() is None and time.monotonic() < deadline
+    while not any(entry.stat().st_size for entry in videos.iterdir()):
+        assert not command_forks.has_ended() and time.monotonic() < deadline
         time.sleep(0.05)
     for number in signals:
-        process.send_signal(number)
+        os.kill(process, number)
         time.sleep(0.01)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert command_forks.status() == 130
+    errors = command_forks.errors()
+    assert "Traceback" not in errors
     last = errors.splitlines()[-1]
     assert last.startswith(f"rfengine: error: interrupted; {path} holds the first ")
     assert f"({frame_count(path)} frames)" in last
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(videos.iterdir()) == [path]
