@@ -36,13 +36,13 @@ def noise(chunk: int, frames: int) -> torch.Tensor:
     return noise_of(chunk, frames)[..., : GRID.latent_height, : GRID.latent_width].contiguous()
 
 
-def stream(model: WanDiT, config: CacheConfig) -> tuple[torch.Tensor, StreamingKVCache]:
+def stream(
+    model: WanDiT, config: CacheConfig, steps: tuple[int, ...]
+) -> tuple[torch.Tensor, StreamingKVCache]:
     cache = StreamingKVCache(model.config, config, GRID, device=DEVICE, ops=model.ops)
-    runner, text = small_runner(model), model.text_keys_values(text_states().to(DEVICE))
-    out = [
-        runner.advance(cache, cache.plan_chunk(), noise(chunk, config.chunk_frames).to(DEVICE), text)
-        for chunk in range(CHUNKS)
-    ]
+    runner, text = small_runner(model, steps), model.text_keys_values(text_states().to(DEVICE))
+    draws = [noise(chunk, config.chunk_frames)[: len(steps)].to(DEVICE) for chunk in range(CHUNKS)]
+    out = [runner.advance(cache, cache.plan_chunk(), each, text) for each in draws]
     return torch.cat(out, dim=2), cache
 
 
@@ -64,17 +64,17 @@ def test_a_form_of_the_attention_is_taken_by_its_name(monkeypatch, backend, form
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "cache_config"),
+    ("config", "cache_config", "steps"),
     [
-        (TWO_HEADS, CacheConfig(alpha=0.9)),
-        (ONE_HEAD, CacheConfig(sink="frozen", positions="absolute")),
-        (ONE_HEAD, CacheConfig(1, 3, "none", 0)),
+        (TWO_HEADS, CacheConfig(2, 6, "ema", 2, 0.9), (1000,)),
+        (ONE_HEAD, CacheConfig(1, 3, "frozen", 1, positions="absolute"), (1000,)),
+        (ONE_HEAD, CacheConfig(1, 3, "none", 0), (1000, 500)),
     ],
 )
-def test_a_stream_on_triton_equals_the_reference(config, cache_config):
+def test_a_stream_on_triton_equals_the_reference(config, cache_config, steps):
     model = small_model(config).to(DEVICE)
-    expected, expected_cache = stream(model, cache_config)
-    actual, cache = stream(on_triton(model), cache_config)
+    expected, expected_cache = stream(model, cache_config, steps)
+    actual, cache = stream(on_triton(model), cache_config, steps)
     assert relative_error(actual, expected) <= 3e-6
     for name, tensor in cache.tensors().items():
         if tensor.any():

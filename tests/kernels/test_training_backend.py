@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rfengine.accuracy import relative_error
-from rfengine.config import WanConfig
+from rfengine.config import CacheConfig, WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.ops import Ops, choose_ops
 from rfengine.training.config import RolloutConfig
@@ -21,7 +21,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD_OF_64 = WanConfig(
     dim=64, ffn_dim=64, num_heads=1, num_layers=1, text_dim=16, text_len=8, in_dim=4, out_dim=4
 )
-CONFIG = dataclasses.replace(ENGINE, model=HEAD_OF_64, width=16)  # 2 x 1 tokens in a frame
+FRAMES = 2  # of a chunk, with 2 x 1 tokens each
+CONFIG = dataclasses.replace(ENGINE, model=HEAD_OF_64, cache=CacheConfig(FRAMES, 6, "ema", 2, 0.8), width=16)
 
 
 def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -30,7 +31,7 @@ def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, t
     model.load_state_dict(small_model(HEAD_OF_64).state_dict())
     generator = torch.Generator().manual_seed(5)
     noise = {
-        (chunk, step): torch.randn(1, 4, 3, 4, 2, generator=generator)
+        (chunk, step): torch.randn(1, 4, FRAMES, 4, 2, generator=generator)
         for chunk in range(4)
         for step in (0, 1)
     }
@@ -38,7 +39,7 @@ def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, t
     latents = self_forced_rollout(
         model, CONFIG, text, lambda chunk, step: noise[chunk, step].to(DEVICE), (1, 0, 1, 1), rollout
     )
-    latents[:, :, 3 * (4 - rollout.gradient_chunks) :].square().mean().backward()
+    latents[:, :, FRAMES * (4 - rollout.gradient_chunks) :].square().mean().backward()
     return latents, {name: value.grad for name, value in model.named_parameters()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,17 +10,28 @@ from pathlib import Path
 import pytest
 
 from studies.toy import run as toy_study
+from studies.toy import trainings
+from studies.toy.setting import SIZES, SMOKE
 
 TRAINED = ("start", "clips", "teacher", "re_dmd_0.5")
-MEASURED = ("clips_teacher", "clips_re_dmd_0.5", "streams_re_dmd_0.5_ema_0.9_5s")
+MEASURED = ("clips_teacher", "clips_re_dmd_0.5", "streams_re_dmd_0.5_ema_0.9_3s")
 
 
 @pytest.mark.slow
 def test_parts_are_made_one_after_another_and_end_in_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("studies.toy.clips._TEACHER_SUBSTEPS", 1)
+    recipe = trainings.toy_re_dmd
+    monkeypatch.setattr(
+        trainings, "toy_re_dmd", lambda *given: dataclasses.replace(recipe(*given), critic_updates=2)
+    )
+    monkeypatch.setattr(toy_study, "LOGGED_EVERY", 2)
+    monkeypatch.setitem(SIZES, "smoke", dataclasses.replace(SMOKE, student_steps=2))
+    for amount in ("clips._TEACHER_SUBSTEPS", "clips._FLOW_PAIRS", "streams._FLOW_PAIRS", "streams._WINDOWS"):
+        monkeypatch.setattr(f"studies.toy.{amount}", 1)
+    monkeypatch.setattr("studies.toy.clips._CHUNKS", 2)
     monkeypatch.setattr("recipes.tiny.muon._ITERATIONS", 1)
+    monkeypatch.setattr("recipes.tiny.transformer._BATCH", 2)
     directory, results = tmp_path / "study", tmp_path / "results"
     one_thread = ["--workers", str(os.cpu_count())]
     common = ["--size", "smoke", "--directory", str(directory), "--results", str(results), *one_thread]
@@ -27,10 +39,10 @@ def test_parts_are_made_one_after_another_and_end_in_tables(
     for name in (*TRAINED, *MEASURED):
         assert toy_study.main([*common, "--part", name]) == 0, name
     assert toy_study.main([*common, "--tables"]) == 0
-    record = json.loads((results / "streams_re_dmd_0.5_ema_0.9_5s.json").read_text())
+    record = json.loads((results / "streams_re_dmd_0.5_ema_0.9_3s.json").read_text())
     assert len(record["videos"]) == 2
     tables = (results / "tables.md").read_text()
-    assert "re_dmd_0.5, 5 s" in tables
+    assert "re_dmd_0.5, 3 s" in tables
     assert (results / "log_re_dmd_0.5.jsonl").read_text().count("\n") == 1
     assert (results / "models.png").exists()
 
