@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rfengine import Pipeline, VideoStream
-from rfengine.config import RuntimeConfig
+from rfengine.config import RuntimeConfig, ScheduleConfig
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import chunk_noise
@@ -46,14 +46,14 @@ def frames_of(stream: VideoStream, chunks: int) -> numpy.ndarray:
 
 
 @pytest.mark.slow
-def test_ten_chunks_of_the_shipped_model_are_the_same_bit_for_bit() -> None:
+def test_five_chunks_of_the_shipped_model_are_the_same_bit_for_bit() -> None:
     expected, overlapped = (
         Pipeline.from_pretrained("tiny", "cpu", runtime=RuntimeConfig(overlap=overlap)).stream(
             "a red circle", seed=3
         )
         for overlap in (False, True)
     )
-    for chunk, other in zip(expected.take(10), overlapped.take(10), strict=True):
+    for chunk, other in zip(expected.take(5), overlapped.take(5), strict=True):
         assert chunk.index == other.index
         assert numpy.array_equal(chunk.frames, other.frames)
         assert torch.equal(expected.latents, overlapped.latents)
@@ -134,8 +134,8 @@ def test_streams_beside_each_other_are_the_same(plain: Pipeline, overlapped: Pip
 
 
 @pytest.mark.slow
-def test_an_endless_stream_keeps_nothing_of_what_it_gave(overlapped: Pipeline) -> None:
-    """Memory and Python objects are the same after 300 chunks as after 60."""
+def test_an_endless_stream_keeps_nothing_of_what_it_gave(plain: Pipeline) -> None:
+    """Memory and Python objects are the same after 200 chunks of one step as after 40."""
     status = Path("/proc/self/status")
     if not status.exists():
         pytest.skip("this system does not report the memory of a process")
@@ -144,11 +144,13 @@ def test_an_endless_stream_keeps_nothing_of_what_it_gave(overlapped: Pipeline) -
         resident = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
         return int(resident.split()[1]) * 1024, len(gc.get_objects())
 
-    stream = overlapped.stream("a circle", seed=1)
-    for _ in itertools.islice(stream, 60):
+    one_step = dataclasses.replace(plain.config, schedule=ScheduleConfig(denoising_steps=(1000,)))
+    config = dataclasses.replace(one_step, runtime=RuntimeConfig(overlap=True))
+    stream = Pipeline(config, plain.model, plain.vae, plain.text_encoder, "small-0").stream("a circle")
+    for _ in itertools.islice(stream, 40):
         pass
     resident, objects = measured()
-    for _ in itertools.islice(stream, 240):
+    for _ in itertools.islice(stream, 160):
         pass
     later_resident, later_objects = measured()
     stream.close()
