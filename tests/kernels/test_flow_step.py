@@ -19,8 +19,8 @@ def gpu_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SIGMAS = (0.9375456, 0.5882, 1.0, 0.001)
-# batch, channels, frames, rows and columns of tokens, patch
-SIZES = [(1, 16, 3, 2, 3, 2), (2, 4, 1, 5, 37, 2), (1, 3, 2, 3, 5, 1), (2, 5, 2, 2, 30, 3)]
+# batch, channels, frames, rows and columns of tokens, patch; a row of the last takes two programs
+SIZES = [(1, 16, 3, 1, 3, 2), (2, 4, 2, 1, 5, 2), (1, 3, 2, 3, 5, 1), (1, 9, 2, 1, 24, 3)]
 
 
 def inputs(size: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -55,7 +55,7 @@ def test_renoised_latents_are_those_of_the_reference_bit_for_bit(
 
 @settings(max_examples=10, deadline=None)
 @given(
-    size=st.tuples(*(st.integers(1, limit) for limit in (2, 7, 3, 4, 9, 3))),
+    size=st.tuples(*(st.integers(1, limit) for limit in (2, 7, 2, 2, 9, 3))),
     sigma=st.floats(0.0, 1.0),
     following=st.floats(0.0, 1.0),
 )

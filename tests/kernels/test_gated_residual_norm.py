@@ -40,14 +40,14 @@ def test_sum_norm_and_gradients_agree_with_the_reference(name, dtype, gated):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_that_serves_several_frames_or_samples_gets_the_sum_of_their_gradients(name):
-    x, y, gate, *pair = inputs(name)
+    x, y, gate, *pair = inputs(name, frames=2, tokens=4)
     for one_for_all in (gate[:1], gate[:, :1], gate[:1, :1]):
         assert_op_matches(*op_pair(name), (x, y, one_for_all, *pair))
 
 
 def test_programs_that_sum_over_several_tokens_leave_none_out(monkeypatch):
-    monkeypatch.setattr(layer_norm, "rows_per_sum", lambda rows: 4)  # 7 tokens in a frame: 4, then 3
-    assert_op_matches(*op_pair(NAMES[0]), inputs(NAMES[0], tokens=21))
+    monkeypatch.setattr(layer_norm, "rows_per_sum", lambda rows: 4)  # 6 tokens in a frame: 4, then 2
+    assert_op_matches(*op_pair(NAMES[0]), inputs(NAMES[0], frames=2, tokens=12))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,7 +117,7 @@ def test_an_x_that_cannot_receive_the_sum_is_refused(view):
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_torch_sees_the_ops_as_it_must(gated):
-    case = inputs(NAMES[0], dim=16, gated=gated)
+    case = inputs(NAMES[0], frames=1, tokens=1, dim=16, gated=gated)
     recorded = [None if tensor is None else tensor.clone().requires_grad_() for tensor in case]
     torch.library.opcheck(gated_residual_norm.add_and_norm_op, (*recorded, 1e-6, True))
     for op in (gated_residual_norm.add_into_and_norm_op, gated_residual_norm.add_into_and_norm_fp8_op):

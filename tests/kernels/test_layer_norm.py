@@ -44,7 +44,7 @@ def tables(batch, frames, dim):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "frames", "tokens", "dim"), [(1, 1, 1, 192), (2, 3, 21, 48), (1, 2, 4, 1536)]
+    ("batch", "frames", "tokens", "dim"), [(1, 1, 1, 192), (2, 3, 9, 48), (1, 2, 4, 1536)]
 )
 def test_norm_and_gradients_agree_with_the_reference(batch, frames, tokens, dim, dtype):
     inputs = rows(batch, tokens, dim, dtype), *tables(batch, frames, dim)
@@ -60,8 +60,8 @@ def test_a_row_that_serves_several_frames_or_samples_gets_the_sum_of_their_gradi
 
 
 def test_programs_that_sum_over_several_tokens_leave_none_out(monkeypatch):
-    monkeypatch.setattr(layer_norm, "rows_per_sum", lambda rows: 4)  # 7 tokens in a frame: 4, then 3
-    inputs = rows(2, 21, 24), *tables(2, 3, 24)
+    monkeypatch.setattr(layer_norm, "rows_per_sum", lambda rows: 4)  # 6 tokens in a frame: 4, then 2
+    inputs = rows(2, 12, 24), *tables(2, 2, 24)
     assert_op_matches(adaptive_layer_norm, reference.adaptive_layer_norm, inputs)
 
 
@@ -114,7 +114,7 @@ def affine_inputs(batch, tokens, dim, dtype=torch.float32, parameter_dtype=torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "tokens", "dim"), [(1, 1, 192), (2, 21, 48), (1, 3, 1536)])
+@pytest.mark.parametrize(("batch", "tokens", "dim"), [(1, 1, 192), (2, 5, 48), (1, 3, 1536)])
 def test_affine_norm_and_gradients_agree_with_the_reference(batch, tokens, dim, dtype):
     case = affine_inputs(batch, tokens, dim, dtype, parameter_dtype=dtype)
     assert_op_matches(affine_layer_norm, reference.affine_layer_norm, case)
@@ -175,14 +175,14 @@ def test_gradients_are_bitwise_the_same_in_every_run():
 
 @pytest.mark.parametrize("plus_one", [True, False])
 def test_torch_sees_the_ops_as_it_must(plus_one):
-    x, factor, offset = rows(2, 6, 16), *tables(1, 3, 16)
+    x, factor, offset = rows(2, 2, 16), *tables(1, 2, 16)
     factor, offset = factor.requires_grad_(), offset.clone().requires_grad_()
     torch.library.opcheck(layer_norm_op, (x.requires_grad_(), factor, offset, 1e-6, plus_one))
     torch.library.opcheck(layer_norm_fp8_op, (x.detach(), factor.detach(), offset.detach(), 1e-6, plus_one))
 
 
 def test_torch_sees_the_backward_op_as_it_must():
-    total, y, gate, factor, offset, *rest = backward_case()
+    total, y, gate, factor, offset, *rest = backward_case(frames=2, tokens=2)
     torch.library.opcheck(layer_norm_backward, (total, y, gate, factor, offset, *rest))
     torch.library.opcheck(layer_norm_backward, (total, y, None, factor[:1], offset[:, :1], *rest))
     torch.library.opcheck(

@@ -60,7 +60,7 @@ def test_norm_rotation_and_gradients_agree_with_the_reference(
 
 
 @settings(max_examples=4, deadline=None, derandomize=True)
-@given(size=st.tuples(st.integers(1, 2), st.integers(3, 6), st.integers(1, 5), st.integers(8, 40)))
+@given(size=st.tuples(st.integers(1, 2), st.integers(3, 4), st.integers(1, 5), st.integers(8, 40)))
 def test_any_shape_agrees_with_the_reference(size: tuple[int, ...]) -> None:
     batch, tokens, heads, half = size
     rotation = angles(tokens, 2 * half)
@@ -76,8 +76,8 @@ def test_weight_gradients_are_summed_over_programs_that_take_several_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(qk_norm_rope_file, "rows_per_sum", lambda rows: 4)
-    rotation = angles(11, 64)
-    q, k, _ = rows((2, 11, 2, 64))
+    rotation = angles(5, 64)
+    q, k, _ = rows((2, 5, 2, 64))
     assert_op_matches(
         lambda *leaves: qk_norm_rope(*leaves[:4], rotation, 2, leaves[4]),
         lambda *leaves: reference.qk_norm_rope(*leaves[:4], rotation, 2, leaves[4]),
@@ -164,26 +164,25 @@ def test_written_keys_are_the_rephased_raw_keys_bit_for_bit(dtype: torch.dtype) 
 def test_slots_that_lie_head_first_in_memory_get_the_same_bits() -> None:
     results = []
     for head_first in (True, False):
-        arenas = [values(2, 3, 9, 64, seed=seed).transpose(1, 2) for seed in (5, 6, 7)]
+        arenas = [values(2, 3, 4, 64, seed=seed).transpose(1, 2) for seed in (5, 6, 7)]
         keys, spare, raw = arenas if head_first else [arena.contiguous() for arena in arenas]
-        q = qk_norm_rope_write(*rows((2, 9, 3, 64)), *weights(192), angles(9, 64), EPS, keys, spare, raw)
+        q = qk_norm_rope_write(*rows((2, 4, 3, 64)), *weights(192), angles(4, 64), EPS, keys, spare, raw)
         results.append((q, keys, spare, raw))
     for name, own, other in zip(("q", "keys", "values", "raw"), *results, strict=True):
         assert_same_bits(name, own, other)
 
 
 def test_qk_norm_rope_is_a_well_formed_op() -> None:
-    q, k = (x.contiguous().requires_grad_() for x in rows((1, 5, 2, 64))[:2])
+    q, k = (x.contiguous().requires_grad_() for x in rows((1, 2, 2, 64))[:2])
     scales = [weight.requires_grad_() for weight in weights(128)]
-    torch.library.opcheck(qk_norm_rope, (q, k, *scales, angles(5, 64), 2, EPS))
+    torch.library.opcheck(qk_norm_rope, (q, k, *scales, angles(2, 64), 2, EPS))
 
 
 @pytest.mark.parametrize("keep_raw", [True, False])
 def test_qk_norm_rope_write_is_a_well_formed_op(keep_raw: bool) -> None:
-    size = (1, 5, 2, 64)
-    keys, spare, raw = slots((1, 5, 2, 64), torch.float32)
-    keys, spare, raw = (arena[:, :5] for arena in (keys, spare, raw))
-    inputs = (*rows(size), *weights(128), angles(5, 64), EPS, keys, spare, raw if keep_raw else None)
+    size = (1, 2, 2, 64)
+    keys, spare, raw = (arena[:, :2] for arena in slots(size, torch.float32))
+    inputs = (*rows(size), *weights(128), angles(2, 64), EPS, keys, spare, raw if keep_raw else None)
     torch.library.opcheck(qk_norm_rope_write, inputs)
 
 

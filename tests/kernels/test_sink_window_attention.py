@@ -192,7 +192,7 @@ def test_an_arena_overwritten_before_backward_is_an_error():
 
 
 def test_ops_pass_opcheck():
-    q, keys, values, length = arena(1, 5, 20, 2, 64, torch.float32, 17)
+    q, keys, values, length = arena(1, 5, 20, 1, 64, torch.float32, 17)
     keys, values = keys.nan_to_num(), values.nan_to_num()
     leaves = [tensor.clone().requires_grad_() for tensor in (q, keys, values)]
     torch.library.opcheck(torch.ops.rfengine.sink_window_attention, (*leaves, length, None))
