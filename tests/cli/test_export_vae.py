@@ -17,7 +17,9 @@ from rfengine.export import onnx_export
 from rfengine.export.decoder_graphs import DecoderGraph
 from rfengine.models.vae import WanVAE
 from rfengine.pipeline import Pipeline
+from support.models import small_pipeline, write_pipeline
 from support.outcome import fails
+from support.small_export import VAE
 from support.tensorrt import install
 
 onnx = pytest.importorskip("onnx")
@@ -25,20 +27,20 @@ pytest.importorskip("onnxscript")
 
 
 @pytest.fixture(scope="session")
-def exported_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint with its float32 ONNX files, made by the command; its own check, which takes seconds and
+def exported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with its float32 ONNX files, made by the command; its own check, which takes seconds and
     is that of tests/export, is only called."""
-    directory, checked = tmp_path_factory.mktemp("exported") / "model", []
+    directory, checked = tmp_path_factory.mktemp("exported"), []
+    write_pipeline(directory, small_pipeline(vae_config=VAE))
 
     def check(vae: WanVAE, *size: int) -> onnx_export.Agreement:
         checked.append((vae.conv2.weight.dtype, *size))
         return onnx_export.Agreement(3, 1e-6, 1e-6)
 
-    shutil.copytree(model, directory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_export, "check_in_onnxruntime", check)
         assert cli.main(["export-vae", str(directory), "--onnx-only", "--precision", "fp32"]) == 0
-    assert checked == [(torch.float32, 3, 32, 32)]
+    assert checked == [(torch.float32, 3, 8, 8)]
     return directory
 
 
@@ -57,7 +59,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_export_writes_one_onnx_file_for_each_graph(exported: Path) -> None:
     names = sorted(contents(exported))
     assert len(names) == 2
-    assert names[0].endswith("-32x48-3-fp32-first.onnx") and names[1].endswith("-32x48-3-fp32-steady.onnx")
+    assert names[0].endswith("-8x12-3-fp32-first.onnx") and names[1].endswith("-8x12-3-fp32-steady.onnx")
 
 
 def test_files_that_are_there_are_kept(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,9 +113,9 @@ def test_pipeline_streams_through_the_engines_what_the_full_decoder_gives(
     videos = []
     for kind in ("full", "tensorrt"):
         pipeline = Pipeline.from_pretrained(exported, "cpu", runtime=RuntimeConfig(vae=kind))
-        videos.append(pipeline.generate("a", num_frames=21).frames.astype(int))
+        videos.append(pipeline.generate("a", num_frames=11).frames.astype(int))
     assert [stage for stage, _ in journal.executions[-2:]] == ["first", "steady"]
-    assert videos[0].shape == videos[1].shape == (21, 32, 48, 3)
+    assert videos[0].shape == videos[1].shape == (11, 8, 12, 3)
     assert abs(videos[0] - videos[1]).max() <= 1
 
 

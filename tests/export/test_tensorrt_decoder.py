@@ -106,7 +106,7 @@ def test_state_changes_sides_and_is_never_copied(export, journal, decoder) -> No
 
 @pytest.mark.parametrize("journal", ["11.4.0.106"], indirect=True)
 def test_single_latents_start_from_zero_where_the_first_call_leaves_slots_out(export, journal) -> None:
-    """The first latent alone skips the temporal doublings: their slots are zero then, in a used state too."""
+    """The first latent alone skips the temporal doubling: its slot is zero then, in a used state too."""
     spec = dataclasses.replace(export.spec, latents=1)
     for stage in STAGES:
         program = export_graph(DecoderGraph(export.vae, 1, *SIZE, first=stage == "first"))
@@ -236,7 +236,7 @@ def test_open_names_the_command_that_builds_what_is_missing(export, journal) -> 
     other = dataclasses.replace(GRID, height=32)
     with pytest.raises(ValueError) as refused:
         opened(export, with_chunks_of(5), other, torch.bfloat16)
-    command = f"rfengine export-vae {export.directory} --height 32 --width 24 --latents 5 --precision bf16"
+    command = f"rfengine export-vae {export.directory} --height 32 --width 12 --latents 5 --precision bf16"
     assert f"build it with `{command}`" in str(refused.value)
     assert f"{export.folder} has no engine" in str(refused.value) and ", nor has " in str(refused.value)
     with pytest.raises(ValueError, match="dtype is torch.float64; a TensorRT decoder serves torch.float16"):

@@ -28,7 +28,7 @@ def test_engine_is_named_by_gpu_version_precision_and_shape(export, monkeypatch,
     for stage in STAGES:
         path = build_engine(export.folder, export.spec, stage, CPU)
         mark = export.spec.vae_fingerprint[:12]
-        assert path.name == f"vae-{mark}-16x24-3-fp32-{stage}-Fake-GPU-80GB-sm90-trt{version}.engine"
+        assert path.name == f"vae-{mark}-8x12-3-fp32-{stage}-Fake-GPU-80GB-sm90-trt{version}.engine"
         content = read_engine(export.folder, export.spec, stage, target_here(), REBUILD)
         onnx_file = export.spec.onnx_file(export.folder, stage)
         assert content == b"fake engine " + version.encode() + b"\n" + onnx_file.read_bytes()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.checkpoint.checkpoint import write_config
+from rfengine.checkpoint.loader import save_weights
 from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
@@ -60,16 +63,34 @@ def text_states(seed: int = 0) -> torch.Tensor:
     return torch.randn(1, SMALL.text_len, SMALL.text_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def small_pipeline(cache: CacheConfig | None = None, seed: int = 0) -> Pipeline:
-    """A whole pipeline at 32 x 48 pixels with random weights, two denoising steps and a byte tokenizer."""
+def small_pipeline(
+    cache: CacheConfig | None = None, seed: int = 0, vae_config: VAEConfig = SMALL_VAE
+) -> Pipeline:
+    """A whole pipeline with random weights, two denoising steps, a byte tokenizer and 2 x 3 tokens a frame,
+    32 x 48 pixels of the usual VAE."""
     model_config = dataclasses.replace(SMALL, text_len=64)
     text_config = TextConfig(259, 16, 16, 24, 2, 1, tokenizer="bytes")
     config = EngineConfig(
-        "small", model_config, SMALL_VAE, text_config, cache or CacheConfig(),
-        ScheduleConfig(denoising_steps=(1000, 500)), GRID.height, GRID.width,
+        "small", model_config, vae_config, text_config, cache or CacheConfig(),
+        ScheduleConfig(denoising_steps=(1000, 500)),
+        GRID.latent_height * vae_config.spatial_stride, GRID.latent_width * vae_config.spatial_stride,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vae = WanVAE(SMALL_VAE).eval().requires_grad_(False)
+        vae = WanVAE(vae_config).eval().requires_grad_(False)
         encoder = TextEncoder(build_umt5(text_config), ByteTokenizer(), model_config.text_len)
     return Pipeline(config, small_model(model_config, seed), vae, encoder, f"small-{seed}")
+
+
+def write_pipeline(directory: Path, pipeline: Pipeline) -> Path:
+    """Make `directory` a checkpoint of the pipeline, with another text encoder of its shape."""
+    write_config(directory, pipeline.config)
+    parts = {
+        "transformer": pipeline.model,
+        "vae": pipeline.vae,
+        "text_encoder": build_umt5(pipeline.config.text),
+    }
+    for name, module in parts.items():
+        tensors = {key: value for key, value in module.state_dict().items() if "embed_tokens" not in key}
+        save_weights(directory / f"{name}.safetensors", tensors)
+    return directory
