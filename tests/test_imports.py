@@ -229,26 +229,19 @@ def in_fresh_interpreter(code: str) -> str:
     return result.stdout
 
 
-def test_importing_rfengine_needs_torch_alone() -> None:
+def test_importing_rfengine_needs_torch_alone_and_touches_no_cuda() -> None:
     loaded = in_fresh_interpreter(
         "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        "import rfengine\n"
-        "for name in rfengine.__all__: assert getattr(rfengine, name)\n"
-        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})\n"
-    )
-    assert set(loaded.split()) - set(sys.stdlib_module_names) - {"torch", "rfengine"} == set()
-
-
-def test_importing_rfengine_touches_no_cuda() -> None:
-    in_fresh_interpreter(
-        "import torch\n"
         "def refuse(*args, **kwargs): raise AssertionError('CUDA was asked for at import')\n"
         "names = ['_lazy_init', 'is_available', 'device_count', 'current_device', 'get_device_properties']\n"
         "for name in names: setattr(torch.cuda, name, refuse)\n"
-        "import rfengine\n"
+        "before = set(sys.modules)\n"
+        "import rfengine, rfengine.runtime.chunk_runner\n"
         "for name in rfengine.__all__: assert getattr(rfengine, name)\n"
+        "assert 'nvtx' not in sys.modules\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})\n"
     )
+    assert set(loaded.split()) - set(sys.stdlib_module_names) - {"torch", "rfengine"} == set()
 
 
 @pytest.mark.parametrize("module", ["rfengine", "rfengine.cli"])

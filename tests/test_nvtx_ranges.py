@@ -47,10 +47,3 @@ def test_a_chunk_opens_its_ranges_in_order(monkeypatch):
     use(monkeypatch, SimpleNamespace(enabled=lambda: True, annotate=opened.annotate))
     Stream(small_runner(small_model()), CacheConfig()).advance()
     assert opened == ["chunk", "evict", "step 0", "step 1", "context pass"]
-
-
-def test_importing_the_runner_does_not_import_nvtx():
-    import subprocess
-
-    code = "import sys, rfengine.runtime.chunk_runner; sys.exit('nvtx' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -26,6 +26,24 @@ def find_spec(real, name, path=None, target=None):
 finder = importlib.machinery.PathFinder
 finder.find_spec = functools.partial(find_spec, finder.find_spec)
 """
+ONE_PROCESS = """
+import contextlib, json, os, runpy, sys
+from pathlib import Path
+from bench import gpu_gate
+os.environ.update(gpu_gate.SMALL_ENVIRONMENT)
+from rfengine.benchmark import comparison, throughput
+comparison.recorded_chunks = throughput.recorded_chunks = lambda cache: 1
+comparison.ROUNDS = throughput.SETTLED_CHUNKS = throughput.PROFILED_CHUNKS = 1
+commands, folder = json.loads(sys.argv[1]), sys.argv[2]
+for place, (first, *rest) in enumerate(commands):
+    sys.argv = [first, *rest] if first != "-m" else rest
+    run = runpy.run_path if first != "-m" else runpy.run_module
+    with Path(folder, f"{place}.out").open("w") as output, contextlib.redirect_stdout(output):
+        try:
+            run(sys.argv[0], run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, (sys.argv, ended.code)
+"""
 
 
 def script(name: str, code: str, **options: Any) -> Command:
@@ -88,10 +106,10 @@ time.sleep(300)
 """
     parts = {"one": [script("hangs", hang), script("waits", "pass")], "two": [script("runs", "print(7)")]}
     started = time.monotonic()
-    found = run_parts(tmp_path, monkeypatch, parts, seconds=6)
+    found = run_parts(tmp_path, monkeypatch, parts, seconds=4)
     assert time.monotonic() - started < 20
     hung = found["one"]["commands"]["hangs"]
-    assert hung["state"] == "cut short" and hung["reason"].startswith("killed after 3 s")
+    assert hung["state"] == "cut short" and hung["reason"].startswith("killed after 2 s")
     assert found["one"]["commands"]["waits"] == {"state": "not run", "reason": "no time was left"}
     assert found["two"]["commands"]["runs"]["state"] == "done"
     with pytest.raises(ProcessLookupError):
@@ -225,24 +243,51 @@ def test_results_of_a_gpu_need_a_file(monkeypatch, capsys):
     assert "give --out FILE for the results" in capsys.readouterr().err
 
 
+def run_in_a_bare_image(folder: Path, *arguments: str) -> None:
+    """Run Python on arguments where the packages that a bare CUDA image lacks cannot be found."""
+    (folder / "sitecustomize.py").write_text(BARE_IMAGE)
+    variables = {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    finished = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=os.environ | variables
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
 @pytest.mark.slow
 def test_the_self_check_passes_with_what_a_bare_cuda_image_has(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(BARE_IMAGE)
+    """A part of each kind: pytest, JSON on the output, JSON in a file. The others are run below."""
     out = tmp_path / "gate.json"
-    command = [sys.executable, "bench/gpu_gate.py", "--self-check", "--out", str(out), "--commit", "abc"]
-    variables = {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | variables)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    parts = ["tests", "parity", "kernels"]
+    run_in_a_bare_image(
+        tmp_path, "bench/gpu_gate.py", "--self-check", "--out", str(out), "--commit", "abc", "--parts", *parts
+    )
     record = json.loads(out.read_text())
     assert record["self_check"] and record["commit"] == "abc" and record["well"]
-    assert list(record["parts"]) == list(gpu_gate.PARTS)
+    assert list(record["parts"]) == parts
     outcomes = {
         name: outcome for part in record["parts"].values() for name, outcome in part["commands"].items()
     }
-    assert outcomes.pop("native build")["state"] == "not run"
     assert {outcome["state"] for outcome in outcomes.values()} == {"done"}
-    assert (
-        outcomes["test_flow_step"]["results"]["passed"] == 2 and outcomes["stream"]["results"]["passed"] == 1
-    )
-    assert outcomes["bench"]["results"]["model"] == "tiny" and "comparison" in outcomes["bench"]["results"]
+    assert outcomes["test_flow_step"]["results"]["passed"] == 2
     assert outcomes["reference float32"]["results"]["ok"]
+    assert [case["wrong"] for case in outcomes["kernels"]["results"]["cases"]] == [""]
+
+
+@pytest.mark.slow
+def test_other_commands_of_the_self_check_pass_with_what_a_bare_cuda_image_has(tmp_path):
+    """In one process, which imports torch once; where a benchmark takes many chunks, one is enough."""
+    setting = Setting(True, tmp_path)
+    device, graphs, bench, vae = (
+        gpu_gate.PARTS[name].commands(setting) for name in ("device", "graphs", "bench", "vae")
+    )
+    assert [command.name for command in device] == ["doctor", "first start", "native build"]
+    assert device[2].absence == "a self-check builds nothing"
+    commands = [command.arguments[1:] for command in (*device[:2], *graphs, *bench, *vae)]
+    run_in_a_bare_image(tmp_path, "-c", ONE_PROCESS, json.dumps(commands), str(tmp_path))
+    doctor, start, stream = ((tmp_path / f"{place}.out").read_text() for place in range(3))
+    assert json.loads(doctor)["packages"]["torch"] == torch.__version__
+    assert read_json(start)["refused"] == {}
+    assert read_tests(stream)["passed"] == 1
+    figures = json.loads(bench[0].json.read_text())
+    assert figures["model"] == "tiny" and "comparison" in figures
+    assert json.loads(vae[0].json.read_text())["model"] == "tiny"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +17,6 @@ from bench.kernels import ABSENT, Options, fault_of, run, seeded_draw
 from rfengine.config import PRESETS
 from rfengine.costs.shapes import Shapes
 from rfengine.ops import reference
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -68,16 +63,11 @@ def test_a_case_that_is_not_there_is_refused() -> None:
         run(Options(case=("rms",), check=True))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for a CPU")
-def test_the_interpreter_checks_a_kernel(tmp_path: Path) -> None:
+def test_the_interpreter_checks_a_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "kernels.py"), "--check", "--case", "rms_norm"],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["rms_norm", "right"]
+    assert run(Options(case=("rms_norm",), check=True)) == 0
+    assert capsys.readouterr().out.split() == ["rms_norm", "right"]
 
 
 @pytest.mark.parametrize(("ms", "runs"), [(0.05, 60), (10.0, 30), (100.0, 3), (500.0, 3)])
