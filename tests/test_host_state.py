@@ -72,7 +72,7 @@ def session(pipe: Pipeline, settings: Iterator[Setting]) -> list[numpy.ndarray]:
         found.append(stream.latents.numpy())
 
     stream = call(lambda: pipe.stream("a circle", seed=3))
-    for _ in range(4):
+    for _ in range(3):
         take(stream)
     call(lambda: stream.set_prompt("a green square", "soft"))
     take(stream)

@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 import threading
+from functools import partial
 
 import numpy
 import pytest
@@ -35,26 +36,26 @@ def test_the_first_chunk_has_nine_frames_and_every_later_one_twelve(pipe):
 
 
 def test_the_same_seed_gives_the_same_frames_whatever_ran_beside_it(pipe):
-    alone = frames_of(pipe.stream("a circle", seed=7), 5)
+    alone = frames_of(pipe.stream("a circle", seed=7), 4)
     stream, other = pipe.stream("a circle", seed=7), pipe.stream("a square", seed=8)
     interleaved = []
-    for _ in range(5):
+    for _ in range(4):
         torch.randn(13)
         interleaved.append(next(stream).frames)
         next(other)
     assert numpy.array_equal(numpy.concatenate(interleaved), alone)
-    assert not numpy.array_equal(frames_of(pipe.stream("a circle", seed=8), 5), alone)
-    assert not numpy.array_equal(frames_of(pipe.stream("a square", seed=7), 5), alone)
+    for changed in (pipe.stream("a circle", seed=8), pipe.stream("a square", seed=7)):
+        assert not numpy.array_equal(next(changed).frames, alone[:9])
 
 
 @pytest.mark.parametrize("mode", ["soft", "recache", "hard"])
 def test_a_new_prompt_changes_what_follows_and_nothing_before(pipe, mode):
-    plain = frames_of(pipe.stream("a circle"), 7)
+    plain = frames_of(pipe.stream("a circle"), 6)
     stream = pipe.stream("a circle")
     before = frames_of(stream, 4)
     stream.set_prompt("a green square", mode)
     assert stream.prompt == "a green square"
-    after = frames_of(stream, 3)
+    after = frames_of(stream, 2)
     assert numpy.array_equal(before, plain[: len(before)])
     assert not numpy.array_equal(after[-12:], plain[-12:])
 
@@ -109,21 +110,21 @@ def test_an_unknown_mode_is_refused_and_the_stream_goes_on(pipe):
     assert stream.prompt == "a circle" and len(next(stream).frames) == 9
 
 
-@pytest.mark.parametrize("taken_after", [0, 1, 3, 6])
+@pytest.mark.parametrize("taken_after", [0, 1, 3, 5])
 @pytest.mark.parametrize(
     "cache", [CacheConfig(alpha=0.9), CacheConfig(sink="frozen", positions="absolute", window_frames=12)]
 )
 def test_a_snapshot_continues_bit_for_bit(taken_after, cache, tmp_path):
     pipe = small_pipeline(cache)
-    plain = frames_of(pipe.stream("a circle", seed=5), taken_after + 4)
+    plain = frames_of(pipe.stream("a circle", seed=5), taken_after + 3)
     stream = pipe.stream("a circle", seed=5)
     for _ in range(taken_after):
         next(stream)
     stream.snapshot().save(tmp_path / "stream.safetensors")
     restored = pipe.restore(Snapshot.load(tmp_path / "stream.safetensors"))
-    tail = frames_of(restored, 4)
+    tail = frames_of(restored, 3)
     assert numpy.array_equal(tail, plain[-len(tail) :])
-    assert numpy.array_equal(frames_of(stream, 4), tail)
+    assert numpy.array_equal(frames_of(stream, 3), tail)
 
 
 def test_two_branches_go_on_from_one_snapshot(pipe):
@@ -277,14 +278,18 @@ def in_threads(*calls) -> list:
     return [results[number] for number in range(len(calls))]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_streams_of_one_pipeline_in_several_threads_are_what_they_are_alone(pipe, overlap):
-    shared = dataclasses.replace(pipe.config, runtime=RuntimeConfig(overlap=overlap))
-    shared = Pipeline(shared, pipe.model, pipe.vae, pipe.text_encoder, "small-0")
-    alone = [frames_of(pipe.stream("a circle", seed=seed), 6) for seed in range(3)]
-    calls = [lambda seed=seed: frames_of(shared.stream("a circle", seed=seed), 6) for seed in range(3)]
-    for found, expected in zip(in_threads(*calls), alone, strict=True):
-        assert numpy.array_equal(found, expected)
+def test_streams_of_one_pipeline_in_several_threads_are_what_they_are_alone(pipe):
+    alone = [frames_of(pipe.stream("a circle", seed=seed), 5) for seed in range(3)]
+    for overlap in (False, True):
+        config = dataclasses.replace(pipe.config, runtime=RuntimeConfig(overlap=overlap))
+        shared = Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, "small-0")
+
+        def stream(seed: int, of: Pipeline = shared) -> numpy.ndarray:
+            return frames_of(of.stream("a circle", seed=seed), 5)
+
+        calls = [partial(stream, seed) for seed in range(3)]
+        for found, expected in zip(in_threads(*calls), alone, strict=True):
+            assert numpy.array_equal(found, expected)
 
 
 def test_threads_that_share_a_stream_get_each_chunk_once(pipe):

@@ -46,10 +46,15 @@ def test_shift_of_a_texture_is_found_to_a_tenth_of_a_pixel(motion):
     assert error[flow.mask[inner]].quantile(0.95) < 0.1
 
 
-@pytest.mark.parametrize("background", ["grey wall", "checkered floor", "dotted wall"])
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize(
-    ("colour", "direction"), [("red", "left"), ("green", "right"), ("blue", "up"), ("yellow", "down")]
+    ("colour", "direction", "background"),
+    [
+        ("red", "left", "grey wall"),
+        ("green", "right", "checkered floor"),
+        ("blue", "up", "dotted wall"),
+        ("yellow", "down", "checkered floor"),
+    ],
 )
 def test_moving_shape_has_its_speed_and_direction(colour, direction, speed, background):
     flow = optical_flow(render(scene(colour, direction, speed, background), 4))
@@ -76,15 +81,15 @@ def test_sides_of_any_length_are_served():
 
 @pytest.mark.parametrize("background", ["grey wall", "checkered floor", "striped wall", "dotted wall"])
 def test_noise_gamma_and_pulses_of_light_are_no_motion(background):
-    still = render(scene("red", "left", "fast", background), 1).expand(4, -1, -1, -1)
+    still = render(scene("red", "left", "fast", background), 1).expand(3, -1, -1, -1)
     noise = torch.randn(still.shape, generator=torch.Generator().manual_seed(0))
-    steps = torch.arange(4.0)[:, None, None, None]
+    steps = torch.arange(3.0)[:, None, None, None]
     distorted = {
         "none": still,
         "noise of 2%": still + 0.02 * noise,
         "noise of 5%": still + 0.05 * noise,
         "gamma ramp": still ** (1 + 0.08 * steps),
-        "pulse": still * (1 + 0.15 * (steps % 3)),
+        "pulse": still * (1 + 0.15 * steps),
         "tint": still * torch.tensor([1.0, 0.9, 0.8]) ** steps,
     }
     speeds = {name: float(moving_speed(optical_flow(v.clamp(0, 1))).mean()) for name, v in distorted.items()}
