@@ -58,9 +58,11 @@ SMALLEST_ARGUMENTS = (
 
 @pytest.fixture(scope="module", autouse=True)
 def small_preset() -> Iterator[None]:
-    """Makes the preset with random weights a model of a few milliseconds a chunk."""
+    """Makes the preset with random weights a model of a few milliseconds a chunk; fewer chunks are enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "wan-1.3b", SMALL)
+        patch.setattr(throughput, "SETTLED_CHUNKS", 1)
+        patch.setattr(throughput, "PROFILED_CHUNKS", 1)
         yield
 
 
