@@ -83,7 +83,7 @@ def describe(
         binary.write(compiled.asm["cubin"])
         binary.flush()
         usage = _run("cuobjdump", "-res-usage", binary.name)
-        code = _run("nvdisasm", "-c", binary.name)
+        code = _run("nvdisasm", "-c", "-ndf", binary.name)  # without analysis of the data flow, which is slow
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     instructions = re.findall(
         r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", code, re.MULTILINE

@@ -35,7 +35,7 @@ from rfengine.config import PRESETS, VAEConfig
 warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
 cache, *cases = sys.argv[1:]
 assert run(Options(arch=("sm_90",), case=tuple(cases), json=True)) == 0
-vae = VAEConfig(base_dim=16, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,))
+vae = VAEConfig(base_dim=16, dim_mult=(1,), num_res_blocks=1, temporal_downsample=())
 config = dataclasses.replace(PRESETS["wan-1.3b"], height=32, width=48, vae=vae)
 every = compile_ahead.engine_ops
 compile_ahead.engine_ops = lambda architecture: list(every(architecture))[:1]
