@@ -173,12 +173,12 @@ def test_gradients_are_bitwise_the_same_in_every_run():
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("plus_one", [True, False])
-def test_torch_sees_the_ops_as_it_must(plus_one):
+def test_torch_sees_the_ops_as_it_must():
     x, factor, offset = rows(2, 2, 16), *tables(1, 2, 16)
     factor, offset = factor.requires_grad_(), offset.clone().requires_grad_()
-    torch.library.opcheck(layer_norm_op, (x.requires_grad_(), factor, offset, 1e-6, plus_one))
-    torch.library.opcheck(layer_norm_fp8_op, (x.detach(), factor.detach(), offset.detach(), 1e-6, plus_one))
+    torch.library.opcheck(layer_norm_op, (x.requires_grad_(), factor, offset, 1e-6, True))
+    torch.library.opcheck(layer_norm_op, (x, factor, offset, 1e-6, False))
+    torch.library.opcheck(layer_norm_fp8_op, (x.detach(), factor.detach(), offset.detach(), 1e-6, False))
 
 
 def test_torch_sees_the_backward_op_as_it_must():
