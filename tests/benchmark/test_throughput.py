@@ -164,7 +164,7 @@ def test_an_engine_with_a_slightly_wrong_op_is_refused(
 
 def test_an_engine_that_forgets_to_evict_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks would not show it."""
-    engine = throughput.MeasuredEngine.load(replace(SMALLEST, model="tiny", decode=False))
+    engine = throughput.MeasuredEngine.load(replace(SMALLEST, decode=False))
     monkeypatch.setattr(engine.pipeline.model.ops, "evict_and_rephase", lambda *given: None)
     with pytest.raises(WrongEngineError, match="its latents of the first 4 chunks"):
         check_agreement(engine.pipeline, engine.grid, None)
