@@ -31,6 +31,7 @@ DMD = changed(
     average_start=3,
     save_every=3,
 )
+ALL_KEPT = dataclasses.replace(DMD, keep=9)
 
 
 class DrawnClips:
@@ -73,9 +74,22 @@ def assert_equal(one: Trainer, other: Trainer) -> None:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
-    trainer = dmd_trainer(tmp_path_factory.mktemp("whole"))
+    trainer = dmd_trainer(tmp_path_factory.mktemp("whole"), ALL_KEPT)
     assert trainer.run() == ""
     return trainer
+
+
+@pytest.fixture(scope="module")
+def run_of_three(tmp_path_factory):
+    trainer = dmd_trainer(tmp_path_factory.mktemp("three"), dataclasses.replace(DMD, steps=3))
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture
+def three_steps(tmp_path, run_of_three):
+    """A directory of a run that has made three steps."""
+    return shutil.copytree(run_of_three.directory, tmp_path / "run")
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
@@ -116,37 +130,31 @@ def test_crash_after_a_save_goes_on_from_it(tmp_path, whole_run):
     assert_equal(resumed, whole_run)
 
 
-def test_checkpoint_holds_the_weights_of_its_step_although_training_goes_on(tmp_path, whole_run):
-    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3))
-    trainer.run()
-    at_three = {name: value.clone() for name, value in weights(trainer).items()}
-    longer = dmd_trainer(tmp_path / "other", dataclasses.replace(DMD, keep=9))
-    longer.run()
-    shutil.rmtree(longer.checkpoints.complete()[-1])
-    shutil.rmtree(longer.checkpoints.complete()[-1])
-    restored = dmd_trainer(tmp_path / "other", dataclasses.replace(DMD, keep=9))
+def test_checkpoint_holds_the_weights_of_its_step_although_training_goes_on(
+    tmp_path, whole_run, run_of_three
+):
+    copy = shutil.copytree(whole_run.directory, tmp_path / "run")
+    for path in whole_run.checkpoints.complete()[-2:]:
+        shutil.rmtree(copy / path.relative_to(whole_run.directory))
+    restored = dmd_trainer(copy, ALL_KEPT)
     assert restored.checkpoints.restore(restored.state)
     assert restored.state.step == 3
-    found = weights(restored)
-    assert all(torch.equal(found[name], value) for name, value in at_three.items())
+    assert_equal(restored, run_of_three)
 
 
-def test_killed_save_leaves_the_checkpoint_before_it(tmp_path):
-    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3))
-    trainer.run()
-    partial = trainer.checkpoints.path / "step_00000006.partial"
-    shutil.copytree(trainer.checkpoints.complete()[-1], partial)
+def test_killed_save_leaves_the_checkpoint_before_it(three_steps):
+    again = dmd_trainer(three_steps)
+    partial = again.checkpoints.path / "step_00000006.partial"
+    shutil.copytree(again.checkpoints.complete()[-1], partial)
     (partial / "run.json").unlink()
-    again = dmd_trainer(tmp_path)
     assert again.checkpoints.restore(again.state)
     assert again.state.step == 3
     assert again.run() == ""
     assert again.state.step == 7
 
 
-def test_full_disk_is_reported_and_loses_no_checkpoint(tmp_path, monkeypatch):
-    trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=3))
-    trainer.run()
+def test_full_disk_is_reported_and_loses_no_checkpoint(three_steps, monkeypatch):
+    trainer = dmd_trainer(three_steps, dataclasses.replace(DMD, steps=3))
     whole = trainer.checkpoints.complete()[-1]
 
     def full(*_, **__):
@@ -159,7 +167,7 @@ def test_full_disk_is_reported_and_loses_no_checkpoint(tmp_path, monkeypatch):
     assert trainer.checkpoints.complete()[-1] == whole
     assert not list(trainer.checkpoints.path.glob("*.partial"))
     monkeypatch.undo()
-    assert dmd_trainer(tmp_path).checkpoints.restore(trainer.state)
+    assert dmd_trainer(three_steps).checkpoints.restore(trainer.state)
 
 
 def test_checkpoint_of_another_recipe_is_refused(tmp_path):
