@@ -54,11 +54,11 @@ def test_measured_statistics_make_latents_standard():
 
 def test_a_short_training_lowers_the_loss_and_leaves_finite_weights(tmp_path, monkeypatch):
     monkeypatch.setattr("recipes.tiny.vae._PHASES", ((0.5, 1, 2, 0), (0.8, 5, 1, 0), (1.01, 5, 1, 3)))
-    config = StageConfig("vae", CONFIG, 10, 0)
+    config = StageConfig("vae", CONFIG, 6, 0)
     weights = train(config, VAEStage(config, Ranks()), tmp_path, Ranks())
     vae = WanVAE(CONFIG)
     vae.load_state_dict(weights)
     assert all(torch.isfinite(value).all() for value in weights.values())
-    trained = evaluate_autoencoder(vae.eval(), seed=0, clips=2, frames=9)["psnr"]
+    trained = evaluate_autoencoder(vae.eval(), seed=0, clips=1, frames=9)["psnr"]
     torch.manual_seed(0)
-    assert trained > evaluate_autoencoder(WanVAE(CONFIG).eval(), seed=0, clips=2, frames=9)["psnr"]
+    assert trained > evaluate_autoencoder(WanVAE(CONFIG).eval(), seed=0, clips=1, frames=9)["psnr"]
