@@ -106,7 +106,7 @@ def _whole(shards: Sequence[StoredTensor], like: Tensor) -> Tensor:
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-class CheckpointDirectory:
+class TrainingCheckpoints:
     """The checkpoints of one run, in `directory`/checkpoints.
 
     identity: JSON values that a checkpoint must have been made with to be resumed from.

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from rfengine.config import to_dict
 from rfengine.stop_signals import stop_signals
-from rfengine.training.checkpoints import CheckpointDirectory, TrainState
+from rfengine.training.checkpoints import TrainingCheckpoints, TrainState
 from rfengine.training.learner import Figures
 from rfengine.training.log import TrainingLog
 from rfengine.training.parallel import Ranks
@@ -55,7 +55,7 @@ class Trainer:
         self._sample, self.on_step = sample, on_step
         self.state = TrainState(stage)
         identity = {name: value for name, value in to_dict(config).items() if name not in _MAY_DIFFER}
-        self.checkpoints = CheckpointDirectory(directory, identity, config.keep)
+        self.checkpoints = TrainingCheckpoints(directory, identity, config.keep)
         if self.checkpoints.restore(self.state):
             logger.info("resumed at step %d of %d", self.state.step, config.steps)
         self._stop = ""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from rfengine.training.checkpoints import CheckpointDirectory, TrainState, locked_run
+from rfengine.training.checkpoints import TrainingCheckpoints, TrainState, locked_run
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Learner, WeightAverage
 from rfengine.training.parallel import Ranks
@@ -32,8 +32,8 @@ def small_state(step: int = 0, size: int = 8) -> TrainState:
     return state
 
 
-def checkpoints(directory: Path, **changes: object) -> CheckpointDirectory:
-    return CheckpointDirectory(directory, IDENTITY | changes, keep=3)
+def checkpoints(directory: Path, **changes: object) -> TrainingCheckpoints:
+    return TrainingCheckpoints(directory, IDENTITY | changes, keep=3)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rfengine.training.checkpoints import CheckpointDirectory, TrainState
+from rfengine.training.checkpoints import TrainingCheckpoints, TrainState
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Learner, WeightAverage
 from rfengine.training.parallel import Ranks
@@ -54,10 +54,10 @@ def test_a_checkpoint_of_two_optimizers_resumes_bit_by_bit(tmp_path):
     for update in range(4):
         learn(whole, update)
         if update == 1:
-            CheckpointDirectory(tmp_path, {}, 1).save(state, wait=True)
+            TrainingCheckpoints(tmp_path, {}, 1).save(state, wait=True)
     resumed = two_optimizers()
     state = TrainState(TrainingStage((resumed,), {}))
-    assert CheckpointDirectory(tmp_path, {}, 1).restore(state)
+    assert TrainingCheckpoints(tmp_path, {}, 1).restore(state)
     for update in (2, 3):
         learn(resumed, update)
     for one, other in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):

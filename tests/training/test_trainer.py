@@ -11,7 +11,7 @@ import signal
 import pytest
 import torch
 
-from rfengine.training.checkpoints import CheckpointDirectory, TrainState
+from rfengine.training.checkpoints import TrainingCheckpoints, TrainState
 from rfengine.training.config import AdamConfig, RolloutConfig, TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import TeacherStage, TrajectoryStage, seeded
@@ -260,7 +260,7 @@ def test_keys_of_draws_do_not_meet():
 
 def test_state_is_the_same_whether_saved_before_the_first_student_step_or_not(tmp_path):
     saved, unsaved = dmd_trainer(tmp_path), dmd_trainer(tmp_path / "other")
-    CheckpointDirectory(tmp_path / "extra", {}, 1).save(saved.state, wait=True)
+    TrainingCheckpoints(tmp_path / "extra", {}, 1).save(saved.state, wait=True)
     for step in range(2):
         saved.stage.update(step)
         unsaved.stage.update(step)
@@ -337,4 +337,4 @@ def test_state_restores_only_into_the_models_it_was_saved_from(tmp_path):
     trainer = dmd_trainer(tmp_path, dataclasses.replace(DMD, steps=1))
     trainer.run()
     assert isinstance(trainer.state, TrainState)
-    assert not CheckpointDirectory(tmp_path / "nothing", {}, 1).restore(trainer.state)
+    assert not TrainingCheckpoints(tmp_path / "nothing", {}, 1).restore(trainer.state)
