@@ -55,6 +55,8 @@ $(VENV)/.core: $(VENV)/.made $(INPUTS)
 	$(PIP) --no-build-isolation --editable .
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.core
+# All of .core and the tools of a developer in one step, so that the package is built once.
+$(VENV)/.dev: $(VENV)/.made $(INPUTS)
+	$(PIP) torch setuptools
 	$(PIP) --no-build-isolation --editable .[dev]
-	@touch $@
+	@touch $(VENV)/.core $@
