@@ -15,39 +15,20 @@ from rfengine.cli import export_vae
 from rfengine.config import RuntimeConfig
 from rfengine.export import onnx_export
 from rfengine.export.decoder_graphs import DecoderGraph
-from rfengine.models.vae import WanVAE
 from rfengine.pipeline import Pipeline
-from support.models import small_pipeline, write_pipeline
 from support.outcome import fails
-from support.small_export import VAE
+from support.shared_export import exported_checkpoint
 from support.tensorrt import install
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
 
-@pytest.fixture(scope="session")
-def exported_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with its float32 ONNX files, made by the command; its own check, which takes seconds and
-    is that of tests/export, is only called."""
-    directory, checked = tmp_path_factory.mktemp("exported"), []
-    write_pipeline(directory, small_pipeline(vae_config=VAE))
-
-    def check(vae: WanVAE, *size: int) -> onnx_export.Agreement:
-        checked.append((vae.conv2.weight.dtype, *size))
-        return onnx_export.Agreement(3, 1e-6, 1e-6)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_export, "check_in_onnxruntime", check)
-        assert cli.main(["export-vae", str(directory), "--onnx-only", "--precision", "fp32"]) == 0
-    assert checked == [(torch.float32, 3, 8, 8)]
-    return directory
-
-
 @pytest.fixture
-def exported(exported_model: Path, tmp_path: Path) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
+    """A checkpoint with its float32 ONNX files, made by the command."""
     directory = tmp_path / "model"
-    shutil.copytree(exported_model, directory)
+    shutil.copytree(exported_checkpoint(tmp_path_factory), directory)
     return directory
 
 

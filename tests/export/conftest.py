@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from torch.onnx import ONNXProgram
 
-from rfengine.export.decoder_graphs import DecoderGraph
-from rfengine.export.onnx_export import STAGES, ExportSpec, Stage, export_graph, vae_fingerprint, write_onnx
+from rfengine.export.onnx_export import STAGES, ExportSpec, Stage, vae_fingerprint
 from rfengine.models.vae import WanVAE
-from support.small_export import GRID, LATENTS, VAE, write_checkpoint
+from support.shared_export import StoredProgram, exported_checkpoint
+from support.small_export import GRID, LATENTS, VAE, random_vae
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Export:
     directory: Path
     vae: WanVAE
     spec: ExportSpec
-    programs: dict[Stage, ONNXProgram]
+    programs: dict[Stage, StoredProgram]
 
     @property
     def folder(self) -> Path:
@@ -32,14 +31,10 @@ class Export:
 @pytest.fixture(scope="session")
 def session_export(tmp_path_factory: pytest.TempPathFactory) -> Export:
     pytest.importorskip("onnxscript")
-    directory = tmp_path_factory.mktemp("export")
-    vae = write_checkpoint(directory)
+    directory = exported_checkpoint(tmp_path_factory)
     spec = ExportSpec(vae_fingerprint(directory, VAE), GRID.height, GRID.width, LATENTS, "fp32")
-    size = (LATENTS, GRID.latent_height, GRID.latent_width)
-    programs = {stage: export_graph(DecoderGraph(vae, *size, first=stage == "first")) for stage in STAGES}
-    for stage, program in programs.items():
-        write_onnx(program, spec, stage, directory / "tensorrt")
-    return Export(directory, vae, spec, programs)
+    programs = {stage: StoredProgram(spec.onnx_file(directory / "tensorrt", stage)) for stage in STAGES}
+    return Export(directory, random_vae(), spec, programs)
 
 
 @pytest.fixture

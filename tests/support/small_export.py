@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from rfengine.checkpoint.checkpoint import write_config
-from rfengine.checkpoint.loader import save_weights
 from rfengine.config import EngineConfig, VAEConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.vae import WanVAE
@@ -36,14 +32,6 @@ def random_vae(config: VAEConfig = VAE, seed: int = 0) -> WanVAE:
         noise = torch.randn(parameter.shape, generator=generator)
         is_gain = plain and parameter.ndim > 1
         parameter.data = noise * (0.3 if plain else parameter[0].numel() ** -0.5) + float(is_gain)
-    return vae
-
-
-def write_checkpoint(directory: Path, seed: int = 0) -> WanVAE:
-    """A directory with the configuration and the VAE alone, which is all that an export reads."""
-    vae = random_vae(seed=seed)
-    write_config(directory, CONFIG)
-    save_weights(directory / "vae.safetensors", vae.state_dict())
     return vae
 
 
