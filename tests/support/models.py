@@ -63,23 +63,27 @@ def text_states(seed: int = 0) -> torch.Tensor:
     return torch.randn(1, SMALL.text_len, SMALL.text_dim, generator=torch.Generator().manual_seed(seed))
 
 
+def small_config(cache: CacheConfig | None = None, vae_config: VAEConfig = SMALL_VAE) -> EngineConfig:
+    """That of small_pipeline, which takes seconds to import what builds its text encoder."""
+    return EngineConfig(
+        "small", dataclasses.replace(SMALL, text_len=64), vae_config,
+        TextConfig(259, 16, 16, 24, 2, 1, tokenizer="bytes"), cache or CacheConfig(),
+        ScheduleConfig(denoising_steps=(1000, 500)),
+        GRID.latent_height * vae_config.spatial_stride, GRID.latent_width * vae_config.spatial_stride,
+    )  # fmt: skip
+
+
 def small_pipeline(
     cache: CacheConfig | None = None, seed: int = 0, vae_config: VAEConfig = SMALL_VAE
 ) -> Pipeline:
     """A whole pipeline with random weights, two denoising steps, a byte tokenizer and 2 x 3 tokens a frame,
     32 x 48 pixels of the usual VAE."""
-    model_config = dataclasses.replace(SMALL, text_len=64)
-    text_config = TextConfig(259, 16, 16, 24, 2, 1, tokenizer="bytes")
-    config = EngineConfig(
-        "small", model_config, vae_config, text_config, cache or CacheConfig(),
-        ScheduleConfig(denoising_steps=(1000, 500)),
-        GRID.latent_height * vae_config.spatial_stride, GRID.latent_width * vae_config.spatial_stride,
-    )  # fmt: skip
+    config = small_config(cache, vae_config)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae = WanVAE(vae_config).eval().requires_grad_(False)
-        encoder = TextEncoder(build_umt5(text_config), ByteTokenizer(), model_config.text_len)
-    return Pipeline(config, small_model(model_config, seed), vae, encoder, f"small-{seed}")
+        encoder = TextEncoder(build_umt5(config.text), ByteTokenizer(), config.model.text_len)
+    return Pipeline(config, small_model(config.model, seed), vae, encoder, f"small-{seed}")
 
 
 def write_pipeline(directory: Path, pipeline: Pipeline) -> Path:

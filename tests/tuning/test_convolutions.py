@@ -14,20 +14,37 @@ from rfengine.grid import LatentGrid
 from rfengine.ops import choose_ops
 from rfengine.ops.table import implementation
 from rfengine.tuning import candidates as tuning_candidates
+from rfengine.tuning import convolutions
 from rfengine.tuning.autotune import tune
 from rfengine.tuning.candidates import TuningShapes
 from rfengine.tuning.convolutions import convolution_shapes, decoder_cases
-from support.models import GRID, small_pipeline
+from support.models import GRID, small_config
 
 CPU = torch.device("cpu")
-CONFIG = small_pipeline().config  # 8, 8, 4 and 4 channels at 4 x 6 latents
+CONFIG = small_config()  # 8, 8, 4 and 4 channels at 4 x 6 latents
 WRONG_KEY = "causal_conv3d@8x8x3x3x3x4x6"
 PHASE_KEY = "phase_conv@2x2x4x8x2x2x4x6"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def decoder_runs_once_for_each_size():
+    """Its layers are walked without data, which takes a fifth of a second each time."""
+    known = {}
+
+    def walked_once(shapes):
+        key = repr(shapes)
+        if key not in known:
+            known[key] = convolution_shapes(shapes)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolutions, "convolution_shapes", walked_once)
+        yield
+
+
 def shapes_of(config, height=None, dtype=torch.bfloat16):
     shapes = TuningShapes(config, LatentGrid.of(config, height), dtype, CPU)
-    return {shape.key: frames for shape, frames in convolution_shapes(shapes).items()}
+    return {shape.key: frames for shape, frames in convolutions.convolution_shapes(shapes).items()}
 
 
 def test_shapes_are_those_of_every_layer_at_the_streams_size():
