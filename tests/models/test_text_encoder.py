@@ -288,7 +288,7 @@ def test_bytes_are_shifted_by_the_special_ids_and_end_with_eos():
     assert ids.dtype == mask.dtype == torch.int64
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(
     texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=4), length=st.integers(1, 40)
 )
