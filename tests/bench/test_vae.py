@@ -62,7 +62,7 @@ def test_the_table_has_a_line_for_every_decoder_and_every_layer(figures):
 
 
 def test_layers_cover_the_work_of_the_whole_but_for_what_folding_saves(figures):
-    setting = setting_of(VAEConfig())
+    setting = setting_of(VAEConfig(base_dim=32))
     parts = layer_parts(setting)
     assert list(parts) == [*layer_paths(setting), REST] and all(parts.values())
     work = decode_work(setting.config.vae, setting.grid, 3, False)

@@ -75,12 +75,18 @@ def test_every_recorded_result_is_compared() -> None:
     }  # fmt: skip
 
 
+def shorten(_: dict, tensors: dict[str, Tensor]) -> None:
+    """The first two calls of a causal VAE; CPUs are slow at convolutions in bfloat16."""
+    for name, frames in (("latents", 4), ("encoded", 4), ("video", 13), ("pixels", 13)):
+        tensors[f"t.{name}"] = tensors[f"t.{name}"][:, :, :frames]
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_golden_file_replays_in_bfloat16_within_the_stated_tolerance(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rfengine.parity.replay._CALL_FRAMES", (3,))  # float32 has the other lengths
-    report = replay(path, dtype="bfloat16")
+    monkeypatch.setattr("rfengine.parity.replay._CALL_FRAMES", (2,))  # float32 has the other lengths
+    report = replay(changed(path, tmp_path, shorten) if path == VAE else path, dtype="bfloat16")
     assert report.ok, report.to_json()
     assert report.max_rel_err > 1e-4  # 16 bits were really used
 
