@@ -23,7 +23,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ONE_HEAD = WanConfig(64, 64, 1, 1, text_dim=16, text_len=8, freq_dim=16, in_dim=4, out_dim=4)
 TWO_HEADS = WanConfig(128, 96, 2, 1, text_dim=16, text_len=8, freq_dim=32, in_dim=4, out_dim=4)
 GRID = LatentGrid(32, 16)  # 2 x 1 tokens in a frame: a program of the interpreter costs a millisecond
-CHUNKS = 4  # the first to leave the window leaves at the fourth
 
 
 def on_triton(model: WanDiT) -> WanDiT:
@@ -41,7 +40,8 @@ def stream(
 ) -> tuple[torch.Tensor, StreamingKVCache]:
     cache = StreamingKVCache(model.config, config, GRID, device=DEVICE, ops=model.ops)
     runner, text = small_runner(model, steps), model.text_keys_values(text_states().to(DEVICE))
-    draws = [noise(chunk, config.chunk_frames)[: len(steps)].to(DEVICE) for chunk in range(CHUNKS)]
+    chunks = range(config.window_chunks + 1)  # with the last of them the first leaves the window
+    draws = [noise(chunk, config.chunk_frames)[: len(steps)].to(DEVICE) for chunk in chunks]
     out = [runner.advance(cache, cache.plan_chunk(), each, text) for each in draws]
     return torch.cat(out, dim=2), cache
 
@@ -66,9 +66,9 @@ def test_a_form_of_the_attention_is_taken_by_its_name(monkeypatch, backend, form
 @pytest.mark.parametrize(
     ("config", "cache_config", "steps"),
     [
-        (TWO_HEADS, CacheConfig(2, 6, "ema", 2, 0.9), (1000,)),
-        (ONE_HEAD, CacheConfig(1, 3, "frozen", 1, positions="absolute"), (1000,)),
-        (ONE_HEAD, CacheConfig(1, 3, "none", 0), (1000, 500)),
+        (ONE_HEAD, CacheConfig(2, 6, "ema", 2, 0.9), (1000,)),
+        (TWO_HEADS, CacheConfig(1, 2, "frozen", 1, positions="absolute"), (1000,)),
+        (ONE_HEAD, CacheConfig(1, 2, "none", 0), (1000, 500)),
     ],
 )
 def test_a_stream_on_triton_equals_the_reference(config, cache_config, steps):
@@ -129,6 +129,7 @@ def test_the_streaming_decoder_on_triton_equals_the_plain_one_chunk_by_chunk():
 def test_frames_of_the_streaming_decoder_on_triton_are_the_bytes_of_the_plain_one():
     vae, latents = one_level_vae()
     decoder = StreamingDecoder(vae, choose_ops("triton", DEVICE))
+    latents = latents[:, :, :1]
     frames = decoder.decode_frames(latents, decoder.decoder_state(1, 1, 2, torch.float32, DEVICE))
     expected = frame_pack(vae.decode(latents)[0])
     assert (frames.int() - expected.int()).abs().max() <= 1 and (frames != expected).float().mean() < 0.01

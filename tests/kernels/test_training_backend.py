@@ -21,8 +21,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HEAD_OF_64 = WanConfig(
     dim=64, ffn_dim=64, num_heads=1, num_layers=1, text_dim=16, text_len=8, in_dim=4, out_dim=4
 )
-FRAMES = 2  # of a chunk, with 2 x 1 tokens each
-CONFIG = dataclasses.replace(ENGINE, model=HEAD_OF_64, cache=CacheConfig(FRAMES, 6, "ema", 2, 0.8), width=16)
+FRAMES = 1  # of a chunk, with 2 x 1 tokens
+CONFIG = dataclasses.replace(ENGINE, model=HEAD_OF_64, cache=CacheConfig(FRAMES, 3, "ema", 1, 0.8), width=16)
 
 
 def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
