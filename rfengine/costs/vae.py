@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,8 +58,10 @@ class VAEWork:
         return sum(work.multiply_adds for work in self.products.values())
 
 
+@lru_cache(maxsize=8)
 def decode_work(config: VAEConfig, grid: LatentGrid, frames: int, first: bool) -> VAEWork:
-    """Work of decoding `frames` latent frames in one call; first: the video begins with them."""
+    """Work of decoding `frames` latent frames in one call; first: the video begins with them. All callers
+    share the result: it is not to be changed."""
     size = (grid.latent_height, grid.latent_width)
     with torch.device("meta"):
         vae = WanVAE(config).requires_grad_(False)

@@ -63,7 +63,6 @@ def assert_as_printed(amounts: dict[str, float], figures: dict[str, str]) -> Non
     assert {name: printed(amounts[name], figure) for name, figure in figures.items()} == figures
 
 
-@cache
 def decoded(first: bool, frames: int = 1) -> VAEWork:
     return decode_work(SHIPPED.config.vae, SHIPPED.grid, frames, first)
 
