@@ -33,6 +33,13 @@ from rfengine.cli import main
 sys.exit(main())
 """
 
+# before it: what a hangup does, and a command that costs nothing
+HANGUP = """
+import signal, sys, types
+signal.signal(signal.SIGHUP, signal.{action})
+sys.modules["rfengine.cli.commands"] = types.SimpleNamespace(run_command=lambda _: print("it went on"))
+"""
+
 # the command, which prints a report that costs nothing
 REPORTING = """
 import runpy, sys
@@ -77,11 +84,18 @@ def test_signal_while_packages_are_imported_is_one_line_and_130(package: str, na
     assert (finished.returncode, finished.stdout) == (130, "")
 
 
-def test_hangup_that_is_ignored_stays_ignored() -> None:
-    """As under nohup."""
-    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + STOPPED
-    finished = run(code.format(package="rfengine.cli.terminal", signal="SIGHUP").replace("doctor", "--help"))
-    assert (finished.returncode, finished.stderr) == (0, "")
+@pytest.mark.parametrize(
+    ("action", "ending"),
+    [
+        ("SIG_IGN", (0, "it went on\n", "")),
+        ("SIG_DFL", (130, "", "rfengine: error: interrupted; nothing was written\n")),
+    ],
+)
+def test_hangup_that_is_ignored_stays_ignored(action: str, ending: tuple[int, str, str]) -> None:
+    """As under nohup. What runs the command, and takes seconds to import, is left out."""
+    code = HANGUP.format(action=action) + STOPPED.format(package="rfengine.cli.terminal", signal="SIGHUP")
+    finished = run(code)
+    assert (finished.returncode, finished.stdout, finished.stderr) == ending
 
 
 def closed_pipe() -> int:
