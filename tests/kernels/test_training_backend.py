@@ -37,7 +37,7 @@ def learned(ops: Ops, rollout: RolloutConfig) -> tuple[torch.Tensor, dict[str, t
     }
     text = model.text_keys_values(text_states().to(DEVICE))
     latents = self_forced_rollout(
-        model, CONFIG, text, lambda chunk, step: noise[chunk, step].to(DEVICE), (1, 0, 1, 1), rollout
+        model, CONFIG, text, lambda chunk, step: noise[chunk, step].to(DEVICE), (0, 0, 1, 0), rollout
     )
     latents[:, :, FRAMES * (4 - rollout.gradient_chunks) :].square().mean().backward()
     return latents, {name: value.grad for name, value in model.named_parameters()}
