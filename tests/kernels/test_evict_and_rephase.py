@@ -55,7 +55,7 @@ def assert_same_state(own: list[Tensor | None], expected: list[Tensor | None]) -
 
 
 # layers, batch, heads, head dim, sink tokens, slots beside the sink
-SIZES = [(1, 1, 1, 64, 1, 1), (3, 2, 3, 64, 21, 2), (2, 1, 2, 128, 33, 2), (2, 2, 2, 24, 12, 3)]
+SIZES = [(1, 1, 1, 64, 1, 1), (2, 2, 3, 64, 21, 2), (1, 1, 2, 128, 33, 2), (2, 1, 2, 24, 12, 3)]
 
 
 @pytest.mark.parametrize(("size", "dtype"), in_every_dtype(SIZES))
