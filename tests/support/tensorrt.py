@@ -12,6 +12,7 @@ import enum
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -265,6 +266,7 @@ def fake_tensorrt(version: str) -> ModuleType:
             return CudaEngine(journal, content)
 
     module = ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)  # transformers looks for it when it is imported
     names = dict(
         __version__=version, ILogger=Logger, MemoryPoolType=MemoryPoolType, TensorIOMode=TensorIOMode,
         NetworkDefinitionCreationFlag=flags, DataType=DataType, OnnxParser=OnnxParser, Builder=Builder,
