@@ -1,5 +1,6 @@
 """The kernels as the compiler makes them for Hopper, at the engine's real shapes, and a Triton cache filled
-without a GPU. One process does both: filling the cache compiles what the report did not compile yet.
+without a GPU. One process does both: filling the cache, for a small model, compiles what the report did not
+compile yet.
 """
 
 from __future__ import annotations
@@ -26,17 +27,23 @@ CASES = (  # every kernel, and of the linears and convolutions a form of each ki
     "phase_conv_to_level_2", "frame_attention", "conv_frame_pack",
 )  # fmt: skip
 REPORT_AND_FILL = """
-import dataclasses, json, sys, warnings
+import json, sys, warnings
+from dataclasses import replace
 from pathlib import Path
 import torch
 from bench import compile_ahead
 from bench.compile_report import Options, run
-from rfengine.config import PRESETS, VAEConfig
+from rfengine.config import PRESETS, ScheduleConfig, VAEConfig
 warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
 cache, *cases = sys.argv[1:]
 assert run(Options(arch=("sm_90",), case=tuple(cases), json=True)) == 0
 vae = VAEConfig(base_dim=16, dim_mult=(1,), num_res_blocks=1, temporal_downsample=())
-config = dataclasses.replace(PRESETS["wan-1.3b"], height=32, width=48, vae=vae)
+wan = PRESETS["wan-1.3b"]
+model = replace(wan.model, dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64, text_len=64)
+config = replace(
+    wan, height=32, width=48, vae=vae, model=model, text=replace(wan.text, dim=64),
+    cache=replace(wan.cache, window_frames=9), schedule=ScheduleConfig(denoising_steps=(1000, 500)),
+)
 every = compile_ahead.engine_ops
 compile_ahead.engine_ops = lambda architecture: list(every(architecture))[:1]
 made, _ = compile_ahead.fill_cache(Path(cache), "sm_90", config, torch.bfloat16, [])
