@@ -66,8 +66,8 @@ def test_a_form_of_the_attention_is_taken_by_its_name(monkeypatch, backend, form
 @pytest.mark.parametrize(
     ("config", "cache_config", "steps"),
     [
-        (ONE_HEAD, CacheConfig(2, 6, "ema", 2, 0.9), (1000,)),
-        (TWO_HEADS, CacheConfig(1, 2, "frozen", 1, positions="absolute"), (1000,)),
+        (TWO_HEADS, CacheConfig(2, 6, "ema", 2, 0.9), (1000,)),
+        (ONE_HEAD, CacheConfig(1, 2, "frozen", 1, positions="absolute"), (1000,)),
         (ONE_HEAD, CacheConfig(1, 2, "none", 0), (1000, 500)),
     ],
 )
