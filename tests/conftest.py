@@ -84,6 +84,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # else nanobind takes at the exit for leaked what is only left out
+
+
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what torch leaves uninitialised with NaN, so that reading it before writing it fails the test."""
