@@ -3,8 +3,8 @@ PYTHON  ?= python3
 WORKERS ?= 2
 PROMPT  ?= a large yellow circle moving slowly to the left over a checkered floor
 VENV    := .venv
-# The first process that imports a module compiles it to bytecode and keeps that, unless it must not: most are
-# never imported, and compiling all of them took half of an installation's time.
+# Python compiles a module to bytecode when it is first imported. Most modules never are, and compiling all of
+# them takes pip half of the installation's time. Where Python may not keep bytecode, pip still compiles.
 NO_COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check $(NO_COMPILE) -c constraints.txt
 INPUTS  := pyproject.toml setup.py constraints.txt
@@ -53,13 +53,9 @@ $(VENV)/.lint: $(VENV)/.made constraints.txt
 	@touch $@
 
 # torch comes first and the build is not isolated, so that no step fetches a second torch or another setuptools.
-$(VENV)/.core: $(VENV)/.made $(INPUTS)
+# .dev includes all of .core, so that `make test` builds the package once.
+$(VENV)/.dev: EXTRA := [dev]
+$(VENV)/.core $(VENV)/.dev: $(VENV)/.made $(INPUTS)
 	$(PIP) torch setuptools
-	$(PIP) --no-build-isolation --editable .
-	@touch $@
-
-# All of .core and the tools of a developer in one step, so that the package is built once.
-$(VENV)/.dev: $(VENV)/.made $(INPUTS)
-	$(PIP) torch setuptools
-	$(PIP) --no-build-isolation --editable .[dev]
+	$(PIP) --no-build-isolation --editable .$(EXTRA)
 	@touch $(VENV)/.core $@
