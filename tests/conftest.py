@@ -79,13 +79,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Later passes of the garbage collector leave out what was imported, which is most of what there is."""
+    """Exempt what has been imported, most of all objects, from later garbage collections."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # else nanobind takes at the exit for leaked what is only left out
+    gc.unfreeze()  # otherwise nanobind reports the exempt objects as leaks at exit
 
 
 @pytest.fixture(autouse=True)

@@ -91,7 +91,7 @@ def test_signal_while_packages_are_imported_is_one_line_and_130(package: str, na
         ("SIG_DFL", (130, "", "rfengine: error: interrupted; nothing was written\n")),
     ],
 )
-def test_hangup_that_is_ignored_stays_ignored(action: str, ending: tuple[int, str, str]) -> None:
+def test_hangup_ends_the_command_unless_it_is_ignored(action: str, ending: tuple[int, str, str]) -> None:
     """As under nohup. What runs the command, and takes seconds to import, is left out."""
     code = HANGUP.format(action=action) + STOPPED.format(package="rfengine.cli.terminal", signal="SIGHUP")
     finished = run(code)
