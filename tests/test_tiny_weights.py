@@ -14,11 +14,16 @@ from rfengine.config import RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule, chunk_noise
+from rfengine.toy.captions import caption, sample_scenes
 from rfengine.toy.detector import detect, score
-from rfengine.toy.world import Scene, WorldConfig, caption, sample_scenes
+from rfengine.toy.world import Scene, WorldConfig
 
 BATCH = 4
-MOVING = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
+WALLS = ("grey wall", "checkered floor", "striped wall", "dotted wall")
+WORLD = WorldConfig(
+    motion_weights=(0.85, 0.05, 0.05, 0.05), pair_share=0.08, pan_share=0.0, backgrounds=WALLS
+)
+MOVING = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0, pan_share=0.0, backgrounds=WALLS)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,7 @@ def first_frames(pipe: Pipeline, prompts: list[str], seeds: range, chunks: int) 
 
 @pytest.mark.slow
 def test_ninety_of_a_hundred_held_out_captions_are_drawn_as_they_say(pipe):
-    scenes = sample_scenes(100, 29, WorldConfig(), "held_out")
+    scenes = sample_scenes(100, 29, WORLD, "held_out")
     right = []
     for first in range(0, len(scenes), BATCH):
         part = scenes[first : first + BATCH]
@@ -85,7 +90,7 @@ def test_ninety_of_a_hundred_held_out_captions_are_drawn_as_they_say(pipe):
 
 
 def test_a_batch_is_drawn_as_its_streams_are(pipe):
-    prompts = [caption(scene) for scene in sample_scenes(2, 29, WorldConfig(), "held_out")]
+    prompts = [caption(scene) for scene in sample_scenes(2, 29, WORLD, "held_out")]
     for seed, frames in enumerate(first_frames(pipe, prompts, range(2), 2)):
         stream = pipe.stream(prompts[seed], seed=seed)
         expected = numpy.concatenate([next(stream).frames for _ in range(2)])

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from recipes.tiny.muon import Muon
 from recipes.tiny.training import StageConfig, ToyModel, train
-from recipes.tiny.vae import WORLD
 from rfengine.accuracy import psnr_db
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
+from rfengine.toy.captions import sample_scenes
 from rfengine.toy.detector import accuracy
-from rfengine.toy.world import Scene, WorldConfig, as_clips, as_model_pixels, render, sample_scenes
+from rfengine.toy.world import Scene, as_clips, as_model_pixels, render
 from rfengine.training.arithmetic import cpu_autocast
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Figures, Learner
@@ -90,9 +90,9 @@ def _training_clips(teacher: ToyModel, clips: int, seed: int) -> tuple[Tensor, T
     parts = []
     for first in range(0, clips, _GENERATED_BATCH):
         count = min(_GENERATED_BATCH, clips - first)
-        scenes = sample_scenes(count, seed * 1_000_003 + first, WORLD, "train")
+        scenes = sample_scenes(count, seed * 1_000_003 + first, split="train")
         parts.append(teacher.latents(scenes, _CHUNKS, seed + first))
-    scenes = sample_scenes(clips, seed * 1_000_003 + clips, WORLD, "train")
+    scenes = sample_scenes(clips, seed * 1_000_003 + clips, split="train")
     frames = _CHUNKS * teacher.config.cache.chunk_frames
     for first in range(0, clips, _RENDERED_BATCH):
         parts.append(encoded_latents(teacher.vae, scenes[first : first + _RENDERED_BATCH], frames))
@@ -127,7 +127,7 @@ def evaluate_tiny_decoder(teacher: ToyModel, tiny: TinyVAE, videos: int, seed: i
     full_*, tiny_*: accuracies of the toy detectors on what each makes of the generated latents.
     full_ms, tiny_ms: median milliseconds that each takes for a chunk of one stream; speed: their ratio.
     """
-    scenes = sample_scenes(videos, seed, WorldConfig(), "held_out")
+    scenes = sample_scenes(videos, seed, split="held_out")
     figures: dict[str, float] = {}
     generated = torch.cat(
         [

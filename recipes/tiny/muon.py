@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from rfengine.training.arithmetic import multiplies_bfloat16
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic that drives every singular value into about 0.7 to 1.2
 _ITERATIONS = 5
 
@@ -47,12 +49,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Matrices [N, rows, columns] with their singular values brought near 1; float32 from a bfloat16
-    iteration."""
+    """Matrices [N, rows, columns] with their singular values brought near 1, float32; the iteration is in
+    bfloat16 where the device multiplies in it."""
     a, b, c = _COEFFICIENTS
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
-    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    if x.is_cuda or multiplies_bfloat16():
+        x = x.bfloat16()
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

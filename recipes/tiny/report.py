@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.training import ToyModel
+from rfengine.toy.captions import caption, sample_scenes
 from rfengine.toy.detector import accuracy, detect, score
-from rfengine.toy.world import SPEEDS, Scene, WorldConfig, as_clips, caption, sample_scenes
+from rfengine.toy.world import SPEEDS, Scene, WorldConfig, as_clips
 from rfengine.training.rollout import decode_chunks, roll_out
 
 _BATCH = 16

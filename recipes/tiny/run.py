@@ -1,9 +1,8 @@
 """Trains the shipped `tiny` checkpoint on the toy world, stage by stage.
 
-`python -m recipes.tiny.run --stage vae`, then text, videos, starts, dit, evaluate, export and, on the
-exported checkpoint, tiny_decoder. The stages vae and dit are faster in two processes of one thread each:
-`torchrun --nproc-per-node 2 -m recipes.tiny.run --stage vae`. docs/tiny_training holds the logs of the run
-that made the shipped weights.
+`python -m recipes.tiny.run` runs all stages, each behind what it needs, and leaves those that are done as
+they are; Ctrl-C stops after the step that is being made, and the same command goes on from there.
+docs/tiny_training holds the logs of the run that made the shipped weights.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 
 from recipes.tiny.decoder import evaluate_tiny_decoder, train_tiny_decoder
 from recipes.tiny.report import report_accuracy, report_stream
 from recipes.tiny.text_encoder import TextStage
-from recipes.tiny.training import StageConfig, ToyModel, save_part, stored_engine, train
+from recipes.tiny.training import TINY, StageConfig, ToyModel, save_part, stored_engine, train
 from recipes.tiny.transformer import TransformerStage
 from recipes.tiny.vae import VAEStage, evaluate_autoencoder, with_measured_statistics
 from recipes.tiny.videos import encode_dataset
@@ -30,28 +29,27 @@ from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import read_safetensors
 from rfengine.checkpoint.manifest import write_manifest
 from rfengine.cli.process import run_script
-from rfengine.config import PRESETS
 from rfengine.limits import Range, check_options
 from rfengine.models.vae import WanVAE
 from rfengine.toy.data import load_dataset, save_dataset
 from rfengine.training.config import MOST_STEPS
 from rfengine.training.parallel import Ranks, ranks_from_environment
 
-Stage = Literal["vae", "text", "videos", "starts", "dit", "evaluate", "export", "tiny_decoder"]
+Stage = Literal["vae", "text", "videos", "starts", "teacher", "export", "tiny_decoder", "evaluate"]
 EIGHT_STEPS = (1000, 875, 750, 625, 500, 375, 250, 125)
 
-STEPS = {"vae": 3900, "text": 1460, "dit": 4850, "tiny_decoder": 1897}
-VIDEOS = {"videos": 1456, "starts": 5880, "evaluate": 208, "tiny_decoder": 96}
-PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "dit": "transformer"}
+STEPS = {"vae": 5000, "text": 4000, "teacher": 9000, "tiny_decoder": 1900}
+VIDEOS = {"videos": 2400, "starts": 8000, "evaluate": 208, "tiny_decoder": 96}
+PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
 CHECKPOINT = "checkpoint"  # the directory, inside that of the run, which the trainings fill in float32
-_VIDEO_CHUNKS = 5  # 57 frames: a slow shape has nearly crossed the whole picture
+_VIDEO_CHUNKS = 7  # 81 frames: a slow shape has crossed the whole picture
 
 
 @dataclass(frozen=True)
 class Options:
-    """One stage; one that was interrupted continues where it stopped."""
+    """All stages that are not done, or one; one that was interrupted continues where it stopped."""
 
-    stage: Stage
+    stage: Stage | None = None
     directory: Path = Path("runs/tiny")
     """What every stage leaves for the next."""
     steps: Annotated[int | None, Range(1, MOST_STEPS)] = None
@@ -65,9 +63,28 @@ class Options:
     """The checkpoint that export writes and tiny_decoder completes."""
 
 
+def run(options: Options) -> None:
+    """Run the stages whose result is not there, or the one that is named."""
+    check_options(options)
+    for stage in get_args(Stage) if options.stage is None else (options.stage,):
+        result = _result(options, stage)
+        if options.stage is None and result.exists():
+            sys.stdout.write(f"{stage}: {result} is there\n")
+        else:
+            run_stage(dataclasses.replace(options, stage=stage))
+
+
+def _result(options: Options, stage: Stage) -> Path:
+    """What a stage leaves when it is done."""
+    directory = options.directory
+    if stage in PARTS:
+        return directory / CHECKPOINT / f"{PARTS[stage]}.safetensors"
+    files = {"export": options.output / "manifest.json", "tiny_decoder": directory / "tiny_decoder" / "done"}
+    return files.get(stage, directory / f"{stage}.pt")
+
+
 def run_stage(options: Options) -> None:
     """Run one stage; each leaves its result in `directory`, where the next finds it."""
-    check_options(options)
     options.directory.mkdir(parents=True, exist_ok=True)
     with ranks_from_environment(torch.device("cpu")) as (ranks, _):
         if options.stage in STEPS:
@@ -82,10 +99,11 @@ def run_stage(options: Options) -> None:
 
 def _train(options: Options, ranks: Ranks) -> None:
     """Train one part; save it, and record how well it does."""
-    directory, preset = options.directory, PRESETS["tiny"]
-    models = {"vae": preset.vae, "text": preset, "dit": preset, "tiny_decoder": preset.tiny_vae}
+    directory = options.directory
+    engine = stored_engine(directory / CHECKPOINT)
+    models = {"vae": TINY.vae, "tiny_decoder": engine.tiny_vae}
     steps = STEPS[options.stage] if options.steps is None else options.steps
-    config = StageConfig(options.stage, models[options.stage], steps, options.seed)
+    config = StageConfig(options.stage, models.get(options.stage, engine), steps, options.seed)
     if options.stage == "tiny_decoder":
         _add_tiny_decoder(options, config, ranks)
         return
@@ -99,21 +117,20 @@ def _train(options: Options, ranks: Ranks) -> None:
     weights = train(config, stage, directory, ranks)
     if ranks.rank:
         return
-    engine = stored_engine(directory / CHECKPOINT)
     if options.stage == "vae":
-        vae = WanVAE(preset.vae).eval()
+        vae = WanVAE(TINY.vae).eval()
         vae.load_state_dict(weights)
         vae = with_measured_statistics(vae, options.seed)
         engine = dataclasses.replace(engine, vae=vae.config)
         _record(options, **evaluate_autoencoder(vae, options.seed))
     elif options.stage == "text":
         weights = stage.encoder().state_dict()
-        _record(options, held_out_accuracy=stage.held_out_accuracy())
+        _record(options, **stage.held_out_accuracy())
     save_part(directory / CHECKPOINT, engine, PARTS[options.stage], weights)
 
 
 def _encode_videos(options: Options) -> None:
-    """Write videos.pt, five chunks each, or starts.pt, the first chunk of other videos."""
+    """Write videos.pt, seven chunks each, or starts.pt, the first chunk of other videos."""
     source = str(options.directory / CHECKPOINT)
     chunks, seed = (_VIDEO_CHUNKS, options.seed) if options.stage == "videos" else (1, options.seed + 1)
     dataset = encode_dataset(source, chunks, _videos(options), seed)
@@ -170,4 +187,4 @@ def _add_tiny_decoder(options: Options, config: StageConfig, ranks: Ranks) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(run_script("tiny_model", Options, run_stage))
+    sys.exit(run_script("tiny_model", Options, run))

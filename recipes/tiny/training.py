@@ -3,6 +3,7 @@ directory that the stages fill."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from rfengine.limits import check_fields
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, Ops
-from rfengine.toy.world import Scene, caption
+from rfengine.toy.captions import caption
+from rfengine.toy.world import Scene
 from rfengine.training.build import load_transformer, load_vae, text_states_of
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import Steps
@@ -30,6 +32,20 @@ from rfengine.training.stages import ModelStage
 from rfengine.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+_LATENT_CHANNELS = 16
+
+
+def _tiny_engine() -> EngineConfig:
+    """What the recipe trains."""
+    preset = PRESETS["tiny"]
+    zeros, ones = (0.0,) * _LATENT_CHANNELS, (1.0,) * _LATENT_CHANNELS
+    vae = dataclasses.replace(preset.vae, z_dim=_LATENT_CHANNELS, latents_mean=zeros, latents_std=ones)
+    model = dataclasses.replace(preset.model, in_dim=_LATENT_CHANNELS, out_dim=_LATENT_CHANNELS, text_len=144)
+    tiny_vae = dataclasses.replace(preset.tiny_vae, z_dim=_LATENT_CHANNELS)
+    return dataclasses.replace(preset, model=model, vae=vae, tiny_vae=tiny_vae)
+
+
+TINY = _tiny_engine()
 _DECODED_AT_ONCE = 8  # videos
 
 
@@ -68,9 +84,9 @@ def train(config: StageConfig, stage: ModelStage, directory: Path, ranks: Ranks)
 
 
 def stored_engine(directory: Path) -> EngineConfig:
-    """The configuration that the stages have left in a checkpoint directory so far, or the tiny preset."""
+    """The configuration that the stages have left in a checkpoint directory so far, or TINY."""
     stored = (directory / CONFIG_FILE).exists()
-    return Checkpoint.open(directory).config if stored else PRESETS["tiny"]
+    return Checkpoint.open(directory).config if stored else TINY
 
 
 def save_part(directory: Path, engine: EngineConfig, part: Part, weights: Mapping[str, Tensor]) -> None:

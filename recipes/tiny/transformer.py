@@ -1,7 +1,10 @@
-"""Trains the transformer by flow matching on [clean | noisy] chunks in one pass, under the mask of the cache.
+"""Trains the transformer by flow matching, on whole clips and on [clean | noisy] chunks under the mask of the
+cache, in one pass each.
 
 Every layout below lists chunks with the time index they have in the window of nine latent frames, so that all
-that is attended to is where the streaming cache would have it.
+that is attended to is where the streaming cache would have it. So one model is both the bidirectional teacher
+and a causal one, with which the student begins. Every chunk reads a text of its own: behind a switch the
+chunks before it keep the old text (a soft switch) or read the new one (a recached one).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import random
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recipes.tiny.muon import Muon
 from recipes.tiny.training import StageConfig
@@ -26,13 +29,14 @@ from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import ModelStage
 
-_BATCH, _PASSES = 16, 2  # videos of a step, and its passes, which ranks share
+_BATCH = 16  # videos of a step
 _MUON_RATE = 0.015
 _ADAM = AdamConfig(1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.5)
 _FOREGROUND_WEIGHT = 3.0
-_CONTEXT_NOISE = 0.12  # largest sigma of the noise on clean chunks, which the model takes for clean
-_FULL_NOISE_SHARE = 0.2  # of the noisy chunks start from pure noise, as every chunk does in a stream
-_LEAST_UNIFORM = 0.08  # before the shift; the sampler never goes below its last step
+_CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
+_FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
+_OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text, and of the clips none
+_AFTER_SWITCH_SHARE = 0.6  # of the late chunks of a video with a switch follow it at once or as the second
 _GATE_START = 0.5
 
 
@@ -71,23 +75,30 @@ LATE = (
     Segment(-1, 9, True, (1, 3, 4)),
     Segment(-1, 9, True, (1, 3, 5)),
 )
-LAYOUTS = (START, OPENING, LATE)
+# Three chunks in a row that all see each other, at one noise level: a clip as the teacher denoises it.
+CLIP = tuple(Segment(index - 3, 3 * index, True, (0, 1, 2)) for index in range(3))
+LAYOUTS = (START, OPENING, LATE, CLIP)
 
 
 class ChunkedAttentionOps(Ops):
     """The reference ops with another clip_attention, whose mask must be constant over each pair of chunks:
     plain products over the chunks that are attended to, with no mask. On two CPU cores this takes a third of
-    the time of the fused form."""
+    the time of the fused form.
+
+    texts: bool [B, chunks], which of its video's two texts each chunk reads, where the keys and values are
+    those of 2 B texts; None for one text a video.
+    """
 
     def __init__(self, chunk_tokens: int) -> None:
         super().__init__(REFERENCE_OPS.choice)
         self.chunk_tokens = chunk_tokens
+        self.texts: Tensor | None = None
 
     def clip_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """As reference.clip_attention: q [B, T, H, E]; k, v [B, S, H, E]; mask bool [T, S], True attends."""
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if mask is None:
-            return _attend(q, k, v).transpose(1, 2)
+            return self._over_texts(q, k, v)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         size = self.chunk_tokens
         keys, values = k.split(size, 2), v.split(size, 2)
         outputs = []
@@ -102,6 +113,14 @@ class ChunkedAttentionOps(Ops):
             )
         return torch.cat(outputs, 2).transpose(1, 2)
 
+    def _over_texts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.texts is None:
+            return _attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
+        rows = torch.arange(len(q))[:, None]
+        chosen = [part.unflatten(0, (-1, 2))[rows, self.texts.long()] for part in (k, v)]
+        queries = q.unflatten(1, (-1, self.chunk_tokens))
+        return _attend(*(part.transpose(2, 3) for part in (queries, *chosen))).transpose(2, 3).flatten(1, 2)
+
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax((q * q.shape[-1] ** -0.5) @ k.mT, -1) @ v
@@ -115,10 +134,10 @@ def layout_mask(layout: tuple[Segment, ...], chunk_tokens: int) -> Tensor:
     return chunks.repeat_interleave(chunk_tokens, 0).repeat_interleave(chunk_tokens, 1)
 
 
-def layout_weights(progress: float) -> tuple[float, float, float]:
+def layout_weights(progress: float) -> tuple[float, float, float, float]:
     """How often each of LAYOUTS is drawn at this part of the training: the first chunk first, late ones
     later."""
-    return (0.6, 0.35, 0.05) if progress < 0.15 else (0.3, 0.4, 0.3)
+    return (0.5, 0.25, 0.05, 0.2) if progress < 0.15 else (0.2, 0.25, 0.3, 0.25)
 
 
 class TransformerStage(ModelStage):
@@ -134,17 +153,17 @@ class TransformerStage(ModelStage):
         model = _fresh_model(config.model)
         matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
         muon = Muon(matrices, lr=_MUON_RATE, weight_decay=0.01)
-        learner = Learner("dit", model, _ADAM, config.steps, _PASSES, ranks, muon)
+        learner = Learner("teacher", model, _ADAM, config.steps, 1, ranks, muon)
         super().__init__(learner, average_decay=0.998)
         self.config, self.videos, self.starts = config, videos, starts
 
     def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
-        weights = layout_weights(step / self.config.steps)
-        layout = random.Random(self.config.step_seed(step)).choices(LAYOUTS, weights)[0]
+        choices = random.Random(self.config.step_seed(step))
+        layout = choices.choices(LAYOUTS, layout_weights(step / self.config.steps))[0]
+        engine, dataset = self.config.model, self.starts if layout is START else self.videos
+        batch = draw_batch(dataset, _BATCH, layout, engine.cache.chunk_frames, choices)
         generator = torch.Generator().manual_seed(self.config.pass_seed(step, index))
-        dataset = self.starts if layout is START else self.videos
-        rows = torch.randint(len(dataset.latents), (_BATCH // _PASSES,), generator=generator)
-        loss = _loss(self.model, self.config.model, dataset, rows, layout, generator)
+        loss = _loss(self.model, engine, batch, layout, generator)
         return loss, {"layout": float(LAYOUTS.index(layout))}
 
 
@@ -159,66 +178,94 @@ def _fresh_model(config: EngineConfig) -> WanDiT:
     return model
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B videos in a layout of S chunks: clean latents [B, C, F, h, w], the weights [B, F, h, w] of their
+    cells, text states [2 B, text_len, D], two of each video, and which of them each chunk reads, bool [B,
+    S]."""
+
+    clean: Tensor
+    weight: Tensor
+    states: Tensor
+    texts: Tensor
+
+
+def draw_batch(
+    dataset: LatentDataset, count: int, layout: tuple[Segment, ...], size: int, choices: random.Random
+) -> Batch:
+    """size: latent frames of a chunk. A video whose texts are recached teaches nothing about what is before
+    the switch."""
+    clean, weight, states, texts = [], [], [], []
+    while len(clean) < count:
+        row = choices.randrange(len(dataset.latents))
+        scenes = dataset.text_rows[row, :, 0].tolist()
+        end = _end_of_layout(layout, scenes, choices)
+        places = [segment.chunk if segment.chunk >= 0 else end + segment.chunk for segment in layout]
+        last = scenes[places[-1]]
+        if layout is CLIP and scenes[places[0]] != last:
+            continue
+        recached = choices.random() < 0.5
+        # a stream that recaches recomputes its window, and leaves the sink, the first chunk, as it is
+        renewed = [
+            recached and place > 0 and not part.noisy for place, part in zip(places, layout, strict=True)
+        ]
+        read = [scenes[place] == last or new for place, new in zip(places, renewed, strict=True)]
+        learns = [scenes[place] == last or not recached for place in places]
+        frames = torch.tensor([place * size + frame for place in places for frame in range(size)])
+        taught = torch.tensor(learns).repeat_interleave(size)[:, None, None]
+        clean.append(dataset.latents[row][:, frames].float())
+        weight.append(taught * (1 + (_FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
+        kind = choices.random()
+        said = float(layout is not CLIP or kind >= _EMPTY_SHARE)
+        rows = dataset.text_rows[row, [places[0], places[-1]], int(kind < _EMPTY_SHARE + _OPEN_SHARE)]
+        states.append(said * dataset.texts[rows].float())
+        texts.append(read)
+    return Batch(torch.stack(clean), torch.stack(weight), torch.cat(states), torch.tensor(texts))
+
+
+def _end_of_layout(layout: tuple[Segment, ...], scenes: list[int], choices: random.Random) -> int:
+    """One past the last chunk of a layout's late ones; a layout without late chunks does not ask."""
+    if layout[-1].chunk >= 0:
+        return 0
+    switch = next((place for place, row in enumerate(scenes) if row != scenes[0]), 0)
+    after = [end for end in (switch + 1, switch + 2) if 3 < end <= len(scenes)]
+    if layout is LATE and switch and after and choices.random() < _AFTER_SWITCH_SHARE:
+        return choices.choice(after)
+    return choices.randint(3, len(scenes))
+
+
 def _loss(
-    model: nn.Module,
+    model: WanDiT,
     config: EngineConfig,
-    dataset: LatentDataset,
-    rows: Tensor,
+    batch: Batch,
     layout: tuple[Segment, ...],
     generator: torch.Generator,
 ) -> Tensor:
-    """Weighted squared error of the flow over the noisy chunks of the layout, on the videos `rows` of the
-    dataset."""
-    size = config.cache.chunk_frames
-    clean, weight = _gather(dataset, rows, layout, size, generator)
+    """Weighted squared error of the flow over the noisy chunks of the layout."""
+    size, count = config.cache.chunk_frames, len(batch.clean)
     noisy = torch.tensor([segment.noisy for segment in layout])
-    sigma = torch.where(
-        noisy,
-        _noisy_sigmas(len(rows), len(layout), config, generator),
-        _CONTEXT_NOISE * torch.rand(len(rows), len(layout), generator=generator),
-    )
-    sigma = sigma.repeat_interleave(size, 1)
+    levels = _noisy_sigmas(count, 1 if layout is CLIP else len(layout), config, generator)
+    clean_levels = _CONTEXT_NOISE * torch.rand(count, len(layout), generator=generator)
+    sigma = torch.where(noisy, levels, clean_levels).repeat_interleave(size, 1)
     noisy = noisy.repeat_interleave(size)
-    broadcast = sigma[:, None, :, None, None]
-    noise = torch.randn(clean.shape, generator=generator)
-    latents = add_noise(clean, noise, broadcast)
+    noise = torch.randn(batch.clean.shape, generator=generator)
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)])
     patch = config.model.patch_size[1]
-    tokens = size * (clean.shape[3] // patch) * (clean.shape[4] // patch)
+    tokens = size * (noise.shape[3] // patch) * (noise.shape[4] // patch)
+    model.ops.texts = batch.texts
     with cpu_autocast():
         flow = model.forward_clip(
-            latents,
+            add_noise(batch.clean, noise, sigma[:, None, :, None, None]),
             config.schedule.num_train_timesteps * sigma * noisy,
-            dataset.texts[dataset.text_rows[rows]].float(),
+            batch.states,
             time_indices=times,
             mask=layout_mask(layout, tokens),
         )
-    error = (flow.float() - (noise - clean))[:, :, noisy].square().mean(1)
-    return (error * weight[:, noisy]).mean()
+    error = (flow.float() - (noise - batch.clean))[:, :, noisy].square().mean(1)
+    return (error * batch.weight[:, noisy]).mean()
 
 
-def _gather(
-    dataset: LatentDataset,
-    rows: Tensor,
-    layout: tuple[Segment, ...],
-    size: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Clean latents [B, C, F, h, w] of the layout and the weights [B, F, h, w] of their cells."""
-    chunks = dataset.latents.shape[2] // size
-    # one past the chunk that is denoised, from the third on; a layout without late chunks never reads it
-    late = torch.randint(3, max(3, chunks) + 1, (len(rows),), generator=generator)
-    clean, weight = [], []
-    for row, end in zip(rows.tolist(), late.tolist(), strict=True):
-        places = [segment.chunk if segment.chunk >= 0 else end + segment.chunk for segment in layout]
-        frames = torch.tensor([place * size + frame for place in places for frame in range(size)])
-        clean.append(dataset.latents[row][:, frames].float())
-        weight.append(1 + (_FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float())
-    return torch.stack(clean), torch.stack(weight)
-
-
-def _noisy_sigmas(batch: int, segments: int, config: EngineConfig, generator: torch.Generator) -> Tensor:
-    """Sigmas [batch, segments] by the shifted law the sampler's own steps follow, some of them exactly 1."""
-    uniform, full = torch.rand(2, batch, segments, generator=generator)
-    sigma = shifted(_LEAST_UNIFORM + (1 - _LEAST_UNIFORM) * uniform, config.schedule.shift)
-    return torch.where(full < _FULL_NOISE_SHARE, 1.0, sigma)
+def _noisy_sigmas(batch: int, chunks: int, config: EngineConfig, generator: torch.Generator) -> Tensor:
+    """Sigmas [batch, chunks] by the shifted law the sampler's own steps follow, some of them exactly 1."""
+    uniform, full = torch.rand(2, batch, chunks, generator=generator)
+    return torch.where(full < _FULL_NOISE_SHARE, 1.0, shifted(uniform, config.schedule.shift))

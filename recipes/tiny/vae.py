@@ -4,78 +4,101 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from recipes.tiny.muon import Muon
 from recipes.tiny.training import StageConfig
 from rfengine.accuracy import psnr_db
 from rfengine.models.vae import DecoderState, EncoderState, WanVAE
+from rfengine.toy.captions import sample_scenes
 from rfengine.toy.detector import accuracy
-from rfengine.toy.world import (
-    Scene,
-    WorldConfig,
-    as_clips,
-    as_model_pixels,
-    background_image,
-    render,
-    sample_scenes,
-)
+from rfengine.toy.world import as_clips, as_model_pixels, continued, render, render_background
 from rfengine.training.arithmetic import cpu_autocast
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
 from rfengine.training.stages import ModelStage
 
-WORLD = WorldConfig(motion_weights=(0.7, 0.1, 0.1, 0.1), pair_share=0.15)
 
-# until which part of the steps, frames with gradients, clips a pass, most latent frames before them
-_PHASES = ((0.18, 1, 6, 0), (0.34, 9, 2, 0), (0.42, 17, 1, 0), (0.80, 33, 1, 0), (1.01, 33, 1, 24))
-_PASSES = 2  # of a step, which ranks share
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of the training: until which part of its steps, how many frames with gradients, clips of a step,
+    and at most how many latent frames before them. One clip alone would take torch's slow convolution on a
+    CPU, which is four times slower."""
+
+    until: float
+    frames: int
+    clips: int
+    past: int = 0
+
+
+_PHASES = (
+    Phase(0.28, 1, 8),
+    Phase(0.46, 9, 4),
+    Phase(0.60, 17, 3),
+    Phase(0.86, 33, 2),
+    Phase(1.0, 33, 2, past=24),
+)
 _LATE_FRAMES = 960  # clips start anywhere in the first minute
-_ADAM = AdamConfig(2e-3, betas=(0.9, 0.98), weight_decay=1e-4, clip=1.0, warm_up=100, fall=0.5)
+_SWITCH_SHARE = 0.3  # of the clips, in which another scene follows
+_MUON_RATE = 1e-2
+_ADAM = AdamConfig(2e-3, betas=(0.9, 0.98), weight_decay=1e-4, clip=1.0, warm_up=60, fall=0.6)
 _FOREGROUND_WEIGHT = 3.0
 _KL_WEIGHT = 1e-4
 _LOG_VARIANCE_START = -5.0
+_ENDS = ("conv1.", "conv2.", "encoder.conv1.", "decoder.head.")  # convolutions that AdamW learns
 
 
 class VAEStage(ModelStage):
-    """The VAE of config.model from random weights: images, then longer and longer clips."""
+    """The VAE of config.model from random weights: images, then longer and longer clips. Muon for the
+    convolutions between the first and the last of either half."""
 
     def __init__(self, config: StageConfig, ranks: Ranks) -> None:
         torch.manual_seed(config.seed)
         vae = WanVAE(config.model)
         with torch.no_grad():
             vae.conv1.bias[config.model.z_dim :] = _LOG_VARIANCE_START
-        learner = Learner("vae", vae, _ADAM, config.steps, _PASSES, ranks)
+        inner = [
+            value for name, value in vae.named_parameters() if value.ndim > 3 and not name.startswith(_ENDS)
+        ]
+        learner = Learner("vae", vae, _ADAM, config.steps, 1, ranks, Muon(inner, lr=_MUON_RATE))
         super().__init__(learner, average_decay=0.995)
         self.config = config
 
     def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
-        frames, clips, past = next(phase[1:] for phase in _PHASES if step / self.config.steps < phase[0])
-        past = random.Random(self.config.step_seed(step)).randint(0, past)
+        phase = next(phase for phase in _PHASES if step / self.config.steps < phase.until)
+        past = random.Random(self.config.step_seed(step)).randint(0, phase.past)
         seed = self.config.pass_seed(step, index)
-        scenes, pixels = sample_clips(clips, frames + self.config.model.temporal_stride * past, seed)
-        generator = torch.Generator().manual_seed(seed)
-        return _loss(self.model, pixels, _foreground_weight(pixels, scenes), past, generator)
+        frames = phase.frames + self.config.model.temporal_stride * past
+        pixels, weight = sample_clips(phase.clips, frames, seed, self.config.model.temporal_stride)
+        return _loss(self.model, pixels, weight, past, torch.Generator().manual_seed(seed))
 
 
-def sample_clips(count: int, frames: int, seed: int) -> tuple[list[Scene], Tensor]:
-    """Training scenes and their clips [B, 3, T, H, W] in [-1, 1], at any place and time of their videos."""
+def sample_clips(count: int, frames: int, seed: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Clips [B, 3, T, H, W] in [-1, 1] of training scenes from any time on, and the weight [B, 1, T, H, W] of
+    each pixel. A scene that follows another begins with a latent frame, of which there is one every `stride`
+    frames."""
     generator = random.Random(seed)
-    scenes = [
-        dataclasses.replace(scene, start=(generator.uniform(-32, 32), generator.uniform(-32, 32)))
-        for scene in sample_scenes(count, seed, WORLD, "train")
-    ]
-    clips = [render(scene, frames, generator.randrange(_LATE_FRAMES), WORLD) for scene in scenes]
-    return scenes, as_model_pixels(clips)
-
-
-def _foreground_weight(pixels: Tensor, scenes: Sequence[Scene]) -> Tensor:
-    backgrounds = as_model_pixels([background_image(scene.background, WORLD)[None] for scene in scenes])
-    foreground = (pixels - backgrounds).abs().amax(1, keepdim=True) > 0.05
-    return 1 + (_FOREGROUND_WEIGHT - 1) * foreground.float()
+    clips, weights = [], []
+    for scene, later in zip(
+        sample_scenes(count, seed, split="train"), sample_scenes(count, seed + 1, split="train"), strict=True
+    ):
+        start, end = (first := generator.randrange(_LATE_FRAMES)), first + frames
+        if frames > 1 and generator.random() < _SWITCH_SHARE:
+            start = first + 1 + stride * generator.randrange((frames - 1) // stride)
+            later = continued(later, scene, start)
+            parts = [(scene, first, start), (later, start, end)]
+        else:
+            parts = [(scene, start, end)]
+        clip = torch.cat([render(part, until - at, at) for part, at, until in parts])
+        behind = torch.cat([render_background(part, until - at, at) for part, at, until in parts])
+        foreground = (clip - behind).abs().amax(-1, keepdim=True) > 0.05
+        clips.append(clip)
+        weights.append(1 + (_FOREGROUND_WEIGHT - 1) * foreground.float())
+    return as_model_pixels(clips), torch.stack(weights).permute(0, 4, 1, 2, 3)
 
 
 def _loss(
@@ -117,8 +140,12 @@ def _states_after(
 @torch.inference_mode()
 def with_measured_statistics(vae: WanVAE, seed: int, clips: int = 48) -> WanVAE:
     """The same VAE with the mean and the standard deviation of each latent channel in its configuration."""
+    stride = vae.config.temporal_stride
     latents = torch.cat(
-        [vae.encode_moments(sample_clips(8, 33, seed + index)[1])[0] for index in range(clips // 8)]
+        [
+            vae.encode_moments(sample_clips(8, 33, seed + 2 * index, stride)[0])[0]
+            for index in range(clips // 8)
+        ]
     )
     flat = latents.float().transpose(0, 1).flatten(1)
     mean, deviation = (tuple(values.tolist()) for values in (flat.mean(1), flat.std(1)))
@@ -128,9 +155,9 @@ def with_measured_statistics(vae: WanVAE, seed: int, clips: int = 48) -> WanVAE:
 
 
 @torch.inference_mode()
-def evaluate_autoencoder(vae: WanVAE, seed: int, clips: int = 48, frames: int = 33) -> dict[str, float]:
+def evaluate_autoencoder(vae: WanVAE, seed: int, clips: int = 48, frames: int = 129) -> dict[str, float]:
     """PSNR and detector accuracies of reconstructed held-out clips."""
-    scenes = sample_scenes(clips, seed + 17, WORLD, "held_out")
-    pixels = as_model_pixels([render(scene, frames, 50 * index, WORLD) for index, scene in enumerate(scenes)])
+    scenes = sample_scenes(clips, seed + 17, split="held_out")
+    pixels = as_model_pixels([render(scene, frames, 50 * index) for index, scene in enumerate(scenes)])
     decoded = torch.cat([vae.decode(vae.encode(part)) for part in pixels.split(8)])
     return {"psnr": psnr_db(decoded, pixels)} | accuracy(scenes, as_clips(decoded))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,56 +11,85 @@ from tqdm import tqdm
 
 from recipes.tiny.training import CPU
 from rfengine.models.vae import WanVAE
-from rfengine.toy.data import LatentDataset
+from rfengine.toy.captions import sample_scenes
+from rfengine.toy.data import LatentDataset, full_text, open_text
 from rfengine.toy.world import (
+    CHANGES,
     Scene,
-    WorldConfig,
     as_model_pixels,
-    background_image,
-    caption,
-    open_caption,
+    changed,
+    continued,
+    draw_scene,
     render,
-    sample_scenes,
+    render_background,
 )
 from rfengine.training.arithmetic import cpu_autocast
 from rfengine.training.build import base_engine, load_vae, text_states_of
 
 _BATCH = 8
+_TEXT_BATCH = 64
+_SWITCH_SHARE = 0.4  # of the videos, in which another scene follows
+_CHANGE_SHARE = 0.5  # of the scenes that follow, which differ in one attribute
 _MIN_CHANGE = 0.05  # of the range from 0 to 1, by which a pixel of the foreground differs from the background
+
+Part = tuple[Scene, int, int]  # a scene with its first frame and the one behind its last
 
 
 def encode_dataset(source: str, chunks: int, videos: int, seed: int) -> LatentDataset:
-    """Draw `videos` training videos of `chunks` chunks, and encode them and their captions by the VAE and the
+    """Draw `videos` training videos of `chunks` chunks, and encode them and their texts by the VAE and the
     text encoder of a checkpoint."""
     engine = base_engine(source)
     vae, encode = load_vae(source, engine, CPU), text_states_of(source, engine, CPU)
-    frames = 1 + vae.config.temporal_stride * (chunks * engine.cache.chunk_frames - 1)
-    scenes: list[Scene] = []
-    latents, foreground = [], []
-    for step, first in enumerate(tqdm(range(0, videos, _BATCH), "encoding", unit="batch", disable=None)):
-        count = min(_BATCH, videos - first)
-        drawn = sample_scenes(count, seed * 1_000_003 + step, WorldConfig(), "train")
-        clips = [render(scene, frames) for scene in drawn]
+    stride, size = vae.config.temporal_stride, engine.cache.chunk_frames
+    starts = [0, *(1 + stride * (size * chunk - 1) for chunk in range(1, chunks + 1))]
+    generator = random.Random(seed)
+    latents, foreground, rows, texts = [], [], [], []
+    for first in tqdm(range(0, videos, _BATCH), "encoding", unit="batch", disable=None):
+        scenes = sample_scenes(min(_BATCH, videos - first), seed * 1_000_003 + first, split="train")
+        drawn = [video_parts(scene, starts, generator) for scene in scenes]
+        clips = [torch.cat([render(scene, end - at, at) for scene, at, end in parts]) for parts in drawn]
         with torch.inference_mode(), cpu_autocast():
             latents.append(vae.encode(as_model_pixels(clips)).half())
-        foreground += [foreground_cells(scene, clip, vae) for scene, clip in zip(drawn, clips, strict=True)]
-        scenes += drawn
-    opened = {caption(scene): open_caption(scene) for scene in scenes}
-    texts = sorted(opened)
-    rows = {text: index for index, text in enumerate(texts)}
+        for parts, clip in zip(drawn, clips, strict=True):
+            foreground.append(foreground_cells(parts, clip, vae))
+            scene_rows = []
+            for scene, at, end in parts:
+                number = sum(at <= start < end for start in starts[:-1])
+                scene_rows += [[len(texts), len(texts) + 1]] * number
+                texts += [full_text(scene, generator), open_text(scene, generator)]
+            rows.append(scene_rows)
+    pieces = range(0, len(texts), _TEXT_BATCH)
     return LatentDataset(
         latents=torch.cat(latents),
         foreground=torch.stack(foreground),
-        texts=encode(texts).half(),
-        open_texts=encode([opened[text] for text in texts]).half(),
-        text_rows=torch.tensor([rows[caption(scene)] for scene in scenes]),
+        texts=torch.cat([encode(texts[first : first + _TEXT_BATCH]).half() for first in pieces]),
+        text_rows=torch.tensor(rows),
     )
 
 
-def foreground_cells(scene: Scene, clip: Tensor, vae: WanVAE) -> Tensor:
+def video_parts(scene: Scene, starts: list[int], generator: random.Random) -> list[Part]:
+    """The scene alone, or for a share of the videos another scene that goes on from it at a chunk after the
+    first. starts: the first frame of every chunk, and the number of frames."""
+    if len(starts) < 3 or generator.random() >= _SWITCH_SHARE:
+        return [(scene, 0, starts[-1])]
+    at = generator.choice(starts[1:-1])
+    return [(scene, 0, at), (continued(_follower(scene, generator), scene, at), at, starts[-1])]
+
+
+def _follower(scene: Scene, generator: random.Random) -> Scene:
+    """A scene that differs from the given one in an attribute, or another scene altogether."""
+    if generator.random() < _CHANGE_SHARE:
+        try:
+            return changed(scene, generator.choice(CHANGES), generator)
+        except ValueError:  # this attribute of this scene has no other value
+            pass
+    return draw_scene(generator)
+
+
+def foreground_cells(parts: list[Part], clip: Tensor, vae: WanVAE) -> Tensor:
     """Latent cells [F, h, w] (bool) in whose pixels and frames a shape of the clip [T, H, W, 3] is seen."""
-    world = WorldConfig(height=clip.shape[1], width=clip.shape[2])
-    change = (clip - background_image(scene.background, world)).abs().amax(-1) > _MIN_CHANGE
+    behind = torch.cat([render_background(scene, end - at, at) for scene, at, end in parts])
+    change = (clip - behind).abs().amax(-1) > _MIN_CHANGE
     cells = F.max_pool2d(change.float()[:, None], vae.config.spatial_stride)[:, 0]
     later = cells[1:].unflatten(0, (-1, vae.config.temporal_stride)).amax(1)
     return torch.cat([cells[:1], later]) > 0

@@ -22,7 +22,7 @@ from rfengine.checkpoint.tensor_file import open_safetensors
 from rfengine.evaluation.prompt_switch import Captions
 from rfengine.evaluation.video_frames import Frames
 from rfengine.files import read_text, reading, strict_json
-from rfengine.toy.world import parse_caption
+from rfengine.toy.captions import parse_caption
 
 logger = logging.getLogger(__name__)
 

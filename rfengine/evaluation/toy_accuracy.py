@@ -13,9 +13,10 @@ from rfengine.evaluation.video_frames import (
     split_ranges,
     windows,
 )
-from rfengine.toy.detector import detect, score
+from rfengine.toy.captions import parse_caption
+from rfengine.toy.detector import detect, matched, score
 from rfengine.toy.reward import ToyReward
-from rfengine.toy.world import Scene, WorldConfig, parse_caption
+from rfengine.toy.world import Scene, WorldConfig
 
 _PART_FRAMES = 48  # one full period of the slowest motion that comes back
 _LEAST_FRAMES = 12
@@ -27,9 +28,9 @@ def toy_accuracy(frames: FrameSource, text: str) -> dict[str, float]:
     """Shares of the video, from 0 to 1, in which each attribute of the detector is as `text` says.
 
     frames: uint8 [T, H, W, 3]. The video is judged in parts of 48 frames or more. With them `permanence`: the
-    share of frames in which every object named is there. The speed is left out where an open caption leaves
-    it open. Raises ValueError for a text that is no caption of the toy world, NotMeasurableError for a video
-    too short or of a size the world does not have.
+    share of frames in which every object named is there. An attribute that the text leaves open is left out.
+    Raises ValueError for a text that means no scene of the toy world, NotMeasurableError for a video too
+    short or of a size the world does not have.
     """
     video = as_frames(frames)
     scene = parse_caption(text)
@@ -46,8 +47,6 @@ def toy_accuracy(frames: FrameSource, text: str) -> dict[str, float]:
         _presence(window, scene, world)
         for window in windows(video.batches(), split_ranges(video.count, video.count // _WINDOW))
     ]
-    if scene.speed is None:
-        del results["speed"]
     return {name: sum(values) / len(values) for name, values in results.items()}
 
 
@@ -62,10 +61,9 @@ def check_world_size(video: Frames) -> None:
 
 def _presence(window: Tensor, scene: Scene, world: WorldConfig) -> float:
     """The share of frames in which every object the caption names is there."""
-    seen = {entry.colour: entry.presence for entry in detect(window, world).objects}
     there = torch.ones(len(window), dtype=torch.bool, device="cpu")
-    for entry in scene.objects:
-        there &= seen.get(entry.colour, torch.zeros_like(there))
+    for entry in matched(scene, detect(window, world)):
+        there &= torch.zeros_like(there) if entry is None else entry.presence
     return float(there.float().mean())
 
 

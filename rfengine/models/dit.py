@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfengine.cache.kv_cache import CachePlan, LayerCache, StreamingKVCache
+from rfengine.cache.kv_cache import EMPTY, CachePlan, LayerCache, StreamingKVCache
 from rfengine.config import WanConfig
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
@@ -320,6 +320,23 @@ class WanDiT(nn.Module):
         _, normed = self._run_blocks(latents, modulation, text, attend, last)
         view = cache.layer(last, plan, keep_raw=True)
         self.blocks[last].self_attn.write_cache(normed, cache.query_rotation, view)
+
+    def recache(
+        self, chunks: dict[int, Tensor], modulation: Modulation, text: TextKeysValues, cache: StreamingKVCache
+    ) -> None:
+        """Recompute the keys and values of the window under `text` from clean latents, as LongLive does.
+
+        chunks: clean latents [B, C, F, h, w] by chunk number, for every chunk in the window outside the sink.
+        The sink keeps what it holds. Each chunk is run at its present time index and sees the sink and the
+        chunks before it, so the slots are first put into chronological order.
+        """
+        sink = cache.config.sink_chunks
+        window = sorted(chunk for chunk in cache.slot_chunks[sink:] if chunk != EMPTY)
+        if missing := [chunk for chunk in window if chunk not in chunks]:
+            raise ValueError(f"latents of chunk {missing[0]} are needed to recompute the window; keep them")
+        cache.slot_chunks[sink : sink + len(window)] = window
+        for place, chunk in enumerate(window):
+            self.context_pass(chunks[chunk], modulation, text, cache, cache.begin_rewrite(sink + place))
 
     def forward_clip(
         self,

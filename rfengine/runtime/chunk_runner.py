@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from rfengine.cache.kv_cache import EMPTY, CachePlan, StreamingKVCache
+from rfengine.cache.kv_cache import CachePlan, StreamingKVCache
 from rfengine.cuda_graph import CapturedCall, GraphPool, graph_pool
 from rfengine.host_state import ordinary
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
@@ -170,21 +170,8 @@ class ChunkRunner:
 
     @torch.no_grad()
     def recache(self, cache: StreamingKVCache, chunks: dict[int, Tensor], text: TextKeysValues) -> None:
-        """Recompute the keys and values of the window under `text` from clean latents, as LongLive does.
-
-        chunks: clean latents [B, C, F, h, w] by chunk number, for every chunk in the window outside the sink.
-        The sink keeps what it holds. Each chunk is run at t = 0 at its present time index and sees the sink
-        and the chunks before it, so the slots are first put into chronological order.
-        """
-        sink = cache.config.sink_chunks
-        window = sorted(chunk for chunk in cache.slot_chunks[sink:] if chunk != EMPTY)
-        missing = [chunk for chunk in window if chunk not in chunks]
-        if missing:
-            raise ValueError(f"latents of chunk {missing[0]} are needed to recompute the window; keep them")
-        cache.slot_chunks[sink : sink + len(window)] = window
-        for place, chunk in enumerate(window):
-            plan = cache.begin_rewrite(sink + place)
-            self._context_pass(cache, plan, chunks[chunk], text)
+        """WanDiT.recache at this runner's context timestep."""
+        self.model.recache(chunks, self.context_modulation, text, cache)
 
     def _context_pass(
         self, cache: StreamingKVCache, plan: CachePlan, x0: Tensor, text: TextKeysValues

@@ -13,7 +13,11 @@ from torch import Tensor
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.pickle_file import open_pickle
 from rfengine.files import replaced
-from rfengine.toy.world import WorldConfig, caption, open_caption, sample_scenes
+from rfengine.toy.captions import caption, opened, paraphrase, sample_scenes
+from rfengine.toy.world import DEFAULT_WORLD, Scene, WorldConfig
+
+_CAPTION_SHARE = 0.3  # of the texts that say everything: the caption itself
+_OPEN_SHARE = 0.35  # of the attributes of a scene that an open text leaves open
 
 
 def negative_states(text_len: int, text_dim: int) -> Tensor:
@@ -21,30 +25,41 @@ def negative_states(text_len: int, text_dim: int) -> Tensor:
     return torch.zeros(1, text_len, text_dim)
 
 
+def full_text(scene: Scene, generator: random.Random) -> str:
+    """A text that says all of a scene."""
+    return caption(scene) if generator.random() < _CAPTION_SHARE else paraphrase(scene, generator)
+
+
+def open_text(scene: Scene, generator: random.Random) -> str:
+    """A text that leaves attributes of a scene open."""
+    return paraphrase(opened(scene, generator, _OPEN_SHARE), generator)
+
+
 @dataclass(frozen=True, slots=True)
 class ToyPrompts:
-    """Captions of training scenes, open_share of them without their speed.
+    """Texts of training scenes, open_share of them with attributes left open.
 
     encode: texts to states [N, L, D], on the CPU.
     """
 
     encode: Callable[[list[str]], Tensor]
     open_share: float = 0.5
-    world: WorldConfig = WorldConfig()
+    world: WorldConfig = DEFAULT_WORLD
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
         seed = int(torch.randint(2**62, (), generator=generator))
-        scenes = sample_scenes(count, seed, self.world, "train")
-        opened = random.Random(seed)
-        texts = [open_caption(s) if opened.random() < self.open_share else caption(s) for s in scenes]
+        own = random.Random(seed)
+        texts = [
+            (open_text if own.random() < self.open_share else full_text)(scene, own)
+            for scene in sample_scenes(count, seed, self.world, "train")
+        ]
         return texts, self.encode(texts)
 
 
 @dataclass(frozen=True, slots=True)
 class ToyClips:
     """Clips of `frames` latent frames out of encoded videos, half of them from the start, the others from a
-    later chunk on; their texts are the caption, with the given shares the caption without its speed or
-    nothing."""
+    later chunk on, within one scene; their texts say all of it, with the given shares a part or nothing."""
 
     dataset: LatentDataset
     frames: int
@@ -54,18 +69,26 @@ class ToyClips:
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         data = self.dataset
-        rows = torch.randint(len(data.latents), (count,), generator=generator)
         choices = random.Random(int(torch.randint(2**62, (), generator=generator)))
-        late = (data.latents.shape[2] - self.frames) // self.chunk_frames
         clips, states = [], []
-        for row in rows.tolist():
-            start = choices.randint(1, late) * self.chunk_frames if late and choices.random() < 0.5 else 0
-            clips.append(data.latents[row, :, start : start + self.frames].float())
+        while len(clips) < count:
+            row = choices.randrange(len(data.latents))
+            starts = self._starts(data.text_rows[row, :, 0].tolist())
+            if not starts:
+                continue
+            start = starts[0] if starts[0] == 0 and choices.random() < 0.5 else choices.choice(starts)
+            first = start * self.chunk_frames
+            clips.append(data.latents[row, :, first : first + self.frames].float())
             kind = choices.random()
-            texts = data.texts if kind >= self.open_share + self.empty_share else data.open_texts
-            known = float(kind >= self.empty_share)
-            states.append(texts[data.text_rows[row]].float() * known)
+            text = data.texts[data.text_rows[row, start, int(kind < self.open_share + self.empty_share)]]
+            states.append(text.float() * float(kind >= self.empty_share))
         return torch.stack(clips), torch.stack(states)
+
+    def _starts(self, rows: list[int]) -> list[int]:
+        """The chunks from which a clip stays within one scene."""
+        length = -(-self.frames // self.chunk_frames)
+        places = range(len(rows) - length + 1)
+        return [start for start in places if len(set(rows[start : start + length])) == 1]
 
 
 _REMEDY = "make it again with `python -m recipes.tiny.run --stage videos`"
@@ -73,17 +96,16 @@ _REMEDY = "make it again with `python -m recipes.tiny.run --stage videos`"
 
 @dataclass(frozen=True, slots=True)
 class LatentDataset:
-    """N videos from their first frame on.
+    """N videos from their first frame on, of one scene or of several that follow each other.
 
     latents: normalised, float16 [N, C, F, h, w]. foreground: bool [N, F, h, w], where a shape is. texts:
-    float16 [K, text_len, dim], one for each caption; open_texts: the same of the captions without their
-    speed. text_rows: [N], row of both of each video.
+    float16 [K, text_len, dim]. text_rows: [N, chunks, 2], rows of the texts of each chunk: one that says all
+    of its scene and one that leaves something open.
     """
 
     latents: Tensor
     foreground: Tensor
     texts: Tensor
-    open_texts: Tensor
     text_rows: Tensor
 
 
@@ -114,15 +136,12 @@ def _problem(dataset: LatentDataset) -> str:
     shapes = {name: list(getattr(dataset, name).shape) for name in LatentDataset.__slots__}
     if latents.ndim != 5 or texts.ndim != 3 or not latents.numel() or not texts.numel():
         return f"latents {shapes['latents']} and texts {shapes['texts']}, not [N, C, F, h, w] and [K, L, D]"
-    wanted = {
-        "foreground": [shapes["latents"][0], *shapes["latents"][2:]],
-        "open_texts": shapes["texts"],
-        "text_rows": shapes["latents"][:1],
-    }
-    for name, shape in wanted.items():
-        if shapes[name] != shape:
-            return f"{name} {shapes[name]} where the others ask for {shape}"
-    for name in ("latents", "texts", "open_texts"):
+    wanted = [shapes["latents"][0], *shapes["latents"][2:]]
+    if shapes["foreground"] != wanted:
+        return f"foreground {shapes['foreground']} where the others ask for {wanted}"
+    if rows.ndim != 3 or len(rows) != wanted[0] or rows.shape[2] != 2:
+        return f"text_rows {shapes['text_rows']} where the others ask for [{wanted[0]}, chunks, 2]"
+    for name in ("latents", "texts"):
         values = getattr(dataset, name)
         if not values.is_floating_point() or not torch.isfinite(values).all():
             return f"{name} in {values.dtype} that are not all finite numbers"

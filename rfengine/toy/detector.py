@@ -2,7 +2,7 @@
 
 Foreground is what has colour; hue separates objects; the place of a shape is the circular mean of its
 pixels, so that borders need no special case; shape, radius and angle are those of the template that fits best
-once centred.
+once centred. Background and camera are background_fit.py's.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rfengine.toy.background_fit import BackgroundFit, background_error, fit_background
+from rfengine.toy.backgrounds import PLAIN
 from rfengine.toy.world import (
-    BACKGROUNDS,
     DEFAULT_WORLD,
     DIRECTIONS,
+    MOTION_DIRECTIONS,
     PALETTE,
+    PANNING,
     PULSE,
     PULSE_FRAMES,
     RADII,
@@ -30,13 +33,14 @@ from rfengine.toy.world import (
     ObjectTrack,
     Scene,
     WorldConfig,
-    background_image,
     shape_coverage,
 )
 
-ATTRIBUTES = ("colour", "shape", "size", "background", "motion", "direction", "speed")
+ATTRIBUTES = ("colour", "shape", "size", "background", "motion", "direction", "speed", "camera")
 
 _MIN_CHROMA = 0.25
+_MIN_LOCAL_CHROMA = 0.2  # of the mean of nine pixels: noise on a tinted background has less
+_MARGIN = 4.0  # pixels at 64 added to the radius: what is nearer to a shape belongs to no background
 _MIN_AREA = 60.0  # pixels at 64: half a triangle of the smallest radius the world draws is 100
 _STILL = 0.3  # pixels a frame at 64: slower than this is standing
 _LAG = 4  # frames between two positions whose distance is measured, so that whole pixels do not matter
@@ -67,10 +71,14 @@ class ObjectDetection:
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """All objects, the one with most pixels first, and the background."""
+    """All objects, the one with most pixels first, and the background with its camera."""
 
     objects: tuple[ObjectDetection, ...]
-    background: str
+    fit: BackgroundFit
+
+    @property
+    def background(self) -> str:
+        return self.fit.name
 
 
 def detect(frames: Tensor, config: WorldConfig = DEFAULT_WORLD) -> Detection:
@@ -78,20 +86,55 @@ def detect(frames: Tensor, config: WorldConfig = DEFAULT_WORLD) -> Detection:
 
     Raises ValueError when its size is not the one of `config`.
     """
-    if frames.ndim != 4 or frames.shape[1:] != (config.height, config.width, 3) or frames.shape[0] < 2:
-        raise ValueError(
-            f"frames is {tuple(frames.shape)}; give [T >= 2, {config.height}, {config.width}, 3]"
-        )
-    pixels = frames.float() / 255 if frames.dtype == torch.uint8 else frames.float()
-    high, low = pixels.amax(-1), pixels.amin(-1)
-    foreground = (high - low) > _MIN_CHROMA
-    nearest = _nearest_colour(pixels, low)
-    masks = {colour: (foreground & (nearest == index)).float() for index, colour in enumerate(PALETTE)}
+    pixels = _as_pixels(frames, config)
+    foreground, masks = _colour_masks(pixels)
     areas = {colour: mask.sum((1, 2)) for colour, mask in masks.items()}
     seen = [colour for colour in PALETTE if float(areas[colour].median()) >= _MIN_AREA * config.scale**2]
     seen.sort(key=lambda colour: -float(areas[colour].sum()))
     objects = tuple(_detect_object(colour, masks[colour], config) for colour in seen)
-    return Detection(objects, _detect_background(pixels, foreground, config))
+    return Detection(objects, fit_background(pixels, ~foreground, config))
+
+
+def background_off(frames: Tensor, scene: Scene, config: WorldConfig = DEFAULT_WORLD) -> Tensor:
+    """The share [T] of each frame's background pixels that are off by more than background_fit.OFF from the
+    background of the scene, wherever its camera is. frames: as in detect. Pixels near a shape that the scene
+    names do not count; specks of colour elsewhere do."""
+    pixels = _as_pixels(frames, config)
+    visible = torch.ones(pixels.shape[:3], dtype=torch.bool)
+    _, masks = _colour_masks(pixels)
+    for entry in scene.objects:
+        mask = masks[entry.colour or ""]
+        present = mask.sum((1, 2)) >= _MIN_AREA * config.scale**2
+        if not bool(present.any()):
+            continue
+        position, centred = _centre(mask[present])
+        shape, radius, angle = _fit_templates(centred, config)
+        track = ObjectTrack(
+            position.double(), radius.double() + _MARGIN * config.scale, torch.deg2rad(angle.double())
+        )
+        visible[present] &= shape_coverage(shape, track, config) == 0
+    return background_error(pixels, visible, scene.background or PLAIN, config)
+
+
+def _as_pixels(frames: Tensor, config: WorldConfig) -> Tensor:
+    """Float pixels from 0 to 1. Raises ValueError for a size that is not the one of `config`."""
+    if frames.ndim != 4 or frames.shape[1:] != (config.height, config.width, 3) or frames.shape[0] < 2:
+        raise ValueError(
+            f"frames is {tuple(frames.shape)}; give [T >= 2, {config.height}, {config.width}, 3]"
+        )
+    return frames.float() / 255 if frames.dtype == torch.uint8 else frames.float()
+
+
+def _colour_masks(pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Where a shape is, bool [T, H, W], and where one of each colour is, float."""
+    low = pixels.amin(-1)
+    local = F.avg_pool2d(pixels.permute(0, 3, 1, 2), 3, 1, 1, count_include_pad=False)
+    coloured = local.amax(1) - local.amin(1) > _MIN_LOCAL_CHROMA
+    foreground = (pixels.amax(-1) - low > _MIN_CHROMA) & coloured
+    nearest = _nearest_colour(pixels, low)
+    return foreground, {
+        colour: (foreground & (nearest == index)).float() for index, colour in enumerate(PALETTE)
+    }
 
 
 def _nearest_colour(pixels: Tensor, low: Tensor) -> Tensor:
@@ -100,15 +143,6 @@ def _nearest_colour(pixels: Tensor, low: Tensor) -> Tensor:
     palette = palette - palette.amin(-1, keepdim=True)
     hue = F.normalize(pixels - low[..., None], dim=-1)
     return (hue @ F.normalize(palette, dim=-1).T).argmax(-1)
-
-
-def _detect_background(pixels: Tensor, foreground: Tensor, config: WorldConfig) -> str:
-    visible = (~foreground)[..., None].float()
-
-    def error(name: str) -> float:
-        return float(((pixels - background_image(name, config)).square() * visible).sum())
-
-    return min(BACKGROUNDS, key=error)
 
 
 def _detect_object(colour: str, mask: Tensor, config: WorldConfig) -> ObjectDetection:
@@ -206,36 +240,60 @@ def _classify_motion(
     return "moving", list(DIRECTIONS)[int((vectors @ steps.mean(0)).argmax())], float(steps.mean(0).norm())
 
 
-def score(scene: Scene, detection: Detection) -> dict[str, bool]:
-    """Whether each of ATTRIBUTES was measured as the scene says; of a pair, both objects must agree.
-
-    An attribute the motion leaves open (the direction of turning) counts as right with the motion.
-    """
+def matched(scene: Scene, detection: Detection) -> list[ObjectDetection | None]:
+    """What was found for each object of the scene: that of its colour, or for an open colour the largest one
+    that is nobody else's."""
     found = {entry.colour: entry for entry in detection.objects}
-    pairs = [(entry, found.get(entry.colour)) for entry in scene.objects]
-    complete = all(seen is not None for _, seen in pairs) and len(found) == len(pairs)
-    if not complete and len(pairs) == 1 and detection.objects:
-        pairs = [(scene.objects[0], detection.objects[0])]
+    named = {entry.colour for entry in scene.objects}
+    others = iter([entry for entry in detection.objects if entry.colour not in named])
+    return [found.get(entry.colour) if entry.colour else next(others, None) for entry in scene.objects]
 
-    def agrees(name: str) -> bool:
-        of_object = name in ("shape", "size")
-        return all(
-            seen is not None and getattr(seen, name) == getattr(true if of_object else scene, name)
-            for true, seen in pairs
-        )
 
-    whole = {"colour": complete, "background": detection.background == scene.background}
-    return {name: whole[name] if name in whole else agrees(name) for name in ATTRIBUTES}
+def score(scene: Scene, detection: Detection) -> dict[str, bool]:
+    """Whether each of ATTRIBUTES that the scene says was measured so; of a pair, both objects must agree.
+
+    An attribute the motion has not (the direction of turning) counts as right with the motion.
+    """
+    seen = matched(scene, detection)
+    complete = None not in seen and len(detection.objects) == len(seen)
+    if not complete and len(seen) == 1:
+        seen = list(detection.objects[:1]) or [None]
+    results: dict[str, bool] = {}
+    for name in ("colour", "shape", "size"):
+        said = [(getattr(true, name), entry) for true, entry in zip(scene.objects, seen, strict=True)]
+        said = [(value, entry) for value, entry in said if value is not None]
+        if said:
+            agree = all(entry is not None and getattr(entry, name) == value for value, entry in said)
+            results[name] = complete if name == "colour" else agree
+    if scene.background is not None:
+        results["background"] = detection.background == scene.background
+    for name in ("motion", "direction", "speed"):
+        value, without = getattr(scene, name), scene.motion not in (None, *MOTION_DIRECTIONS)
+        if value is not None or (name == "direction" and without):
+            results[name] = all(entry is not None and getattr(entry, name) == value for entry in seen)
+    if scene.camera is not None:
+        results["camera"] = _camera_agrees(scene, detection.fit)
+    return {name: results[name] for name in ATTRIBUTES if name in results}
+
+
+def _camera_agrees(scene: Scene, fit: BackgroundFit) -> bool:
+    sides = ("left", "right") if scene.camera == PANNING else (scene.camera,)
+    return fit.camera in sides and (scene.pan is None or fit.pan == scene.pan)
 
 
 def accuracy(
     scenes: Sequence[Scene], clips: Sequence[Tensor], config: WorldConfig = DEFAULT_WORLD
 ) -> dict[str, float]:
-    """Share of clips [T, H, W, 3] measured as their scenes say, for each of ATTRIBUTES and for `all`."""
+    """Share of clips [T, H, W, 3] measured as their scenes say, for each of ATTRIBUTES over the scenes that
+    say it, and for `all`."""
     if not scenes or len(scenes) != len(clips):
         raise ValueError(
             f"{len(scenes)} scenes and {len(clips)} clips were given; give as many of each, at least one"
         )
     scores = [score(scene, detect(clip, config)) for scene, clip in zip(scenes, clips, strict=True)]
-    result = {name: sum(entry[name] for entry in scores) / len(scores) for name in ATTRIBUTES}
+    result = {}
+    for name in ATTRIBUTES:
+        said = [entry[name] for entry in scores if name in entry]
+        if said:
+            result[name] = sum(said) / len(said)
     return result | {"all": sum(all(entry.values()) for entry in scores) / len(scores)}

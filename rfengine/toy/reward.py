@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfengine.toy.detector import Detection, ObjectDetection, detect
-from rfengine.toy.world import SPEEDS, Scene, WorldConfig, parse_caption
+from rfengine.toy.captions import parse_caption
+from rfengine.toy.detector import Detection, detect, matched, score
+from rfengine.toy.world import SPEEDS, Scene, WorldConfig
 
 _TOP_SPEED = max(SPEEDS.values())
 _HIGHEST = 1.5  # of the top speed: what moves faster than anything in the world earns no more
@@ -37,13 +38,8 @@ class ToyReward:
         }
 
 
-def _named(said: Scene, detection: Detection) -> list[ObjectDetection | None]:
-    found = {entry.colour: entry for entry in detection.objects}
-    return [found.get(entry.colour) for entry in said.objects]
-
-
 def _motion(said: Scene, detection: Detection) -> float:
-    objects = _named(said, detection)
+    objects = matched(said, detection)
     if any(entry is None for entry in objects):
         return 0.0
     speeds = [min(_HIGHEST, entry.speed_value / _TOP_SPEED) for entry in objects]
@@ -52,14 +48,6 @@ def _motion(said: Scene, detection: Detection) -> float:
 
 
 def _agreement(said: Scene, detection: Detection) -> float:
-    objects = _named(said, detection)
-    right = [said.background == detection.background, len(detection.objects) == len(objects)]
-    for named, entry in zip(said.objects, objects, strict=True):
-        seen = entry is not None
-        right += [seen, seen and entry.size == named.size, seen and entry.shape == named.shape]
-        right.append(seen and entry.motion == said.motion)
-        if said.direction is not None:
-            right.append(seen and entry.direction == said.direction)
-        if said.speed is not None:
-            right.append(seen and entry.speed == said.speed)
+    count = [len(detection.objects) == len(said.objects)]
+    right = [*count, *score(said, detection).values()]
     return sum(right) / len(right)

@@ -46,13 +46,18 @@ class RolloutConfig:
 
     Lengths are drawn evenly from min_chunks to max_chunks; the last gradient_chunks carry gradients, each a
     graph of its own (in the published code some gradient leaks into keys and values of earlier chunks).
-    checkpointing: activations of the exit steps are computed once more in backward.
+    checkpointing: activations of the exit steps are computed once more in backward. switch_share: of the
+    rollouts that are longer than the judged clip, how many begin with another prompt and switch to their own
+    before or with that clip, so that all of it is judged by one prompt; recache_share: of these, how many
+    recompute the window under the new prompt, the others keep it (LongLive, arXiv 2509.22622, trains so).
     """
 
     min_chunks: Chunks = 7
     max_chunks: Chunks = 7
     gradient_chunks: Chunks = 7
     checkpointing: bool = False
+    switch_share: Annotated[float, Range(0, 1)] = 0.0
+    recache_share: Annotated[float, Range(0, 1)] = 0.5
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -30,7 +30,14 @@ from rfengine.training.re_dmd import (
     reward_weights,
     x0_from_flow,
 )
-from rfengine.training.rollout import decode_chunks, draw_exits, latent_shape, self_forced_rollout
+from rfengine.training.rollout import (
+    PromptSwitch,
+    decode_chunks,
+    draw_exits,
+    draw_switch,
+    latent_shape,
+    self_forced_rollout,
+)
 from rfengine.training.stages import Source, TrainingStage, seeded
 
 # of frames [B, T, H, W, 3] from 0 to 1 and their prompts: the score [B] that is trained on, and all by name
@@ -40,11 +47,13 @@ Score = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
     """B prompts, several samples of a prompt being one group: texts, states [B, L, D], groups [B]
-    integers."""
+    integers. earlier_states: of the prompts that a rollout begins with where it switches, None where
+    none does."""
 
     texts: tuple[str, ...]
     states: Tensor
     groups: Tensor
+    earlier_states: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +122,12 @@ class DistillationStage(TrainingStage):
         texts, states = self.prompts.draw(config.batch // config.group, drawing)
         groups = torch.arange(len(texts), device=device).repeat_interleave(config.group)
         repeated = tuple(text for text in texts for _ in range(config.group))
-        batch = PromptBatch(repeated, states.to(device).repeat_interleave(config.group, 0), groups)
+        earlier = None
+        if config.rollout.switch_share:
+            _, drawn = self.prompts.draw(len(texts), drawing)
+            earlier = drawn.to(device).repeat_interleave(config.group, 0)
+        states = states.to(device).repeat_interleave(config.group, 0)
+        batch = PromptBatch(repeated, states, groups, earlier)
         shared = seeded(cpu, config.seed, purpose, "plan", step)
         return batch, shared, seeded(device, config.seed, purpose, step, index)
 
@@ -145,17 +159,23 @@ class DistillationStage(TrainingStage):
         return critic_loss(self._flow(self.networks.critic, x_t, sigma, prompts.states), noise, clip)
 
     def _roll_out(self, prompts: PromptBatch, shared: torch.Generator, own: torch.Generator) -> Tensor:
-        """Latents [B, C, F, h, w] of a rollout of a length that is drawn."""
+        """Latents [B, C, F, h, w] of a rollout whose length and whose prompt switch are drawn."""
         student, engine, rollout = self.networks.student, self.engine, self.config.rollout
         exits = draw_exits(rollout, len(engine.schedule.denoising_steps), shared)
+        judged = -(-self.distillation.clip_frames // engine.cache.chunk_frames)
+        drawn = draw_switch(rollout, len(exits), judged, engine.cache.window_chunks, shared)
         shape = latent_shape(engine, len(prompts.texts), engine.cache.chunk_frames)
 
         def noise(chunk: int, step: int) -> Tensor:
             return torch.randn(shape, generator=own, device=student.device)
 
         with casting(student.device, self.config.precision):
-            text = student.text_keys_values(prompts.states)
-            return self_forced_rollout(student, engine, text, noise, exits, rollout)
+            text, switch = student.text_keys_values(prompts.states), None
+            if drawn is not None:
+                with torch.no_grad():
+                    earlier = student.text_keys_values(prompts.earlier_states)
+                switch = PromptSwitch(earlier, *drawn)
+            return self_forced_rollout(student, engine, text, noise, exits, rollout, switch)
 
     def _judged_clip(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The latents [B, C, F, h, w] the teacher sees, and where in them, bool [1, 1, F, 1, 1], they are

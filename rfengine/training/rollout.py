@@ -9,7 +9,8 @@ channels, F latent frames, L layers, S arena tokens, T tokens of a chunk, H head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,6 +46,32 @@ def draw_exits(config: RolloutConfig, num_steps: int, generator: torch.Generator
     return (draw(0, num_steps - 1),) * chunks
 
 
+@dataclass(frozen=True, slots=True)
+class PromptSwitch:
+    """A rollout that begins with other prompts: their keys and values, the chunk that is the first under the
+    rollout's own, and whether the window is recomputed under those."""
+
+    before: TextKeysValues
+    chunk: int
+    recached: bool
+
+
+def draw_switch(
+    rollout: RolloutConfig, chunks: int, judged: int, window: int, generator: torch.Generator
+) -> tuple[int, bool] | None:
+    """The chunk of a switch and whether it recaches, or None for a rollout without one.
+
+    The switch is with the first of the `judged` chunks at the end or up to `window` chunks before it. As many
+    numbers are drawn in either case, and ranks that share a generator's seed draw the same.
+    """
+    share, recache, place = torch.rand(3, generator=generator, device=generator.device).tolist()
+    first = chunks - judged
+    if first < 1 or share >= rollout.switch_share:
+        return None
+    earliest = max(1, first - window)
+    return earliest + int(place * (first - earliest + 1)), recache < rollout.recache_share
+
+
 def self_forced_rollout(
     model: WanDiT,
     config: EngineConfig,
@@ -52,20 +79,24 @@ def self_forced_rollout(
     noise: Noise,
     exits: tuple[int, ...],
     rollout: RolloutConfig,
+    switch: PromptSwitch | None = None,
 ) -> Tensor:
     """Generate a chunk for each of `exits`, the step at which it ends, with a fresh cache; see the module.
 
     text: cross-attention keys and values of the prompts, with their graph where the text layers learn.
-    noise(chunk, step): step 0 starts the chunk, step k > 0 re-noises before step k. The model's ops must be
-    DifferentiableOps. Returns x0 of every chunk, [B, C, F, h, w], the last gradient_chunks with a graph.
+    noise(chunk, step): step 0 starts the chunk, step k > 0 re-noises before step k. switch: a change of the
+    prompts on the way. The model's ops must be DifferentiableOps. Returns x0 of every chunk, [B, C, F, h, w],
+    the last gradient_chunks with a graph.
     """
     kind = model.device.type
     casts = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if casts else model.dtype  # of keys and values
-    video = _Generation(model, config, text, dtype)
+    video = _Generation(model, config, switch.before if switch else text, dtype)
     first_gradient = max(0, len(exits) - rollout.gradient_chunks)
-    chunks = []
+    chunks: list[Tensor] = []
     for chunk, exit_step in enumerate(exits):
+        if switch and chunk == switch.chunk:
+            video.set_text(text, chunks if switch.recached else None)
         place = video.begin_chunk()
         x = noise(chunk, 0)
         with torch.no_grad():
@@ -85,6 +116,14 @@ class _Generation:
         self.model, self.text, self.schedule = model, text, FlowSchedule(config.schedule)
         grid, batch = LatentGrid.of(config), text.keys.shape[1]
         self.cache = StreamingKVCache(config.model, config.cache, grid, batch, dtype, model.device, model.ops)
+
+    @torch.no_grad()
+    def set_text(self, text: TextKeysValues, chunks: Sequence[Tensor] | None) -> None:
+        """Go on under other prompts; with all chunks so far, the window is recomputed under them."""
+        self.text = text
+        if chunks is not None:
+            clean = {number: x0.detach() for number, x0 in enumerate(chunks)}
+            self.model.recache(clean, self._modulation(self.schedule.context_timestep), text, self.cache)
 
     def begin_chunk(self) -> CachePlan:
         place = self.cache.plan_chunk()

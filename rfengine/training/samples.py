@@ -12,8 +12,9 @@ from torch import Tensor
 from rfengine.ops import choose_ops
 from rfengine.ops.reference import frame_pack
 from rfengine.prompts import read_prompts
+from rfengine.toy.captions import caption, sample_scenes
 from rfengine.toy.data import negative_states
-from rfengine.toy.world import WorldConfig, caption, sample_scenes
+from rfengine.toy.world import WorldConfig
 from rfengine.training.build import load_transformer, load_vae, text_states_of
 from rfengine.training.config import TrainConfig
 from rfengine.training.data import latent_prompt

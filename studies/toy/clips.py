@@ -10,10 +10,11 @@ from recipes.tiny.training import ToyModel
 from rfengine.evaluation.dynamics import measure_dynamics
 from rfengine.ops import choose_ops
 from rfengine.ops.reference import frame_pack
+from rfengine.toy.captions import caption, open_caption, sample_scenes
 from rfengine.toy.data import negative_states
 from rfengine.toy.detector import detect, score
 from rfengine.toy.reward import ToyReward
-from rfengine.toy.world import Scene, WorldConfig, as_clips, caption, open_caption, sample_scenes
+from rfengine.toy.world import Scene, WorldConfig, as_clips
 from rfengine.training.recipes import toy_dmd
 from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.stages import seeded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from rfengine.evaluation.toy_accuracy import toy_accuracy
 from rfengine.evaluation.video_frames import ChunkGrid, spread
 from rfengine.ops import choose_ops
 from rfengine.ops.reference import frame_pack
+from rfengine.toy.captions import caption, sample_scenes
 from rfengine.toy.reward import ToyReward
-from rfengine.toy.world import START_JITTER, Scene, WorldConfig, caption, render, sample_scenes
+from rfengine.toy.world import Scene, WorldConfig, complete, render
 from rfengine.training.build import base_engine
 from rfengine.training.rollout import decode_chunks, roll_out
 from studies.toy.record import Unit, Values, unit, write_record
@@ -123,12 +125,8 @@ def _stream(
 
 def true_video(scene: Scene, frames: int, seed: int) -> Tensor:
     """A video of the scene from another start: what the caption leaves open is drawn again."""
-    drawn = torch.rand(2, generator=torch.Generator().manual_seed(seed))
-    start = tuple((START_JITTER * (2 * drawn - 1)).tolist())
-    parts = [
-        render(dataclasses.replace(scene, start=start), min(480, frames - first), first)
-        for first in range(0, frames, 480)
-    ]
+    drawn = complete(scene, random.Random(seed))
+    parts = [render(drawn, min(480, frames - first), first) for first in range(0, frames, 480)]
     return (torch.cat(parts).clamp(0, 1) * 255).round().to(torch.uint8)
 
 

@@ -39,7 +39,7 @@ def train_start(setting: Setting) -> None:
     for stage in ("videos", "starts"):
         if not (directory / f"{stage}.pt").exists():
             run_stage(Options(stage, directory, videos=max(1, int(scale * VIDEOS[stage]))))
-    run_stage(Options("dit", directory, max(1, int(scale * STEPS["dit"]))))
+    run_stage(Options("teacher", directory, max(1, int(scale * STEPS["teacher"]))))
     start, _ = read_safetensors(parts / "transformer.safetensors")
     export_checkpoint(start, engine, _BASE, setting.checkpoint("start"))
 

@@ -16,7 +16,8 @@ from rfengine import cli
 from rfengine.cli import eval as evaluate
 from rfengine.evaluation import video_report
 from rfengine.files import locked
-from rfengine.toy.world import WorldConfig, caption
+from rfengine.toy.captions import caption
+from rfengine.toy.world import WorldConfig
 from rfengine.video import Video
 from support.distortions import SCENE, frozen, textured_clip, toy_clip
 from support.outcome import fails

@@ -9,7 +9,8 @@ from torch import Tensor
 from rfengine.evaluation.prompt_switch import measure_switches
 from rfengine.evaluation.toy_accuracy import toy_window_score
 from rfengine.evaluation.video_frames import NotMeasurableError
-from rfengine.toy.world import Scene, SceneObject, caption, render
+from rfengine.toy.captions import caption
+from rfengine.toy.world import Scene, SceneObject, render
 from support.distortions import as_frames
 
 OLD = Scene((SceneObject("red", "square", "large"),), "moving", "slowly", "right", "grey wall")

@@ -9,17 +9,9 @@ import torch
 
 from rfengine.evaluation.toy_accuracy import toy_accuracy
 from rfengine.evaluation.video_frames import NotMeasurableError
+from rfengine.toy.captions import caption, open_caption, sample_scenes
 from rfengine.toy.detector import ATTRIBUTES
-from rfengine.toy.world import (
-    Scene,
-    SceneObject,
-    WorldConfig,
-    background_image,
-    caption,
-    open_caption,
-    render,
-    sample_scenes,
-)
+from rfengine.toy.world import Scene, SceneObject, WorldConfig, render, render_background
 from support.distortions import as_frames, textured_clip, toy_clip
 
 SCENE = Scene((SceneObject("red", "square", "large"),), "moving", "fast", "right", "dotted wall")
@@ -40,6 +32,7 @@ def test_true_videos_are_right_in_everything() -> None:
         ("speed", dataclasses.replace(SCENE, speed="slowly")),
         ("direction", dataclasses.replace(SCENE, direction="left")),
         ("background", dataclasses.replace(SCENE, background="grey wall")),
+        ("camera", dataclasses.replace(SCENE, camera="left", pan="slowly")),
     ],
 )
 def test_what_is_wrong_costs_its_own_attribute(attribute: str, said: Scene) -> None:
@@ -51,8 +44,7 @@ def test_what_is_wrong_costs_its_own_attribute(attribute: str, said: Scene) -> N
 
 def test_an_object_that_vanishes_costs_permanence() -> None:
     video = toy_clip(96, SCENE, WorldConfig())
-    empty = as_frames(background_image(SCENE.background, WorldConfig()))
-    video[72:] = empty
+    video[72:] = as_frames(render_background(SCENE, 1))
     found = toy_accuracy(video, caption(SCENE))
     assert found["permanence"] == 0.75
     assert found["colour"] == 0.5  # of the two parts, the second has its object in only half of the frames
@@ -64,7 +56,7 @@ def test_an_open_caption_leaves_the_speed_out() -> None:
 
 
 def test_other_texts_sizes_and_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="no caption of the toy world"):
+    with pytest.raises(ValueError, match="has no word of the toy world"):
         toy_accuracy(textured_clip(24), "a cat")
     with pytest.raises(NotMeasurableError, match="the video is 40 x 64"):
         toy_accuracy(torch.zeros(24, 40, 64, 3, dtype=torch.uint8), caption(SCENE))

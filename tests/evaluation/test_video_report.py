@@ -9,7 +9,8 @@ from rfengine.evaluation.copying import trace_sink
 from rfengine.evaluation.report import METRICS
 from rfengine.evaluation.video_frames import ChunkGrid
 from rfengine.evaluation.video_report import VideoReport, measure_video, with_copying
-from rfengine.toy.world import Scene, SceneObject, WorldConfig, caption, render
+from rfengine.toy.captions import caption
+from rfengine.toy.world import Scene, SceneObject, WorldConfig, render
 from support.distortions import SCENE, as_frames, distorted, textured_clip, toy_clip
 
 FEW = (ChunkGrid(), 2)  # pairs of frames whose flow is measured
@@ -78,5 +79,5 @@ def test_switches_in_a_video_of_another_size_are_absent_and_the_rest_is_measured
 
 
 def test_a_caption_of_no_toy_world_is_an_error() -> None:
-    with pytest.raises(ValueError, match="'a cat' is no caption of the toy world"):
+    with pytest.raises(ValueError, match="'a cat' has no word of the toy world"):
         measure_video("a", textured_clip(24), *FEW, captions=[(0, "a cat")])

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import astuple
 
 import torch
 
+from rfengine.toy.captions import parse_caption
 from rfengine.toy.data import LatentDataset, ToyClips, ToyPrompts
-from rfengine.toy.world import SPEEDS
+
+
+def texts_of(first: int, later: int, switch: int) -> list[list[int]]:
+    """Rows of the two texts of five chunks, of which those from `switch` on show another scene."""
+    return [[row, row + 1] for row in [2 * first] * switch + [2 * later] * (5 - switch)]
+
 
 DATA = LatentDataset(
     latents=torch.arange(15).half()[None, None, :, None, None].expand(6, 2, 15, 4, 4)
     + 100 * torch.arange(6).half()[:, None, None, None, None],
     foreground=torch.zeros(6, 15, 4, 4, dtype=torch.bool),
-    texts=torch.arange(1, 4).half()[:, None, None].expand(3, 5, 7),
-    open_texts=-torch.arange(1, 4).half()[:, None, None].expand(3, 5, 7),
-    text_rows=torch.tensor([0, 1, 2, 0, 1, 2]),
-)
+    texts=torch.arange(1, 17).half()[:, None, None].expand(16, 5, 7),
+    text_rows=torch.tensor([texts_of(number, number, 5) for number in range(4)]
+                           + [texts_of(4, 5, 3), texts_of(6, 7, 1)]),
+)  # fmt: skip
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -24,17 +30,26 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_clips_begin_at_chunks_and_bring_their_own_text():
-    clips, states = ToyClips(DATA, frames=9, chunk_frames=3).draw(400, seeded(0))
-    assert clips.shape == (400, 2, 9, 4, 4)
-    starts = clips[:, 0, 0, 0, 0] % 100
-    assert {int(start) for start in starts} == {0, 3, 6}
-    assert 0.4 < (starts == 0).float().mean() < 0.6
-    assert ((clips[:, 0, :, 0, 0] - clips[:, 0, :1, 0, 0]) == torch.arange(9)).all()
+    clips, states = ToyClips(DATA, frames=9, chunk_frames=3).draw(600, seeded(0))
+    assert clips.shape == (600, 2, 9, 4, 4)
     videos = (clips[:, 0, 0, 0, 0] // 100).long()
+    starts = (clips[:, 0, 0, 0, 0] % 100)[videos < 4]
+    assert {int(start) for start in starts} == {0, 3, 6}
+    assert 0.55 < (starts == 0).float().mean() < 0.75
+    assert ((clips[:, 0, :, 0, 0] - clips[:, 0, :1, 0, 0]) == torch.arange(9)).all()
     kinds = states[:, 0, 0]
-    assert ((kinds == 0) | (kinds.abs() == DATA.text_rows[videos] + 1)).all()
-    shares = [(kinds > 0).float().mean(), (kinds < 0).float().mean(), (kinds == 0).float().mean()]
+    chunks = (clips[:, 0, 0, 0, 0] % 100).long() // 3
+    full = DATA.text_rows[videos, chunks, 0] + 1
+    assert ((kinds == 0) | (kinds == full) | (kinds == full + 1)).all()
+    shares = [(kinds == full).float().mean(), (kinds == full + 1).float().mean(), (kinds == 0).float().mean()]
     assert all(abs(share - wanted) < 0.08 for share, wanted in zip(shares, (0.6, 0.3, 0.1), strict=True))
+
+
+def test_clips_stay_within_one_scene():
+    clips, _ = ToyClips(DATA, frames=9, chunk_frames=3).draw(600, seeded(1))
+    firsts = clips[:, 0, 0, 0, 0]
+    assert set(firsts[(firsts >= 400) & (firsts < 500)].tolist()) == {400}
+    assert set(firsts[firsts >= 500].tolist()) == {503, 506}
 
 
 def test_clips_as_long_as_the_videos_begin_at_their_start():
@@ -49,14 +64,18 @@ def test_draws_follow_from_their_generator():
     assert not torch.equal(source.draw(9, seeded(3))[0], source.draw(9, seeded(4))[0])
 
 
-def test_prompts_leave_their_speed_open_as_often_as_asked():
-    def encode(texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[float(len(text))] for text in texts])
+def encode(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[float(len(text))] for text in texts])
 
+
+def test_prompts_leave_attributes_open_as_often_as_asked():
     texts, states = ToyPrompts(encode, open_share=0.25).draw(400, seeded(0))
-    opened = [not any(f" {speed}" in text for speed in SPEEDS) for text in texts]
-    assert 0.18 < sum(opened) / len(opened) < 0.32
+    scenes = [parse_caption(text) for text in texts]
+    opened = [
+        None in (scene.motion, scene.speed, scene.background, *astuple(scene.objects[0])) for scene in scenes
+    ]
+    assert 0.17 < sum(opened) / len(opened) < 0.30
     assert states[:, 0].tolist() == [len(text) for text in texts]
     assert texts == ToyPrompts(encode, open_share=0.25).draw(400, seeded(0))[0]
-    closed, _ = dataclasses.replace(ToyPrompts(encode), open_share=0.0).draw(50, seeded(1))
-    assert all(any(f" {speed}" in text for speed in SPEEDS) for text in closed)
+    closed, _ = ToyPrompts(encode, open_share=0.0).draw(50, seeded(1))
+    assert all(parse_caption(text).speed for text in closed)

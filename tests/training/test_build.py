@@ -11,7 +11,8 @@ import torch
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.manifest import verify
 from rfengine.ops import choose_ops
-from rfengine.toy.world import WorldConfig, caption, sample_scenes
+from rfengine.toy.captions import caption, sample_scenes
+from rfengine.toy.world import WorldConfig
 from rfengine.training import build
 from rfengine.training.build import (
     base_engine,

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rfengine.toy.backgrounds import BACKGROUNDS
+from rfengine.toy.captions import caption
 from rfengine.toy.reward import ToyReward
-from rfengine.toy.world import BACKGROUNDS, Scene, SceneObject, caption, render
+from rfengine.toy.world import Scene, SceneObject, render
 from rfengine.training.reward import TrainedScore, motion_reward
 
 FRAMES = torch.zeros(2, 3, 16, 16, 3)

@@ -14,7 +14,14 @@ from rfengine.ops.reference import rms_norm, rotate, unpatchify
 from rfengine.rotary import rotary_table
 from rfengine.schedule import FlowSchedule
 from rfengine.training.config import RolloutConfig
-from rfengine.training.rollout import decode_chunks, draw_exits, roll_out, self_forced_rollout
+from rfengine.training.rollout import (
+    PromptSwitch,
+    decode_chunks,
+    draw_exits,
+    draw_switch,
+    roll_out,
+    self_forced_rollout,
+)
 from support.models import GRID, SMALL, small_model, text_states
 from support.small_training import ENGINE, differentiable, small_vae
 
@@ -104,10 +111,23 @@ class Unrolled:
             self.past[0] = [tuple(part.detach() for part in pair) for pair in self.past[0]]
         del self.past[leaving]
 
-    def run(self, text, exits: tuple[int, ...]) -> torch.Tensor:
-        chunks = []
+    def recache(self, text, chunks: list[torch.Tensor]) -> None:
+        sinks = self.config.cache.sink_chunks
+        count = len(self.past) - sinks
+        self.past = self.past[:sinks]
+        for x0 in chunks[len(chunks) - count :]:
+            self.past.append(self.forward(x0.detach(), 0.0, text)[1])
+
+    def run(self, text, exits: tuple[int, ...], switch: PromptSwitch | None = None) -> torch.Tensor:
+        chunks: list[torch.Tensor] = []
+        final, text = text, switch.before if switch else text
         sigmas, timesteps = self.schedule.denoising_sigmas, self.schedule.denoising_timesteps
         for chunk, exit_step in enumerate(exits):
+            if switch and chunk == switch.chunk:
+                text = final
+                if switch.recached:
+                    with torch.no_grad():
+                        self.recache(text, chunks)
             self.evict()
             x = noise_of(chunk, 0)
             with torch.no_grad():
@@ -126,17 +146,26 @@ class Unrolled:
         return torch.cat(chunks, 2)
 
 
-def compare(cache: CacheConfig, exits: tuple[int, ...], rollout: RolloutConfig) -> None:
+def compare(
+    cache: CacheConfig,
+    exits: tuple[int, ...],
+    rollout: RolloutConfig,
+    switch: tuple[int, bool] | None = None,
+) -> None:
+    """switch: the chunk of a change of the prompts, which are swapped there, and whether it recaches."""
     model, config = student(), engine_config(cache)
+    with torch.no_grad():
+        swapped = switch and PromptSwitch(model.text_keys_values(texts().flip(0)), *switch)
     direction = torch.cat([noise_of(50 + chunk, 0) for chunk in range(len(exits))], dim=2)
     direction[:, :, : 3 * (len(exits) - rollout.gradient_chunks)] = 0
 
-    result = self_forced_rollout(model, config, model.text_keys_values(texts()), noise_of, exits, rollout)
+    text = model.text_keys_values(texts())
+    result = self_forced_rollout(model, config, text, noise_of, exits, rollout, swapped)
     (result * direction).sum().backward()
     gradients = {name: value.grad.clone() for name, value in model.named_parameters()}
     model.zero_grad()
 
-    plain = Unrolled(model, config).run(model.text_keys_values(texts()), exits)
+    plain = Unrolled(model, config).run(model.text_keys_values(texts()), exits, swapped)
     (plain * direction).sum().backward()
     torch.testing.assert_close(result, plain, rtol=0, atol=1e-6)
     for name, value in model.named_parameters():
@@ -157,6 +186,25 @@ CACHES = {
 @pytest.mark.parametrize("name", CACHES)
 def test_gradient_equals_that_of_plain_unrolled_implementation_beyond_the_window(name):
     compare(CACHES[name], (1, 0, 2, 1, 2, 0), RolloutConfig(6, 6, 6))
+
+
+@pytest.mark.parametrize("recached", [False, True])
+@pytest.mark.parametrize("name", CACHES)
+def test_a_switch_of_the_prompts_keeps_the_window_or_recomputes_it(name, recached):
+    for chunk in (1, 4):  # before and after the window is full
+        compare(CACHES[name], (1, 0, 2, 1, 0, 1), RolloutConfig(6, 6, 2), (chunk, recached))
+
+
+def test_switches_come_with_the_judged_clip_or_before_it_as_often_as_asked():
+    rollout = RolloutConfig(5, 9, 3, switch_share=0.6, recache_share=0.25)
+    drawn = [draw_switch(rollout, 9, 3, 2, torch.Generator().manual_seed(seed)) for seed in range(800)]
+    switches = [entry for entry in drawn if entry]
+    assert abs(len(switches) / 800 - 0.6) < 0.05
+    assert {chunk for chunk, _ in switches} == {4, 5, 6}
+    assert abs(sum(recached for _, recached in switches) / len(switches) - 0.25) < 0.06
+    assert draw_switch(rollout, 3, 3, 2, torch.Generator().manual_seed(0)) is None
+    always = RolloutConfig(4, 4, 3, switch_share=1.0)
+    assert draw_switch(always, 4, 3, 3, torch.Generator().manual_seed(0))[0] == 1
 
 
 def test_only_the_last_chunks_carry_gradients():

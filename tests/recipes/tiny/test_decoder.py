@@ -15,7 +15,7 @@ from recipes.tiny.decoder import (
 from recipes.tiny.training import StageConfig, ToyModel
 from rfengine.config import TinyVAEConfig
 from rfengine.models.tiny_vae import TinyVAE
-from rfengine.toy.world import sample_scenes
+from rfengine.toy.captions import sample_scenes
 from rfengine.training.parallel import Ranks
 
 CONFIG = TinyVAEConfig(z_dim=8, widths=(8, 8, 4, 4), memory_blocks=1)

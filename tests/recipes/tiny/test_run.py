@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from recipes.tiny.run import CHECKPOINT, Options, export, run_stage
-from recipes.tiny.training import ToyModel, save_part, stored_engine
+from recipes.tiny.run import CHECKPOINT, Options, export, run, run_stage
+from recipes.tiny.training import TINY, ToyModel, save_part, stored_engine
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.manifest import verify
 from rfengine.config import PRESETS
@@ -54,15 +54,15 @@ def test_absent_or_damaged_weights_are_named(untrained, tmp_path, content):
 @pytest.mark.parametrize("steps", [0, -1, 10**12])
 def test_steps_that_never_begin_or_never_end_are_refused(tmp_path, steps):
     with pytest.raises(ValueError, match=f"--steps is {steps}; it must be"):
-        run_stage(Options("text", tmp_path / "run", steps))
+        run(Options("text", tmp_path / "run", steps))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_leaves_weights_and_its_measurement(tmp_path):
     run_stage(Options("text", tmp_path, steps=1))
     checkpoint = Checkpoint.open(tmp_path / CHECKPOINT)
-    assert checkpoint.config == PRESETS["tiny"]
+    assert checkpoint.config == TINY
     states = checkpoint.text_encoder("cpu", torch.float32).encode(["a small red circle"])
-    assert states.shape == (1, 128, 96) and states.isfinite().all()
+    assert states.shape == (1, 144, 96) and states.isfinite().all()
     (line,) = (tmp_path / "evaluations.jsonl").read_text().splitlines()
-    assert json.loads(line).keys() == {"stage", "held_out_accuracy"}
+    assert json.loads(line).keys() == {"stage", "captions", "paraphrases", "open", "held_out_patterns"}

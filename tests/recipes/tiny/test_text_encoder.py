@@ -4,7 +4,8 @@ from recipes.tiny.text_encoder import LABELS, TextStage, scene_labels
 from recipes.tiny.training import StageConfig
 from rfengine.config import PRESETS
 from rfengine.models.text_encoder import ByteTokenizer, TextEncoder
-from rfengine.toy.world import Scene, SceneObject, WorldConfig, caption, sample_scenes
+from rfengine.toy.captions import caption, sample_scenes
+from rfengine.toy.world import PANNING, Scene, SceneObject, WorldConfig
 from rfengine.training.parallel import Ranks
 
 
@@ -12,9 +13,21 @@ def test_labels_name_every_attribute_and_the_missing_second_object():
     scene = Scene((SceneObject("blue", "square", "large"),), "turning", "fast", None, "dotted wall")
     names = {name: LABELS[name][index] for name, index in scene_labels(scene).items()}
     assert names == {
-        "background": "dotted wall", "motion": "turning", "speed": "fast", "direction": "none",
+        "background": "dotted wall", "motion": "turning", "speed": "fast", "direction": "open",
+        "camera": "still", "pan": "open",
         "colour_0": "blue", "shape_0": "square", "size_0": "large",
         "colour_1": "none", "shape_1": "none", "size_1": "none",
+    }  # fmt: skip
+
+
+def test_what_is_open_has_a_label_of_its_own():
+    pair = Scene((SceneObject("red"), SceneObject(shape="square")), None, None, None, None, camera=PANNING)
+    names = {name: LABELS[name][index] for name, index in scene_labels(pair).items()}
+    assert names == {
+        "background": "open", "motion": "open", "speed": "open", "direction": "open",
+        "camera": "panning", "pan": "open",
+        "colour_0": "red", "shape_0": "open", "size_0": "open",
+        "colour_1": "open", "shape_1": "square", "size_1": "open",
     }  # fmt: skip
 
 

@@ -1,10 +1,12 @@
 import dataclasses
+import random
 
 import pytest
 import torch
 
 from recipes.tiny.training import StageConfig, train
 from recipes.tiny.transformer import (
+    CLIP,
     LATE,
     LAYOUTS,
     OPENING,
@@ -13,6 +15,7 @@ from recipes.tiny.transformer import (
     Segment,
     TransformerStage,
     _loss,
+    draw_batch,
     layout_mask,
     layout_weights,
 )
@@ -55,18 +58,28 @@ def model() -> WanDiT:
 
 
 def streamed_flow(
-    model: WanDiT, chunks: list[torch.Tensor], noisy: torch.Tensor, timestep: float, text: torch.Tensor
-):
-    """The flow of `noisy` as the chunk after the clean `chunks`, over the engine's own cache."""
+    model: WanDiT,
+    chunks: list[torch.Tensor],
+    noisy: torch.Tensor,
+    timestep: float,
+    text: torch.Tensor,
+    before: torch.Tensor | None = None,
+    recached: bool = False,
+) -> torch.Tensor:
+    """The flow of `noisy` as the chunk after the clean `chunks`, over the engine's own cache.
+
+    before: the text of the clean chunks where it is another. recached: the window is recomputed under `text`.
+    """
     cache = StreamingKVCache(CONFIG.model, CONFIG.cache, GRID, 1, torch.float64)
     keys_values = model.text_keys_values(text)
+    earlier = keys_values if before is None else model.text_keys_values(before)
     for latents in chunks:
         plan = cache.plan_chunk()
         cache.begin_chunk(plan)
-        model.forward_chunk(
-            latents, model.modulation(torch.zeros(1, 1)), keys_values, cache, plan, keep_raw=True
-        )
+        model.forward_chunk(latents, model.modulation(torch.zeros(1, 1)), earlier, cache, plan, keep_raw=True)
         cache.commit(plan)
+    if recached:
+        model.recache(dict(enumerate(chunks)), model.modulation(torch.zeros(1, 1)), keys_values, cache)
     plan = cache.plan_chunk()
     cache.begin_chunk(plan)
     tokens = model.forward_chunk(
@@ -118,6 +131,55 @@ def test_each_noisy_chunk_sees_what_the_streaming_cache_would_show_it(
     assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())  # rotations are float32
 
 
+@pytest.mark.parametrize("recached", [False, True])
+def test_behind_a_switch_chunks_read_the_old_text_or_the_new_one(model: WanDiT, recached: bool):
+    chunks, noisy = [random_latents() for _ in range(3)], random_latents()
+    old, new = torch.randn(2, 1, 16, 96, dtype=torch.float64)
+    expected = streamed_flow(model, chunks, noisy, 833.25, new, old, recached)
+    ops = ChunkedAttentionOps(CHUNK_TOKENS)
+    renewed = [recached and segment.chunk != 0 for segment in LATE]
+    ops.texts = torch.tensor([[new or segment.noisy for segment, new in zip(LATE, renewed, strict=True)]])
+    chunked = WanDiT(CONFIG.model, ops).double().eval().requires_grad_(False)
+    chunked.load_state_dict(model.state_dict())
+    flow = layout_flow(chunked, LATE, chunks, noisy, 833.25, torch.cat([old, new]))
+    found = flow.unflatten(2, (len(LATE), -1))[:, :, 4]
+    assert float((found - expected).abs().max()) < 1e-5 * float(expected.abs().max())
+
+
+def switching(switch: int) -> LatentDataset:
+    """One video of five chunks, whose latents tell the chunk, and whose second scene begins with `switch`."""
+    rows = [[0, 1]] * switch + [[2, 3]] * (5 - switch)
+    return LatentDataset(
+        latents=torch.arange(15).half()[None, None, :, None, None].expand(1, 2, 15, 2, 2),
+        foreground=torch.zeros(1, 15, 2, 2, dtype=torch.bool),
+        texts=torch.arange(1, 5).half()[:, None, None].expand(4, 3, 4),
+        text_rows=torch.tensor([rows]),
+    )
+
+
+def test_a_batch_has_the_text_of_each_chunk_and_does_not_teach_a_recached_one():
+    batch = draw_batch(switching(2), 400, OPENING, 3, random.Random(0))
+    assert (batch.clean[:, 0, ::3, 0, 0] == torch.tensor([0.0, 3, 0, 3, 6])).all()
+    soft = torch.tensor([False, False, False, False, True])
+    recached = torch.tensor([False, True, False, False, True])  # the first chunk is the sink
+    is_soft = (batch.texts == soft).all(1)
+    assert (is_soft | (batch.texts == recached).all(1)).all() and 0.4 < is_soft.float().mean() < 0.6
+    taught = batch.weight[:, ::3, 0, 0] > 0
+    assert taught[is_soft].all() and (taught[~is_soft] == soft).all()
+    states = batch.states.unflatten(0, (-1, 2))[:, :, 0, 0]
+    assert {tuple(pair) for pair in states.tolist()} == {(1.0, 3.0), (2.0, 4.0)}
+
+
+def test_late_chunks_often_follow_a_switch_and_clips_stay_within_a_scene():
+    ends = draw_batch(switching(3), 400, LATE, 3, random.Random(0)).clean[:, 0, -1, 0, 0]
+    assert set(ends.tolist()) == {8, 11, 14} and (ends == 8).float().mean() < 0.25
+    early = draw_batch(switching(1), 60, LATE, 3, random.Random(0)).clean[:, 0, -1, 0, 0]
+    assert set(early.tolist()) == {8, 11, 14}
+    clips = draw_batch(switching(2), 100, CLIP, 3, random.Random(1))
+    assert set(clips.clean[:, 0, 0, 0, 0].tolist()) == {6}
+    assert 0.8 < clips.states.flatten(1).any(1).float().mean() < 0.97
+
+
 def test_a_noisy_chunk_never_changes_the_clean_ones(model: WanDiT):
     chunks = [random_latents() for _ in range(3)]
     text = torch.randn(1, 16, 96, dtype=torch.float64)
@@ -138,23 +200,22 @@ def test_training_lowers_the_loss_and_continues_where_it_stopped(tmp_path):
     dataset = LatentDataset(
         latents=torch.randn(videos, 8, 1, 1, 1).expand(-1, -1, frames, 4, 6).half(),
         foreground=torch.zeros(videos, frames, 4, 6, dtype=torch.bool),
-        texts=torch.randn(2, 16, 96).half(),
-        open_texts=torch.randn(2, 16, 96).half(),
-        text_rows=torch.tensor([0, 1] * 3),
+        texts=torch.randn(4, 16, 96).half(),
+        text_rows=torch.tensor([[0, 1], [2, 3]])[:, None].expand(2, frames // 3, 2).repeat(3, 1, 1),
     )
     engine: EngineConfig = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
 
     def trained(steps: int) -> dict[str, torch.Tensor]:
-        config = StageConfig("dit", engine, steps, 0)
+        config = StageConfig("teacher", engine, steps, 0)
         stage = TransformerStage(config, dataset, dataset, Ranks())
         train(config, stage, tmp_path, Ranks())
         return stage.model.state_dict()
 
-    model = WanDiT(engine.model)
+    model = WanDiT(engine.model, ChunkedAttentionOps(CHUNK_TOKENS))
     model.load_state_dict(trained(100))
     with torch.no_grad():
-        rows = torch.arange(videos)
-        loss = _loss(model, engine, dataset, rows, OPENING, torch.Generator().manual_seed(1))
+        batch = draw_batch(dataset, 6, OPENING, 3, random.Random(1))
+        loss = _loss(model, engine, batch, OPENING, torch.Generator().manual_seed(1))
     untrained = 1 + float(dataset.latents.float().square().mean())  # of a model whose head is zero
     assert float(loss) < 0.9 * untrained
     resumed, again = trained(101), trained(101)  # the second finds nothing left to do

@@ -2,8 +2,10 @@ import dataclasses
 
 import torch
 
+from recipes.tiny import vae as vae_module
 from recipes.tiny.training import StageConfig, train
 from recipes.tiny.vae import (
+    Phase,
     VAEStage,
     _states_after,
     evaluate_autoencoder,
@@ -12,17 +14,25 @@ from recipes.tiny.vae import (
 )
 from rfengine.config import PRESETS
 from rfengine.models.vae import WanVAE
-from rfengine.toy.world import is_held_out
 from rfengine.training.parallel import Ranks
 
 CONFIG = dataclasses.replace(PRESETS["tiny"].vae, base_dim=4, dim_mult=(1, 1, 1, 1))
 
 
-def test_sampled_clips_are_reproducible_training_scenes_in_model_range():
-    scenes, pixels = sample_clips(3, 5, seed=4)
+def test_sampled_clips_are_reproducible_and_weigh_their_shapes():
+    pixels, weight = sample_clips(3, 5, seed=4, stride=4)
     assert pixels.shape == (3, 3, 5, 64, 64) and float(pixels.min()) >= -1 and float(pixels.max()) <= 1
-    assert not any(is_held_out(scene) for scene in scenes)
-    assert torch.equal(pixels, sample_clips(3, 5, seed=4)[1])
+    assert weight.shape == (3, 1, 5, 64, 64) and weight.unique().tolist() == [1, 3]
+    coloured = (pixels.amax(1) - pixels.amin(1) > 1.0)[:, None]
+    assert weight[coloured].min() == 3 and 0.03 < float((weight == 3).float().mean()) < 0.4
+    assert torch.equal(pixels, sample_clips(3, 5, seed=4, stride=4)[0])
+
+
+def test_a_scene_that_follows_begins_with_a_latent_frame():
+    pixels, _ = sample_clips(40, 9, seed=2, stride=4)
+    jumps = (pixels[:, :, 1:] - pixels[:, :, :-1]).abs().mean((1, 3, 4)) > 0.15
+    places = jumps.nonzero()[:, 1].tolist()
+    assert len(places) > 3 and set(places) <= {0, 4}
 
 
 def test_a_clip_behind_causal_state_is_the_end_of_the_whole_clip():
@@ -47,13 +57,13 @@ def test_measured_statistics_make_latents_standard():
     torch.manual_seed(0)
     vae = with_measured_statistics(WanVAE(CONFIG).eval(), seed=1, clips=8)
     with torch.no_grad():
-        latents = vae.encode(sample_clips(8, 33, seed=1)[1]).transpose(0, 1).flatten(1)
+        latents = vae.encode(sample_clips(8, 33, 1, 4)[0]).transpose(0, 1).flatten(1)
     assert torch.allclose(latents.mean(1), torch.zeros(8), atol=1e-3)
     assert torch.allclose(latents.std(1), torch.ones(8), atol=1e-3)
 
 
 def test_a_short_training_lowers_the_loss_and_leaves_finite_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("recipes.tiny.vae._PHASES", ((0.5, 1, 2, 0), (0.8, 5, 1, 0), (1.01, 5, 1, 3)))
+    monkeypatch.setattr(vae_module, "_PHASES", (Phase(0.5, 1, 2), Phase(0.8, 5, 2), Phase(1.0, 5, 2, past=3)))
     config = StageConfig("vae", CONFIG, 6, 0)
     weights = train(config, VAEStage(config, Ranks()), tmp_path, Ranks())
     vae = WanVAE(CONFIG)

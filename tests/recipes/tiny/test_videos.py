@@ -1,13 +1,15 @@
 """Datasets of latents: made, kept, and refused where a file holds anything else."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
 
-from recipes.tiny.videos import encode_dataset, foreground_cells
+from recipes.tiny.videos import encode_dataset, foreground_cells, video_parts
 from rfengine.config import PRESETS
 from rfengine.models.vae import WanVAE
+from rfengine.toy.captions import sample_scenes
 from rfengine.toy.data import load_dataset, save_dataset
 from rfengine.toy.world import Scene, SceneObject, render
 
@@ -16,7 +18,7 @@ VAE_CONFIG = dataclasses.replace(PRESETS["tiny"].vae, base_dim=4, dim_mult=(1, 1
 
 def test_foreground_is_where_the_shape_is_at_that_time():
     scene = Scene((SceneObject("red", "square", "small"),), "moving", "fast", "right", "grey wall")
-    cells = foreground_cells(scene, render(scene, 9), WanVAE(VAE_CONFIG))
+    cells = foreground_cells([(scene, 0, 9)], render(scene, 9), WanVAE(VAE_CONFIG))
     assert cells.shape == (3, 8, 8)
     # the square spans x = 21.4 .. 42.6 at first, and moves 2 pixels a frame over four frames a latent
     assert cells[0, 4].tolist() == [False, False, True, True, True, True, False, False]
@@ -26,22 +28,35 @@ def test_foreground_is_where_the_shape_is_at_that_time():
 
 
 def test_dataset_is_read_back_as_it_was_encoded(tmp_path):
-    written = encode_dataset("tiny", 1, videos=9, seed=0)
+    written = encode_dataset("tiny", 2, videos=9, seed=0)
     save_dataset(written, tmp_path / "videos.pt")
     read = load_dataset(tmp_path / "videos.pt")
-    for name in ("latents", "foreground", "texts", "open_texts", "text_rows"):
+    for name in ("latents", "foreground", "texts", "text_rows"):
         assert torch.equal(getattr(read, name), getattr(written, name))
-    assert read.latents.shape == (9, 8, 3, 8, 8) and read.foreground.shape == (9, 3, 8, 8)
-    assert read.texts.shape[1:] == (128, 96) and read.text_rows.shape == (9,)
-    assert int(read.text_rows.max()) == len(read.texts) - 1
+    assert read.latents.shape == (9, 8, 6, 8, 8) and read.foreground.shape == (9, 6, 8, 8)
+    assert read.texts.shape[1:] == (128, 96) and read.text_rows.shape == (9, 2, 2)
+    assert read.text_rows.flatten().unique().tolist() == list(range(len(read.texts)))
+    switched = read.text_rows[:, 0, 0] != read.text_rows[:, 1, 0]
+    assert 0 < int(switched.sum()) < 9 and len(read.texts) == 2 * (9 + int(switched.sum()))
+
+
+def test_a_scene_that_follows_begins_with_a_chunk_and_goes_on_from_the_first() -> None:
+    generator, starts = random.Random(0), [0, 9, 21, 33]
+    drawn = [video_parts(scene, starts, generator) for scene in sample_scenes(200, 1)]
+    switches = [parts[1][1] for parts in drawn if len(parts) == 2]
+    assert 60 < len(switches) < 100 and set(switches) == {9, 21}
+    for first, at, end in (parts[0] for parts in drawn):
+        assert at == 0 and end in (33, 9, 21)
+        assert render(first, 1).shape == (1, 64, 64, 3)
+    assert all(parts[-1][2] == 33 for parts in drawn)
+    assert all(len(video_parts(scene, starts[:2], generator)) == 1 for scene in sample_scenes(50, 1))
 
 
 GOOD = {
     "latents": torch.zeros(2, 8, 4, 3, 3).half(),
     "foreground": torch.zeros(2, 4, 3, 3, dtype=torch.bool),
     "texts": torch.zeros(3, 5, 7).half(),
-    "open_texts": torch.zeros(3, 5, 7).half(),
-    "text_rows": torch.tensor([0, 2]),
+    "text_rows": torch.tensor([[[0, 1]], [[2, 0]]]),
 }
 
 
@@ -52,15 +67,11 @@ GOOD = {
         ({"latents": GOOD["latents"][:0]}, "latents .0, 8"),
         ({"latents": GOOD["latents"] + torch.nan}, "latents in torch.float16 that are not all finite"),
         ({"texts": GOOD["texts"].int()}, "texts in torch.int32 that are not all finite"),
-        (
-            {"open_texts": torch.zeros(2, 5, 7).half()},
-            "open_texts .2, 5, 7. where the others ask for .3, 5, 7.",
-        ),
         ({"foreground": torch.zeros(2, 4, 3, 3)}, "foreground in torch.float32"),
         ({"foreground": torch.zeros(2, 4, 3, dtype=torch.bool)}, "foreground .2, 4, 3. where"),
-        ({"text_rows": torch.tensor([0, 3])}, "text_rows from 0 to 3 of 3 texts"),
-        ({"text_rows": torch.tensor([0, -1])}, "text_rows from -1 to 0 of 3 texts"),
-        ({"text_rows": torch.tensor([0])}, "text_rows .1. where"),
+        ({"text_rows": torch.tensor([[[0, 1]], [[3, 0]]])}, "text_rows from 0 to 3 of 3 texts"),
+        ({"text_rows": torch.tensor([[[0, 1]], [[2, -1]]])}, "text_rows from -1 to 0 of 3 texts"),
+        ({"text_rows": torch.tensor([[[0, 1]]])}, "text_rows .1. where"),
         ({"more": torch.zeros(1)}, "holds .*more"),
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rfengine.config import PRESETS
+from rfengine.toy.captions import caption, sample_scenes
 from rfengine.toy.reward import ToyReward
-from rfengine.toy.world import WorldConfig, caption, sample_scenes
+from rfengine.toy.world import WorldConfig
 from studies.toy.clips import energy_distance
 from studies.toy.record import unit
 from studies.toy.streams import sink_names, true_video, with_sink
