@@ -154,7 +154,7 @@ def require_same_latents(tiny_vae: TinyVAEConfig, vae: VAEConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """Shape of the UMT5 text encoder and the tokenizer in front of it."""
+    """Shape of the UMT5 text encoder and its tokenizer. known_words: all it understands, if that is known."""
 
     vocab_size: Annotated[int, Range(3, 4194304)] = 256384
     dim: Width = 4096
@@ -166,6 +166,7 @@ class TextConfig:
     max_distance: Annotated[int, Range(2, 1048576)] = 128
     eps: Epsilon = 1e-6
     tokenizer: Literal["sentencepiece", "bytes"] = "sentencepiece"
+    known_words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from rfengine.files import read_text, text_lines
 from rfengine.limits import shown
 
+logger = logging.getLogger(__name__)
+
 MOST_PROMPTS = 100_000  # of a file
 MOST_CHARACTERS = 10_000  # of a prompt; a text encoder reads 512 tokens at most
+_SHOWN = 80  # characters of a prompt in a warning
 _MOST_BYTES = 64 * 2**20  # of a file
 
 
@@ -32,6 +38,18 @@ def check_prompt(prompt: str, name: str = "the prompt") -> None:
         raise ValueError(
             f"{name} is no UTF-8 at character {error.start + 1} ({prompt[error.start]!r}); give plain text"
         ) from error
+
+
+def warn_of_unknown_words(prompt: str, known: Sequence[str]) -> None:
+    """Log a warning for a prompt in which none of the phrases stands that a model knows, where it has any to
+    tell."""
+    words = "|".join(map(re.escape, known))
+    if known and not re.search(rf"\b({words})\b", prompt.lower()):
+        logger.warning(
+            "the prompt %r has no word that this model knows, so it may show anything; it knows: %s",
+            prompt[:_SHOWN],
+            ", ".join(known),
+        )
 
 
 def read_prompts(path: Path, skip_empty_lines: bool) -> tuple[str, ...]:

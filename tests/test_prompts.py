@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from rfengine import prompts
-from rfengine.prompts import MOST_CHARACTERS, MOST_PROMPTS, check_prompt, read_prompts
+from rfengine.prompts import (
+    MOST_CHARACTERS,
+    MOST_PROMPTS,
+    check_prompt,
+    read_prompts,
+    warn_of_unknown_words,
+)
 
 
 def test_prompts_are_the_lines_of_the_file(tmp_path: Path) -> None:
@@ -94,3 +100,15 @@ def test_file_that_never_ends_and_one_that_waits_are_refused_at_once(
 def test_text_that_is_no_prompt_is_refused(prompt: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_prompt(prompt)
+
+
+def test_a_prompt_without_a_known_word_is_warned_of_with_those_there_are(caplog):
+    known = ("ball", "to the left")
+    for prompt in ("a BALL", "off to the left", "ball."):
+        warn_of_unknown_words(prompt, known)
+    warn_of_unknown_words("a cat", ())  # of a model that cannot tell
+    assert not caplog.records
+    warn_of_unknown_words("a football on the left " + 100 * "x", known)
+    (record,) = caplog.records
+    assert "has no word that this model knows" in record.getMessage()
+    assert record.getMessage().endswith("it knows: ball, to the left") and len(record.getMessage()) < 200

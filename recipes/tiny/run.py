@@ -17,7 +17,15 @@ from typing import Annotated, Literal, get_args
 import torch
 
 from recipes.tiny.decoder import evaluate_tiny_decoder, train_tiny_decoder
-from recipes.tiny.report import report_accuracy, report_stream
+from recipes.tiny.report import (
+    report_accuracy,
+    report_decay,
+    report_open_attributes,
+    report_paraphrases,
+    report_starts,
+    report_switches,
+)
+from recipes.tiny.student import StartStage, first_chunks, student_config, train_student
 from recipes.tiny.text_encoder import TextStage
 from recipes.tiny.training import TINY, StageConfig, ToyModel, save_part, stored_engine, train
 from recipes.tiny.transformer import TransformerStage
@@ -29,19 +37,26 @@ from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import read_safetensors
 from rfengine.checkpoint.manifest import write_manifest
 from rfengine.cli.process import run_script
+from rfengine.files import write_text
 from rfengine.limits import Range, check_options
 from rfengine.models.vae import WanVAE
 from rfengine.toy.data import load_dataset, save_dataset
+from rfengine.training.build import export_checkpoint
 from rfengine.training.config import MOST_STEPS
 from rfengine.training.parallel import Ranks, ranks_from_environment
+from rfengine.training.trajectories import TrajectoryFile, save_trajectories
 
-Stage = Literal["vae", "text", "videos", "starts", "teacher", "export", "tiny_decoder", "evaluate"]
-EIGHT_STEPS = (1000, 875, 750, 625, 500, 375, 250, 125)
-
-STEPS = {"vae": 5000, "text": 4000, "teacher": 9000, "tiny_decoder": 1900}
-VIDEOS = {"videos": 2400, "starts": 8000, "evaluate": 208, "tiny_decoder": 96}
+Stage = Literal[
+    "vae", "text", "videos", "starts", "teacher", "trajectories", "start", "student", "export",
+    "tiny_decoder", "evaluate",
+]  # fmt: skip
+STEPS = {"vae": 5000, "text": 4000, "teacher": 9000, "start": 2000, "student": 2000, "tiny_decoder": 1900}
+VIDEOS = {"videos": 2400, "starts": 8000, "trajectories": 6000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
-CHECKPOINT = "checkpoint"  # the directory, inside that of the run, which the trainings fill in float32
+CHECKPOINT = "checkpoint"  # the directory, inside that of the run, which the trainings fill up to the teacher
+STARTED, DISTILLED = "start_checkpoint", "student_checkpoint"  # those of the student before and after
+_STREAMS, _STREAM_CHUNKS = 60, 27  # of 20 seconds
+_LONG_STREAMS, _SWITCHES, _OPEN_SEEDS = 4, 8, 50  # switches: of each kind
 _VIDEO_CHUNKS = 7  # 81 frames: a slow shape has crossed the whole picture
 
 
@@ -55,10 +70,10 @@ class Options:
     steps: Annotated[int | None, Range(1, MOST_STEPS)] = None
     """Of a training; those of the shipped weights where none are given."""
     videos: Annotated[int | None, Range(1, 100_000)] = None
-    """To encode (videos, starts), or to measure on (evaluate, tiny_decoder)."""
+    """To encode (videos, starts), to draw (trajectories), or to measure on (evaluate, tiny_decoder)."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # stages multiply it to draw one for every step
-    stream_chunks: Annotated[int, Range(1, 1_000_000)] = 81
-    """Of the stream of the evaluate stage; 81 are a minute."""
+    stream_chunks: Annotated[int, Range(2, 1_000_000)] = 801
+    """Of the longest streams of the evaluate stage; 801 are ten minutes."""
     output: Path = Path("rfengine/weights/tiny")
     """The checkpoint that export writes and tiny_decoder completes."""
 
@@ -79,8 +94,17 @@ def _result(options: Options, stage: Stage) -> Path:
     directory = options.directory
     if stage in PARTS:
         return directory / CHECKPOINT / f"{PARTS[stage]}.safetensors"
-    files = {"export": options.output / "manifest.json", "tiny_decoder": directory / "tiny_decoder" / "done"}
-    return files.get(stage, directory / f"{stage}.pt")
+    results = {
+        "videos": directory / "videos.pt",
+        "starts": directory / "starts.pt",
+        "trajectories": directory / "trajectories.safetensors",
+        "start": directory / STARTED,
+        "student": directory / DISTILLED,
+        "export": options.output / "manifest.json",
+        "tiny_decoder": options.output / "tiny_vae.safetensors",
+        "evaluate": directory / "evaluated.json",
+    }
+    return results[stage]
 
 
 def run_stage(options: Options) -> None:
@@ -91,10 +115,12 @@ def run_stage(options: Options) -> None:
             _train(options, ranks)
         elif options.stage in ("videos", "starts"):
             _encode_videos(options)
+        elif options.stage == "trajectories":
+            _follow_teacher(options)
         elif options.stage == "evaluate":
             _evaluate(options)
         else:
-            export(options.directory / CHECKPOINT, options.output)
+            export(options.directory / DISTILLED, options.output)
 
 
 def _train(options: Options, ranks: Ranks) -> None:
@@ -106,6 +132,9 @@ def _train(options: Options, ranks: Ranks) -> None:
     config = StageConfig(options.stage, models.get(options.stage, engine), steps, options.seed)
     if options.stage == "tiny_decoder":
         _add_tiny_decoder(options, config, ranks)
+        return
+    if options.stage in ("start", "student"):
+        _train_student(options, config, ranks)
         return
     if options.stage == "vae":
         stage = VAEStage(config, ranks)
@@ -127,6 +156,29 @@ def _train(options: Options, ranks: Ranks) -> None:
         weights = stage.encoder().state_dict()
         _record(options, **stage.held_out_accuracy())
     save_part(directory / CHECKPOINT, engine, PARTS[options.stage], weights)
+
+
+def _train_student(options: Options, config: StageConfig, ranks: Ranks) -> None:
+    """Train the student's start, or the student from there, and write its checkpoint directory."""
+    directory, teacher = options.directory, options.directory / CHECKPOINT
+    if options.stage == "start":
+        trajectories = TrajectoryFile(directory / "trajectories.safetensors", config.model)
+        videos = load_dataset(directory / "videos.pt")
+        model = ToyModel.load(teacher).transformer
+        stage = StartStage(config, model, trajectories, videos, ranks)
+        weights, target = train(config, stage, directory, ranks), STARTED
+    else:
+        distillation = student_config(teacher, directory / STARTED, config.steps, config.seed)
+        weights, target = train_student(distillation, directory / "student", ranks), DISTILLED
+    if not ranks.rank:
+        export_checkpoint(weights, config.model, str(teacher), directory / target)
+
+
+def _follow_teacher(options: Options) -> None:
+    """Write trajectories.safetensors."""
+    teacher = ToyModel.load(options.directory / CHECKPOINT)
+    batches = first_chunks(teacher, _videos(options), options.seed + 2)
+    save_trajectories(_result(options, "trajectories"), batches, teacher.config.schedule)
 
 
 def _encode_videos(options: Options) -> None:
@@ -151,15 +203,22 @@ def _record(options: Options, **figures: float) -> None:
 
 
 def _evaluate(options: Options) -> None:
-    """Record accuracies at the configured steps and at eight, then those of a long stream."""
-    model = ToyModel.load(options.directory / CHECKPOINT)
-    for steps in (model.config.schedule.denoising_steps, EIGHT_STEPS):
-        schedule = dataclasses.replace(model.config.schedule, denoising_steps=steps)
-        stepped = dataclasses.replace(model, config=dataclasses.replace(model.config, schedule=schedule))
-        accuracies = report_accuracy(stepped, _videos(options), options.seed + 29)
-        _record(options, denoising_steps=len(steps), videos=_videos(options), **accuracies)
-    for part in report_stream(model, options.stream_chunks, options.seed + 31):
-        _record(options, **part)
+    """Write evaluated.json: all that the student must reach."""
+    model, seed = ToyModel.load(options.directory / DISTILLED), options.seed
+    videos, seeds = _videos(options), range(seed, seed + 3)
+    results = {
+        "accuracy": report_accuracy(model, videos, seeds),
+        "paraphrases": report_paraphrases(model, videos, seeds),
+        "decay": report_decay(model, _STREAMS, _STREAM_CHUNKS, seed),
+        "long_decay": report_decay(model, _LONG_STREAMS, options.stream_chunks, seed + 1),
+        "starts_apart": report_starts(model, videos, seed),
+        "open_attributes": report_open_attributes(model, _OPEN_SEEDS),
+        "recached_switches": report_switches(model, _SWITCHES, True, seed),
+        "soft_switches": report_switches(model, _SWITCHES, False, seed),
+    }
+    text = json.dumps(results, indent=1) + "\n"
+    write_text(_result(options, "evaluate"), text)
+    sys.stdout.write(text)
 
 
 def export(source: Path, output: Path) -> None:

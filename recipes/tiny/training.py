@@ -4,9 +4,10 @@ directory that the stages fill."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,21 +16,23 @@ from rfengine.checkpoint.checkpoint import Checkpoint, write_config
 from rfengine.checkpoint.directories import CONFIG_FILE
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import save_weights
-from rfengine.config import PRESETS, EngineConfig, TinyVAEConfig, VAEConfig
+from rfengine.config import PRESETS, EngineConfig, ScheduleConfig, TinyVAEConfig, VAEConfig
 from rfengine.limits import check_fields
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, Ops
-from rfengine.toy.captions import caption
-from rfengine.toy.world import Scene
+from rfengine.toy.captions import caption, known_words
+from rfengine.toy.world import Scene, as_clips
 from rfengine.training.build import load_transformer, load_vae, text_states_of
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import Steps
 from rfengine.training.data import Encode
 from rfengine.training.parallel import Ranks
-from rfengine.training.rollout import roll_out
+from rfengine.training.rollout import decode_chunks, roll_out
 from rfengine.training.stages import ModelStage
 from rfengine.training.trainer import Trainer
+
+Switch = tuple[Sequence[str], bool]  # to other texts, and whether the window is recomputed under them
 
 CPU = torch.device("cpu")
 _LATENT_CHANNELS = 16
@@ -42,7 +45,9 @@ def _tiny_engine() -> EngineConfig:
     vae = dataclasses.replace(preset.vae, z_dim=_LATENT_CHANNELS, latents_mean=zeros, latents_std=ones)
     model = dataclasses.replace(preset.model, in_dim=_LATENT_CHANNELS, out_dim=_LATENT_CHANNELS, text_len=144)
     tiny_vae = dataclasses.replace(preset.tiny_vae, z_dim=_LATENT_CHANNELS)
-    return dataclasses.replace(preset, model=model, vae=vae, tiny_vae=tiny_vae)
+    text = dataclasses.replace(preset.text, num_layers=3, known_words=tuple(sorted(known_words())))
+    schedule = ScheduleConfig(shift=3.0)
+    return dataclasses.replace(preset, model=model, vae=vae, text=text, tiny_vae=tiny_vae, schedule=schedule)
 
 
 TINY = _tiny_engine()
@@ -119,6 +124,20 @@ class ToyModel:
         transformer = load_transformer(source, config.model, ops, device, dtype).eval().requires_grad_(False)
         vae, encode = load_vae(source, config, device), text_states_of(source, config, device)
         return cls(config, transformer, vae, encode)
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        texts: Sequence[str],
+        chunks: int,
+        seed: int,
+        switches: Mapping[int, Switch] = MappingProxyType({}),
+    ) -> Iterator[list[Tensor]]:
+        """Yields a clip [T, H, W, 3] from 0 to 1 for each text, chunk by chunk."""
+        encoded = {chunk: (self.encode(list(new)), recached) for chunk, (new, recached) in switches.items()}
+        latents = roll_out(self.transformer, self.config, self.encode(list(texts)), chunks, seed, encoded)
+        for pixels in decode_chunks(self.vae, latents):
+            yield as_clips(pixels)
 
     @torch.inference_mode()
     def latents(self, scenes: Sequence[Scene], chunks: int, seed: int) -> Tensor:

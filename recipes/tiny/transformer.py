@@ -35,7 +35,7 @@ _ADAM = AdamConfig(1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_u
 _FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
-_OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text, and of the clips none
+_OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text; of clips and first chunks, none
 _AFTER_SWITCH_SHARE = 0.6  # of the late chunks of a video with a switch follow it at once or as the second
 _GATE_START = 0.5
 
@@ -163,13 +163,18 @@ class TransformerStage(ModelStage):
         engine, dataset = self.config.model, self.starts if layout is START else self.videos
         batch = draw_batch(dataset, _BATCH, layout, engine.cache.chunk_frames, choices)
         generator = torch.Generator().manual_seed(self.config.pass_seed(step, index))
-        loss = _loss(self.model, engine, batch, layout, generator)
+        levels = noise_levels(_BATCH, layout, engine, generator)
+        loss = flow_loss(self.model, engine, batch, layout, levels, generator)
         return loss, {"layout": float(LAYOUTS.index(layout))}
 
 
+def chunk_tokens(config: EngineConfig) -> int:
+    """Tokens of one chunk."""
+    return config.cache.chunk_frames * LatentGrid.of(config).frame_tokens
+
+
 def _fresh_model(config: EngineConfig) -> WanDiT:
-    tokens = config.cache.chunk_frames * LatentGrid.of(config).frame_tokens
-    model = WanDiT(config.model, ChunkedAttentionOps(tokens))
+    model = WanDiT(config.model, ChunkedAttentionOps(chunk_tokens(config)))
     with torch.no_grad():
         model.head.head.weight.zero_()
         model.head.head.bias.zero_()
@@ -216,7 +221,7 @@ def draw_batch(
         clean.append(dataset.latents[row][:, frames].float())
         weight.append(taught * (1 + (_FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
         kind = choices.random()
-        said = float(layout is not CLIP or kind >= _EMPTY_SHARE)
+        said = float(layout not in (START, CLIP) or kind >= _EMPTY_SHARE)
         rows = dataset.text_rows[row, [places[0], places[-1]], int(kind < _EMPTY_SHARE + _OPEN_SHARE)]
         states.append(said * dataset.texts[rows].float())
         texts.append(read)
@@ -234,24 +239,23 @@ def _end_of_layout(layout: tuple[Segment, ...], scenes: list[int], choices: rand
     return choices.randint(3, len(scenes))
 
 
-def _loss(
+def flow_loss(
     model: WanDiT,
     config: EngineConfig,
     batch: Batch,
     layout: tuple[Segment, ...],
+    levels: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Weighted squared error of the flow over the noisy chunks of the layout."""
+    """Weighted squared error of the flow over the noisy chunks of the layout. levels: sigmas [B, S], of
+    which those of the noisy chunks count; the model's ops are ChunkedAttentionOps."""
     size, count = config.cache.chunk_frames, len(batch.clean)
     noisy = torch.tensor([segment.noisy for segment in layout])
-    levels = _noisy_sigmas(count, 1 if layout is CLIP else len(layout), config, generator)
     clean_levels = _CONTEXT_NOISE * torch.rand(count, len(layout), generator=generator)
     sigma = torch.where(noisy, levels, clean_levels).repeat_interleave(size, 1)
     noisy = noisy.repeat_interleave(size)
     noise = torch.randn(batch.clean.shape, generator=generator)
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)])
-    patch = config.model.patch_size[1]
-    tokens = size * (noise.shape[3] // patch) * (noise.shape[4] // patch)
     model.ops.texts = batch.texts
     with cpu_autocast():
         flow = model.forward_clip(
@@ -259,13 +263,18 @@ def _loss(
             config.schedule.num_train_timesteps * sigma * noisy,
             batch.states,
             time_indices=times,
-            mask=layout_mask(layout, tokens),
+            mask=layout_mask(layout, chunk_tokens(config)),
         )
     error = (flow.float() - (noise - batch.clean))[:, :, noisy].square().mean(1)
     return (error * batch.weight[:, noisy]).mean()
 
 
-def _noisy_sigmas(batch: int, chunks: int, config: EngineConfig, generator: torch.Generator) -> Tensor:
-    """Sigmas [batch, chunks] by the shifted law the sampler's own steps follow, some of them exactly 1."""
-    uniform, full = torch.rand(2, batch, chunks, generator=generator)
-    return torch.where(full < _FULL_NOISE_SHARE, 1.0, shifted(uniform, config.schedule.shift))
+def noise_levels(
+    count: int, layout: tuple[Segment, ...], config: EngineConfig, generator: torch.Generator
+) -> Tensor:
+    """Sigmas [count, S] by the shifted law the sampler's own steps follow, some of them exactly 1; one for
+    all chunks of a clip."""
+    chunks = 1 if layout is CLIP else len(layout)
+    uniform, full = torch.rand(2, count, chunks, generator=generator)
+    levels = torch.where(full < _FULL_NOISE_SHARE, 1.0, shifted(uniform, config.schedule.shift))
+    return levels.expand(-1, len(layout))

@@ -326,9 +326,8 @@ class WanDiT(nn.Module):
     ) -> None:
         """Recompute the keys and values of the window under `text` from clean latents, as LongLive does.
 
-        chunks: clean latents [B, C, F, h, w] by chunk number, for every chunk in the window outside the sink.
-        The sink keeps what it holds. Each chunk is run at its present time index and sees the sink and the
-        chunks before it, so the slots are first put into chronological order.
+        chunks: clean latents [B, C, F, h, w] by number, of the window outside the sink, which keeps its own.
+        Slots are put in order first: each chunk, at its present time index, sees the sink and those before.
         """
         sink = cache.config.sink_chunks
         window = sorted(chunk for chunk in cache.slot_chunks[sink:] if chunk != EMPTY)

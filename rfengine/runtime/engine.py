@@ -12,7 +12,7 @@ from torch import Tensor
 from rfengine.config import EngineConfig, to_dict
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
-from rfengine.prompts import check_prompt
+from rfengine.prompts import check_prompt, warn_of_unknown_words
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
 from rfengine.runtime.decoders import OpenDecoder
@@ -68,9 +68,9 @@ class Engine:
         )
 
     def encode_text(self, prompt: str) -> Tensor:
-        """The text states [1, text_len, text_dim] of one prompt, as the model takes them. Raises ValueError
-        for what is no prompt."""
+        """Text states [1, text_len, text_dim] of one prompt. Raises ValueError for what is no prompt."""
         check_prompt(prompt)
+        warn_of_unknown_words(prompt, self.config.text.known_words)
         return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
 
     def settings(self) -> dict[str, Any]:

@@ -9,8 +9,9 @@ channels, F latent frames, L layers, S arena tokens, T tokens of a chunk, H head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -188,12 +189,18 @@ class _GradientCache:
 
 @torch.no_grad()
 def roll_out(
-    model: WanDiT, config: EngineConfig, text_states: Tensor, chunks: int, seed: int
+    model: WanDiT,
+    config: EngineConfig,
+    text_states: Tensor,
+    chunks: int,
+    seed: int,
+    switches: Mapping[int, tuple[Tensor, bool]] = MappingProxyType({}),
 ) -> Iterator[Tensor]:
     """Yields the clean latents [B, C, chunk_frames, h, w] of each of `chunks` chunks, one video for each
     text.
 
-    text_states: [B, <= text_len, text_dim].
+    text_states: [B, <= text_len, text_dim]. switches: before which chunk there are other text states, and
+    whether the window is recomputed under them.
     """
     video = _Generation(model, config, model.text_keys_values(text_states), model.dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -203,12 +210,17 @@ def roll_out(
         return torch.randn(shape, generator=generator).to(model.device)
 
     steps = len(config.schedule.denoising_steps)
-    for _ in range(chunks):
+    made: list[Tensor] = []
+    for chunk in range(chunks):
+        if chunk in switches:
+            states, recached = switches[chunk]
+            video.set_text(model.text_keys_values(states), made if recached else None)
         place = video.begin_chunk()
         latents = draw()
         for step in range(steps):
             latents = video.denoise(place, latents, step, None if step + 1 == steps else draw())
         video.commit(place, latents)
+        made.append(latents)
         yield latents
 
 

@@ -14,10 +14,11 @@ from recipes.tiny.transformer import (
     ChunkedAttentionOps,
     Segment,
     TransformerStage,
-    _loss,
     draw_batch,
+    flow_loss,
     layout_mask,
     layout_weights,
+    noise_levels,
 )
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import PRESETS, CacheConfig, EngineConfig, WanConfig
@@ -215,7 +216,9 @@ def test_training_lowers_the_loss_and_continues_where_it_stopped(tmp_path):
     model.load_state_dict(trained(100))
     with torch.no_grad():
         batch = draw_batch(dataset, 6, OPENING, 3, random.Random(1))
-        loss = _loss(model, engine, batch, OPENING, torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(1)
+        levels = noise_levels(6, OPENING, engine, generator)
+        loss = flow_loss(model, engine, batch, OPENING, levels, generator)
     untrained = 1 + float(dataset.latents.float().square().mean())  # of a model whose head is zero
     assert float(loss) < 0.9 * untrained
     resumed, again = trained(101), trained(101)  # the second finds nothing left to do
