@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.training import StageConfig, ToyModel, train
+from recipes.tiny.training import CPU, StageConfig, ToyModel, train
 from rfengine.accuracy import psnr_db
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.toy.captions import sample_scenes
 from rfengine.toy.detector import accuracy
 from rfengine.toy.world import Scene, as_clips, as_model_pixels, render
-from rfengine.training.arithmetic import cpu_autocast
+from rfengine.training.arithmetic import fast_autocast
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
@@ -45,16 +45,24 @@ _START_SHARE = 0.25  # of the clips that start with their video
 def encoded_latents(vae: WanVAE, scenes: Sequence[Scene], latent_frames: int) -> Tensor:
     """Latents [B, z, F, h, w] of the true videos of the scenes."""
     frames = 1 + vae.config.temporal_stride * (latent_frames - 1)
-    return vae.encode(as_model_pixels([render(scene, frames) for scene in scenes]))
+    pixels = as_model_pixels([render(scene, frames) for scene in scenes])
+    return vae.encode(pixels.to(vae.conv2.weight.device))
 
 
 class TinyDecoderStage(ModelStage):
     """The tiny decoder of config.model from random weights, on latents [N, z, F, h, w] and the full decoder's
     pixels [N, 3, T, H, W] of them. Muon for the convolutions between the first and the last."""
 
-    def __init__(self, config: StageConfig, latents: Tensor, pixels: Tensor, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: StageConfig,
+        latents: Tensor,
+        pixels: Tensor,
+        ranks: Ranks,
+        device: torch.device = CPU,
+    ) -> None:
         torch.manual_seed(config.seed)
-        model = TinyVAE(config.model)
+        model = TinyVAE(config.model).to(device)
         ends = {
             id(value) for name in ("1", list(model.decoder)[-1]) for value in model.decoder[name].parameters()
         }
@@ -62,12 +70,13 @@ class TinyDecoderStage(ModelStage):
         muon = Muon(inner, lr=_MUON_RATE)
         learner = Learner("tiny_decoder", model, _ADAM, config.steps, 1, ranks, muon)
         super().__init__(learner, average_decay=0.99)
-        self.config, self.latents, self.pixels = config, latents, pixels
+        self.config, self.latents, self.pixels, self.device = config, latents, pixels, device
 
     def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
         own = random.Random(self.config.step_seed(step))
-        latents, pixels = _draw(self.latents, self.pixels, self.config.model.temporal_stride, own)
-        with cpu_autocast():
+        drawn = _draw(self.latents, self.pixels, self.config.model.temporal_stride, own)
+        latents, pixels = (part.to(self.device) for part in drawn)
+        with fast_autocast(latents.device):
             decoded = self.model.decode(latents)
         decoded = decoded[:, :, -pixels.shape[2] :].float()
         error = decoded - pixels
@@ -79,7 +88,8 @@ def train_tiny_decoder(
 ) -> TinyVAE:
     """Train, or continue training, a tiny decoder on `clips` clips of each kind; returns its averaged
     weights, frozen."""
-    stage = TinyDecoderStage(config, *_training_clips(teacher, clips, config.seed), ranks)
+    device = teacher.transformer.device
+    stage = TinyDecoderStage(config, *_training_clips(teacher, clips, config.seed), ranks, device)
     model = TinyVAE(config.model)
     model.load_state_dict(train(config, stage, directory, ranks))
     return model.eval().requires_grad_(False)
@@ -97,7 +107,7 @@ def _training_clips(teacher: ToyModel, clips: int, seed: int) -> tuple[Tensor, T
     for first in range(0, clips, _RENDERED_BATCH):
         parts.append(encoded_latents(teacher.vae, scenes[first : first + _RENDERED_BATCH], frames))
     latents = torch.cat(parts).half()
-    return latents, teacher.pixels(latents.float()).half()
+    return latents.cpu(), teacher.pixels(latents.float()).half().cpu()
 
 
 def _draw(latents: Tensor, pixels: Tensor, stride: int, generator: random.Random) -> tuple[Tensor, Tensor]:

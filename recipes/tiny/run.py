@@ -74,6 +74,8 @@ class Options:
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # stages multiply it to draw one for every step
     stream_chunks: Annotated[int, Range(2, 1_000_000)] = 801
     """Of the longest streams of the evaluate stage; 801 are ten minutes."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Of all stages."""
     output: Path = Path("rfengine/weights/tiny")
     """The checkpoint that export writes and tiny_decoder completes."""
 
@@ -110,20 +112,20 @@ def _result(options: Options, stage: Stage) -> Path:
 def run_stage(options: Options) -> None:
     """Run one stage; each leaves its result in `directory`, where the next finds it."""
     options.directory.mkdir(parents=True, exist_ok=True)
-    with ranks_from_environment(torch.device("cpu")) as (ranks, _):
+    with ranks_from_environment(torch.device(options.device)) as (ranks, device):
         if options.stage in STEPS:
-            _train(options, ranks)
+            _train(options, ranks, device)
         elif options.stage in ("videos", "starts"):
-            _encode_videos(options)
+            _encode_videos(options, device)
         elif options.stage == "trajectories":
-            _follow_teacher(options)
+            _follow_teacher(options, device)
         elif options.stage == "evaluate":
-            _evaluate(options)
+            _evaluate(options, device)
         else:
             export(options.directory / DISTILLED, options.output)
 
 
-def _train(options: Options, ranks: Ranks) -> None:
+def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
     """Train one part; save it, and record how well it does."""
     directory = options.directory
     engine = stored_engine(directory / CHECKPOINT)
@@ -131,18 +133,18 @@ def _train(options: Options, ranks: Ranks) -> None:
     steps = STEPS[options.stage] if options.steps is None else options.steps
     config = StageConfig(options.stage, models.get(options.stage, engine), steps, options.seed)
     if options.stage == "tiny_decoder":
-        _add_tiny_decoder(options, config, ranks)
+        _add_tiny_decoder(options, config, ranks, device)
         return
     if options.stage in ("start", "student"):
-        _train_student(options, config, ranks)
+        _train_student(options, config, ranks, device)
         return
     if options.stage == "vae":
-        stage = VAEStage(config, ranks)
+        stage = VAEStage(config, ranks, device)
     elif options.stage == "text":
-        stage = TextStage(config, ranks)
+        stage = TextStage(config, ranks, device)
     else:
         videos, starts = (load_dataset(directory / f"{name}.pt") for name in ("videos", "starts"))
-        stage = TransformerStage(config, videos, starts, ranks)
+        stage = TransformerStage(config, videos, starts, ranks, device)
     weights = train(config, stage, directory, ranks)
     if ranks.rank:
         return
@@ -158,34 +160,34 @@ def _train(options: Options, ranks: Ranks) -> None:
     save_part(directory / CHECKPOINT, engine, PARTS[options.stage], weights)
 
 
-def _train_student(options: Options, config: StageConfig, ranks: Ranks) -> None:
+def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: torch.device) -> None:
     """Train the student's start, or the student from there, and write its checkpoint directory."""
     directory, teacher = options.directory, options.directory / CHECKPOINT
     if options.stage == "start":
         trajectories = TrajectoryFile(directory / "trajectories.safetensors", config.model)
         videos = load_dataset(directory / "videos.pt")
-        model = ToyModel.load(teacher).transformer
+        model = ToyModel.load(teacher, device).transformer
         stage = StartStage(config, model, trajectories, videos, ranks)
         weights, target = train(config, stage, directory, ranks), STARTED
     else:
-        distillation = student_config(teacher, directory / STARTED, config.steps, config.seed)
-        weights, target = train_student(distillation, directory / "student", ranks), DISTILLED
+        distillation = student_config(teacher, directory / STARTED, config.steps, config.seed, device)
+        weights, target = train_student(distillation, directory / "student", ranks, device), DISTILLED
     if not ranks.rank:
         export_checkpoint(weights, config.model, str(teacher), directory / target)
 
 
-def _follow_teacher(options: Options) -> None:
+def _follow_teacher(options: Options, device: torch.device) -> None:
     """Write trajectories.safetensors."""
-    teacher = ToyModel.load(options.directory / CHECKPOINT)
+    teacher = ToyModel.load(options.directory / CHECKPOINT, device)
     batches = first_chunks(teacher, _videos(options), options.seed + 2)
     save_trajectories(_result(options, "trajectories"), batches, teacher.config.schedule)
 
 
-def _encode_videos(options: Options) -> None:
+def _encode_videos(options: Options, device: torch.device) -> None:
     """Write videos.pt, seven chunks each, or starts.pt, the first chunk of other videos."""
     source = str(options.directory / CHECKPOINT)
     chunks, seed = (_VIDEO_CHUNKS, options.seed) if options.stage == "videos" else (1, options.seed + 1)
-    dataset = encode_dataset(source, chunks, _videos(options), seed)
+    dataset = encode_dataset(source, chunks, _videos(options), seed, device)
     save_dataset(dataset, options.directory / f"{options.stage}.pt")
 
 
@@ -202,9 +204,9 @@ def _record(options: Options, **figures: float) -> None:
     sys.stdout.write(line + "\n")
 
 
-def _evaluate(options: Options) -> None:
+def _evaluate(options: Options, device: torch.device) -> None:
     """Write evaluated.json: all that the student must reach."""
-    model, seed = ToyModel.load(options.directory / DISTILLED), options.seed
+    model, seed = ToyModel.load(options.directory / DISTILLED, device), options.seed
     videos, seeds = _videos(options), range(seed, seed + 3)
     results = {
         "accuracy": report_accuracy(model, videos, seeds),
@@ -233,9 +235,9 @@ def export(source: Path, output: Path) -> None:
     write_manifest(output)
 
 
-def _add_tiny_decoder(options: Options, config: StageConfig, ranks: Ranks) -> None:
+def _add_tiny_decoder(options: Options, config: StageConfig, ranks: Ranks, device: torch.device) -> None:
     """Train the tiny decoder of the exported checkpoint and put it there, in float16; record how it does."""
-    teacher = ToyModel.load(options.output)
+    teacher = ToyModel.load(options.output, device)
     decoder = train_tiny_decoder(teacher, config, options.directory, ranks).half().float()
     figures = evaluate_tiny_decoder(teacher, decoder, _videos(options), options.seed + 29)
     _record(options, videos=_videos(options), **figures)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.training import CPU, StageConfig, ToyModel
+from recipes.tiny.training import StageConfig, ToyModel
 from recipes.tiny.transformer import (
     LATE,
     OPENING,
@@ -31,7 +31,7 @@ from recipes.tiny.transformer import (
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule
 from rfengine.toy.data import LatentDataset, ToyPrompts, negative_states
-from rfengine.training.arithmetic import cpu_autocast, multiplies_bfloat16
+from rfengine.training.arithmetic import fast_autocast, multiplies_bfloat16
 from rfengine.training.build import base_engine, build_stage
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import AdamConfig, RolloutConfig, TrainConfig
@@ -51,6 +51,7 @@ GUIDANCE = 0.0
 _MUON_RATE = 0.004
 _ADAM = AdamConfig(4e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=50, fall=0.7)
 _TRAJECTORY_SHARE = 0.5  # of the passes
+_ROLLOUT = RolloutConfig(3, 20, 3, switch_share=0.4)
 
 
 def first_chunks(teacher: ToyModel, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -62,10 +63,10 @@ def first_chunks(teacher: ToyModel, count: int, seed: int) -> Iterator[tuple[Ten
         number = min(_TRAJECTORY_BATCH, count - first)
         _, states = prompts.draw(number, generator)
         noise = torch.randn(latent_shape(engine, number, engine.cache.chunk_frames), generator=generator)
-        with cpu_autocast():
-            found = follow_flow(
-                teacher.transformer, engine.schedule, noise, states, empty, GUIDANCE, _SUBSTEPS
-            )
+        device = teacher.transformer.device
+        noise, said, empty = (part.to(device) for part in (noise, states, empty))
+        with fast_autocast(device):
+            found = follow_flow(teacher.transformer, engine.schedule, noise, said, empty, GUIDANCE, _SUBSTEPS)
         yield found, states
 
 
@@ -83,6 +84,7 @@ class StartStage(ModelStage):
         torch.manual_seed(config.seed)
         model = WanDiT(config.model.model, ChunkedAttentionOps(chunk_tokens(config.model)))
         model.load_state_dict(teacher.state_dict())
+        model = model.to(teacher.device)
         matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
         learner = Learner("start", model, _ADAM, config.steps, 1, ranks, Muon(matrices, lr=_MUON_RATE))
         super().__init__(learner, average_decay=0.99)
@@ -104,18 +106,19 @@ class StartStage(ModelStage):
 
     def _trajectory_loss(self, generator: torch.Generator) -> Tensor:
         """Squared error of the end of a trajectory, as predicted from one of the student's steps."""
-        states, texts = self.trajectories.draw(_BATCH, generator)
+        device = self.model.device
+        states, texts = (part.to(device) for part in self.trajectories.draw(_BATCH, generator))
         steps = torch.randint(len(self._schedule.denoising_sigmas), (_BATCH,), generator=generator)
         x_t, end = states[torch.arange(_BATCH), steps], states[:, -1]
-        sigma = torch.tensor(self._schedule.denoising_sigmas)[steps].view(-1, 1, 1, 1, 1)
-        timesteps = torch.tensor(self._schedule.denoising_timesteps)[steps]
+        sigma = torch.tensor(self._schedule.denoising_sigmas)[steps].view(-1, 1, 1, 1, 1).to(device)
+        timesteps = torch.tensor(self._schedule.denoising_timesteps)[steps].to(device)
         self.model.ops.texts = None
-        with cpu_autocast():
+        with fast_autocast(device):
             flow = self.model.forward_clip(x_t, timesteps, texts)
         return (x_t - sigma * flow.float() - end).square().mean()
 
 
-def student_config(teacher: Path, start: Path, steps: int, seed: int) -> TrainConfig:
+def student_config(teacher: Path, start: Path, steps: int, seed: int, device: torch.device) -> TrainConfig:
     """The distillation: toy_dmd over streams of up to twenty chunks, with prompt switches on the way.
 
     teacher: a checkpoint directory, whose transformer judges and whose other parts are used as they are.
@@ -127,16 +130,18 @@ def student_config(teacher: Path, start: Path, steps: int, seed: int) -> TrainCo
         steps=steps,
         student=str(start),
         base=str(teacher),
-        rollout=RolloutConfig(3, 20, 3, switch_share=0.4),
-        precision="bfloat16" if multiplies_bfloat16() else "float32",
+        rollout=_ROLLOUT,
+        precision="bfloat16" if device.type == "cuda" or multiplies_bfloat16() else "float32",
         seed=seed,
     )
 
 
-def train_student(config: TrainConfig, directory: Path, ranks: Ranks) -> dict[str, Tensor]:
+def train_student(
+    config: TrainConfig, directory: Path, ranks: Ranks, device: torch.device
+) -> dict[str, Tensor]:
     """Train in `directory`, from the newest checkpoint there; returns the averaged weights. Raises
     KeyboardInterrupt after a signal: the same call continues."""
     with locked_run(directory):
-        stage = build_stage(config, CPU, ranks)
+        stage = build_stage(config, device, ranks)
         Trainer(config, stage, directory, ranks).finish("with the same command")
     return averaged_state(stage)

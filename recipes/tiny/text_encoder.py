@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.tiny.training import StageConfig
+from recipes.tiny.training import CPU, StageConfig
 from rfengine.models.text_encoder import ByteTokenizer, build_umt5
 from rfengine.toy.backgrounds import BACKGROUNDS
 from rfengine.toy.captions import HELD_OUT_PATTERNS, caption, opened, paraphrase, sample_scenes
@@ -70,14 +70,14 @@ def scene_labels(scene: Scene) -> dict[str, int]:
 class TextStage(ModelStage):
     """A UMT5 encoder and one linear classifier for each attribute, from random weights."""
 
-    def __init__(self, config: StageConfig, ranks: Ranks) -> None:
+    def __init__(self, config: StageConfig, ranks: Ranks, device: torch.device = CPU) -> None:
         torch.manual_seed(config.seed)
         text = config.model.text
         encoder = build_umt5(text).train()
         heads = {name: nn.Linear(text.dim, len(values)) for name, values in LABELS.items()}
-        model = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict(heads)})
+        model = nn.ModuleDict({"encoder": encoder, "heads": nn.ModuleDict(heads)}).to(device)
         super().__init__(Learner("text", model, _ADAM, config.steps, 1, ranks), average_decay=0.0)
-        self.config = config
+        self.config, self.device = config, device
 
     def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
         seed = self.config.step_seed(step)
@@ -117,14 +117,14 @@ class TextStage(ModelStage):
         them."""
         ids, mask = ByteTokenizer().encode(texts, self.config.model.model.text_len)
         longest = int(mask.sum(1).max())
-        ids, mask = ids[:, :longest], mask[:, :longest]
+        ids, mask = (part[:, :longest].to(self.device) for part in (ids, mask))
         states = self.model["encoder"](input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
-        owner = torch.arange(len(scenes))[:, None].expand_as(mask)[mask.bool()]
+        owner = torch.arange(len(scenes), device=self.device)[:, None].expand_as(mask)[mask.bool()]
         labels = [scene_labels(scene) for scene in scenes]
         losses = []
-        right = torch.ones(len(states), dtype=torch.bool)
+        right = torch.ones(len(states), dtype=torch.bool, device=self.device)
         for name, head in self.model["heads"].items():
-            wanted = torch.tensor([entry[name] for entry in labels])[owner]
+            wanted = torch.tensor([entry[name] for entry in labels], device=self.device)[owner]
             scores = head(states)
             losses.append(F.cross_entropy(scores, wanted))
             right &= scores.argmax(-1) == wanted

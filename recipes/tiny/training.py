@@ -134,15 +134,18 @@ class ToyModel:
         switches: Mapping[int, Switch] = MappingProxyType({}),
     ) -> Iterator[list[Tensor]]:
         """Yields a clip [T, H, W, 3] from 0 to 1 for each text, chunk by chunk."""
-        encoded = {chunk: (self.encode(list(new)), recached) for chunk, (new, recached) in switches.items()}
-        latents = roll_out(self.transformer, self.config, self.encode(list(texts)), chunks, seed, encoded)
+        encoded = {chunk: (self._states(new), recached) for chunk, (new, recached) in switches.items()}
+        latents = roll_out(self.transformer, self.config, self._states(texts), chunks, seed, encoded)
         for pixels in decode_chunks(self.vae, latents):
-            yield as_clips(pixels)
+            yield as_clips(pixels.cpu())
+
+    def _states(self, texts: Sequence[str]) -> Tensor:
+        return self.encode(list(texts)).to(self.transformer.device)
 
     @torch.inference_mode()
     def latents(self, scenes: Sequence[Scene], chunks: int, seed: int) -> Tensor:
         """Latents [B, z, F, h, w] of streams of the scenes' captions."""
-        states = self.encode([caption(scene) for scene in scenes])
+        states = self._states([caption(scene) for scene in scenes])
         return torch.cat(list(roll_out(self.transformer, self.config, states, chunks, seed)), dim=2)
 
     @torch.inference_mode()

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.training import StageConfig
+from recipes.tiny.training import CPU, StageConfig
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.schedule import add_noise, shifted
 from rfengine.toy.data import LatentDataset
-from rfengine.training.arithmetic import cpu_autocast
+from rfengine.training.arithmetic import fast_autocast
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
@@ -116,7 +117,7 @@ class ChunkedAttentionOps(Ops):
     def _over_texts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.texts is None:
             return _attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
-        rows = torch.arange(len(q))[:, None]
+        rows = torch.arange(len(q), device=q.device)[:, None]
         chosen = [part.unflatten(0, (-1, 2))[rows, self.texts.long()] for part in (k, v)]
         queries = q.unflatten(1, (-1, self.chunk_tokens))
         return _attend(*(part.transpose(2, 3) for part in (queries, *chosen))).transpose(2, 3).flatten(1, 2)
@@ -147,10 +148,15 @@ class TransformerStage(ModelStage):
     """
 
     def __init__(
-        self, config: StageConfig, videos: LatentDataset, starts: LatentDataset, ranks: Ranks
+        self,
+        config: StageConfig,
+        videos: LatentDataset,
+        starts: LatentDataset,
+        ranks: Ranks,
+        device: torch.device = CPU,
     ) -> None:
         torch.manual_seed(config.seed)
-        model = _fresh_model(config.model)
+        model = _fresh_model(config.model).to(device)
         matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
         muon = Muon(matrices, lr=_MUON_RATE, weight_decay=0.01)
         learner = Learner("teacher", model, _ADAM, config.steps, 1, ranks, muon)
@@ -183,8 +189,7 @@ def _fresh_model(config: EngineConfig) -> WanDiT:
     return model
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """B videos in a layout of S chunks: clean latents [B, C, F, h, w], the weights [B, F, h, w] of their
     cells, text states [2 B, text_len, D], two of each video, and which of them each chunk reads, bool [B,
     S]."""
@@ -247,26 +252,27 @@ def flow_loss(
     levels: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Weighted squared error of the flow over the noisy chunks of the layout. levels: sigmas [B, S], of
-    which those of the noisy chunks count; the model's ops are ChunkedAttentionOps."""
-    size, count = config.cache.chunk_frames, len(batch.clean)
+    """Weighted squared error of the flow over the noisy chunks of the layout, on the model's device. levels:
+    sigmas [B, S], of which those of the noisy chunks count; the model's ops are ChunkedAttentionOps."""
+    size, count, device = config.cache.chunk_frames, len(batch.clean), model.device
     noisy = torch.tensor([segment.noisy for segment in layout])
     clean_levels = _CONTEXT_NOISE * torch.rand(count, len(layout), generator=generator)
-    sigma = torch.where(noisy, levels, clean_levels).repeat_interleave(size, 1)
-    noisy = noisy.repeat_interleave(size)
-    noise = torch.randn(batch.clean.shape, generator=generator)
-    times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)])
-    model.ops.texts = batch.texts
-    with cpu_autocast():
+    sigma = torch.where(noisy, levels, clean_levels).repeat_interleave(size, 1).to(device)
+    noisy = noisy.repeat_interleave(size).to(device)
+    noise = torch.randn(batch.clean.shape, generator=generator).to(device)
+    times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)], device=device)
+    clean, weight, states, texts = (part.to(device) for part in batch)
+    model.ops.texts = texts
+    with fast_autocast(device):
         flow = model.forward_clip(
-            add_noise(batch.clean, noise, sigma[:, None, :, None, None]),
+            add_noise(clean, noise, sigma[:, None, :, None, None]),
             config.schedule.num_train_timesteps * sigma * noisy,
-            batch.states,
+            states,
             time_indices=times,
             mask=layout_mask(layout, chunk_tokens(config)),
         )
-    error = (flow.float() - (noise - batch.clean))[:, :, noisy].square().mean(1)
-    return (error * batch.weight[:, noisy]).mean()
+    error = (flow.float() - (noise - clean))[:, :, noisy].square().mean(1)
+    return (error * weight[:, noisy]).mean()
 
 
 def noise_levels(

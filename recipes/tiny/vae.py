@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.training import StageConfig
+from recipes.tiny.training import CPU, StageConfig
 from rfengine.accuracy import psnr_db
 from rfengine.models.vae import DecoderState, EncoderState, WanVAE
 from rfengine.toy.captions import sample_scenes
 from rfengine.toy.detector import accuracy
 from rfengine.toy.world import as_clips, as_model_pixels, continued, render, render_background
-from rfengine.training.arithmetic import cpu_autocast
+from rfengine.training.arithmetic import fast_autocast
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
@@ -56,9 +56,9 @@ class VAEStage(ModelStage):
     """The VAE of config.model from random weights: images, then longer and longer clips. Muon for the
     convolutions between the first and the last of either half."""
 
-    def __init__(self, config: StageConfig, ranks: Ranks) -> None:
+    def __init__(self, config: StageConfig, ranks: Ranks, device: torch.device = CPU) -> None:
         torch.manual_seed(config.seed)
-        vae = WanVAE(config.model)
+        vae = WanVAE(config.model).to(device)
         with torch.no_grad():
             vae.conv1.bias[config.model.z_dim :] = _LOG_VARIANCE_START
         inner = [
@@ -66,14 +66,15 @@ class VAEStage(ModelStage):
         ]
         learner = Learner("vae", vae, _ADAM, config.steps, 1, ranks, Muon(inner, lr=_MUON_RATE))
         super().__init__(learner, average_decay=0.995)
-        self.config = config
+        self.config, self.device = config, device
 
     def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
         phase = next(phase for phase in _PHASES if step / self.config.steps < phase.until)
         past = random.Random(self.config.step_seed(step)).randint(0, phase.past)
         seed = self.config.pass_seed(step, index)
         frames = phase.frames + self.config.model.temporal_stride * past
-        pixels, weight = sample_clips(phase.clips, frames, seed, self.config.model.temporal_stride)
+        drawn = sample_clips(phase.clips, frames, seed, self.config.model.temporal_stride)
+        pixels, weight = (part.to(self.device) for part in drawn)
         return _loss(self.model, pixels, weight, past, torch.Generator().manual_seed(seed))
 
 
@@ -108,12 +109,12 @@ def _loss(
 
     The first `past` latent frames only fill the causal states: streams are long, and late frames need them.
     """
-    with cpu_autocast():
+    with fast_autocast(pixels.device):
         states, seen = _states_after(vae, pixels, past)
         pixels, weight = pixels[:, :, seen:], weight[:, :, seen:]
         mean, log_variance = vae.encode_moments(pixels, states[0])
         mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         decoded = vae.decode(mean + torch.exp(0.5 * log_variance) * noise, states[1])
     error = decoded.float() - pixels
     kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
@@ -131,7 +132,7 @@ def _states_after(
         return (None, None), 0
     seen = 1 + vae.config.temporal_stride * (past - 1)
     stride = vae.config.spatial_stride
-    size = (len(pixels), pixels.shape[3] // stride, pixels.shape[4] // stride, torch.float32, "cpu")
+    size = (len(pixels), pixels.shape[3] // stride, pixels.shape[4] // stride, torch.float32, pixels.device)
     states = vae.encoder_state(*size), vae.decoder_state(*size)
     vae.decode(vae.encode_moments(pixels[:, :, :seen], states[0])[0], states[1])
     return states, seen

@@ -23,7 +23,7 @@ from rfengine.toy.world import (
     render,
     render_background,
 )
-from rfengine.training.arithmetic import cpu_autocast
+from rfengine.training.arithmetic import fast_autocast
 from rfengine.training.build import base_engine, load_vae, text_states_of
 
 _BATCH = 8
@@ -35,11 +35,13 @@ _MIN_CHANGE = 0.05  # of the range from 0 to 1, by which a pixel of the foregrou
 Part = tuple[Scene, int, int]  # a scene with its first frame and the one behind its last
 
 
-def encode_dataset(source: str, chunks: int, videos: int, seed: int) -> LatentDataset:
+def encode_dataset(
+    source: str, chunks: int, videos: int, seed: int, device: torch.device = CPU
+) -> LatentDataset:
     """Draw `videos` training videos of `chunks` chunks, and encode them and their texts by the VAE and the
     text encoder of a checkpoint."""
     engine = base_engine(source)
-    vae, encode = load_vae(source, engine, CPU), text_states_of(source, engine, CPU)
+    vae, encode = load_vae(source, engine, device), text_states_of(source, engine, device)
     stride, size = vae.config.temporal_stride, engine.cache.chunk_frames
     starts = [0, *(1 + stride * (size * chunk - 1) for chunk in range(1, chunks + 1))]
     generator = random.Random(seed)
@@ -48,8 +50,8 @@ def encode_dataset(source: str, chunks: int, videos: int, seed: int) -> LatentDa
         scenes = sample_scenes(min(_BATCH, videos - first), seed * 1_000_003 + first, split="train")
         drawn = [video_parts(scene, starts, generator) for scene in scenes]
         clips = [torch.cat([render(scene, end - at, at) for scene, at, end in parts]) for parts in drawn]
-        with torch.inference_mode(), cpu_autocast():
-            latents.append(vae.encode(as_model_pixels(clips)).half())
+        with torch.inference_mode(), fast_autocast(device):
+            latents.append(vae.encode(as_model_pixels(clips).to(device)).half().cpu())
         for parts, clip in zip(drawn, clips, strict=True):
             foreground.append(foreground_cells(parts, clip, vae))
             scene_rows = []
@@ -62,7 +64,7 @@ def encode_dataset(source: str, chunks: int, videos: int, seed: int) -> LatentDa
     return LatentDataset(
         latents=torch.cat(latents),
         foreground=torch.stack(foreground),
-        texts=torch.cat([encode(texts[first : first + _TEXT_BATCH]).half() for first in pieces]),
+        texts=torch.cat([encode(texts[first : first + _TEXT_BATCH]).half().cpu() for first in pieces]),
         text_rows=torch.tensor(rows),
     )
 

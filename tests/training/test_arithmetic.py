@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from rfengine.training import arithmetic
-from rfengine.training.arithmetic import cpu_autocast
+from rfengine.training.arithmetic import fast_autocast
 
 
 @pytest.mark.parametrize(("has_bfloat16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_arithmetic_is_what_the_cpu_is_fast_in(monkeypatch, has_bfloat16, dtype):
     monkeypatch.setattr(arithmetic, "multiplies_bfloat16", lambda: has_bfloat16)
     matrix = torch.ones(4, 4)
-    with cpu_autocast():
+    with fast_autocast(torch.device("cpu")):
         assert (matrix @ matrix).dtype == dtype
 
 
