@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from recipes.tiny.report import (
     report_starts,
     report_switches,
 )
+from recipes.tiny.stages import CHECKPOINT, DISTILLED, STAGES, STARTED, RunDirectory, Stage
 from recipes.tiny.student import StartStage, first_chunks, student_config, train_student
 from recipes.tiny.text_encoder import TextStage
 from recipes.tiny.training import TINY, StageConfig, ToyModel, save_part, stored_engine, train
@@ -46,15 +47,9 @@ from rfengine.training.config import MOST_STEPS
 from rfengine.training.parallel import Ranks, ranks_from_environment
 from rfengine.training.trajectories import TrajectoryFile, save_trajectories
 
-Stage = Literal[
-    "vae", "text", "videos", "starts", "teacher", "trajectories", "start", "student", "export",
-    "tiny_decoder", "evaluate",
-]  # fmt: skip
 STEPS = {"vae": 5000, "text": 4000, "teacher": 9000, "start": 2000, "student": 2000, "tiny_decoder": 1900}
 VIDEOS = {"videos": 2400, "starts": 8000, "trajectories": 6000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
-CHECKPOINT = "checkpoint"  # the directory, inside that of the run, which the trainings fill up to the teacher
-STARTED, DISTILLED = "start_checkpoint", "student_checkpoint"  # those of the student before and after
 _STREAMS, _STREAM_CHUNKS = 60, 27  # of 20 seconds
 _LONG_STREAMS, _SWITCHES, _OPEN_SEEDS = 4, 8, 50  # switches: of each kind
 _VIDEO_CHUNKS = 7  # 81 frames: a slow shape has crossed the whole picture
@@ -81,36 +76,21 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Run the stages whose result is not there, or the one that is named."""
+    """Run the stages that are not done, or the one that is named."""
     check_options(options)
-    for stage in get_args(Stage) if options.stage is None else (options.stage,):
-        result = _result(options, stage)
-        if options.stage is None and result.exists():
-            sys.stdout.write(f"{stage}: {result} is there\n")
+    files = RunDirectory(options.directory, options.output)
+    for stage in STAGES if options.stage is None else (options.stage,):
+        if options.stage is None and files.is_done(stage):
+            sys.stdout.write(f"{stage}: {files.result(stage)} is there\n")
         else:
             run_stage(dataclasses.replace(options, stage=stage))
 
 
-def _result(options: Options, stage: Stage) -> Path:
-    """What a stage leaves when it is done."""
-    directory = options.directory
-    if stage in PARTS:
-        return directory / CHECKPOINT / f"{PARTS[stage]}.safetensors"
-    results = {
-        "videos": directory / "videos.pt",
-        "starts": directory / "starts.pt",
-        "trajectories": directory / "trajectories.safetensors",
-        "start": directory / STARTED,
-        "student": directory / DISTILLED,
-        "export": options.output / "manifest.json",
-        "tiny_decoder": options.output / "tiny_vae.safetensors",
-        "evaluate": directory / "evaluated.json",
-    }
-    return results[stage]
-
-
 def run_stage(options: Options) -> None:
-    """Run one stage; each leaves its result in `directory`, where the next finds it."""
+    """Run one stage; each leaves its result in `directory`, where the next finds it. Raises ValueError where
+    what it needs is not there."""
+    files = RunDirectory(options.directory, options.output)
+    files.check_needs(options.stage)
     options.directory.mkdir(parents=True, exist_ok=True)
     with ranks_from_environment(torch.device(options.device)) as (ranks, device):
         if options.stage in STEPS:
@@ -123,6 +103,8 @@ def run_stage(options: Options) -> None:
             _evaluate(options, device)
         else:
             export(options.directory / DISTILLED, options.output)
+        if not ranks.rank:
+            files.remember(options.stage)
 
 
 def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
@@ -180,7 +162,8 @@ def _follow_teacher(options: Options, device: torch.device) -> None:
     """Write trajectories.safetensors."""
     teacher = ToyModel.load(options.directory / CHECKPOINT, device)
     batches = first_chunks(teacher, _videos(options), options.seed + 2)
-    save_trajectories(_result(options, "trajectories"), batches, teacher.config.schedule)
+    path = options.directory / "trajectories.safetensors"
+    save_trajectories(path, batches, teacher.config.schedule)
 
 
 def _encode_videos(options: Options, device: torch.device) -> None:
@@ -219,7 +202,7 @@ def _evaluate(options: Options, device: torch.device) -> None:
         "soft_switches": report_switches(model, _SWITCHES, False, seed),
     }
     text = json.dumps(results, indent=1) + "\n"
-    write_text(_result(options, "evaluate"), text)
+    write_text(options.directory / "evaluated.json", text)
     sys.stdout.write(text)
 
 

@@ -7,7 +7,8 @@ import dataclasses
 
 import torch
 
-from recipes.tiny.run import CHECKPOINT, STEPS, VIDEOS, Options, run_stage
+from recipes.tiny.run import STEPS, VIDEOS, Options, run_stage
+from recipes.tiny.stages import CHECKPOINT
 from recipes.tiny.training import save_part
 from recipes.tiny.videos import encode_dataset
 from rfengine.checkpoint.directories import checkpoint_directory

@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from recipes.tiny.run import CHECKPOINT, Options, export, run, run_stage
+from recipes.tiny.run import Options, export, run, run_stage
+from recipes.tiny.stages import CHECKPOINT
 from recipes.tiny.training import TINY, ToyModel, save_part, stored_engine
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.manifest import verify

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from recipes.tiny import student
-from recipes.tiny.run import CHECKPOINT, DISTILLED, STARTED, Options, run_stage
+from recipes.tiny.run import Options, run_stage
+from recipes.tiny.stages import CHECKPOINT, DISTILLED, STARTED
 from recipes.tiny.student import StartStage, first_chunks
 from recipes.tiny.training import StageConfig, ToyModel
 from rfengine.checkpoint.directories import checkpoint_directory
