@@ -51,7 +51,7 @@ GUIDANCE = 0.0
 _MUON_RATE = 0.004
 _ADAM = AdamConfig(4e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=50, fall=0.7)
 _TRAJECTORY_SHARE = 0.5  # of the passes
-_ROLLOUT = RolloutConfig(3, 20, 3, switch_share=0.4)
+_ROLLOUT = RolloutConfig(3, 20, 3, shortest_share=0.4, switch_share=0.4)
 
 
 def first_chunks(teacher: ToyModel, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

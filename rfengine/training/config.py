@@ -44,18 +44,22 @@ class AdamConfig:
 class RolloutConfig:
     """How long the rollouts of a training are, and where gradients flow.
 
-    Lengths are drawn evenly from min_chunks to max_chunks; the last gradient_chunks carry gradients, each a
-    graph of its own (in the published code some gradient leaks into keys and values of earlier chunks).
-    checkpointing: activations of the exit steps are computed once more in backward. switch_share: of the
-    rollouts that are longer than the judged clip, how many begin with another prompt and switch to their own
-    before or with that clip, so that all of it is judged by one prompt; recache_share: of these, how many
-    recompute the window under the new prompt, the others keep it (LongLive, arXiv 2509.22622, trains so).
+    Lengths are drawn evenly from min_chunks to max_chunks, but for shortest_share of the rollouts, which
+    have min_chunks, so that the start of a video is judged often enough. The last gradient_chunks carry
+    gradients, each a graph of its own (in the published code some gradient leaks into keys and values of
+    earlier chunks). checkpointing: activations of the exit steps are computed once more in backward.
+
+    switch_share: of the rollouts that are longer than the judged clip, how many begin with another prompt and
+    switch to their own before or with that clip, so that all of it is judged by one prompt. recache_share: of
+    these, how many recompute the window under the new prompt; the others keep it (LongLive, arXiv 2509.22622,
+    trains so).
     """
 
     min_chunks: Chunks = 7
     max_chunks: Chunks = 7
     gradient_chunks: Chunks = 7
     checkpointing: bool = False
+    shortest_share: Annotated[float, Range(0, 1)] = 0.0
     switch_share: Annotated[float, Range(0, 1)] = 0.0
     recache_share: Annotated[float, Range(0, 1)] = 0.5
 

@@ -43,8 +43,10 @@ def draw_exits(config: RolloutConfig, num_steps: int, generator: torch.Generator
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator, device=generator.device))
 
-    chunks = draw(config.min_chunks, config.max_chunks)
-    return (draw(0, num_steps - 1),) * chunks
+    chunks, step = draw(config.min_chunks, config.max_chunks), draw(0, num_steps - 1)
+    if config.shortest_share > float(torch.rand((), generator=generator, device=generator.device)):
+        chunks = config.min_chunks
+    return (step,) * chunks
 
 
 @dataclass(frozen=True, slots=True)

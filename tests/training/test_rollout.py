@@ -241,6 +241,14 @@ def test_exits_are_drawn_within_their_range_and_reproduced():
     assert drawn[7] == draw_exits(config, 4, torch.Generator().manual_seed(7))
 
 
+def test_a_share_of_the_rollouts_has_the_least_length():
+    config = RolloutConfig(2, 9, 2, shortest_share=0.5)
+    drawn = [draw_exits(config, 4, torch.Generator().manual_seed(seed)) for seed in range(400)]
+    assert abs(sum(len(exits) == 2 for exits in drawn) / 400 - (0.5 + 0.5 / 8)) < 0.06
+    assert {len(exits) for exits in drawn} == set(range(2, 10))
+    assert {exits[0] for exits in drawn} == {0, 1, 2, 3}
+
+
 def test_a_rollout_is_reproducible_follows_its_text_and_never_ends_the_window():
     model, texts = small_model(), torch.cat([text_states(0), text_states(1)])
     first = list(roll_out(model, ENGINE, texts, 6, seed=3))
