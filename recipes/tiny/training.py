@@ -136,7 +136,8 @@ class ToyModel:
         """Yields a clip [T, H, W, 3] from 0 to 1 for each text, chunk by chunk."""
         encoded = {chunk: (self._states(new), recached) for chunk, (new, recached) in switches.items()}
         latents = roll_out(self.transformer, self.config, self._states(texts), chunks, seed, encoded)
-        for pixels in decode_chunks(self.vae, latents):
+        dtype = self.vae.conv2.weight.dtype
+        for pixels in decode_chunks(self.vae, (part.to(dtype) for part in latents)):
             yield as_clips(pixels.cpu())
 
     def _states(self, texts: Sequence[str]) -> Tensor:

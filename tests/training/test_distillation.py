@@ -64,6 +64,30 @@ def test_student_loss_reaches_every_weight_of_the_student_and_no_other():
     assert figures.keys() == {"distance"}
 
 
+@pytest.mark.parametrize("recached", [0.0, 1.0])
+def test_a_rollout_that_switches_begins_under_its_earlier_prompts(recached):
+    rollout = dataclasses.replace(ROLLOUT, switch_share=1.0, recache_share=recached)
+    stage = stage_of(distillation_models(), PLAIN, rollout)
+    batch, _, _ = stage._batch("student", 0, 0)
+    assert batch.earlier_states.shape == batch.states.shape
+    assert torch.equal(batch.earlier_states[0], batch.earlier_states[1])  # of one group
+    assert not torch.equal(batch.earlier_states, batch.states)
+    latents = {}
+    for name, earlier in (("same", PROMPTS.states), ("other", PROMPTS.states.flip(0))):
+        prompts = dataclasses.replace(PROMPTS, earlier_states=earlier)
+        latents[name] = stage._roll_out(prompts, *generators()).detach()
+    unswitched = stage_of(distillation_models(), PLAIN)
+    assert unswitched._batch("student", 0, 0)[0].earlier_states is None
+    expected = unswitched._roll_out(PROMPTS, *generators()).detach()
+    torch.testing.assert_close(latents["same"], expected, rtol=0, atol=1e-5)
+    assert not torch.equal(latents["other"][:, :, :3], expected[:, :, :3])
+    loss, _ = stage.student_loss(
+        dataclasses.replace(PROMPTS, earlier_states=PROMPTS.states.flip(0)), *generators()
+    )
+    loss.backward()
+    assert all(value.grad.isfinite().all() for value in stage.models["student"].parameters())
+
+
 def test_critic_equal_to_the_teacher_gives_no_gradient():
     parts = distillation_models()
     same = dataclasses.replace(parts, critic=copy.deepcopy(parts.teacher).requires_grad_())
