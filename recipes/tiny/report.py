@@ -19,6 +19,7 @@ _BATCH = 16
 _CHUNKS = 3  # of a clip whose attributes are judged: 33 frames
 _SWITCH_CHUNK = 4  # the first one under the new text
 _JUDGED_DELAYS = 5  # chunks after a switch from which all may be right
+_SLOWLY_SEEN = ("motion", "direction", "speed", "size")  # of a shape that bounces, turns or grows
 OPEN_ATTRIBUTES = ("colour", "shape", "size", "background", "direction", "speed")
 
 
@@ -164,9 +165,13 @@ def switch_pairs(kind: str, count: int, generator: random.Random) -> list[tuple[
 
 
 def _delay(scene: Scene, chunks: Sequence[Tensor]) -> int:
-    """The first chunk from which three chunks are right in all that the scene says."""
+    """The first chunk that is right in all that it can show by itself, and with the two after it in all that
+    the scene says: whether a shape bounces, turns or grows, and how large it is, takes longer to see."""
     for delay in range(_JUDGED_DELAYS):
-        if all(score(scene, detect(torch.cat(list(chunks[delay : delay + _CHUNKS])))).values()):
+        whole = score(scene, detect(torch.cat(list(chunks[delay : delay + _CHUNKS]))))
+        alone = score(scene, detect(chunks[delay]))
+        shown = alone if scene.motion == "moving" else {n: alone[n] for n in alone if n not in _SLOWLY_SEEN}
+        if all(whole.values()) and all(shown.values()):
             return delay
     return _JUDGED_DELAYS
 

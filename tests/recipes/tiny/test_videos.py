@@ -70,8 +70,8 @@ GOOD = {
         ({"foreground": torch.zeros(2, 4, 3, 3)}, "foreground in torch.float32"),
         ({"foreground": torch.zeros(2, 4, 3, dtype=torch.bool)}, "foreground .2, 4, 3. where"),
         ({"text_rows": torch.tensor([[[0, 1]], [[3, 0]]])}, "text_rows from 0 to 3 of 3 texts"),
-        ({"text_rows": torch.tensor([[[0, 1]], [[2, -1]]])}, "text_rows from -1 to 0 of 3 texts"),
-        ({"text_rows": torch.tensor([[[0, 1]]])}, "text_rows .1. where"),
+        ({"text_rows": torch.tensor([[[0, 1]], [[2, -1]]])}, "text_rows from -1 to 2 of 3 texts"),
+        ({"text_rows": torch.tensor([[[0, 1]]])}, "text_rows .1, 1, 2. where"),
         ({"more": torch.zeros(1)}, "holds .*more"),
     ],
 )
