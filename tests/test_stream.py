@@ -223,7 +223,7 @@ def test_a_switch_that_fails_half_way_closes_the_stream(monkeypatch, mode):
     pipe = small_pipeline()
     stream = pipe.stream("a circle")
     frames_of(stream, 6)
-    place = (pipe.model, "text_keys_values") if mode == "soft" else (pipe._engine.runner, "_context_pass")
+    place = (pipe.model, "text_keys_values") if mode == "soft" else (pipe.model, "context_pass")
     monkeypatch.setattr(*place, lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         stream.set_prompt("a green square", mode)

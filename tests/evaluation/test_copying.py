@@ -27,7 +27,7 @@ def test_the_more_of_the_start_comes_back_the_more_is_copied(clip: str) -> None:
     traces = [trace_sink(copied_start(video, share)) for share in (0, 0.3, 0.6, 0.9)]
     found = [measure_copying(trace, others)["copying_excess"] for trace in traces]
     assert found[0] < found[1] < found[2] < found[3]
-    assert found[0] < 0.1 and found[3] > 0.5
+    assert found[0] < 0.1 and found[3] > 0.45
 
 
 @pytest.mark.parametrize("clip", CLIPS)

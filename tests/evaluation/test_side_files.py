@@ -41,7 +41,7 @@ def test_captions_and_switches_are_read(tmp_path: Path) -> None:
         ({"a.mp4": [[0, RED], [0, BLUE]]}, "pairs of first frame, from 0 on"),
         ('{"a.mp4": "x", "a.mp4": "y"}', "is no JSON .*'a.mp4' twice"),
         ("[" * 100_000, "is no JSON .*nested too deep"),
-        ({"a.mp4": "a cat"}, "a.mp4: 'a cat' is no caption of the toy world"),
+        ({"a.mp4": "a cat"}, "a.mp4: 'a cat' has no word of the toy world"),
     ],
 )
 def test_wrong_captions_are_named(tmp_path: Path, content: object, reason: str) -> None:
