@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from rfengine.training.arithmetic import multiplies_bfloat16
+from rfengine.training.arithmetic import fast_precision
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic that drives every singular value into about 0.7 to 1.2
 _ITERATIONS = 5
@@ -55,7 +55,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    if x.is_cuda or multiplies_bfloat16():
+    if fast_precision(x.device) == "bfloat16":
         x = x.bfloat16()
     for _ in range(_ITERATIONS):
         gram = x @ x.mT

@@ -22,7 +22,6 @@ from recipes.tiny.training import StageConfig, ToyModel
 from recipes.tiny.transformer import (
     LATE,
     OPENING,
-    Batch,
     ChunkedAttentionOps,
     chunk_tokens,
     draw_batch,
@@ -31,7 +30,7 @@ from recipes.tiny.transformer import (
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule
 from rfengine.toy.data import LatentDataset, ToyPrompts, negative_states
-from rfengine.training.arithmetic import fast_autocast, multiplies_bfloat16
+from rfengine.training.arithmetic import fast_autocast, fast_precision
 from rfengine.training.build import base_engine, build_stage
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import AdamConfig, RolloutConfig, TrainConfig
@@ -99,7 +98,7 @@ class StartStage(ModelStage):
             return loss, {"first_chunk": 1.0, "trajectory_loss": float(loss.detach())}
         layout = choices.choice((OPENING, LATE))
         engine = self.config.model
-        batch: Batch = draw_batch(self.videos, _BATCH, layout, engine.cache.chunk_frames, choices)
+        batch = draw_batch(self.videos, _BATCH, layout, engine.cache.chunk_frames, choices)
         sigmas = torch.tensor(self._schedule.denoising_sigmas)
         levels = sigmas[torch.randint(len(sigmas), (_BATCH, len(layout)), generator=generator)]
         return flow_loss(self.model, engine, batch, layout, levels, generator), {"first_chunk": 0.0}
@@ -131,7 +130,7 @@ def student_config(teacher: Path, start: Path, steps: int, seed: int, device: to
         student=str(start),
         base=str(teacher),
         rollout=_ROLLOUT,
-        precision="bfloat16" if device.type == "cuda" or multiplies_bfloat16() else "float32",
+        precision=fast_precision(device),
         seed=seed,
     )
 

@@ -41,12 +41,18 @@ def fit_background(pixels: Tensor, visible: Tensor, config: WorldConfig) -> Back
     pooled, weight, size = _pooled(pixels, visible, config)
     best: dict[str, tuple[float, Tensor]] = {}
     for name in BACKGROUNDS:
-        views, templates = _templates(name, *size)
-        errors = weight @ templates.square().T - 2 * pooled @ templates.T  # less the pixels' own squares
-        lowest, place = errors.min(1)
-        best[name] = (float(lowest.sum()), views[place])
+        errors, views = _best_views(name, pooled, weight, size)
+        best[name] = (float(errors.sum()), views)
     name = min(best, key=lambda key: best[key][0])
     return BackgroundFit(name, *_camera(name, best[name][1]), best[name][1])
+
+
+def _best_views(name: str, pooled: Tensor, weight: Tensor, size: tuple) -> tuple[Tensor, Tensor]:
+    """Of each frame the error [T] of a background at the view [T] that fits best, less the pixels' own
+    squares; pooled, weight, size: of _pooled."""
+    views, templates = _templates(name, *size)
+    lowest, place = (weight @ templates.square().T - 2 * pooled @ templates.T).min(1)
+    return lowest, views[place]
 
 
 def _pooled(pixels: Tensor, visible: Tensor, config: WorldConfig) -> tuple[Tensor, Tensor, tuple]:
@@ -62,10 +68,14 @@ def _pooled(pixels: Tensor, visible: Tensor, config: WorldConfig) -> tuple[Tenso
 def _templates(name: str, height: int, width: int, scale: float) -> tuple[Tensor, Tensor]:
     """Views [V] all around a background, and its pixels [V, N] there."""
     period = PERIODS[name]
-    count = 1 if name == PLAIN else min(_COARSE_STEPS, int(2 * period))
+    count = _view_count(name)
     views = torch.arange(count) * (period / count)
     drawn = draw_background(name, views, height, width, scale)
     return views, drawn.permute(0, 3, 1, 2).flatten(1)
+
+
+def _view_count(name: str) -> int:
+    return 1 if name == PLAIN else min(_COARSE_STEPS, int(2 * PERIODS[name]))
 
 
 def _camera(name: str, views: Tensor) -> tuple[str, str | None]:
@@ -87,11 +97,8 @@ def background_error(pixels: Tensor, visible: Tensor, name: str, config: WorldCo
     """
     shares = []
     for part, seen in zip(pixels.split(_FRAMES_AT_ONCE), visible.split(_FRAMES_AT_ONCE), strict=True):
-        pooled, weight, size = _pooled(part, seen, config)
-        views, templates = _templates(name, *size)
-        errors = weight @ templates.square().T - 2 * pooled @ templates.T
-        coarse = views[errors.argmin(1)]
-        step = PERIODS[name] / len(views)
+        _, coarse = _best_views(name, *_pooled(part, seen, config))
+        step = PERIODS[name] / _view_count(name)
         fine = torch.linspace(-step, step, 1 if name == PLAIN else _FINE_STEPS)
         tried = (coarse[:, None] + fine).flatten()
         drawn = draw_background(name, tried, config.height, config.width, config.scale)

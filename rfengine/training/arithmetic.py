@@ -20,7 +20,12 @@ def casting(device: torch.device, precision: Precision) -> AbstractContextManage
 def fast_autocast(device: torch.device) -> AbstractContextManager[None]:
     """bfloat16 arithmetic on a GPU, and on a CPU whose library multiplies in it; float32 elsewhere, where it
     is many times as fast."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or multiplies_bfloat16())
+    return casting(device, fast_precision(device))
+
+
+def fast_precision(device: torch.device) -> Precision:
+    """The precision in which a device multiplies fast."""
+    return "bfloat16" if device.type == "cuda" or multiplies_bfloat16() else "float32"
 
 
 def multiplies_bfloat16() -> bool:

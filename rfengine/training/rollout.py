@@ -212,7 +212,7 @@ def roll_out(
         return torch.randn(shape, generator=generator).to(model.device)
 
     steps = len(config.schedule.denoising_steps)
-    made: list[Tensor] = []
+    made: list[Tensor] = []  # of which a switch may recompute the window
     for chunk in range(chunks):
         if chunk in switches:
             states, recached = switches[chunk]
@@ -222,7 +222,8 @@ def roll_out(
         for step in range(steps):
             latents = video.denoise(place, latents, step, None if step + 1 == steps else draw())
         video.commit(place, latents)
-        made.append(latents)
+        if switches:
+            made.append(latents)
         yield latents
 
 
