@@ -33,7 +33,7 @@ from rfengine.toy.data import LatentDataset, ToyPrompts, negative_states
 from rfengine.training.arithmetic import fast_autocast, fast_precision
 from rfengine.training.build import base_engine, build_stage
 from rfengine.training.checkpoints import locked_run
-from rfengine.training.config import AdamConfig, RolloutConfig, TrainConfig
+from rfengine.training.config import AdamConfig, TrainConfig
 from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd
@@ -50,7 +50,6 @@ GUIDANCE = 0.0
 _MUON_RATE = 0.004
 _ADAM = AdamConfig(4e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=50, fall=0.7)
 _TRAJECTORY_SHARE = 0.5  # of the passes
-_ROLLOUT = RolloutConfig(3, 20, 3, shortest_share=0.4, switch_share=0.4)
 
 
 def first_chunks(teacher: ToyModel, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,7 +128,6 @@ def student_config(teacher: Path, start: Path, steps: int, seed: int, device: to
         steps=steps,
         student=str(start),
         base=str(teacher),
-        rollout=_ROLLOUT,
         precision=fast_precision(device),
         seed=seed,
     )

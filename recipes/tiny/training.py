@@ -141,7 +141,7 @@ class ToyModel:
             yield as_clips(pixels.cpu())
 
     def _states(self, texts: Sequence[str]) -> Tensor:
-        return self.encode(list(texts)).to(self.transformer.device)
+        return self.encode(list(texts)).to(self.transformer.device, self.transformer.dtype)
 
     @torch.inference_mode()
     def latents(self, scenes: Sequence[Scene], chunks: int, seed: int) -> Tensor:

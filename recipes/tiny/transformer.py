@@ -86,8 +86,7 @@ class ChunkedAttentionOps(Ops):
     plain products over the chunks that are attended to, with no mask. On two CPU cores this takes a third of
     the time of the fused form.
 
-    texts: bool [B, chunks], which of its video's two texts each chunk reads, where the keys and values are
-    those of 2 B texts; None for one text a video.
+    texts: integers [B, chunks], which of all texts each chunk reads; None for one text a video.
     """
 
     def __init__(self, chunk_tokens: int) -> None:
@@ -117,8 +116,9 @@ class ChunkedAttentionOps(Ops):
     def _over_texts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.texts is None:
             return _attend(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2)
-        rows = torch.arange(len(q), device=q.device)[:, None]
-        chosen = [part.unflatten(0, (-1, 2))[rows, self.texts.long()] for part in (k, v)]
+        chosen = [
+            part.index_select(0, self.texts.flatten()).unflatten(0, self.texts.shape) for part in (k, v)
+        ]
         queries = q.unflatten(1, (-1, self.chunk_tokens))
         return _attend(*(part.transpose(2, 3) for part in (queries, *chosen))).transpose(2, 3).flatten(1, 2)
 
@@ -191,8 +191,7 @@ def _fresh_model(config: EngineConfig) -> WanDiT:
 
 class Batch(NamedTuple):
     """B videos in a layout of S chunks: clean latents [B, C, F, h, w], the weights [B, F, h, w] of their
-    cells, text states [2 B, text_len, D], two of each video, and which of them each chunk reads, bool [B,
-    S]."""
+    cells, the states [N, text_len, D] of all their texts, and which of these each chunk reads, [B, S]."""
 
     clean: Tensor
     weight: Tensor
@@ -227,10 +226,10 @@ def draw_batch(
         weight.append(taught * (1 + (_FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
         kind = choices.random()
         said = float(layout not in (START, CLIP) or kind >= _EMPTY_SHARE)
-        rows = dataset.text_rows[row, [places[0], places[-1]], int(kind < _EMPTY_SHARE + _OPEN_SHARE)]
-        states.append(said * dataset.texts[rows].float())
-        texts.append(read)
-    return Batch(torch.stack(clean), torch.stack(weight), torch.cat(states), torch.tensor(texts))
+        new, old = dataset.text_rows[row, [places[-1], places[0]], int(kind < _EMPTY_SHARE + _OPEN_SHARE)]
+        texts.append([len(states) + (not reads_new) for reads_new in read])
+        states += [said * dataset.texts[text].float() for text in ([new] if all(read) else [new, old])]
+    return Batch(torch.stack(clean), torch.stack(weight), torch.stack(states), torch.tensor(texts))
 
 
 def _end_of_layout(layout: tuple[Segment, ...], scenes: list[int], choices: random.Random) -> int:
@@ -262,7 +261,7 @@ def flow_loss(
     noise = torch.randn(batch.clean.shape, generator=generator).to(device)
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)], device=device)
     clean, weight, states, texts = (part.to(device) for part in batch)
-    model.ops.texts = texts
+    model.ops.texts = None if len(states) == count else texts
     with fast_autocast(device):
         flow = model.forward_clip(
             add_noise(clean, noise, sigma[:, None, :, None, None]),

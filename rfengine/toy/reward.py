@@ -33,12 +33,13 @@ class ToyReward:
             for clip, text in zip(frames.cpu(), prompts, strict=True)
         ]
         return {
-            "motion": torch.tensor([_motion(said, seen) for said, seen in pairs]),
+            "motion": torch.tensor([named_motion(said, seen) for said, seen in pairs]),
             "agreement": torch.tensor([_agreement(said, seen) for said, seen in pairs]),
         }
 
 
-def _motion(said: Scene, detection: Detection) -> float:
+def named_motion(said: Scene, detection: Detection) -> float:
+    """The mean motion of the objects that a scene names, as ToyReward has it."""
     objects = matched(said, detection)
     if any(entry is None for entry in objects):
         return 0.0

@@ -192,7 +192,7 @@ class DistillationStage(TrainingStage):
         return torch.cat([first.to(clip.dtype), clip[:, :, 1:]], dim=2), learns
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, T, H, W], not clamped, of latents from the start of a video."""
+        """Pixels [B, 3, T, H, W], not clamped, of latents, of which the first is taken to begin a video."""
         pieces = latents.detach().split(self.engine.cache.chunk_frames, dim=2)
         return torch.cat(list(decode_chunks(self.networks.vae, iter(pieces))), dim=2)
 
@@ -220,8 +220,9 @@ class DistillationStage(TrainingStage):
         """Weights [B] by the scores of the judged latents, None for plain DMD, and what to log of them."""
         if self.score is None:
             return None, {}
-        judged = self.distillation.clip_frames * self.engine.vae.temporal_stride
-        pixels = self._decoded(latents)[:, :, -judged:]
+        judged = self.distillation.clip_frames
+        seen = latents[:, :, -(judged + self.engine.cache.chunk_frames) :]  # a chunk more, as the past
+        pixels = self._decoded(seen)[:, :, -judged * self.engine.vae.temporal_stride :]
         frames = ((pixels.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1)
         score, parts = self.score(frames, prompts.texts)
         weights = reward_weights(score, prompts.groups, self.distillation.beta)

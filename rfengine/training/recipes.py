@@ -9,7 +9,7 @@ from rfengine.config import PRESETS, EngineConfig
 from rfengine.training.config import AdamConfig, DistillationConfig, RolloutConfig, TrainConfig
 
 _TOY_FRAMES = 9  # latent frames of the toy teacher's clips: three chunks, 33 pixel frames from the start
-_TOY_TEACHER = "runs/toy_study/teacher/checkpoint"
+_TOY_TEACHER = "runs/tiny/checkpoint"  # of recipes.tiny
 # What Wan2.1 leads away from: loud colours, overexposure, stillness, blur, subtitles, artefacts, deformed
 # hands and faces, crowds, walking backwards (the published configuration).
 WAN_NEGATIVE_PROMPT = (
@@ -19,7 +19,7 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 
-def toy_teacher(engine: EngineConfig | None = None, data: str = "runs/toy_study/clips.pt") -> TrainConfig:
+def toy_teacher(engine: EngineConfig | None = None, data: str = "runs/tiny/videos.pt") -> TrainConfig:
     """The bidirectional teacher of the toy world, from the shipped causal weights."""
     return TrainConfig(
         name="toy_teacher",
@@ -56,7 +56,8 @@ def toy_ode_init(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER
 
 
 def toy_dmd(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> TrainConfig:
-    """The toy student by plain DMD: rollouts of three to six chunks, so that up to three leave the window."""
+    """The toy student by plain DMD: streams of three to twenty chunks, so that it sees what its own errors
+    come to, some of them with another prompt before."""
     adam = AdamConfig(2e-4, clip=1.0, warm_up=5)
     return TrainConfig(
         name="toy_dmd",
@@ -72,7 +73,7 @@ def toy_dmd(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> 
         teacher=teacher,
         critic=teacher,
         distillation=DistillationConfig(clip_frames=_TOY_FRAMES, guidance=1.0, first_latent="given"),
-        rollout=RolloutConfig(3, 6, 3),
+        rollout=RolloutConfig(3, 20, 3, shortest_share=0.4, switch_share=0.4),
         average_decay=0.95,
         average_start=200,
         precision="bfloat16",
@@ -90,13 +91,11 @@ def toy_re_dmd(
     )
 
 
-def toy_re_dmd_no_eviction(
-    engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER, beta: float = 0.5
-) -> TrainConfig:
-    """toy_re_dmd with rollouts of three chunks, which just fill the window: nothing is ever averaged into the
+def toy_dmd_no_eviction(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> TrainConfig:
+    """toy_dmd with rollouts of three chunks, which just fill the window: nothing is ever averaged into the
     sink, as in the published training."""
-    evicting = toy_re_dmd(engine, teacher, beta)
-    return replace(evicting, name="toy_re_dmd_no_eviction", rollout=RolloutConfig(3, 3, 3))
+    evicting = toy_dmd(engine, teacher)
+    return replace(evicting, name="toy_dmd_no_eviction", rollout=RolloutConfig(3, 3, 3))
 
 
 def wan_1_3b_reward_forcing() -> TrainConfig:
@@ -154,6 +153,6 @@ def wan_1_3b_reward_forcing() -> TrainConfig:
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
-        toy_teacher, toy_ode_init, toy_dmd, toy_re_dmd, toy_re_dmd_no_eviction, wan_1_3b_reward_forcing,
+        toy_teacher, toy_ode_init, toy_dmd, toy_dmd_no_eviction, toy_re_dmd, wan_1_3b_reward_forcing,
     )
 }  # fmt: skip

@@ -3,6 +3,8 @@ moves, and how far they are from the teacher's."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,13 @@ from recipes.tiny.training import ToyModel
 from rfengine.evaluation.dynamics import measure_dynamics
 from rfengine.ops import choose_ops
 from rfengine.ops.reference import frame_pack
-from rfengine.toy.captions import caption, open_caption, sample_scenes
+from rfengine.toy.captions import caption, open_caption, parse_caption, sample_scenes
 from rfengine.toy.data import negative_states
 from rfengine.toy.detector import detect, score
-from rfengine.toy.reward import ToyReward
+from rfengine.toy.reward import named_motion
 from rfengine.toy.world import Scene, WorldConfig, as_clips
 from rfengine.training.recipes import toy_dmd
-from rfengine.training.rollout import decode_chunks, roll_out
+from rfengine.training.rollout import decode_chunks, latent_shape, roll_out
 from rfengine.training.stages import seeded
 from rfengine.training.trajectories import follow_flow
 from studies.toy.record import Unit, Values, unit, write_record
@@ -51,10 +53,21 @@ def measure_clips(setting: Setting, model: str) -> None:
             )
             for seed in setting.size.sampling_seeds
         ]
-        videos += [video for made in units for video in made["videos"]]
+        videos += _with_mixed([made["videos"] for made in units])
         fidelity[kind] = _fidelity(setting, model, kind, [made["latents"].float() for made in units])
     record = {"kind": "clips", "model": model, "settings": settings, "fidelity": fidelity, "videos": videos}
     write_record(setting.records / f"clips_{model}.json", record)
+
+
+def _with_mixed(seeds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The videos of all seeds; those of a moving scene with `mixed`, whether some seeds of its caption move
+    fast and others do not, so that a reward has something to choose."""
+    for same in zip(*seeds, strict=True):
+        if "fast" in same[0]["values"]:
+            fast = {video["values"]["fast"] for video in same}
+            for video in same:
+                video["values"]["mixed"] = float(len(fast) > 1)
+    return [video for videos in seeds for video in videos]
 
 
 def _latents(setting: Setting, toy: ToyModel, is_teacher: bool, texts: list[str], seed: int) -> Tensor:
@@ -64,8 +77,7 @@ def _latents(setting: Setting, toy: ToyModel, is_teacher: bool, texts: list[str]
     states = toy.encode(texts).to(device)
     if not is_teacher:
         return torch.cat(list(roll_out(toy.transformer, engine, states, _CHUNKS, seed)), dim=2)
-    frames, stride = _CHUNKS * engine.cache.chunk_frames, engine.vae.spatial_stride
-    size = (len(texts), engine.model.in_dim, frames, engine.height // stride, engine.width // stride)
+    size = latent_shape(engine, len(texts), _CHUNKS * engine.cache.chunk_frames)
     noise = torch.randn(size, generator=seeded(torch.device("cpu"), "clips", seed)).to(device)
     empty = negative_states(engine.model.text_len, engine.model.text_dim).to(device)
     guidance, schedule = toy_dmd(engine).distillation.guidance, engine.schedule
@@ -97,17 +109,14 @@ def _measure(setting: Setting, toy: ToyModel, is_teacher: bool, kind: str, seed:
 
 
 def _clip_values(scene: Scene, text: str, pixels: Tensor) -> Values:
-    """pixels: [3, T, H, W]. Whether the speed is right is no question where the caption leaves it open."""
-    frames = as_clips(pixels[None])[0]
-    rewards = {name: float(value) for name, value in ToyReward()(frames[None], [text]).items()}
-    right = {name: float(value) for name, value in score(scene, detect(frames)).items()}
-    values = right | {"reward": rewards["motion"], "agreement": rewards["agreement"]}
-    values["all"] = float(all(right.values()))
-    if scene.speed not in text:
-        values["all"] = float(all(value for name, value in right.items() if name != "speed"))
-        del values["speed"]
+    """pixels: [3, T, H, W]. What is right of that which the text says, and how what it names moves."""
+    said, found = parse_caption(text), detect(as_clips(pixels[None])[0])
+    values = {name: float(value) for name, value in score(said, found).items()}
+    shares = list(values.values())
+    values |= {"agreement": sum(shares) / len(shares), "all": float(all(shares))}
+    values["reward"] = named_motion(said, found)
     if scene.motion == "moving":
-        values["fast"] = float(rewards["motion"] > _FAST)
+        values["fast"] = float(values["reward"] > _FAST)
     return values
 
 

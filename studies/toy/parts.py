@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from studies.toy.clips import measure_clips
-from studies.toy.setting import SHIPPED, WITH_EVICTION, WITHOUT_EVICTION, Setting
+from studies.toy.scenarios import SCENARIOS
+from studies.toy.setting import TRAINED_SINKS, WITH_EVICTION, WITHOUT_EVICTION, Setting, trained_sink
 from studies.toy.streams import measure_streams, sink_names
-from studies.toy.tables import TRUE_SINK
-from studies.toy.trainings import average_with_start, encode_clips, run_training, train_start
+from studies.toy.tables import TRUE_MODEL, TRUE_SINK
+from studies.toy.trainings import run_training, train_start
 
 _POLL_SECONDS = 0.5
 _STOP_SECONDS = 120.0  # a training that is to stop saves first
@@ -33,8 +34,8 @@ class Part:
 def study_parts(setting: Setting) -> dict[str, Part]:
     """Every part by its name, each after the parts that it needs.
 
-    In bf16 alone no sink is streamed without eviction, and of the longest streams only the one that averages
-    most slowly.
+    One student streams under every sink; those that were trained with another sink, or without eviction,
+    stream under their own.
     """
     size = setting.size
     parts: dict[str, Part] = {}
@@ -42,37 +43,29 @@ def study_parts(setting: Setting) -> dict[str, Part]:
     def add(name: str, needs: tuple[str, ...], result: Path, run: Callable[[Setting], None]) -> None:
         parts[name] = Part(name, needs, result, run)
 
-    def stream(model: str, sink: str, seconds: int, captions: int) -> None:
-        name = f"streams_{model}_{sink}_{seconds}s"
-        needs = () if model == "world" else (model,)
-        run = partial(measure_streams, model=model, sink=sink, seconds=seconds, captions=captions)
-        add(name, needs, setting.records / f"{name}.json", run)
+    def stream(model: str, sink: str) -> None:
+        for scenario in SCENARIOS:
+            name = f"streams_{model}_{sink}_{scenario}"
+            needs = ("start",) if model == TRUE_MODEL else (model,)
+            run = partial(measure_streams, model=model, sink=sink, scenario=scenario)
+            add(name, needs, setting.records / f"{name}.json", run)
 
     add("start", (), setting.checkpoint("start"), train_start)
-    add("clips", (), setting.clips_path, encode_clips)
-    add("teacher", ("start", "clips"), setting.checkpoint("teacher"), partial(run_training, name="teacher"))
     for name in size.students:
-        add(name, ("teacher",), setting.checkpoint(name), partial(run_training, name=name))
-    add(SHIPPED, ("start", WITH_EVICTION), setting.checkpoint(SHIPPED), average_with_start)
-    for model in ("teacher", "start", *size.students, SHIPPED):
-        needs = (model,) if model == "teacher" else (model, "clips_teacher")
+        add(name, ("start",), setting.checkpoint(name), partial(run_training, name=name))
+    for model in ("teacher", "start", *size.students):
+        needs = ("start",) if model == "teacher" else (model, "clips_teacher")
         add(
             f"clips_{model}",
             needs,
             setting.records / f"clips_{model}.json",
             partial(measure_clips, model=model),
         )
-    short, long = (size.stream_seconds, size.stream_captions), (size.long_seconds, size.long_captions)
-    split, rounded = sink_names(size.alphas)
-    stream("world", TRUE_SINK, *short)
-    for sink in (*split, *rounded):
-        stream(WITH_EVICTION, sink, *short)
-    for sink in split:
-        stream(WITHOUT_EVICTION, sink, *short)
-    stream(SHIPPED, split[-1], *short)
-    stream("world", TRUE_SINK, *long)
-    for sink in (*split, rounded[-1]):
-        stream(WITH_EVICTION, sink, *long)
+    stream(TRUE_MODEL, TRUE_SINK)
+    for sink in sink_names(size.alphas):
+        stream(WITH_EVICTION, sink)
+    for model in (WITHOUT_EVICTION, *(f"dmd_{sink}" for sink in TRAINED_SINKS)):
+        stream(model, trained_sink(model))
     return parts
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rfengine.evaluation.plots import new_figure
 from studies.toy.record import Record
-from studies.toy.setting import WITH_EVICTION, WITHOUT_EVICTION, split_model
+from studies.toy.setting import WITH_EVICTION, WITHOUT_EVICTION, split_model, trained_sink
 from studies.toy.tables import (
     TRUE_MODEL,
     TRUE_SINK,
@@ -17,7 +17,6 @@ from studies.toy.tables import (
     clip_samples,
     measure,
     model_place,
-    sink_place,
     stream_samples,
 )
 
@@ -39,15 +38,17 @@ _SHARES_RIGHT = ("colour", "shape", "direction", "speed", "all")
 _REWARD, _TIME = "reward, world's top speed = 1", "time, s"
 _CURVES = {
     "reward": (_TIME, _REWARD),
+    "right": (_TIME, "all right, of 1"),
     "consistency": ("time between frames, s", "consistency, likeness"),
     "sharpness_drift": (_TIME, "sharpness drift, octaves"),
     "colour_drift": (_TIME, "colour drift, of 1"),
+    "after_switch": ("time after a switch, s", "attributes right, of 1"),
 }
-_EVICTION_VALUES = {
-    "copying_excess": "copying excess, likeness",
-    "sharpness_drift": "sharpness drift, octaves",
+_STUDENT_VALUES = {
+    "right": "all right, % of windows",
     "reward": _REWARD,
-    "shape": "shape right, %",
+    "sharpness_drift": "sharpness drift, octaves",
+    "old_scene": "old scene seen, % of windows",
 }
 _LOGGED = {
     "reward": "reward while training, world's top speed = 1",
@@ -55,23 +56,30 @@ _LOGGED = {
     "distance": "distribution matching distance",
     "critic_loss": "loss of the critic",
 }
-_PERCENT = (*_SHARES_RIGHT, "fast", "toy.agreement")  # shares, which are drawn in per cent
+_PERCENT = (
+    *_SHARES_RIGHT,
+    "fast",
+    "right",
+    "old_scene",
+    "toy.agreement",
+)  # shares, which are drawn in per cent
 _SMOOTHED = 20  # a point is the mean of one in so many of a log's lines, at least one
 _MOST_POINTS = 60  # of a line, else a PNG of several trainings becomes large
 _DPI, _COLOURS = 90, 64
 
 
 def draw(records: Sequence[Record], logs: Mapping[str, Path], folder: Path) -> list[Path]:
-    """Draw what there is and return the files: models.png, trainings.png, eviction.png and, for every model
-    and length of streams, sinks_<model>_<seconds>s.png.
+    """Draw what there is and return the files: models.png, trainings.png, students.png and, for every
+    scenario of the streams of WITH_EVICTION, sinks_<scenario>.png.
 
     logs: JSON lines of the training of each model. Raises RuntimeError when matplotlib is missing.
     """
     streams = stream_samples(records)
     figures = {"models": _models(records), "trainings": _trainings(logs)}
-    for model, seconds in streams:
-        figures[f"sinks_{model}_{seconds}s"] = _sinks(records, model, seconds, streams[model, seconds])
-    figures["eviction"] = _eviction(streams)
+    for model, scenario in streams:
+        if model == WITH_EVICTION:
+            figures[f"sinks_{scenario}"] = _sinks(records, scenario, streams[model, scenario])
+    figures["students"] = _students(streams)
     files = {folder / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
     for path, figure in files.items():
         _save(figure, path)
@@ -169,20 +177,20 @@ def _smooth(points: Points) -> Points:
     return [(sum(x for x, _ in part) / width, sum(y for _, y in part) / width) for part in parts]
 
 
-def _sinks(records: Sequence[Record], model: str, seconds: int, samples: Mapping[str, Samples]) -> Figure:
-    figure, (*panels, copying, legend) = new_figure(13, 7.5, 2, 3)
+def _sinks(records: Sequence[Record], scenario: str, samples: Mapping[str, Samples]) -> Figure:
+    figure, (*panels, copying, legend) = new_figure(15, 7.5, 2, 4)
     lines = {}
     for axes, (name, (x, y)) in zip(panels, _CURVES.items(), strict=True):
         for sink in samples:
-            owner = TRUE_MODEL if sink == TRUE_SINK else model
-            points = _mean_curve(records, owner, sink, seconds, name)
+            points = _mean_curve(records, sink, scenario, name)
             if points:
                 style = "--" if sink.endswith("_bf16") else "-"  # in the colour of the split precision
                 colour = _sink_colour(sink, samples)
                 (line,) = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.5)
                 lines.setdefault(sink, line)
         axes.set(xlabel=x, ylabel=y)
-    panels[1].set_xscale("log", base=2)
+        if name == "consistency":
+            axes.set_xscale("log", base=2)
     for place, sink in enumerate(samples):
         found = measure(samples[sink], "copying_excess")
         if found:
@@ -195,19 +203,20 @@ def _sinks(records: Sequence[Record], model: str, seconds: int, samples: Mapping
     legend.set_axis_off()
     shown = [sink for sink in samples if sink in lines]
     if shown:
-        title = f"{model}, {seconds} s: sink"
+        title = f"{WITH_EVICTION}, a scene that {scenario}: sink"
         legend.legend([lines[sink] for sink in shown], shown, loc="center", title=title)
     return figure
 
 
-def _mean_curve(records: Sequence[Record], model: str, sink: str, seconds: int, name: str) -> Points:
+def _mean_curve(records: Sequence[Record], sink: str, scenario: str, name: str) -> Points:
     """The mean over all videos of a curve, at the places that all of them have."""
+    owner = TRUE_MODEL if sink == TRUE_SINK else WITH_EVICTION
     return _mean_points(
         [
             video["curves"][name]
             for record in records
-            if record["kind"] == "streams" and split_model(record["model"])[0] == model
-            if (record["sink"], record["seconds"]) == (sink, seconds)
+            if record["kind"] == "streams" and split_model(record["model"])[0] == owner
+            if (record["sink"], record["scenario"]) == (sink, scenario)
             for video in record["videos"]
             if name in video["curves"]
         ]
@@ -221,25 +230,26 @@ def _mean_points(curves: Sequence[Points]) -> Points:
     return [(place, sum(curve[place] for curve in values) / len(values)) for place in shared]
 
 
-def _eviction(streams: Mapping[tuple[str, int], Mapping[str, Samples]]) -> Figure | None:
-    lengths = [
-        seconds
-        for model, seconds in streams
-        if model == WITH_EVICTION and (WITHOUT_EVICTION, seconds) in streams
-    ]
-    if not lengths:
+def _students(streams: Mapping[tuple[str, str], Mapping[str, Samples]]) -> Figure | None:
+    """Every student under the sink that it was trained with, in each scenario."""
+    found = {
+        (model, scenario): sinks[trained_sink(model)]
+        for (model, scenario), sinks in streams.items()
+        if trained_sink(model) in sinks
+    }
+    models = sorted({model for model, _ in found}, key=model_place)
+    if len(models) < 2:
         return None
-    figure, grid = new_figure(14, 4 * len(lengths), len(lengths), len(_EVICTION_VALUES))
-    panels = [(seconds, name) for seconds in lengths for name in _EVICTION_VALUES]
-    for axes, (seconds, name) in zip(grid, panels, strict=True):
-        both = [streams[model, seconds] for model in (WITH_EVICTION, WITHOUT_EVICTION)]
-        sinks = sorted(({*both[0]} | {*both[1]}) - {TRUE_SINK}, key=sink_place)
-        styles = (-0.12, _BLUE, "o", "trained with eviction"), (0.12, _RED, "s", "trained without")
-        for samples, (shift, colour, marker, label) in zip(both, styles, strict=True):
-            found = [(place + shift, samples.get(sink)) for place, sink in enumerate(sinks)]
-            _points(axes, found, name, color=colour, marker=marker, label=label)
-        axes.set_xticks(range(len(sinks)), sinks, rotation=60)
-        axes.set(xlabel=f"sink while streaming {seconds} s", ylabel=_EVICTION_VALUES[name])
+    scenarios = sorted({scenario for _, scenario in found})
+    figure, grid = new_figure(14, 4, 1, len(_STUDENT_VALUES))
+    for axes, (name, label) in zip(grid, _STUDENT_VALUES.items(), strict=True):
+        for index, scenario in enumerate(scenarios):
+            shift = 0.5 * ((index + 0.5) / len(scenarios) - 0.5)
+            entries = [(place + shift, found.get((model, scenario))) for place, model in enumerate(models)]
+            style = {"color": _OTHER_COLOURS[index % len(_OTHER_COLOURS)], "marker": _MARKERS[index]}
+            _points(axes, entries, name, **style, label=f"a scene that {scenario}")
+        axes.set_xticks(range(len(models)), models, rotation=60)
+        axes.set_ylabel(label)
     _share_legend(figure, grid, "outside upper center")
     return figure
 

@@ -43,8 +43,10 @@ class Options:
 
     size: Literal["cpu", "gpu", "smoke"] = "cpu"
     """How much is trained and sampled."""
+    base: Path | None = None
+    """Of a run of recipes.tiny, runs/tiny for the cpu size, where what comes before the student is made."""
     directory: Path | None = None
-    """Of what is made; runs/toy_study for the cpu size."""
+    """Of all else that is made; runs/toy_study for the cpu size."""
     results: Path | None = None
     """Of tables, plots and records; studies/toy/results for the cpu size."""
     device: str | None = None
@@ -75,6 +77,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         _refuse(f"--workers is {workers}; run 1 to {MOST_WORKERS} parts at once")
     return replace(
         options,
+        base=options.base or Path("runs") / name.replace("toy_study", "tiny"),
         directory=options.directory or Path("runs") / name,
         results=options.results or RESULTS.with_name("results" + name.removeprefix("toy_study")),
         device=device,
@@ -90,7 +93,8 @@ def _refuse(message: str) -> NoReturn:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     threads = max(1, (os.cpu_count() or 1) // options.workers)
-    setting = Setting(SIZES[options.size], options.directory, torch.device(options.device), threads)
+    device = torch.device(options.device)
+    setting = Setting(SIZES[options.size], options.base, options.directory, device, threads)
     parts = study_parts(setting)
     if options.part:
         return _run_part(setting, parts, options.part)
@@ -104,8 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not chosen:
             _refuse(f"--only is {options.only!r}, which no part matches; see --list")
         signal.signal(signal.SIGTERM, _interrupt)
-        command = ["-m", "studies.toy.run", "--size", options.size, "--directory", str(options.directory)]
-        command += ["--device", options.device, "--workers", str(options.workers), "--part"]
+        command = ["-m", "studies.toy.run", "--size", options.size, "--base", str(options.base)]
+        command += [
+            "--directory",
+            str(options.directory),
+            "--device",
+            options.device,
+            "--workers",
+            str(options.workers),
+            "--part",
+        ]
         failed = run_parts(
             chosen, command, options.workers, setting.directory / "output", partial(print, flush=True)
         )
@@ -151,7 +163,7 @@ def publish(setting: Setting, results: Path) -> None:
     for path in sorted(setting.records.glob("*.json")):
         shutil.copyfile(path, results / path.name)
     logs = {}
-    for model in ("teacher", *setting.size.students):
+    for model in setting.size.students:
         source, name = setting.directory / model / "log.jsonl", results / f"log_{model}.jsonl"
         if source.exists():
             lines = [line for line in source.read_text().splitlines() if line]

@@ -9,24 +9,26 @@ from typing import NamedTuple
 
 from rfengine.evaluation.report import Interval, bootstrap_mean
 from studies.toy.record import Record
-from studies.toy.setting import SHIPPED, WITH_EVICTION, WITHOUT_EVICTION, split_model
+from studies.toy.setting import TRAINED_SINKS, WITH_EVICTION, WITHOUT_EVICTION, split_model, trained_sink
 
 TRUE_MODEL, TRUE_SINK = "world", "true"
 # up to 5 clusters all differ to one side by chance in more than 5% of the cases: 2 * 0.5**5 is 6%
 LEAST_MARKED = 6
 
-_CONTENT = ("colour", "shape", "direction")
+_CONTENT = ("colour", "shape", "direction", "camera")
 _DRIFTS = ("exposure_drift", "contrast_drift", "colour_drift", "sharpness_drift")
 _LIKENESS = ("consistency_near", "consistency_far", "copying_excess")
+_SWITCHES = ("right_after_2", "right_after_4", "old_scene")
 _CLIPS = {
     "full": ("reward", "flow_speed", "fidelity", "agreement", *_CONTENT, "speed", "all"),
-    "open": ("reward", "flow_speed", "fast", "fidelity", "agreement", *_CONTENT, "all"),
+    "open": ("reward", "flow_speed", "fast", "mixed", "fidelity", "agreement", *_CONTENT, "all"),
 }
 _STREAMS = (
-    *("reward", "flow_speed", "freeze_fraction", *_DRIFTS, *_LIKENESS, *_CONTENT),
-    *("speed", "permanence"),
+    *("reward", "right", "camera", *_SWITCHES, "flow_speed", "freeze_fraction", *_DRIFTS, *_LIKENESS),
 )
-_SHARES = (*_CONTENT, "speed", "all", "fast", "agreement", "freeze_fraction", "permanence")
+_SHARES = (
+    *(*_CONTENT, *_SWITCHES, "speed", "all", "right", "fast", "mixed", "agreement", "freeze_fraction"),
+)
 _HEAD = """# Toy study
 
 Written by python studies/toy/run.py --tables
@@ -40,7 +42,10 @@ on one side by chance too often. Nothing corrects for the number of comparisons.
 
 Shares are in per cent, their differences in percentage points. Reward: motion of the named objects, 1 being
 the world's top speed and 1.5 the most. Flow speed: % of the shorter side a frame. Fast: moving scenes that
-move nearer to fast than to slow. Fidelity: energy distance of the latents to the teacher's, lower is nearer,
+move nearer to fast than to slow; mixed: captions of which some sampling seeds do and others do not. Right:
+windows of three chunks in which all that the text says is seen; after 2, after 4: switches that are right by
+the second and by the fourth chunk; old scene: windows that show a colour or the background of a scene that is
+over. Fidelity: energy distance of the latents to the teacher's, lower is nearer,
 the mean over sampling seeds with their range in round brackets; the teacher's own is the floor. Drifts: the
 last quarter against the first chunk, sharpness in octaves. Consistency: likeness one chunk apart (near) and
 half a video apart (far). Copying excess: likeness of late frames to the own first chunk beyond that to those
@@ -62,13 +67,13 @@ class Table(NamedTuple):
 
 
 def model_place(model: str) -> tuple[int, float, str]:
-    """What models are sorted by: start, teacher, dmd, re_dmd of falling beta, no_eviction, others."""
+    """What models are sorted by: start, teacher, dmd and its sinks, re_dmd of falling beta, no_eviction."""
     place, number = _place(model, ("start", "teacher", "dmd", "re_dmd", WITHOUT_EVICTION))
     return place, -number, model
 
 
 def sink_place(sink: str) -> tuple[int, float, str]:
-    """What sinks are sorted by: true, none, frozen, ema of rising alpha, the same in bf16."""
+    """What sinks are sorted by: true, none, frozen, ema of rising alpha, the same in bf16, others."""
     name = sink.removesuffix("_bf16")
     place, number = _place(name, (TRUE_SINK, "none", "frozen", "ema"))
     return place + (name != sink), number, sink
@@ -93,17 +98,17 @@ def clip_samples(records: Sequence[Record], captions: str) -> dict[str, Samples]
     return dict(sorted(found.items(), key=lambda entry: model_place(entry[0])))
 
 
-def stream_samples(records: Sequence[Record]) -> dict[tuple[str, int], dict[str, Samples]]:
-    """The streams by (model, seconds), in each by sink, the true videos first, in the order of the tables."""
-    found: dict[tuple[str, int], dict[str, Samples]] = {}
+def stream_samples(records: Sequence[Record]) -> dict[tuple[str, str], dict[str, Samples]]:
+    """The streams by (model, scenario), in each by sink, the true videos first, as the tables have them."""
+    found: dict[tuple[str, str], dict[str, Samples]] = {}
     for record in records:
         if record["kind"] == "streams":
-            sinks = found.setdefault((split_model(record["model"])[0], record["seconds"]), {})
+            sinks = found.setdefault((split_model(record["model"])[0], record["scenario"]), {})
             sinks.setdefault(record["sink"], {}).update(_samples(record, ""))
     return {
-        (model, seconds): found.get((TRUE_MODEL, seconds), {})
-        | dict(sorted(found[model, seconds].items(), key=lambda entry: sink_place(entry[0])))
-        for model, seconds in sorted(found, key=lambda place: (model_place(place[0]), place[1]))
+        (model, scenario): found.get((TRUE_MODEL, scenario), {})
+        | dict(sorted(found[model, scenario].items(), key=lambda entry: sink_place(entry[0])))
+        for model, scenario in sorted(found, key=lambda place: (model_place(place[0]), place[1]))
         if model != TRUE_MODEL
     }
 
@@ -182,30 +187,41 @@ def _clip_tables(records: Sequence[Record]) -> Iterator[Table]:
         yield Table(section, f"{kind.capitalize()} captions", columns, found[kind])
     for kind, columns in _CLIPS.items():
         pairs = [(model, "dmd") for model in found[kind] if model.startswith("re_dmd_")]
-        pairs += [(WITHOUT_EVICTION, WITH_EVICTION), ("dmd", "start"), (SHIPPED, "start")]
+        pairs += [(WITHOUT_EVICTION, WITH_EVICTION), ("dmd", "start")]
+        pairs += [(f"dmd_{sink}", "dmd") for sink in TRAINED_SINKS]
         title = f"Paired differences, {kind} captions"
         yield Table(section, title, columns, _paired(found[kind], pairs), True)
 
 
 def _stream_tables(records: Sequence[Record]) -> Iterator[Table]:
     streams = stream_samples(records)
-    for (model, seconds), sinks in streams.items():
-        title = f"{model}, {seconds} s"
+    for (model, scenario), sinks in streams.items():
+        if model != WITH_EVICTION:
+            continue
+        title = f"a scene that {scenario}, {model}"
         yield Table("Sinks", title, _STREAMS, sinks)
         ema = [sink for sink in sinks if sink.startswith("ema_")]
         pairs = [(sink, other) for other in ("frozen", "none") for sink in ema]
         pairs += [(sink, sink.removesuffix("_bf16")) for sink in ema if sink.endswith("_bf16")]
         yield Table("Sinks", f"Paired differences, {title}", _STREAMS, _paired(sinks, pairs), True)
-    for (model, seconds), sinks in streams.items():
-        if model == WITH_EVICTION:
-            others = streams.get((WITHOUT_EVICTION, seconds), {})
-            rows = {
-                sink: difference(samples, others[sink])
-                for sink, samples in sinks.items()
-                if sink in others and sink != TRUE_SINK
-            }
-            title = f"Paired differences, {WITH_EVICTION} minus {WITHOUT_EVICTION}, {seconds} s"
-            yield Table("Trained with eviction against without", title, _STREAMS, rows, True)
+    for scenario in dict.fromkeys(scenario for _, scenario in streams):
+        rows = _own_sinks(streams, scenario)
+        title = f"a scene that {scenario}, each student under the sink that it was trained with"
+        yield Table("Students of their own sink", title, _STREAMS, rows)
+        names = [name for name in rows if name != "dmd"]
+        pairs = [(name, "dmd") for name in names]
+        yield Table(
+            "Students of their own sink", f"Paired differences, {title}", _STREAMS, _paired(rows, pairs), True
+        )
+
+
+def _own_sinks(streams: dict[tuple[str, str], dict[str, Samples]], scenario: str) -> dict[str, Samples]:
+    """The streams of every student under the sink that it was trained with."""
+    return {
+        model: sinks[trained_sink(model)]
+        for (model, of), sinks in streams.items()
+        if of == scenario and trained_sink(model) in sinks
+    }
 
 
 def _paired(found: dict[str, Samples], pairs: Sequence[tuple[str, str]]) -> dict[str, Samples]:

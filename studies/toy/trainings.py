@@ -1,76 +1,54 @@
-"""The trainings of the toy study: the student before distillation, the teacher and its clips, the distilled
+"""The trainings of the toy study: those before the students, by the recipe of the shipped weights, and the
 students."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import torch
-
-from recipes.tiny.run import STEPS, VIDEOS, Options, run_stage
-from recipes.tiny.stages import CHECKPOINT
-from recipes.tiny.training import save_part
-from recipes.tiny.videos import encode_dataset
-from rfengine.checkpoint.directories import checkpoint_directory
-from rfengine.checkpoint.loader import read_safetensors
-from rfengine.toy.data import save_dataset
+from recipes.tiny.run import STEPS, Options, run_stage
+from recipes.tiny.stages import STAGES, RunDirectory
 from rfengine.training.build import base_engine, build_stage, export_checkpoint
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
-from rfengine.training.recipes import toy_dmd, toy_re_dmd, toy_re_dmd_no_eviction, toy_teacher
+from rfengine.training.recipes import toy_dmd, toy_dmd_no_eviction, toy_re_dmd
 from rfengine.training.samples import averaged_state
 from rfengine.training.trainer import Trainer
-from studies.toy.setting import SHIPPED, WITH_EVICTION, WITHOUT_EVICTION, Setting, seeded_name
-
-_BASE = "tiny"  # whose VAE and text encoder the whole study uses
-_CLIP_SEED = 77
-_CLIP_CHUNKS = 4  # of which a clip of three begins at the first or at the second
+from studies.toy.setting import TRAINED_SINKS, WITHOUT_EVICTION, Setting, seeded_name
+from studies.toy.streams import with_sink
 
 
 def train_start(setting: Setting) -> None:
-    """The student before distillation: the shipped VAE and text encoder, and a transformer by teacher forcing
-    as recipes.tiny trains it."""
-    directory, engine = setting.directory / "start_run", base_engine(_BASE)
-    parts = directory / CHECKPOINT
-    for part in ("vae", "text_encoder"):
-        weights, _ = read_safetensors(checkpoint_directory(_BASE) / f"{part}.safetensors")
-        save_part(parts, engine, part, weights)
-    scale = setting.size.start_scale
-    for stage in ("videos", "starts"):
-        if not (directory / f"{stage}.pt").exists():
-            run_stage(Options(stage, directory, videos=max(1, int(scale * VIDEOS[stage]))))
-    run_stage(Options("teacher", directory, max(1, int(scale * STEPS["teacher"]))))
-    start, _ = read_safetensors(parts / "transformer.safetensors")
-    export_checkpoint(start, engine, _BASE, setting.checkpoint("start"))
-
-
-def encode_clips(setting: Setting) -> None:
-    """Rendered and encoded videos of four chunks, which the teacher learns from."""
-    save_dataset(encode_dataset(_BASE, _CLIP_CHUNKS, setting.size.clips, _CLIP_SEED), setting.clips_path)
+    """All stages of recipes.tiny up to the student's first weights; those that are done stay."""
+    size, files = setting.size, RunDirectory(setting.base, setting.base / "export")
+    for stage in STAGES[: STAGES.index("student")]:
+        if not files.is_done(stage):
+            steps = size.base_steps if stage in STEPS else None
+            videos = None if stage in STEPS else size.base_videos
+            run_stage(Options(stage, setting.base, steps, videos, device=setting.device.type))
 
 
 def training_configs(setting: Setting) -> dict[str, TrainConfig]:
-    """The trainings by the name of their model."""
-    engine, size = base_engine(_BASE), setting.size
-    start, teacher = str(setting.checkpoint("start")), str(setting.checkpoint("teacher"))
-    configs = {
-        "teacher": dataclasses.replace(
-            toy_teacher(engine, str(setting.clips_path)), steps=size.teacher_steps, student=start
-        )
-    }
+    """The students' trainings by the name of their model; all have the same steps, teacher and start."""
+    size, teacher = setting.size, str(setting.checkpoint("teacher"))
+    engine, configs = base_engine(teacher), {}
     for seed in size.training_seeds:
-        students = {"dmd": toy_dmd(engine, teacher)}
+        students = {"dmd": toy_dmd(engine, teacher), WITHOUT_EVICTION: toy_dmd_no_eviction(engine, teacher)}
         students |= {f"re_dmd_{beta:g}": toy_re_dmd(engine, teacher, beta) for beta in size.betas}
-        students[WITHOUT_EVICTION] = toy_re_dmd_no_eviction(engine, teacher, size.betas[0])
+        for sink in TRAINED_SINKS:
+            changed = dataclasses.replace(engine, cache=with_sink(engine.cache, sink))
+            students[f"dmd_{sink}"] = toy_dmd(changed, teacher)
         for name, config in students.items():
             configs[seeded_name(name, seed)] = dataclasses.replace(
-                config, steps=size.student_steps, student=start, seed=seed
+                config,
+                steps=size.student_steps,
+                student=str(setting.checkpoint("start")),
+                base=teacher,
+                batch=size.batch,
+                precision=setting.precision,
+                seed=seed,
             )
-    return {
-        name: dataclasses.replace(config, batch=size.batch, precision=size.precision)
-        for name, config in configs.items()
-    }
+    return configs
 
 
 def run_training(setting: Setting, name: str) -> None:
@@ -79,19 +57,4 @@ def run_training(setting: Setting, name: str) -> None:
     with locked_run(setting.directory / name):
         stage = build_stage(config, setting.device, ranks)
         Trainer(config, stage, setting.directory / name, ranks).finish("with the same command")
-        export_checkpoint(averaged_state(stage), config.engine, _BASE, setting.checkpoint(name))
-
-
-def average_with_start(setting: Setting) -> None:
-    """The model that is shipped: the mean of the weights of WITH_EVICTION and of the start.
-
-    Distillation moves the weights by little, so the models on the straight line between both ends work too
-    (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022); halfway keeps what the start does
-    better.
-    """
-    ends = [
-        read_safetensors(setting.checkpoint(model) / "transformer.safetensors")[0]
-        for model in ("start", WITH_EVICTION)
-    ]
-    weights = {key: torch.lerp(value.float(), ends[1][key].float(), 0.5) for key, value in ends[0].items()}
-    export_checkpoint(weights, base_engine(_BASE), _BASE, setting.checkpoint(SHIPPED))
+        export_checkpoint(averaged_state(stage), config.engine, config.base, setting.checkpoint(name))

@@ -19,8 +19,8 @@ def test_re_dmd_differs_from_dmd_by_its_reward_alone():
 
 def test_only_the_recipe_without_eviction_never_leaves_the_window():
     window = PRESETS["tiny"].cache.window_chunks
-    assert recipes.toy_re_dmd_no_eviction().rollout.max_chunks == window
-    assert recipes.toy_re_dmd().rollout.max_chunks > window
+    assert recipes.toy_dmd_no_eviction().rollout.max_chunks == window
+    assert recipes.toy_dmd().rollout.max_chunks > window
     wan = recipes.wan_1_3b_reward_forcing()
     assert wan.rollout.min_chunks > wan.engine.cache.window_chunks
 

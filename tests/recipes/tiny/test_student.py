@@ -74,9 +74,9 @@ def test_the_start_learns_the_end_of_a_trajectory_and_videos_beside_it(monkeypat
 def test_stages_of_the_student_leave_a_checkpoint_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(student, "_BATCH", 2)
     monkeypatch.setattr(student, "_SUBSTEPS", 1)
-    monkeypatch.setattr(student, "_ROLLOUT", RolloutConfig(4, 4, 1, switch_share=1.0))
     recipe = student.toy_dmd
-    small = {"batch": 2, "group": 2, "critic_updates": 1}
+    rollout = RolloutConfig(4, 4, 1, switch_share=1.0)
+    small = {"batch": 2, "group": 2, "critic_updates": 1, "rollout": rollout}
     monkeypatch.setattr(student, "toy_dmd", lambda *given: dataclasses.replace(recipe(*given), **small))
     shutil.copytree(checkpoint_directory("tiny"), tmp_path / CHECKPOINT)
     run_stage(Options("videos", tmp_path, videos=2))

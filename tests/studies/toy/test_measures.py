@@ -1,4 +1,4 @@
-"""What the toy study measures: distances of sets of clips, sinks by name, true videos, kept units."""
+"""What the toy study measures: distances of sets of clips, sinks by name, kept units."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipes.tiny.stages import CHECKPOINT
+from recipes.tiny.training import TINY
+from rfengine.checkpoint.checkpoint import write_config
 from rfengine.config import PRESETS
-from rfengine.toy.captions import caption, sample_scenes
-from rfengine.toy.reward import ToyReward
-from rfengine.toy.world import WorldConfig
 from studies.toy.clips import energy_distance
 from studies.toy.record import unit
-from studies.toy.streams import sink_names, true_video, with_sink
+from studies.toy.setting import CPU, OWN_SINK, Setting, trained_sink
+from studies.toy.streams import sink_names, with_sink
+from studies.toy.trainings import training_configs
 
 
 def test_energy_distance_of_points_on_a_line() -> None:
@@ -32,8 +34,8 @@ def test_energy_distance_grows_with_the_shift_and_vanishes_without() -> None:
 
 def test_sinks_by_name() -> None:
     cache = PRESETS["tiny"].cache
-    split_names, rounded_names = ("ema_0.9", "ema_0.99"), ("ema_0.9_bf16", "ema_0.99_bf16")
-    assert sink_names((0.9, 0.99)) == (("none", "frozen", *split_names), rounded_names)
+    rounded_names = ("ema_0.9_bf16", "ema_0.99_bf16")
+    assert sink_names((0.9, 0.99)) == ("none", "frozen", "ema_0.9", "ema_0.99", *rounded_names)
     none, frozen, split, rounded = (
         with_sink(cache, name) for name in ("none", "frozen", "ema_0.9", "ema_0.9_bf16")
     )
@@ -43,16 +45,22 @@ def test_sinks_by_name() -> None:
     assert (rounded.alpha, rounded.sink_precision) == (0.9, "bf16")
 
 
-def test_true_videos_move_as_their_caption_says_and_differ_in_their_start() -> None:
-    world = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
-    scene = next(scene for scene in sample_scenes(20, 3, world) if scene.speed == "fast")
-    one, other = true_video(scene, 500, 1), true_video(scene, 500, 2)
-    assert one.shape == (500, 64, 64, 3)
-    assert one.dtype == torch.uint8
-    assert not torch.equal(one, other)
-    late = ToyReward()(one[None, 452:], [caption(scene)])
-    assert float(late["motion"]) == pytest.approx(1.0, abs=0.05)
-    assert float(late["agreement"]) == 1.0
+def test_students_are_trained_with_the_sinks_of_their_names(tmp_path: Path) -> None:
+    directory = tmp_path / "base" / CHECKPOINT
+    directory.mkdir(parents=True)
+    write_config(directory, TINY)
+    setting = Setting(CPU, tmp_path / "base", tmp_path, torch.device("cpu"), 1)
+    configs = training_configs(setting)
+    assert set(configs) == set(CPU.students)
+    caches = {name: config.engine.cache for name, config in configs.items()}
+    assert with_sink(TINY.cache, OWN_SINK) == TINY.cache
+    for name in CPU.students:
+        assert caches[name] == with_sink(TINY.cache, trained_sink(name)), name
+    assert (
+        caches["dmd_frozen"].sink == "frozen" and caches["re_dmd_0.05"] == caches["no_eviction"] == TINY.cache
+    )
+    same = {(config.steps, config.student, config.teacher, config.batch) for config in configs.values()}
+    assert len(same) == 1
 
 
 def test_a_unit_is_made_once_for_the_same_settings(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_an_interrupt_stops_the_processes_that_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SIZES, ids=lambda name: f"{name} size")
 def test_every_part_comes_after_those_it_needs(name: str, tmp_path: Path) -> None:
-    parts = study_parts(Setting(SIZES[name], tmp_path, torch.device("cpu"), 1))
+    parts = study_parts(Setting(SIZES[name], tmp_path / "base", tmp_path, torch.device("cpu"), 1))
     seen: set[str] = set()
     for entry in parts.values():
         assert seen.issuperset(entry.needs), entry.name
@@ -79,9 +79,10 @@ def test_every_part_comes_after_those_it_needs(name: str, tmp_path: Path) -> Non
 
 def test_the_gpu_size_trains_the_full_grid_three_times(tmp_path: Path) -> None:
     def trained(size) -> list[str]:
-        parts = study_parts(Setting(size, tmp_path, torch.device("cpu"), 1))
+        parts = study_parts(Setting(size, tmp_path / "base", tmp_path, torch.device("cpu"), 1))
         return [name for name in parts if name.startswith(("dmd", "re_dmd", "no_eviction"))]
 
-    assert trained(CPU) == ["dmd", "re_dmd_0.5", "re_dmd_0.2", "re_dmd_0.05", "no_eviction"]
-    assert len(trained(GPU)) == 3 * 6
+    sinks = ["dmd_none", "dmd_frozen", "dmd_ema_0.9"]
+    assert trained(CPU) == ["dmd", "re_dmd_0.5", "re_dmd_0.2", "re_dmd_0.05", "no_eviction", *sinks]
+    assert len(trained(GPU)) == 3 * 9
     assert "re_dmd_0.1_seed2" in trained(GPU)

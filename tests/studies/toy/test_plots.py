@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MODELS = ("start", "teacher", "dmd", "re_dmd_0.5", "re_dmd_0.2", "no_eviction")
 SINKS = ("none", "frozen", "ema_0.9", "ema_0.999", "ema_0.9_bf16", "ema_0.999_bf16")
 CLIP_VALUES = ("reward", "fast", "colour", "shape", "direction", "speed", "all")
-STREAM_VALUES = ("reward", "shape", "copying_excess", "sharpness_drift")
-CURVES = ("reward", "consistency", "sharpness_drift", "colour_drift")
+STREAM_VALUES = ("reward", "right", "copying_excess", "sharpness_drift")
+CURVES = ("reward", "right", "consistency", "sharpness_drift", "colour_drift", "after_switch")
 SIZE_LIMIT = 150_000
 
 
@@ -45,7 +45,7 @@ def clips_of(model: str, seed: int = 0) -> Record:
     return {"kind": "clips", "model": model, "fidelity": fidelity, "videos": videos}
 
 
-def streams_of(model: str, sink: str, seconds: int = 60, without: str = "") -> Record:
+def streams_of(model: str, sink: str, scenario: str = "stays", without: str = "") -> Record:
     draw_number = random.Random(f"{model}{sink}").random
     videos = [
         {
@@ -58,7 +58,7 @@ def streams_of(model: str, sink: str, seconds: int = 60, without: str = "") -> R
         }
         for prompt in range(3)
     ]
-    return {"kind": "streams", "model": model, "sink": sink, "seconds": seconds, "videos": videos}
+    return {"kind": "streams", "model": model, "sink": sink, "scenario": scenario, "videos": videos}
 
 
 def write_log(path: Path, names: tuple[str, ...], seed: int = 0) -> Path:
@@ -80,17 +80,16 @@ def write_logs(folder: Path) -> dict[str, Path]:
 
 
 def test_everything_drawn_is_a_small_png_and_the_same_when_drawn_again(tmp_path: Path) -> None:
-    streams = [streams_of(model, sink) for model in ("re_dmd_0.5", "no_eviction") for sink in SINKS]
-    streams += [streams_of("world", "true"), streams_of("re_dmd_0.5", "none", 600)]
+    streams = [streams_of("dmd", sink, scenario) for sink in SINKS for scenario in ("stays", "pans")]
+    streams += [streams_of("world", "true"), streams_of("dmd_frozen", "frozen")]
     records = [*map(clips_of, MODELS), *streams]
     files = draw(records, write_logs(tmp_path), tmp_path)
     assert [file.name for file in files] == [
         "models.png",
         "trainings.png",
-        "sinks_re_dmd_0.5_60s.png",
-        "sinks_re_dmd_0.5_600s.png",
-        "sinks_no_eviction_60s.png",
-        "eviction.png",
+        "sinks_pans.png",
+        "sinks_stays.png",
+        "students.png",
     ]
     for file in files:
         data = file.read_bytes()
@@ -125,25 +124,26 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[object]]:
 
 
 @pytest.mark.usefixtures("shown")
-def test_streams_without_a_counterpart_draw_no_eviction(tmp_path: Path) -> None:
-    records = [streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "none", 600)]
-    names = [file.name for file in draw(records, {}, tmp_path)]
-    assert names == ["sinks_re_dmd_0.5_60s.png", "sinks_no_eviction_600s.png"]
+def test_students_are_compared_where_there_are_two(tmp_path: Path) -> None:
+    alone = [streams_of("dmd", "ema_0.999"), streams_of("no_eviction", "none")]
+    assert [file.name for file in draw(alone, {}, tmp_path)] == ["sinks_stays.png"]
+    both = [*alone, streams_of("dmd_none", "none")]
+    assert [file.name for file in draw(both, {}, tmp_path)] == ["sinks_stays.png", "students.png"]
 
 
 def test_a_plot_changes_with_its_data_and_only_then(tmp_path: Path, shown: dict[str, list[object]]) -> None:
     logs = {"dmd": write_log(tmp_path / "one", ("critic_loss",), 1)}
-    pair = streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "none")
+    pair = streams_of("dmd", "ema_0.999"), streams_of("dmd_frozen", "frozen")
     draw([clips_of("dmd"), *pair], logs, tmp_path)
     before = shown.copy()
     draw([clips_of("dmd"), *pair], logs, tmp_path)
     assert shown == before
     logs = {"dmd": write_log(tmp_path / "other", ("critic_loss",), 2)}
-    other = streams_of("re_dmd_0.5", "none"), streams_of("no_eviction", "frozen")
+    other = streams_of("dmd", "ema_0.999"), streams_of("dmd_none", "none")
     draw([clips_of("dmd", 1), *other], logs, tmp_path)
     assert shown.keys() == before.keys()
     same = {name for name in before if before[name] == shown[name]}
-    assert same == {"sinks_re_dmd_0.5_60s.png"}
+    assert same == {"sinks_stays.png"}
 
 
 def test_every_curve_of_the_streams_is_shown(tmp_path: Path, shown: dict[str, list[object]]) -> None:

@@ -9,10 +9,12 @@ import pytest
 
 from rfengine.evaluation.report import Interval, bootstrap_mean
 from studies.toy.record import Record, read_records
+from studies.toy.setting import OWN_SINK
 from studies.toy.tables import LEAST_MARKED, measure, render, tables
 
 FULL, PAIRED = "Full captions", "Paired differences, full captions"
-EVICTION = "Paired differences, re_dmd_0.5 minus no_eviction, 60 s"
+STAYS = "a scene that stays, dmd"
+STUDENTS = "a scene that stays, each student under the sink that it was trained with"
 Values = dict[tuple[int, int], dict[str, float]]
 
 
@@ -32,14 +34,14 @@ def write_clips(
     (folder / f"clips_{model}.json").write_text(json.dumps(entry))
 
 
-def write_streams(folder: Path, model: str, sink: str, values: Values, seconds: int = 60) -> None:
+def write_streams(folder: Path, model: str, sink: str, values: Values, scenario: str = "stays") -> None:
     videos = [
         {"prompt": prompt, "seed": seed, "values": entry, "curves": {"reward": [[0, 0.5]]}}
         for (prompt, seed), entry in values.items()
     ]
-    entry = {"kind": "streams", "model": model, "sink": sink, "seconds": seconds}
+    entry = {"kind": "streams", "model": model, "sink": sink, "scenario": scenario}
     entry |= {"settings": {}, "videos": videos}
-    (folder / f"streams_{model}_{sink}_{seconds}s.json").write_text(json.dumps(entry))
+    (folder / f"streams_{model}_{sink}_{scenario}.json").write_text(json.dumps(entry))
 
 
 def rewards(*values: float) -> Values:
@@ -211,7 +213,7 @@ def test_models_columns_and_pairs_stand_in_the_order_of_the_study(tmp_path: Path
     ]
     paired = [f"{model} minus dmd" for model in ("re_dmd_1", "re_dmd_0.5", "re_dmd_0.2")]
     pairs = rows_of(text, "Paired differences, full captions")
-    assert list(pairs) == ["", *paired, "no_eviction minus re_dmd_0.5", "dmd minus start"]
+    assert list(pairs) == ["", *paired, "no_eviction minus dmd", "dmd minus start"]
     assert pairs[""][3] == "agreement, points"
 
 
@@ -227,34 +229,38 @@ def test_open_captions_have_the_fast_share_and_no_speed(tmp_path: Path) -> None:
 def test_sinks_stand_below_true_videos_and_are_paired(tmp_path: Path) -> None:
     found = {"none": 0.1, "frozen": 0.2, "ema_0.9": 0.4, "ema_0.99": 0.5, "ema_0.9_bf16": 0.7}
     for sink, value in reversed(found.items()):
-        write_streams(tmp_path, "re_dmd_0.5", sink, rewards(value, value + 0.1))
-    write_streams(tmp_path, "re_dmd_0.5", "none", rewards(0.1), seconds=600)
+        write_streams(tmp_path, "dmd", sink, rewards(value, value + 0.1))
+    write_streams(tmp_path, "dmd", "none", rewards(0.1), "pans")
     write_streams(tmp_path, "world", "true", rewards(0.9, 0.9))
     records = read_records(tmp_path)
     text = render(records)
-    assert list(rows_of(text, "re_dmd_0.5, 60 s")) == ["", "true", *found]
-    assert list(rows_of(text, "re_dmd_0.5, 600 s")) == ["", "none"]
-    assert "Paired differences, re_dmd_0.5, 600 s" not in text and "### world" not in text
+    assert list(rows_of(text, STAYS)) == ["", "true", *found]
+    assert list(rows_of(text, "a scene that pans, dmd")) == ["", "none"]
+    assert "Paired differences, a scene that pans, dmd" not in text and "### world" not in text
     ema = ("ema_0.9", "ema_0.99", "ema_0.9_bf16")
     expected = {
         f"{sink} minus {other}": found[sink] - found[other] for other in ("frozen", "none") for sink in ema
     }
     expected["ema_0.9_bf16 minus ema_0.9"] = 0.3
-    assert list(rows_of(text, "Paired differences, re_dmd_0.5, 60 s")) == ["", *expected]
-    paired = intervals(records, "Paired differences, re_dmd_0.5, 60 s")
+    assert list(rows_of(text, f"Paired differences, {STAYS}")) == ["", *expected]
+    paired = intervals(records, f"Paired differences, {STAYS}")
     assert {row: cells["reward"].mean for row, cells in paired.items()} == pytest.approx(expected)
 
 
-def test_eviction_is_compared_for_the_sinks_that_both_models_have(tmp_path: Path) -> None:
-    for sink, values in {"none": (0.2, 0.4), "frozen": (0.5, 0.6), "ema_0.9": (0.9, 0.9)}.items():
-        write_streams(tmp_path, "re_dmd_0.5", sink, rewards(*values))
-    write_streams(tmp_path, "no_eviction", "frozen", rewards(0.1, 0.4))
-    write_streams(tmp_path, "no_eviction", "none", rewards(0.3))
+def test_students_are_compared_under_the_sink_they_were_trained_with(tmp_path: Path) -> None:
+    for sink, values in {"none": (0.2, 0.4), "frozen": (0.5, 0.6), OWN_SINK: (0.9, 0.9)}.items():
+        write_streams(tmp_path, "dmd", sink, rewards(*values))
+    write_streams(tmp_path, "dmd_frozen", "frozen", rewards(0.1, 0.4))
+    write_streams(tmp_path, "no_eviction", OWN_SINK, rewards(0.3))
+    write_streams(tmp_path, "no_eviction", "none", rewards(0.8))
     write_streams(tmp_path, "world", "true", rewards(1.0))
-    found = intervals(read_records(tmp_path), EVICTION)
-    assert list(found) == ["none", "frozen"]
-    assert found["none"]["reward"] == Interval(pytest.approx(-0.1), None, None, 1)
-    assert found["frozen"]["reward"].mean == pytest.approx((0.4 + 0.2) / 2)
+    records = read_records(tmp_path)
+    found = intervals(records, STUDENTS)
+    assert list(found) == ["dmd", "dmd_frozen", "no_eviction"]
+    assert found["dmd"]["reward"].mean == pytest.approx(0.9)
+    assert found["no_eviction"]["reward"] == Interval(pytest.approx(0.3), None, None, 1)
+    paired = intervals(records, f"Paired differences, {STUDENTS}")
+    assert paired["dmd_frozen minus dmd"]["reward"].mean == pytest.approx((-0.8 - 0.5) / 2)
 
 
 def test_no_record_is_said_in_a_sentence(tmp_path: Path) -> None:
