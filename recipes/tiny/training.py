@@ -43,7 +43,8 @@ def _tiny_engine() -> EngineConfig:
     preset = PRESETS["tiny"]
     zeros, ones = (0.0,) * _LATENT_CHANNELS, (1.0,) * _LATENT_CHANNELS
     vae = dataclasses.replace(preset.vae, z_dim=_LATENT_CHANNELS, latents_mean=zeros, latents_std=ones)
-    model = dataclasses.replace(preset.model, in_dim=_LATENT_CHANNELS, out_dim=_LATENT_CHANNELS, text_len=144)
+    channels = {"in_dim": _LATENT_CHANNELS, "out_dim": _LATENT_CHANNELS}
+    model = dataclasses.replace(preset.model, **channels, ffn_dim=768, text_len=144)
     tiny_vae = dataclasses.replace(preset.tiny_vae, z_dim=_LATENT_CHANNELS)
     text = dataclasses.replace(preset.text, num_layers=3, known_words=tuple(sorted(known_words())))
     schedule = ScheduleConfig(shift=3.0)
