@@ -30,7 +30,7 @@ from recipes.tiny.student import StartStage, first_chunks, student_config, train
 from recipes.tiny.text_encoder import TextStage
 from recipes.tiny.training import TINY, StageConfig, ToyModel, save_part, stored_engine, train
 from recipes.tiny.transformer import TransformerStage
-from recipes.tiny.vae import VAEStage, evaluate_autoencoder, with_measured_statistics
+from recipes.tiny.vae import VAEStage, evaluate_autoencoder, with_ordered_latents
 from recipes.tiny.videos import encode_dataset
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import MODEL_PARTS
@@ -133,7 +133,7 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
     if options.stage == "vae":
         vae = WanVAE(TINY.vae).eval()
         vae.load_state_dict(weights)
-        vae = with_measured_statistics(vae, options.seed)
+        vae = with_ordered_latents(vae, options.seed)
         engine = dataclasses.replace(engine, vae=vae.config)
         _record(options, **evaluate_autoencoder(vae, options.seed))
     elif options.stage == "text":

@@ -47,7 +47,7 @@ def _tiny_engine() -> EngineConfig:
     model = dataclasses.replace(preset.model, **channels, ffn_dim=768, text_len=144)
     tiny_vae = dataclasses.replace(preset.tiny_vae, z_dim=_LATENT_CHANNELS)
     text = dataclasses.replace(preset.text, num_layers=3, known_words=tuple(sorted(known_words())))
-    schedule = ScheduleConfig(shift=3.0)
+    schedule = ScheduleConfig(shift=2.0)
     return dataclasses.replace(preset, model=model, vae=vae, text=text, tiny_vae=tiny_vae, schedule=schedule)
 
 

@@ -37,6 +37,7 @@ _FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
 _OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text; of clips and first chunks, none
+_CLIP_START_SHARE = 0.4  # of the clips begin a video, as of the clips by which a student is judged
 _AFTER_SWITCH_SHARE = 0.6  # of the late chunks of a video with a switch follow it at once or as the second
 _GATE_START = 0.5
 
@@ -240,6 +241,8 @@ def _end_of_layout(layout: tuple[Segment, ...], scenes: list[int], choices: rand
     after = [end for end in (switch + 1, switch + 2) if 3 < end <= len(scenes)]
     if layout is LATE and switch and after and choices.random() < _AFTER_SWITCH_SHARE:
         return choices.choice(after)
+    if layout is CLIP and choices.random() < _CLIP_START_SHARE:
+        return 3
     return choices.randint(3, len(scenes))
 
 

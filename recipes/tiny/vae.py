@@ -49,6 +49,9 @@ _ADAM = AdamConfig(2e-3, betas=(0.9, 0.98), weight_decay=1e-4, clip=1.0, warm_up
 _FOREGROUND_WEIGHT = 3.0
 _KL_WEIGHT = 1e-4
 _LOG_VARIANCE_START = -5.0
+_DECODED = 8  # clips at once
+_MEASURED_PARTS = 3  # of so many clips, to tell what each channel does to the pixels
+_LEAST_EFFECT = 1e-4  # of the largest one squared: less counts as this much, so that the map can be inverted
 _ENDS = ("conv1.", "conv2.", "encoder.conv1.", "decoder.head.")  # convolutions that AdamW learns
 
 
@@ -139,20 +142,68 @@ def _states_after(
 
 
 @torch.inference_mode()
-def with_measured_statistics(vae: WanVAE, seed: int, clips: int = 48) -> WanVAE:
-    """The same VAE with the mean and the standard deviation of each latent channel in its configuration."""
-    stride = vae.config.temporal_stride
-    latents = torch.cat(
-        [
-            vae.encode_moments(sample_clips(8, 33, seed + 2 * index, stride)[0])[0]
-            for index in range(clips // 8)
-        ]
-    )
-    flat = latents.float().transpose(0, 1).flatten(1)
-    mean, deviation = (tuple(values.tolist()) for values in (flat.mean(1), flat.std(1)))
-    measured = WanVAE(dataclasses.replace(vae.config, latents_mean=mean, latents_std=deviation))
-    measured.load_state_dict(vae.state_dict())
-    return measured.eval()
+def with_ordered_latents(vae: WanVAE, seed: int, clips: int = 48) -> WanVAE:
+    """The same VAE with other coordinates of its latents, in which a channel varies as much as it matters.
+
+    A VAE is free in how it uses its channels: some move no pixel and look like noise, and brought to unit
+    variance they would be most of what a transformer has to predict. The new channels are uncorrelated, have
+    zero mean, and come in the order of what they do to the pixels (eigenvectors of the covariance of the
+    latents, measured by what a change of each does to the decoded pixels); the standard deviation is 1 for
+    the first and falls with the square root of the effect.
+
+    vae: as it was trained, without statistics in its configuration. The log variances, which only training
+    reads, are lost.
+    """
+    stride, z = vae.config.temporal_stride, vae.config.z_dim
+    parts = [sample_clips(_DECODED, 33, seed + 2 * index, stride)[0] for index in range(clips // _DECODED)]
+    latents = torch.cat([vae.encode_moments(part)[0] for part in parts]).float()
+    flat = latents.transpose(0, 1).flatten(1).double()
+    mean, covariance = flat.mean(1), torch.cov(flat)
+    generator = torch.Generator().manual_seed(seed)
+    effect = torch.zeros(z, z, dtype=torch.float64)
+    for part in latents.split(_DECODED)[:_MEASURED_PARTS]:
+        changes = _pixel_changes(vae, part, 0.3 * covariance.diagonal().sqrt(), generator)
+        effect += changes @ changes.T / changes.shape[1]
+    values, vectors = torch.linalg.eigh(effect)
+    root = values.clamp_min(_LEAST_EFFECT * float(values[-1])).sqrt()
+    half = vectors @ torch.diag(root) @ vectors.T
+    strengths, directions = torch.linalg.eigh(half @ covariance @ half)
+    strengths, directions = strengths.flip(0).sqrt(), directions.flip(1)
+    deviations = (strengths / strengths[0]).sqrt() / strengths
+    to_new = torch.diag(deviations) @ directions.T @ half
+    return _with_coordinates(vae, mean, to_new, torch.linalg.inv(to_new))
+
+
+def _pixel_changes(vae: WanVAE, latents: Tensor, sizes: Tensor, generator: torch.Generator) -> Tensor:
+    """[z, pixels] float64: what each channel of latents [B, z, F, h, w] does to the pixels, per unit, when it
+    is changed by `sizes` times the same noise."""
+    noise = torch.randn(latents[:, 0].shape, generator=generator)
+    decoded, changes = vae.decode(latents), []
+    for channel, size in enumerate(sizes.tolist()):
+        changed = latents.clone()
+        changed[:, channel] += size * noise
+        changes.append((vae.decode(changed) - decoded).double().flatten() / size)
+    return torch.stack(changes)
+
+
+def _with_coordinates(vae: WanVAE, mean: Tensor, to_new: Tensor, to_old: Tensor) -> WanVAE:
+    """The VAE whose latents are to_new (old - mean); both convolutions at the latents take it up."""
+    z = vae.config.z_dim
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+
+    def product(matrix: Tensor, weight: Tensor) -> Tensor:
+        return (matrix @ weight.flatten(1).double()).view(-1, *weight.shape[1:]).to(weight.dtype)
+
+    weight, bias = weights["conv1.weight"], weights["conv1.bias"]
+    weight[:z], bias[:z] = product(to_new, weight[:z]), to_new @ (bias[:z].double() - mean)
+    weight[z:], bias[z:] = 0, _LOG_VARIANCE_START
+    matrix = weights["conv2.weight"].flatten(1).double()
+    weights["conv2.bias"] += (matrix @ mean).float()
+    weights["conv2.weight"] = (matrix @ to_old).float().view_as(weights["conv2.weight"])
+    config = dataclasses.replace(vae.config, latents_mean=(0.0,) * z, latents_std=(1.0,) * z)
+    changed = WanVAE(config)
+    changed.load_state_dict(weights)
+    return changed.eval()
 
 
 @torch.inference_mode()

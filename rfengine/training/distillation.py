@@ -43,6 +43,10 @@ from rfengine.training.stages import Source, TrainingStage, seeded
 # of frames [B, T, H, W, 3] from 0 to 1 and their prompts: the score [B] that is trained on, and all by name
 Score = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 
+# Decoded before the frames a reward judges, in place of all that came before: with the VAE of `tiny` these
+# frames are within 0.002 of 1 of those behind the whole past (0.06 after one chunk).
+_PAST_CHUNKS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
@@ -221,7 +225,8 @@ class DistillationStage(TrainingStage):
         if self.score is None:
             return None, {}
         judged = self.distillation.clip_frames
-        seen = latents[:, :, -(judged + self.engine.cache.chunk_frames) :]  # a chunk more, as the past
+        past = _PAST_CHUNKS * self.engine.cache.chunk_frames
+        seen = latents[:, :, -(judged + past) :]
         pixels = self._decoded(seen)[:, :, -judged * self.engine.vae.temporal_stride :]
         frames = ((pixels.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1)
         score, parts = self.score(frames, prompts.texts)

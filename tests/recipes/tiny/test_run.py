@@ -28,7 +28,7 @@ def untrained(tmp_path):
     return directory
 
 
-def test_exported_checkpoint_is_the_run_rounded_to_float16_with_measured_statistics(untrained, tmp_path):
+def test_exported_checkpoint_is_the_run_rounded_to_float16_with_its_statistics(untrained, tmp_path):
     config = stored_engine(untrained)
     assert config.vae.latents_std == (2.0,) * config.vae.z_dim
     export(untrained, tmp_path / "out")

@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 import torch
 
 from recipes.tiny import vae as vae_module
@@ -10,7 +11,7 @@ from recipes.tiny.vae import (
     _states_after,
     evaluate_autoencoder,
     sample_clips,
-    with_measured_statistics,
+    with_ordered_latents,
 )
 from rfengine.config import PRESETS
 from rfengine.models.vae import WanVAE
@@ -53,13 +54,25 @@ def test_without_a_past_there_is_no_state():
     assert _states_after(WanVAE(CONFIG), torch.zeros(1, 3, 5, 16, 16), past=0) == ((None, None), 0)
 
 
-def test_measured_statistics_make_latents_standard():
+def test_ordered_latents_are_the_same_video_in_other_coordinates():
     torch.manual_seed(0)
-    vae = with_measured_statistics(WanVAE(CONFIG).eval(), seed=1, clips=8)
+    vae = WanVAE(CONFIG).eval()
     with torch.no_grad():
-        latents = vae.encode(sample_clips(8, 33, 1, 4)[0]).transpose(0, 1).flatten(1)
-    assert torch.allclose(latents.mean(1), torch.zeros(8), atol=1e-3)
-    assert torch.allclose(latents.std(1), torch.ones(8), atol=1e-3)
+        vae.conv2.weight[:, 3] = 0  # a channel that no pixel sees
+        vae.conv1.weight[3] *= 10
+    ordered = with_ordered_latents(vae, seed=1, clips=8)
+    pixels = sample_clips(8, 33, 1, 4)[0]
+    with torch.no_grad():
+        latents, before = ordered.encode(pixels), vae.encode(pixels)
+        torch.testing.assert_close(ordered.decode(latents), vae.decode(before), atol=1e-4, rtol=0)
+    flat = latents.transpose(0, 1).flatten(1)
+    deviations = flat.std(1)
+    assert float(flat.mean(1).abs().max()) < 1e-3 and float(deviations[0]) == pytest.approx(1, abs=1e-3)
+    assert deviations.tolist() == sorted(deviations.tolist(), reverse=True)
+    between = torch.corrcoef(flat).fill_diagonal_(0).abs().max()
+    assert float(between) < 1e-2
+    unseen = torch.corrcoef(torch.stack([flat[-1], before[:, 3].flatten()]))[0, 1].abs()
+    assert float(deviations[-1]) < 0.2 and float(unseen) > 0.99
 
 
 def test_a_short_training_lowers_the_loss_and_leaves_finite_weights(tmp_path, monkeypatch):
