@@ -43,10 +43,6 @@ from rfengine.training.stages import Source, TrainingStage, seeded
 # of frames [B, T, H, W, 3] from 0 to 1 and their prompts: the score [B] that is trained on, and all by name
 Score = Callable[[Tensor, Sequence[str]], tuple[Tensor, dict[str, Tensor]]]
 
-# Decoded before the frames a reward judges, in place of all that came before: with the VAE of `tiny` these
-# frames are within 0.002 of 1 of those behind the whole past (0.06 after one chunk).
-_PAST_CHUNKS = 2
-
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
@@ -196,7 +192,7 @@ class DistillationStage(TrainingStage):
         return torch.cat([first.to(clip.dtype), clip[:, :, 1:]], dim=2), learns
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, T, H, W], not clamped, of latents, of which the first is taken to begin a video."""
+        """Pixels [B, 3, T, H, W], not clamped, of latents from the start of a video."""
         pieces = latents.detach().split(self.engine.cache.chunk_frames, dim=2)
         return torch.cat(list(decode_chunks(self.networks.vae, iter(pieces))), dim=2)
 
@@ -224,10 +220,8 @@ class DistillationStage(TrainingStage):
         """Weights [B] by the scores of the judged latents, None for plain DMD, and what to log of them."""
         if self.score is None:
             return None, {}
-        judged = self.distillation.clip_frames
-        past = _PAST_CHUNKS * self.engine.cache.chunk_frames
-        seen = latents[:, :, -(judged + past) :]
-        pixels = self._decoded(seen)[:, :, -judged * self.engine.vae.temporal_stride :]
+        judged = self.distillation.clip_frames * self.engine.vae.temporal_stride
+        pixels = self._decoded(latents)[:, :, -judged:]
         frames = ((pixels.float().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 4, 1)
         score, parts = self.score(frames, prompts.texts)
         weights = reward_weights(score, prompts.groups, self.distillation.beta)

@@ -55,7 +55,7 @@ def test_run_leaves_log_samples_checkpoint_and_a_model_that_streams(finished):
     assert len((finished / "log.jsonl").read_text().splitlines()) == 5
     videos = sorted((finished / "samples").iterdir())
     assert [path.name for path in videos] == [f"step_00000005_{number}.mp4" for number in range(4)]
-    assert frame_count(videos[0]) == 9 + 5 * 12  # six chunks, the longest rollout of the recipe
+    assert frame_count(videos[0]) == 9 + 8 * 12  # nine chunks, the most of a sample
     pipeline = Pipeline.from_pretrained(finished / "checkpoint", "cpu")
     assert pipeline.generate("a cat", num_frames=9).frames.shape == (9, 32, 48, 3)
 

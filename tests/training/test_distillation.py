@@ -132,22 +132,6 @@ def test_rewards_weigh_the_samples_of_each_prompt(monkeypatch):
     assert weights.std() > 0.01
 
 
-def test_a_reward_sees_the_judged_end_of_a_long_rollout():
-    parts, seen = distillation_models(), []
-
-    def watched(frames: torch.Tensor, prompts: tuple[str, ...]):
-        seen.append(frames)
-        return frames.flatten(1).mean(1), {}
-
-    stage = stage_of(parts, dataclasses.replace(PLAIN, beta=0.1), score=watched)
-    latents = torch.randn(4, 4, 24, 4, 6, generator=torch.Generator().manual_seed(0))
-    stage._reward(latents, PROMPTS)
-    whole = stage._decoded(latents)[:, :, -36:].clamp(-1, 1).permute(0, 2, 3, 4, 1).add(1).div(2)
-    assert seen[0].shape == whole.shape
-    error = (seen[0] - whole).square().mean().sqrt()
-    assert float(error) < 0.02 * float(whole.std()), float(error)
-
-
 def test_late_clip_begins_with_the_encoded_frame_and_learns_nothing_from_its_chunk():
     encoded = dataclasses.replace(PLAIN, first_latent="encoded")
     parts = distillation_models()
