@@ -211,5 +211,5 @@ def evaluate_autoencoder(vae: WanVAE, seed: int, clips: int = 48, frames: int = 
     """PSNR and detector accuracies of reconstructed held-out clips."""
     scenes = sample_scenes(clips, seed + 17, split="held_out")
     pixels = as_model_pixels([render(scene, frames, 50 * index) for index, scene in enumerate(scenes)])
-    decoded = torch.cat([vae.decode(vae.encode(part)) for part in pixels.split(8)])
+    decoded = torch.cat([vae.decode(vae.encode(part)) for part in pixels.split(_DECODED)])
     return {"psnr": psnr_db(decoded, pixels)} | accuracy(scenes, as_clips(decoded))

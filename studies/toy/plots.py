@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rfengine.evaluation.plots import new_figure
 from studies.toy.record import Record
-from studies.toy.setting import WITH_EVICTION, WITHOUT_EVICTION, split_model, trained_sink
+from studies.toy.setting import WITH_EVICTION, WITHOUT_EVICTION, split_model
 from studies.toy.tables import (
     TRUE_MODEL,
     TRUE_SINK,
@@ -17,6 +17,7 @@ from studies.toy.tables import (
     clip_samples,
     measure,
     model_place,
+    own_sinks,
     stream_samples,
 )
 
@@ -56,13 +57,8 @@ _LOGGED = {
     "distance": "distribution matching distance",
     "critic_loss": "loss of the critic",
 }
-_PERCENT = (
-    *_SHARES_RIGHT,
-    "fast",
-    "right",
-    "old_scene",
-    "toy.agreement",
-)  # shares, which are drawn in per cent
+# shares, which are drawn in per cent
+_PERCENT = (*_SHARES_RIGHT, "fast", "right", "old_scene", "toy.agreement")
 _SMOOTHED = 20  # a point is the mean of one in so many of a log's lines, at least one
 _MOST_POINTS = 60  # of a line, else a PNG of several trainings becomes large
 _DPI, _COLOURS = 90, 64
@@ -232,20 +228,16 @@ def _mean_points(curves: Sequence[Points]) -> Points:
 
 def _students(streams: Mapping[tuple[str, str], Mapping[str, Samples]]) -> Figure | None:
     """Every student under the sink that it was trained with, in each scenario."""
-    found = {
-        (model, scenario): sinks[trained_sink(model)]
-        for (model, scenario), sinks in streams.items()
-        if trained_sink(model) in sinks
-    }
-    models = sorted({model for model, _ in found}, key=model_place)
+    scenarios = sorted({scenario for _, scenario in streams})
+    found = {scenario: own_sinks(streams, scenario) for scenario in scenarios}
+    models = sorted({model for rows in found.values() for model in rows}, key=model_place)
     if len(models) < 2:
         return None
-    scenarios = sorted({scenario for _, scenario in found})
     figure, grid = new_figure(14, 4, 1, len(_STUDENT_VALUES))
     for axes, (name, label) in zip(grid, _STUDENT_VALUES.items(), strict=True):
         for index, scenario in enumerate(scenarios):
             shift = 0.5 * ((index + 0.5) / len(scenarios) - 0.5)
-            entries = [(place + shift, found.get((model, scenario))) for place, model in enumerate(models)]
+            entries = [(place + shift, found[scenario].get(model)) for place, model in enumerate(models)]
             style = {"color": _OTHER_COLOURS[index % len(_OTHER_COLOURS)], "marker": _MARKERS[index]}
             _points(axes, entries, name, **style, label=f"a scene that {scenario}")
         axes.set_xticks(range(len(models)), models, rotation=60)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from rfengine.evaluation.report import Interval, bootstrap_mean
@@ -23,12 +23,8 @@ _CLIPS = {
     "full": ("reward", "flow_speed", "fidelity", "agreement", *_CONTENT, "speed", "all"),
     "open": ("reward", "flow_speed", "fast", "mixed", "fidelity", "agreement", *_CONTENT, "all"),
 }
-_STREAMS = (
-    *("reward", "right", "camera", *_SWITCHES, "flow_speed", "freeze_fraction", *_DRIFTS, *_LIKENESS),
-)
-_SHARES = (
-    *(*_CONTENT, *_SWITCHES, "speed", "all", "right", "fast", "mixed", "agreement", "freeze_fraction"),
-)
+_STREAMS = ("reward", "right", "camera", *_SWITCHES, "flow_speed", "freeze_fraction", *_DRIFTS, *_LIKENESS)
+_SHARES = (*_CONTENT, *_SWITCHES, "speed", "all", "right", "fast", "mixed", "agreement", "freeze_fraction")
 _HEAD = """# Toy study
 
 Written by python studies/toy/run.py --tables
@@ -205,7 +201,7 @@ def _stream_tables(records: Sequence[Record]) -> Iterator[Table]:
         pairs += [(sink, sink.removesuffix("_bf16")) for sink in ema if sink.endswith("_bf16")]
         yield Table("Sinks", f"Paired differences, {title}", _STREAMS, _paired(sinks, pairs), True)
     for scenario in dict.fromkeys(scenario for _, scenario in streams):
-        rows = _own_sinks(streams, scenario)
+        rows = own_sinks(streams, scenario)
         title = f"a scene that {scenario}, each student under the sink that it was trained with"
         yield Table("Students of their own sink", title, _STREAMS, rows)
         names = [name for name in rows if name != "dmd"]
@@ -215,8 +211,8 @@ def _stream_tables(records: Sequence[Record]) -> Iterator[Table]:
         )
 
 
-def _own_sinks(streams: dict[tuple[str, str], dict[str, Samples]], scenario: str) -> dict[str, Samples]:
-    """The streams of every student under the sink that it was trained with."""
+def own_sinks(streams: Mapping[tuple[str, str], Mapping[str, Samples]], scenario: str) -> dict[str, Samples]:
+    """The streams of every student in a scenario, under the sink that it was trained with."""
     return {
         model: sinks[trained_sink(model)]
         for (model, of), sinks in streams.items()
