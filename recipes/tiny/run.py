@@ -47,7 +47,7 @@ from rfengine.training.config import MOST_STEPS
 from rfengine.training.parallel import Ranks, ranks_from_environment
 from rfengine.training.trajectories import TrajectoryFile, save_trajectories
 
-STEPS = {"vae": 5000, "text": 4000, "teacher": 9000, "start": 2000, "student": 2000, "tiny_decoder": 1900}
+STEPS = {"vae": 5000, "text": 4000, "teacher": 14000, "start": 2000, "student": 2000, "tiny_decoder": 1900}
 VIDEOS = {"videos": 2400, "starts": 8000, "trajectories": 6000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
 _STREAMS, _STREAM_CHUNKS = 60, 27  # of 20 seconds

@@ -139,7 +139,7 @@ def layout_mask(layout: tuple[Segment, ...], chunk_tokens: int) -> Tensor:
 def layout_weights(progress: float) -> tuple[float, float, float, float]:
     """How often each of LAYOUTS is drawn at this part of the training: the first chunk first, late ones
     later."""
-    return (0.5, 0.25, 0.05, 0.2) if progress < 0.15 else (0.2, 0.25, 0.3, 0.25)
+    return (0.45, 0.2, 0.1, 0.25) if progress < 0.35 else (0.2, 0.25, 0.3, 0.25)
 
 
 class TransformerStage(ModelStage):

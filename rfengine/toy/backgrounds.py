@@ -33,7 +33,8 @@ PERIODS: dict[str, float] = {  # pixels, at 64 pixels
     "grassy meadow": 160.0,
 }
 
-_DARK, _LIGHT = 0.40, 0.60
+_DARK, _LIGHT = 0.42, 0.58
+_EDGE = 4.0  # pixels from dark to light, at 64 pixels: out of focus, as a background is
 _DOT_RADIUS = 5.0  # pixels, at 64 pixels
 _TINTS: dict[str, tuple[float, float, float]] = {
     "cloudy sky": (0.49, 0.55, 0.62),
@@ -42,9 +43,9 @@ _TINTS: dict[str, tuple[float, float, float]] = {
 }
 # of every wave: periods in 160 pixels of x, radians a pixel of y, amplitude, phase
 _WAVES: dict[str, tuple[tuple[int, float, float, float], ...]] = {
-    "cloudy sky": ((3, 0.06, 0.035, 0.0), (5, -0.11, 0.025, 1.3), (7, 0.17, 0.02, 4.0)),
-    "sandy beach": ((4, 0.42, 0.035, 0.5), (7, 0.36, 0.025, 2.1), (3, -0.09, 0.02, 5.0)),
-    "grassy meadow": ((9, 0.10, 0.035, 1.0), (13, -0.07, 0.025, 3.2), (4, 0.21, 0.02, 0.3)),
+    "cloudy sky": ((2, 0.06, 0.045, 0.0), (5, -0.11, 0.025, 1.3)),
+    "sandy beach": ((3, 0.30, 0.045, 0.5), (4, -0.09, 0.025, 2.1)),
+    "grassy meadow": ((7, 0.10, 0.045, 1.0), (4, -0.14, 0.025, 0.3)),
 }
 
 
@@ -62,33 +63,33 @@ def draw_background(name: str, views: Tensor, height: int, width: int, scale: fl
             for cycles, radians, amplitude, phase in _WAVES[name]
         )
         return light[..., None] + torch.tensor(_TINTS[name])
-    light = _pattern(name, x, y, scale)
+    light = _pattern(name, x, y)
     return (_DARK + (_LIGHT - _DARK) * light)[..., None].expand(-1, -1, -1, 3)
 
 
-def _pattern(name: str, x: Tensor, y: Tensor, scale: float) -> Tensor:
+def _pattern(name: str, x: Tensor, y: Tensor) -> Tensor:
     """How light each pixel of a grey background is, from 0 to 1."""
     period = PERIODS[name]
     if name == "checkered floor":
-        one, other = _bars(x, period, scale), _bars(y, period, scale)
+        one, other = _bars(x, period), _bars(y, period)
         return one + other - 2 * one * other
     if name == "striped wall":
-        return _bars(x, period, scale)
+        return _bars(x, period)
     if name == "dotted wall":
         across, down = (_from_middle(part, period) for part in (x, y))
-        return _covered(torch.sqrt(across.square() + down.square()) - _DOT_RADIUS, scale)
+        return _softly(torch.sqrt(across.square() + down.square()) - _DOT_RADIUS)
     return torch.full_like(x, 0.5)
 
 
-def _bars(x: Tensor, period: float, scale: float) -> Tensor:
-    """1 in the second half of every period, 0 in the first, and the covered part of a pixel at the edges."""
-    return _covered(_from_middle(x - period / 4, period).abs() - period / 4, scale)
+def _bars(x: Tensor, period: float) -> Tensor:
+    """1 in the second half of every period, 0 in the first, with soft edges."""
+    return _softly(_from_middle(x - period / 4, period).abs() - period / 4)
 
 
 def _from_middle(x: Tensor, period: float) -> Tensor:
     return x % period - period / 2
 
 
-def _covered(distance: Tensor, scale: float) -> Tensor:
-    """The part of a pixel inside an edge, whose middle is `distance` outside of it."""
-    return (0.5 - scale * distance).clamp(0, 1)
+def _softly(distance: Tensor) -> Tensor:
+    """1 inside an edge, 0 outside of it, `distance` being 0 on it, in pixels of the 64-pixel world."""
+    return (0.5 - distance / _EDGE).clamp(0, 1)
