@@ -35,23 +35,27 @@ from rfengine.training.trainer import Trainer
 Switch = tuple[Sequence[str], bool]  # to other texts, and whether the window is recomputed under them
 
 CPU = torch.device("cpu")
-_LATENT_CHANNELS = 16
 
 
 def _tiny_engine() -> EngineConfig:
     """What the recipe trains."""
     preset = PRESETS["tiny"]
-    zeros, ones = (0.0,) * _LATENT_CHANNELS, (1.0,) * _LATENT_CHANNELS
-    vae = dataclasses.replace(preset.vae, z_dim=_LATENT_CHANNELS, latents_mean=zeros, latents_std=ones)
-    channels = {"in_dim": _LATENT_CHANNELS, "out_dim": _LATENT_CHANNELS}
-    model = dataclasses.replace(preset.model, **channels, ffn_dim=768, text_len=144)
-    tiny_vae = dataclasses.replace(preset.tiny_vae, z_dim=_LATENT_CHANNELS)
+    z_dim = preset.vae.z_dim
+    vae = dataclasses.replace(preset.vae, latents_mean=(0.0,) * z_dim, latents_std=(1.0,) * z_dim)
+    model = dataclasses.replace(preset.model, ffn_dim=768, text_len=144)
     text = dataclasses.replace(preset.text, num_layers=3, known_words=tuple(sorted(known_words())))
     schedule = ScheduleConfig(shift=2.0)
-    return dataclasses.replace(preset, model=model, vae=vae, text=text, tiny_vae=tiny_vae, schedule=schedule)
+    return dataclasses.replace(preset, model=model, vae=vae, text=text, schedule=schedule)
 
 
 TINY = _tiny_engine()
+_VAE_CHANNELS = 16  # of the latents while the VAE is trained; the first ones stay
+TRAINED_VAE = dataclasses.replace(
+    TINY.vae,
+    z_dim=_VAE_CHANNELS,
+    latents_mean=(0.0,) * _VAE_CHANNELS,
+    latents_std=(1.0,) * _VAE_CHANNELS,
+)
 _DECODED_AT_ONCE = 8  # videos
 
 

@@ -83,28 +83,30 @@ LAYOUTS = (START, OPENING, LATE, CLIP)
 
 
 class ChunkedAttentionOps(Ops):
-    """The reference ops with another clip_attention, whose mask must be constant over each pair of chunks:
-    plain products over the chunks that are attended to, with no mask. On two CPU cores this takes a third of
-    the time of the fused form.
+    """The reference ops with another clip_attention, among the chunks of a layout: plain products over the
+    chunks that are attended to, with no mask. On two CPU cores this takes a third of the time of the fused
+    form.
 
-    texts: integers [B, chunks], which of all texts each chunk reads; None for one text a video.
+    attends: of every chunk those that it sees, which stand for the mask. texts: integers [B, chunks], which
+    of all texts each chunk reads; None for one text a video.
     """
 
     def __init__(self, chunk_tokens: int) -> None:
         super().__init__(REFERENCE_OPS.choice)
         self.chunk_tokens = chunk_tokens
+        self.attends: tuple[tuple[int, ...], ...] = ()
         self.texts: Tensor | None = None
 
     def clip_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """As reference.clip_attention: q [B, T, H, E]; k, v [B, S, H, E]; mask bool [T, S], True attends."""
+        """As reference.clip_attention: q [B, T, H, E]; k, v [B, S, H, E]; no mask where k and v are those of
+        texts, and any mask for that of the layout."""
         if mask is None:
             return self._over_texts(q, k, v)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         size = self.chunk_tokens
         keys, values = k.split(size, 2), v.split(size, 2)
         outputs = []
-        for queries, attends in zip(q.split(size, 2), mask[::size, ::size].tolist(), strict=True):
-            chosen = [index for index, seen in enumerate(attends) if seen]
+        for queries, chosen in zip(q.split(size, 2), self.attends, strict=True):
             outputs.append(
                 _attend(
                     queries,
@@ -146,6 +148,7 @@ class TransformerStage(ModelStage):
     """The transformer of config.model from random weights, on the videos of one dataset.
 
     The first chunk alone is learnt on the many more videos of `starts`, since it has to follow the text.
+    compiled: each layout's pass by torch.compile, which needs a C++ compiler.
     """
 
     def __init__(
@@ -155,9 +158,12 @@ class TransformerStage(ModelStage):
         starts: LatentDataset,
         ranks: Ranks,
         device: torch.device = CPU,
+        compiled: bool = False,
     ) -> None:
         torch.manual_seed(config.seed)
         model = _fresh_model(config.model).to(device)
+        if compiled:
+            model.forward_clip = torch.compile(model.forward_clip, dynamic=False)
         matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
         muon = Muon(matrices, lr=_MUON_RATE, weight_decay=0.01)
         learner = Learner("teacher", model, _ADAM, config.steps, 1, ranks, muon)
@@ -229,7 +235,8 @@ def draw_batch(
         said = float(layout not in (START, CLIP) or kind >= _EMPTY_SHARE)
         new, old = dataset.text_rows[row, [places[-1], places[0]], int(kind < _EMPTY_SHARE + _OPEN_SHARE)]
         texts.append([len(states) + (not reads_new) for reads_new in read])
-        states += [said * dataset.texts[text].float() for text in ([new] if all(read) else [new, old])]
+        listed = [new, old] if layout in (OPENING, LATE) else [new]  # as many for all batches of a layout
+        states += [said * dataset.texts[text].float() for text in listed]
     return Batch(torch.stack(clean), torch.stack(weight), torch.stack(states), torch.tensor(texts))
 
 
@@ -265,6 +272,7 @@ def flow_loss(
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)], device=device)
     clean, weight, states, texts = (part.to(device) for part in batch)
     model.ops.texts = None if len(states) == count else texts
+    model.ops.attends = tuple(segment.attends for segment in layout)
     with fast_autocast(device):
         flow = model.forward_clip(
             add_noise(clean, noise, sigma[:, None, :, None, None]),

@@ -206,6 +206,37 @@ def _with_coordinates(vae: WanVAE, mean: Tensor, to_new: Tensor, to_old: Tensor)
     return changed.eval()
 
 
+def with_first_channels(vae: WanVAE, kept: int) -> WanVAE:
+    """The VAE that with_ordered_latents returns, less all latent channels but the first `kept`.
+
+    The others hardly move a pixel, and a transformer would spend its width on the noise in them. The decoder
+    has what it would have with each of them at the one value of which conv2 makes zeros, so that neither half
+    is trained again: the kept latents are the same numbers.
+    """
+    config = dataclasses.replace(
+        vae.config, z_dim=kept, latents_mean=(0.0,) * kept, latents_std=(1.0,) * kept
+    )
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    means = weights["conv1.weight"][:kept].flatten(1)
+    encoded, bias = weights["encoder.head.2.weight"], weights["encoder.head.2.bias"]
+    zeros = torch.zeros(kept, *encoded.shape[1:])
+    weights["encoder.head.2.weight"] = torch.cat([torch.einsum("oi,ickyx->ockyx", means, encoded), zeros])
+    weights["encoder.head.2.bias"] = torch.cat(
+        [means @ bias + weights["conv1.bias"][:kept], torch.full((kept,), _LOG_VARIANCE_START)]
+    )
+    weights["conv1.weight"] = torch.eye(2 * kept).view(2 * kept, 2 * kept, 1, 1, 1)
+    weights["conv1.bias"] = torch.zeros(2 * kept)
+    matrix = weights["conv2.weight"].flatten(1)
+    shift = torch.linalg.solve(matrix.double(), weights["conv2.bias"].double()).float()
+    weights["conv2.weight"] = torch.eye(kept).view(kept, kept, 1, 1, 1)
+    weights["conv2.bias"] = shift[:kept].clone()
+    decoded = weights["decoder.conv1.weight"]
+    weights["decoder.conv1.weight"] = torch.einsum("oikyx,ij->ojkyx", decoded, matrix[:, :kept])
+    changed = WanVAE(config)
+    changed.load_state_dict(weights)
+    return changed.eval()
+
+
 @torch.inference_mode()
 def evaluate_autoencoder(vae: WanVAE, seed: int, clips: int = 48, frames: int = 129) -> dict[str, float]:
     """PSNR and detector accuracies of reconstructed held-out clips."""

@@ -101,6 +101,8 @@ def layout_flow(model: WanDiT, layout: tuple[Segment, ...], chunks: list[torch.T
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)])
     steps = torch.tensor([[timestep * segment.noisy for segment in layout for _ in range(size)]])
     mask = layout_mask(layout, CHUNK_TOKENS)
+    if isinstance(model.ops, ChunkedAttentionOps):
+        model.ops.attends = tuple(segment.attends for segment in layout)
     return model.forward_clip(torch.cat(parts, 2), steps, text, time_indices=times, mask=mask)
 
 
@@ -229,12 +231,16 @@ def test_training_lowers_the_loss_and_continues_where_it_stopped(tmp_path):
     assert all(torch.equal(again[name], value) for name, value in resumed.items())
 
 
-def assert_agree(query_tokens: int, key_tokens: int, chunk_tokens: int, mask: torch.Tensor | None) -> None:
+def assert_agree(
+    query_tokens: int, key_tokens: int, chunk_tokens: int, layout: tuple[Segment, ...] | None
+) -> None:
     torch.manual_seed(0)
     shapes = [(2, tokens, 3, 10) for tokens in (query_tokens, key_tokens, key_tokens)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     upstream = torch.randn(shapes[0], dtype=torch.float64)
-    found = ChunkedAttentionOps(chunk_tokens).clip_attention(*inputs, mask)
+    ops, mask = ChunkedAttentionOps(chunk_tokens), layout and layout_mask(layout, chunk_tokens)
+    ops.attends = tuple(segment.attends for segment in layout or ())
+    found = ops.clip_attention(*inputs, mask)
     expected = REFERENCE_OPS.clip_attention(*inputs, mask)
     torch.testing.assert_close(found, expected)
     for one, other in zip(
@@ -247,7 +253,7 @@ def assert_agree(query_tokens: int, key_tokens: int, chunk_tokens: int, mask: to
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_and_gradients_are_those_of_masked_attention(layout: tuple[Segment, ...]):
-    assert_agree(7 * len(layout), 7 * len(layout), 7, layout_mask(layout, 7))
+    assert_agree(7 * len(layout), 7 * len(layout), 7, layout)
 
 
 def test_without_a_mask_every_key_is_seen():

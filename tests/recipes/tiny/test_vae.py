@@ -12,6 +12,7 @@ from recipes.tiny.vae import (
     _states_after,
     evaluate_autoencoder,
     sample_clips,
+    with_first_channels,
     with_ordered_latents,
 )
 from rfengine.config import PRESETS
@@ -77,6 +78,22 @@ def test_ordered_latents_are_the_same_video_in_other_coordinates():
         sizes, generator = torch.full((8,), 0.1), torch.Generator().manual_seed(0)
         effects = _pixel_changes(ordered, latents, sizes, generator).square().mean(1).sqrt()
     assert float(effects[-1]) < 0.2 * float(effects[0]) and float(deviations[-1]) < 0.2
+
+
+def test_the_first_channels_are_the_same_numbers_and_decode_like_all_with_the_others_held():
+    torch.manual_seed(0)
+    vae = WanVAE(CONFIG).eval()
+    kept = CONFIG.z_dim - 2
+    smaller = with_first_channels(vae, kept)
+    assert smaller.config.z_dim == kept
+    pixels = sample_clips(2, 9, 1, 4)[0]
+    with torch.no_grad():
+        latents, before = smaller.encode(pixels), vae.encode(pixels)
+        torch.testing.assert_close(latents, before[:, :kept], atol=1e-5, rtol=0)
+        matrix = vae.conv2.weight.flatten(1)
+        before[:, kept:] = -torch.linalg.solve(matrix, vae.conv2.bias)[kept:].view(1, -1, 1, 1, 1)
+        difference = smaller.decode(latents) - vae.decode(before)  # norms of random weights amplify rounding
+    assert float(difference.square().mean().sqrt()) < 5e-5
 
 
 def test_a_short_training_lowers_the_loss_and_leaves_finite_weights(tmp_path, monkeypatch):
