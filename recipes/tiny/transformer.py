@@ -37,7 +37,6 @@ _FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
 _OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text; of clips and first chunks, none
-_CLIP_START_SHARE = 0.4  # of the clips begin a video, as of the clips by which a student is judged
 _AFTER_SWITCH_SHARE = 0.6  # of the late chunks of a video with a switch follow it at once or as the second
 _GATE_START = 0.5
 
@@ -77,7 +76,9 @@ LATE = (
     Segment(-1, 9, True, (1, 3, 4)),
     Segment(-1, 9, True, (1, 3, 5)),
 )
-# Three chunks in a row that all see each other, at one noise level: a clip as the teacher denoises it.
+# Three chunks in a row that all see each other, at one noise level: a clip as the teacher denoises it. It
+# never begins a video, whose first latent stands for one frame: under much noise that could not be told, so
+# the first chunk is a clip of its own, START.
 CLIP = tuple(Segment(index - 3, 3 * index, True, (0, 1, 2)) for index in range(3))
 LAYOUTS = (START, OPENING, LATE, CLIP)
 
@@ -248,9 +249,7 @@ def _end_of_layout(layout: tuple[Segment, ...], scenes: list[int], choices: rand
     after = [end for end in (switch + 1, switch + 2) if 3 < end <= len(scenes)]
     if layout is LATE and switch and after and choices.random() < _AFTER_SWITCH_SHARE:
         return choices.choice(after)
-    if layout is CLIP and choices.random() < _CLIP_START_SHARE:
-        return 3
-    return choices.randint(3, len(scenes))
+    return choices.randint(4 if layout is CLIP else 3, len(scenes))
 
 
 def flow_loss(

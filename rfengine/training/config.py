@@ -44,10 +44,11 @@ class AdamConfig:
 class RolloutConfig:
     """How long the rollouts of a training are, and where gradients flow.
 
-    Lengths are drawn evenly from min_chunks to max_chunks, but for shortest_share of the rollouts, which
-    have min_chunks, so that the start of a video is judged often enough. The last gradient_chunks carry
-    gradients, each a graph of its own (in the published code some gradient leaks into keys and values of
-    earlier chunks). checkpointing: activations of the exit steps are computed once more in backward.
+    Lengths are drawn evenly from min_chunks to max_chunks, but for first_share of the rollouts, which are the
+    first chunk alone: a teacher that knows whole clips from the middle of videos judges the start by itself.
+    The last gradient_chunks carry gradients, each a graph of its own (in the published code some gradient
+    leaks into keys and values of earlier chunks). checkpointing: activations of the exit steps are computed
+    once more in backward.
 
     switch_share: of the rollouts that are longer than the judged clip, how many begin with another prompt and
     switch to their own before or with that clip, so that all of it is judged by one prompt. recache_share: of
@@ -59,7 +60,7 @@ class RolloutConfig:
     max_chunks: Chunks = 7
     gradient_chunks: Chunks = 7
     checkpointing: bool = False
-    shortest_share: Annotated[float, Range(0, 1)] = 0.0
+    first_share: Annotated[float, Range(0, 1)] = 0.0
     switch_share: Annotated[float, Range(0, 1)] = 0.0
     recache_share: Annotated[float, Range(0, 1)] = 0.5
 

@@ -56,8 +56,10 @@ def toy_ode_init(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER
 
 
 def toy_dmd(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> TrainConfig:
-    """The toy student by plain DMD: streams of three to twenty chunks, so that it sees what its own errors
-    come to, some of them with another prompt before."""
+    """The toy student by plain DMD: streams of four to twenty chunks, so that it sees what its own errors
+    come to, some of them with another prompt before, and first chunks by themselves: the first latent stands
+    for one frame and all others for four, and under noise nobody could tell which of them a clip begins with.
+    """
     adam = AdamConfig(2e-4, clip=1.0, warm_up=5)
     return TrainConfig(
         name="toy_dmd",
@@ -73,7 +75,7 @@ def toy_dmd(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> 
         teacher=teacher,
         critic=teacher,
         distillation=DistillationConfig(clip_frames=_TOY_FRAMES, guidance=1.0, first_latent="given"),
-        rollout=RolloutConfig(3, 20, 3, shortest_share=0.4, switch_share=0.4),
+        rollout=RolloutConfig(4, 20, 3, first_share=0.3, switch_share=0.4),
         average_decay=0.95,
         average_start=200,
         precision="bfloat16",
@@ -92,10 +94,18 @@ def toy_re_dmd(
 
 
 def toy_dmd_no_eviction(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> TrainConfig:
-    """toy_dmd with rollouts of three chunks, which just fill the window: nothing is ever averaged into the
-    sink, as in the published training."""
+    """toy_dmd with rollouts of four chunks, which just fill a window that is one chunk longer in training:
+    nothing is ever averaged into the sink, as in the published training."""
     evicting = toy_dmd(engine, teacher)
-    return replace(evicting, name="toy_dmd_no_eviction", rollout=RolloutConfig(3, 3, 3))
+    cache, rollout = evicting.engine.cache, evicting.rollout
+    longest = rollout.min_chunks
+    window = replace(cache, window_frames=longest * cache.chunk_frames)
+    return replace(
+        evicting,
+        name="toy_dmd_no_eviction",
+        engine=replace(evicting.engine, cache=window),
+        rollout=RolloutConfig(longest, longest, 3, first_share=rollout.first_share),
+    )
 
 
 def wan_1_3b_reward_forcing() -> TrainConfig:

@@ -35,7 +35,7 @@ def latent_shape(config: EngineConfig, batch: int, frames: int) -> tuple[int, ..
 
 
 def draw_exits(config: RolloutConfig, num_steps: int, generator: torch.Generator) -> tuple[int, ...]:
-    """The step at which each chunk of a rollout ends: an even number of chunks, and one even step for all.
+    """The step at which each chunk of a rollout ends: a drawn number of chunks, and one drawn step for all.
 
     Ranks that share a generator's seed draw the same.
     """
@@ -44,8 +44,8 @@ def draw_exits(config: RolloutConfig, num_steps: int, generator: torch.Generator
         return int(torch.randint(low, high + 1, (), generator=generator, device=generator.device))
 
     chunks, step = draw(config.min_chunks, config.max_chunks), draw(0, num_steps - 1)
-    if config.shortest_share > float(torch.rand((), generator=generator, device=generator.device)):
-        chunks = config.min_chunks
+    if config.first_share > float(torch.rand((), generator=generator, device=generator.device)):
+        chunks = 1
     return (step,) * chunks
 
 

@@ -18,9 +18,10 @@ def test_re_dmd_differs_from_dmd_by_its_reward_alone():
 
 
 def test_only_the_recipe_without_eviction_never_leaves_the_window():
-    window = PRESETS["tiny"].cache.window_chunks
-    assert recipes.toy_dmd_no_eviction().rollout.max_chunks == window
-    assert recipes.toy_dmd().rollout.max_chunks > window
+    kept = recipes.toy_dmd_no_eviction()
+    assert kept.rollout.max_chunks == kept.engine.cache.window_chunks
+    evicting = recipes.toy_dmd()
+    assert evicting.rollout.min_chunks > evicting.engine.cache.window_chunks
     wan = recipes.wan_1_3b_reward_forcing()
     assert wan.rollout.min_chunks > wan.engine.cache.window_chunks
 

@@ -241,11 +241,11 @@ def test_exits_are_drawn_within_their_range_and_reproduced():
     assert drawn[7] == draw_exits(config, 4, torch.Generator().manual_seed(7))
 
 
-def test_a_share_of_the_rollouts_has_the_least_length():
-    config = RolloutConfig(2, 9, 2, shortest_share=0.5)
+def test_a_share_of_the_rollouts_is_the_first_chunk_alone():
+    config = RolloutConfig(2, 9, 2, first_share=0.5)
     drawn = [draw_exits(config, 4, torch.Generator().manual_seed(seed)) for seed in range(400)]
-    assert abs(sum(len(exits) == 2 for exits in drawn) / 400 - (0.5 + 0.5 / 8)) < 0.06
-    assert {len(exits) for exits in drawn} == set(range(2, 10))
+    assert abs(sum(len(exits) == 1 for exits in drawn) / 400 - 0.5) < 0.06
+    assert {len(exits) for exits in drawn} == set(range(1, 10))
     assert {exits[0] for exits in drawn} == {0, 1, 2, 3}
 
 
