@@ -6,7 +6,6 @@ import hashlib
 
 import pytest
 
-from rfengine.config import PRESETS
 from rfengine.training import recipes
 
 
