@@ -52,9 +52,12 @@ def training_configs(setting: Setting) -> dict[str, TrainConfig]:
 
 
 def run_training(setting: Setting, name: str) -> None:
-    """Train model `name` to its end, from its newest checkpoint where there is one, and export it."""
+    """Train model `name` to its end, from its newest checkpoint where there is one, and export it with the
+    window that all stream with."""
     config, ranks = training_configs(setting)[name], Ranks()
     with locked_run(setting.directory / name):
         stage = build_stage(config, setting.device, ranks)
         Trainer(config, stage, setting.directory / name, ranks).finish("with the same command")
-        export_checkpoint(averaged_state(stage), config.engine, config.base, setting.checkpoint(name))
+        engine, window = config.engine, base_engine(config.base).cache.window_frames
+        streams = dataclasses.replace(engine, cache=dataclasses.replace(engine.cache, window_frames=window))
+        export_checkpoint(averaged_state(stage), streams, config.base, setting.checkpoint(name))

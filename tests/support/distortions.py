@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from rfengine.toy.world import Scene, SceneObject, WorldConfig, render
 
-WORLD = WorldConfig(48, 176)  # wide, so that what moves sideways does not come back within a clip
-SCENE = Scene((SceneObject("red", "square", "large"),), "moving", "fast", "right", "dotted wall")
+WORLD = WorldConfig(64, 176)  # wide, so that what moves sideways does not come back within a clip
+SCENE = Scene((SceneObject("red", "square", "large"),), "moving", "fast", "right", "sandy beach")
 
 
 def as_frames(pixels: Tensor) -> Tensor:

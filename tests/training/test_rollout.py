@@ -262,12 +262,13 @@ def test_a_rollout_is_reproducible_follows_its_text_and_never_ends_the_window():
 
 def test_decoding_chunk_by_chunk_equals_decoding_the_clip():
     torch.manual_seed(0)
-    vae, chunks = small_vae(), [torch.randn(2, 4, 3, 4, 6) for _ in range(3)]
+    vae = small_vae().double()  # norms of random weights amplify rounding
+    chunks = [torch.randn(2, 4, 3, 4, 6, dtype=torch.float64) for _ in range(3)]
     with torch.no_grad():
         whole = vae.decode(torch.cat(chunks, dim=2))
     parts = torch.cat(list(decode_chunks(vae, iter(chunks))), dim=2)
     assert parts.shape == (2, 3, 33, 32, 48)
-    assert float((parts - whole).abs().max()) < 1e-4
+    torch.testing.assert_close(parts, whole)
 
 
 @pytest.mark.parametrize(
