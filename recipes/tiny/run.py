@@ -72,7 +72,7 @@ class Options:
     device: Literal["cpu", "cuda"] = "cpu"
     """Of all stages."""
     compiled: bool = False
-    """The teacher's passes, by torch.compile: a third faster on a CPU; needs a C++ compiler."""
+    """The teacher's passes, by torch.compile: a sixth less time on a CPU; needs a C++ compiler."""
     output: Path = Path("rfengine/weights/tiny")
     """The checkpoint that export writes and tiny_decoder completes."""
 

@@ -231,6 +231,27 @@ def test_training_lowers_the_loss_and_continues_where_it_stopped(tmp_path):
     assert all(torch.equal(again[name], value) for name, value in resumed.items())
 
 
+def test_all_passes_of_a_compiled_stage_are_compiled(monkeypatch: pytest.MonkeyPatch):
+    passes: list[int] = []
+
+    def counted(function, dynamic: bool):
+        assert not dynamic  # every layout has sizes of its own
+        return lambda *arguments, **named: passes.append(1) or function(*arguments, **named)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    dataset = LatentDataset(
+        latents=torch.zeros(1, 8, 12, 4, 6).half(),
+        foreground=torch.zeros(1, 12, 4, 6, dtype=torch.bool),
+        texts=torch.zeros(2, 16, 96).half(),
+        text_rows=torch.tensor([[[0, 1]] * 4]),
+    )
+    engine = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
+    stage = TransformerStage(StageConfig("teacher", engine, 3, 0), dataset, dataset, Ranks(), compiled=True)
+    for step in range(3):
+        stage.update(step)
+    assert len(passes) == 3
+
+
 def assert_agree(
     query_tokens: int, key_tokens: int, chunk_tokens: int, layout: tuple[Segment, ...] | None
 ) -> None:
