@@ -30,7 +30,7 @@ from recipes.tiny.student import StartStage, first_chunks, student_config, train
 from recipes.tiny.text_encoder import TextStage
 from recipes.tiny.training import TINY, TRAINED_VAE, StageConfig, ToyModel, save_part, stored_engine, train
 from recipes.tiny.transformer import TransformerStage
-from recipes.tiny.vae import VAEStage, evaluate_autoencoder, with_first_channels, with_ordered_latents
+from recipes.tiny.vae import VAEStage, evaluate_autoencoder, vae_of, with_first_channels, with_ordered_latents
 from recipes.tiny.videos import encode_dataset
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import MODEL_PARTS
@@ -40,7 +40,6 @@ from rfengine.checkpoint.manifest import write_manifest
 from rfengine.cli.process import run_script
 from rfengine.files import write_text
 from rfengine.limits import Range, check_options
-from rfengine.models.vae import WanVAE
 from rfengine.toy.data import load_dataset, save_dataset
 from rfengine.training.build import export_checkpoint
 from rfengine.training.config import MOST_STEPS
@@ -133,9 +132,8 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
     if ranks.rank:
         return
     if options.stage == "vae":
-        vae = WanVAE(TRAINED_VAE).eval()
-        vae.load_state_dict(weights)
-        vae = with_first_channels(with_ordered_latents(vae, options.seed), TINY.vae.z_dim)
+        ordered = with_ordered_latents(vae_of(TRAINED_VAE, weights), options.seed)
+        vae = with_first_channels(ordered, TINY.vae.z_dim)
         engine = dataclasses.replace(engine, vae=vae.config)
         _record(options, **evaluate_autoencoder(vae, options.seed))
     elif options.stage == "text":

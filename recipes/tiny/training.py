@@ -37,11 +37,16 @@ Switch = tuple[Sequence[str], bool]  # to other texts, and whether the window is
 CPU = torch.device("cpu")
 
 
+def with_plain_latents(config: VAEConfig, channels: int) -> VAEConfig:
+    """The configuration of a VAE of so many latent channels, whose latents are used as they are."""
+    mean, deviation = (0.0,) * channels, (1.0,) * channels
+    return dataclasses.replace(config, z_dim=channels, latents_mean=mean, latents_std=deviation)
+
+
 def _tiny_engine() -> EngineConfig:
     """What the recipe trains."""
     preset = PRESETS["tiny"]
-    z_dim = preset.vae.z_dim
-    vae = dataclasses.replace(preset.vae, latents_mean=(0.0,) * z_dim, latents_std=(1.0,) * z_dim)
+    vae = with_plain_latents(preset.vae, preset.vae.z_dim)
     model = dataclasses.replace(preset.model, ffn_dim=768, text_len=144)
     text = dataclasses.replace(preset.text, num_layers=3, known_words=tuple(sorted(known_words())))
     schedule = ScheduleConfig(shift=2.0)
@@ -49,13 +54,7 @@ def _tiny_engine() -> EngineConfig:
 
 
 TINY = _tiny_engine()
-_VAE_CHANNELS = 16  # of the latents while the VAE is trained; the first ones stay
-TRAINED_VAE = dataclasses.replace(
-    TINY.vae,
-    z_dim=_VAE_CHANNELS,
-    latents_mean=(0.0,) * _VAE_CHANNELS,
-    latents_std=(1.0,) * _VAE_CHANNELS,
-)
+TRAINED_VAE = with_plain_latents(TINY.vae, 16)  # while it is trained; the first channels stay
 _DECODED_AT_ONCE = 8  # videos
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.training import CPU, StageConfig
+from recipes.tiny.training import CPU, StageConfig, with_plain_latents
 from rfengine.accuracy import psnr_db
+from rfengine.config import VAEConfig
 from rfengine.models.vae import DecoderState, EncoderState, WanVAE
 from rfengine.toy.captions import sample_scenes
 from rfengine.toy.detector import accuracy
@@ -141,6 +142,13 @@ def _states_after(
     return states, seen
 
 
+def vae_of(config: VAEConfig, weights: Mapping[str, Tensor]) -> WanVAE:
+    """The VAE of these weights, in evaluation mode."""
+    vae = WanVAE(config)
+    vae.load_state_dict(weights)
+    return vae.eval()
+
+
 @torch.inference_mode()
 def with_ordered_latents(vae: WanVAE, seed: int, clips: int = 48) -> WanVAE:
     """The same VAE with other coordinates of its latents, in which a channel varies as much as it matters.
@@ -200,10 +208,7 @@ def _with_coordinates(vae: WanVAE, mean: Tensor, to_new: Tensor, to_old: Tensor)
     matrix = weights["conv2.weight"].flatten(1).double()
     weights["conv2.bias"] += (matrix @ mean).float()
     weights["conv2.weight"] = (matrix @ to_old).float().view_as(weights["conv2.weight"])
-    config = dataclasses.replace(vae.config, latents_mean=(0.0,) * z, latents_std=(1.0,) * z)
-    changed = WanVAE(config)
-    changed.load_state_dict(weights)
-    return changed.eval()
+    return vae_of(with_plain_latents(vae.config, z), weights)
 
 
 def with_first_channels(vae: WanVAE, kept: int) -> WanVAE:
@@ -213,9 +218,6 @@ def with_first_channels(vae: WanVAE, kept: int) -> WanVAE:
     has what it would have with each of them at the one value of which conv2 makes zeros, so that neither half
     is trained again: the kept latents are the same numbers.
     """
-    config = dataclasses.replace(
-        vae.config, z_dim=kept, latents_mean=(0.0,) * kept, latents_std=(1.0,) * kept
-    )
     weights = {name: value.clone() for name, value in vae.state_dict().items()}
     means = weights["conv1.weight"][:kept].flatten(1)
     encoded, bias = weights["encoder.head.2.weight"], weights["encoder.head.2.bias"]
@@ -232,9 +234,7 @@ def with_first_channels(vae: WanVAE, kept: int) -> WanVAE:
     weights["conv2.bias"] = shift[:kept].clone()
     decoded = weights["decoder.conv1.weight"]
     weights["decoder.conv1.weight"] = torch.einsum("oikyx,ij->ojkyx", decoded, matrix[:, :kept])
-    changed = WanVAE(config)
-    changed.load_state_dict(weights)
-    return changed.eval()
+    return vae_of(with_plain_latents(vae.config, kept), weights)
 
 
 @torch.inference_mode()
