@@ -26,7 +26,7 @@ from recipes.tiny.report import (
     report_switches,
 )
 from recipes.tiny.stages import CHECKPOINT, DISTILLED, STAGES, STARTED, RunDirectory, Stage
-from recipes.tiny.student import StartStage, first_chunks, student_config, train_student
+from recipes.tiny.student import StartStage, student_config, train_student
 from recipes.tiny.text_encoder import TextStage
 from recipes.tiny.training import TINY, TRAINED_VAE, StageConfig, ToyModel, save_part, stored_engine, train
 from recipes.tiny.transformer import TransformerStage
@@ -40,14 +40,13 @@ from rfengine.checkpoint.manifest import write_manifest
 from rfengine.cli.process import run_script
 from rfengine.files import write_text
 from rfengine.limits import Range, check_options
-from rfengine.toy.data import load_dataset, save_dataset
+from rfengine.toy.data import LatentDataset, load_dataset, save_dataset
 from rfengine.training.build import export_checkpoint
 from rfengine.training.config import MOST_STEPS
 from rfengine.training.parallel import Ranks, ranks_from_environment
-from rfengine.training.trajectories import TrajectoryFile, save_trajectories
 
-STEPS = {"vae": 5000, "text": 4000, "teacher": 14000, "start": 2000, "student": 2000, "tiny_decoder": 1900}
-VIDEOS = {"videos": 2400, "starts": 8000, "trajectories": 6000, "evaluate": 200, "tiny_decoder": 96}
+STEPS = {"vae": 5000, "text": 4000, "teacher": 41500, "start": 2000, "student": 2000, "tiny_decoder": 1900}
+VIDEOS = {"videos": 9600, "starts": 8000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
 _STREAMS, _STREAM_CHUNKS = 60, 27  # of 20 seconds
 _LONG_STREAMS, _SWITCHES, _OPEN_SEEDS = 4, 8, 50  # switches: of each kind
@@ -64,7 +63,7 @@ class Options:
     steps: Annotated[int | None, Range(1, MOST_STEPS)] = None
     """Of a training; those of the shipped weights where none are given."""
     videos: Annotated[int | None, Range(1, 100_000)] = None
-    """To encode (videos, starts), to draw (trajectories), or to measure on (evaluate, tiny_decoder)."""
+    """To encode (videos, starts) or to measure on (evaluate, tiny_decoder)."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # stages multiply it to draw one for every step
     stream_chunks: Annotated[int, Range(2, 1_000_000)] = 801
     """Of the longest streams of the evaluate stage; 801 are ten minutes."""
@@ -98,8 +97,6 @@ def run_stage(options: Options) -> None:
             _train(options, ranks, device)
         elif options.stage in ("videos", "starts"):
             _encode_videos(options, device)
-        elif options.stage == "trajectories":
-            _follow_teacher(options, device)
         elif options.stage == "evaluate":
             _evaluate(options, device)
         else:
@@ -126,8 +123,7 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
     elif options.stage == "text":
         stage = TextStage(config, ranks, device)
     else:
-        videos, starts = (load_dataset(directory / f"{name}.pt") for name in ("videos", "starts"))
-        stage = TransformerStage(config, videos, starts, ranks, device, options.compiled)
+        stage = TransformerStage(config, *_datasets(directory), ranks, device, options.compiled)
     weights = train(config, stage, directory, ranks)
     if ranks.rank:
         return
@@ -146,10 +142,8 @@ def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: 
     """Train the student's start, or the student from there, and write its checkpoint directory."""
     directory, teacher = options.directory, options.directory / CHECKPOINT
     if options.stage == "start":
-        trajectories = TrajectoryFile(directory / "trajectories.safetensors", config.model)
-        videos = load_dataset(directory / "videos.pt")
         model = ToyModel.load(teacher, device).transformer
-        stage = StartStage(config, model, trajectories, videos, ranks)
+        stage = StartStage(config, model, *_datasets(directory), ranks)
         weights, target = train(config, stage, directory, ranks), STARTED
     else:
         distillation = student_config(teacher, directory / STARTED, config.steps, config.seed, device)
@@ -158,12 +152,9 @@ def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: 
         export_checkpoint(weights, config.model, str(teacher), directory / target)
 
 
-def _follow_teacher(options: Options, device: torch.device) -> None:
-    """Write trajectories.safetensors."""
-    teacher = ToyModel.load(options.directory / CHECKPOINT, device)
-    batches = first_chunks(teacher, _videos(options), options.seed + 2)
-    path = options.directory / "trajectories.safetensors"
-    save_trajectories(path, batches, teacher.config.schedule)
+def _datasets(directory: Path) -> tuple[LatentDataset, LatentDataset]:
+    """What the stages videos and starts have left."""
+    return load_dataset(directory / "videos.pt"), load_dataset(directory / "starts.pt")
 
 
 def _encode_videos(options: Options, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from rfengine.files import file_sha256, json_object, read_text, write_text
 
 Stage = Literal[
-    "vae", "text", "videos", "starts", "teacher", "trajectories", "start", "student", "export",
+    "vae", "text", "videos", "starts", "teacher", "start", "student", "export",
     "tiny_decoder", "evaluate",
 ]  # fmt: skip
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -24,8 +24,7 @@ NEEDS: dict[Stage, tuple[Stage, ...]] = {
     "videos": ("vae", "text"),
     "starts": ("vae", "text"),
     "teacher": ("videos", "starts"),
-    "trajectories": ("text", "teacher"),
-    "start": ("teacher", "trajectories", "videos"),
+    "start": ("teacher", "videos", "starts"),
     "student": ("vae", "text", "teacher", "start"),
     "export": ("student",),
     "tiny_decoder": ("export",),
@@ -52,7 +51,6 @@ class RunDirectory:
             "videos": "videos.pt",
             "starts": "starts.pt",
             "teacher": f"{CHECKPOINT}/transformer.safetensors",
-            "trajectories": "trajectories.safetensors",
             "start": f"{STARTED}/transformer.safetensors",
             "student": f"{DISTILLED}/transformer.safetensors",
             "evaluate": "evaluated.json",

@@ -49,7 +49,7 @@ def _tiny_engine() -> EngineConfig:
     vae = with_plain_latents(preset.vae, preset.vae.z_dim)
     model = dataclasses.replace(preset.model, ffn_dim=768, text_len=144)
     text = dataclasses.replace(preset.text, num_layers=3, known_words=tuple(sorted(known_words())))
-    schedule = ScheduleConfig(shift=2.0)
+    schedule = ScheduleConfig(shift=1.0)
     return dataclasses.replace(preset, model=model, vae=vae, text=text, schedule=schedule)
 
 

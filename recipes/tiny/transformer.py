@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
+from recipes.tiny.noise import telling_noise
 from recipes.tiny.training import CPU, StageConfig
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
@@ -32,10 +33,11 @@ from rfengine.training.stages import ModelStage
 
 _BATCH = 16  # videos of a step
 _MUON_RATE = 0.015
-_ADAM = AdamConfig(1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.5)
+_ADAM = AdamConfig(1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)
 _FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
+_FULL_NOISE_START = 0.5  # of the first chunks alone, for which that noise tells where the video begins
 _OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text; of clips and first chunks, none
 _AFTER_SWITCH_SHARE = 0.6  # of the late chunks of a video with a switch follow it at once or as the second
 _GATE_START = 0.5
@@ -81,6 +83,7 @@ LATE = (
 # the first chunk is a clip of its own, START.
 CLIP = tuple(Segment(index - 3, 3 * index, True, (0, 1, 2)) for index in range(3))
 LAYOUTS = (START, OPENING, LATE, CLIP)
+_LAYOUT_WEIGHTS = (0.4, 0.15, 0.2, 0.25)  # how often each is drawn; the first and the last are the teacher's
 
 
 class ChunkedAttentionOps(Ops):
@@ -139,12 +142,6 @@ def layout_mask(layout: tuple[Segment, ...], chunk_tokens: int) -> Tensor:
     return chunks.repeat_interleave(chunk_tokens, 0).repeat_interleave(chunk_tokens, 1)
 
 
-def layout_weights(progress: float) -> tuple[float, float, float, float]:
-    """How often each of LAYOUTS is drawn at this part of the training: the first chunk first, late ones
-    later."""
-    return (0.45, 0.2, 0.1, 0.25) if progress < 0.35 else (0.2, 0.25, 0.3, 0.25)
-
-
 class TransformerStage(ModelStage):
     """The transformer of config.model from random weights, on the videos of one dataset.
 
@@ -173,7 +170,7 @@ class TransformerStage(ModelStage):
 
     def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
         choices = random.Random(self.config.step_seed(step))
-        layout = choices.choices(LAYOUTS, layout_weights(step / self.config.steps))[0]
+        layout = choices.choices(LAYOUTS, _LAYOUT_WEIGHTS)[0]
         engine, dataset = self.config.model, self.starts if layout is START else self.videos
         batch = draw_batch(dataset, _BATCH, layout, engine.cache.chunk_frames, choices)
         generator = torch.Generator().manual_seed(self.config.pass_seed(step, index))
@@ -199,12 +196,14 @@ def _fresh_model(config: EngineConfig) -> WanDiT:
 
 class Batch(NamedTuple):
     """B videos in a layout of S chunks: clean latents [B, C, F, h, w], the weights [B, F, h, w] of their
-    cells, the states [N, text_len, D] of all their texts, and which of these each chunk reads, [B, S]."""
+    cells, the states [N, text_len, D] of all their texts, which of these each chunk reads, [B, S], and where
+    the videos begin, [B, PLACES]."""
 
     clean: Tensor
     weight: Tensor
     states: Tensor
     texts: Tensor
+    places: Tensor
 
 
 def draw_batch(
@@ -212,7 +211,7 @@ def draw_batch(
 ) -> Batch:
     """size: latent frames of a chunk. A video whose texts are recached teaches nothing about what is before
     the switch."""
-    clean, weight, states, texts = [], [], [], []
+    clean, weight, states, texts, begins = [], [], [], [], []
     while len(clean) < count:
         row = choices.randrange(len(dataset.latents))
         scenes = dataset.text_rows[row, :, 0].tolist()
@@ -232,13 +231,15 @@ def draw_batch(
         taught = torch.tensor(learns).repeat_interleave(size)[:, None, None]
         clean.append(dataset.latents[row][:, frames].float())
         weight.append(taught * (1 + (_FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
+        begins.append(dataset.places[row])
         kind = choices.random()
         said = float(layout not in (START, CLIP) or kind >= _EMPTY_SHARE)
         new, old = dataset.text_rows[row, [places[-1], places[0]], int(kind < _EMPTY_SHARE + _OPEN_SHARE)]
         texts.append([len(states) + (not reads_new) for reads_new in read])
         listed = [new, old] if layout in (OPENING, LATE) else [new]  # as many for all batches of a layout
         states += [said * dataset.texts[text].float() for text in listed]
-    return Batch(torch.stack(clean), torch.stack(weight), torch.stack(states), torch.tensor(texts))
+    parts = (torch.stack(part) for part in (clean, weight, states))
+    return Batch(*parts, torch.tensor(texts), torch.stack(begins))
 
 
 def _end_of_layout(layout: tuple[Segment, ...], scenes: list[int], choices: random.Random) -> int:
@@ -261,15 +262,20 @@ def flow_loss(
     generator: torch.Generator,
 ) -> Tensor:
     """Weighted squared error of the flow over the noisy chunks of the layout, on the model's device. levels:
-    sigmas [B, S], of which those of the noisy chunks count; the model's ops are ChunkedAttentionOps."""
+    sigmas [B, S], of which those of the noisy chunks count; the model's ops are ChunkedAttentionOps.
+
+    A first chunk that is pure noise tells where the video begins (noise.py); at lower levels, where a
+    sampler has drawn new noise, it does not.
+    """
     size, count, device = config.cache.chunk_frames, len(batch.clean), model.device
     noisy = torch.tensor([segment.noisy for segment in layout])
     clean_levels = _CONTEXT_NOISE * torch.rand(count, len(layout), generator=generator)
     sigma = torch.where(noisy, levels, clean_levels).repeat_interleave(size, 1).to(device)
     noisy = noisy.repeat_interleave(size).to(device)
-    noise = torch.randn(batch.clean.shape, generator=generator).to(device)
+    noise = torch.randn(batch.clean.shape, generator=generator)
+    noise = _with_told_starts(noise, batch.places, layout, levels).to(device)
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)], device=device)
-    clean, weight, states, texts = (part.to(device) for part in batch)
+    clean, weight, states, texts, _ = (part.to(device) for part in batch)
     model.ops.texts = None if len(states) == count else texts
     model.ops.attends = tuple(segment.attends for segment in layout)
     with fast_autocast(device):
@@ -284,6 +290,16 @@ def flow_loss(
     return (error * weight[:, noisy]).mean()
 
 
+def _with_told_starts(noise: Tensor, places: Tensor, layout: tuple[Segment, ...], levels: Tensor) -> Tensor:
+    """The noise [B, C, F, h, w] of the layout's chunks; first chunks at a level of 1 tell `places`."""
+    chunks = list(noise.chunk(len(layout), dim=2))
+    for index, segment in enumerate(layout):
+        if segment.noisy and segment.chunk == 0:
+            full = (levels[:, index] == 1)[:, None, None, None, None]
+            chunks[index] = torch.where(full, telling_noise(chunks[index], places), chunks[index])
+    return torch.cat(chunks, dim=2)
+
+
 def noise_levels(
     count: int, layout: tuple[Segment, ...], config: EngineConfig, generator: torch.Generator
 ) -> Tensor:
@@ -291,5 +307,6 @@ def noise_levels(
     all chunks of a clip."""
     chunks = 1 if layout is CLIP else len(layout)
     uniform, full = torch.rand(2, count, chunks, generator=generator)
-    levels = torch.where(full < _FULL_NOISE_SHARE, 1.0, shifted(uniform, config.schedule.shift))
+    share = _FULL_NOISE_START if layout is START else _FULL_NOISE_SHARE
+    levels = torch.where(full < share, 1.0, shifted(uniform, config.schedule.shift))
     return levels.expand(-1, len(layout))

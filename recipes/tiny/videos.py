@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from recipes.tiny.noise import places
 from recipes.tiny.training import CPU
 from rfengine.models.vae import WanVAE
 from rfengine.toy.captions import sample_scenes
@@ -45,13 +46,14 @@ def encode_dataset(
     stride, size = vae.config.temporal_stride, engine.cache.chunk_frames
     starts = [0, *(1 + stride * (size * chunk - 1) for chunk in range(1, chunks + 1))]
     generator = random.Random(seed)
-    latents, foreground, rows, texts = [], [], [], []
+    latents, foreground, rows, texts, begins = [], [], [], [], []
     for first in tqdm(range(0, videos, _BATCH), "encoding", unit="batch", disable=None):
         scenes = sample_scenes(min(_BATCH, videos - first), seed * 1_000_003 + first, split="train")
         drawn = [video_parts(scene, starts, generator) for scene in scenes]
         clips = [torch.cat([render(scene, end - at, at) for scene, at, end in parts]) for parts in drawn]
         with torch.inference_mode(), fast_autocast(device):
             latents.append(vae.encode(as_model_pixels(clips).to(device)).half().cpu())
+        begins += [places(parts[0][0]) for parts in drawn]
         for parts, clip in zip(drawn, clips, strict=True):
             foreground.append(foreground_cells(parts, clip, vae))
             scene_rows = []
@@ -66,6 +68,7 @@ def encode_dataset(
         foreground=torch.stack(foreground),
         texts=torch.cat([encode(texts[first : first + _TEXT_BATCH]).half().cpu() for first in pieces]),
         text_rows=torch.tensor(rows),
+        places=torch.tensor(begins),
     )
 
 

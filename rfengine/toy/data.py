@@ -100,13 +100,15 @@ class LatentDataset:
 
     latents: normalised, float16 [N, C, F, h, w]. foreground: bool [N, F, h, w], where a shape is. texts:
     float16 [K, text_len, dim]. text_rows: [N, chunks, 2], rows of the texts of each chunk: one that says all
-    of its scene and one that leaves something open.
+    of its scene and one that leaves something open. places: [N, P], where each begins, in turns
+    (recipes/tiny/noise.py).
     """
 
     latents: Tensor
     foreground: Tensor
     texts: Tensor
     text_rows: Tensor
+    places: Tensor
 
 
 def save_dataset(dataset: LatentDataset, path: Path) -> None:
@@ -141,7 +143,9 @@ def _problem(dataset: LatentDataset) -> str:
         return f"foreground {shapes['foreground']} where the others ask for {wanted}"
     if rows.ndim != 3 or len(rows) != wanted[0] or rows.shape[2] != 2:
         return f"text_rows {shapes['text_rows']} where the others ask for [{wanted[0]}, chunks, 2]"
-    for name in ("latents", "texts"):
+    if dataset.places.ndim != 2 or len(dataset.places) != wanted[0]:
+        return f"places {shapes['places']} where the others ask for [{wanted[0]}, places]"
+    for name in ("latents", "texts", "places"):
         values = getattr(dataset, name)
         if not values.is_floating_point() or not torch.isfinite(values).all():
             return f"{name} in {values.dtype} that are not all finite numbers"

@@ -22,6 +22,7 @@ DATA = LatentDataset(
     texts=torch.arange(1, 17).half()[:, None, None].expand(16, 5, 7),
     text_rows=torch.tensor([texts_of(number, number, 5) for number in range(4)]
                            + [texts_of(4, 5, 3), texts_of(6, 7, 1)]),
+    places=torch.zeros(6, 3),
 )  # fmt: skip
 
 

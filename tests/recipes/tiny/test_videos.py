@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from recipes.tiny.noise import places
 from recipes.tiny.videos import encode_dataset, foreground_cells, video_parts
 from rfengine.config import PRESETS
 from rfengine.models.vae import WanVAE
@@ -31,11 +32,13 @@ def test_dataset_is_read_back_as_it_was_encoded(tmp_path):
     written = encode_dataset("tiny", 2, videos=9, seed=0)
     save_dataset(written, tmp_path / "videos.pt")
     read = load_dataset(tmp_path / "videos.pt")
-    for name in ("latents", "foreground", "texts", "text_rows"):
+    for name in ("latents", "foreground", "texts", "text_rows", "places"):
         assert torch.equal(getattr(read, name), getattr(written, name))
     assert read.latents.shape == (9, 8, 6, 8, 8) and read.foreground.shape == (9, 6, 8, 8)
     assert read.texts.shape[1:] == (128, 96) and read.text_rows.shape == (9, 2, 2)
     assert read.text_rows.flatten().unique().tolist() == list(range(len(read.texts)))
+    first = sample_scenes(8, 0, split="train")
+    assert torch.equal(read.places[:8], torch.tensor([places(scene) for scene in first]))
     switched = read.text_rows[:, 0, 0] != read.text_rows[:, 1, 0]
     assert 0 < int(switched.sum()) < 9 and len(read.texts) == 2 * (9 + int(switched.sum()))
 
@@ -57,6 +60,7 @@ GOOD = {
     "foreground": torch.zeros(2, 4, 3, 3, dtype=torch.bool),
     "texts": torch.zeros(3, 5, 7).half(),
     "text_rows": torch.tensor([[[0, 1]], [[2, 0]]]),
+    "places": torch.zeros(2, 3),
 }
 
 
@@ -72,6 +76,8 @@ GOOD = {
         ({"text_rows": torch.tensor([[[0, 1]], [[3, 0]]])}, "text_rows from 0 to 3 of 3 texts"),
         ({"text_rows": torch.tensor([[[0, 1]], [[2, -1]]])}, "text_rows from -1 to 2 of 3 texts"),
         ({"text_rows": torch.tensor([[[0, 1]]])}, "text_rows .1, 1, 2. where"),
+        ({"places": torch.zeros(3, 3)}, "places .3, 3. where"),
+        ({"places": torch.full((2, 3), torch.nan)}, "places in torch.float32 that are not all finite"),
         ({"more": torch.zeros(1)}, "holds .*more"),
     ],
 )
