@@ -45,7 +45,7 @@ from rfengine.training.build import export_checkpoint
 from rfengine.training.config import MOST_STEPS
 from rfengine.training.parallel import Ranks, ranks_from_environment
 
-STEPS = {"vae": 5000, "text": 4000, "teacher": 41500, "start": 2000, "student": 2000, "tiny_decoder": 1900}
+STEPS = {"vae": 5000, "text": 4000, "teacher": 41500, "start": 26000, "student": 2000, "tiny_decoder": 1900}
 VIDEOS = {"videos": 9600, "starts": 8000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
 _STREAMS, _STREAM_CHUNKS = 60, 27  # of 20 seconds
@@ -70,7 +70,8 @@ class Options:
     device: Literal["cpu", "cuda"] = "cpu"
     """Of all stages."""
     compiled: bool = False
-    """The teacher's passes, by torch.compile: a sixth less time on a CPU; needs a C++ compiler."""
+    """The passes of the stages teacher and start, by torch.compile: a sixth less time on a CPU; needs a C++
+    compiler."""
     output: Path = Path("rfengine/weights/tiny")
     """The checkpoint that export writes and tiny_decoder completes."""
 
@@ -143,7 +144,7 @@ def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: 
     directory, teacher = options.directory, options.directory / CHECKPOINT
     if options.stage == "start":
         model = ToyModel.load(teacher, device).transformer
-        stage = StartStage(config, model, *_datasets(directory), ranks)
+        stage = StartStage(config, model, *_datasets(directory), ranks, options.compiled)
         weights, target = train(config, stage, directory, ranks), STARTED
     else:
         distillation = student_config(teacher, directory / STARTED, config.steps, config.seed, device)

@@ -22,6 +22,7 @@ from recipes.tiny.transformer import (
     START,
     ChunkedAttentionOps,
     chunk_tokens,
+    compile_passes,
     draw_batch,
     flow_loss,
 )
@@ -40,14 +41,14 @@ from rfengine.training.stages import ModelStage
 from rfengine.training.trainer import Trainer
 
 _BATCH = 16
-_MUON_RATE = 0.004
-_ADAM = AdamConfig(4e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=50, fall=0.7)
+_MUON_RATE = 0.008
+_ADAM = AdamConfig(8e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)
 _LAYOUTS, _LAYOUT_WEIGHTS = (START, OPENING, LATE), (0.4, 0.25, 0.35)
 
 
 class StartStage(ModelStage):
     """The student before distillation, from the teacher's weights; see the module. First chunks alone are
-    those of `starts`, all others those of `videos`."""
+    those of `starts`, all others those of `videos`. compiled: as for TransformerStage."""
 
     def __init__(
         self,
@@ -56,14 +57,17 @@ class StartStage(ModelStage):
         videos: LatentDataset,
         starts: LatentDataset,
         ranks: Ranks,
+        compiled: bool = False,
     ) -> None:
         torch.manual_seed(config.seed)
         model = WanDiT(config.model.model, ChunkedAttentionOps(chunk_tokens(config.model)))
         model.load_state_dict(teacher.state_dict())
         model = model.to(teacher.device)
+        if compiled:
+            compile_passes(model)
         matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
         learner = Learner("start", model, _ADAM, config.steps, 1, ranks, Muon(matrices, lr=_MUON_RATE))
-        super().__init__(learner, average_decay=0.99)
+        super().__init__(learner, average_decay=0.998)
         self.config, self.videos, self.starts = config, videos, starts
         self._sigmas = torch.tensor(FlowSchedule(config.model.schedule).denoising_sigmas)
 

@@ -161,7 +161,7 @@ class TransformerStage(ModelStage):
         torch.manual_seed(config.seed)
         model = _fresh_model(config.model).to(device)
         if compiled:
-            model.forward_clip = torch.compile(model.forward_clip, dynamic=False)
+            compile_passes(model)
         matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
         muon = Muon(matrices, lr=_MUON_RATE, weight_decay=0.01)
         learner = Learner("teacher", model, _ADAM, config.steps, 1, ranks, muon)
@@ -182,6 +182,11 @@ class TransformerStage(ModelStage):
 def chunk_tokens(config: EngineConfig) -> int:
     """Tokens of one chunk."""
     return config.cache.chunk_frames * LatentGrid.of(config).frame_tokens
+
+
+def compile_passes(model: WanDiT) -> None:
+    """Replace the model's pass over clips by its torch.compile form, which is made anew for every layout."""
+    model.forward_clip = torch.compile(model.forward_clip, dynamic=False)
 
 
 def _fresh_model(config: EngineConfig) -> WanDiT:

@@ -66,6 +66,22 @@ def test_the_start_has_the_weights_of_the_teacher_and_learns_at_the_levels_of_th
     assert not torch.equal(stage.model.state_dict()[key], teacher.transformer.state_dict()[key])
 
 
+def test_passes_of_a_compiled_start_are_compiled(monkeypatch, teacher):
+    monkeypatch.setattr(student, "_BATCH", 1)
+    passes: list[int] = []
+
+    def counted(function, dynamic: bool):
+        return lambda *arguments, **named: passes.append(1) or function(*arguments, **named)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    data = (dataset(teacher, 4), dataset(teacher, 1))
+    config = StageConfig("start", teacher.config, 2, 0)
+    stage = StartStage(config, teacher.transformer, *data, Ranks(), compiled=True)
+    for step in range(2):
+        stage.update(step)
+    assert len(passes) == 2
+
+
 @pytest.mark.slow
 def test_stages_of_the_student_leave_a_checkpoint_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(student, "_BATCH", 2)
