@@ -46,7 +46,7 @@ from rfengine.training.config import MOST_STEPS
 from rfengine.training.parallel import Ranks, ranks_from_environment
 
 STEPS = {"vae": 5000, "text": 4000, "teacher": 41500, "start": 26000, "student": 2000, "tiny_decoder": 1900}
-VIDEOS = {"videos": 9600, "starts": 8000, "evaluate": 200, "tiny_decoder": 96}
+VIDEOS = {"videos": 9600, "starts": 16000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
 _STREAMS, _STREAM_CHUNKS = 60, 27  # of 20 seconds
 _LONG_STREAMS, _SWITCHES, _OPEN_SEEDS = 4, 8, 50  # switches: of each kind

@@ -17,6 +17,7 @@ from rfengine.toy.data import LatentDataset, full_text, open_text
 from rfengine.toy.world import (
     CHANGES,
     Scene,
+    WorldConfig,
     as_model_pixels,
     changed,
     continued,
@@ -27,6 +28,7 @@ from rfengine.toy.world import (
 from rfengine.training.arithmetic import fast_autocast
 from rfengine.training.build import base_engine, load_vae, text_states_of
 
+TRAINED_WORLD = WorldConfig(motion_weights=(0.55, 0.15, 0.15, 0.15), pair_share=0.3)  # more of what is hard
 _BATCH = 8
 _TEXT_BATCH = 64
 _SWITCH_SHARE = 0.4  # of the videos, in which another scene follows
@@ -48,7 +50,7 @@ def encode_dataset(
     generator = random.Random(seed)
     latents, foreground, rows, texts, begins = [], [], [], [], []
     for first in tqdm(range(0, videos, _BATCH), "encoding", unit="batch", disable=None):
-        scenes = sample_scenes(min(_BATCH, videos - first), seed * 1_000_003 + first, split="train")
+        scenes = sample_scenes(min(_BATCH, videos - first), seed * 1_000_003 + first, TRAINED_WORLD, "train")
         drawn = [video_parts(scene, starts, generator) for scene in scenes]
         clips = [torch.cat([render(scene, end - at, at) for scene, at, end in parts]) for parts in drawn]
         with torch.inference_mode(), fast_autocast(device):
@@ -85,10 +87,10 @@ def _follower(scene: Scene, generator: random.Random) -> Scene:
     """A scene that differs from the given one in an attribute, or another scene altogether."""
     if generator.random() < _CHANGE_SHARE:
         try:
-            return changed(scene, generator.choice(CHANGES), generator)
+            return changed(scene, generator.choice(CHANGES), generator, TRAINED_WORLD)
         except ValueError:  # this attribute of this scene has no other value
             pass
-    return draw_scene(generator)
+    return draw_scene(generator, TRAINED_WORLD)
 
 
 def foreground_cells(parts: list[Part], clip: Tensor, vae: WanVAE) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recipes.tiny.noise import places
-from recipes.tiny.videos import encode_dataset, foreground_cells, video_parts
+from recipes.tiny.videos import TRAINED_WORLD, encode_dataset, foreground_cells, video_parts
 from rfengine.config import PRESETS
 from rfengine.models.vae import WanVAE
 from rfengine.toy.captions import sample_scenes
@@ -37,7 +37,7 @@ def test_dataset_is_read_back_as_it_was_encoded(tmp_path):
     assert read.latents.shape == (9, 8, 6, 8, 8) and read.foreground.shape == (9, 6, 8, 8)
     assert read.texts.shape[1:] == (128, 96) and read.text_rows.shape == (9, 2, 2)
     assert read.text_rows.flatten().unique().tolist() == list(range(len(read.texts)))
-    first = sample_scenes(8, 0, split="train")
+    first = sample_scenes(8, 0, TRAINED_WORLD, "train")
     assert torch.equal(read.places[:8], torch.tensor([places(scene) for scene in first]))
     switched = read.text_rows[:, 0, 0] != read.text_rows[:, 1, 0]
     assert 0 < int(switched.sum()) < 9 and len(read.texts) == 2 * (9 + int(switched.sum()))
