@@ -60,8 +60,8 @@ def test_the_start_is_what_the_recipe_has_left_to_do(tmp_path: Path, monkeypatch
     trainings.train_start(Setting(SMOKE, tmp_path, tmp_path / "study", torch.device("cpu"), 1))
     named = [(options.stage, options.steps, options.videos) for options in asked]
     assert named == [
-        *(("videos", None, 2), ("starts", None, 2), ("teacher", 2, None)),
-        *(("trajectories", None, 2), ("start", 2, None)),
+        *(("videos", None, 2), ("starts", None, 2)),
+        *(("teacher", 2, None), ("start", 2, None)),
     ]
     assert all(options.directory == tmp_path and options.device == "cpu" for options in asked)
 
