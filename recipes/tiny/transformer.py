@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.noise import telling_noise
+from recipes.tiny.noise import telling_noise, told_coordinates
 from recipes.tiny.training import CPU, StageConfig
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
@@ -37,7 +37,7 @@ _ADAM = AdamConfig(1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_u
 _FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
-_FULL_NOISE_START = 0.5  # of the first chunks alone, for which that noise tells where the video begins
+_FULL_NOISE_START = 0.5  # of the first chunks alone, for which that noise tells what is open
 _OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text; of clips and first chunks, none
 _AFTER_SWITCH_SHARE = 0.6  # of the late chunks of a video with a switch follow it at once or as the second
 _GATE_START = 0.5
@@ -202,13 +202,14 @@ def _fresh_model(config: EngineConfig) -> WanDiT:
 class Batch(NamedTuple):
     """B videos in a layout of S chunks: clean latents [B, C, F, h, w], the weights [B, F, h, w] of their
     cells, the states [N, text_len, D] of all their texts, which of these each chunk reads, [B, S], and where
-    the videos begin, [B, PLACES]."""
+    the videos begin, [B, PLACES], and what the text of the first chunk leaves open, [B, VALUES, 2]."""
 
     clean: Tensor
     weight: Tensor
     states: Tensor
     texts: Tensor
     places: Tensor
+    values: Tensor
 
 
 def draw_batch(
@@ -216,7 +217,7 @@ def draw_batch(
 ) -> Batch:
     """size: latent frames of a chunk. A video whose texts are recached teaches nothing about what is before
     the switch."""
-    clean, weight, states, texts, begins = [], [], [], [], []
+    clean, weight, states, texts, begins, values = [], [], [], [], [], []
     while len(clean) < count:
         row = choices.randrange(len(dataset.latents))
         scenes = dataset.text_rows[row, :, 0].tolist()
@@ -239,12 +240,16 @@ def draw_batch(
         begins.append(dataset.places[row])
         kind = choices.random()
         said = float(layout not in (START, CLIP) or kind >= _EMPTY_SHARE)
-        new, old = dataset.text_rows[row, [places[-1], places[0]], int(kind < _EMPTY_SHARE + _OPEN_SHARE)]
+        is_open = kind < _EMPTY_SHARE + _OPEN_SHARE
+        values.append(dataset.values[row, int(not said)] * (1.0 if is_open else torch.nan))
+        new, old = dataset.text_rows[row, [places[-1], places[0]], int(is_open)]
         texts.append([len(states) + (not reads_new) for reads_new in read])
         listed = [new, old] if layout in (OPENING, LATE) else [new]  # as many for all batches of a layout
         states += [said * dataset.texts[text].float() for text in listed]
-    parts = (torch.stack(part) for part in (clean, weight, states))
-    return Batch(*parts, torch.tensor(texts), torch.stack(begins))
+    clean, weight, states, begins, values = (
+        torch.stack(part) for part in (clean, weight, states, begins, values)
+    )
+    return Batch(clean, weight, states, torch.tensor(texts), begins, values)
 
 
 def _end_of_layout(layout: tuple[Segment, ...], scenes: list[int], choices: random.Random) -> int:
@@ -269,7 +274,7 @@ def flow_loss(
     """Weighted squared error of the flow over the noisy chunks of the layout, on the model's device. levels:
     sigmas [B, S], of which those of the noisy chunks count; the model's ops are ChunkedAttentionOps.
 
-    A first chunk that is pure noise tells where the video begins (noise.py); at lower levels, where a
+    A first chunk that is pure noise tells what its text leaves open (noise.py); at lower levels, where a
     sampler has drawn new noise, it does not.
     """
     size, count, device = config.cache.chunk_frames, len(batch.clean), model.device
@@ -278,9 +283,9 @@ def flow_loss(
     sigma = torch.where(noisy, levels, clean_levels).repeat_interleave(size, 1).to(device)
     noisy = noisy.repeat_interleave(size).to(device)
     noise = torch.randn(batch.clean.shape, generator=generator)
-    noise = _with_told_starts(noise, batch.places, layout, levels).to(device)
+    noise = _telling_starts(noise, batch, layout, levels, generator).to(device)
     times = torch.tensor([segment.time + frame for segment in layout for frame in range(size)], device=device)
-    clean, weight, states, texts, _ = (part.to(device) for part in batch)
+    clean, weight, states, texts, *_ = (part.to(device) for part in batch)
     model.ops.texts = None if len(states) == count else texts
     model.ops.attends = tuple(segment.attends for segment in layout)
     with fast_autocast(device):
@@ -295,13 +300,16 @@ def flow_loss(
     return (error * weight[:, noisy]).mean()
 
 
-def _with_told_starts(noise: Tensor, places: Tensor, layout: tuple[Segment, ...], levels: Tensor) -> Tensor:
-    """The noise [B, C, F, h, w] of the layout's chunks; first chunks at a level of 1 tell `places`."""
+def _telling_starts(
+    noise: Tensor, batch: Batch, layout: tuple[Segment, ...], levels: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The noise [B, C, F, h, w] of the layout's chunks; first chunks at a level of 1 tell what is open."""
     chunks = list(noise.chunk(len(layout), dim=2))
     for index, segment in enumerate(layout):
         if segment.noisy and segment.chunk == 0:
             full = (levels[:, index] == 1)[:, None, None, None, None]
-            chunks[index] = torch.where(full, telling_noise(chunks[index], places), chunks[index])
+            told = telling_noise(chunks[index], batch.places, told_coordinates(batch.values, generator))
+            chunks[index] = torch.where(full, told, chunks[index])
     return torch.cat(chunks, dim=2)
 
 

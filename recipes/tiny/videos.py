@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.tiny.noise import places
+from recipes.tiny.noise import all_open, places, told_values
 from recipes.tiny.training import CPU
 from rfengine.models.vae import WanVAE
-from rfengine.toy.captions import sample_scenes
-from rfengine.toy.data import LatentDataset, full_text, open_text
+from rfengine.toy.captions import paraphrase, sample_scenes
+from rfengine.toy.data import LatentDataset, full_text, open_scene
 from rfengine.toy.world import (
     CHANGES,
     Scene,
@@ -48,21 +48,26 @@ def encode_dataset(
     stride, size = vae.config.temporal_stride, engine.cache.chunk_frames
     starts = [0, *(1 + stride * (size * chunk - 1) for chunk in range(1, chunks + 1))]
     generator = random.Random(seed)
-    latents, foreground, rows, texts, begins = [], [], [], [], []
+    latents, foreground, rows, texts, begins, values = [], [], [], [], [], []
     for first in tqdm(range(0, videos, _BATCH), "encoding", unit="batch", disable=None):
         scenes = sample_scenes(min(_BATCH, videos - first), seed * 1_000_003 + first, TRAINED_WORLD, "train")
         drawn = [video_parts(scene, starts, generator) for scene in scenes]
         clips = [torch.cat([render(scene, end - at, at) for scene, at, end in parts]) for parts in drawn]
         with torch.inference_mode(), fast_autocast(device):
             latents.append(vae.encode(as_model_pixels(clips).to(device)).half().cpu())
-        begins += [places(parts[0][0]) for parts in drawn]
+        begins += [places(parts[0][0], TRAINED_WORLD) for parts in drawn]
         for parts, clip in zip(drawn, clips, strict=True):
             foreground.append(foreground_cells(parts, clip, vae))
             scene_rows = []
             for scene, at, end in parts:
                 number = sum(at <= start < end for start in starts[:-1])
                 scene_rows += [[len(texts), len(texts) + 1]] * number
-                texts += [full_text(scene, generator), open_text(scene, generator)]
+                texts.append(full_text(scene, generator))
+                said = open_scene(scene, generator)
+                texts.append(paraphrase(said, generator))
+                if at == 0:
+                    open_ways = (said, all_open(scene))
+                    values.append([told_values(scene, way, TRAINED_WORLD) for way in open_ways])
             rows.append(scene_rows)
     pieces = range(0, len(texts), _TEXT_BATCH)
     return LatentDataset(
@@ -71,6 +76,7 @@ def encode_dataset(
         texts=torch.cat([encode(texts[first : first + _TEXT_BATCH]).half().cpu() for first in pieces]),
         text_rows=torch.tensor(rows),
         places=torch.tensor(begins),
+        values=torch.tensor(values),
     )
 
 

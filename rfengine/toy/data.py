@@ -30,9 +30,14 @@ def full_text(scene: Scene, generator: random.Random) -> str:
     return caption(scene) if generator.random() < _CAPTION_SHARE else paraphrase(scene, generator)
 
 
+def open_scene(scene: Scene, generator: random.Random) -> Scene:
+    """The scene with some of its attributes left open."""
+    return opened(scene, generator, _OPEN_SHARE)
+
+
 def open_text(scene: Scene, generator: random.Random) -> str:
     """A text that leaves attributes of a scene open."""
-    return paraphrase(opened(scene, generator, _OPEN_SHARE), generator)
+    return paraphrase(open_scene(scene, generator), generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +105,9 @@ class LatentDataset:
 
     latents: normalised, float16 [N, C, F, h, w]. foreground: bool [N, F, h, w], where a shape is. texts:
     float16 [K, text_len, dim]. text_rows: [N, chunks, 2], rows of the texts of each chunk: one that says all
-    of its scene and one that leaves something open. places: [N, P], where each begins, in turns
-    (recipes/tiny/noise.py).
+    of its scene and one that leaves something open. places: [N, P], where each begins, in turns. values:
+    [N, 2, V, 2], what its open text and no text at all leave to chance; NaN where they do not. Of both the
+    meaning is in recipes/tiny/noise.py.
     """
 
     latents: Tensor
@@ -109,6 +115,7 @@ class LatentDataset:
     texts: Tensor
     text_rows: Tensor
     places: Tensor
+    values: Tensor
 
 
 def save_dataset(dataset: LatentDataset, path: Path) -> None:
@@ -145,6 +152,9 @@ def _problem(dataset: LatentDataset) -> str:
         return f"text_rows {shapes['text_rows']} where the others ask for [{wanted[0]}, chunks, 2]"
     if dataset.places.ndim != 2 or len(dataset.places) != wanted[0]:
         return f"places {shapes['places']} where the others ask for [{wanted[0]}, places]"
+    values = dataset.values
+    if values.ndim != 4 or len(values) != wanted[0] or values.shape[1::2] != (2, 2):
+        return f"values {shapes['values']} where the others ask for [{wanted[0]}, 2, values, 2]"
     for name in ("latents", "texts", "places"):
         values = getattr(dataset, name)
         if not values.is_floating_point() or not torch.isfinite(values).all():

@@ -23,6 +23,7 @@ DATA = LatentDataset(
     text_rows=torch.tensor([texts_of(number, number, 5) for number in range(4)]
                            + [texts_of(4, 5, 3), texts_of(6, 7, 1)]),
     places=torch.zeros(6, 3),
+    values=torch.zeros(6, 2, 12, 2),
 )  # fmt: skip
 
 

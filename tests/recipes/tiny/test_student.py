@@ -38,6 +38,7 @@ def dataset(teacher: ToyModel, chunks: int) -> LatentDataset:
         texts=torch.randn(2, size.text_len, size.text_dim).half(),
         text_rows=torch.tensor([[0, 1]]).expand(2, chunks, 2),
         places=torch.rand(2, 3),
+        values=torch.full((2, 2, 12, 2), torch.nan),
     )
 
 

@@ -32,13 +32,15 @@ def test_dataset_is_read_back_as_it_was_encoded(tmp_path):
     written = encode_dataset("tiny", 2, videos=9, seed=0)
     save_dataset(written, tmp_path / "videos.pt")
     read = load_dataset(tmp_path / "videos.pt")
-    for name in ("latents", "foreground", "texts", "text_rows", "places"):
-        assert torch.equal(getattr(read, name), getattr(written, name))
+    for name in ("latents", "foreground", "texts", "text_rows", "places", "values"):
+        found, expected = getattr(read, name), getattr(written, name)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert read.latents.shape == (9, 8, 6, 8, 8) and read.foreground.shape == (9, 6, 8, 8)
     assert read.texts.shape[1:] == (128, 96) and read.text_rows.shape == (9, 2, 2)
     assert read.text_rows.flatten().unique().tolist() == list(range(len(read.texts)))
     first = sample_scenes(8, 0, TRAINED_WORLD, "train")
-    assert torch.equal(read.places[:8], torch.tensor([places(scene) for scene in first]))
+    assert torch.equal(read.places[:8], torch.tensor([places(scene, TRAINED_WORLD) for scene in first]))
+    assert read.values.shape == (9, 2, 12, 2) and not read.values[:, 1, :2].isnan().any()
     switched = read.text_rows[:, 0, 0] != read.text_rows[:, 1, 0]
     assert 0 < int(switched.sum()) < 9 and len(read.texts) == 2 * (9 + int(switched.sum()))
 
@@ -61,6 +63,7 @@ GOOD = {
     "texts": torch.zeros(3, 5, 7).half(),
     "text_rows": torch.tensor([[[0, 1]], [[2, 0]]]),
     "places": torch.zeros(2, 3),
+    "values": torch.zeros(2, 2, 12, 2),
 }
 
 
@@ -78,6 +81,7 @@ GOOD = {
         ({"text_rows": torch.tensor([[[0, 1]]])}, "text_rows .1, 1, 2. where"),
         ({"places": torch.zeros(3, 3)}, "places .3, 3. where"),
         ({"places": torch.full((2, 3), torch.nan)}, "places in torch.float32 that are not all finite"),
+        ({"values": torch.zeros(2, 12, 2)}, "values .2, 12, 2. where"),
         ({"more": torch.zeros(1)}, "holds .*more"),
     ],
 )
