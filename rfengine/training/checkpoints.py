@@ -219,14 +219,13 @@ class TrainingCheckpoints:
             found = _check_record(path)
         except ValueError as error:
             return str(error), ""
-        for name in sorted({*found, *self.identity}):
-            if found.get(name) != self.identity.get(name):
-                return "", (
-                    f"{path} was made with {name} {found.get(name)!r}, this run has "
-                    f"{self.identity.get(name)!r}; resume with the recipe it was made with, or choose "
-                    "another directory"
-                )
-        return "", ""
+        if found == self.identity:
+            return "", ""
+        name, made, wanted = _first_difference("", found, self.identity)
+        return "", (
+            f"{path} was made with {name} {made!r}, this run has {wanted!r}; resume with the recipe it was "
+            "made with, or choose another directory"
+        )
 
     def _set_aside(self, damaged: list[tuple[Path, str]], taken: Path) -> None:
         if self.ranks.rank == 0:
@@ -267,6 +266,15 @@ def _write_record(directory: Path, identity: Mapping[str, Any]) -> None:
     files = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
     content = {"format": _FORMAT, "identity": dict(identity), "files": files}
     write_text(directory / _RECORD_FILE, json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
+
+
+def _first_difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+    """The dotted name of the first value in which two tables differ, and both values; None for none."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return name, one, other
+    keys = sorted({*one, *other})
+    key = next(key for key in keys if (key in one) != (key in other) or one[key] != other[key])
+    return _first_difference(f"{name}.{key}".lstrip("."), one.get(key), other.get(key))
 
 
 def _check_record(directory: Path) -> dict[str, Any]:

@@ -97,6 +97,19 @@ def test_an_older_checkpoint_does_not_stand_in_for_one_of_another_recipe(run: Pa
         checkpoints(run, seed=1).restore(small_state())
 
 
+def test_of_another_recipe_only_the_value_that_differs_is_named(tmp_path: Path) -> None:
+    def of_shift(schedule: dict[str, float]) -> TrainingCheckpoints:
+        return checkpoints(tmp_path, model={"dim": 64, "schedule": schedule})
+
+    state = small_state()
+    state.step = 1
+    of_shift({"shift": 2.0}).save(state, wait=True)
+    with pytest.raises(ValueError, match=r"was made with model.schedule.shift 2.0, this run has 1.0; resume"):
+        of_shift({"shift": 1.0}).restore(small_state())
+    with pytest.raises(ValueError, match=r"was made with model.schedule.more None, this run"):
+        of_shift({"shift": 2.0, "more": None}).restore(small_state())
+
+
 def test_the_step_of_a_damaged_checkpoint_is_saved_again(run: Path) -> None:
     flip(run / NEWEST / "rank_00000.safetensors")
     again, state = checkpoints(run), small_state()
