@@ -63,9 +63,7 @@ def told_values(scene: Scene, said: Scene, config: WorldConfig) -> list[tuple[fl
     if said.speed is None:
         told["speed"] = _part(scene.speed, dict.fromkeys(SPEEDS, 1.0))
     if said.background is None:
-        still = scene.camera == "still"
-        law = {name: 1 - config.pan_share if still else 1.0 for name in config.backgrounds}
-        told["background"] = _part(scene.background, law | ({PLAIN: 1.0} if still else {PLAIN: 0.0}))
+        told["background"] = _part(scene.background, _background_law(scene.camera == "still", config))
     if scene.camera != "still":
         if said.camera != scene.camera:
             told["camera"] = _part(scene.camera, {"left": 1.0, "right": 1.0})
@@ -95,6 +93,12 @@ def _motion_law(said: Scene, config: WorldConfig) -> dict[str, float]:
     if shape is not None:  # a turning shape is one of two, any other one of three
         law["turning"] *= 0.0 if shape == "circle" else 1.5
     return law
+
+
+def _background_law(still: bool, config: WorldConfig) -> dict[str, float]:
+    """How likely each background is behind a camera that stands still or pans; over a plain one it stands."""
+    pans = {name: 0.0 if name == PLAIN else config.pan_share for name in config.backgrounds}
+    return {name: 1 - share for name, share in pans.items()} if still else pans
 
 
 def _part(value: str | None, law: Mapping[str, float]) -> tuple[float, float]:

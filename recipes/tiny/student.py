@@ -7,24 +7,22 @@ before, so that no step has to choose among what is possible.
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recipes.tiny.muon import Muon
 from recipes.tiny.training import StageConfig
 from recipes.tiny.transformer import (
     LATE,
     OPENING,
     START,
     ChunkedAttentionOps,
+    FlowPlan,
+    FlowStage,
+    Segment,
     chunk_tokens,
-    compile_passes,
-    draw_batch,
-    flow_loss,
 )
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule
@@ -33,22 +31,22 @@ from rfengine.training.arithmetic import fast_precision
 from rfengine.training.build import base_engine, build_stage
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import AdamConfig, TrainConfig
-from rfengine.training.learner import Figures, Learner
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd
 from rfengine.training.samples import averaged_state
-from rfengine.training.stages import ModelStage
 from rfengine.training.trainer import Trainer
 
-_BATCH = 16
-_MUON_RATE = 0.008
-_ADAM = AdamConfig(8e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)
-_LAYOUTS, _LAYOUT_WEIGHTS = (START, OPENING, LATE), (0.4, 0.25, 0.35)
+_PLAN = FlowPlan(
+    (START, OPENING, LATE),
+    (0.4, 0.25, 0.35),
+    AdamConfig(8e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9),
+    muon_rate=0.008,
+    muon_decay=0.0,
+)
 
 
-class StartStage(ModelStage):
-    """The student before distillation, from the teacher's weights; see the module. First chunks alone are
-    those of `starts`, all others those of `videos`. compiled: as for TransformerStage."""
+class StartStage(FlowStage):
+    """The student before distillation, from the teacher's weights; see the module and FlowStage."""
 
     def __init__(
         self,
@@ -62,24 +60,11 @@ class StartStage(ModelStage):
         torch.manual_seed(config.seed)
         model = WanDiT(config.model.model, ChunkedAttentionOps(chunk_tokens(config.model)))
         model.load_state_dict(teacher.state_dict())
-        model = model.to(teacher.device)
-        if compiled:
-            compile_passes(model)
-        matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
-        learner = Learner("start", model, _ADAM, config.steps, 1, ranks, Muon(matrices, lr=_MUON_RATE))
-        super().__init__(learner, average_decay=0.998)
-        self.config, self.videos, self.starts = config, videos, starts
+        super().__init__(config, _PLAN, model.to(teacher.device), videos, starts, ranks, compiled)
         self._sigmas = torch.tensor(FlowSchedule(config.model.schedule).denoising_sigmas)
 
-    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
-        choices = random.Random(self.config.pass_seed(step, index))
-        generator = torch.Generator().manual_seed(self.config.pass_seed(step, index))
-        layout = choices.choices(_LAYOUTS, _LAYOUT_WEIGHTS)[0]
-        engine, dataset = self.config.model, self.starts if layout is START else self.videos
-        batch = draw_batch(dataset, _BATCH, layout, engine.cache.chunk_frames, choices)
-        levels = self._sigmas[torch.randint(len(self._sigmas), (_BATCH, len(layout)), generator=generator)]
-        loss = flow_loss(self.model, engine, batch, layout, levels, generator)
-        return loss, {"layout": float(_LAYOUTS.index(layout))}
+    def levels(self, count: int, layout: tuple[Segment, ...], generator: torch.Generator) -> Tensor:
+        return self._sigmas[torch.randint(len(self._sigmas), (count, len(layout)), generator=generator)]
 
 
 def student_config(teacher: Path, start: Path, steps: int, seed: int, device: torch.device) -> TrainConfig:

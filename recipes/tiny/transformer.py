@@ -32,8 +32,6 @@ from rfengine.training.parallel import Ranks
 from rfengine.training.stages import ModelStage
 
 _BATCH = 16  # videos of a step
-_MUON_RATE = 0.015
-_ADAM = AdamConfig(1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)
 _FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
@@ -55,6 +53,18 @@ class Segment:
     time: int
     noisy: bool
     attends: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FlowPlan:
+    """What a FlowStage draws and how it learns. weights: how often each of `layouts` is drawn. muon_rate,
+    muon_decay: of the matrices in the blocks; `adam` is for everything else."""
+
+    layouts: tuple[tuple[Segment, ...], ...]
+    weights: tuple[float, ...]
+    adam: AdamConfig
+    muon_rate: float
+    muon_decay: float
 
 
 # The first chunk alone, four times with other noise.
@@ -83,7 +93,13 @@ LATE = (
 # the first chunk is a clip of its own, START.
 CLIP = tuple(Segment(index - 3, 3 * index, True, (0, 1, 2)) for index in range(3))
 LAYOUTS = (START, OPENING, LATE, CLIP)
-_LAYOUT_WEIGHTS = (0.4, 0.15, 0.2, 0.25)  # how often each is drawn; the first and the last are the teacher's
+_PLAN = FlowPlan(
+    LAYOUTS,
+    (0.4, 0.15, 0.2, 0.25),  # the first and the last are what the teacher judges by
+    AdamConfig(1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9),
+    muon_rate=0.015,
+    muon_decay=0.01,
+)
 
 
 class ChunkedAttentionOps(Ops):
@@ -142,12 +158,47 @@ def layout_mask(layout: tuple[Segment, ...], chunk_tokens: int) -> Tensor:
     return chunks.repeat_interleave(chunk_tokens, 0).repeat_interleave(chunk_tokens, 1)
 
 
-class TransformerStage(ModelStage):
-    """The transformer of config.model from random weights, on the videos of one dataset.
+class FlowStage(ModelStage):
+    """Flow matching of `model`, whose ops are ChunkedAttentionOps, on videos laid out by `plan`.
 
-    The first chunk alone is learnt on the many more videos of `starts`, since it has to follow the text.
-    compiled: each layout's pass by torch.compile, which needs a C++ compiler.
+    The first chunk alone is learnt on the many more videos of `starts`, since it has to follow the text; all
+    else on `videos`. compiled: each layout's pass by torch.compile, which needs a C++ compiler.
     """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        plan: FlowPlan,
+        model: WanDiT,
+        videos: LatentDataset,
+        starts: LatentDataset,
+        ranks: Ranks,
+        compiled: bool,
+    ) -> None:
+        if compiled:
+            model.forward_clip = torch.compile(model.forward_clip, dynamic=False)
+        matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
+        muon = Muon(matrices, lr=plan.muon_rate, weight_decay=plan.muon_decay)
+        super().__init__(Learner(config.name, model, plan.adam, config.steps, 1, ranks, muon), 0.998)
+        self.config, self.plan, self.videos, self.starts = config, plan, videos, starts
+
+    def levels(self, count: int, layout: tuple[Segment, ...], generator: torch.Generator) -> Tensor:
+        """Sigmas [count, S] of the chunks of a layout."""
+        raise NotImplementedError
+
+    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
+        choices = random.Random(self.config.step_seed(step))
+        layout = choices.choices(self.plan.layouts, self.plan.weights)[0]
+        engine, dataset = self.config.model, self.starts if layout is START else self.videos
+        batch = draw_batch(dataset, _BATCH, layout, engine.cache.chunk_frames, choices)
+        generator = torch.Generator().manual_seed(self.config.pass_seed(step, index))
+        levels = self.levels(_BATCH, layout, generator)
+        loss = flow_loss(self.model, engine, batch, layout, levels, generator)
+        return loss, {"layout": float(self.plan.layouts.index(layout))}
+
+
+class TransformerStage(FlowStage):
+    """The transformer of config.model from random weights; see FlowStage."""
 
     def __init__(
         self,
@@ -160,33 +211,15 @@ class TransformerStage(ModelStage):
     ) -> None:
         torch.manual_seed(config.seed)
         model = _fresh_model(config.model).to(device)
-        if compiled:
-            compile_passes(model)
-        matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
-        muon = Muon(matrices, lr=_MUON_RATE, weight_decay=0.01)
-        learner = Learner("teacher", model, _ADAM, config.steps, 1, ranks, muon)
-        super().__init__(learner, average_decay=0.998)
-        self.config, self.videos, self.starts = config, videos, starts
+        super().__init__(config, _PLAN, model, videos, starts, ranks, compiled)
 
-    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
-        choices = random.Random(self.config.step_seed(step))
-        layout = choices.choices(LAYOUTS, _LAYOUT_WEIGHTS)[0]
-        engine, dataset = self.config.model, self.starts if layout is START else self.videos
-        batch = draw_batch(dataset, _BATCH, layout, engine.cache.chunk_frames, choices)
-        generator = torch.Generator().manual_seed(self.config.pass_seed(step, index))
-        levels = noise_levels(_BATCH, layout, engine, generator)
-        loss = flow_loss(self.model, engine, batch, layout, levels, generator)
-        return loss, {"layout": float(LAYOUTS.index(layout))}
+    def levels(self, count: int, layout: tuple[Segment, ...], generator: torch.Generator) -> Tensor:
+        return noise_levels(count, layout, self.config.model, generator)
 
 
 def chunk_tokens(config: EngineConfig) -> int:
     """Tokens of one chunk."""
     return config.cache.chunk_frames * LatentGrid.of(config).frame_tokens
-
-
-def compile_passes(model: WanDiT) -> None:
-    """Replace the model's pass over clips by its torch.compile form, which is made anew for every layout."""
-    model.forward_clip = torch.compile(model.forward_clip, dynamic=False)
 
 
 def _fresh_model(config: EngineConfig) -> WanDiT:
@@ -201,8 +234,8 @@ def _fresh_model(config: EngineConfig) -> WanDiT:
 
 class Batch(NamedTuple):
     """B videos in a layout of S chunks: clean latents [B, C, F, h, w], the weights [B, F, h, w] of their
-    cells, the states [N, text_len, D] of all their texts, which of these each chunk reads, [B, S], and where
-    the videos begin, [B, PLACES], and what the text of the first chunk leaves open, [B, VALUES, 2]."""
+    cells, the states [N, text_len, D] of all their texts, which of these each chunk reads, [B, S], where the
+    videos begin, [B, PLACES], and what the text of the first chunk leaves open, [B, VALUES, 2]."""
 
     clean: Tensor
     weight: Tensor
@@ -217,39 +250,38 @@ def draw_batch(
 ) -> Batch:
     """size: latent frames of a chunk. A video whose texts are recached teaches nothing about what is before
     the switch."""
-    clean, weight, states, texts, begins, values = [], [], [], [], [], []
+    clean, weight, states, texts, places, values = [], [], [], [], [], []
     while len(clean) < count:
         row = choices.randrange(len(dataset.latents))
         scenes = dataset.text_rows[row, :, 0].tolist()
         end = _end_of_layout(layout, scenes, choices)
-        places = [segment.chunk if segment.chunk >= 0 else end + segment.chunk for segment in layout]
-        last = scenes[places[-1]]
-        if layout is CLIP and scenes[places[0]] != last:
+        chunks = [segment.chunk if segment.chunk >= 0 else end + segment.chunk for segment in layout]
+        last = scenes[chunks[-1]]
+        if layout is CLIP and scenes[chunks[0]] != last:
             continue
         recached = choices.random() < 0.5
         # a stream that recaches recomputes its window, and leaves the sink, the first chunk, as it is
         renewed = [
-            recached and place > 0 and not part.noisy for place, part in zip(places, layout, strict=True)
+            recached and chunk > 0 and not part.noisy for chunk, part in zip(chunks, layout, strict=True)
         ]
-        read = [scenes[place] == last or new for place, new in zip(places, renewed, strict=True)]
-        learns = [scenes[place] == last or not recached for place in places]
-        frames = torch.tensor([place * size + frame for place in places for frame in range(size)])
+        read = [scenes[chunk] == last or new for chunk, new in zip(chunks, renewed, strict=True)]
+        learns = [scenes[chunk] == last or not recached for chunk in chunks]
+        frames = torch.tensor([chunk * size + frame for chunk in chunks for frame in range(size)])
         taught = torch.tensor(learns).repeat_interleave(size)[:, None, None]
         clean.append(dataset.latents[row][:, frames].float())
         weight.append(taught * (1 + (_FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
-        begins.append(dataset.places[row])
+        places.append(dataset.places[row])
         kind = choices.random()
         said = float(layout not in (START, CLIP) or kind >= _EMPTY_SHARE)
         is_open = kind < _EMPTY_SHARE + _OPEN_SHARE
-        values.append(dataset.values[row, int(not said)] * (1.0 if is_open else torch.nan))
-        new, old = dataset.text_rows[row, [places[-1], places[0]], int(is_open)]
+        left_open = dataset.values[row, int(not said)]
+        values.append(left_open if is_open else torch.full_like(left_open, torch.nan))
+        new, old = dataset.text_rows[row, [chunks[-1], chunks[0]], int(is_open)]
         texts.append([len(states) + (not reads_new) for reads_new in read])
         listed = [new, old] if layout in (OPENING, LATE) else [new]  # as many for all batches of a layout
         states += [said * dataset.texts[text].float() for text in listed]
-    clean, weight, states, begins, values = (
-        torch.stack(part) for part in (clean, weight, states, begins, values)
-    )
-    return Batch(clean, weight, states, torch.tensor(texts), begins, values)
+    stacked = [torch.stack(part) for part in (clean, weight, states)]
+    return Batch(*stacked, torch.tensor(texts), torch.stack(places), torch.stack(values))
 
 
 def _end_of_layout(layout: tuple[Segment, ...], scenes: list[int], choices: random.Random) -> int:

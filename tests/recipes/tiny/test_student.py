@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.tiny import student
+from recipes.tiny import student, transformer
 from recipes.tiny.run import Options, run_stage
 from recipes.tiny.stages import CHECKPOINT, DISTILLED, STARTED
 from recipes.tiny.student import StartStage
@@ -45,14 +45,14 @@ def dataset(teacher: ToyModel, chunks: int) -> LatentDataset:
 def test_the_start_has_the_weights_of_the_teacher_and_learns_at_the_levels_of_the_sampler(
     monkeypatch, teacher
 ):
-    monkeypatch.setattr(student, "_BATCH", 2)
+    monkeypatch.setattr(transformer, "_BATCH", 2)
     learnt: list[tuple[tuple[Segment, ...], torch.Tensor]] = []
 
     def recorded(model, config, batch, layout, levels, generator):
         learnt.append((layout, levels))
         return flow_loss(model, config, batch, layout, levels, generator)
 
-    monkeypatch.setattr(student, "flow_loss", recorded)
+    monkeypatch.setattr(transformer, "flow_loss", recorded)
     config, data = StageConfig("start", teacher.config, 12, 0), (dataset(teacher, 4), dataset(teacher, 1))
     stage = StartStage(config, teacher.transformer, *data, Ranks())
     for name, value in teacher.transformer.state_dict().items():
@@ -68,7 +68,7 @@ def test_the_start_has_the_weights_of_the_teacher_and_learns_at_the_levels_of_th
 
 
 def test_passes_of_a_compiled_start_are_compiled(monkeypatch, teacher):
-    monkeypatch.setattr(student, "_BATCH", 1)
+    monkeypatch.setattr(transformer, "_BATCH", 1)
     passes: list[int] = []
 
     def counted(function, dynamic: bool):
@@ -85,7 +85,7 @@ def test_passes_of_a_compiled_start_are_compiled(monkeypatch, teacher):
 
 @pytest.mark.slow
 def test_stages_of_the_student_leave_a_checkpoint_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(student, "_BATCH", 2)
+    monkeypatch.setattr(transformer, "_BATCH", 2)
     recipe = student.toy_dmd
     rollout = RolloutConfig(4, 4, 1, switch_share=1.0)
     small = {"batch": 2, "group": 2, "critic_updates": 1, "rollout": rollout}
