@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rfengine.toy.backgrounds import PERIODS, PLAIN
+from rfengine.toy.backgrounds import PERIODS, PLAIN, strongest_cycles
 from rfengine.toy.captions import opened
 from rfengine.toy.world import (
     MOTION_DIRECTIONS,
@@ -31,18 +31,26 @@ from rfengine.toy.world import (
     WorldConfig,
 )
 
-PLACES = 3  # of a scene: x and y of its shape, and its view of the background
+PLACES = 3  # of a scene: x and y of its shape, and its view in the strongest wave of the background
 VALUES = (
     "colour", "background", "motion", "direction", "speed", "shape", "size", "camera", "pan",
-    "second colour", "second shape", "second size",
+    "second colour", "second shape", "second size", "cycle",
 )  # fmt: skip
 
 
 def places(scene: Scene, config: WorldConfig) -> tuple[float, float, float]:
-    """Where a scene begins, in turns: x and y of its start, and its view in periods of its background."""
+    """Where a scene begins, in turns: x and y of its start, and its view in cycles of the strongest wave of
+    its background. In which of these cycles of a period it begins is one of VALUES: a model would hardly read
+    seven waves from a single turn."""
     x, y = scene.start
-    period = PERIODS[scene.background or PLAIN]
-    return x * config.scale / config.width % 1, y * config.scale / config.height % 1, scene.view / period % 1
+    turns = x * config.scale / config.width, y * config.scale / config.height, _cycles(scene)
+    return turns[0] % 1, turns[1] % 1, turns[2] % 1
+
+
+def _cycles(scene: Scene) -> float:
+    """The view of a scene in cycles of the strongest wave of its background."""
+    name = scene.background or PLAIN
+    return scene.view / PERIODS[name] * strongest_cycles(name)
 
 
 def all_open(scene: Scene) -> Scene:
@@ -53,7 +61,7 @@ def all_open(scene: Scene) -> Scene:
 def told_values(scene: Scene, said: Scene, config: WorldConfig) -> list[tuple[float, float]]:
     """For each of VALUES of a scene of the world `config` of which a text says only what is in `said`: the
     part (from, to) of the range from 0 to 1 that stands for it, as long as it is likely, given what is said
-    and the values before it in the law; NaN for what is said or not there."""
+    and the values before it in the law; NaN for what is said or not there. No text says the cycle."""
     told = {name: (math.nan, math.nan) for name in VALUES}
     motion, pair = scene.motion or "", len(scene.objects) == 2
     if said.motion is None:
@@ -69,6 +77,9 @@ def told_values(scene: Scene, said: Scene, config: WorldConfig) -> list[tuple[fl
             told["camera"] = _part(scene.camera, {"left": 1.0, "right": 1.0})
         if said.pan is None:
             told["pan"] = _part(scene.pan, dict.fromkeys(PANS, 1.0))
+    cycles = strongest_cycles(scene.background or PLAIN)
+    if cycles > 1:
+        told["cycle"] = _part(str(int(_cycles(scene)) % cycles), dict.fromkeys(map(str, range(cycles)), 1.0))
     taken = {entry.colour for entry in said.objects}
     for prefix, entry, known in zip(("", "second "), scene.objects, said.objects, strict=False):
         if known.colour is None:

@@ -25,7 +25,8 @@ from recipes.tiny.report import (
     report_starts,
     report_switches,
 )
-from recipes.tiny.stages import CHECKPOINT, DISTILLED, STAGES, STARTED, RunDirectory, Stage
+from recipes.tiny.stages import CHECKPOINT, DISTILLED, STAGES, STARTED, STREAMED, RunDirectory, Stage
+from recipes.tiny.streams import StreamStage
 from recipes.tiny.student import StartStage, student_config, train_student
 from recipes.tiny.text_encoder import TextStage
 from recipes.tiny.training import TINY, TRAINED_VAE, StageConfig, ToyModel, save_part, stored_engine, train
@@ -40,12 +41,17 @@ from rfengine.checkpoint.manifest import write_manifest
 from rfengine.cli.process import run_script
 from rfengine.files import write_text
 from rfengine.limits import Range, check_options
+from rfengine.ops import REFERENCE_OPS
 from rfengine.toy.data import LatentDataset, load_dataset, save_dataset
 from rfengine.training.build import export_checkpoint
 from rfengine.training.config import MOST_STEPS
+from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks, ranks_from_environment
 
-STEPS = {"vae": 5000, "text": 4000, "teacher": 41500, "start": 26000, "student": 2000, "tiny_decoder": 1900}
+STEPS = {
+    "vae": 5000, "text": 4000, "teacher": 41500, "start": 26000, "streams": 6000, "student": 2000,
+    "tiny_decoder": 1900,
+}  # fmt: skip
 VIDEOS = {"videos": 9600, "starts": 16000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
 _STREAMS, _STREAM_CHUNKS = 60, 27  # of 20 seconds
@@ -116,7 +122,7 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
     if options.stage == "tiny_decoder":
         _add_tiny_decoder(options, config, ranks, device)
         return
-    if options.stage in ("start", "student"):
+    if options.stage in ("start", "streams", "student"):
         _train_student(options, config, ranks, device)
         return
     if options.stage == "vae":
@@ -140,14 +146,19 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
 
 
 def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: torch.device) -> None:
-    """Train the student's start, or the student from there, and write its checkpoint directory."""
+    """Train the student, in the one of its three stages, and write its checkpoint directory."""
     directory, teacher = options.directory, options.directory / CHECKPOINT
     if options.stage == "start":
         model = ToyModel.load(teacher, device).transformer
         stage = StartStage(config, model, *_datasets(directory), ranks, options.compiled)
         weights, target = train(config, stage, directory, ranks), STARTED
+    elif options.stage == "streams":
+        ops = DifferentiableOps(REFERENCE_OPS.choice)
+        model = ToyModel.load(directory / STARTED, device, ops).transformer.requires_grad_(True)
+        stage = StreamStage(config, model, load_dataset(directory / "videos.pt"), ranks)
+        weights, target = train(config, stage, directory, ranks), STREAMED
     else:
-        distillation = student_config(teacher, directory / STARTED, config.steps, config.seed, device)
+        distillation = student_config(teacher, directory / STREAMED, config.steps, config.seed, device)
         weights, target = train_student(distillation, directory / "student", ranks, device), DISTILLED
     if not ranks.rank:
         export_checkpoint(weights, config.model, str(teacher), directory / target)

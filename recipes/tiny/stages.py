@@ -14,8 +14,8 @@ from typing import Literal, get_args
 from rfengine.files import file_sha256, json_object, read_text, write_text
 
 Stage = Literal[
-    "vae", "text", "videos", "starts", "teacher", "start", "student", "export",
-    "tiny_decoder", "evaluate",
+    "vae", "text", "videos", "starts", "teacher", "start", "streams", "student",
+    "export", "tiny_decoder", "evaluate",
 ]  # fmt: skip
 STAGES: tuple[Stage, ...] = get_args(Stage)
 NEEDS: dict[Stage, tuple[Stage, ...]] = {
@@ -25,13 +25,14 @@ NEEDS: dict[Stage, tuple[Stage, ...]] = {
     "starts": ("vae", "text"),
     "teacher": ("videos", "starts"),
     "start": ("teacher", "videos", "starts"),
-    "student": ("vae", "text", "teacher", "start"),
+    "streams": ("start", "videos"),
+    "student": ("vae", "text", "teacher", "streams"),
     "export": ("student",),
     "tiny_decoder": ("export",),
     "evaluate": ("student",),
 }
 CHECKPOINT = "checkpoint"  # the directory, inside that of the run, which the trainings fill up to the teacher
-STARTED, DISTILLED = "start_checkpoint", "student_checkpoint"  # those of the student before and after
+STARTED, STREAMED, DISTILLED = "start_checkpoint", "streams_checkpoint", "student_checkpoint"  # the student's
 _RECORDS = "stages"
 _MOST_BYTES = 100_000
 
@@ -52,6 +53,7 @@ class RunDirectory:
             "starts": "starts.pt",
             "teacher": f"{CHECKPOINT}/transformer.safetensors",
             "start": f"{STARTED}/transformer.safetensors",
+            "streams": f"{STREAMED}/transformer.safetensors",
             "student": f"{DISTILLED}/transformer.safetensors",
             "evaluate": "evaluated.json",
         }

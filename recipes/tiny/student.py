@@ -36,6 +36,7 @@ from rfengine.training.recipes import toy_dmd
 from rfengine.training.samples import averaged_state
 from rfengine.training.trainer import Trainer
 
+_FIRST_STEP_SHARE = 0.5  # of the chunks are pure noise, from which the first step makes most of a video
 _PLAN = FlowPlan(
     (START, OPENING, LATE),
     (0.4, 0.25, 0.35),
@@ -62,9 +63,12 @@ class StartStage(FlowStage):
         model.load_state_dict(teacher.state_dict())
         super().__init__(config, _PLAN, model.to(teacher.device), videos, starts, ranks, compiled)
         self._sigmas = torch.tensor(FlowSchedule(config.model.schedule).denoising_sigmas)
+        later = len(self._sigmas) - 1
+        self._shares = torch.tensor([_FIRST_STEP_SHARE] + [(1 - _FIRST_STEP_SHARE) / later] * later)
 
     def levels(self, count: int, layout: tuple[Segment, ...], generator: torch.Generator) -> Tensor:
-        return self._sigmas[torch.randint(len(self._sigmas), (count, len(layout)), generator=generator)]
+        chosen = torch.multinomial(self._shares, count * len(layout), True, generator=generator)
+        return self._sigmas[chosen].unflatten(0, (count, len(layout)))
 
 
 def student_config(teacher: Path, start: Path, steps: int, seed: int, device: torch.device) -> TrainConfig:

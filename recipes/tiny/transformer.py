@@ -32,11 +32,12 @@ from rfengine.training.parallel import Ranks
 from rfengine.training.stages import ModelStage
 
 _BATCH = 16  # videos of a step
-_FOREGROUND_WEIGHT = 3.0
+FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
 _FULL_NOISE_START = 0.5  # of the first chunks alone, for which that noise tells what is open
 _OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text; of clips and first chunks, none
+_OPEN_START = 0.5  # of the first chunks alone read an open text
 _AFTER_SWITCH_SHARE = 0.6  # of the late chunks of a video with a switch follow it at once or as the second
 _GATE_START = 0.5
 
@@ -269,13 +270,12 @@ def draw_batch(
         frames = torch.tensor([chunk * size + frame for chunk in chunks for frame in range(size)])
         taught = torch.tensor(learns).repeat_interleave(size)[:, None, None]
         clean.append(dataset.latents[row][:, frames].float())
-        weight.append(taught * (1 + (_FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
+        weight.append(taught * (1 + (FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
         places.append(dataset.places[row])
         kind = choices.random()
         said = float(layout not in (START, CLIP) or kind >= _EMPTY_SHARE)
-        is_open = kind < _EMPTY_SHARE + _OPEN_SHARE
-        left_open = dataset.values[row, int(not said)]
-        values.append(left_open if is_open else torch.full_like(left_open, torch.nan))
+        is_open = kind < _EMPTY_SHARE + (_OPEN_START if layout is START else _OPEN_SHARE)
+        values.append(dataset.values[row, int(is_open) if said else 2])
         new, old = dataset.text_rows[row, [chunks[-1], chunks[0]], int(is_open)]
         texts.append([len(states) + (not reads_new) for reads_new in read])
         listed = [new, old] if layout in (OPENING, LATE) else [new]  # as many for all batches of a layout

@@ -66,8 +66,8 @@ def encode_dataset(
                 said = open_scene(scene, generator)
                 texts.append(paraphrase(said, generator))
                 if at == 0:
-                    open_ways = (said, all_open(scene))
-                    values.append([told_values(scene, way, TRAINED_WORLD) for way in open_ways])
+                    ways = (scene, said, all_open(scene))
+                    values.append([told_values(scene, way, TRAINED_WORLD) for way in ways])
             rows.append(scene_rows)
     pieces = range(0, len(texts), _TEXT_BATCH)
     return LatentDataset(

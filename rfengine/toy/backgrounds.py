@@ -49,6 +49,11 @@ _WAVES: dict[str, tuple[tuple[int, float, float, float], ...]] = {
 }
 
 
+def strongest_cycles(name: str) -> int:
+    """How often the strongest wave of a background comes in its period."""
+    return _WAVES[name][0][0] if name in _WAVES else 1
+
+
 def draw_background(name: str, views: Tensor, height: int, width: int, scale: float) -> Tensor:
     """The background alone at each of T views: float32 [T, height, width, 3].
 

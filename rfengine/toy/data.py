@@ -106,8 +106,8 @@ class LatentDataset:
     latents: normalised, float16 [N, C, F, h, w]. foreground: bool [N, F, h, w], where a shape is. texts:
     float16 [K, text_len, dim]. text_rows: [N, chunks, 2], rows of the texts of each chunk: one that says all
     of its scene and one that leaves something open. places: [N, P], where each begins, in turns. values:
-    [N, 2, V, 2], what its open text and no text at all leave to chance; NaN where they do not. Of both the
-    meaning is in recipes/tiny/noise.py.
+    [N, 3, V, 2], what its full text, its open one and no text leave to chance; NaN where they do not. Of both
+    the meaning is in recipes/tiny/noise.py.
     """
 
     latents: Tensor
@@ -153,8 +153,8 @@ def _problem(dataset: LatentDataset) -> str:
     if dataset.places.ndim != 2 or len(dataset.places) != wanted[0]:
         return f"places {shapes['places']} where the others ask for [{wanted[0]}, places]"
     values = dataset.values
-    if values.ndim != 4 or len(values) != wanted[0] or values.shape[1::2] != (2, 2):
-        return f"values {shapes['values']} where the others ask for [{wanted[0]}, 2, values, 2]"
+    if values.ndim != 4 or len(values) != wanted[0] or values.shape[1::2] != (3, 2):
+        return f"values {shapes['values']} where the others ask for [{wanted[0]}, 3, values, 2]"
     for name in ("latents", "texts", "places"):
         values = getattr(dataset, name)
         if not values.is_floating_point() or not torch.isfinite(values).all():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -83,30 +84,33 @@ def self_forced_rollout(
     exits: tuple[int, ...],
     rollout: RolloutConfig,
     switch: PromptSwitch | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Generate a chunk for each of `exits`, the step at which it ends, with a fresh cache; see the module.
 
     text: cross-attention keys and values of the prompts, with their graph where the text layers learn.
     noise(chunk, step): step 0 starts the chunk, step k > 0 re-noises before step k. switch: a change of the
-    prompts on the way. The model's ops must be DifferentiableOps. Returns x0 of every chunk, [B, C, F, h, w],
-    the last gradient_chunks with a graph.
+    prompts on the way. given: clean latents [B, C, G, h, w] of whole chunks, with which the videos begin, in
+    place of the first of those that would be generated. The model's ops must be DifferentiableOps. Returns x0
+    of every chunk, [B, C, F, h, w], the last gradient_chunks that are not given with a graph.
     """
     kind = model.device.type
     casts = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if casts else model.dtype  # of keys and values
     video = _Generation(model, config, switch.before if switch else text, dtype)
     first_gradient = max(0, len(exits) - rollout.gradient_chunks)
+    size = config.cache.chunk_frames
+    known = 0 if given is None else given.shape[2] // size
     chunks: list[Tensor] = []
     for chunk, exit_step in enumerate(exits):
         if switch and chunk == switch.chunk:
             video.set_text(text, chunks if switch.recached else None)
         place = video.begin_chunk()
-        x = noise(chunk, 0)
-        with torch.no_grad():
-            for step in range(exit_step):
-                x = video.denoise(place, x, step, noise(chunk, step + 1))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and chunk >= first_gradient):
-            x0 = video.exit_step(place, x, exit_step, rollout.checkpointing)
+        if chunk < known:
+            x0 = given[:, :, chunk * size : (chunk + 1) * size]
+        else:
+            learns = torch.is_grad_enabled() and chunk >= first_gradient
+            x0 = video.generate(place, partial(noise, chunk), exit_step, learns, rollout.checkpointing)
         video.commit(place, x0.detach())
         chunks.append(x0)
     return torch.cat(chunks, dim=2)
@@ -147,6 +151,22 @@ class _Generation:
         tokens = self.model.forward_chunk(x, modulation, self.text, view or self.cache, place)
         next_sigma = 0.0 if fresh is None else sigmas[step + 1]
         return self.model.ops.flow_step(tokens, x, sigmas[step], fresh, next_sigma)
+
+    def generate(
+        self,
+        place: CachePlan,
+        noise: Callable[[int], Tensor],
+        exit_step: int,
+        learns: bool,
+        checkpointing: bool,
+    ) -> Tensor:
+        """x0 of a chunk after the step at which it ends, which has a graph where it learns."""
+        x = noise(0)
+        with torch.no_grad():
+            for step in range(exit_step):
+                x = self.denoise(place, x, step, noise(step + 1))
+        with torch.set_grad_enabled(learns):
+            return self.exit_step(place, x, exit_step, checkpointing)
 
     def exit_step(self, place: CachePlan, x: Tensor, step: int, checkpointing: bool) -> Tensor:
         """The last step of a chunk: x0; with gradients it reads a copy of the cache, which will change."""

@@ -21,7 +21,7 @@ from studies.toy.streams import with_sink
 def train_start(setting: Setting) -> None:
     """All stages of recipes.tiny up to the student's first weights; those that are done stay."""
     size, files = setting.size, RunDirectory(setting.base, setting.base / "export")
-    for stage in STAGES[: STAGES.index("student")]:
+    for stage in STAGES[: STAGES.index("streams")]:
         if not files.is_done(stage):
             steps = size.base_steps if stage in STEPS else None
             videos = None if stage in STEPS else size.base_videos

@@ -232,6 +232,20 @@ def test_rollout_without_gradients_is_the_same():
     torch.testing.assert_close(still, learning.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("switch", [None, 1, 4])
+def test_a_rollout_goes_on_from_given_chunks_as_from_its_own(switch: int | None):
+    model, config, exits = student(), engine_config(EMA), (2,) * 6
+    rollout, text = RolloutConfig(6, 6, 2), model.text_keys_values(texts())
+    change = None if switch is None else PromptSwitch(model.text_keys_values(texts().flip(0)), switch, True)
+    own = self_forced_rollout(model, config, text, noise_of, exits, rollout, change)
+    given = own[:, :, :9].detach()
+    result = self_forced_rollout(model, config, text, noise_of, exits, rollout, change, given)
+    torch.testing.assert_close(result, own, rtol=0, atol=1e-12)
+    other = self_forced_rollout(model, config, text, noise_of, exits, rollout, change, given + 1)
+    assert torch.equal(other[:, :, :9], given + 1)
+    assert (other - own)[:, :, 9:].abs().amin((1, 3, 4)).gt(1e-9).all()
+
+
 def test_exits_are_drawn_within_their_range_and_reproduced():
     config = RolloutConfig(2, 5, 2)
     drawn = [draw_exits(config, 4, torch.Generator().manual_seed(seed)) for seed in range(200)]

@@ -118,6 +118,14 @@ def test_places_are_those_of_the_scene() -> None:
     assert places(scene, TRAINED_WORLD) == pytest.approx(expected)
 
 
+def test_a_view_of_several_waves_is_told_as_a_turn_of_the_strongest_and_the_number_of_its_cycle() -> None:
+    scene = replace(WHOLE, background="grassy meadow", view=130.0)  # 5.6875 of the seven cycles in 160 pixels
+    assert places(scene, TRAINED_WORLD)[2] == pytest.approx(0.6875)
+    told = dict(zip(VALUES, told_values(scene, scene, TRAINED_WORLD), strict=True))
+    assert told.pop("cycle") == pytest.approx((5 / 7, 6 / 7))
+    assert all(math.isnan(bound) for part in told.values() for bound in part)
+
+
 def test_too_few_coordinates_are_refused() -> None:
-    with pytest.raises(ValueError, match="noise has 4 channels and 3 frames; what it tells takes 18"):
+    with pytest.raises(ValueError, match="noise has 4 channels and 3 frames; what it tells takes 19"):
         telling_noise(torch.randn(1, 4, 3, 8, 8), torch.rand(1, PLACES), nothing_told(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.tiny import student, transformer
+from recipes.tiny import streams, student, transformer
+from recipes.tiny.noise import VALUES
 from recipes.tiny.run import Options, run_stage
-from recipes.tiny.stages import CHECKPOINT, DISTILLED, STARTED
+from recipes.tiny.stages import CHECKPOINT, DISTILLED, STARTED, STREAMED
 from recipes.tiny.student import StartStage
 from recipes.tiny.training import StageConfig, ToyModel
 from recipes.tiny.transformer import LATE, OPENING, START, Segment, flow_loss
@@ -38,7 +40,7 @@ def dataset(teacher: ToyModel, chunks: int) -> LatentDataset:
         texts=torch.randn(2, size.text_len, size.text_dim).half(),
         text_rows=torch.tensor([[0, 1]]).expand(2, chunks, 2),
         places=torch.rand(2, 3),
-        values=torch.full((2, 2, 12, 2), torch.nan),
+        values=torch.full((2, 3, len(VALUES), 2), torch.nan),
     )
 
 
@@ -86,6 +88,7 @@ def test_passes_of_a_compiled_start_are_compiled(monkeypatch, teacher):
 @pytest.mark.slow
 def test_stages_of_the_student_leave_a_checkpoint_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(transformer, "_BATCH", 2)
+    monkeypatch.setattr(streams, "_BATCH", 2)
     recipe = student.toy_dmd
     rollout = RolloutConfig(4, 4, 1, switch_share=1.0)
     small = {"batch": 2, "group": 2, "critic_updates": 1, "rollout": rollout}
@@ -94,11 +97,13 @@ def test_stages_of_the_student_leave_a_checkpoint_each(tmp_path: Path, monkeypat
     run_stage(Options("videos", tmp_path, videos=2))
     run_stage(Options("starts", tmp_path, videos=2))
     run_stage(Options("start", tmp_path, steps=1))
+    run_stage(Options("streams", tmp_path, steps=1))
     run_stage(Options("student", tmp_path, steps=1))
     weights = {}
-    for name in (CHECKPOINT, STARTED, DISTILLED):
+    names = (CHECKPOINT, STARTED, STREAMED, DISTILLED)
+    for name in names:
         verify(tmp_path / name)
         weights[name], _ = read_safetensors(tmp_path / name / "transformer.safetensors")
     key = "blocks.0.self_attn.q.weight"
-    assert not torch.equal(weights[CHECKPOINT][key], weights[STARTED][key])
-    assert not torch.equal(weights[STARTED][key], weights[DISTILLED][key])
+    for before, after in itertools.pairwise(names):
+        assert not torch.equal(weights[before][key], weights[after][key])

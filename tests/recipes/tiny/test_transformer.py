@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from recipes.tiny.noise import VALUES
 from recipes.tiny.training import StageConfig, train
 from recipes.tiny.transformer import (
     CLIP,
@@ -161,7 +162,7 @@ def switching(switch: int) -> LatentDataset:
         texts=torch.arange(1, 5).half()[:, None, None].expand(4, 3, 4),
         text_rows=torch.tensor([rows]),
         places=torch.tensor([[0.25, 0.5, 0.75]]),
-        values=torch.arange(2.0)[None, :, None, None].expand(1, 2, 12, 2),
+        values=torch.arange(3.0)[None, :, None, None].expand(1, 3, len(VALUES), 2),
     )
 
 
@@ -187,10 +188,12 @@ def test_late_chunks_often_follow_a_switch_and_clips_stay_within_a_scene():
     clips = draw_batch(switching(1), 100, CLIP, 3, random.Random(1))
     assert set(clips.clean[:, 0, 0, 0, 0].tolist()) == {3, 6}
     empty = ~clips.states.flatten(1).any(1)  # which leaves all to chance
-    assert (clips.values[empty] == 1).all() and {0.0} < {
-        *clips.values[~empty].nan_to_num(2).flatten().tolist()
-    }
-    assert clips.values[~empty].isnan().flatten(1).all(1).float().mean() > 0.5
+    assert (clips.values[empty] == 2).all()  # those of no text
+    is_open = clips.states[:, 0, 0] % 2 == 0  # the second text of a scene
+    assert (clips.values[~empty & is_open] == 1).all() and (clips.values[~empty & ~is_open] == 0).all()
+    assert 0.2 < is_open[~empty].float().mean() < 0.5
+    starts = draw_batch(switching(1), 100, START, 3, random.Random(1))
+    assert (starts.values == 1).all((1, 2)).float().mean() > 0.35
     assert len(clips.states) == 100 and 0.8 < clips.states.flatten(1).any(1).float().mean() < 0.97
 
 
@@ -217,7 +220,7 @@ def test_pure_noise_of_a_first_chunk_tells_where_the_video_begins(layout: tuple[
             states=torch.zeros(6, 16, 96),
             texts=torch.zeros(6, len(layout), dtype=torch.int64),
             places=turns,
-            values=torch.full((6, 12, 2), torch.nan),
+            values=torch.full((6, len(VALUES), 2), torch.nan),
         )
         levels = torch.full((6, len(layout)), level)
         flow_loss(recorder, CONFIG, batch, layout, levels, torch.Generator().manual_seed(0))
@@ -244,7 +247,7 @@ def test_training_lowers_the_loss_and_continues_where_it_stopped(tmp_path):
         texts=torch.randn(4, 16, 96).half(),
         text_rows=torch.tensor([[0, 1], [2, 3]])[:, None].expand(2, frames // 3, 2).repeat(3, 1, 1),
         places=torch.rand(videos, 3),
-        values=torch.full((videos, 2, 12, 2), torch.nan),
+        values=torch.full((videos, 3, len(VALUES), 2), torch.nan),
     )
     engine: EngineConfig = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
 
@@ -282,7 +285,7 @@ def test_all_passes_of_a_compiled_stage_are_compiled(monkeypatch: pytest.MonkeyP
         texts=torch.zeros(2, 16, 96).half(),
         text_rows=torch.tensor([[[0, 1]] * 4]),
         places=torch.zeros(1, 3),
-        values=torch.full((1, 2, 12, 2), torch.nan),
+        values=torch.full((1, 3, len(VALUES), 2), torch.nan),
     )
     engine = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, num_layers=1))
     stage = TransformerStage(StageConfig("teacher", engine, 3, 0), dataset, dataset, Ranks(), compiled=True)

@@ -1,0 +1,124 @@
+"""Trains the student on streams of its own, by the truth that their noise tells.
+
+Text and noise of a first chunk together say what a video shows (noise.py), so a stream that the student makes
+from them has a true video to be compared with, chunk by chunk. What it learns to answer to is what it will
+meet: its own errors in the window and in the sink, and its own earlier steps under new noise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from recipes.tiny.muon import Muon
+from recipes.tiny.noise import telling_noise, told_coordinates
+from recipes.tiny.training import StageConfig
+from recipes.tiny.transformer import FOREGROUND_WEIGHT
+from rfengine.models.dit import TextKeysValues, WanDiT
+from rfengine.schedule import FlowSchedule
+from rfengine.toy.data import LatentDataset
+from rfengine.training.arithmetic import fast_autocast
+from rfengine.training.config import AdamConfig, RolloutConfig
+from rfengine.training.learner import Figures, Learner
+from rfengine.training.parallel import Ranks
+from rfengine.training.rollout import PromptSwitch, self_forced_rollout
+from rfengine.training.stages import ModelStage
+
+_BATCH = 16  # streams of a step
+_OWN_CHUNKS = 3  # of a stream, at its end; true ones before them keep it from drifting away from the truth
+_FIRST_SHARE = 0.4  # of the streams without a switch are all their own
+_SWITCH_SHARE = 0.4  # of the streams have a prompt switch
+_OPEN_SHARE = 0.3  # of the streams begin with a text that leaves attributes open
+_ADAM = AdamConfig(2e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)
+_MUON_RATE = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """What the streams of a step have in common: how many true chunks they begin with, before which chunk the
+    prompt switches (0 for never) and whether the window is recomputed then, and the step at which every chunk
+    ends."""
+
+    given: int
+    switch: int
+    recached: bool
+    exit_step: int
+
+
+def draw_plan(choices: random.Random, videos: Sequence[int], steps: int) -> StreamPlan:
+    """videos: how many there are with a switch before each chunk, at 0 those without; steps: of the
+    sampler."""
+    latest, later = len(videos) - _OWN_CHUNKS, len(videos) - 1
+    shares = [1 - _SWITCH_SHARE, *[_SWITCH_SHARE / later] * later]
+    weights = [share * (count > 0) for share, count in zip(shares, videos, strict=True)]
+    (switch,) = choices.choices(range(len(videos)), weights)
+    if switch:  # before one of the student's own chunks
+        given = min(max(0, switch - choices.randrange(_OWN_CHUNKS)), latest)
+    else:
+        given = 0 if choices.random() < _FIRST_SHARE else choices.randint(1, latest)
+    return StreamPlan(given, switch, choices.random() < 0.5, choices.randrange(steps))
+
+
+class StreamStage(ModelStage):
+    """model, whose ops are DifferentiableOps, goes on with learning on `videos`; see the module."""
+
+    def __init__(self, config: StageConfig, model: WanDiT, videos: LatentDataset, ranks: Ranks) -> None:
+        matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
+        muon = Muon(matrices, lr=_MUON_RATE, weight_decay=0.0)
+        super().__init__(Learner(config.name, model, _ADAM, config.steps, 1, ranks, muon), 0.99)
+        self.config, self.videos = config, videos
+        self._rows = _rows_by_switch(videos)
+
+    def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
+        choices = random.Random(self.config.step_seed(step))
+        generator = torch.Generator().manual_seed(self.config.pass_seed(step, index))
+        sigmas = FlowSchedule(self.config.model.schedule).denoising_sigmas
+        plan = draw_plan(choices, [len(rows) for rows in self._rows], len(sigmas))
+        rows = torch.tensor(choices.choices(self._rows[plan.switch], k=_BATCH))
+        size = self.config.model.cache.chunk_frames
+        first, end = plan.given * size, (plan.given + _OWN_CHUNKS) * size
+        truth = self.videos.latents[rows, :, :end].float().to(self.model.device)
+        made = self._streams(rows, truth[:, :, :first], plan, generator)
+        foreground = self.videos.foreground[rows, first:end].to(self.model.device)
+        weight = 1 + (FOREGROUND_WEIGHT - 1) * foreground.float()
+        error = (made - truth)[:, :, first:].square().mean(1)
+        loss = (error * weight).mean() / sigmas[plan.exit_step]
+        return loss, {"exit_step": float(plan.exit_step), "given": float(plan.given)}
+
+    def _streams(self, rows: Tensor, given: Tensor, plan: StreamPlan, generator: torch.Generator) -> Tensor:
+        """Latents [B, C, F, h, w] of streams that begin with `given`, the last chunks with a graph."""
+        data, engine, device = self.videos, self.config.model, self.model.device
+        is_open = torch.rand(len(rows), generator=generator) < _OPEN_SHARE
+        coordinates = told_coordinates(data.values[rows, is_open.long()], generator)
+        shape = (*given.shape[:2], engine.cache.chunk_frames, *given.shape[3:])
+
+        def noise(chunk: int, step: int) -> Tensor:
+            drawn = torch.randn(shape, generator=generator)
+            if chunk == 0 and step == 0:
+                drawn = telling_noise(drawn, data.places[rows], coordinates)
+            return drawn.to(device)
+
+        def text_of(texts: Tensor) -> TextKeysValues:
+            return self.model.text_keys_values(data.texts[texts].float().to(device))
+
+        with fast_autocast(device):
+            first = text_of(data.text_rows[rows, 0, is_open.long()])
+            last, switch = first, None
+            if plan.switch:
+                last = text_of(data.text_rows[rows, -1, 0])
+                switch = PromptSwitch(first, plan.switch, plan.recached)
+            exits = (plan.exit_step,) * (plan.given + _OWN_CHUNKS)
+            rollout = RolloutConfig(len(exits), len(exits), _OWN_CHUNKS)
+            return self_forced_rollout(self.model, engine, last, noise, exits, rollout, switch, given).float()
+
+
+def _rows_by_switch(videos: LatentDataset) -> list[list[int]]:
+    """The videos of which another scene follows before each chunk; at 0 those of one scene."""
+    scenes = videos.text_rows[:, :, 0]
+    changes = scenes != scenes[:, :1]
+    first = torch.where(changes.any(1), changes.int().argmax(1), 0)
+    return [torch.nonzero(first == chunk).flatten().tolist() for chunk in range(scenes.shape[1])]
