@@ -49,7 +49,7 @@ from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks, ranks_from_environment
 
 STEPS = {
-    "vae": 5000, "text": 4000, "teacher": 41500, "start": 26000, "streams": 6000, "student": 2000,
+    "vae": 5000, "text": 4000, "teacher": 41500, "start": 26000, "streams": 4500, "student": 2000,
     "tiny_decoder": 1900,
 }  # fmt: skip
 VIDEOS = {"videos": 9600, "starts": 16000, "evaluate": 200, "tiny_decoder": 96}

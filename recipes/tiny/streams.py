@@ -30,7 +30,7 @@ from rfengine.training.stages import ModelStage
 
 _BATCH = 16  # streams of a step
 _OWN_CHUNKS = 3  # of a stream, at its end; true ones before them keep it from drifting away from the truth
-_FIRST_SHARE = 0.4  # of the streams without a switch are all their own
+_FIRST_SHARE = 0.5  # of the streams without a switch are all their own
 _SWITCH_SHARE = 0.4  # of the streams have a prompt switch
 _OPEN_SHARE = 0.3  # of the streams begin with a text that leaves attributes open
 _ADAM = AdamConfig(2e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)

@@ -37,7 +37,7 @@ _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the m
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
 _FULL_NOISE_START = 0.5  # of the first chunks alone, for which that noise tells what is open
 _OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text; of clips and first chunks, none
-_OPEN_START = 0.5  # of the first chunks alone read an open text
+_EMPTY_START = 0.4  # of the first chunks alone read no text, and all from the noise
 _AFTER_SWITCH_SHARE = 0.6  # of the late chunks of a video with a switch follow it at once or as the second
 _GATE_START = 0.5
 
@@ -273,8 +273,9 @@ def draw_batch(
         weight.append(taught * (1 + (FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
         places.append(dataset.places[row])
         kind = choices.random()
-        said = float(layout not in (START, CLIP) or kind >= _EMPTY_SHARE)
-        is_open = kind < _EMPTY_SHARE + (_OPEN_START if layout is START else _OPEN_SHARE)
+        empty = _EMPTY_START if layout is START else _EMPTY_SHARE
+        said = float(layout not in (START, CLIP) or kind >= empty)
+        is_open = kind < empty + _OPEN_SHARE
         values.append(dataset.values[row, int(is_open) if said else 2])
         new, old = dataset.text_rows[row, [chunks[-1], chunks[0]], int(is_open)]
         texts.append([len(states) + (not reads_new) for reads_new in read])
