@@ -2,10 +2,10 @@
 
 Were noise and video drawn apart, all that a few-step model could answer to pure noise is the mean of all that
 is possible, and it would have to choose while it denoises. Pairs of noise and video may be drawn together as
-long as each has its own law (arXiv 2304.14772). Here some coordinates of the noise, each standard normal
-and independent of the others, tell what the video is: a place on a circle is the angle of two of them, whose
-length stays; a value is the part of the normal law, as likely as the value, in which one of them lies. So
-the noise by itself is as before, and a model learns to read from it what to draw.
+long as each has its own law (arXiv 2304.14772). Here the angles of some pairs of coordinates of the noise, in
+turns, tell what the video is, and their lengths stay: an angle is a place on a circle, or lies in the part of
+the circle, as large as the value is likely, that stands for a value. As all places and all angles are equally
+likely, the noise by itself is standard normal as before, and a model learns to read from it what to draw.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rfengine.toy.backgrounds import PERIODS, PLAIN, strongest_cycles
+from rfengine.toy.backgrounds import PERIODS, PLAIN, wave_cycles
 from rfengine.toy.captions import opened
 from rfengine.toy.world import (
     MOTION_DIRECTIONS,
@@ -31,26 +31,26 @@ from rfengine.toy.world import (
     WorldConfig,
 )
 
-PLACES = 3  # of a scene: x and y of its shape, and its view in the strongest wave of the background
+PLACES = 3  # of a scene: x and y of its shape, and its view of the background
 VALUES = (
-    "colour", "background", "motion", "direction", "speed", "shape", "size", "camera", "pan",
-    "second colour", "second shape", "second size", "cycle",
+    "wave", "colour", "background", "motion", "direction", "speed", "shape", "size", "camera", "pan",
+    "second colour", "second shape", "second size",
 )  # fmt: skip
+_PATTERNS = 4  # of signs in two by two cells, which are a patch of the model
 
 
 def places(scene: Scene, config: WorldConfig) -> tuple[float, float, float]:
-    """Where a scene begins, in turns: x and y of its start, and its view in cycles of the strongest wave of
-    its background. In which of these cycles of a period it begins is one of VALUES: a model would hardly read
-    seven waves from a single turn."""
+    """Where a scene begins, in turns: x and y of its start, and its view in the fastest wave of its
+    background."""
     x, y = scene.start
-    turns = x * config.scale / config.width, y * config.scale / config.height, _cycles(scene)
-    return turns[0] % 1, turns[1] % 1, turns[2] % 1
+    turns = x * config.scale / config.width, y * config.scale / config.height, _wave_turns(scene)[0]
+    return turns[0] % 1, turns[1] % 1, turns[2]
 
 
-def _cycles(scene: Scene) -> float:
-    """The view of a scene in cycles of the strongest wave of its background."""
+def _wave_turns(scene: Scene) -> list[float]:
+    """The view of a scene in turns of each wave of its background, the fastest first."""
     name = scene.background or PLAIN
-    return scene.view / PERIODS[name] * strongest_cycles(name)
+    return [scene.view / PERIODS[name] * cycles % 1 for cycles in sorted(wave_cycles(name), reverse=True)]
 
 
 def all_open(scene: Scene) -> Scene:
@@ -60,8 +60,12 @@ def all_open(scene: Scene) -> Scene:
 
 def told_values(scene: Scene, said: Scene, config: WorldConfig) -> list[tuple[float, float]]:
     """For each of VALUES of a scene of the world `config` of which a text says only what is in `said`: the
-    part (from, to) of the range from 0 to 1 that stands for it, as long as it is likely, given what is said
-    and the values before it in the law; NaN for what is said or not there. No text says the cycle."""
+    part of the circle (from, to), in turns, that stands for it, as large as it is likely, given what is said
+    and the values before it in the law; NaN for what is said or not there.
+
+    No text says the wave: the view in the slower of two waves is one of as many places on a circle as the
+    faster has cycles, and its part is what is nearer to it than to the others.
+    """
     told = {name: (math.nan, math.nan) for name in VALUES}
     motion, pair = scene.motion or "", len(scene.objects) == 2
     if said.motion is None:
@@ -77,9 +81,10 @@ def told_values(scene: Scene, said: Scene, config: WorldConfig) -> list[tuple[fl
             told["camera"] = _part(scene.camera, {"left": 1.0, "right": 1.0})
         if said.pan is None:
             told["pan"] = _part(scene.pan, dict.fromkeys(PANS, 1.0))
-    cycles = strongest_cycles(scene.background or PLAIN)
-    if cycles > 1:
-        told["cycle"] = _part(str(int(_cycles(scene)) % cycles), dict.fromkeys(map(str, range(cycles)), 1.0))
+    turns = _wave_turns(scene)
+    if len(turns) == 2:
+        reach = 0.5 / max(wave_cycles(scene.background or PLAIN))
+        told["wave"] = (turns[1] - reach, turns[1] + reach)
     taken = {entry.colour for entry in said.objects}
     for prefix, entry, known in zip(("", "second "), scene.objects, said.objects, strict=False):
         if known.colour is None:
@@ -113,7 +118,7 @@ def _background_law(still: bool, config: WorldConfig) -> dict[str, float]:
 
 
 def _part(value: str | None, law: Mapping[str, float]) -> tuple[float, float]:
-    """The part of the range from 0 to 1 that a value has, when all have theirs in the order of the law."""
+    """The part of the circle that a value has, in turns, when all have theirs in the order of the law."""
     total, before = sum(law.values()), 0.0
     for name, weight in law.items():
         if name == value:
@@ -122,42 +127,36 @@ def _part(value: str | None, law: Mapping[str, float]) -> tuple[float, float]:
     raise ValueError(f"{value} is none of {', '.join(law)}")
 
 
-def told_coordinates(parts: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal coordinates [B, VALUES] of parts [B, VALUES, 2], anywhere in each part; NaN stays."""
-    low, high = parts.double().unbind(2)
-    inside = torch.rand(low.shape, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
-    return torch.special.ndtri(low + (high - low) * inside).float()
+def told_turns(parts: Tensor, generator: torch.Generator) -> Tensor:
+    """Angles [B, VALUES] in turns, anywhere in each of the parts [B, VALUES, 2]; NaN stays."""
+    low, high = parts.unbind(2)
+    return low + (high - low) * torch.rand(low.shape, generator=generator)
 
 
-def telling_noise(noise: Tensor, turns: Tensor, values: Tensor) -> Tensor:
-    """The noise [B, C, F, h, w] of a first chunk, made to tell `turns` [B, PLACES], places of its scene, and
-    the coordinates `values` [B, VALUES]; one that is NaN tells nothing, and stays as it is.
+def telling_noise(noise: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """The noise [B, C, F, h, w] of a first chunk, made to tell the angles `places` [B, PLACES] of its scene
+    and `values` [B, VALUES], all in turns; one that is NaN tells nothing, and its coordinates stay.
 
-    The coordinates are means over a frame, at every channel, of the noise and of its changes in time. Raises
-    ValueError where there are less than are told.
+    The coordinates are sums over all frames and cells of every channel, with the signs of one of four
+    patterns in two by two cells. Raises ValueError where there are less than are told.
     """
-    directions = _directions(noise.shape[1], noise.shape[2]).to(noise)
-    cells = noise.shape[3] * noise.shape[4]
-    found = cells**0.5 * noise.mean((3, 4)).flatten(1) @ directions.T
-    pairs, others = found[:, : 2 * PLACES].unflatten(1, (PLACES, 2)), found[:, 2 * PLACES :]
-    angles = 2 * math.pi * turns.to(noise)
-    wanted = pairs.norm(dim=2, keepdim=True) * torch.stack([angles.cos(), angles.sin()], 2)
-    values = torch.where(values.isnan(), others, values.to(noise))
-    change = torch.cat([(wanted - pairs).flatten(1), values - others], dim=1) @ directions
-    return noise + cells**-0.5 * change.unflatten(1, noise.shape[1:3])[..., None, None]
-
-
-def _directions(channels: int, frames: int) -> Tensor:
-    """Orthonormal [2 * PLACES + VALUES, channels * frames]: of all channels first the mean over time, then
-    the cosines of ever faster changes."""
-    count = 2 * PLACES + len(VALUES)
-    if channels * frames < count:
+    turns = torch.cat([places, values], 1).to(noise)
+    count, (height, width) = turns.shape[1], noise.shape[3:]
+    if 2 * count > _PATTERNS * noise.shape[1] or height % 2 or width % 2:
         raise ValueError(
-            f"noise has {channels} channels and {frames} frames; what it tells takes {count} coordinates, so "
-            "use more channels or longer chunks"
+            f"noise has {noise.shape[1]} channels of {height}x{width} cells; what it tells takes "
+            f"{2 * count} coordinates, {_PATTERNS} of a channel, so use more channels and even sizes"
         )
-    place, wave = torch.arange(frames) + 0.5, torch.arange(frames)[:, None]
-    cosines = torch.cos(math.pi / frames * wave * place)
-    cosines = cosines / cosines.norm(dim=1, keepdim=True)
-    basis = torch.einsum("tf,cd->tcdf", cosines, torch.eye(channels))
-    return basis.reshape(channels * frames, channels * frames)[:count]
+    rows, columns = (1 - 2 * (torch.arange(size, device=noise.device) % 2) for size in (height, width))
+    even = torch.ones_like(rows), torch.ones_like(columns)
+    pairs = ((even[0], even[1]), (even[0], columns), (rows, even[1]), (rows, columns))
+    signs = torch.stack([row[:, None] * column for row, column in pairs]).to(noise)
+    signs = signs * (noise.shape[2] * height * width) ** -0.5
+    coordinates = torch.einsum("bcfhw,phw->bpc", noise, signs).flatten(1)
+    found = coordinates[:, : 2 * count].unflatten(1, (count, 2))
+    angles = 2 * math.pi * turns
+    wanted = found.norm(dim=2, keepdim=True) * torch.stack([angles.cos(), angles.sin()], 2)
+    change = torch.zeros_like(coordinates)
+    change[:, : 2 * count] = torch.where(turns.isnan()[..., None], 0.0, wanted - found).flatten(1)
+    change = change.unflatten(1, (_PATTERNS, -1))
+    return noise + torch.einsum("bpc,phw->bchw", change, signs)[:, :, None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.noise import telling_noise, told_coordinates
+from recipes.tiny.noise import telling_noise, told_turns
 from recipes.tiny.training import StageConfig
 from recipes.tiny.transformer import FOREGROUND_WEIGHT
 from rfengine.models.dit import TextKeysValues, WanDiT
@@ -93,13 +93,13 @@ class StreamStage(ModelStage):
         """Latents [B, C, F, h, w] of streams that begin with `given`, the last chunks with a graph."""
         data, engine, device = self.videos, self.config.model, self.model.device
         is_open = torch.rand(len(rows), generator=generator) < _OPEN_SHARE
-        coordinates = told_coordinates(data.values[rows, is_open.long()], generator)
+        turns = told_turns(data.values[rows, is_open.long()], generator)
         shape = (*given.shape[:2], engine.cache.chunk_frames, *given.shape[3:])
 
         def noise(chunk: int, step: int) -> Tensor:
             drawn = torch.randn(shape, generator=generator)
             if chunk == 0 and step == 0:
-                drawn = telling_noise(drawn, data.places[rows], coordinates)
+                drawn = telling_noise(drawn, data.places[rows], turns)
             return drawn.to(device)
 
         def text_of(texts: Tensor) -> TextKeysValues:

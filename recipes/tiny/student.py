@@ -39,7 +39,7 @@ from rfengine.training.trainer import Trainer
 _FIRST_STEP_SHARE = 0.5  # of the chunks are pure noise, from which the first step makes most of a video
 _PLAN = FlowPlan(
     (START, OPENING, LATE),
-    (0.4, 0.25, 0.35),
+    (0.5, 0.2, 0.3),
     AdamConfig(8e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9),
     muon_rate=0.008,
     muon_decay=0.0,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.noise import telling_noise, told_coordinates
+from recipes.tiny.noise import telling_noise, told_turns
 from recipes.tiny.training import CPU, StageConfig
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
@@ -341,7 +341,7 @@ def _telling_starts(
     for index, segment in enumerate(layout):
         if segment.noisy and segment.chunk == 0:
             full = (levels[:, index] == 1)[:, None, None, None, None]
-            told = telling_noise(chunks[index], batch.places, told_coordinates(batch.values, generator))
+            told = telling_noise(chunks[index], batch.places, told_turns(batch.values, generator))
             chunks[index] = torch.where(full, told, chunks[index])
     return torch.cat(chunks, dim=2)
 

@@ -49,9 +49,9 @@ _WAVES: dict[str, tuple[tuple[int, float, float, float], ...]] = {
 }
 
 
-def strongest_cycles(name: str) -> int:
-    """How often the strongest wave of a background comes in its period."""
-    return _WAVES[name][0][0] if name in _WAVES else 1
+def wave_cycles(name: str) -> tuple[int, ...]:
+    """How often each wave of a background comes in its period; once for one that is no sum of waves."""
+    return tuple(wave[0] for wave in _WAVES[name]) if name in _WAVES else (1,)
 
 
 def draw_background(name: str, views: Tensor, height: int, width: int, scale: float) -> Tensor:

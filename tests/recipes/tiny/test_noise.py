@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from recipes.tiny.noise import PLACES, VALUES, all_open, places, telling_noise, told_coordinates, told_values
+from recipes.tiny.noise import PLACES, VALUES, all_open, places, telling_noise, told_turns, told_values
 from recipes.tiny.videos import TRAINED_WORLD
 from rfengine.toy.backgrounds import PERIODS
 from rfengine.toy.captions import sample_scenes
@@ -20,63 +20,56 @@ SHAPE = (8, 3, 8, 8)  # channels, frames, height, width
 WHOLE = Scene((SceneObject("green", "square", "large"),), "moving", "fast", "up", "dotted wall")
 
 
-def read_places(noise: torch.Tensor) -> torch.Tensor:
-    """The places [B, PLACES] that noise [B, C, F, h, w] tells, in turns."""
-    means = noise[:, : 2 * PLACES].double().mean((2, 3, 4)).unflatten(1, (PLACES, 2))
-    return torch.atan2(means[..., 1], means[..., 0]) / (2 * math.pi) % 1
+def coordinates_of(noise: torch.Tensor) -> torch.Tensor:
+    """[B, 4 * C]: of noise [B, C, F, h, w] the sums with four patterns of signs in two by two cells."""
+    cells = noise.double().sum(2).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).sum((2, 4))  # [B, C, 2, 2]
+    (one, two), (three, four) = (part.unbind(2) for part in cells.unbind(2))
+    sums = [
+        one + two + three + four,
+        one - two + three - four,
+        one + two - three - four,
+        one - two - three + four,
+    ]
+    return torch.cat(sums, 1) / math.sqrt(noise[0, 0].numel())
 
 
-def nothing_told(count: int) -> torch.Tensor:
-    return torch.full((count, len(VALUES)), torch.nan)
+def told_by(noise: torch.Tensor) -> torch.Tensor:
+    """The places and values [B, PLACES + VALUES] that noise tells, in turns."""
+    pairs = coordinates_of(noise).unflatten(1, (-1, 2))
+    return torch.atan2(pairs[..., 1], pairs[..., 0]) / (2 * math.pi) % 1
 
 
-def test_places_are_read_from_the_noise_and_nothing_else_of_it_changes() -> None:
+def apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return ((one - other + 0.5) % 1 - 0.5).abs()
+
+
+def test_places_and_values_are_read_from_the_noise_and_nothing_else_of_it_changes() -> None:
     torch.manual_seed(0)
     noise, turns = torch.randn(50, *SHAPE), torch.rand(50, PLACES)
-    found = telling_noise(noise, turns, nothing_told(50))
-    apart = ((read_places(found) - turns + 0.5) % 1 - 0.5).abs()
-    assert found.shape == noise.shape and apart.max() < 1e-5
-    torch.testing.assert_close(found[:, 2 * PLACES :], noise[:, 2 * PLACES :])
-    without = [part - part.mean((2, 3, 4), keepdim=True) for part in (found, noise)]
-    torch.testing.assert_close(*without)
-    lengths = [part.mean((2, 3, 4)).unflatten(1, (-1, 2)).norm(dim=2) for part in (found, noise)]
-    torch.testing.assert_close(*lengths)
-
-
-def test_values_are_read_from_the_noise_where_they_are_told() -> None:
-    torch.manual_seed(0)
-    noise, turns, values = torch.randn(50, *SHAPE), torch.rand(50, PLACES), torch.randn(50, len(VALUES))
+    values = 3 * torch.rand(50, len(VALUES)) - 1
     values[::2, 1], values[1::2, 2] = torch.nan, torch.nan
     found = telling_noise(noise, turns, values)
-    assert torch.isfinite(found).all()
-    # the first value is the mean of channel 6, the second of channel 7, the third the change of channel 0
-    assert torch.allclose(found[:, 6].mean((1, 2, 3)) * math.sqrt(3 * 64), values[:, 0], atol=1e-5)
-    for coordinate, told in ((1, slice(1, None, 2)), (2, slice(0, None, 2))):
-        kept = slice(1 - (told.start or 0), None, 2)
-        of = [
-            part[:, 7].mean((1, 2, 3)) * math.sqrt(3 * 64)
-            if coordinate == 1
-            else (part[:, 0, 0] - part[:, 0, 2]).mean((1, 2)) * math.sqrt(64 / 2)
-            for part in (found, noise)
-        ]
-        assert torch.allclose(of[0][told], values[told, coordinate], atol=1e-5)
-        assert torch.allclose(of[0][kept], of[1][kept], atol=1e-5)
-    torch.testing.assert_close(telling_noise(found, turns, values), found)
+    told = torch.cat([turns, values], 1)
+    is_told = ~told.isnan()
+    assert apart(told_by(found), told)[is_told].max() < 1e-5
+    assert apart(told_by(found), told_by(noise))[~is_told].max() < 1e-5
+    lengths = [coordinates_of(part).unflatten(1, (-1, 2)).norm(dim=2) for part in (found, noise)]
+    torch.testing.assert_close(*lengths, rtol=0, atol=1e-5)
+    change = (found - noise).unflatten(4, (4, 2)).unflatten(3, (4, 2))
+    torch.testing.assert_close(change, change[:, :, :1, :1, :, :1].expand_as(change), rtol=0, atol=1e-5)
+    torch.testing.assert_close(telling_noise(found, turns, values), found, rtol=0, atol=1e-5)
 
 
 def test_noise_that_tells_of_training_scenes_is_standard_normal() -> None:
     count, generator = 4000, torch.Generator().manual_seed(1)
     scenes = sample_scenes(count, 5, TRAINED_WORLD, "train")
     turns = torch.tensor([places(scene, TRAINED_WORLD) for scene in scenes])
-    assert turns.min() >= 0 and turns.max() < 1
+    assert turns.min() >= 0 and turns.max() <= 1
     opens = [all_open(scene) for scene in scenes]
     parts = torch.tensor([told_values(*pair, TRAINED_WORLD) for pair in zip(scenes, opens, strict=True)])
     noise = torch.randn(count, *SHAPE, generator=generator)
-    found = telling_noise(noise, turns, told_coordinates(parts, generator))
-    means = found.mean((2, 3, 4)) * math.sqrt(3 * 64)
-    change = (found[:, :, 0] - found[:, :, 2]).mean((2, 3)) * math.sqrt(64 / 2)
-    coordinates = torch.cat([means, change], dim=1)
-    assert (torch.cov(coordinates.T) - torch.eye(16)).abs().max() < 0.12
+    coordinates = coordinates_of(telling_noise(noise, turns, told_turns(parts, generator)))
+    assert (torch.cov(coordinates.T) - torch.eye(32)).abs().max() < 0.12
     assert coordinates.mean(0).abs().max() < 0.07 and (coordinates.pow(4).mean(0) - 3).abs().max() < 0.5
 
 
@@ -85,9 +78,9 @@ def test_every_value_that_is_told_has_its_share_of_the_range(ways) -> None:
     scenes = sample_scenes(6000, 6, TRAINED_WORLD, "train")
     parts = torch.tensor([told_values(scene, ways(scene), TRAINED_WORLD) for scene in scenes]).double()
     generator = torch.Generator().manual_seed(0)
-    inside = torch.special.ndtr(told_coordinates(parts, generator).double())
+    turns = told_turns(parts, generator) % 1
     for index, name in enumerate(VALUES):
-        told = inside[~inside[:, index].isnan(), index].sort().values
+        told = turns[~turns[:, index].isnan(), index].sort().values
         even = (torch.arange(len(told)) + 0.5) / max(1, len(told))
         if name == "second size":
             assert not len(told)  # both of a pair are small
@@ -118,14 +111,19 @@ def test_places_are_those_of_the_scene() -> None:
     assert places(scene, TRAINED_WORLD) == pytest.approx(expected)
 
 
-def test_a_view_of_several_waves_is_told_as_a_turn_of_the_strongest_and_the_number_of_its_cycle() -> None:
-    scene = replace(WHOLE, background="grassy meadow", view=130.0)  # 5.6875 of the seven cycles in 160 pixels
+def test_a_view_of_two_waves_is_told_by_the_place_in_either() -> None:
+    scene = replace(WHOLE, background="grassy meadow", view=130.0)  # of waves of seven and four cycles in 160
     assert places(scene, TRAINED_WORLD)[2] == pytest.approx(0.6875)
     told = dict(zip(VALUES, told_values(scene, scene, TRAINED_WORLD), strict=True))
-    assert told.pop("cycle") == pytest.approx((5 / 7, 6 / 7))
+    assert told.pop("wave") == pytest.approx((0.25 - 1 / 14, 0.25 + 1 / 14))
     assert all(math.isnan(bound) for part in told.values() for bound in part)
+    sky = replace(WHOLE, background="cloudy sky", view=40.0)  # two cycles and five, the slower the stronger
+    told = dict(zip(VALUES, told_values(sky, sky, TRAINED_WORLD), strict=True))
+    assert places(sky, TRAINED_WORLD)[2] == pytest.approx(0.25) and told["wave"] == pytest.approx((0.4, 0.6))
 
 
-def test_too_few_coordinates_are_refused() -> None:
-    with pytest.raises(ValueError, match="noise has 4 channels and 3 frames; what it tells takes 19"):
-        telling_noise(torch.randn(1, 4, 3, 8, 8), torch.rand(1, PLACES), nothing_told(1))
+@pytest.mark.parametrize("shape", [(7, 3, 8, 8), (8, 3, 7, 8), (8, 3, 8, 7)])
+def test_too_few_coordinates_are_refused(shape: tuple[int, ...]) -> None:
+    message = f"noise has {shape[0]} channels of {shape[2]}x{shape[3]} cells; what it tells takes 32"
+    with pytest.raises(ValueError, match=message):
+        telling_noise(torch.randn(1, *shape), torch.rand(1, PLACES), torch.full((1, len(VALUES)), torch.nan))

@@ -98,9 +98,9 @@ def test_a_text_that_leaves_values_open_comes_with_noise_that_tells_them(monkeyp
     values[:, 1, 3] = torch.tensor([0.25, 0.5])
     told, texts = [], []
 
-    def recorded(noise, turns, coordinates):
-        told.append(coordinates)
-        return telling_noise(noise, turns, coordinates)
+    def recorded(noise, turns, values):
+        told.append(values)
+        return telling_noise(noise, turns, values)
 
     monkeypatch.setattr(streams, "telling_noise", recorded)
     stage = stage_of(student, dataclasses.replace(videos, values=values))
@@ -114,7 +114,7 @@ def test_a_text_that_leaves_values_open_comes_with_noise_that_tells_them(monkeyp
         stage.update(step)
         step += 1
     assert told[0].isnan().sum(1).eq(len(VALUES) - 1).all()
-    assert ((told[0][:, 3] > -0.6745) & (told[0][:, 3] < 0)).all()
+    assert ((told[0][:, 3] > 0.25) & (told[0][:, 3] < 0.5)).all()
     assert torch.equal(texts[0], videos.texts[[1, 1]].float())
 
 
