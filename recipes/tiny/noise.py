@@ -40,7 +40,7 @@ _PATTERNS = 4  # of signs in two by two cells, which are a patch of the model
 
 
 def places(scene: Scene, config: WorldConfig) -> tuple[float, float, float]:
-    """Where a scene begins, in turns: x and y of its start, and its view in the fastest wave of its
+    """Where a scene begins, in turns: x and y of its start, and its view in the strongest wave of its
     background."""
     x, y = scene.start
     turns = x * config.scale / config.width, y * config.scale / config.height, _wave_turns(scene)[0]
@@ -48,9 +48,9 @@ def places(scene: Scene, config: WorldConfig) -> tuple[float, float, float]:
 
 
 def _wave_turns(scene: Scene) -> list[float]:
-    """The view of a scene in turns of each wave of its background, the fastest first."""
+    """The view of a scene in turns of each wave of its background, the strongest first."""
     name = scene.background or PLAIN
-    return [scene.view / PERIODS[name] * cycles % 1 for cycles in sorted(wave_cycles(name), reverse=True)]
+    return [scene.view / PERIODS[name] * cycles % 1 for cycles in wave_cycles(name)]
 
 
 def all_open(scene: Scene) -> Scene:
@@ -63,8 +63,8 @@ def told_values(scene: Scene, said: Scene, config: WorldConfig) -> list[tuple[fl
     part of the circle (from, to), in turns, that stands for it, as large as it is likely, given what is said
     and the values before it in the law; NaN for what is said or not there.
 
-    No text says the wave: the view in the slower of two waves is one of as many places on a circle as the
-    faster has cycles, and its part is what is nearer to it than to the others.
+    No text says the wave: the view in the weaker of two waves is one of as many places on a circle as the
+    stronger has cycles, and its part is what is nearer to it than to the others.
     """
     told = {name: (math.nan, math.nan) for name in VALUES}
     motion, pair = scene.motion or "", len(scene.objects) == 2
@@ -83,7 +83,7 @@ def told_values(scene: Scene, said: Scene, config: WorldConfig) -> list[tuple[fl
             told["pan"] = _part(scene.pan, dict.fromkeys(PANS, 1.0))
     turns = _wave_turns(scene)
     if len(turns) == 2:
-        reach = 0.5 / max(wave_cycles(scene.background or PLAIN))
+        reach = 0.5 / wave_cycles(scene.background or PLAIN)[0]
         told["wave"] = (turns[1] - reach, turns[1] + reach)
     taken = {entry.colour for entry in said.objects}
     for prefix, entry, known in zip(("", "second "), scene.objects, said.objects, strict=False):

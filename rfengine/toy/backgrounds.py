@@ -50,7 +50,8 @@ _WAVES: dict[str, tuple[tuple[int, float, float, float], ...]] = {
 
 
 def wave_cycles(name: str) -> tuple[int, ...]:
-    """How often each wave of a background comes in its period; once for one that is no sum of waves."""
+    """How often each wave of a background comes in its period, the strongest first; once for a background
+    that is no sum of waves."""
     return tuple(wave[0] for wave in _WAVES[name]) if name in _WAVES else (1,)
 
 

@@ -119,7 +119,7 @@ def test_a_view_of_two_waves_is_told_by_the_place_in_either() -> None:
     assert all(math.isnan(bound) for part in told.values() for bound in part)
     sky = replace(WHOLE, background="cloudy sky", view=40.0)  # two cycles and five, the slower the stronger
     told = dict(zip(VALUES, told_values(sky, sky, TRAINED_WORLD), strict=True))
-    assert places(sky, TRAINED_WORLD)[2] == pytest.approx(0.25) and told["wave"] == pytest.approx((0.4, 0.6))
+    assert places(sky, TRAINED_WORLD)[2] == pytest.approx(0.5) and told["wave"] == pytest.approx((0.0, 0.5))
 
 
 @pytest.mark.parametrize("shape", [(7, 3, 8, 8), (8, 3, 7, 8), (8, 3, 8, 7)])
