@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from rfengine.toy.backgrounds import PERIODS, PLAIN, wave_cycles
+from rfengine.toy.backgrounds import PERIODS, PLAIN
 from rfengine.toy.captions import opened
 from rfengine.toy.world import (
     MOTION_DIRECTIONS,
@@ -33,24 +33,17 @@ from rfengine.toy.world import (
 
 PLACES = 3  # of a scene: x and y of its shape, and its view of the background
 VALUES = (
-    "wave", "colour", "background", "motion", "direction", "speed", "shape", "size", "camera", "pan",
-    "second colour", "second shape", "second size",
+    "second size", "colour", "background", "motion", "direction", "speed", "shape", "size", "camera", "pan",
+    "second colour", "second shape",
 )  # fmt: skip
 _PATTERNS = 4  # of signs in two by two cells, which are a patch of the model
 
 
 def places(scene: Scene, config: WorldConfig) -> tuple[float, float, float]:
-    """Where a scene begins, in turns: x and y of its start, and its view in the strongest wave of its
-    background."""
+    """Where a scene begins, in turns: x and y of its start, and its view in periods of its background."""
     x, y = scene.start
-    turns = x * config.scale / config.width, y * config.scale / config.height, _wave_turns(scene)[0]
-    return turns[0] % 1, turns[1] % 1, turns[2]
-
-
-def _wave_turns(scene: Scene) -> list[float]:
-    """The view of a scene in turns of each wave of its background, the strongest first."""
-    name = scene.background or PLAIN
-    return [scene.view / PERIODS[name] * cycles % 1 for cycles in wave_cycles(name)]
+    period = PERIODS[scene.background or PLAIN]
+    return x * config.scale / config.width % 1, y * config.scale / config.height % 1, scene.view / period % 1
 
 
 def all_open(scene: Scene) -> Scene:
@@ -61,11 +54,7 @@ def all_open(scene: Scene) -> Scene:
 def told_values(scene: Scene, said: Scene, config: WorldConfig) -> list[tuple[float, float]]:
     """For each of VALUES of a scene of the world `config` of which a text says only what is in `said`: the
     part of the circle (from, to), in turns, that stands for it, as large as it is likely, given what is said
-    and the values before it in the law; NaN for what is said or not there.
-
-    No text says the wave: the view in the weaker of two waves is one of as many places on a circle as the
-    stronger has cycles, and its part is what is nearer to it than to the others.
-    """
+    and the values before it in the law; NaN for what is said or not there."""
     told = {name: (math.nan, math.nan) for name in VALUES}
     motion, pair = scene.motion or "", len(scene.objects) == 2
     if said.motion is None:
@@ -81,10 +70,6 @@ def told_values(scene: Scene, said: Scene, config: WorldConfig) -> list[tuple[fl
             told["camera"] = _part(scene.camera, {"left": 1.0, "right": 1.0})
         if said.pan is None:
             told["pan"] = _part(scene.pan, dict.fromkeys(PANS, 1.0))
-    turns = _wave_turns(scene)
-    if len(turns) == 2:
-        reach = 0.5 / wave_cycles(scene.background or PLAIN)[0]
-        told["wave"] = (turns[1] - reach, turns[1] + reach)
     taken = {entry.colour for entry in said.objects}
     for prefix, entry, known in zip(("", "second "), scene.objects, said.objects, strict=False):
         if known.colour is None:

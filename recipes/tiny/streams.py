@@ -17,7 +17,7 @@ from torch import Tensor
 from recipes.tiny.muon import Muon
 from recipes.tiny.noise import telling_noise, told_turns
 from recipes.tiny.training import StageConfig
-from recipes.tiny.transformer import cell_weight
+from recipes.tiny.transformer import FOREGROUND_WEIGHT
 from rfengine.models.dit import TextKeysValues, WanDiT
 from rfengine.schedule import FlowSchedule
 from rfengine.toy.data import LatentDataset
@@ -83,7 +83,8 @@ class StreamStage(ModelStage):
         first, end = plan.given * size, (plan.given + _OWN_CHUNKS) * size
         truth = self.videos.latents[rows, :, :end].float().to(self.model.device)
         made = self._streams(rows, truth[:, :, :first], plan, generator)
-        weight = cell_weight(self.videos, rows, torch.arange(first, end)).to(self.model.device)
+        foreground = self.videos.foreground[rows, first:end].to(self.model.device)
+        weight = 1 + (FOREGROUND_WEIGHT - 1) * foreground.float()
         error = (made - truth)[:, :, first:].square().mean(1)
         loss = (error * weight).mean() / sigmas[plan.exit_step]
         return loss, {"exit_step": float(plan.exit_step), "given": float(plan.given)}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.noise import VALUES, telling_noise, told_turns
+from recipes.tiny.noise import telling_noise, told_turns
 from recipes.tiny.training import CPU, StageConfig
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
@@ -32,7 +32,7 @@ from rfengine.training.parallel import Ranks
 from rfengine.training.stages import ModelStage
 
 _BATCH = 16  # videos of a step
-_STRONG_WEIGHT = 3.0  # of a shape, which is small, and of a background of waves, which is faint
+FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
 _FULL_NOISE_START = 0.5  # of the first chunks alone, for which that noise tells what is open
@@ -270,7 +270,7 @@ def draw_batch(
         frames = torch.tensor([chunk * size + frame for chunk in chunks for frame in range(size)])
         taught = torch.tensor(learns).repeat_interleave(size)[:, None, None]
         clean.append(dataset.latents[row][:, frames].float())
-        weight.append(taught * cell_weight(dataset, torch.tensor([row]), frames)[0])
+        weight.append(taught * (1 + (FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
         places.append(dataset.places[row])
         kind = choices.random()
         empty = _EMPTY_START if layout is START else _EMPTY_SHARE
@@ -283,12 +283,6 @@ def draw_batch(
         states += [said * dataset.texts[text].float() for text in listed]
     stacked = [torch.stack(part) for part in (clean, weight, states)]
     return Batch(*stacked, torch.tensor(texts), torch.stack(places), torch.stack(values))
-
-
-def cell_weight(dataset: LatentDataset, rows: Tensor, frames: Tensor) -> Tensor:
-    """What the error of each latent cell of some videos and frames counts: [B, F, h, w]."""
-    waves = ~dataset.values[rows, 0, VALUES.index("wave"), 0].isnan()
-    return torch.where(dataset.foreground[rows][:, frames] | waves[:, None, None, None], _STRONG_WEIGHT, 1.0)
 
 
 def _end_of_layout(layout: tuple[Segment, ...], scenes: list[int], choices: random.Random) -> int:

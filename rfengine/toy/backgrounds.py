@@ -28,9 +28,9 @@ PERIODS: dict[str, float] = {  # pixels, at 64 pixels
     "checkered floor": 24.0,
     "striped wall": 22.0,
     "dotted wall": 18.0,
-    "cloudy sky": 160.0,
-    "sandy beach": 160.0,
-    "grassy meadow": 160.0,
+    "cloudy sky": 80.0,
+    "sandy beach": 53.0,
+    "grassy meadow": 23.0,
 }
 
 _DARK, _LIGHT = 0.42, 0.58
@@ -41,18 +41,13 @@ _TINTS: dict[str, tuple[float, float, float]] = {
     "sandy beach": (0.61, 0.56, 0.49),
     "grassy meadow": (0.45, 0.56, 0.44),
 }
-# of every wave: periods in 160 pixels of x, radians a pixel of y, amplitude, phase
-_WAVES: dict[str, tuple[tuple[int, float, float, float], ...]] = {
-    "cloudy sky": ((2, 0.06, 0.045, 0.0), (5, -0.11, 0.025, 1.3)),
-    "sandy beach": ((3, 0.30, 0.045, 0.5), (4, -0.09, 0.025, 2.1)),
-    "grassy meadow": ((7, 0.10, 0.045, 1.0), (4, -0.14, 0.025, 0.3)),
+# of every wave: radians a pixel of y, amplitude, phase. Along x both have the period of the background, so
+# that no other view looks nearly the same.
+_WAVES: dict[str, tuple[tuple[float, float, float], ...]] = {
+    "cloudy sky": ((0.06, 0.045, 0.0), (-0.11, 0.025, 1.3)),
+    "sandy beach": ((0.30, 0.045, 0.5), (-0.09, 0.025, 2.1)),
+    "grassy meadow": ((0.10, 0.045, 1.0), (-0.14, 0.025, 0.3)),
 }
-
-
-def wave_cycles(name: str) -> tuple[int, ...]:
-    """How often each wave of a background comes in its period, the strongest first; once for a background
-    that is no sum of waves."""
-    return tuple(wave[0] for wave in _WAVES[name]) if name in _WAVES else (1,)
 
 
 def draw_background(name: str, views: Tensor, height: int, width: int, scale: float) -> Tensor:
@@ -65,8 +60,8 @@ def draw_background(name: str, views: Tensor, height: int, width: int, scale: fl
     y = ((torch.arange(height) + 0.5) / scale)[None, :, None]
     if name in _TINTS:
         light = sum(
-            amplitude * torch.cos(2 * math.pi * cycles / PERIODS[name] * x + radians * y + phase)
-            for cycles, radians, amplitude, phase in _WAVES[name]
+            amplitude * torch.cos(2 * math.pi / PERIODS[name] * x + radians * y + phase)
+            for radians, amplitude, phase in _WAVES[name]
         )
         return light[..., None] + torch.tensor(_TINTS[name])
     light = _pattern(name, x, y)

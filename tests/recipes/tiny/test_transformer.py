@@ -17,7 +17,6 @@ from recipes.tiny.transformer import (
     ChunkedAttentionOps,
     Segment,
     TransformerStage,
-    cell_weight,
     draw_batch,
     flow_loss,
     layout_mask,
@@ -196,18 +195,6 @@ def test_late_chunks_often_follow_a_switch_and_clips_stay_within_a_scene():
     starts = draw_batch(switching(1), 100, START, 3, random.Random(1))
     assert 0.3 < (starts.values == 2).all((1, 2)).float().mean() < 0.5  # no text at all
     assert len(clips.states) == 100 and 0.8 < clips.states.flatten(1).any(1).float().mean() < 0.97
-
-
-def test_shapes_and_backgrounds_of_waves_count_three_times():
-    videos = switching(2)
-    foreground = torch.rand(2, 15, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.5
-    values = torch.full((2, 3, len(VALUES), 2), torch.nan)
-    values[1, :, VALUES.index("wave")] = 0.5
-    videos = dataclasses.replace(videos, foreground=foreground, values=values)
-    frames = torch.tensor([3, 0, 14])
-    found = cell_weight(videos, torch.tensor([1, 0]), frames)
-    assert torch.equal(found[0], torch.full((3, 2, 2), 3.0))
-    assert torch.equal(found[1], 1 + 2.0 * foreground[0, frames])
 
 
 class Recorder(torch.nn.Module):
