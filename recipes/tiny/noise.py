@@ -35,7 +35,7 @@ PLACES = 3  # of a scene: x and y of its shape, and its view of the background
 VALUES = (
     "second size", "colour", "background", "motion", "direction", "speed", "shape", "size", "camera", "pan",
     "second colour", "second shape",
-)  # fmt: skip
+)  # fmt: skip  # in the order of their coordinates; both of a pair are small, so no second size is told
 _PATTERNS = 4  # of signs in two by two cells, which are a patch of the model
 
 
@@ -118,25 +118,21 @@ def told_turns(parts: Tensor, generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(low.shape, generator=generator)
 
 
-def telling_noise(noise: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """The noise [B, C, F, h, w] of a first chunk, made to tell the angles `places` [B, PLACES] of its scene
+def telling_noise(noise: Tensor, begins: Tensor, values: Tensor) -> Tensor:
+    """The noise [B, C, F, h, w] of a first chunk, made to tell the angles `begins` [B, PLACES], its places,
     and `values` [B, VALUES], all in turns; one that is NaN tells nothing, and its coordinates stay.
 
     The coordinates are sums over all frames and cells of every channel, with the signs of one of four
     patterns in two by two cells. Raises ValueError where there are less than are told.
     """
-    turns = torch.cat([places, values], 1).to(noise)
+    turns = torch.cat([begins, values], 1).to(noise)
     count, (height, width) = turns.shape[1], noise.shape[3:]
     if 2 * count > _PATTERNS * noise.shape[1] or height % 2 or width % 2:
         raise ValueError(
             f"noise has {noise.shape[1]} channels of {height}x{width} cells; what it tells takes "
             f"{2 * count} coordinates, {_PATTERNS} of a channel, so use more channels and even sizes"
         )
-    rows, columns = (1 - 2 * (torch.arange(size, device=noise.device) % 2) for size in (height, width))
-    even = torch.ones_like(rows), torch.ones_like(columns)
-    pairs = ((even[0], even[1]), (even[0], columns), (rows, even[1]), (rows, columns))
-    signs = torch.stack([row[:, None] * column for row, column in pairs]).to(noise)
-    signs = signs * (noise.shape[2] * height * width) ** -0.5
+    signs = _signs(height, width).to(noise) * (noise.shape[2] * height * width) ** -0.5
     coordinates = torch.einsum("bcfhw,phw->bpc", noise, signs).flatten(1)
     found = coordinates[:, : 2 * count].unflatten(1, (count, 2))
     angles = 2 * math.pi * turns
@@ -145,3 +141,11 @@ def telling_noise(noise: Tensor, places: Tensor, values: Tensor) -> Tensor:
     change[:, : 2 * count] = torch.where(turns.isnan()[..., None], 0.0, wanted - found).flatten(1)
     change = change.unflatten(1, (_PATTERNS, -1))
     return noise + torch.einsum("bpc,phw->bchw", change, signs)[:, :, None]
+
+
+def _signs(height: int, width: int) -> Tensor:
+    """The patterns [_PATTERNS, height, width]: all 1, and -1 in odd columns, in odd rows and in either."""
+    rows, columns = (1 - 2 * (torch.arange(size) % 2) for size in (height, width))
+    rows = torch.stack([rows.abs(), rows.abs(), rows, rows])
+    columns = torch.stack([columns.abs(), columns, columns.abs(), columns])
+    return rows[:, :, None] * columns[:, None, :]

@@ -146,7 +146,7 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
 
 
 def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: torch.device) -> None:
-    """Train the student, in the one of its three stages, and write its checkpoint directory."""
+    """Train the student, in one of its three stages, and write its checkpoint directory."""
     directory, teacher = options.directory, options.directory / CHECKPOINT
     if options.stage == "start":
         model = ToyModel.load(teacher, device).transformer

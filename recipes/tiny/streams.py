@@ -14,16 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recipes.tiny.muon import Muon
 from recipes.tiny.noise import telling_noise, told_turns
-from recipes.tiny.training import StageConfig
-from recipes.tiny.transformer import FOREGROUND_WEIGHT
+from recipes.tiny.training import StageConfig, cell_weight
+from recipes.tiny.transformer import flow_learner
 from rfengine.models.dit import TextKeysValues, WanDiT
 from rfengine.schedule import FlowSchedule
 from rfengine.toy.data import LatentDataset
 from rfengine.training.arithmetic import fast_autocast
 from rfengine.training.config import AdamConfig, RolloutConfig
-from rfengine.training.learner import Figures, Learner
+from rfengine.training.learner import Figures
 from rfengine.training.parallel import Ranks
 from rfengine.training.rollout import PromptSwitch, self_forced_rollout
 from rfengine.training.stages import ModelStage
@@ -67,9 +66,7 @@ class StreamStage(ModelStage):
     """model, whose ops are DifferentiableOps, goes on with learning on `videos`; see the module."""
 
     def __init__(self, config: StageConfig, model: WanDiT, videos: LatentDataset, ranks: Ranks) -> None:
-        matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
-        muon = Muon(matrices, lr=_MUON_RATE, weight_decay=0.0)
-        super().__init__(Learner(config.name, model, _ADAM, config.steps, 1, ranks, muon), 0.99)
+        super().__init__(flow_learner(config, model, _ADAM, _MUON_RATE, 0.0, ranks), 0.99)
         self.config, self.videos = config, videos
         self._rows = _rows_by_switch(videos)
 
@@ -83,8 +80,7 @@ class StreamStage(ModelStage):
         first, end = plan.given * size, (plan.given + _OWN_CHUNKS) * size
         truth = self.videos.latents[rows, :, :end].float().to(self.model.device)
         made = self._streams(rows, truth[:, :, :first], plan, generator)
-        foreground = self.videos.foreground[rows, first:end].to(self.model.device)
-        weight = 1 + (FOREGROUND_WEIGHT - 1) * foreground.float()
+        weight = cell_weight(self.videos.foreground[rows, first:end].to(self.model.device))
         error = (made - truth)[:, :, first:].square().mean(1)
         loss = (error * weight).mean() / sigmas[plan.exit_step]
         return loss, {"exit_step": float(plan.exit_step), "given": float(plan.given)}

@@ -57,6 +57,7 @@ def _tiny_engine() -> EngineConfig:
 TINY = _tiny_engine()
 TRAINED_VAE = with_plain_latents(TINY.vae, 16)  # while it is trained; the first channels stay
 _DECODED_AT_ONCE = 8  # videos
+_FOREGROUND_WEIGHT = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,11 @@ def train(config: StageConfig, stage: ModelStage, directory: Path, ranks: Ranks)
     with locked_run(place):
         Trainer(config, stage, place, ranks).finish("with the same command")
     return stage.averages[config.name].values
+
+
+def cell_weight(foreground: Tensor) -> Tensor:
+    """What the error of a cell counts, by whether a shape is there: shapes are small."""
+    return 1 + (_FOREGROUND_WEIGHT - 1) * foreground.float()
 
 
 def stored_engine(directory: Path) -> EngineConfig:

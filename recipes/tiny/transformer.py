@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recipes.tiny.muon import Muon
 from recipes.tiny.noise import telling_noise, told_turns
-from recipes.tiny.training import CPU, StageConfig
+from recipes.tiny.training import CPU, StageConfig, cell_weight
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
@@ -32,7 +32,6 @@ from rfengine.training.parallel import Ranks
 from rfengine.training.stages import ModelStage
 
 _BATCH = 16  # videos of a step
-FOREGROUND_WEIGHT = 3.0
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
 _FULL_NOISE_START = 0.5  # of the first chunks alone, for which that noise tells what is open
@@ -178,9 +177,8 @@ class FlowStage(ModelStage):
     ) -> None:
         if compiled:
             model.forward_clip = torch.compile(model.forward_clip, dynamic=False)
-        matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
-        muon = Muon(matrices, lr=plan.muon_rate, weight_decay=plan.muon_decay)
-        super().__init__(Learner(config.name, model, plan.adam, config.steps, 1, ranks, muon), 0.998)
+        learner = flow_learner(config, model, plan.adam, plan.muon_rate, plan.muon_decay, ranks)
+        super().__init__(learner, 0.998)
         self.config, self.plan, self.videos, self.starts = config, plan, videos, starts
 
     def levels(self, count: int, layout: tuple[Segment, ...], generator: torch.Generator) -> Tensor:
@@ -216,6 +214,15 @@ class TransformerStage(FlowStage):
 
     def levels(self, count: int, layout: tuple[Segment, ...], generator: torch.Generator) -> Tensor:
         return noise_levels(count, layout, self.config.model, generator)
+
+
+def flow_learner(
+    config: StageConfig, model: WanDiT, adam: AdamConfig, muon_rate: float, muon_decay: float, ranks: Ranks
+) -> Learner:
+    """Learns the matrices in the blocks of a model by Muon and all else by `adam`."""
+    matrices = [value for value in model.blocks.parameters() if value.ndim == 2]
+    muon = Muon(matrices, lr=muon_rate, weight_decay=muon_decay)
+    return Learner(config.name, model, adam, config.steps, 1, ranks, muon)
 
 
 def chunk_tokens(config: EngineConfig) -> int:
@@ -270,7 +277,7 @@ def draw_batch(
         frames = torch.tensor([chunk * size + frame for chunk in chunks for frame in range(size)])
         taught = torch.tensor(learns).repeat_interleave(size)[:, None, None]
         clean.append(dataset.latents[row][:, frames].float())
-        weight.append(taught * (1 + (FOREGROUND_WEIGHT - 1) * dataset.foreground[row][frames].float()))
+        weight.append(taught * cell_weight(dataset.foreground[row][frames]))
         places.append(dataset.places[row])
         kind = choices.random()
         empty = _EMPTY_START if layout is START else _EMPTY_SHARE

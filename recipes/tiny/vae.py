@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.muon import Muon
-from recipes.tiny.training import CPU, StageConfig, with_plain_latents
+from recipes.tiny.training import CPU, StageConfig, cell_weight, with_plain_latents
 from rfengine.accuracy import psnr_db
 from rfengine.config import VAEConfig
 from rfengine.models.vae import DecoderState, EncoderState, WanVAE
@@ -47,7 +47,6 @@ _LATE_FRAMES = 960  # clips start anywhere in the first minute
 _SWITCH_SHARE = 0.3  # of the clips, in which another scene follows
 _MUON_RATE = 1e-2
 _ADAM = AdamConfig(2e-3, betas=(0.9, 0.98), weight_decay=1e-4, clip=1.0, warm_up=60, fall=0.6)
-_FOREGROUND_WEIGHT = 3.0
 _KL_WEIGHT = 1e-4
 _LOG_VARIANCE_START = -5.0
 _DECODED = 8  # clips at once
@@ -102,7 +101,7 @@ def sample_clips(count: int, frames: int, seed: int, stride: int) -> tuple[Tenso
         behind = torch.cat([render_background(part, until - at, at) for part, at, until in parts])
         foreground = (clip - behind).abs().amax(-1, keepdim=True) > 0.05
         clips.append(clip)
-        weights.append(1 + (_FOREGROUND_WEIGHT - 1) * foreground.float())
+        weights.append(cell_weight(foreground))
     return as_model_pixels(clips), torch.stack(weights).permute(0, 4, 1, 2, 3)
 
 
