@@ -1,7 +1,7 @@
 # Every target builds what it needs first: .venv, then the packages, each step once per change of its inputs.
 PYTHON  ?= python3
 WORKERS ?= 2
-PROMPT  ?= a large yellow circle moving slowly to the left over a checkered floor
+PROMPT  ?= a large red circle moving slowly to the right over a cloudy sky
 VENV    := .venv
 # Python compiles a module to bytecode when it is first imported. Most modules never are, and compiling all of
 # them takes pip half of the installation's time. Where Python may not keep bytecode, pip still compiles.
@@ -15,7 +15,7 @@ PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 .NOTPARALLEL:  # one pip at a time in one environment
 
 demo: $(VENV)/.core  ## eight seconds of video from a prompt, on any machine
-	$(VENV)/bin/rfengine generate "$(PROMPT)" --model tiny --seconds 8 --seed 7 -o demo.mp4
+	$(VENV)/bin/rfengine generate "$(PROMPT)" --model tiny --seconds 8 --seed 3 -o demo.mp4
 
 test: $(VENV)/.dev  ## all tests; those that need a GPU skip themselves where there is none
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)

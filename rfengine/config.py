@@ -378,7 +378,7 @@ PRESETS: dict[str, EngineConfig] = {
     "tiny": EngineConfig(
         name="tiny",
         model=WanConfig(
-            dim=192, ffn_dim=576, num_heads=3, num_layers=4, text_dim=96, text_len=128, in_dim=_TINY_Z_DIM,
+            dim=192, ffn_dim=768, num_heads=3, num_layers=4, text_dim=96, text_len=144, in_dim=_TINY_Z_DIM,
             out_dim=_TINY_Z_DIM,
         ),
         vae=VAEConfig(
@@ -387,11 +387,11 @@ PRESETS: dict[str, EngineConfig] = {
         ),
         tiny_vae=TinyVAEConfig(z_dim=_TINY_Z_DIM, widths=(32, 24, 16, 16)),
         text=TextConfig(
-            vocab_size=259, dim=96, attention_dim=96, ffn_dim=256, num_heads=3, num_layers=2,
+            vocab_size=259, dim=96, attention_dim=96, ffn_dim=256, num_heads=3, num_layers=3,
             tokenizer="bytes",
         ),
-        height=64,
-        width=64,
+        # low after the first step, from whose noise the model reads where a video begins
+        schedule=ScheduleConfig(shift=1.0, denoising_steps=(1000, 500, 300, 150)), height=64, width=64,
     ),
     "wan-1.3b": EngineConfig(name="wan-1.3b", model=_WAN_1_3B),
     "wan-14b": EngineConfig(name="wan-14b", model=_WAN_14B),

@@ -25,9 +25,9 @@ from recipes.tiny.report import (
     report_starts,
     report_switches,
 )
-from recipes.tiny.stages import CHECKPOINT, DISTILLED, STAGES, STARTED, STREAMED, RunDirectory, Stage
+from recipes.tiny.stages import CHECKPOINT, STAGES, STARTED, STREAMED, RunDirectory, Stage
+from recipes.tiny.start import StartStage
 from recipes.tiny.streams import StreamStage
-from recipes.tiny.student import StartStage, student_config, train_student
 from recipes.tiny.text_encoder import TextStage
 from recipes.tiny.training import TINY, TRAINED_VAE, StageConfig, ToyModel, save_part, stored_engine, train
 from recipes.tiny.transformer import TransformerStage
@@ -49,8 +49,7 @@ from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks, ranks_from_environment
 
 STEPS = {
-    "vae": 5000, "text": 4000, "teacher": 41500, "start": 26000, "streams": 4500, "student": 2000,
-    "tiny_decoder": 1900,
+    "vae": 5000, "text": 4000, "teacher": 41500, "start": 26000, "streams": 4500, "tiny_decoder": 1900,
 }  # fmt: skip
 VIDEOS = {"videos": 9600, "starts": 16000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
@@ -107,7 +106,7 @@ def run_stage(options: Options) -> None:
         elif options.stage == "evaluate":
             _evaluate(options, device)
         else:
-            export(options.directory / DISTILLED, options.output)
+            export(options.directory / STREAMED, options.output)
         if not ranks.rank:
             files.remember(options.stage)
 
@@ -122,7 +121,7 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
     if options.stage == "tiny_decoder":
         _add_tiny_decoder(options, config, ranks, device)
         return
-    if options.stage in ("start", "streams", "student"):
+    if options.stage in ("start", "streams"):
         _train_student(options, config, ranks, device)
         return
     if options.stage == "vae":
@@ -146,20 +145,17 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
 
 
 def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: torch.device) -> None:
-    """Train the student, in one of its three stages, and write its checkpoint directory."""
+    """Train the student, in one of its two stages, and write its checkpoint directory."""
     directory, teacher = options.directory, options.directory / CHECKPOINT
     if options.stage == "start":
         model = ToyModel.load(teacher, device).transformer
         stage = StartStage(config, model, *_datasets(directory), ranks, options.compiled)
         weights, target = train(config, stage, directory, ranks), STARTED
-    elif options.stage == "streams":
+    else:
         ops = DifferentiableOps(REFERENCE_OPS.choice)
         model = ToyModel.load(directory / STARTED, device, ops).transformer.requires_grad_(True)
         stage = StreamStage(config, model, load_dataset(directory / "videos.pt"), ranks)
         weights, target = train(config, stage, directory, ranks), STREAMED
-    else:
-        distillation = student_config(teacher, directory / STREAMED, config.steps, config.seed, device)
-        weights, target = train_student(distillation, directory / "student", ranks, device), DISTILLED
     if not ranks.rank:
         export_checkpoint(weights, config.model, str(teacher), directory / target)
 
@@ -192,7 +188,7 @@ def _record(options: Options, **figures: float) -> None:
 
 def _evaluate(options: Options, device: torch.device) -> None:
     """Write evaluated.json: all that the student must reach."""
-    model, seed = ToyModel.load(options.directory / DISTILLED, device), options.seed
+    model, seed = ToyModel.load(options.directory / STREAMED, device), options.seed
     videos, seeds = _videos(options), range(seed, seed + 3)
     results = {
         "accuracy": report_accuracy(model, videos, seeds),

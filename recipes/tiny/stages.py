@@ -14,8 +14,7 @@ from typing import Literal, get_args
 from rfengine.files import file_sha256, json_object, read_text, write_text
 
 Stage = Literal[
-    "vae", "text", "videos", "starts", "teacher", "start", "streams", "student",
-    "export", "tiny_decoder", "evaluate",
+    "vae", "text", "videos", "starts", "teacher", "start", "streams", "export", "tiny_decoder", "evaluate",
 ]  # fmt: skip
 STAGES: tuple[Stage, ...] = get_args(Stage)
 NEEDS: dict[Stage, tuple[Stage, ...]] = {
@@ -26,13 +25,12 @@ NEEDS: dict[Stage, tuple[Stage, ...]] = {
     "teacher": ("videos", "starts"),
     "start": ("teacher", "videos", "starts"),
     "streams": ("start", "videos"),
-    "student": ("vae", "text", "teacher", "streams"),
-    "export": ("student",),
+    "export": ("vae", "text", "streams"),
     "tiny_decoder": ("export",),
-    "evaluate": ("student",),
+    "evaluate": ("streams",),
 }
 CHECKPOINT = "checkpoint"  # the directory, inside that of the run, which the trainings fill up to the teacher
-STARTED, STREAMED, DISTILLED = "start_checkpoint", "streams_checkpoint", "student_checkpoint"  # the student's
+STARTED, STREAMED = "start_checkpoint", "streams_checkpoint"  # the student's
 _RECORDS = "stages"
 _MOST_BYTES = 100_000
 
@@ -54,7 +52,6 @@ class RunDirectory:
             "teacher": f"{CHECKPOINT}/transformer.safetensors",
             "start": f"{STARTED}/transformer.safetensors",
             "streams": f"{STREAMED}/transformer.safetensors",
-            "student": f"{DISTILLED}/transformer.safetensors",
             "evaluate": "evaluated.json",
         }
         if stage in own:

@@ -16,7 +16,7 @@ from rfengine.checkpoint.checkpoint import Checkpoint, write_config
 from rfengine.checkpoint.directories import CONFIG_FILE
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import save_weights
-from rfengine.config import PRESETS, EngineConfig, ScheduleConfig, TinyVAEConfig, VAEConfig
+from rfengine.config import PRESETS, EngineConfig, TinyVAEConfig, VAEConfig
 from rfengine.limits import check_fields
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
@@ -46,12 +46,8 @@ def with_plain_latents(config: VAEConfig, channels: int) -> VAEConfig:
 def _tiny_engine() -> EngineConfig:
     """What the recipe trains."""
     preset = PRESETS["tiny"]
-    vae = with_plain_latents(preset.vae, preset.vae.z_dim)
-    model = dataclasses.replace(preset.model, ffn_dim=768, text_len=144)
-    text = dataclasses.replace(preset.text, num_layers=3, known_words=tuple(sorted(known_words())))
-    # noise tells the first step where a video begins (noise.py), and what follows must not drown it again
-    schedule = ScheduleConfig(shift=1.0, denoising_steps=(1000, 500, 300, 150))
-    return dataclasses.replace(preset, model=model, vae=vae, text=text, schedule=schedule)
+    text = dataclasses.replace(preset.text, known_words=tuple(sorted(known_words())))
+    return dataclasses.replace(preset, text=text)
 
 
 TINY = _tiny_engine()

@@ -29,7 +29,7 @@ from rfengine.runtime.options import runtime_switches
 from rfengine.schedule import FlowSchedule, chunk_noise
 
 SEED = 11
-PROMPT = "agreement"
+PROMPT = "a red ball rolling to the left"
 OWN_ERRORS = 2.0
 MOST_TOLERANCES = 20.0
 

@@ -149,8 +149,9 @@ def require_psnr(vae: WanVAE, decoder: FrameDecoder, dtype: torch.dtype) -> floa
 def decoded_psnr(vae: WanVAE, decoder: FrameDecoder, dtype: torch.dtype) -> float:
     """PSNR in dB of `decoder` in `dtype` against `vae` in float32, of frames in [-1, 1] (a peak of 2).
 
-    The lower one of two sets of latents: a drawn clip that the VAE itself encodes, and normal noise, which
-    has the statistics of latents by definition.
+    The lower one of two sets of latents: those of a drawn clip as this VAE shows it, since one of a small
+    world has colours that it cannot show and whose latents no stream has, and normal noise, which has the
+    statistics of latents by definition.
     """
     exact = copy.deepcopy(vae).float()
     device = next(exact.parameters()).device
@@ -162,7 +163,10 @@ def decoded_psnr(vae: WanVAE, decoder: FrameDecoder, dtype: torch.dtype) -> floa
     psnrs = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         clip = drawn_clip(frames, *(_SIDE * vae.config.spatial_stride,) * 2).to(device)
-        for latents in (exact.encode(clip), noise.to(device)):
+        shown = exact.decode(exact.encode(clip)).clamp(-1, 1)
+        if not bool(shown.isfinite().all()):
+            return math.nan
+        for latents in (exact.encode(shown), noise.to(device)):
             state = decoder.decoder_state(1, _SIDE, _SIDE, dtype, device)
             calls = latents.to(dtype).split(_CHUNK, dim=2)
             found = torch.cat([decoder.decode(part, state) for part in calls], dim=2)

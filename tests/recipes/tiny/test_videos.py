@@ -36,7 +36,7 @@ def test_dataset_is_read_back_as_it_was_encoded(tmp_path):
         found, expected = getattr(read, name), getattr(written, name)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert read.latents.shape == (9, 8, 6, 8, 8) and read.foreground.shape == (9, 6, 8, 8)
-    assert read.texts.shape[1:] == (128, 96) and read.text_rows.shape == (9, 2, 2)
+    assert read.texts.shape[1:] == (144, 96) and read.text_rows.shape == (9, 2, 2)
     assert read.text_rows.flatten().unique().tolist() == list(range(len(read.texts)))
     first = sample_scenes(8, 0, TRAINED_WORLD, "train")
     assert torch.equal(read.places[:8], torch.tensor([places(scene, TRAINED_WORLD) for scene in first]))

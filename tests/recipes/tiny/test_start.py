@@ -1,8 +1,7 @@
-"""The student: at the noise levels of the sampler first, then distillation."""
+"""The student: at the noise levels of the sampler first, then on streams of its own."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import shutil
@@ -11,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.tiny import streams, student, transformer
+from recipes.tiny import streams, transformer
 from recipes.tiny.noise import VALUES
 from recipes.tiny.run import Options, run_stage
-from recipes.tiny.stages import CHECKPOINT, DISTILLED, STARTED, STREAMED
-from recipes.tiny.student import StartStage
+from recipes.tiny.stages import CHECKPOINT, STARTED, STREAMED
+from recipes.tiny.start import StartStage
 from recipes.tiny.training import StageConfig, ToyModel
 from recipes.tiny.transformer import LATE, OPENING, START, Segment, flow_loss
 from rfengine.checkpoint.directories import checkpoint_directory
@@ -23,7 +22,6 @@ from rfengine.checkpoint.loader import read_safetensors
 from rfengine.checkpoint.manifest import verify
 from rfengine.schedule import FlowSchedule
 from rfengine.toy.data import LatentDataset
-from rfengine.training.config import RolloutConfig
 from rfengine.training.parallel import Ranks
 
 
@@ -89,18 +87,13 @@ def test_passes_of_a_compiled_start_are_compiled(monkeypatch, teacher):
 def test_stages_of_the_student_leave_a_checkpoint_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(transformer, "_BATCH", 2)
     monkeypatch.setattr(streams, "_BATCH", 2)
-    recipe = student.toy_dmd
-    rollout = RolloutConfig(4, 4, 1, switch_share=1.0)
-    small = {"batch": 2, "group": 2, "critic_updates": 1, "rollout": rollout}
-    monkeypatch.setattr(student, "toy_dmd", lambda *given: dataclasses.replace(recipe(*given), **small))
     shutil.copytree(checkpoint_directory("tiny"), tmp_path / CHECKPOINT)
     run_stage(Options("videos", tmp_path, videos=2))
     run_stage(Options("starts", tmp_path, videos=2))
     run_stage(Options("start", tmp_path, steps=1))
     run_stage(Options("streams", tmp_path, steps=1))
-    run_stage(Options("student", tmp_path, steps=1))
     weights = {}
-    names = (CHECKPOINT, STARTED, STREAMED, DISTILLED)
+    names = (CHECKPOINT, STARTED, STREAMED)
     for name in names:
         verify(tmp_path / name)
         weights[name], _ = read_safetensors(tmp_path / name / "transformer.safetensors")
