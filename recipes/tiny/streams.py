@@ -28,8 +28,11 @@ from rfengine.training.rollout import PromptSwitch, self_forced_rollout
 from rfengine.training.stages import ModelStage
 
 _BATCH = 16  # streams of a step
-_OWN_CHUNKS = 3  # of a stream, at its end; true ones before them keep it from drifting away from the truth
-_FIRST_SHARE = 0.5  # of the streams without a switch are all their own
+_LEARNT_CHUNKS = 3  # of a stream, at its end
+# Long streams are all the student's own, for as long as a video. The others begin with true chunks, which
+# keep them from drifting away from the truth, and end with as many of the student's own as are learnt.
+_LONG_SHARE = 0.3
+_FIRST_SHARE = 0.5  # of the others without a switch begin with none
 _SWITCH_SHARE = 0.4  # of the streams have a prompt switch
 _OPEN_SHARE = 0.3  # of the streams begin with a text that leaves attributes open
 _ADAM = AdamConfig(2e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)
@@ -38,10 +41,11 @@ _MUON_RATE = 0.002
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """What the streams of a step have in common: how many true chunks they begin with, before which chunk the
-    prompt switches (0 for never) and whether the window is recomputed then, and the step at which every chunk
-    ends."""
+    """What the streams of a step have in common: how many chunks they have and how many true ones they begin
+    with, before which chunk the prompt switches (0 for never) and whether the window is recomputed then, and
+    the step at which every chunk ends."""
 
+    chunks: int
     given: int
     switch: int
     recached: bool
@@ -51,15 +55,19 @@ class StreamPlan:
 def draw_plan(choices: random.Random, videos: Sequence[int], steps: int) -> StreamPlan:
     """videos: how many there are with a switch before each chunk, at 0 those without; steps: of the
     sampler."""
-    latest, later = len(videos) - _OWN_CHUNKS, len(videos) - 1
+    latest, later = len(videos) - _LEARNT_CHUNKS, len(videos) - 1
     shares = [1 - _SWITCH_SHARE, *[_SWITCH_SHARE / later] * later]
     weights = [share * (count > 0) for share, count in zip(shares, videos, strict=True)]
     (switch,) = choices.choices(range(len(videos)), weights)
-    if switch:  # before one of the student's own chunks
-        given = min(max(0, switch - choices.randrange(_OWN_CHUNKS)), latest)
+    if choices.random() < _LONG_SHARE:
+        given, chunks = 0, len(videos)
+    elif switch:  # before one of the student's own chunks
+        given = min(max(0, switch - choices.randrange(_LEARNT_CHUNKS)), latest)
+        chunks = given + _LEARNT_CHUNKS
     else:
         given = 0 if choices.random() < _FIRST_SHARE else choices.randint(1, latest)
-    return StreamPlan(given, switch, choices.random() < 0.5, choices.randrange(steps))
+        chunks = given + _LEARNT_CHUNKS
+    return StreamPlan(chunks, given, switch, choices.random() < 0.5, choices.randrange(steps))
 
 
 class StreamStage(ModelStage):
@@ -77,13 +85,17 @@ class StreamStage(ModelStage):
         plan = draw_plan(choices, [len(rows) for rows in self._rows], len(sigmas))
         rows = torch.tensor(choices.choices(self._rows[plan.switch], k=_BATCH))
         size = self.config.model.cache.chunk_frames
-        first, end = plan.given * size, (plan.given + _OWN_CHUNKS) * size
+        first, end = (plan.chunks - _LEARNT_CHUNKS) * size, plan.chunks * size
         truth = self.videos.latents[rows, :, :end].float().to(self.model.device)
-        made = self._streams(rows, truth[:, :, :first], plan, generator)
+        made = self._streams(rows, truth[:, :, : plan.given * size], plan, generator)
         weight = cell_weight(self.videos.foreground[rows, first:end].to(self.model.device))
         error = (made - truth)[:, :, first:].square().mean(1)
         loss = (error * weight).mean() / sigmas[plan.exit_step]
-        return loss, {"exit_step": float(plan.exit_step), "given": float(plan.given)}
+        return loss, {
+            "exit_step": float(plan.exit_step),
+            "given": float(plan.given),
+            "chunks": float(plan.chunks),
+        }
 
     def _streams(self, rows: Tensor, given: Tensor, plan: StreamPlan, generator: torch.Generator) -> Tensor:
         """Latents [B, C, F, h, w] of streams that begin with `given`, the last chunks with a graph."""
@@ -107,8 +119,8 @@ class StreamStage(ModelStage):
             if plan.switch:
                 last = text_of(data.text_rows[rows, -1, 0])
                 switch = PromptSwitch(first, plan.switch, plan.recached)
-            exits = (plan.exit_step,) * (plan.given + _OWN_CHUNKS)
-            rollout = RolloutConfig(len(exits), len(exits), _OWN_CHUNKS)
+            exits = (plan.exit_step,) * plan.chunks
+            rollout = RolloutConfig(len(exits), len(exits), _LEARNT_CHUNKS)
             return self_forced_rollout(self.model, engine, last, noise, exits, rollout, switch, given).float()
 
 

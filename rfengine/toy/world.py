@@ -111,7 +111,8 @@ class Scene:
     camera: where it pans to, one of CAMERAS, or PANNING, which leaves only that open. pan: its speed, one of
     PANS, None for a still camera.
     start: the offset (x, y) of the first position from the middle, and view: the first x coordinate of the
-    background at the left border, in pixels of the 64-pixel world; no caption says these two.
+    background at the left border, in pixels of the 64-pixel world; clock: for how many frames the shape has
+    bounced, turned or grown at frame 0. No caption says these three.
     """
 
     objects: tuple[SceneObject, ...]
@@ -123,6 +124,7 @@ class Scene:
     camera: str | None = "still"
     pan: str | None = None
     view: float = 0.0
+    clock: float = 0.0
 
     def __post_init__(self) -> None:
         names = (
@@ -262,15 +264,24 @@ def changed(
 
 
 def continued(scene: Scene, earlier: Scene, frame: int, config: WorldConfig = DEFAULT_WORLD) -> Scene:
-    """The scene with the start and the view that let it go on at `frame` from where `earlier` is then: the
-    first shape keeps its place and a background that stays keeps its view."""
+    """The scene with the start, the view and the clock that let it go on at `frame` from where `earlier` is
+    then, so that what follows is told by what was seen: the first shape keeps its place and a motion its
+    phase, a background that stays keeps its view, and what is new begins at its origin."""
+    scene = dataclasses.replace(scene, clock=_continued_clock(scene, earlier, frame))
     height, width = config.height / config.scale, config.width / config.scale
     then, now = _displacement(earlier, frame), _displacement(scene, frame)
     places = zip(earlier.start, then, now, _pair_offset(earlier), _pair_offset(scene), strict=True)
     x, y = (start + before - after + old - new for start, before, after, old, new in places)
     start = ((x + width / 2) % width - width / 2, (y + height / 2) % height - height / 2)
-    view = earlier.view + frame * (_pan_speed(earlier) - _pan_speed(scene))
+    seen = earlier.view + frame * _pan_speed(earlier) if scene.background == earlier.background else 0.0
+    view = seen - frame * _pan_speed(scene)
     return dataclasses.replace(scene, start=start, view=view % PERIODS[scene.background or PLAIN])
+
+
+def _continued_clock(scene: Scene, earlier: Scene, frame: int) -> float:
+    if (scene.motion, scene.direction) != (earlier.motion, earlier.direction):
+        return -float(frame)
+    return (frame + earlier.clock) * SPEEDS[earlier.speed or ""] / SPEEDS[scene.speed or ""] - frame
 
 
 def _displacement(scene: Scene, frame: int) -> tuple[float, float]:
@@ -294,7 +305,7 @@ def _pan_speed(scene: Scene) -> float:
 
 def _travelled(scene: Scene, time: Tensor) -> Tensor:
     """The way along the direction until each time, in pixels of the 64-pixel world."""
-    travelled = SPEEDS[scene.speed or ""] * time
+    travelled = SPEEDS[scene.speed or ""] * (time + scene.clock)
     if scene.motion != "bouncing":
         return travelled
     phase = (travelled / _BOUNCE_REACH + 1) % 4
@@ -321,13 +332,13 @@ def ground_truth(
 ) -> tuple[ObjectTrack, ...]:
     """The true track of every object over frames `start_frame` .. `start_frame + frames - 1`."""
     time = _times(scene, frames, start_frame)
-    speed = SPEEDS[scene.speed or ""]
+    phase = SPEEDS[scene.speed or ""] * (time + scene.clock)
     along = torch.tensor(DIRECTIONS.get(scene.direction or "", (0, 0)), dtype=torch.float64)
     angle, pulse = torch.zeros_like(time), torch.ones_like(time)
     if scene.motion == "turning":
-        angle = time * math.radians(TURN_DEGREES * speed)
+        angle = phase * math.radians(TURN_DEGREES)
     elif scene.motion == "growing":
-        pulse = 1 + PULSE * torch.sin(2 * math.pi * speed * time / PULSE_FRAMES)
+        pulse = 1 + PULSE * torch.sin(2 * math.pi * phase / PULSE_FRAMES)
     extent = torch.tensor((config.width, config.height), dtype=torch.float64)
     first = torch.tensor(scene.start, dtype=torch.float64) + _travelled(scene, time)[:, None] * along
     aside = torch.tensor(_pair_offset(scene), dtype=torch.float64)

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import math
 import random
 
 import pytest
@@ -136,7 +137,7 @@ def test_a_changed_scene_differs_in_the_attribute_alone(attribute: str):
         except ValueError as error:
             assert f"the {attribute} of" in str(error)
             continue
-        names = {f.name for f in dataclasses.fields(scene)} - {"start", "view", "objects"}
+        names = {f.name for f in dataclasses.fields(scene)} - {"start", "view", "clock", "objects"}
         differ = {name for name in names if getattr(scene, name) != getattr(other, name)}
         ones, others = (dataclasses.astuple(each.objects[0]) for each in (scene, other))
         parts = ("colour", "shape", "size")
@@ -157,6 +158,35 @@ def test_a_scene_goes_on_from_another_where_it_was():
             assert min(apart, period - apart) < 1e-9
         clip = render_switch([first, later], [0, 21], 30)
         assert torch.equal(clip[:21], render(first, 21)) and torch.equal(clip[21:], render(later, 9, 21))
+
+
+@pytest.mark.parametrize(
+    ("motion", "speed"), [("turning", "fast"), ("growing", "slowly"), ("bouncing", "fast")]
+)
+def test_a_motion_that_stays_keeps_its_phase_at_another_speed(motion: str, speed: str):
+    direction = {"bouncing": "right"}.get(motion)
+    first = Scene((SceneObject("red", "square", "large"),), motion, speed, direction, "sandy beach", view=7.0)
+    second = dataclasses.replace(first, speed={"fast": "slowly", "slowly": "fast"}[speed])
+    second = continued(second, first, 21)
+    third = continued(first, second, 45)
+    for later, earlier, frame in ((second, first, 21), (third, second, 45)):
+        then, now = (ground_truth(scene, 1, frame)[0] for scene in (earlier, later))
+        for one, other in zip(
+            (then.position, then.radius, then.angle), (now.position, now.radius, now.angle), strict=True
+        ):
+            torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+    if motion == "turning":
+        angle = ground_truth(second, 1, 22)[0].angle - ground_truth(second, 1, 21)[0].angle
+        assert float(angle) == pytest.approx(torch.pi / 60)
+
+
+def test_a_motion_and_a_background_that_are_new_begin_at_their_origin():
+    first = Scene((SceneObject("red", "square", "large"),), "turning", "fast", None, "sandy beach", view=7.0)
+    second = dataclasses.replace(first, motion="growing", background="cloudy sky", camera="left", pan="fast")
+    second = continued(second, first, 21)
+    track = ground_truth(second, 2, 21)[0]
+    assert track.radius.tolist() == pytest.approx([18.0, 18 * (1 + 0.3 * math.sin(torch.pi / 12))])
+    assert float(true_views(second, 1, 21)) % PERIODS["cloudy sky"] == pytest.approx(0)
 
 
 def test_another_size_is_drawn_to_scale():
