@@ -53,7 +53,7 @@ def picture_frames() -> list[Image.Image]:
 
 
 def main() -> None:
-    first, *others = [frame.quantize(32, dither=Image.Dither.NONE) for frame in picture_frames()]
+    first, *others = [frame.quantize(128, dither=Image.Dither.NONE) for frame in picture_frames()]
     milliseconds = round(1000 * EVERY / Pipeline.from_pretrained("tiny", device="cpu").config.fps)
     first.save(PICTURE, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
 

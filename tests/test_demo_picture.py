@@ -16,7 +16,7 @@ from rfengine.toy.detector import background_off, detect, score
 from rfengine.toy.world import WorldConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-LARGEST_ERROR = 0.02  # mean of the difference of a frame, of 1; the 32 colours of the file cost 0.0163
+LARGEST_ERROR = 0.01  # mean of the difference of a frame, of 1; the 128 colours of the file cost 0.0052
 LARGEST_SHARE = 0.02  # of the background's pixels off by more than 0.06
 FIRST_FRAMES, CHUNK_FRAMES = 9, 12  # of the first chunk and of every other one
 DELAY = 2  # chunks after a switch that may be wrong
