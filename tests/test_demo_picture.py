@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+from rfengine.evaluation.video_frames import DEFAULT_GRID
 from rfengine.toy.captions import parse_caption
 from rfengine.toy.detector import background_off, detect, score
 from rfengine.toy.world import WorldConfig
@@ -18,7 +19,6 @@ from rfengine.toy.world import WorldConfig
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST_ERROR = 0.01  # mean of the difference of a frame, of 1; the 128 colours of the file cost 0.0052
 LARGEST_SHARE = 0.02  # of the background's pixels off by more than 0.06
-FIRST_FRAMES, CHUNK_FRAMES = 9, 12  # of the first chunk and of every other one
 DELAY = 2  # chunks after a switch that may be wrong
 
 
@@ -68,12 +68,11 @@ def test_no_stream_of_the_picture_decays_and_each_shows_what_is_said(
 def parts_of(picture: object, video: torch.Tensor, captions: int) -> list[torch.Tensor]:
     """The frames of a stream of the picture that each of its captions is responsible for, without the first
     chunk and without those that a switch takes."""
-    switch = FIRST_FRAMES + CHUNK_FRAMES * (picture.SWITCH_CHUNK - 1)
-    first = -(-FIRST_FRAMES // picture.EVERY)
+    begins = [-(-chunk.start // picture.EVERY) for chunk in DEFAULT_GRID.slices(len(video) * picture.EVERY)]
     if captions == 1:
-        return [video[first:]]
-    after = -(-(switch + CHUNK_FRAMES * DELAY) // picture.EVERY)
-    return [video[first : switch // picture.EVERY], video[after:]]
+        return [video[begins[1] :]]
+    switch = picture.SWITCH_CHUNK
+    return [video[begins[1] : begins[switch]], video[begins[switch + DELAY] :]]
 
 
 def test_make_demo_makes_the_first_stream_of_the_picture(picture: object) -> None:

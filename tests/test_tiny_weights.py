@@ -81,8 +81,8 @@ def test_a_hundred_held_out_captions_are_drawn_as_they_say(pipe):
         part = scenes[first : first + BATCH]
         videos = first_frames(pipe, [caption(scene) for scene in part], range(first, first + len(part)), 2)
         right += [score(scene, detect(frames)) for scene, frames in zip(part, videos, strict=True)]
-    # shapes are right in 92.5 % of many captions, and a hundred draws vary by 2.6
-    for attribute, least in {"colour": 90, "shape": 88, "direction": 90}.items():
+    # shapes are right in 98.2 % of many captions, and a hundred draws vary by 1.3
+    for attribute, least in {"colour": 98, "shape": 93, "direction": 98}.items():
         assert sum(entry[attribute] for entry in right) >= least, attribute
 
 

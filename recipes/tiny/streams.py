@@ -32,7 +32,7 @@ _LEARNT_CHUNKS = 3  # of a stream, at its end
 # Long streams are all the student's own, for as long as a video. The others begin with true chunks, which
 # keep them from drifting away from the truth, and end with as many of the student's own as are learnt.
 _LONG_SHARE = 0.3
-_FIRST_SHARE = 0.5  # of the others without a switch begin with none
+_FIRST_SHARE = 0.5  # of the others without a switch begin with no true chunk
 _SWITCH_SHARE = 0.4  # of the streams have a prompt switch
 _OPEN_SHARE = 0.3  # of the streams begin with a text that leaves attributes open
 _ADAM = AdamConfig(2e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)
@@ -59,14 +59,12 @@ def draw_plan(choices: random.Random, videos: Sequence[int], steps: int) -> Stre
     shares = [1 - _SWITCH_SHARE, *[_SWITCH_SHARE / later] * later]
     weights = [share * (count > 0) for share, count in zip(shares, videos, strict=True)]
     (switch,) = choices.choices(range(len(videos)), weights)
-    if choices.random() < _LONG_SHARE:
-        given, chunks = 0, len(videos)
-    elif switch:  # before one of the student's own chunks
+    is_long, given = choices.random() < _LONG_SHARE, 0
+    if switch and not is_long:  # before one of the student's own chunks
         given = min(max(0, switch - choices.randrange(_LEARNT_CHUNKS)), latest)
-        chunks = given + _LEARNT_CHUNKS
-    else:
-        given = 0 if choices.random() < _FIRST_SHARE else choices.randint(1, latest)
-        chunks = given + _LEARNT_CHUNKS
+    elif not is_long and choices.random() >= _FIRST_SHARE:
+        given = choices.randint(1, latest)
+    chunks = len(videos) if is_long else given + _LEARNT_CHUNKS
     return StreamPlan(chunks, given, switch, choices.random() < 0.5, choices.randrange(steps))
 
 

@@ -149,9 +149,9 @@ def require_psnr(vae: WanVAE, decoder: FrameDecoder, dtype: torch.dtype) -> floa
 def decoded_psnr(vae: WanVAE, decoder: FrameDecoder, dtype: torch.dtype) -> float:
     """PSNR in dB of `decoder` in `dtype` against `vae` in float32, of frames in [-1, 1] (a peak of 2).
 
-    The lower one of two sets of latents: those of a drawn clip as this VAE shows it, since one of a small
-    world has colours that it cannot show and whose latents no stream has, and normal noise, which has the
-    statistics of latents by definition.
+    The lower one of two sets of latents: those of a drawn clip as the VAE itself reconstructs it, and normal
+    noise, which has the statistics of latents by definition. A VAE of a small world reconstructs only a part
+    of the clip's colours, and the latents of the others are none that a stream has.
     """
     exact = copy.deepcopy(vae).float()
     device = next(exact.parameters()).device
