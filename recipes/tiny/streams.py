@@ -34,7 +34,7 @@ _LEARNT_CHUNKS = 3  # of a stream, at its end
 _LONG_SHARE = 0.3
 _FIRST_SHARE = 0.5  # of the others without a switch begin with no true chunk
 _SWITCH_SHARE = 0.4  # of the streams have a prompt switch
-_OPEN_SHARE = 0.3  # of the streams begin with a text that leaves attributes open
+_OPEN_SHARE = 0.5  # of the streams begin with a text that leaves attributes open
 _ADAM = AdamConfig(2e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)
 _MUON_RATE = 0.002
 
@@ -62,7 +62,7 @@ def draw_plan(choices: random.Random, videos: Sequence[int], steps: int) -> Stre
     is_long, given = choices.random() < _LONG_SHARE, 0
     if switch and not is_long:  # before one of the student's own chunks
         given = min(max(0, switch - choices.randrange(_LEARNT_CHUNKS)), latest)
-    elif not is_long and choices.random() >= _FIRST_SHARE:
+    elif not is_long and latest and choices.random() >= _FIRST_SHARE:
         given = choices.randint(1, latest)
     chunks = len(videos) if is_long else given + _LEARNT_CHUNKS
     return StreamPlan(chunks, given, switch, choices.random() < 0.5, choices.randrange(steps))

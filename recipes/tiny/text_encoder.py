@@ -17,7 +17,7 @@ from recipes.tiny.training import CPU, StageConfig
 from rfengine.models.text_encoder import ByteTokenizer, build_umt5
 from rfengine.toy.backgrounds import BACKGROUNDS
 from rfengine.toy.captions import HELD_OUT_PATTERNS, caption, opened, paraphrase, sample_scenes
-from rfengine.toy.data import full_text
+from rfengine.toy.data import scene_text
 from rfengine.toy.world import (
     CAMERAS,
     DIRECTIONS,
@@ -87,7 +87,7 @@ class TextStage(ModelStage):
             if generator.random() < _OPEN_SHARE:
                 scene = opened(scene, generator, generator.uniform(0, 0.7))
             meant.append(scene)
-            texts.append(full_text(scene, generator))
+            texts.append(scene_text(scene, generator))
         return self._classified(texts, meant)
 
     def encoder(self) -> nn.Module:

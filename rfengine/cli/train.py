@@ -26,7 +26,7 @@ class TrainOptions:
     """Train by a recipe. Under torchrun every rank runs the same command."""
 
     recipe: Positional[str]
-    """toy_teacher, toy_ode_init, toy_dmd, toy_dmd_no_eviction, toy_re_dmd or wan_1_3b_reward_forcing."""
+    """toy_teacher, toy_ode_init, toy_dmd, toy_re_dmd or wan_1_3b_reward_forcing."""
     directory: Path | None = None
     """Where log, samples, checkpoints and the result go; runs/RECIPE where nothing is given."""
     resume: Path | None = None

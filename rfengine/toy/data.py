@@ -16,7 +16,7 @@ from rfengine.files import replaced
 from rfengine.toy.captions import caption, opened, paraphrase, sample_scenes
 from rfengine.toy.world import DEFAULT_WORLD, Scene, WorldConfig
 
-_CAPTION_SHARE = 0.3  # of the texts that say everything: the caption itself
+_CAPTION_SHARE = 0.3  # of the texts: the caption itself
 _OPEN_SHARE = 0.35  # of the attributes of a scene that an open text leaves open
 
 
@@ -25,19 +25,14 @@ def negative_states(text_len: int, text_dim: int) -> Tensor:
     return torch.zeros(1, text_len, text_dim)
 
 
-def full_text(scene: Scene, generator: random.Random) -> str:
-    """A text that says all of a scene."""
+def scene_text(scene: Scene, generator: random.Random) -> str:
+    """A text that says all of a scene that is not open."""
     return caption(scene) if generator.random() < _CAPTION_SHARE else paraphrase(scene, generator)
 
 
 def open_scene(scene: Scene, generator: random.Random) -> Scene:
     """The scene with some of its attributes left open."""
     return opened(scene, generator, _OPEN_SHARE)
-
-
-def open_text(scene: Scene, generator: random.Random) -> str:
-    """A text that leaves attributes of a scene open."""
-    return paraphrase(open_scene(scene, generator), generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +50,7 @@ class ToyPrompts:
         seed = int(torch.randint(2**62, (), generator=generator))
         own = random.Random(seed)
         texts = [
-            (open_text if own.random() < self.open_share else full_text)(scene, own)
+            scene_text(open_scene(scene, own) if own.random() < self.open_share else scene, own)
             for scene in sample_scenes(count, seed, self.world, "train")
         ]
         return texts, self.encode(texts)

@@ -93,21 +93,6 @@ def toy_re_dmd(
     )
 
 
-def toy_dmd_no_eviction(engine: EngineConfig | None = None, teacher: str = _TOY_TEACHER) -> TrainConfig:
-    """toy_dmd with rollouts of four chunks, which just fill a window that is one chunk longer in training:
-    nothing is ever averaged into the sink, as in the published training."""
-    evicting = toy_dmd(engine, teacher)
-    cache, rollout = evicting.engine.cache, evicting.rollout
-    longest = rollout.min_chunks
-    window = replace(cache, window_frames=longest * cache.chunk_frames)
-    return replace(
-        evicting,
-        name="toy_dmd_no_eviction",
-        engine=replace(evicting.engine, cache=window),
-        rollout=RolloutConfig(longest, longest, 3, first_share=rollout.first_share),
-    )
-
-
 def wan_1_3b_reward_forcing() -> TrainConfig:
     """Reward Forcing of the 1.3B model as the paper means it: teacher 14B, critic 1.3B (arXiv 2512.04678).
 
@@ -163,6 +148,6 @@ def wan_1_3b_reward_forcing() -> TrainConfig:
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     recipe.__name__: recipe
     for recipe in (
-        toy_teacher, toy_ode_init, toy_dmd, toy_dmd_no_eviction, toy_re_dmd, wan_1_3b_reward_forcing,
+        toy_teacher, toy_ode_init, toy_dmd, toy_re_dmd, wan_1_3b_reward_forcing,
     )
 }  # fmt: skip

@@ -1,5 +1,10 @@
 """Short clips of one model under held-out captions, each with and without its speed: what they show, how it
-moves, and how far they are from the teacher's."""
+moves, and how far they are from the teacher's.
+
+The teacher's clips are from the middle of a video, whose beginning they do not have (CLIP in
+recipes/tiny/transformer.py). So a student's are the end of a short stream, and of all clips what is seen is
+judged without the first chunk, which the VAE decodes without a past in the teacher's.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,8 @@ from studies.toy.setting import Setting
 
 CAPTION_SEED = 29
 _BATCH = 20
-_CHUNKS = 3  # as long as the teacher's clips
+_CHUNKS = 3  # of a clip, as long as the teacher's
+_STREAM_CHUNKS = 5  # of a student's stream, whose last ones are the clip
 _TEACHER_SUBSTEPS = 6  # Euler steps for each of the student's four
 _FLOW_PAIRS = 8
 _FAST = 0.75  # of the top speed: halfway from slow to fast
@@ -71,12 +77,12 @@ def _with_mixed(seeds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _latents(setting: Setting, toy: ToyModel, is_teacher: bool, texts: list[str], seed: int) -> Tensor:
-    """Clean latents [B, C, F, h, w] of captions, by rollout or along the teacher's probability flow; the
-    students of one study get the same noise for the same texts and seed."""
+    """Clean latents [B, C, F, h, w] of streams of captions, by rollout, or of clips along the teacher's
+    probability flow; the students of one study get the same noise for the same texts and seed."""
     engine, device = toy.config, setting.device
     states = toy.encode(texts).to(device)
     if not is_teacher:
-        return torch.cat(list(roll_out(toy.transformer, engine, states, _CHUNKS, seed)), dim=2)
+        return torch.cat(list(roll_out(toy.transformer, engine, states, _STREAM_CHUNKS, seed)), dim=2)
     size = latent_shape(engine, len(texts), _CHUNKS * engine.cache.chunk_frames)
     noise = torch.randn(size, generator=seeded(torch.device("cpu"), "clips", seed)).to(device)
     empty = negative_states(engine.model.text_len, engine.model.text_dim).to(device)
@@ -95,10 +101,11 @@ def _measure(setting: Setting, toy: ToyModel, is_teacher: bool, kind: str, seed:
         drawn = scenes[first : first + _BATCH]
         texts = [open_caption(scene) if kind == "open" else caption(scene) for scene in drawn]
         latents = _latents(setting, toy, is_teacher, texts, seed * 1_000_003 + first)
+        chunks = latents.split(toy.config.cache.chunk_frames, dim=2)
         with setting.casting():
-            chunks = iter(latents.split(toy.config.cache.chunk_frames, dim=2))
-            pixels = torch.cat(list(decode_chunks(toy.vae, chunks)), dim=2).float().cpu()
-        kept.append(latents.half().cpu())
+            decoded = list(decode_chunks(toy.vae, iter(chunks)))
+        pixels = torch.cat(decoded[1 - _CHUNKS :], dim=2).float().cpu()
+        kept.append(torch.cat(chunks[-_CHUNKS:], dim=2).half().cpu())
         for place, (scene, text) in enumerate(zip(drawn, texts, strict=True)):
             values = _clip_values(scene, text, pixels[place])
             if first_seed and first + place < setting.size.flow_clips:

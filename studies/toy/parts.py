@@ -12,7 +12,7 @@ from pathlib import Path
 
 from studies.toy.clips import measure_clips
 from studies.toy.scenarios import SCENARIOS
-from studies.toy.setting import TRAINED_SINKS, WITH_EVICTION, WITHOUT_EVICTION, Setting, trained_sink
+from studies.toy.setting import WITH_EVICTION, WITHOUT_EVICTION, Setting, split_model, trained_sink
 from studies.toy.streams import measure_streams, sink_names
 from studies.toy.tables import TRUE_MODEL, TRUE_SINK
 from studies.toy.trainings import run_training, train_start
@@ -34,8 +34,7 @@ class Part:
 def study_parts(setting: Setting) -> dict[str, Part]:
     """Every part by its name, each after the parts that it needs.
 
-    One student streams under every sink; those that were trained with another sink, or without eviction,
-    stream under their own.
+    One student streams under every sink; the others stream under the one that they were trained with.
     """
     size = setting.size
     parts: dict[str, Part] = {}
@@ -51,9 +50,10 @@ def study_parts(setting: Setting) -> dict[str, Part]:
             add(name, needs, setting.records / f"{name}.json", run)
 
     add("start", (), setting.checkpoint("start"), train_start)
-    for name in size.students:
+    for name in (*size.distilled, *size.streamed):
         add(name, ("start",), setting.checkpoint(name), partial(run_training, name=name))
-    for model in ("teacher", "start", *size.students):
+    judged = (name for name in size.streamed if split_model(name)[0] in (WITH_EVICTION, WITHOUT_EVICTION))
+    for model in ("teacher", "start", *size.distilled, *judged):
         needs = ("start",) if model == "teacher" else (model, "clips_teacher")
         add(
             f"clips_{model}",
@@ -64,8 +64,9 @@ def study_parts(setting: Setting) -> dict[str, Part]:
     stream(TRUE_MODEL, TRUE_SINK)
     for sink in sink_names(size.alphas):
         stream(WITH_EVICTION, sink)
-    for model in (WITHOUT_EVICTION, *(f"dmd_{sink}" for sink in TRAINED_SINKS)):
-        stream(model, trained_sink(model))
+    for model in ("dmd", *size.streamed):
+        if split_model(model)[1] == 0 and model != WITH_EVICTION:
+            stream(model, trained_sink(model))
     return parts
 
 

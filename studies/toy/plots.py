@@ -31,7 +31,13 @@ Points = Sequence[tuple[float, float]]
 _BLACK, _ORANGE, _SKY, _GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _RED, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 _GREY = "#777777"
-_MODEL_COLOURS = {"start": _GREY, "teacher": _BLACK, "dmd": _ORANGE, WITHOUT_EVICTION: _RED}
+_MODEL_COLOURS = {
+    "start": _GREY,
+    "teacher": _BLACK,
+    "dmd": _ORANGE,
+    WITH_EVICTION: _GREEN,
+    WITHOUT_EVICTION: _RED,
+}
 _SINK_COLOURS = {TRUE_SINK: _BLACK, "none": _RED, "frozen": _ORANGE}
 _OTHER_COLOURS = (_SKY, _BLUE, _GREEN, _PURPLE)
 _MARKERS = "osD^vPX*"

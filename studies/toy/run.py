@@ -163,7 +163,7 @@ def publish(setting: Setting, results: Path) -> None:
     for path in sorted(setting.records.glob("*.json")):
         shutil.copyfile(path, results / path.name)
     logs = {}
-    for model in setting.size.students:
+    for model in setting.size.distilled:
         source, name = setting.directory / model / "log.jsonl", results / f"log_{model}.jsonl"
         if source.exists():
             lines = [line for line in source.read_text().splitlines() if line]

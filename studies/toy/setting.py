@@ -12,9 +12,9 @@ import torch
 from recipes.tiny.stages import CHECKPOINT, STARTED
 from rfengine.training.arithmetic import Precision, casting, fast_precision
 
-WITH_EVICTION, WITHOUT_EVICTION = "dmd", "no_eviction"  # one recipe, trained in both ways
 OWN_SINK = "ema_0.999"  # of the checkpoint that recipes.tiny trains
-TRAINED_SINKS = ("none", "frozen", "ema_0.9")  # of the students that are trained with another one
+STREAMED = "sink_"  # before its sink in the name of a student that is trained on streams of its own
+WITH_EVICTION, WITHOUT_EVICTION = f"{STREAMED}{OWN_SINK}", "no_eviction"  # trained alike, in both ways
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class StudySize:
     """Every number of the study; the defaults are those of two CPU cores.
 
     base_steps, base_videos: of the trainings of recipes.tiny that come before a student; those of the shipped
-    weights where none are given. betas: temperatures of Re-DMD. training_seeds: of every distillation; the
+    weights where none are given. betas: temperatures of Re-DMD. training_seeds: of every student; the
     streams are those of the first. captions, sampling_seeds: short clips of every model, once with full
     captions and once with open ones. stream_captions: of the streams of stream_seconds. alphas: of EMA-Sink.
+    student_steps: of the distilled students; stream_steps: of those that learn by the truth of their streams.
     flow_clips: captions whose clips get an optical flow as well. batch: samples of one training pass.
     """
 
@@ -32,6 +33,7 @@ class StudySize:
     base_steps: int | None = None
     base_videos: int | None = None
     student_steps: int = 500
+    stream_steps: int = 1000
     betas: tuple[float, ...] = (0.5, 0.2, 0.05)
     training_seeds: tuple[int, ...] = (0,)
     captions: int = 200
@@ -43,10 +45,18 @@ class StudySize:
     batch: int = 16
 
     @property
-    def students(self) -> tuple[str, ...]:
-        """The distilled students of every training seed."""
-        names = ["dmd", *(f"re_dmd_{beta:g}" for beta in self.betas), WITHOUT_EVICTION]
-        names += [f"dmd_{sink}" for sink in TRAINED_SINKS]
+    def distilled(self) -> tuple[str, ...]:
+        """The students by DMD and Re-DMD, of every training seed."""
+        return self._seeded(["dmd", *(f"re_dmd_{beta:g}" for beta in self.betas)])
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """The students that learn from the truth of their own streams, one for each sink and one that never
+        sees an eviction, of every training seed."""
+        sinks = ("none", "frozen", *(f"ema_{alpha:g}" for alpha in self.alphas))
+        return self._seeded([*(f"{STREAMED}{sink}" for sink in sinks), WITHOUT_EVICTION])
+
+    def _seeded(self, names: list[str]) -> tuple[str, ...]:
         return tuple(seeded_name(name, seed) for seed in self.training_seeds for name in names)
 
 
@@ -57,8 +67,8 @@ def seeded_name(model: str, seed: int) -> str:
 
 def trained_sink(model: str) -> str:
     """The sink that a student was trained with."""
-    sink = model.removeprefix("dmd_")
-    return sink if sink in TRAINED_SINKS else OWN_SINK
+    name = split_model(model)[0]
+    return name.removeprefix(STREAMED) if name.startswith(STREAMED) else OWN_SINK
 
 
 def split_model(name: str) -> tuple[str, int]:
@@ -71,6 +81,7 @@ CPU = StudySize()
 GPU = StudySize(
     name="gpu",
     student_steps=2000,
+    stream_steps=4000,
     betas=(0.5, 1.0, 0.2, 0.1),
     training_seeds=(0, 1, 2),
     captions=400,
@@ -82,12 +93,13 @@ SMOKE = StudySize(
     base_steps=2,
     base_videos=2,
     student_steps=5,
+    stream_steps=2,
     betas=(0.5,),
     captions=2,
     sampling_seeds=(0, 1),
     stream_captions=1,
     stream_seconds=5,
-    alphas=(0.9,),
+    alphas=(0.9, 0.999),
     flow_clips=1,
     batch=4,
 )

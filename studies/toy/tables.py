@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 from rfengine.evaluation.report import Interval, bootstrap_mean
 from studies.toy.record import Record
-from studies.toy.setting import TRAINED_SINKS, WITH_EVICTION, WITHOUT_EVICTION, split_model, trained_sink
+from studies.toy.setting import STREAMED, WITH_EVICTION, WITHOUT_EVICTION, split_model, trained_sink
 
 TRUE_MODEL, TRUE_SINK = "world", "true"
+_SINKS = (TRUE_SINK, "none", "frozen", "ema")
 # up to 5 clusters all differ to one side by chance in more than 5% of the cases: 2 * 0.5**5 is 6%
 LEAST_MARKED = 6
 
@@ -63,15 +64,18 @@ class Table(NamedTuple):
 
 
 def model_place(model: str) -> tuple[int, float, str]:
-    """What models are sorted by: start, teacher, dmd and its sinks, re_dmd of falling beta, no_eviction."""
-    place, number = _place(model, ("start", "teacher", "dmd", "re_dmd", WITHOUT_EVICTION))
+    """What models are sorted by: start, teacher, dmd, re_dmd of falling beta, those of a sink in the order of
+    the sinks, no_eviction."""
+    place, number = _place(model, ("start", "teacher", "dmd", "re_dmd", STREAMED, WITHOUT_EVICTION))
+    if model.startswith(STREAMED):
+        return place, sum(_place(trained_sink(model), _SINKS)), model
     return place, -number, model
 
 
 def sink_place(sink: str) -> tuple[int, float, str]:
     """What sinks are sorted by: true, none, frozen, ema of rising alpha, the same in bf16, others."""
     name = sink.removesuffix("_bf16")
-    place, number = _place(name, (TRUE_SINK, "none", "frozen", "ema"))
+    place, number = _place(name, _SINKS)
     return place + (name != sink), number, sink
 
 
@@ -183,8 +187,8 @@ def _clip_tables(records: Sequence[Record]) -> Iterator[Table]:
         yield Table(section, f"{kind.capitalize()} captions", columns, found[kind])
     for kind, columns in _CLIPS.items():
         pairs = [(model, "dmd") for model in found[kind] if model.startswith("re_dmd_")]
-        pairs += [(WITHOUT_EVICTION, WITH_EVICTION), ("dmd", "start")]
-        pairs += [(f"dmd_{sink}", "dmd") for sink in TRAINED_SINKS]
+        pairs += [("dmd", "start"), (WITH_EVICTION, "start"), ("dmd", WITH_EVICTION)]
+        pairs += [(WITHOUT_EVICTION, WITH_EVICTION)]
         title = f"Paired differences, {kind} captions"
         yield Table(section, title, columns, _paired(found[kind], pairs), True)
 
@@ -204,8 +208,7 @@ def _stream_tables(records: Sequence[Record]) -> Iterator[Table]:
         rows = own_sinks(streams, scenario)
         title = f"a scene that {scenario}, each student under the sink that it was trained with"
         yield Table("Students of their own sink", title, _STREAMS, rows)
-        names = [name for name in rows if name != "dmd"]
-        pairs = [(name, "dmd") for name in names]
+        pairs = [(name, WITH_EVICTION) for name in rows if name != WITH_EVICTION]
         yield Table(
             "Students of their own sink", f"Paired differences, {title}", _STREAMS, _paired(rows, pairs), True
         )

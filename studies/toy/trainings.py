@@ -1,20 +1,28 @@
 """The trainings of the toy study: those before the students, by the recipe of the shipped weights, and the
-students."""
+students: some by DMD and Re-DMD, the others, as the shipped one, by the truth of their own streams."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from torch import Tensor
+
 from recipes.tiny.run import STEPS, Options, run_stage
 from recipes.tiny.stages import STAGES, RunDirectory
+from recipes.tiny.streams import StreamStage
+from recipes.tiny.training import StageConfig, ToyModel, train
+from rfengine.config import EngineConfig
+from rfengine.ops import REFERENCE_OPS
+from rfengine.toy.data import LatentDataset, load_dataset
 from rfengine.training.build import base_engine, build_stage, export_checkpoint
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import TrainConfig
+from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks
-from rfengine.training.recipes import toy_dmd, toy_dmd_no_eviction, toy_re_dmd
+from rfengine.training.recipes import toy_dmd, toy_re_dmd
 from rfengine.training.samples import averaged_state
 from rfengine.training.trainer import Trainer
-from studies.toy.setting import TRAINED_SINKS, WITHOUT_EVICTION, Setting, seeded_name
+from studies.toy.setting import WITHOUT_EVICTION, Setting, seeded_name, split_model, trained_sink
 from studies.toy.streams import with_sink
 
 
@@ -29,15 +37,12 @@ def train_start(setting: Setting) -> None:
 
 
 def training_configs(setting: Setting) -> dict[str, TrainConfig]:
-    """The students' trainings by the name of their model; all have the same steps, teacher and start."""
+    """The trainings of the distilled students by their names; all have the same steps, teacher and start."""
     size, teacher = setting.size, str(setting.checkpoint("teacher"))
     engine, configs = base_engine(teacher), {}
     for seed in size.training_seeds:
-        students = {"dmd": toy_dmd(engine, teacher), WITHOUT_EVICTION: toy_dmd_no_eviction(engine, teacher)}
+        students = {"dmd": toy_dmd(engine, teacher)}
         students |= {f"re_dmd_{beta:g}": toy_re_dmd(engine, teacher, beta) for beta in size.betas}
-        for sink in TRAINED_SINKS:
-            changed = dataclasses.replace(engine, cache=with_sink(engine.cache, sink))
-            students[f"dmd_{sink}"] = toy_dmd(changed, teacher)
         for name, config in students.items():
             configs[seeded_name(name, seed)] = dataclasses.replace(
                 config,
@@ -51,13 +56,48 @@ def training_configs(setting: Setting) -> dict[str, TrainConfig]:
     return configs
 
 
+def stream_config(setting: Setting, model: str) -> StageConfig:
+    """The training of a student by the truth of its streams, under the sink of its name."""
+    engine, seed = base_engine(str(setting.checkpoint("teacher"))), split_model(model)[1]
+    engine = dataclasses.replace(engine, cache=with_sink(engine.cache, trained_sink(model)))
+    return StageConfig(model, engine, setting.size.stream_steps, seed)
+
+
+def within_window(videos: LatentDataset, engine: EngineConfig) -> LatentDataset:
+    """The beginnings of the videos that fit into the window, so that a stream as long evicts nothing."""
+    frames, size = engine.cache.window_frames, engine.cache.chunk_frames
+    return dataclasses.replace(
+        videos,
+        latents=videos.latents[:, :, :frames],
+        foreground=videos.foreground[:, :frames],
+        text_rows=videos.text_rows[:, : frames // size],
+    )
+
+
 def run_training(setting: Setting, name: str) -> None:
-    """Train model `name` to its end, from its newest checkpoint where there is one, and export it with the
-    window that all stream with."""
-    config, ranks = training_configs(setting)[name], Ranks()
+    """Train model `name` to its end, from its newest checkpoint where there is one, and export it."""
+    base = str(setting.checkpoint("teacher"))
+    if name in setting.size.distilled:
+        config = training_configs(setting)[name]
+        engine, weights = config.engine, _distilled(setting, name, config)
+    else:
+        stream = stream_config(setting, name)
+        engine, weights = stream.model, _streamed(setting, stream)
+    export_checkpoint(weights, engine, base, setting.checkpoint(name))
+
+
+def _distilled(setting: Setting, name: str, config: TrainConfig) -> dict[str, Tensor]:
+    ranks = Ranks()
     with locked_run(setting.directory / name):
         stage = build_stage(config, setting.device, ranks)
         Trainer(config, stage, setting.directory / name, ranks).finish("with the same command")
-        engine, window = config.engine, base_engine(config.base).cache.window_frames
-        streams = dataclasses.replace(engine, cache=dataclasses.replace(engine.cache, window_frames=window))
-        export_checkpoint(averaged_state(stage), streams, config.base, setting.checkpoint(name))
+    return averaged_state(stage)
+
+
+def _streamed(setting: Setting, config: StageConfig) -> dict[str, Tensor]:
+    videos, ops = load_dataset(setting.base / "videos.pt"), DifferentiableOps(REFERENCE_OPS.choice)
+    if split_model(config.name)[0] == WITHOUT_EVICTION:
+        videos = within_window(videos, config.model)
+    model = ToyModel.load(setting.checkpoint("start"), setting.device, ops).transformer.requires_grad_(True)
+    ranks = Ranks()
+    return train(config, StreamStage(config, model, videos, ranks), setting.directory, ranks)

@@ -16,13 +16,10 @@ def test_re_dmd_differs_from_dmd_by_its_reward_alone():
         assert getattr(plain, name) == getattr(rewarded, name)
 
 
-def test_only_the_recipe_without_eviction_never_leaves_the_window():
-    kept = recipes.toy_dmd_no_eviction()
-    assert kept.rollout.max_chunks == kept.engine.cache.window_chunks
-    evicting = recipes.toy_dmd()
-    assert evicting.rollout.min_chunks > evicting.engine.cache.window_chunks
-    wan = recipes.wan_1_3b_reward_forcing()
-    assert wan.rollout.min_chunks > wan.engine.cache.window_chunks
+@pytest.mark.parametrize("recipe", [recipes.toy_dmd, recipes.wan_1_3b_reward_forcing])
+def test_every_stream_of_a_student_is_longer_than_the_window(recipe):
+    config = recipe()
+    assert config.rollout.min_chunks > config.engine.cache.window_chunks
 
 
 def test_wan_recipe_has_the_published_numbers():

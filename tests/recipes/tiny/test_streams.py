@@ -46,6 +46,15 @@ def stage_of(student: ToyModel, videos: LatentDataset) -> StreamStage:
     return StreamStage(StageConfig("streams", student.config, 8, 0), model, videos, Ranks())
 
 
+def test_videos_of_the_learnt_length_have_no_true_chunk():
+    plans = [draw_plan(random.Random(seed), (9, 1, 1), 4) for seed in range(200)]
+    assert {(plan.chunks, plan.given) for plan in plans} == {(3, 0)} and {plan.switch for plan in plans} == {
+        0,
+        1,
+        2,
+    }
+
+
 def test_a_switch_is_before_one_of_the_chunks_that_are_learnt():
     plans = [draw_plan(random.Random(seed), (9, 1, 1, 0, 1, 1, 1), 4) for seed in range(2000)]
     assert {plan.switch for plan in plans} == {0, 1, 2, 4, 5, 6}

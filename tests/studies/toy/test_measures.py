@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,12 @@ from recipes.tiny.stages import CHECKPOINT
 from recipes.tiny.training import TINY
 from rfengine.checkpoint.checkpoint import write_config
 from rfengine.config import PRESETS
+from rfengine.toy.data import LatentDataset
 from studies.toy.clips import energy_distance
 from studies.toy.record import unit
-from studies.toy.setting import CPU, OWN_SINK, Setting, trained_sink
+from studies.toy.setting import CPU, OWN_SINK, WITH_EVICTION, Setting, trained_sink
 from studies.toy.streams import sink_names, with_sink
-from studies.toy.trainings import training_configs
+from studies.toy.trainings import stream_config, training_configs, within_window
 
 
 def test_energy_distance_of_points_on_a_line() -> None:
@@ -52,16 +52,30 @@ def test_students_are_trained_with_the_sinks_of_their_names(tmp_path: Path) -> N
     write_config(directory, TINY)
     setting = Setting(CPU, tmp_path / "base", tmp_path, torch.device("cpu"), 1)
     configs = training_configs(setting)
-    assert set(configs) == set(CPU.students)
-    caches = {name: config.engine.cache for name, config in configs.items()}
+    assert set(configs) == set(CPU.distilled)
     assert with_sink(TINY.cache, OWN_SINK) == TINY.cache
-    longer = caches.pop("no_eviction")
-    assert longer == dataclasses.replace(TINY.cache, window_frames=longer.window_frames)
+    assert all(config.engine.cache == TINY.cache for config in configs.values())
+    caches = {name: stream_config(setting, name).model.cache for name in CPU.streamed}
     for name in caches:
         assert caches[name] == with_sink(TINY.cache, trained_sink(name)), name
-    assert caches["dmd_frozen"].sink == "frozen" and caches["re_dmd_0.05"] == TINY.cache
+    assert caches["sink_frozen"].sink == "frozen" and caches["sink_ema_0.9"].alpha == 0.9
+    assert caches["no_eviction"] == caches[WITH_EVICTION] == TINY.cache
     same = {(config.steps, config.student, config.teacher, config.batch) for config in configs.values()}
     assert len(same) == 1
+
+
+def test_what_fits_into_the_window_is_the_beginning_of_every_video() -> None:
+    dataset = LatentDataset(
+        latents=torch.arange(15.0)[None, None, :, None, None].expand(2, 1, 15, 1, 1),
+        foreground=torch.zeros(2, 15, 1, 1, dtype=torch.bool),
+        texts=torch.zeros(4, 1, 1),
+        text_rows=torch.arange(5)[None, :, None].expand(2, 5, 2),
+        places=torch.zeros(2, 3),
+        values=torch.zeros(2, 3, 12, 2),
+    )
+    kept = within_window(dataset, TINY)
+    assert kept.latents[1].flatten().tolist() == list(range(9)) and kept.foreground.shape == (2, 9, 1, 1)
+    assert kept.text_rows[1, :, 0].tolist() == [0, 1, 2]
 
 
 def test_a_unit_is_made_once_for_the_same_settings(tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ def test_every_part_comes_after_those_it_needs(name: str, tmp_path: Path) -> Non
 def test_the_gpu_size_trains_the_full_grid_three_times(tmp_path: Path) -> None:
     def trained(size) -> list[str]:
         parts = study_parts(Setting(size, tmp_path / "base", tmp_path, torch.device("cpu"), 1))
-        return [name for name in parts if name.startswith(("dmd", "re_dmd", "no_eviction"))]
+        return [name for name in parts if name.startswith(("dmd", "re_dmd", "sink", "no_eviction"))]
 
-    sinks = ["dmd_none", "dmd_frozen", "dmd_ema_0.9"]
-    assert trained(CPU) == ["dmd", "re_dmd_0.5", "re_dmd_0.2", "re_dmd_0.05", "no_eviction", *sinks]
-    assert len(trained(GPU)) == 3 * 9
+    sinks = ["sink_none", "sink_frozen", "sink_ema_0.9", "sink_ema_0.99", "sink_ema_0.999"]
+    assert trained(CPU) == ["dmd", "re_dmd_0.5", "re_dmd_0.2", "re_dmd_0.05", *sinks, "no_eviction"]
+    assert len(trained(GPU)) == 3 * 11
     assert "re_dmd_0.1_seed2" in trained(GPU)

@@ -80,8 +80,10 @@ def write_logs(folder: Path) -> dict[str, Path]:
 
 
 def test_everything_drawn_is_a_small_png_and_the_same_when_drawn_again(tmp_path: Path) -> None:
-    streams = [streams_of("dmd", sink, scenario) for sink in SINKS for scenario in ("stays", "pans")]
-    streams += [streams_of("world", "true"), streams_of("dmd_frozen", "frozen")]
+    streams = [
+        streams_of("sink_ema_0.999", sink, scenario) for sink in SINKS for scenario in ("stays", "pans")
+    ]
+    streams += [streams_of("world", "true"), streams_of("sink_frozen", "frozen")]
     records = [*map(clips_of, MODELS), *streams]
     files = draw(records, write_logs(tmp_path), tmp_path)
     assert [file.name for file in files] == [
@@ -125,21 +127,21 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[object]]:
 
 @pytest.mark.usefixtures("shown")
 def test_students_are_compared_where_there_are_two(tmp_path: Path) -> None:
-    alone = [streams_of("dmd", "ema_0.999"), streams_of("no_eviction", "none")]
+    alone = [streams_of("sink_ema_0.999", "ema_0.999"), streams_of("no_eviction", "none")]
     assert [file.name for file in draw(alone, {}, tmp_path)] == ["sinks_stays.png"]
-    both = [*alone, streams_of("dmd_none", "none")]
+    both = [*alone, streams_of("sink_none", "none")]
     assert [file.name for file in draw(both, {}, tmp_path)] == ["sinks_stays.png", "students.png"]
 
 
 def test_a_plot_changes_with_its_data_and_only_then(tmp_path: Path, shown: dict[str, list[object]]) -> None:
     logs = {"dmd": write_log(tmp_path / "one", ("critic_loss",), 1)}
-    pair = streams_of("dmd", "ema_0.999"), streams_of("dmd_frozen", "frozen")
+    pair = streams_of("sink_ema_0.999", "ema_0.999"), streams_of("sink_frozen", "frozen")
     draw([clips_of("dmd"), *pair], logs, tmp_path)
     before = shown.copy()
     draw([clips_of("dmd"), *pair], logs, tmp_path)
     assert shown == before
     logs = {"dmd": write_log(tmp_path / "other", ("critic_loss",), 2)}
-    other = streams_of("dmd", "ema_0.999"), streams_of("dmd_none", "none")
+    other = streams_of("sink_ema_0.999", "ema_0.999"), streams_of("sink_none", "none")
     draw([clips_of("dmd", 1), *other], logs, tmp_path)
     assert shown.keys() == before.keys()
     same = {name for name in before if before[name] == shown[name]}
@@ -147,10 +149,10 @@ def test_a_plot_changes_with_its_data_and_only_then(tmp_path: Path, shown: dict[
 
 
 def test_every_curve_of_the_streams_is_shown(tmp_path: Path, shown: dict[str, list[object]]) -> None:
-    draw([streams_of("dmd", "none")], {}, tmp_path)
+    draw([streams_of("sink_ema_0.999", "none")], {}, tmp_path)
     whole = shown.copy()
     for curve in CURVES:
-        draw([streams_of("dmd", "none", without=curve)], {}, tmp_path)
+        draw([streams_of("sink_ema_0.999", "none", without=curve)], {}, tmp_path)
         assert shown.keys() == whole.keys() and shown != whole, curve
 
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from recipes.tiny.stages import CHECKPOINT, STARTED
+from recipes.tiny.videos import encode_dataset
 from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.toy.data import save_dataset
 from rfengine.training.config import RolloutConfig
 from studies.toy import run as toy_study
 from studies.toy import trainings
 from studies.toy.setting import SIZES, SMOKE, Setting
 
-MEASURED = ("clips_teacher", "clips_dmd", "streams_dmd_ema_0.9_switches")
+MEASURED = ("clips_teacher", "clips_dmd", "streams_sink_ema_0.999_ema_0.9_switches")
 
 
 @pytest.mark.slow
@@ -32,9 +34,10 @@ def test_parts_are_made_one_after_another_and_end_in_tables(
     monkeypatch.setitem(SIZES, "smoke", dataclasses.replace(SMOKE, student_steps=2))
     for amount in ("clips._TEACHER_SUBSTEPS", "clips._FLOW_PAIRS", "streams._FLOW_PAIRS"):
         monkeypatch.setattr(f"studies.toy.{amount}", 1)
-    monkeypatch.setattr("studies.toy.clips._CHUNKS", 2)
+    monkeypatch.setattr("studies.toy.clips._STREAM_CHUNKS", 3)
     monkeypatch.setattr("recipes.tiny.muon._ITERATIONS", 1)
     monkeypatch.setattr("recipes.tiny.transformer._BATCH", 2)
+    monkeypatch.setattr("recipes.tiny.streams._BATCH", 2)
     base, directory, results = tmp_path / "base", tmp_path / "study", tmp_path / "results"
     one_thread = ["--workers", str(os.cpu_count())]
     places = ("--base", str(base), "--directory", str(directory), "--results", str(results))
@@ -42,13 +45,14 @@ def test_parts_are_made_one_after_another_and_end_in_tables(
     assert toy_study.main([*common, "--part", "dmd"]) == 1  # without its start
     for name in (CHECKPOINT, STARTED):
         shutil.copytree(checkpoint_directory("tiny"), base / name)
-    for name in ("dmd", *MEASURED):
+    save_dataset(encode_dataset("tiny", 4, 8, 0), base / "videos.pt")
+    for name in ("dmd", "sink_ema_0.999", "no_eviction", *MEASURED):
         assert toy_study.main([*common, "--part", name]) == 0, name
     assert toy_study.main([*common, "--tables"]) == 0
-    record = json.loads((results / "streams_dmd_ema_0.9_switches.json").read_text())
+    record = json.loads((results / "streams_sink_ema_0.999_ema_0.9_switches.json").read_text())
     assert len(record["videos"]) == 2
     tables = (results / "tables.md").read_text()
-    assert "a scene that switches, dmd" in tables
+    assert "a scene that switches, sink_ema_0.999" in tables
     assert (results / "log_dmd.jsonl").read_text().count("\n") == 1
     assert (results / "models.png").exists()
 

@@ -9,11 +9,11 @@ import pytest
 
 from rfengine.evaluation.report import Interval, bootstrap_mean
 from studies.toy.record import Record, read_records
-from studies.toy.setting import OWN_SINK
+from studies.toy.setting import OWN_SINK, WITH_EVICTION
 from studies.toy.tables import LEAST_MARKED, measure, render, tables
 
 FULL, PAIRED = "Full captions", "Paired differences, full captions"
-STAYS = "a scene that stays, dmd"
+STAYS = f"a scene that stays, {WITH_EVICTION}"
 STUDENTS = "a scene that stays, each student under the sink that it was trained with"
 Values = dict[tuple[int, int], dict[str, float]]
 
@@ -213,7 +213,7 @@ def test_models_columns_and_pairs_stand_in_the_order_of_the_study(tmp_path: Path
     ]
     paired = [f"{model} minus dmd" for model in ("re_dmd_1", "re_dmd_0.5", "re_dmd_0.2")]
     pairs = rows_of(text, "Paired differences, full captions")
-    assert list(pairs) == ["", *paired, "no_eviction minus dmd", "dmd minus start"]
+    assert list(pairs) == ["", *paired, "dmd minus start"]
     assert pairs[""][3] == "agreement, points"
 
 
@@ -229,14 +229,14 @@ def test_open_captions_have_the_fast_share_and_no_speed(tmp_path: Path) -> None:
 def test_sinks_stand_below_true_videos_and_are_paired(tmp_path: Path) -> None:
     found = {"none": 0.1, "frozen": 0.2, "ema_0.9": 0.4, "ema_0.99": 0.5, "ema_0.9_bf16": 0.7}
     for sink, value in reversed(found.items()):
-        write_streams(tmp_path, "dmd", sink, rewards(value, value + 0.1))
-    write_streams(tmp_path, "dmd", "none", rewards(0.1), "pans")
+        write_streams(tmp_path, WITH_EVICTION, sink, rewards(value, value + 0.1))
+    write_streams(tmp_path, WITH_EVICTION, "none", rewards(0.1), "pans")
     write_streams(tmp_path, "world", "true", rewards(0.9, 0.9))
     records = read_records(tmp_path)
     text = render(records)
     assert list(rows_of(text, STAYS)) == ["", "true", *found]
-    assert list(rows_of(text, "a scene that pans, dmd")) == ["", "none"]
-    assert "Paired differences, a scene that pans, dmd" not in text and "### world" not in text
+    assert list(rows_of(text, f"a scene that pans, {WITH_EVICTION}")) == ["", "none"]
+    assert f"Paired differences, a scene that pans, {WITH_EVICTION}" not in text and "### world" not in text
     ema = ("ema_0.9", "ema_0.99", "ema_0.9_bf16")
     expected = {
         f"{sink} minus {other}": found[sink] - found[other] for other in ("frozen", "none") for sink in ema
@@ -249,18 +249,18 @@ def test_sinks_stand_below_true_videos_and_are_paired(tmp_path: Path) -> None:
 
 def test_students_are_compared_under_the_sink_they_were_trained_with(tmp_path: Path) -> None:
     for sink, values in {"none": (0.2, 0.4), "frozen": (0.5, 0.6), OWN_SINK: (0.9, 0.9)}.items():
-        write_streams(tmp_path, "dmd", sink, rewards(*values))
-    write_streams(tmp_path, "dmd_frozen", "frozen", rewards(0.1, 0.4))
+        write_streams(tmp_path, WITH_EVICTION, sink, rewards(*values))
+    write_streams(tmp_path, "sink_frozen", "frozen", rewards(0.1, 0.4))
     write_streams(tmp_path, "no_eviction", OWN_SINK, rewards(0.3))
     write_streams(tmp_path, "no_eviction", "none", rewards(0.8))
     write_streams(tmp_path, "world", "true", rewards(1.0))
     records = read_records(tmp_path)
     found = intervals(records, STUDENTS)
-    assert list(found) == ["dmd", "dmd_frozen", "no_eviction"]
-    assert found["dmd"]["reward"].mean == pytest.approx(0.9)
+    assert list(found) == ["sink_frozen", WITH_EVICTION, "no_eviction"]
+    assert found[WITH_EVICTION]["reward"].mean == pytest.approx(0.9)
     assert found["no_eviction"]["reward"] == Interval(pytest.approx(0.3), None, None, 1)
     paired = intervals(records, f"Paired differences, {STUDENTS}")
-    assert paired["dmd_frozen minus dmd"]["reward"].mean == pytest.approx((-0.8 - 0.5) / 2)
+    assert paired[f"sink_frozen minus {WITH_EVICTION}"]["reward"].mean == pytest.approx((-0.8 - 0.5) / 2)
 
 
 def test_no_record_is_said_in_a_sentence(tmp_path: Path) -> None:
