@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +29,6 @@ from rfengine.training.arithmetic import fast_autocast
 from rfengine.training.build import base_engine, load_vae, text_states_of
 
 TRAINED_WORLD = WorldConfig(motion_weights=(0.55, 0.15, 0.15, 0.15), pair_share=0.3)  # more of what is hard
-# Of a share of the videos: pairs, of which one shape may take the other's colour, and turning shapes, whose
-# corners wear off.
-_HARD_WORLD = WorldConfig(motion_weights=(0.5, 0.0, 0.5, 0.0), pair_share=1.0)
-_HARD_SHARE = 0.2
 _BATCH = 8
 _TEXT_BATCH = 64
 _SWITCH_SHARE = 0.4  # of the videos, in which another scene follows
@@ -54,8 +49,9 @@ def encode_dataset(
     starts = [0, *(1 + stride * (size * chunk - 1) for chunk in range(1, chunks + 1))]
     generator = random.Random(seed)
     latents, foreground, rows, texts, begins, values = [], [], [], [], [], []
-    batches = draw_videos(videos, starts, seed, generator)
-    for drawn in tqdm(batches, "encoding", -(-videos // _BATCH), unit="batch", disable=None):
+    for first in tqdm(range(0, videos, _BATCH), "encoding", unit="batch", disable=None):
+        scenes = sample_scenes(min(_BATCH, videos - first), seed * 1_000_003 + first, TRAINED_WORLD, "train")
+        drawn = [video_parts(scene, starts, generator) for scene in scenes]
         clips = [torch.cat([render(scene, end - at, at) for scene, at, end in parts]) for parts in drawn]
         with torch.inference_mode(), fast_autocast(device):
             latents.append(vae.encode(as_model_pixels(clips).to(device)).half().cpu())
@@ -84,37 +80,23 @@ def encode_dataset(
     )
 
 
-def draw_videos(
-    videos: int, starts: list[int], seed: int, generator: random.Random
-) -> Iterator[list[list[Part]]]:
-    """The scenes of training videos, batch by batch; starts: as video_parts. A share of the batches of more
-    than one chunk is of the hard world."""
-    for first in range(0, videos, _BATCH):
-        is_hard = len(starts) > 2 and generator.random() < _HARD_SHARE
-        world = _HARD_WORLD if is_hard else TRAINED_WORLD
-        scenes = sample_scenes(min(_BATCH, videos - first), seed * 1_000_003 + first, world, "train")
-        yield [video_parts(scene, starts, generator, world) for scene in scenes]
-
-
-def video_parts(
-    scene: Scene, starts: list[int], generator: random.Random, world: WorldConfig = TRAINED_WORLD
-) -> list[Part]:
-    """The scene alone, or for a share of the videos another scene of `world` that goes on from it at a chunk
-    after the first. starts: the first frame of every chunk, and the number of frames."""
+def video_parts(scene: Scene, starts: list[int], generator: random.Random) -> list[Part]:
+    """The scene alone, or for a share of the videos another scene that goes on from it at a chunk after the
+    first. starts: the first frame of every chunk, and the number of frames."""
     if len(starts) < 3 or generator.random() >= _SWITCH_SHARE:
         return [(scene, 0, starts[-1])]
     at = generator.choice(starts[1:-1])
-    return [(scene, 0, at), (continued(_follower(scene, generator, world), scene, at), at, starts[-1])]
+    return [(scene, 0, at), (continued(_follower(scene, generator), scene, at), at, starts[-1])]
 
 
-def _follower(scene: Scene, generator: random.Random, world: WorldConfig) -> Scene:
+def _follower(scene: Scene, generator: random.Random) -> Scene:
     """A scene that differs from the given one in an attribute, or another scene altogether."""
     if generator.random() < _CHANGE_SHARE:
         try:
-            return changed(scene, generator.choice(CHANGES), generator, world)
+            return changed(scene, generator.choice(CHANGES), generator, TRAINED_WORLD)
         except ValueError:  # this attribute of this scene has no other value
             pass
-    return draw_scene(generator, world)
+    return draw_scene(generator, TRAINED_WORLD)
 
 
 def foreground_cells(parts: list[Part], clip: Tensor, vae: WanVAE) -> Tensor:

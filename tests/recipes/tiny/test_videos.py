@@ -1,14 +1,13 @@
 """Datasets of latents: made, kept, and refused where a file holds anything else."""
 
 import dataclasses
-import itertools
 import random
 
 import pytest
 import torch
 
 from recipes.tiny.noise import VALUES, places
-from recipes.tiny.videos import TRAINED_WORLD, draw_videos, encode_dataset, foreground_cells, video_parts
+from recipes.tiny.videos import TRAINED_WORLD, encode_dataset, foreground_cells, video_parts
 from rfengine.config import PRESETS
 from rfengine.models.vae import WanVAE
 from rfengine.toy.captions import sample_scenes
@@ -57,23 +56,6 @@ def test_a_scene_that_follows_begins_with_a_chunk_and_goes_on_from_the_first() -
         assert render(first, 1).shape == (1, 64, 64, 3)
     assert all(parts[-1][2] == 33 for parts in drawn)
     assert all(len(video_parts(scene, starts[:2], generator)) == 1 for scene in sample_scenes(50, 1))
-
-
-def test_a_fifth_of_the_videos_is_pairs_and_turning_shapes() -> None:
-    batches = list(draw_videos(4000, [0, 9, 21], 0, random.Random(0)))
-    assert [len(batch) for batch in batches] == [8] * 500
-    hard = [all(_is_hard(scene) for parts in batch for scene, _, _ in parts) for batch in batches]
-    assert 80 < sum(hard) < 120
-    turning = [
-        parts[0][0].motion == "turning" for batch in itertools.compress(batches, hard) for parts in batch
-    ]
-    assert 0.4 < sum(turning) / len(turning) < 0.6
-    (starts,) = draw_videos(8, [0, 9], 0, random.Random(0))
-    assert [parts[0][0] for parts in starts] == sample_scenes(8, 0, TRAINED_WORLD, "train")
-
-
-def _is_hard(scene: Scene) -> bool:
-    return scene.motion == "turning" or len(scene.objects) == 2
 
 
 GOOD = {
