@@ -50,6 +50,7 @@ _CURVES = {
     "sharpness_drift": (_TIME, "sharpness drift, octaves"),
     "colour_drift": (_TIME, "colour drift, of 1"),
     "after_switch": ("time after a switch, s", "attributes right, of 1"),
+    "old_scene": ("time after a switch, s", "old scene seen, of 1"),
 }
 _STUDENT_VALUES = {
     "right": "all right, % of windows",
@@ -180,7 +181,7 @@ def _smooth(points: Points) -> Points:
 
 
 def _sinks(records: Sequence[Record], scenario: str, samples: Mapping[str, Samples]) -> Figure:
-    figure, (*panels, copying, legend) = new_figure(15, 7.5, 2, 4)
+    figure, (*panels, copying, legend) = new_figure(13, 10, 3, 3)
     lines = {}
     for axes, (name, (x, y)) in zip(panels, _CURVES.items(), strict=True):
         for sink in samples:

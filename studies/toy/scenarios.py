@@ -120,8 +120,8 @@ def plan_values(video: Tensor, plan: Plan, grid: ChunkGrid) -> tuple[Values, Cur
     says is right; camera: in which its camera is, where it pans. Behind switches: right_after_2 and
     right_after_4, the share of switches whose second and whose fourth window at the latest are right;
     old_scene, the share of windows that still or again show the colour or the background of a scene that is
-    over. Curves: reward and right by chunk, and after_switch, the share of attributes that are right by
-    chunk after a switch.
+    over. Curves: reward and right by chunk; by chunk after a switch old_scene and after_switch, the share of
+    attributes that are right.
     """
     windows = plan_windows(video, plan, grid)
     chunks = [float(plan.chunks[window.place] + window.delay) for window in windows]
@@ -137,24 +137,30 @@ def plan_values(video: Tensor, plan: Plan, grid: ChunkGrid) -> tuple[Values, Cur
         values["camera"] = _mean([window.scores["camera"] for window in windows])
     later = [window for window in windows if window.place]
     if later:
-        values |= _after_switches(later, plan)
-        for delay in range(_MOST_DELAY):
-            shares = [_mean([*entry.scores.values()]) for entry in later if entry.delay == delay]
-            if shares:
-                curves.setdefault("after_switch", []).append((float(delay), _mean(shares)))
+        old = [any(_shows(entry.found, scene) for scene in plan.scenes[: entry.place]) for entry in later]
+        values |= _delays(later, plan) | {"old_scene": _mean(old)}
+        shares = [_mean([*entry.scores.values()]) for entry in later]
+        curves["after_switch"] = _by_delay(later, shares)
+        curves["old_scene"] = _by_delay(later, old)
     return values, curves
 
 
-def _after_switches(windows: list[Window], plan: Plan) -> Values:
-    old, delays = [], []
-    for window in windows:
-        before = plan.scenes[: window.place]
-        old.append(any(_shows(window.found, scene) for scene in before))
+def _delays(windows: list[Window], plan: Plan) -> Values:
+    """The shares of switches that are right by the second and by the fourth window behind them."""
+    delays = []
     for place in range(1, len(plan.scenes)):
         right = [window.delay for window in windows if window.place == place and window.right]
         delays.append(min(right, default=_MOST_DELAY))
-    within = {f"right_after_{most}": _mean([delay < most for delay in delays]) for most in (2, 4)}
-    return within | {"old_scene": _mean(old)}
+    return {f"right_after_{most}": _mean([delay < most for delay in delays]) for most in (2, 4)}
+
+
+def _by_delay(windows: list[Window], values: Sequence[float]) -> list[tuple[float, float]]:
+    """The mean of the values of windows that are as far behind a switch, for each delay there is."""
+    found: dict[int, list[float]] = {}
+    for window, value in zip(windows, values, strict=True):
+        if window.delay < _MOST_DELAY:
+            found.setdefault(window.delay, []).append(value)
+    return [(float(delay), _mean(found[delay])) for delay in sorted(found)]
 
 
 def _shows(found: Detection, scene: Scene) -> bool:

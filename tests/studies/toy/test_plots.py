@@ -20,7 +20,7 @@ MODELS = ("start", "teacher", "dmd", "re_dmd_0.5", "re_dmd_0.2", "no_eviction")
 SINKS = ("none", "frozen", "ema_0.9", "ema_0.999", "ema_0.9_bf16", "ema_0.999_bf16")
 CLIP_VALUES = ("reward", "fast", "colour", "shape", "direction", "speed", "all")
 STREAM_VALUES = ("reward", "right", "copying_excess", "sharpness_drift")
-CURVES = ("reward", "right", "consistency", "sharpness_drift", "colour_drift", "after_switch")
+CURVES = ("reward", "right", "consistency", "sharpness_drift", "colour_drift", "after_switch", "old_scene")
 SIZE_LIMIT = 150_000
 
 

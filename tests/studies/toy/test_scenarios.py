@@ -36,13 +36,15 @@ def test_a_true_video_is_right_from_each_switch_on_and_shows_nothing_old() -> No
     values, curves = plan_values(video, plan, GRID)
     assert values["right"] == values["right_after_2"] == 1 and values["old_scene"] == 0
     assert curves["after_switch"] == [(float(delay), 1.0) for delay in range(5)]
+    assert curves["old_scene"] == [(float(delay), 0.0) for delay in range(5)]
     assert [chunk for chunk, _ in curves["right"]][:4] == [0, 3, 7, 8]
 
 
 def test_a_video_that_keeps_its_first_scene_is_wrong_behind_the_switches() -> None:
     plan = switching_plan()
     kept = Plan(plan.scenes[:1], (0,)).true_video(FRAMES, GRID, 1)
-    values, _ = plan_values(kept, plan, GRID)
+    values, curves = plan_values(kept, plan, GRID)
+    assert curves["old_scene"] == [(float(delay), 1.0) for delay in range(5)]
     assert values["old_scene"] == 1 and values["right_after_2"] == values["right_after_4"] == 0
     assert 0 < values["right"] < 0.5
 
