@@ -24,7 +24,8 @@ class StudySize:
     base_steps, base_videos: of the trainings of recipes.tiny that come before a student; those of the shipped
     weights where none are given. betas: temperatures of Re-DMD. training_seeds: of every student; the
     streams are those of the first. captions, sampling_seeds: short clips of every model, once with full
-    captions and once with open ones. stream_captions: of the streams of stream_seconds. alphas: of EMA-Sink.
+    captions and once with open ones. stream_captions, stream_seeds: of the streams of stream_seconds. alphas:
+    of EMA-Sink.
     student_steps: of the distilled students; stream_steps: of those that learn by the truth of their streams.
     flow_clips: captions whose clips get an optical flow as well. batch: samples of one training pass.
     """
@@ -38,7 +39,8 @@ class StudySize:
     training_seeds: tuple[int, ...] = (0,)
     captions: int = 200
     sampling_seeds: tuple[int, ...] = (0, 1, 2)
-    stream_captions: int = 6
+    stream_captions: int = 12
+    stream_seeds: tuple[int, ...] = (0, 1)
     stream_seconds: int = 60
     alphas: tuple[float, ...] = (0.9, 0.99, 0.999)
     flow_clips: int = 64
@@ -86,6 +88,7 @@ GPU = StudySize(
     training_seeds=(0, 1, 2),
     captions=400,
     stream_captions=32,
+    stream_seeds=(0, 1, 2),
     flow_clips=200,
 )
 SMOKE = StudySize(

@@ -64,7 +64,7 @@ def measure_streams(setting: Setting, model: str, sink: str, scenario: str) -> N
             settings,
             lambda seed=seed: _measure(setting, model, sink, scenario, seed),
         )
-        for seed in size.sampling_seeds
+        for seed in size.stream_seeds
     ]
     record = {
         "kind": "streams",
