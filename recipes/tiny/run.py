@@ -27,7 +27,7 @@ from recipes.tiny.report import (
 )
 from recipes.tiny.stages import CHECKPOINT, STAGES, STARTED, STREAMED, RunDirectory, Stage
 from recipes.tiny.start import StartStage
-from recipes.tiny.streams import StreamStage
+from recipes.tiny.streams import train_on_streams
 from recipes.tiny.text_encoder import TextStage
 from recipes.tiny.training import TINY, TRAINED_VAE, StageConfig, ToyModel, save_part, stored_engine, train
 from recipes.tiny.transformer import TransformerStage
@@ -41,11 +41,9 @@ from rfengine.checkpoint.manifest import write_manifest
 from rfengine.cli.process import run_script
 from rfengine.files import write_text
 from rfengine.limits import Range, check_options
-from rfengine.ops import REFERENCE_OPS
 from rfengine.toy.data import LatentDataset, load_dataset, save_dataset
 from rfengine.training.build import export_checkpoint
 from rfengine.training.config import MOST_STEPS
-from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks, ranks_from_environment
 
 STEPS = {
@@ -152,10 +150,8 @@ def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: 
         stage = StartStage(config, model, *_datasets(directory), ranks, options.compiled)
         weights, target = train(config, stage, directory, ranks), STARTED
     else:
-        ops = DifferentiableOps(REFERENCE_OPS.choice)
-        model = ToyModel.load(directory / STARTED, device, ops).transformer.requires_grad_(True)
-        stage = StreamStage(config, model, load_dataset(directory / "videos.pt"), ranks)
-        weights, target = train(config, stage, directory, ranks), STREAMED
+        videos, target = load_dataset(directory / "videos.pt"), STREAMED
+        weights = train_on_streams(config, directory / STARTED, videos, directory, ranks, device)
     if not ranks.rank:
         export_checkpoint(weights, config.model, str(teacher), directory / target)
 

@@ -10,19 +10,22 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from recipes.tiny.noise import telling_noise, told_turns
-from recipes.tiny.training import StageConfig, cell_weight
+from recipes.tiny.training import StageConfig, ToyModel, cell_weight, train
 from recipes.tiny.transformer import flow_learner
 from rfengine.models.dit import TextKeysValues, WanDiT
+from rfengine.ops import REFERENCE_OPS
 from rfengine.schedule import FlowSchedule
 from rfengine.toy.data import LatentDataset
 from rfengine.training.arithmetic import fast_autocast
 from rfengine.training.config import AdamConfig, RolloutConfig
 from rfengine.training.learner import Figures
+from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks
 from rfengine.training.rollout import PromptSwitch, self_forced_rollout
 from rfengine.training.stages import ModelStage
@@ -66,6 +69,20 @@ def draw_plan(choices: random.Random, videos: Sequence[int], steps: int) -> Stre
         given = choices.randint(1, latest)
     chunks = len(videos) if is_long else given + _LEARNT_CHUNKS
     return StreamPlan(chunks, given, switch, choices.random() < 0.5, choices.randrange(steps))
+
+
+def train_on_streams(
+    config: StageConfig,
+    start: Path,
+    videos: LatentDataset,
+    directory: Path,
+    ranks: Ranks,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Train the student of the checkpoint directory `start` by StreamStage, as `train` does."""
+    ops = DifferentiableOps(REFERENCE_OPS.choice)
+    model = ToyModel.load(start, device, ops).transformer.requires_grad_(True)
+    return train(config, StreamStage(config, model, videos, ranks), directory, ranks)
 
 
 class StreamStage(ModelStage):

@@ -34,7 +34,9 @@ class Part:
 def study_parts(setting: Setting) -> dict[str, Part]:
     """Every part by its name, each after the parts that it needs.
 
-    One student streams under every sink; the others stream under the one that they were trained with.
+    One student streams under every sink; the others stream under the one that they were trained with. Of
+    those that are trained on streams only the two that differ in eviction have clips as well: short
+    clips hardly depend on the sink.
     """
     size = setting.size
     parts: dict[str, Part] = {}

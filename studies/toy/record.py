@@ -2,9 +2,9 @@
 record is gathered from.
 
 A record of clips: {"kind": "clips", "model", "settings", "fidelity": {captions: [a value for each sampling
-seed]}, "videos"}; of streams: {"kind": "streams", "model", "sink", "seconds", "settings", "videos"}. A video:
-{"prompt", "seed", "captions" (full or open, of clips), "values": {name: number}, "curves": {name: [[second or
-lag in s, value], ...]} (of streams)}.
+seed]}, "videos"}; of streams: {"kind": "streams", "model", "sink", "scenario", "settings", "videos"}. A
+video: {"prompt", "seed", "captions" (full or open, of clips), "values": {name: number}, "curves": {name:
+[[second or lag in s, value], ...]} (of streams)}.
 """
 
 from __future__ import annotations

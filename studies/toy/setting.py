@@ -25,9 +25,9 @@ class StudySize:
     weights where none are given. betas: temperatures of Re-DMD. training_seeds: of every student; the
     streams are those of the first. captions, sampling_seeds: short clips of every model, once with full
     captions and once with open ones. stream_captions, stream_seeds: of the streams of stream_seconds. alphas:
-    of EMA-Sink.
-    student_steps: of the distilled students; stream_steps: of those that learn by the truth of their streams.
-    flow_clips: captions whose clips get an optical flow as well. batch: samples of one training pass.
+    of EMA-Sink. student_steps: of the distilled students; stream_steps: of those that learn by the truth of
+    their streams. flow_clips: captions whose clips get an optical flow as well. batch: samples of one
+    training pass of a distilled student.
     """
 
     name: str = "cpu"

@@ -68,7 +68,8 @@ def model_place(model: str) -> tuple[int, float, str]:
     the sinks, no_eviction."""
     place, number = _place(model, ("start", "teacher", "dmd", "re_dmd", STREAMED, WITHOUT_EVICTION))
     if model.startswith(STREAMED):
-        return place, sum(_place(trained_sink(model), _SINKS)), model
+        sink, alpha = _place(trained_sink(model), _SINKS)
+        return place, sink + alpha, model
     return place, -number, model
 
 

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from recipes.tiny.run import STEPS, Options, run_stage
 from recipes.tiny.stages import STAGES, RunDirectory
-from recipes.tiny.streams import StreamStage
-from recipes.tiny.training import StageConfig, ToyModel, train
+from recipes.tiny.streams import train_on_streams
+from recipes.tiny.training import StageConfig
 from rfengine.config import EngineConfig
-from rfengine.ops import REFERENCE_OPS
 from rfengine.toy.data import LatentDataset, load_dataset
 from rfengine.training.build import base_engine, build_stage, export_checkpoint
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import TrainConfig
-from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd, toy_re_dmd
 from rfengine.training.samples import averaged_state
@@ -76,14 +74,13 @@ def within_window(videos: LatentDataset, engine: EngineConfig) -> LatentDataset:
 
 def run_training(setting: Setting, name: str) -> None:
     """Train model `name` to its end, from its newest checkpoint where there is one, and export it."""
-    base = str(setting.checkpoint("teacher"))
     if name in setting.size.distilled:
         config = training_configs(setting)[name]
         engine, weights = config.engine, _distilled(setting, name, config)
     else:
         stream = stream_config(setting, name)
         engine, weights = stream.model, _streamed(setting, stream)
-    export_checkpoint(weights, engine, base, setting.checkpoint(name))
+    export_checkpoint(weights, engine, str(setting.checkpoint("teacher")), setting.checkpoint(name))
 
 
 def _distilled(setting: Setting, name: str, config: TrainConfig) -> dict[str, Tensor]:
@@ -95,9 +92,7 @@ def _distilled(setting: Setting, name: str, config: TrainConfig) -> dict[str, Te
 
 
 def _streamed(setting: Setting, config: StageConfig) -> dict[str, Tensor]:
-    videos, ops = load_dataset(setting.base / "videos.pt"), DifferentiableOps(REFERENCE_OPS.choice)
+    videos, start = load_dataset(setting.base / "videos.pt"), setting.checkpoint("start")
     if split_model(config.name)[0] == WITHOUT_EVICTION:
         videos = within_window(videos, config.model)
-    model = ToyModel.load(setting.checkpoint("start"), setting.device, ops).transformer.requires_grad_(True)
-    ranks = Ranks()
-    return train(config, StreamStage(config, model, videos, ranks), setting.directory, ranks)
+    return train_on_streams(config, start, videos, setting.directory, Ranks(), setting.device)

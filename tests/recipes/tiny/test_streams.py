@@ -48,11 +48,8 @@ def stage_of(student: ToyModel, videos: LatentDataset) -> StreamStage:
 
 def test_videos_of_the_learnt_length_have_no_true_chunk():
     plans = [draw_plan(random.Random(seed), (9, 1, 1), 4) for seed in range(200)]
-    assert {(plan.chunks, plan.given) for plan in plans} == {(3, 0)} and {plan.switch for plan in plans} == {
-        0,
-        1,
-        2,
-    }
+    assert {(plan.chunks, plan.given) for plan in plans} == {(3, 0)}
+    assert {plan.switch for plan in plans} == {0, 1, 2}
 
 
 def test_a_switch_is_before_one_of_the_chunks_that_are_learnt():

@@ -199,13 +199,16 @@ def test_models_columns_and_pairs_stand_in_the_order_of_the_study(tmp_path: Path
         "start",
         "re_dmd_0.5",
         "re_dmd_0.5_seed1",
+        WITH_EVICTION,
+        "sink_none",
     )
     for model in models:
         write_clips(tmp_path, model, {(0, 0): dict.fromkeys(names, 0.5)}, (0.1,))
     text = render(read_records(tmp_path))
     assert text.splitlines()[2] == "Written by python studies/toy/run.py --tables"
     rows = rows_of(text, "Full captions")
-    order = ["start", "teacher", "dmd", "re_dmd_1", "re_dmd_0.5", "re_dmd_0.2", "no_eviction"]
+    order = ["start", "teacher", "dmd", "re_dmd_1", "re_dmd_0.5", "re_dmd_0.2"]
+    order += ["sink_none", WITH_EVICTION, "no_eviction"]
     assert list(rows) == ["", *order]
     assert rows[""] == [
         *("reward", "flow speed", "fidelity", "agreement, %", "colour, %", "shape, %", "direction, %"),
@@ -213,7 +216,8 @@ def test_models_columns_and_pairs_stand_in_the_order_of_the_study(tmp_path: Path
     ]
     paired = [f"{model} minus dmd" for model in ("re_dmd_1", "re_dmd_0.5", "re_dmd_0.2")]
     pairs = rows_of(text, "Paired differences, full captions")
-    assert list(pairs) == ["", *paired, "dmd minus start"]
+    paired += ["dmd minus start", f"{WITH_EVICTION} minus start", f"dmd minus {WITH_EVICTION}"]
+    assert list(pairs) == ["", *paired, f"no_eviction minus {WITH_EVICTION}"]
     assert pairs[""][3] == "agreement, points"
 
 
