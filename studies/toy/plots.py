@@ -68,7 +68,7 @@ _LOGGED = {
 _PERCENT = (*_SHARES_RIGHT, "fast", "right", "old_scene", "toy.agreement")
 _SMOOTHED = 20  # a point is the mean of one in so many of a log's lines, at least one
 _MOST_POINTS = 60  # of a line, else a PNG of several trainings becomes large
-_DPI, _COLOURS = 90, 64
+_DPI, _COLOURS = 90, 128
 
 
 def draw(records: Sequence[Record], logs: Mapping[str, Path], folder: Path) -> list[Path]:
