@@ -12,12 +12,14 @@ from torch import Tensor
 from recipes.tiny.training import StageConfig
 from recipes.tiny.transformer import (
     LATE,
+    LATER_TEXTS,
     OPENING,
     START,
     ChunkedAttentionOps,
     FlowPlan,
     FlowStage,
     Segment,
+    TextShares,
     chunk_tokens,
 )
 from rfengine.models.dit import WanDiT
@@ -26,10 +28,13 @@ from rfengine.toy.data import LatentDataset
 from rfengine.training.config import AdamConfig
 from rfengine.training.parallel import Ranks
 
-_FIRST_STEP_SHARE = 0.5  # of the chunks are pure noise, from which the first step makes most of a video
+# Of the chunks are pure noise, from which the first step makes most of a video; of the first chunks alone
+# more, since there it reads what the text leaves open.
+_FIRST_STEP_SHARE, _FIRST_STEP_STARTS = 0.5, 0.8
 _PLAN = FlowPlan(
     (START, OPENING, LATE),
-    (0.5, 0.2, 0.3),
+    (0.55, 0.18, 0.27),
+    (TextShares(0.6, 0.15), LATER_TEXTS, LATER_TEXTS),
     AdamConfig(8e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9),
     muon_rate=0.008,
     muon_decay=0.0,
@@ -53,9 +58,9 @@ class StartStage(FlowStage):
         model.load_state_dict(teacher.state_dict())
         super().__init__(config, _PLAN, model.to(teacher.device), videos, starts, ranks, compiled)
         self._sigmas = torch.tensor(FlowSchedule(config.model.schedule).denoising_sigmas)
-        later = len(self._sigmas) - 1
-        self._shares = torch.tensor([_FIRST_STEP_SHARE] + [(1 - _FIRST_STEP_SHARE) / later] * later)
 
     def levels(self, count: int, layout: tuple[Segment, ...], generator: torch.Generator) -> Tensor:
-        chosen = torch.multinomial(self._shares, count * len(layout), True, generator=generator)
+        first, later = _FIRST_STEP_STARTS if layout is START else _FIRST_STEP_SHARE, len(self._sigmas) - 1
+        shares = torch.tensor([first] + [(1 - first) / later] * later)
+        chosen = torch.multinomial(shares, count * len(layout), True, generator=generator)
         return self._sigmas[chosen].unflatten(0, (count, len(layout)))

@@ -37,7 +37,7 @@ _LEARNT_CHUNKS = 3  # of a stream, at its end
 _LONG_SHARE = 0.3
 _FIRST_SHARE = 0.5  # of the others without a switch begin with no true chunk
 _SWITCH_SHARE = 0.4  # of the streams have a prompt switch
-_OPEN_SHARE = 0.3  # of the streams begin with a text that leaves attributes open
+_OPEN_SHARE = 0.5  # of the streams begin with a text that leaves attributes open
 _ADAM = AdamConfig(2e-4, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9)
 _MUON_RATE = 0.002
 

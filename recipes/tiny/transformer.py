@@ -35,8 +35,6 @@ _BATCH = 16  # videos of a step
 _CONTEXT_NOISE = 0.15  # largest sigma of the noise on clean chunks, which the model takes for clean
 _FULL_NOISE_SHARE = 0.15  # of the noisy chunks start from pure noise, as every chunk does in a stream
 _FULL_NOISE_START = 0.5  # of the first chunks alone, for which that noise tells what is open
-_OPEN_SHARE, _EMPTY_SHARE = 0.3, 0.1  # of the videos read an open text; of clips and first chunks, none
-_EMPTY_START = 0.4  # of the first chunks alone read no text, and all from the noise
 _AFTER_SWITCH_SHARE = 0.6  # of the late chunks of a video with a switch follow it at once or as the second
 _GATE_START = 0.5
 
@@ -55,13 +53,23 @@ class Segment:
     attends: tuple[int, ...]
 
 
+class TextShares(NamedTuple):
+    """Of the videos of a layout, how many read a text that leaves something open, and how many none at all:
+    their first chunks read all from the noise."""
+
+    open: float
+    empty: float
+
+
 @dataclass(frozen=True, slots=True)
 class FlowPlan:
-    """What a FlowStage draws and how it learns. weights: how often each of `layouts` is drawn. muon_rate,
-    muon_decay: of the matrices in the blocks; `adam` is for everything else."""
+    """What a FlowStage draws and how it learns. weights: how often each of `layouts` is drawn, and texts:
+    what its videos read. muon_rate, muon_decay: of the matrices in the blocks; `adam` is for everything
+    else."""
 
     layouts: tuple[tuple[Segment, ...], ...]
     weights: tuple[float, ...]
+    texts: tuple[TextShares, ...]
     adam: AdamConfig
     muon_rate: float
     muon_decay: float
@@ -93,9 +101,11 @@ LATE = (
 # the first chunk is a clip of its own, START.
 CLIP = tuple(Segment(index - 3, 3 * index, True, (0, 1, 2)) for index in range(3))
 LAYOUTS = (START, OPENING, LATE, CLIP)
+LATER_TEXTS = TextShares(0.4, 0.0)  # of OPENING and LATE
 _PLAN = FlowPlan(
     LAYOUTS,
     (0.4, 0.15, 0.2, 0.25),  # the first and the last are what the teacher judges by
+    (TextShares(0.3, 0.4), LATER_TEXTS, LATER_TEXTS, TextShares(0.3, 0.1)),
     AdamConfig(1.5e-3, betas=(0.9, 0.98), weight_decay=0.0, clip=1.0, warm_up=100, fall=0.9),
     muon_rate=0.015,
     muon_decay=0.01,
@@ -187,9 +197,10 @@ class FlowStage(ModelStage):
 
     def loss(self, step: int, index: int) -> tuple[Tensor, Figures]:
         choices = random.Random(self.config.step_seed(step))
-        layout = choices.choices(self.plan.layouts, self.plan.weights)[0]
+        drawn = list(zip(self.plan.layouts, self.plan.texts, strict=True))
+        layout, texts = choices.choices(drawn, self.plan.weights)[0]
         engine, dataset = self.config.model, self.starts if layout is START else self.videos
-        batch = draw_batch(dataset, _BATCH, layout, engine.cache.chunk_frames, choices)
+        batch = draw_batch(dataset, _BATCH, layout, engine.cache.chunk_frames, texts, choices)
         generator = torch.Generator().manual_seed(self.config.pass_seed(step, index))
         levels = self.levels(_BATCH, layout, generator)
         loss = flow_loss(self.model, engine, batch, layout, levels, generator)
@@ -254,7 +265,12 @@ class Batch(NamedTuple):
 
 
 def draw_batch(
-    dataset: LatentDataset, count: int, layout: tuple[Segment, ...], size: int, choices: random.Random
+    dataset: LatentDataset,
+    count: int,
+    layout: tuple[Segment, ...],
+    size: int,
+    shares: TextShares,
+    choices: random.Random,
 ) -> Batch:
     """size: latent frames of a chunk. A video whose texts are recached teaches nothing about what is before
     the switch."""
@@ -280,9 +296,7 @@ def draw_batch(
         weight.append(taught * cell_weight(dataset.foreground[row][frames]))
         places.append(dataset.places[row])
         kind = choices.random()
-        empty = _EMPTY_START if layout is START else _EMPTY_SHARE
-        said = float(layout not in (START, CLIP) or kind >= empty)
-        is_open = kind < empty + _OPEN_SHARE
+        said, is_open = float(kind >= shares.empty), kind < shares.empty + shares.open
         values.append(dataset.values[row, int(is_open) if said else 2])
         new, old = dataset.text_rows[row, [chunks[-1], chunks[0]], int(is_open)]
         texts.append([len(states) + (not reads_new) for reads_new in read])

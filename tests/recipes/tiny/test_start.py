@@ -63,6 +63,9 @@ def test_the_start_has_the_weights_of_the_teacher_and_learns_at_the_levels_of_th
     sigmas = set(FlowSchedule(teacher.config.schedule).denoising_sigmas)
     levels = {round(level, 6) for _, drawn in learnt for level in drawn.flatten().tolist()}
     assert levels == {round(sigma, 6) for sigma in sigmas}
+    generator = torch.Generator().manual_seed(0)
+    for layout, share in ((START, 0.8), (LATE, 0.5)):  # of the chunks are pure noise
+        assert abs(float((stage.levels(500, layout, generator) == 1).float().mean()) - share) < 0.05
     key = "blocks.0.self_attn.q.weight"
     assert not torch.equal(stage.model.state_dict()[key], teacher.transformer.state_dict()[key])
 

@@ -10,12 +10,14 @@ from recipes.tiny.training import StageConfig, train
 from recipes.tiny.transformer import (
     CLIP,
     LATE,
+    LATER_TEXTS,
     LAYOUTS,
     OPENING,
     START,
     Batch,
     ChunkedAttentionOps,
     Segment,
+    TextShares,
     TransformerStage,
     draw_batch,
     flow_loss,
@@ -167,7 +169,7 @@ def switching(switch: int) -> LatentDataset:
 
 
 def test_a_batch_has_the_text_of_each_chunk_and_does_not_teach_a_recached_one():
-    batch = draw_batch(switching(2), 400, OPENING, 3, random.Random(0))
+    batch = draw_batch(switching(2), 400, OPENING, 3, LATER_TEXTS, random.Random(0))
     assert (batch.clean[:, 0, ::3, 0, 0] == torch.tensor([0.0, 3, 0, 3, 6])).all()
     soft = torch.tensor([False, False, False, False, True])
     recached = torch.tensor([False, True, False, False, True])  # the first chunk is the sink
@@ -181,19 +183,20 @@ def test_a_batch_has_the_text_of_each_chunk_and_does_not_teach_a_recached_one():
 
 
 def test_late_chunks_often_follow_a_switch_and_clips_stay_within_a_scene():
-    ends = draw_batch(switching(3), 400, LATE, 3, random.Random(0)).clean[:, 0, -1, 0, 0]
+    ends = draw_batch(switching(3), 400, LATE, 3, LATER_TEXTS, random.Random(0)).clean[:, 0, -1, 0, 0]
     assert set(ends.tolist()) == {8, 11, 14} and (ends == 8).float().mean() < 0.25
-    early = draw_batch(switching(1), 60, LATE, 3, random.Random(0)).clean[:, 0, -1, 0, 0]
+    early = draw_batch(switching(1), 60, LATE, 3, LATER_TEXTS, random.Random(0)).clean[:, 0, -1, 0, 0]
     assert set(early.tolist()) == {8, 11, 14}
-    clips = draw_batch(switching(1), 100, CLIP, 3, random.Random(1))
+    clips = draw_batch(switching(1), 100, CLIP, 3, TextShares(0.3, 0.1), random.Random(1))
     assert set(clips.clean[:, 0, 0, 0, 0].tolist()) == {3, 6}
     empty = ~clips.states.flatten(1).any(1)  # which leaves all to chance
     assert (clips.values[empty] == 2).all()  # those of no text
     is_open = clips.states[:, 0, 0] % 2 == 0  # the second text of a scene
     assert (clips.values[~empty & is_open] == 1).all() and (clips.values[~empty & ~is_open] == 0).all()
     assert 0.2 < is_open[~empty].float().mean() < 0.5
-    starts = draw_batch(switching(1), 100, START, 3, random.Random(1))
-    assert 0.3 < (starts.values == 2).all((1, 2)).float().mean() < 0.5  # no text at all
+    starts = draw_batch(switching(1), 400, START, 3, TextShares(0.6, 0.15), random.Random(1)).values[:, 0, 0]
+    assert 0.55 < (starts == 1).float().mean() < 0.65  # an open text
+    assert 0.1 < (starts == 2).float().mean() < 0.2  # no text at all
     assert len(clips.states) == 100 and 0.8 < clips.states.flatten(1).any(1).float().mean() < 0.97
 
 
@@ -260,7 +263,7 @@ def test_training_lowers_the_loss_and_continues_where_it_stopped(tmp_path):
     model = WanDiT(engine.model, ChunkedAttentionOps(CHUNK_TOKENS))
     model.load_state_dict(trained(100))
     with torch.no_grad():
-        batch = draw_batch(dataset, 6, OPENING, 3, random.Random(1))
+        batch = draw_batch(dataset, 6, OPENING, 3, LATER_TEXTS, random.Random(1))
         generator = torch.Generator().manual_seed(1)
         levels = noise_levels(6, OPENING, engine, generator)
         loss = flow_loss(model, engine, batch, OPENING, levels, generator)
