@@ -47,7 +47,7 @@ from rfengine.training.config import MOST_STEPS
 from rfengine.training.parallel import Ranks, ranks_from_environment
 
 STEPS = {
-    "vae": 5000, "text": 4000, "teacher": 41500, "start": 26000, "streams": 4500, "tiny_decoder": 1900,
+    "vae": 5000, "text": 4000, "teacher": 41500, "start": 28000, "streams": 8000, "tiny_decoder": 1900,
 }  # fmt: skip
 VIDEOS = {"videos": 9600, "starts": 16000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
@@ -64,7 +64,7 @@ class Options:
     directory: Path = Path("runs/tiny")
     """What every stage leaves for the next."""
     steps: Annotated[int | None, Range(1, MOST_STEPS)] = None
-    """Of a training; those of the shipped weights where none are given."""
+    """Of a training; the recipe's own where none are given."""
     videos: Annotated[int | None, Range(1, 100_000)] = None
     """To encode (videos, starts) or to measure on (evaluate, tiny_decoder)."""
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # stages multiply it to draw one for every step
