@@ -21,8 +21,8 @@ WITH_EVICTION, WITHOUT_EVICTION = f"{STREAMED}{OWN_SINK}", "no_eviction"  # trai
 class StudySize:
     """Every number of the study; the defaults are those of two CPU cores.
 
-    base_steps, base_videos: of the trainings of recipes.tiny that come before a student; those of the shipped
-    weights where none are given. betas: temperatures of Re-DMD. training_seeds: of every student; the
+    base_steps, base_videos: of the trainings of recipes.tiny that come before a student; the recipe's own
+    where none are given. betas: temperatures of Re-DMD. training_seeds: of every student; the
     streams are those of the first. captions, sampling_seeds: short clips of every model, once with full
     captions and once with open ones. stream_captions, stream_seeds: of the streams of stream_seconds. alphas:
     of EMA-Sink. student_steps: of the distilled students; stream_steps: of those that learn by the truth of
