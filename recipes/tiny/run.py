@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import torch
 
 from recipes.tiny.decoder import evaluate_tiny_decoder, train_tiny_decoder
+from recipes.tiny.distillation import distill_student
 from recipes.tiny.report import (
     report_accuracy,
     report_decay,
@@ -25,7 +26,7 @@ from recipes.tiny.report import (
     report_starts,
     report_switches,
 )
-from recipes.tiny.stages import CHECKPOINT, STAGES, STARTED, STREAMED, RunDirectory, Stage
+from recipes.tiny.stages import CHECKPOINT, DISTILLED, STAGES, STARTED, STREAMED, RunDirectory, Stage
 from recipes.tiny.start import StartStage
 from recipes.tiny.streams import train_on_streams
 from recipes.tiny.text_encoder import TextStage
@@ -47,7 +48,8 @@ from rfengine.training.config import MOST_STEPS
 from rfengine.training.parallel import Ranks, ranks_from_environment
 
 STEPS = {
-    "vae": 5000, "text": 4000, "teacher": 41500, "start": 28000, "streams": 8000, "tiny_decoder": 1900,
+    "vae": 5000, "text": 4000, "teacher": 41500, "start": 28000, "streams": 8000, "distill": 500,
+    "tiny_decoder": 1900,
 }  # fmt: skip
 VIDEOS = {"videos": 9600, "starts": 16000, "evaluate": 200, "tiny_decoder": 96}
 PARTS: dict[str, Part] = {"vae": "vae", "text": "text_encoder", "teacher": "transformer"}
@@ -104,7 +106,7 @@ def run_stage(options: Options) -> None:
         elif options.stage == "evaluate":
             _evaluate(options, device)
         else:
-            export(options.directory / STREAMED, options.output)
+            export(options.directory / DISTILLED, options.output)
         if not ranks.rank:
             files.remember(options.stage)
 
@@ -119,7 +121,7 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
     if options.stage == "tiny_decoder":
         _add_tiny_decoder(options, config, ranks, device)
         return
-    if options.stage in ("start", "streams"):
+    if options.stage in ("start", "streams", "distill"):
         _train_student(options, config, ranks, device)
         return
     if options.stage == "vae":
@@ -143,15 +145,18 @@ def _train(options: Options, ranks: Ranks, device: torch.device) -> None:
 
 
 def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: torch.device) -> None:
-    """Train the student, in one of its two stages, and write its checkpoint directory."""
+    """Train the student, in one of its three stages, and write its checkpoint directory."""
     directory, teacher = options.directory, options.directory / CHECKPOINT
     if options.stage == "start":
         model = ToyModel.load(teacher, device).transformer
         stage = StartStage(config, model, *_datasets(directory), ranks, options.compiled)
         weights, target = train(config, stage, directory, ranks), STARTED
-    else:
+    elif options.stage == "streams":
         videos, target = load_dataset(directory / "videos.pt"), STREAMED
         weights = train_on_streams(config, directory / STARTED, videos, directory, ranks, device)
+    else:
+        student, target = directory / STREAMED, DISTILLED
+        weights = distill_student(config, teacher, student, directory, ranks, device)
     if not ranks.rank:
         export_checkpoint(weights, config.model, str(teacher), directory / target)
 
@@ -184,7 +189,7 @@ def _record(options: Options, **figures: float) -> None:
 
 def _evaluate(options: Options, device: torch.device) -> None:
     """Write evaluated.json: all that the student must reach."""
-    model, seed = ToyModel.load(options.directory / STREAMED, device), options.seed
+    model, seed = ToyModel.load(options.directory / DISTILLED, device), options.seed
     videos, seeds = _videos(options), range(seed, seed + 3)
     results = {
         "accuracy": report_accuracy(model, videos, seeds),

@@ -14,7 +14,8 @@ from typing import Literal, get_args
 from rfengine.files import file_sha256, json_object, read_text, write_text
 
 Stage = Literal[
-    "vae", "text", "videos", "starts", "teacher", "start", "streams", "export", "tiny_decoder", "evaluate",
+    "vae", "text", "videos", "starts", "teacher", "start", "streams", "distill", "export", "tiny_decoder",
+    "evaluate",
 ]  # fmt: skip
 STAGES: tuple[Stage, ...] = get_args(Stage)
 NEEDS: dict[Stage, tuple[Stage, ...]] = {
@@ -25,12 +26,14 @@ NEEDS: dict[Stage, tuple[Stage, ...]] = {
     "teacher": ("videos", "starts"),
     "start": ("teacher", "videos", "starts"),
     "streams": ("start", "videos"),
-    "export": ("vae", "text", "streams"),
+    "distill": ("teacher", "streams"),
+    "export": ("vae", "text", "distill"),
     "tiny_decoder": ("export",),
-    "evaluate": ("streams",),
+    "evaluate": ("distill",),
 }
 CHECKPOINT = "checkpoint"  # the directory, inside that of the run, which the trainings fill up to the teacher
-STARTED, STREAMED = "start_checkpoint", "streams_checkpoint"  # the student's
+# the student's, stage by stage
+STARTED, STREAMED, DISTILLED = "start_checkpoint", "streams_checkpoint", "distill_checkpoint"
 _RECORDS = "stages"
 _MOST_BYTES = 100_000
 
@@ -52,6 +55,7 @@ class RunDirectory:
             "teacher": f"{CHECKPOINT}/transformer.safetensors",
             "start": f"{STARTED}/transformer.safetensors",
             "streams": f"{STREAMED}/transformer.safetensors",
+            "distill": f"{DISTILLED}/transformer.safetensors",
             "evaluate": "evaluated.json",
         }
         if stage in own:

@@ -7,19 +7,17 @@ import dataclasses
 
 from torch import Tensor
 
+from recipes.tiny.distillation import distill
 from recipes.tiny.run import STEPS, Options, run_stage
 from recipes.tiny.stages import STAGES, RunDirectory
 from recipes.tiny.streams import train_on_streams
 from recipes.tiny.training import StageConfig
 from rfengine.config import EngineConfig
 from rfengine.toy.data import LatentDataset, load_dataset
-from rfengine.training.build import base_engine, build_stage, export_checkpoint
-from rfengine.training.checkpoints import locked_run
+from rfengine.training.build import base_engine, export_checkpoint
 from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd, toy_re_dmd
-from rfengine.training.samples import averaged_state
-from rfengine.training.trainer import Trainer
 from studies.toy.setting import WITHOUT_EVICTION, Setting, seeded_name, split_model, trained_sink
 from studies.toy.streams import with_sink
 
@@ -76,19 +74,12 @@ def run_training(setting: Setting, name: str) -> None:
     """Train model `name` to its end, from its newest checkpoint where there is one, and export it."""
     if name in setting.size.distilled:
         config = training_configs(setting)[name]
-        engine, weights = config.engine, _distilled(setting, name, config)
+        engine = config.engine
+        weights = distill(config, setting.directory / name, Ranks(), setting.device)
     else:
         stream = stream_config(setting, name)
         engine, weights = stream.model, _streamed(setting, stream)
     export_checkpoint(weights, engine, str(setting.checkpoint("teacher")), setting.checkpoint(name))
-
-
-def _distilled(setting: Setting, name: str, config: TrainConfig) -> dict[str, Tensor]:
-    ranks = Ranks()
-    with locked_run(setting.directory / name):
-        stage = build_stage(config, setting.device, ranks)
-        Trainer(config, stage, setting.directory / name, ranks).finish("with the same command")
-    return averaged_state(stage)
 
 
 def _streamed(setting: Setting, config: StageConfig) -> dict[str, Tensor]:

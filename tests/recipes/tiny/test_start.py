@@ -13,7 +13,7 @@ import torch
 from recipes.tiny import streams, transformer
 from recipes.tiny.noise import VALUES
 from recipes.tiny.run import Options, run_stage
-from recipes.tiny.stages import CHECKPOINT, STARTED, STREAMED
+from recipes.tiny.stages import CHECKPOINT, DISTILLED, STARTED, STREAMED
 from recipes.tiny.start import StartStage
 from recipes.tiny.training import StageConfig, ToyModel
 from recipes.tiny.transformer import LATE, OPENING, START, Segment, flow_loss
@@ -95,8 +95,9 @@ def test_stages_of_the_student_leave_a_checkpoint_each(tmp_path: Path, monkeypat
     run_stage(Options("starts", tmp_path, videos=2))
     run_stage(Options("start", tmp_path, steps=1))
     run_stage(Options("streams", tmp_path, steps=1))
+    run_stage(Options("distill", tmp_path, steps=5))  # four of the critic, then one of the student
     weights = {}
-    names = (CHECKPOINT, STARTED, STREAMED)
+    names = (CHECKPOINT, STARTED, STREAMED, DISTILLED)
     for name in names:
         verify(tmp_path / name)
         weights[name], _ = read_safetensors(tmp_path / name / "transformer.safetensors")
