@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,17 +182,22 @@ def _smooth(points: Points) -> Points:
 
 
 def _sinks(records: Sequence[Record], scenario: str, samples: Mapping[str, Samples]) -> Figure:
-    figure, (*panels, copying, legend) = new_figure(13, 10, 3, 3)
-    lines = {}
-    for axes, (name, (x, y)) in zip(panels, _CURVES.items(), strict=True):
-        for sink in samples:
-            points = _mean_curve(records, sink, scenario, name)
-            if points:
-                style = "--" if sink.endswith("_bf16") else "-"  # in the colour of the split precision
-                colour = _sink_colour(sink, samples)
-                (line,) = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.5)
-                lines.setdefault(sink, line)
-        axes.set(xlabel=x, ylabel=y)
+    curves = {
+        name: {sink: points for sink in samples if (points := _mean_curve(records, sink, scenario, name))}
+        for name in _CURVES
+    }
+    curves = {name: found for name, found in curves.items() if found}  # no switch, no curve of it
+    rows = math.isqrt(len(curves) + 2)
+    columns = math.ceil((len(curves) + 2) / rows)
+    figure, panels = new_figure(4.3 * columns, 3.4 * rows, rows, columns)
+    copying, legend, lines = panels[len(curves)], panels[-1], {}
+    for axes, (name, found) in zip(panels, curves.items(), strict=False):
+        for sink, points in found.items():
+            style = "--" if sink.endswith("_bf16") else "-"  # in the colour of the split precision
+            colour = _sink_colour(sink, samples)
+            (line,) = axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=1.5)
+            lines.setdefault(sink, line)
+        axes.set(xlabel=_CURVES[name][0], ylabel=_CURVES[name][1])
         if name == "consistency":
             axes.set_xscale("log", base=2)
     for place, sink in enumerate(samples):
@@ -203,7 +209,8 @@ def _sinks(records: Sequence[Record], scenario: str, samples: Mapping[str, Sampl
     copying.axhline(0, color=_GREY, linewidth=0.8)
     copying.set_xticks(range(len(samples)), samples, rotation=60)
     copying.set_ylabel("copying excess, likeness")
-    legend.set_axis_off()
+    for axes in panels[len(curves) + 1 :]:
+        axes.set_axis_off()
     shown = [sink for sink in samples if sink in lines]
     if shown:
         title = f"{WITH_EVICTION}, a scene that {scenario}: sink"
