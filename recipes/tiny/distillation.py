@@ -1,27 +1,33 @@
-"""Distils the student from the teacher, and averages what it was with what it has become.
+"""Distils the student from the teacher, and averages what it was with what it becomes.
 
-DMD (rfengine/training/distillation.py) teaches the student to answer a new prompt and loses a little of what
-it knew about captions; halfway between the two weights it has both.
+DMD (rfengine/training/distillation.py) teaches the student to answer a new prompt, and makes what a text
+leaves open less varied; streams with the truth before them give the variety back, and take from the answers.
+Halfway between the weights, twice, it has a good part of both.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from recipes.tiny.streams import train_on_streams
 from recipes.tiny.training import StageConfig
 from rfengine.checkpoint.loader import read_safetensors
+from rfengine.toy.data import LatentDataset
 from rfengine.training.arithmetic import fast_precision
-from rfengine.training.build import build_stage
+from rfengine.training.build import build_stage, export_checkpoint
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd
 from rfengine.training.samples import averaged_state
 from rfengine.training.trainer import Trainer
+
+_STREAM_STEPS = 1.6  # to a step of DMD, of which one in five is the student's
 
 
 def distill(config: TrainConfig, directory: Path, ranks: Ranks, device: torch.device) -> dict[str, Tensor]:
@@ -36,15 +42,31 @@ def distill(config: TrainConfig, directory: Path, ranks: Ranks, device: torch.de
 
 
 def distill_student(
-    config: StageConfig, teacher: Path, student: Path, directory: Path, ranks: Ranks, device: torch.device
+    config: StageConfig,
+    teacher: Path,
+    student: Path,
+    videos: LatentDataset,
+    directory: Path,
+    ranks: Ranks,
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    """The mean of the weights in the checkpoint directory `student` and of what plain DMD makes of them, in
-    `directory`/NAME, as `train` does."""
+    """Train the student of the checkpoint directory `student` by plain DMD, for config.steps; go halfway to
+    that, train it on streams of `videos` and go halfway again. The trainings and the checkpoint between
+    them are in `directory`. Raises as `distill`."""
     plain = toy_dmd(config.model, str(teacher))
-    precision = fast_precision(device)
     own = {"student": str(student), "base": str(teacher), "steps": config.steps, "seed": config.seed}
-    learnt = distill(
-        dataclasses.replace(plain, **own, precision=precision), directory / config.name, ranks, device
-    )
-    before = read_safetensors(student / "transformer.safetensors")[0]
-    return {name: (value.cpu().float() + before[name].float()) / 2 for name, value in learnt.items()}
+    plain = dataclasses.replace(plain, **own, precision=fast_precision(device))
+    distilled = distill(plain, directory / config.name, ranks, device)
+    halfway = _mean(read_safetensors(student / "transformer.safetensors")[0], distilled)
+    start = directory / f"{config.name}_halfway"
+    if not ranks.rank:
+        export_checkpoint(halfway, config.model, str(teacher), start)
+    ranks.meet()
+    steps = max(1, round(_STREAM_STEPS * config.steps))
+    seed = config.seed + 1  # other draws than the stage before
+    streams = dataclasses.replace(config, name=f"{config.name}_streams", steps=steps, seed=seed)
+    return _mean(halfway, train_on_streams(streams, start, videos, directory, ranks, device))
+
+
+def _mean(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (value.cpu().float() + other[name].cpu().float()) / 2 for name, value in one.items()}

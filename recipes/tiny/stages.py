@@ -26,7 +26,7 @@ NEEDS: dict[Stage, tuple[Stage, ...]] = {
     "teacher": ("videos", "starts"),
     "start": ("teacher", "videos", "starts"),
     "streams": ("start", "videos"),
-    "distill": ("teacher", "streams"),
+    "distill": ("teacher", "streams", "videos"),
     "export": ("vae", "text", "distill"),
     "tiny_decoder": ("export",),
     "evaluate": ("distill",),

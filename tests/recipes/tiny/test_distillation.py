@@ -12,24 +12,33 @@ from rfengine.config import PRESETS
 from rfengine.training.parallel import Ranks
 
 
-def test_the_student_is_halfway_to_what_distillation_makes_of_it(
+def test_the_student_goes_halfway_to_what_distillation_and_then_streams_make_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    student, teacher = Path(checkpoint_directory("tiny")), tmp_path / "teacher"
+    student = teacher = Path(checkpoint_directory("tiny"))
     before, _ = read_safetensors(student / "transformer.safetensors")
     asked = []
 
-    def learnt(config, directory, ranks, device):
+    def distilled(config, directory, ranks, device):
         asked.append((config, directory))
         return {name: value.float() + 1 for name, value in before.items()}
 
-    monkeypatch.setattr(distillation, "distill", learnt)
-    config = StageConfig("distill", PRESETS["tiny"], 7, 3)
-    weights = distill_student(config, teacher, student, tmp_path, Ranks(), torch.device("cpu"))
+    def streamed(config, start, videos, directory, ranks, device):
+        asked.append((config, directory))
+        halfway, _ = read_safetensors(start / "transformer.safetensors")
+        for name, value in halfway.items():
+            torch.testing.assert_close(value, (before[name].float() + 0.5).half())
+        return {name: value.float() - 1 for name, value in before.items()}
+
+    monkeypatch.setattr(distillation, "distill", distilled)
+    monkeypatch.setattr(distillation, "train_on_streams", streamed)
+    config = StageConfig("distill", PRESETS["tiny"], 5, 3)
+    weights = distill_student(config, teacher, student, None, tmp_path, Ranks(), torch.device("cpu"))
     assert weights.keys() == before.keys()
-    for name, value in weights.items():
-        torch.testing.assert_close(value, before[name].float() + 0.5)
-    ((training, directory),) = asked
-    assert directory == tmp_path / "distill"
-    assert (training.stage, training.steps, training.seed) == ("dmd", 7, 3)
-    assert (training.student, training.teacher, training.base) == (str(student), str(teacher), str(teacher))
+    for name, value in weights.items():  # halfway between 0.5 above and 1 below
+        torch.testing.assert_close(value, before[name].float() - 0.25)
+    (plain, plain_directory), (streams, streams_directory) = asked
+    assert (plain_directory, streams_directory) == (tmp_path / "distill", tmp_path)
+    assert (plain.stage, plain.steps, plain.seed) == ("dmd", 5, 3)
+    assert (plain.student, plain.teacher, plain.base) == (str(student), str(teacher), str(teacher))
+    assert (streams.name, streams.steps, streams.seed) == ("distill_streams", 8, 4)
