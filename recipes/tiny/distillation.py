@@ -15,30 +15,15 @@ import torch
 from torch import Tensor
 
 from recipes.tiny.streams import train_on_streams
-from recipes.tiny.training import StageConfig
+from recipes.tiny.training import StageConfig, train
 from rfengine.checkpoint.loader import read_safetensors
 from rfengine.toy.data import LatentDataset
 from rfengine.training.arithmetic import fast_precision
 from rfengine.training.build import build_stage, export_checkpoint
-from rfengine.training.checkpoints import locked_run
-from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd
-from rfengine.training.samples import averaged_state
-from rfengine.training.trainer import Trainer
 
 _STREAM_STEPS = 1.6  # to a step of DMD, of which one in five is the student's
-
-
-def distill(config: TrainConfig, directory: Path, ranks: Ranks, device: torch.device) -> dict[str, Tensor]:
-    """Train in `directory`, from the newest checkpoint there; returns the averaged weights.
-
-    Raises KeyboardInterrupt after a signal: the same call continues.
-    """
-    with locked_run(directory):
-        stage = build_stage(config, device, ranks)
-        Trainer(config, stage, directory, ranks).finish("with the same command")
-    return averaged_state(stage)
 
 
 def distill_student(
@@ -52,11 +37,12 @@ def distill_student(
 ) -> dict[str, Tensor]:
     """Train the student of the checkpoint directory `student` by plain DMD, for config.steps; go halfway to
     that, train it on streams of `videos` and go halfway again. The trainings and the checkpoint between
-    them are in `directory`. Raises as `distill`."""
+    them are in `directory`. Raises as `train`."""
     plain = toy_dmd(config.model, str(teacher))
     own = {"student": str(student), "base": str(teacher), "steps": config.steps, "seed": config.seed}
     plain = dataclasses.replace(plain, **own, precision=fast_precision(device))
-    distilled = distill(plain, directory / config.name, ranks, device)
+    # the run goes by `config`, which holds no path: a moved directory continues
+    distilled = train(config, build_stage(plain, device, ranks), directory, ranks)
     halfway = _mean(read_safetensors(student / "transformer.safetensors")[0], distilled)
     start = directory / f"{config.name}_halfway"
     if not ranks.rank:

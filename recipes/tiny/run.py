@@ -151,14 +151,13 @@ def _train_student(options: Options, config: StageConfig, ranks: Ranks, device: 
         model = ToyModel.load(teacher, device).transformer
         stage = StartStage(config, model, *_datasets(directory), ranks, options.compiled)
         weights, target = train(config, stage, directory, ranks), STARTED
+    elif options.stage == "streams":
+        videos, target = load_dataset(directory / "videos.pt"), STREAMED
+        weights = train_on_streams(config, directory / STARTED, videos, directory, ranks, device)
     else:
-        videos = load_dataset(directory / "videos.pt")
-        if options.stage == "streams":
-            target = STREAMED
-            weights = train_on_streams(config, directory / STARTED, videos, directory, ranks, device)
-        else:
-            source, target = directory / STREAMED, DISTILLED
-            weights = distill_student(config, teacher, source, videos, directory, ranks, device)
+        videos, target = load_dataset(directory / "videos.pt"), DISTILLED
+        student = directory / STREAMED
+        weights = distill_student(config, teacher, student, videos, directory, ranks, device)
     if not ranks.rank:
         export_checkpoint(weights, config.model, str(teacher), directory / target)
 

@@ -29,8 +29,9 @@ from rfengine.training.config import Steps
 from rfengine.training.data import Encode
 from rfengine.training.parallel import Ranks
 from rfengine.training.rollout import decode_chunks, roll_out
-from rfengine.training.stages import ModelStage
-from rfengine.training.trainer import Trainer
+from rfengine.training.samples import averaged_state
+from rfengine.training.stages import TrainingStage
+from rfengine.training.trainer import RunConfig, Trainer
 
 Switch = tuple[Sequence[str], bool]  # to other texts, and whether the window is recomputed under them
 
@@ -79,7 +80,7 @@ class StageConfig:
         return self.step_seed(step) * 64 + index
 
 
-def train(config: StageConfig, stage: ModelStage, directory: Path, ranks: Ranks) -> dict[str, Tensor]:
+def train(config: RunConfig, stage: TrainingStage, directory: Path, ranks: Ranks) -> dict[str, Tensor]:
     """Train in `directory`/NAME, from the newest checkpoint there; returns the averaged weights.
 
     Raises KeyboardInterrupt after a signal: the same call continues.
@@ -87,7 +88,7 @@ def train(config: StageConfig, stage: ModelStage, directory: Path, ranks: Ranks)
     place = directory / config.name
     with locked_run(place):
         Trainer(config, stage, place, ranks).finish("with the same command")
-    return stage.averages[config.name].values
+    return averaged_state(stage)
 
 
 def cell_weight(foreground: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ import dataclasses
 
 from torch import Tensor
 
-from recipes.tiny.distillation import distill
 from recipes.tiny.run import STEPS, Options, run_stage
 from recipes.tiny.stages import STAGES, RunDirectory
 from recipes.tiny.streams import train_on_streams
-from recipes.tiny.training import StageConfig
+from recipes.tiny.training import StageConfig, train
 from rfengine.config import EngineConfig
 from rfengine.toy.data import LatentDataset, load_dataset
-from rfengine.training.build import base_engine, export_checkpoint
+from rfengine.training.build import base_engine, build_stage, export_checkpoint
 from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
 from rfengine.training.recipes import toy_dmd, toy_re_dmd
@@ -40,8 +39,10 @@ def training_configs(setting: Setting) -> dict[str, TrainConfig]:
         students = {"dmd": toy_dmd(engine, teacher)}
         students |= {f"re_dmd_{beta:g}": toy_re_dmd(engine, teacher, beta) for beta in size.betas}
         for name, config in students.items():
-            configs[seeded_name(name, seed)] = dataclasses.replace(
+            model = seeded_name(name, seed)
+            configs[model] = dataclasses.replace(
                 config,
+                name=model,
                 steps=size.student_steps,
                 student=str(setting.checkpoint("start")),
                 base=teacher,
@@ -74,8 +75,8 @@ def run_training(setting: Setting, name: str) -> None:
     """Train model `name` to its end, from its newest checkpoint where there is one, and export it."""
     if name in setting.size.distilled:
         config = training_configs(setting)[name]
-        engine = config.engine
-        weights = distill(config, setting.directory / name, Ranks(), setting.device)
+        engine, ranks = config.engine, Ranks()
+        weights = train(config, build_stage(config, setting.device, ranks), setting.directory, ranks)
     else:
         stream = stream_config(setting, name)
         engine, weights = stream.model, _streamed(setting, stream)

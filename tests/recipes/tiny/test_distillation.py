@@ -19,8 +19,8 @@ def test_the_student_goes_halfway_to_what_distillation_and_then_streams_make_of_
     before, _ = read_safetensors(student / "transformer.safetensors")
     asked = []
 
-    def distilled(config, directory, ranks, device):
-        asked.append((config, directory))
+    def distilled(config, stage, directory, ranks):
+        asked.extend([stage, (config, directory)])
         return {name: value.float() + 1 for name, value in before.items()}
 
     def streamed(config, start, videos, directory, ranks, device):
@@ -30,15 +30,16 @@ def test_the_student_goes_halfway_to_what_distillation_and_then_streams_make_of_
             torch.testing.assert_close(value, (before[name].float() + 0.5).half())
         return {name: value.float() - 1 for name, value in before.items()}
 
-    monkeypatch.setattr(distillation, "distill", distilled)
+    monkeypatch.setattr(distillation, "build_stage", lambda config, device, ranks: config)
+    monkeypatch.setattr(distillation, "train", distilled)
     monkeypatch.setattr(distillation, "train_on_streams", streamed)
     config = StageConfig("distill", PRESETS["tiny"], 5, 3)
     weights = distill_student(config, teacher, student, None, tmp_path, Ranks(), torch.device("cpu"))
     assert weights.keys() == before.keys()
     for name, value in weights.items():  # halfway between 0.5 above and 1 below
         torch.testing.assert_close(value, before[name].float() - 0.25)
-    (plain, plain_directory), (streams, streams_directory) = asked
-    assert (plain_directory, streams_directory) == (tmp_path / "distill", tmp_path)
+    plain, run, (streams, streams_directory) = asked
+    assert run == (config, tmp_path) and streams_directory == tmp_path
     assert (plain.stage, plain.steps, plain.seed) == ("dmd", 5, 3)
     assert (plain.student, plain.teacher, plain.base) == (str(student), str(teacher), str(teacher))
     assert (streams.name, streams.steps, streams.seed) == ("distill_streams", 8, 4)
