@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from rfengine.cache.kv_cache import arena_shape
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
+from rfengine.costs.memory import memory_needs, require_stream_fits, stream_bytes
 from rfengine.diffusers_call import (
     Generators,
     OutputType,
@@ -30,10 +29,9 @@ from rfengine.limits import as_integer, shown
 from rfengine.memory import require_memory
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.vae import WanVAE
-from rfengine.ops import Ops, choose_ops
 from rfengine.runtime.decoders import OpenDecoder, full_opener, opener, require_decoder, tier_of
 from rfengine.runtime.engine import Engine
-from rfengine.runtime.options import decode_device, runtime_switches
+from rfengine.runtime.options import decode_device, dtype_of, present_device, tuned_ops
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
 from rfengine.stream import FrameChunk, VideoStream
@@ -99,13 +97,8 @@ class Pipeline:
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs,
         RuntimeError when the backend or a part of the runtime cannot run on the device.
         """
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if target.type == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError(
-                f"device is {target} but torch {torch.__version__} sees no CUDA device; use 'cpu'"
-            )
-        target = _present(target)
-        number = _dtype(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
+        target = present_device(device)
+        number = dtype_of(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         config = checkpoint.config
         if cache is not None:
@@ -114,7 +107,7 @@ class Pipeline:
             config = replace(config, runtime=runtime)
         if backend is not None:
             config = replace(config, backend=backend)
-        decoding = _present(decode_device(config.runtime, target))
+        decoding = present_device(decode_device(config.runtime, target))
         require_decoder(config.runtime, decoding)  # before the weights are read, which can take minutes
         ops = tuned_ops(config, number, target)
         model = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", number, target)
@@ -171,7 +164,8 @@ class Pipeline:
         """
         number = as_seed(seed)
         grid = LatentGrid.of(self.config, height, width)
-        self._require_stream_fits(grid)
+        devices = (self.model.device, self._engine.queue.device)
+        require_stream_fits(self.config, grid, self.model.dtype, devices)
         with self._engine.turns, own_state():
             stream = VideoStream(self._engine, grid, prompt, self._engine.encode_text(prompt), number)
             if start_frames is not None:
@@ -186,20 +180,10 @@ class Pipeline:
         with self._engine.turns, own_state():
             return VideoStream.from_snapshot(self._engine, grid, snapshot)
 
-    def _require_stream_fits(self, grid: LatentGrid) -> None:
-        """Raises RuntimeError where the cache, or the largest layer of the full decoder, cannot fit."""
-        config, itemsize = self.config, self.model.dtype.itemsize
-        arenas = 3 if config.cache.positions == "relative" else 2
-        cache_bytes = arenas * itemsize * math.prod(arena_shape(config.model, config.cache, grid))
-        needs = {self.model.device: cache_bytes}
-        if config.runtime.vae == "full":
-            frames = config.cache.chunk_frames * grid.temporal_stride
-            values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]
-            place = self._engine.queue.device
-            needs[place] = needs.get(place, 0) + 2 * values * itemsize  # input and output of the layer
-        for device, size in needs.items():
-            what = f"a stream of {grid.height} x {grid.width} pixels"
-            require_memory(size, device, what, "choose a smaller height and width, or a smaller window")
+    def stream_bytes(self, height: int | None = None, width: int | None = None) -> int:
+        """Bytes that one more stream of that size keeps; nothing is allocated."""
+        grid = LatentGrid.of(self.config, height, width)
+        return stream_bytes(memory_needs(self.config, grid, self.model.dtype))
 
     def _require_frames_fit(self, count: int, grid: LatentGrid, bytes_a_value: int) -> None:
         size = count * grid.height * grid.width * 3 * bytes_a_value
@@ -285,36 +269,3 @@ class Pipeline:
             chunks = self.chunk_count(count)
             videos.append(make_video(stream, count, chunks, output_type == "latent", on_step))
         return PipelineOutput(packed(videos, output_type))
-
-
-def _present(device: torch.device) -> torch.device:
-    """The device, with its index on CUDA. Raises RuntimeError where no device has that index."""
-    if device.type != "cuda":
-        return device
-    count = torch.cuda.device_count()
-    number = torch.cuda.current_device() if device.index is None else device.index
-    if number >= count:
-        raise RuntimeError(f"device is {device} but torch finds {count} CUDA devices; use one of them")
-    return torch.device("cuda", number)
-
-
-def tuned_ops(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Ops:
-    """The model's ops of config.backend; for "auto", those that won where autotune is on."""
-    requested = config.backend
-    if not runtime_switches(config.runtime, device)["autotune"].on:
-        return choose_ops(requested, device, dtype=dtype)
-    from rfengine.tuning.autotune import tune
-    from rfengine.tuning.candidates import TuningShapes, transformer_cases
-
-    shapes = TuningShapes(config, LatentGrid.of(config), dtype, device)
-    choice = tune(transformer_cases(shapes), device, requested=requested)
-    return choose_ops(requested, device, choice.overrides, choice.folds_gate, dtype)
-
-
-def _dtype(name: DTypeName | torch.dtype | None) -> torch.dtype | None:
-    if name is None or isinstance(name, torch.dtype):
-        return name
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ValueError(f"dtype is {name!r}; use {', '.join(known)}")
-    return known[name]

@@ -26,6 +26,7 @@ from rfengine.schedule import MAX_SEED
 
 logger = logging.getLogger(__name__)
 
+MOST_TRANSITION_CHUNKS = 1000  # of a change of the prompt
 SNAPSHOT_FORMAT = 3
 _WITHOUT_CHECKSUM = 2  # an older format, the same but for the checksum
 _Count = Annotated[int, Range(0, 2**31 - 1)]
@@ -36,7 +37,9 @@ _FIELDS = {
     "denoising_timesteps": tuple[float, ...], "prompt": str, "seed": Annotated[int, Range(0, MAX_SEED)],
     "height": _Side, "width": _Side, "index": _Count, "next_chunk": _Count,
     "slot_chunks": Annotated[tuple[int, ...], Range(-1, 2**31 - 1)], "decoded_frames": _Count,
+    "transition_chunks": Annotated[int, Range(1, MOST_TRANSITION_CHUNKS)],
 }  # fmt: skip
+_OPTIONAL = "transition_chunks"  # there while the text states go to those of a new prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,8 @@ class StreamInfo:
     """What a snapshot says of its stream beside the tensors; every field is of its type and in its range.
 
     index: of the next chunk that the caller gets. next_chunk: the next to be denoised, counted from the last
-    hard switch. ahead: whether the chunk before it is denoised and was not handed out.
+    hard switch. ahead: whether the chunk before it is denoised and was not handed out. transition_chunks: how
+    many of the next chunks take the text states to those of the prompt; 0 where they are there.
     """
 
     prompt: str
@@ -57,6 +61,7 @@ class StreamInfo:
     decoded_frames: int
     cache: CacheConfig
     ahead: bool
+    transition_chunks: int
 
     @property
     def window_chunks(self) -> range:
@@ -140,7 +145,7 @@ class Snapshot:
                 f"the snapshot's format is {shown(known)} and this rfengine reads {SNAPSHOT_FORMAT}; "
                 "take it again"
             )
-        missing = [name for name in _FIELDS if name not in self.info]
+        missing = [name for name in _FIELDS if name not in self.info and name != _OPTIONAL]
         if missing:
             raise ValueError(f"the snapshot lacks {', '.join(missing)}; take it again")
         values = {name: tuple(each) if isinstance(each, list) else each for name, each in self.info.items()}
@@ -152,6 +157,7 @@ class Snapshot:
             values |= {
                 "cache": from_dict(CacheConfig, values["cache"]),
                 "ahead": "ahead.frames" in self.tensors,
+                _OPTIONAL: values.get(_OPTIONAL, 0),
             }
             info = StreamInfo(**{name: values[name] for name in StreamInfo.__dataclass_fields__})
             info.check()
@@ -169,6 +175,24 @@ class Snapshot:
                     "restore it with the model and settings it was taken with"
                 )
 
+    def checked(
+        self, settings: dict[str, Any], model: WanConfig, grid: LatentGrid, dtype: torch.dtype
+    ) -> StreamInfo:
+        """What the snapshot says, once all but its decoder's tensors is known to fit a stream of `grid`.
+
+        settings: what the pipeline that restores it has. Raises ValueError.
+        """
+        info = self.stream_info()
+        self.check(settings)
+        if (info.height, info.width) != (grid.height, grid.width):
+            raise ValueError(
+                f"the snapshot is of {info.height} x {info.width} pixels and the stream of {grid.height} x "
+                f"{grid.width}; restore it as a stream of its own"
+            )
+        others = {name: each for name, each in self.tensors.items() if not name.startswith("decoder.")}
+        check_tensors(others, expected_tensors(info, model, grid, dtype))
+        return info
+
     def group(self, name: str) -> dict[str, Tensor]:
         """The tensors called `name`.something, by that something."""
         prefix = f"{name}."
@@ -184,6 +208,8 @@ def expected_tensors(
     latents = (1, model.in_dim, frames, grid.latent_height, grid.latent_width)
     shapes = {f"window_latents.{chunk}": latents for chunk in info.window_chunks}
     shapes["text_states"] = (1, model.text_len, model.text_dim)
+    if info.transition_chunks:
+        shapes["text_target"] = shapes["text_states"]
     expected = {f"cache.{name}": tensor for name, tensor in cache.tensors().items()}
     expected |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     if info.ahead:

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.clip import clip_pixels
 from rfengine.cuda_graph import made_current
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
+from rfengine.limits import Range, as_integer
 from rfengine.models.decoder import reset_state
 from rfengine.runtime.chunk_runner import StepCallback
 from rfengine.runtime.decode_worker import DecodedFrames, DecodeWorker, StreamFrames, finished
 from rfengine.runtime.engine import Engine
 from rfengine.schedule import chunk_noise
-from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors, expected_tensors
-from rfengine.video import pixels_from_frames
+from rfengine.snapshot import MOST_TRANSITION_CHUNKS, SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -102,6 +103,7 @@ class VideoStream:
         self._decoder_state = self._worker.new_state(1, grid.latent_height, grid.latent_width, model.dtype)
         self._window_latents: dict[int, Tensor] = {}  # clean: a prompt switch may recompute the window
         self._ahead: _Computed | None = None
+        self._transition: tuple[Tensor, int] | None = None  # text states to come to, in so many chunks
         self._drawn: dict[int, Tensor] = {}  # noise on the host of a chunk to come
         self._handed_out = False  # a chunk, since the start of this video
 
@@ -151,11 +153,35 @@ class VideoStream:
     def _set_text(self, prompt: str, text_states: Tensor) -> None:
         text = self._engine.model.text_keys_values(text_states.to(self._engine.model.device))
         self.prompt, self._text_states, self._text = prompt, text_states, text
+        self._transition = None
+
+    def _continue_transition(self) -> None:
+        """One of the equal steps of the text states to those of a new prompt, which the last step reaches."""
+        if self._transition is not None:
+            target, chunks = self._transition
+            step = (target - self._text_states) / chunks
+            self._set_text(self.prompt, target if chunks == 1 else self._text_states + step)
+            self._transition = None if chunks == 1 else (target, chunks - 1)
 
     @property
     def num_steps(self) -> int:
         """Denoising steps of one chunk."""
         return self._engine.runner.num_steps
+
+    @property
+    def index(self) -> int:
+        """The index of the next chunk."""
+        return self._index
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next chunk was begun by the call before: a soft or recache prompt shows after it."""
+        return self._ahead is not None
+
+    @property
+    def runs_op_by_op(self) -> bool:
+        """Whether on_step changes nothing in how chunks are made: neither recorded nor overlapped."""
+        return not (self._engine.runner.graphs or self._engine.queue.overlap)
 
     def __iter__(self) -> VideoStream:
         return self
@@ -219,6 +245,7 @@ class VideoStream:
         """Denoise the next chunk and submit its latents to the decoder."""
         started = time.perf_counter()
         with self._computing():
+            self._continue_transition()
             plan = self._cache.plan_chunk()
             x0 = self._engine.runner.advance(self._cache, plan, self._noise(plan.chunk), self._text, on_step)
             self._remember(plan.chunk, x0)
@@ -255,7 +282,7 @@ class VideoStream:
             self._ahead = None
             self._worker.close()
 
-    def set_prompt(self, text: str, mode: PromptMode = "soft") -> None:
+    def set_prompt(self, text: str, mode: PromptMode = "soft", transition_chunks: int = 1) -> None:
         """Change the prompt from the next chunk on; where a chunk is ahead (class docstring), from the one
         after it, since it is there already.
 
@@ -263,14 +290,22 @@ class VideoStream:
         window's keys and values under the new text, from the clean latents kept for it, as LongLive does.
         "hard" restarts the video: output equals a new stream with this prompt and seed, what was ahead is
         dropped, and FrameChunk.index keeps counting.
+        transition_chunks, with "soft": the text states go to the new prompt's in as many equal steps, one
+        before each of the next chunks; 1 is at once.
         """
         if mode not in ("soft", "recache", "hard"):
             raise ValueError(f"mode is {mode!r}; use 'soft', 'recache' or 'hard'")
+        chunks = as_integer("transition_chunks", transition_chunks, Range(1, MOST_TRANSITION_CHUNKS))
+        if chunks > 1 and mode != "soft":
+            raise ValueError(f"transition_chunks is {chunks} and mode is {mode!r}; a transition is 'soft'")
         with self._turn():
             text_states = self._engine.encode_text(text)
             with self._closed_on_error(), self._computing():
                 if mode == "hard":
                     self._restart()
+                if chunks > 1:
+                    self.prompt, self._transition = text, (ordinary(text_states), chunks)
+                    return
                 self._set_text(text, text_states)
                 if mode == "recache":
                     self._engine.runner.recache(self._cache, self._window_latents, self._text)
@@ -298,7 +333,8 @@ class VideoStream:
                 raise RuntimeError(
                     f"the stream is at chunk {self._cache.next_chunk}; continue a clip with a new stream"
                 )
-            latents = engine.vae.encode_in_groups(self._clip_pixels(frames), chunk_frames)
+            pixels = clip_pixels(frames, self.grid, chunk_frames)
+            latents = engine.vae.encode_in_groups(pixels, chunk_frames)
             with self._closed_on_error(), self._computing():
                 for piece in latents.to(engine.model.device).split(chunk_frames, dim=2):
                     plan = self._cache.plan_chunk()
@@ -306,24 +342,6 @@ class VideoStream:
                     self._remember(plan.chunk, piece)
                     self._worker.submit(piece, self._decoder_state)
                     self._index += 1
-
-    def _clip_pixels(self, frames: ndarray) -> Tensor:
-        """The pixels [1, 3, T, H, W] of a clip that is used: whole chunks of its end."""
-        chunk_frames = self._engine.config.cache.chunk_frames
-        pixels = pixels_from_frames(frames)
-        size = (self.grid.height, self.grid.width)
-        if tuple(pixels.shape[-2:]) != size:
-            raise ValueError(
-                f"the clip is {tuple(pixels.shape[-2:])} pixels and the stream is {size}; resize the clip"
-            )
-        shortest = self.grid.pixel_frames(chunk_frames)
-        if pixels.shape[2] < shortest:
-            raise ValueError(
-                f"the clip has {pixels.shape[2]} frames; at least {shortest} are needed, one whole chunk"
-            )
-        complete = (pixels.shape[2] - 1) // self.grid.temporal_stride + 1
-        latent_frames = complete // chunk_frames * chunk_frames
-        return pixels[:, :, -self.grid.pixel_frames(latent_frames) :]
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state between two chunks; Pipeline.restore continues it bit for bit, with or
@@ -346,6 +364,8 @@ class VideoStream:
                 if self._ahead is not None:
                     tensors["ahead.frames"] = torch.from_numpy(self._ahead.frames.result().frames)
                 tensors["text_states"] = self._text_states
+                if self._transition is not None:
+                    tensors["text_target"] = self._transition[0]
                 copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
             info = {
                 "format": SNAPSHOT_FORMAT,
@@ -359,24 +379,39 @@ class VideoStream:
                 "slot_chunks": list(self._cache.slot_chunks),
                 "decoded_frames": self._decoder_state.frames,
             }
+            if self._transition is not None:
+                info["transition_chunks"] = self._transition[1]
             return Snapshot(copies, info)
 
     @classmethod
     def from_snapshot(cls, engine: Engine, grid: LatentGrid, snapshot: Snapshot) -> VideoStream:
         """The stream a snapshot was taken of. Raises ValueError when it is of another model, decoder, format
         or setting, or damaged: before anything is taken over, and mostly before anything is allocated."""
-        info = snapshot.stream_info()
-        snapshot.check(engine.settings())
-        others = {name: each for name, each in snapshot.tensors.items() if not name.startswith("decoder.")}
-        check_tensors(others, expected_tensors(info, engine.model.config, grid, engine.model.dtype))
+        info = snapshot.checked(engine.settings(), engine.model.config, grid, engine.model.dtype)
         stream = cls(engine, grid, info.prompt, snapshot.tensors["text_states"], info.seed)
         with stream._closed_on_error(), stream._computing():
             check_tensors(snapshot.group("decoder"), stream._decoder_state.tensors())
             stream._load(snapshot, info)
         return stream
 
+    def rewind(self, snapshot: Snapshot) -> None:
+        """Become the stream of `snapshot`, in the memory and with the graphs that are there.
+
+        Raises ValueError as Pipeline.restore does, and for a snapshot of another size; then the stream is as
+        it was.
+        """
+        with self._turn():
+            engine, grid = self._engine, self.grid
+            info = snapshot.checked(engine.settings(), engine.model.config, grid, engine.model.dtype)
+            check_tensors(snapshot.group("decoder"), self._decoder_state.tensors())
+            with self._closed_on_error(), self._computing():
+                self._restart()
+                self._drawn, self.seed = {}, info.seed
+                self._set_text(info.prompt, snapshot.tensors["text_states"])
+                self._load(snapshot, info)
+
     def _load(self, snapshot: Snapshot, info: StreamInfo) -> None:
-        """Take over what is checked."""
+        """Take over what is checked, but for the prompt and the seed."""
         self._cache.load(snapshot.group("cache"), info.slot_chunks, info.next_chunk)
         self._decoder_state.load(snapshot.group("decoder"), info.decoded_frames)
         self._window_latents = {
@@ -384,6 +419,8 @@ class VideoStream:
             for chunk in info.window_chunks
         }
         self._index, self._undecoded = info.index, info.undecoded
+        if info.transition_chunks:
+            self._transition = (ordinary(snapshot.tensors["text_target"]), info.transition_chunks)
         if info.ahead:
             frames = finished(DecodedFrames(snapshot.tensors["ahead.frames"].numpy().copy(), 0.0))
             latents = self._window_latents[info.next_chunk - 1]

@@ -33,7 +33,7 @@ LAYERS = [
     {"costs", "toy"},
     {"tuning", "export"},
     {"runtime"},
-    {"diffusers_call", "snapshot", "stream"},
+    {"clip", "diffusers_call", "snapshot", "stream"},
     {"pipeline"},
     {"rfengine"},  # the names in rfengine/__init__.py
     {"doctor", "evaluation", "parity", "serving"},

@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from rfengine import Pipeline, memory, pipeline
+from rfengine import Pipeline, memory
 from rfengine.checkpoint.checkpoint import write_config
 from rfengine.checkpoint.loader import read_safetensors, save_weights
 from rfengine.config import CacheConfig, RuntimeConfig, TinyVAEConfig
@@ -16,7 +16,7 @@ from rfengine.export.tensorrt_decoder import TensorRTDecoder
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.ops.reference import frame_pack
-from rfengine.runtime import decoders
+from rfengine.runtime import decoders, options
 from rfengine.runtime.options import Switch, runtime_switches
 from rfengine.tuning import autotune, candidates
 from support.models import small_pipeline
@@ -292,7 +292,7 @@ def test_ops_are_those_that_won_where_autotune_is_on(saved, monkeypatch):
 
     monkeypatch.setattr(autotune, "tune", tune)
     monkeypatch.setattr(candidates, "transformer_cases", lambda shapes: shapes)
-    monkeypatch.setattr(pipeline, "runtime_switches", tuning)
+    monkeypatch.setattr(options, "runtime_switches", tuning)
     Pipeline.from_pretrained(saved, "cpu", "bfloat16")
     assert asked == [(32, 48, torch.bfloat16, torch.device("cpu"), "auto")]
     Pipeline.from_pretrained(saved, "cpu", runtime=RuntimeConfig(autotune=False))

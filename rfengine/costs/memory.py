@@ -1,16 +1,19 @@
-"""Memory of one stream: weights, cache, and the state and buffers of the decoder, in bytes."""
+"""Memory of one stream: weights, cache, and the state and buffers of the decoder, in bytes, and
+whether they fit."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.cache.kv_cache import StreamingKVCache, arena_shape
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
 from rfengine.grid import LatentGrid
+from rfengine.memory import require_memory
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
@@ -51,6 +54,31 @@ def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> 
         "vae_buffers": decoder.halo_bytes,
     }
     return needs | {"total": sum(needs.values())}
+
+
+def stream_bytes(needs: dict[str, int]) -> int:
+    """Of memory_needs, what each stream has of its own."""
+    shared = {"transformer", "vae", "text_encoder", "vae_buffers", "total"}
+    return sum(size for name, size in needs.items() if name not in shared)
+
+
+def require_stream_fits(
+    config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, devices: tuple[torch.device, torch.device]
+) -> None:
+    """Raises RuntimeError where the cache, or the largest layer of the full decoder, cannot fit.
+
+    devices: the model's, and the decoder's.
+    """
+    place, decoding = devices
+    arenas = 3 if config.cache.positions == "relative" else 2
+    needs = {place: arenas * dtype.itemsize * math.prod(arena_shape(config.model, config.cache, grid))}
+    if config.runtime.vae == "full":
+        frames = config.cache.chunk_frames * grid.temporal_stride
+        values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]
+        needs[decoding] = needs.get(decoding, 0) + 2 * values * dtype.itemsize  # the layer's input and output
+    for device, size in needs.items():
+        what = f"a stream of {grid.height} x {grid.width} pixels"
+        require_memory(size, device, what, "choose a smaller height and width, or a smaller window")
 
 
 def parameter_count(config: WanConfig | VAEConfig | TextConfig) -> int:

@@ -1,4 +1,5 @@
-"""Resolve a RuntimeConfig for a device: each option, on or off, with the reason."""
+"""What a pipeline runs on: device, dtype, ops, and the options of a RuntimeConfig, each on or off with the
+reason."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rfengine.config import RuntimeConfig
+from rfengine.config import DTypeName, EngineConfig, RuntimeConfig
+from rfengine.grid import LatentGrid
+from rfengine.ops import Ops, choose_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +63,43 @@ def decode_device(runtime: RuntimeConfig, device: torch.device) -> torch.device:
     if asked.type != device.type:
         raise RuntimeError(f"decode_device is {asked} and the model runs on {device}; use two of a kind")
     return asked
+
+
+def present_device(name: str | torch.device | None) -> torch.device:
+    """The device, with its index on CUDA; None is CUDA where there is one, else the CPU.
+
+    Raises RuntimeError where there is no such device.
+    """
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device is {device} but torch {torch.__version__} sees no CUDA device; use 'cpu'")
+    count = torch.cuda.device_count()
+    number = torch.cuda.current_device() if device.index is None else device.index
+    if number >= count:
+        raise RuntimeError(f"device is {device} but torch finds {count} CUDA devices; use one of them")
+    return torch.device("cuda", number)
+
+
+def tuned_ops(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Ops:
+    """The model's ops of config.backend; for "auto", those that won where autotune is on."""
+    requested = config.backend
+    if not runtime_switches(config.runtime, device)["autotune"].on:
+        return choose_ops(requested, device, dtype=dtype)
+    from rfengine.tuning.autotune import tune
+    from rfengine.tuning.candidates import TuningShapes, transformer_cases
+
+    shapes = TuningShapes(config, LatentGrid.of(config), dtype, device)
+    choice = tune(transformer_cases(shapes), device, requested=requested)
+    return choose_ops(requested, device, choice.overrides, choice.folds_gate, dtype)
+
+
+def dtype_of(name: DTypeName | torch.dtype | None) -> torch.dtype | None:
+    """The dtype of that name. Raises ValueError for a name that is none of the engine's."""
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ValueError(f"dtype is {name!r}; use {', '.join(known)}")
+    return known[name]

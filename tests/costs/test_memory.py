@@ -39,3 +39,11 @@ def test_memory_is_that_of_a_real_stream() -> None:
     assert needs["vae_state"] == state
     list(stream.take(2))
     assert needs["vae_buffers"] == stream._worker.decoder.halo_bytes > 0
+
+
+def test_a_stream_has_its_cache_its_text_and_its_decoders_state_of_its_own() -> None:
+    pipeline = small_pipeline()
+    needs = memory_needs(pipeline.config, LatentGrid.of(pipeline.config), torch.float32)
+    own = ("keys_values", "raw_keys", "sink_remainder", "cross_attention", "vae_state")
+    assert pipeline.stream_bytes() == sum(needs[name] for name in own)
+    assert pipeline.stream_bytes(64, 96) > 3 * pipeline.stream_bytes() - 3 * needs["cross_attention"]
