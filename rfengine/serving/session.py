@@ -76,12 +76,16 @@ class _Change:
 
 
 class SessionOwner(Protocol):
-    """The service, as its sessions see it; chunk_delivered and end_delivered come on the delivery threads."""
+    """The service, as its sessions see it; its methods are called on the delivery threads."""
 
     pipeline: Pipeline
 
-    def chunk_delivered(self, session: Session, error: Exception | None) -> None:
-        """The consumer took a chunk, or failed with `error`."""
+    def wake(self) -> None:
+        """The consumer took a chunk."""
+        ...
+
+    def delivery_failed(self, session: Session, error: Exception) -> None:
+        """The consumer failed with a chunk or an event."""
         ...
 
     def end_delivered(self, session: Session) -> None:
@@ -155,8 +159,9 @@ class Session:
     def _deliver_event(self, event: SessionEvent) -> None:
         try:
             self.consumer.notify(event)
-        except Exception:
+        except Exception as error:
             logger.exception("a consumer failed in an event of its session")
+            self._owner.delivery_failed(self, error)
 
     def chunk_wait(self, now: float) -> float | None:
         """Seconds until a chunk is wanted: 0 is at once, None not before something happens."""
@@ -312,15 +317,14 @@ class Session:
         self._lane.put(lambda: self._deliver_chunk(made))
 
     def _deliver_chunk(self, chunk: SessionChunk) -> None:
-        error: Exception | None = None
         if not self.cancelled.is_set():
             try:
                 self.consumer.take(chunk)
-            except Exception as failure:
+            except Exception as error:
                 logger.exception("a chunk could not be encoded or kept")
-                error = failure
+                self._owner.delivery_failed(self, error)
         self._delivered += 1
-        self._owner.chunk_delivered(self, error)
+        self._owner.wake()
 
     def finish(self) -> None:
         """Deliver the end, after all that was put before."""

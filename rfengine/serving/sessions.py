@@ -127,7 +127,7 @@ class SessionService:
         session.seen_at = time.monotonic()
 
     def wake(self) -> None:
-        """A consumer has room again."""
+        """A consumer has room again, or took a chunk."""
         with self._changed:
             self._changed.notify_all()
 
@@ -188,12 +188,13 @@ class SessionService:
 
     # What sessions call, on the delivery threads
 
-    def chunk_delivered(self, session: Session, error: Exception | None) -> None:
-        """A consumer took a chunk, or failed with `error`."""
-        if error is not None:
-            message = "the video could not be encoded or kept; start another session"
-            self.close(session, "failed", Fault("delivery_failed", message, 500, True))
-        self.wake()
+    def delivery_failed(self, session: Session, error: Exception) -> None:
+        """A consumer failed, which ends its session; with a ServiceError it says how."""
+        message = "the video could not be encoded or kept; start another session"
+        fault = (
+            error.fault if isinstance(error, ServiceError) else Fault("delivery_failed", message, 500, True)
+        )
+        self.close(session, "slow_client" if fault.code == "slow_client" else "failed", fault)
 
     def end_delivered(self, session: Session) -> None:
         """A consumer knows that its session has ended."""

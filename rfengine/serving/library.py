@@ -1,0 +1,112 @@
+"""RecordingLibrary: the recordings and HLS playlists of realtime sessions, by the session's id."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+
+from rfengine.serving.errors import Fault, ServiceError
+from rfengine.serving.live_video import LiveVideo
+from rfengine.serving.recording import Recording, write_mp4
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Entry:
+    owner: str | None
+    video: LiveVideo
+    path: Path | None
+    recording: Recording | None
+    ended_at: float | None = None
+    added_at: float = field(default_factory=time.monotonic)
+
+
+class RecordingLibrary:
+    """Recordings in one directory that belongs to this process; what an earlier one left is removed.
+
+    most_bytes: of all recordings; the oldest ended ones are removed for new ones. life_s: of a recording
+    after its session. owner, in all methods: the name of the key, None without keys; others find nothing.
+    """
+
+    def __init__(self, directory: Path, most_bytes: int, life_s: float) -> None:
+        self._directory, self._most_bytes, self._life_s = directory, most_bytes, life_s
+        self._lock = Lock()
+        self._entries: dict[str, _Entry] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in directory.iterdir():
+            path.unlink()
+
+    def new_recording(self, request_id: str, init_segment: bytes) -> tuple[Path, Recording]:
+        """A file for a session that begins. Raises ServiceError where no room is left."""
+        self.sweep()
+        with self._lock:
+            used = sum(each.recording.num_bytes for each in self._entries.values() if each.recording)
+        if used >= self._most_bytes:
+            message = f"recordings have {used} of {self._most_bytes} bytes; start without record, or wait"
+            raise ServiceError(Fault("recording_quota", message, 507, True, 60))
+        path = self._directory / f"{request_id}.mp4"
+        return path, Recording(path, init_segment, self._most_bytes - used)
+
+    def add(
+        self, owner: str | None, video: LiveVideo, path: Path | None, recording: Recording | None
+    ) -> None:
+        """Offer the video of a session."""
+        with self._lock:
+            self._entries[video.request_id] = _Entry(owner, video, path, recording)
+
+    def end(self, request_id: str) -> None:
+        """The session has ended; its recording stays for a while."""
+        with self._lock:
+            entry = self._entries.get(request_id)
+            if entry is not None:
+                entry.ended_at = time.monotonic()
+                if entry.path is None:
+                    del self._entries[request_id]
+
+    def video(self, request_id: str, owner: str | None) -> LiveVideo:
+        """Raises ServiceError where the owner has no such session."""
+        return self._entry(request_id, owner).video
+
+    def _entry(self, request_id: str, owner: str | None) -> _Entry:
+        with self._lock:
+            entry = self._entries.get(request_id)
+        if entry is None or entry.owner != owner:
+            raise ServiceError(Fault("not_found", "no such session, or it is long over", status=404))
+        return entry
+
+    def export(self, request_id: str, owner: str | None, branch_id: int | None) -> Path:
+        """An MP4 of what is recorded so far, or of one branch, in a file that the caller removes."""
+        entry = self._entry(request_id, owner)
+        if entry.path is None:
+            message = "the session is not recorded; start it with record: true"
+            raise ServiceError(Fault("not_recorded", message, status=404))
+        ranges = None if branch_id is None else entry.video.line.ranges(branch_id)
+        if ranges == []:
+            raise ServiceError(Fault("unknown_branch", f"branch {branch_id} has no chunk", status=404))
+        target = self._directory / f"{request_id}-{secrets.token_hex(8)}.mp4"
+        try:
+            write_mp4(entry.path, target, ranges)
+        except (RuntimeError, ValueError) as error:
+            raise ServiceError(Fault("export_failed", str(error), 503, True, 1)) from error
+        return target
+
+    def sweep(self) -> None:
+        """Remove recordings that are over their time, and the oldest ended ones while the quota is full."""
+        now = time.monotonic()
+        with self._lock:
+            ended = [
+                (each.ended_at, name) for name, each in self._entries.items() if each.ended_at is not None
+            ]
+            used = sum(each.recording.num_bytes for each in self._entries.values() if each.recording)
+            for ended_at, name in sorted(ended):
+                if now - ended_at > self._life_s or used >= self._most_bytes:
+                    entry = self._entries.pop(name)
+                    used -= entry.recording.num_bytes if entry.recording else 0
+                    with suppress(OSError):
+                        entry.path.unlink(missing_ok=True)

@@ -1,0 +1,79 @@
+"""What realtime messages mean to a session: commands, what the model refuses, and how fast they are read."""
+
+from __future__ import annotations
+
+import time
+
+from pydantic import ValidationError
+
+from rfengine.pipeline import Pipeline
+from rfengine.serving.errors import Fault, ServiceError
+from rfengine.serving.events import Branch, ChangePrompt, Command, KeepPoint, Seek
+from rfengine.serving.protocol import (
+    ClientMessage,
+    SessionBranch,
+    SessionInteraction,
+    SessionSeek,
+    SessionSnapshot,
+    SessionStart,
+)
+
+
+class MessageBucket:
+    """How long to wait before the next message is read."""
+
+    def __init__(self, per_second: float, at_once: int) -> None:
+        self._per_second, self._most = per_second, float(at_once)
+        self._left, self._at = float(at_once), time.monotonic()
+
+    def delay(self) -> float:
+        """Take one message; seconds until it was due."""
+        now = time.monotonic()
+        self._left = min(self._most, self._left + (now - self._at) * self._per_second) - 1.0
+        self._at = now
+        return max(0.0, -self._left / self._per_second)
+
+
+def command_of(message: ClientMessage, event_id: str) -> Command:
+    """The command of a message that is one."""
+    match message:
+        case SessionInteraction():
+            change = message.interaction
+            chunks = max(1, change.transition_chunks or 1)
+            return ChangePrompt(event_id, change.event.prompt, change.mode, chunks)
+        case SessionSnapshot():
+            return KeepPoint(event_id)
+        case SessionSeek():
+            return Seek(event_id, message.snapshot_id)
+        case SessionBranch():
+            return Branch(event_id, message.snapshot_id, message.prompt, message.mode, message.seed)
+    raise AssertionError(message.type)
+
+
+def check_compatible(start: SessionStart, pipeline: Pipeline) -> None:
+    """Raises ServiceError for what the model does not do."""
+    config = pipeline.config
+    steps = len(config.schedule.denoising_steps)
+    wrong = {
+        "model": (start.model not in (None, config.name), config.name),
+        "fps": (start.fps not in (None, config.fps), str(config.fps)),
+        "guidance_scale": (start.guidance_scale not in (None, 1.0), "1: the model is distilled"),
+        "num_inference_steps": (start.num_inference_steps not in (None, steps), str(steps)),
+        "negative_prompt": (bool(start.negative_prompt), "an empty one: the model is distilled"),
+    }
+    for name, (is_wrong, allowed) in wrong.items():
+        if is_wrong:
+            value = str(getattr(start, name))[:60]
+            message = f"{name} is {value!r}; this model takes {allowed}"
+            code = "model_not_found" if name == "model" else "invalid_value"
+            raise ServiceError(Fault(code, message, 404 if name == "model" else 400, param=name))
+
+
+def validation_fault(error: ValidationError) -> Fault:
+    """The first mistake of a message, without its values."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])[:120]
+    more = error.error_count() - 1
+    others = f", and {more} more" if more else ""
+    message = f"{where or 'the message'}: {first['msg']}{others}"
+    return Fault("invalid_message", message[:400], param=where or None)

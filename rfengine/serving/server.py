@@ -1,0 +1,136 @@
+"""The server: one FastAPI application around one pipeline.
+
+create_app puts the parts together; each route is where its subject is: realtime.py, live_routes.py,
+video_api.py, page.py and operations.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.routing import WebSocketRoute
+
+from rfengine.pipeline import Pipeline
+from rfengine.serving.access import AccessMiddleware, ApiKeys
+from rfengine.serving.errors import Fault, ServiceError, error_body
+from rfengine.serving.library import RecordingLibrary
+from rfengine.serving.live_routes import live_router
+from rfengine.serving.metrics import ServerMetrics
+from rfengine.serving.operations import (
+    MetricsObserver,
+    RequestCount,
+    WarmUp,
+    operations_router,
+    watch_gauges,
+)
+from rfengine.serving.options import ServiceOptions
+from rfengine.serving.page import STATIC, page_router
+from rfengine.serving.realtime import RealtimeEndpoint, RealtimeLimits
+from rfengine.serving.sessions import SessionService
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What a server allows.
+
+    data_directory: of this server alone; it holds recordings, video jobs and their files. recording_bytes,
+    video_bytes: quotas of the two. file_life_s: of a recording after its session, and of a finished video.
+    allowed_origins, allowed_hosts: as AccessMiddleware has them. drain_s: for sessions to end at a stop.
+    """
+
+    data_directory: Path
+    service: ServiceOptions = field(default_factory=ServiceOptions)
+    realtime: RealtimeLimits = field(default_factory=RealtimeLimits)
+    keys: ApiKeys | None = None
+    allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_body_bytes: int = 2**20
+    recording_bytes: int = 4 * _GIB
+    video_bytes: int = 4 * _GIB
+    file_life_s: float = 24 * 3600.0
+    drain_s: float = 20.0
+
+
+def create_app(
+    pipeline: Pipeline, options: ServerOptions, on_lost: Callable[[str], None] | None = None
+) -> FastAPI:
+    """The application; its parts live from here to the end of its lifespan.
+
+    on_lost: as SessionService has it. Raises RuntimeError where another server has the data directory.
+    """
+    metrics = ServerMetrics()
+    service = SessionService(pipeline, options.service, MetricsObserver(metrics), on_lost)
+    recordings = options.data_directory / "recordings"
+    library = RecordingLibrary(recordings, options.recording_bytes, options.file_life_s)
+    endpoint = RealtimeEndpoint(service, library, metrics, options.realtime)
+    warm_up = WarmUp(service)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(warm_up.run)
+        yield
+        await run_in_threadpool(service.drain, options.drain_s)
+        await run_in_threadpool(service.stop)
+
+    app = FastAPI(title="rfengine", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.router.routes.append(WebSocketRoute("/v1/realtime/video", endpoint.serve))
+    app.include_router(live_router(library))
+    app.include_router(operations_router(service, metrics, lambda: warm_up.done))
+    app.include_router(page_router(pipeline))
+    app.mount("/static", StaticFiles(directory=STATIC))
+    _answer_errors(app)
+    watch_gauges(metrics, service, endpoint.outboxes)
+    app.add_middleware(RequestCount, metrics=metrics)
+    app.add_middleware(
+        AccessMiddleware,
+        keys=options.keys,
+        max_body_bytes=options.max_body_bytes,
+        allowed_origins=options.allowed_origins,
+        allowed_hosts=options.allowed_hosts,
+    )
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Let every error be typed JSON, without a traceback or a path."""
+
+    @app.exception_handler(ServiceError)
+    async def service_error(request: Request, error: ServiceError) -> JSONResponse:
+        return _answer(error.fault)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_request(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])[:120]
+        return _answer(Fault("invalid_value", f"{where or 'the request'}: {first['msg']}"[:400], param=where))
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        fault = Fault(codes.get(error.status_code, "http_error"), str(error.detail), error.status_code)
+        return _answer(fault, error.headers)
+
+    @app.exception_handler(Exception)
+    async def internal_error(request: Request, error: Exception) -> JSONResponse:
+        message = "the server failed at this request; the log says more"
+        return _answer(Fault("internal_error", message, 500, True))
+
+
+def _answer(fault: Fault, headers: dict[str, str] | None = None) -> JSONResponse:
+    more = {} if fault.retry_after_s is None else {"Retry-After": str(fault.retry_after_s)}
+    return JSONResponse(error_body(fault), fault.status, {**(headers or {}), **more})
