@@ -10,12 +10,14 @@ from typing import Annotated, Any
 import tyro
 
 from rfengine.benchmark.options import ThroughputOptions
-from rfengine.cli import bench, convert, doctor, export_vae, generate, parity, train
+from rfengine.cli import bench, client, convert, doctor, export_vae, generate, parity, serve, train
 from rfengine.cli import eval as evaluate
 from rfengine.cli.terminal import exit_status_of, stops_as_interrupt
 
 Options = (
     Annotated[generate.GenerateOptions, tyro.conf.subcommand("generate")]
+    | Annotated[serve.ServeOptions, tyro.conf.subcommand("serve")]
+    | Annotated[client.ClientOptions, tyro.conf.subcommand("client")]
     | Annotated[convert.ConvertOptions, tyro.conf.subcommand("convert")]
     | Annotated[parity.ParityOptions, tyro.conf.subcommand("parity")]
     | Annotated[doctor.DoctorOptions, tyro.conf.subcommand("doctor")]
@@ -28,6 +30,8 @@ Options = (
 
 _RUN: dict[type, Callable[[Any], int]] = {
     generate.GenerateOptions: generate.run,
+    serve.ServeOptions: serve.run,
+    client.ClientOptions: client.run,
     convert.ConvertOptions: convert.run,
     parity.ParityOptions: parity.run,
     doctor.DoctorOptions: doctor.run,

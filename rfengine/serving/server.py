@@ -49,6 +49,7 @@ class ServerOptions:
 
     data_directory: of this server alone; it holds recordings, video jobs and their files. recording_bytes,
     video_bytes: quotas of the two. file_life_s: of a recording after its session, and of a finished video.
+    max_connections: of HTTP and WebSocket together.
     allowed_origins, allowed_hosts: as AccessMiddleware has them. drain_s: for sessions to end at a stop.
     """
 
@@ -62,6 +63,7 @@ class ServerOptions:
     recording_bytes: int = 4 * _GIB
     video_bytes: int = 4 * _GIB
     file_life_s: float = 24 * 3600.0
+    max_connections: int = 256
     drain_s: float = 20.0
 
 
@@ -87,7 +89,7 @@ def create_app(
         await run_in_threadpool(service.stop)
 
     app = FastAPI(title="rfengine", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service = service
+    app.state.service, app.state.endpoint = service, endpoint
     app.router.routes.append(WebSocketRoute("/v1/realtime/video", endpoint.serve))
     app.include_router(live_router(library))
     app.include_router(operations_router(service, metrics, lambda: warm_up.done))

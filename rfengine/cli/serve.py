@@ -1,0 +1,122 @@
+"""`rfengine serve`: a server with a page, realtime sessions and video jobs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import webbrowser
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Timer
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, UseAppendAction
+
+from rfengine.cli.terminal import find_device
+from rfengine.config import Backend, DTypeName, RuntimeConfig
+from rfengine.limits import Range, check_options
+from rfengine.pipeline import Pipeline
+
+_GIB = 2**30
+_OPEN_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """Serve a page, realtime sessions over a WebSocket, and video jobs in the shape of OpenAI's API."""
+
+    model: str = "tiny"
+    """A checkpoint directory, or tiny, which comes with the package."""
+    host: str = "127.0.0.1"
+    """Address to listen at; any but loopback needs keys."""
+    port: Annotated[int, Range(1, 65535)] = 8000
+    api_key_file: Path | None = None
+    """Access keys, one on each line, in a file that only you can read; or RFENGINE_API_KEYS, with commas."""
+    insecure: bool = False
+    """Listen beyond loopback without keys: everybody who reaches the port can use the machine."""
+    max_sessions: Annotated[int, Range(1, 10_000)] = 16
+    """Sessions at once, paused ones and running jobs included."""
+    memory_gb: Annotated[float | None, Range(0.001, 10_000)] = None
+    """Device memory for sessions, beside the model; most of what is free where nothing is given."""
+    host_memory_gb: Annotated[float, Range(0.001, 10_000)] = 2.0
+    """Host memory for paused sessions and kept points."""
+    data_directory: Path | None = None
+    """Where recordings and videos are kept; below ~/.local/state/rfengine where nothing is given."""
+    disk_gb: Annotated[float, Range(0.001, 1_000_000)] = 8.0
+    """Quota of the data directory; half is for recordings of sessions, half for videos of jobs."""
+    allow_origin: UseAppendAction[tuple[str, ...]] = ()
+    """Another site whose pages may call, as https://host; may be given several times."""
+    allow_host: UseAppendAction[tuple[str, ...]] = ()
+    """Another name under which the server is reached without keys; may be given several times."""
+    device: str | None = None
+    """cpu, cuda or cuda:N; cuda where there is one."""
+    dtype: DTypeName | None = None
+    """Precision of the weights; bfloat16 on CUDA, float32 on the CPU."""
+    backend: Backend | None = None
+    """What runs the ops; auto, the default, takes what is fastest here."""
+    runtime: OmitArgPrefixes[RuntimeConfig] = field(default_factory=RuntimeConfig)
+    log_json: bool = False
+    """Write the log as one JSON object a line."""
+    open_browser: bool = False
+    """Open the page in a browser."""
+
+
+def run(options: ServeOptions) -> int:
+    check_options(options)
+    _require_packages()
+    from rfengine.serving.access import ApiKeys, check_bind
+    from rfengine.serving.json_logs import configure_logging
+    from rfengine.serving.options import ServiceOptions
+    from rfengine.serving.process import Address, serve
+    from rfengine.serving.server import ServerOptions
+
+    keys = ApiKeys.from_file(options.api_key_file) if options.api_key_file else ApiKeys.from_environment()
+    check_bind(options.host, keys, options.insecure)  # before the model is loaded, which can take minutes
+    configure_logging("INFO", options.log_json)
+    for name in ("uvicorn", "rfengine.ops"):  # each step of a start, and every op, which doctor lists too
+        logging.getLogger(name).setLevel(logging.WARNING)
+    memory = None if options.memory_gb is None else int(options.memory_gb * _GIB)
+    host_bytes, disk = int(options.host_memory_gb * _GIB), int(options.disk_gb * _GIB)
+    server = ServerOptions(
+        options.data_directory or _state_directory(options.port),
+        service=ServiceOptions(options.max_sessions, memory, host_bytes),
+        keys=keys,
+        allowed_origins=options.allow_origin,
+        allowed_hosts=options.allow_host,
+        recording_bytes=disk // 2,
+        video_bytes=disk // 2,
+    )
+    pipeline = Pipeline.from_pretrained(
+        options.model,
+        find_device(options.device),
+        options.dtype,
+        backend=options.backend,
+        runtime=options.runtime,
+    )
+    name = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"http://{'localhost' if options.host in ('127.0.0.1', '0.0.0.0') else name}:{options.port}/"
+    print(f"rfengine serves {pipeline.config.name}; the page is at {url}  (Ctrl-C stops it)", flush=True)
+    if options.open_browser:
+        timer = Timer(_OPEN_AFTER_S, webbrowser.open, (url,))
+        timer.daemon = True
+        timer.start()
+    return serve(pipeline, server, Address(options.host, options.port, options.insecure))
+
+
+def _require_packages() -> None:
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn
+        import websockets
+    except ImportError as error:
+        raise RuntimeError(
+            f"the server needs {error.name}, which is not installed; pip install 'rfengine[serve]'"
+        ) from error
+    del fastapi, prometheus_client, uvicorn, websockets
+
+
+def _state_directory(port: int) -> Path:
+    """A directory for each port, so that two servers of a user do not meet."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "rfengine" / f"serve-{port}"

@@ -1,0 +1,98 @@
+"""The server as a process: it listens, drains at a signal to stop, and ends when its engine is lost."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+
+from rfengine.pipeline import Pipeline
+from rfengine.serving.access import check_bind
+from rfengine.serving.server import ServerOptions, create_app
+
+logger = logging.getLogger(__name__)
+
+ENGINE_LOST = 70  # exit status: EX_SOFTWARE of sysexits.h, for a supervisor to start the server again
+_TELL_CLIENTS_S = 2.0
+_POLL_S = 0.05
+_KEEPALIVE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server listens. insecure: other than loopback without keys."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    insecure: bool = False
+
+
+def serve(pipeline: Pipeline, options: ServerOptions, address: Address) -> int:
+    """Serve until a signal to stop; returns the exit status.
+
+    The first signal lets each session finish its chunk and end, within options.drain_s; a second one ends at
+    once. Raises ValueError where the address may not be bound, RuntimeError where it cannot be.
+    """
+    check_bind(address.host, options.keys, address.insecure)
+    app = create_app(pipeline, options, _end_process)
+    config = uvicorn.Config(
+        app,
+        host=address.host,
+        port=address.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws_max_size=options.realtime.message_bytes,
+        ws_ping_interval=_KEEPALIVE_S,
+        ws_ping_timeout=_KEEPALIVE_S,
+        timeout_graceful_shutdown=int(_TELL_CLIENTS_S),
+        limit_concurrency=options.max_connections,
+        h11_max_incomplete_event_size=2**16,
+    )
+    server = DrainingServer(config, options.drain_s)
+    server.run()
+    if not server.started:
+        place = f"{address.host}:{address.port}"
+        raise RuntimeError(f"{place} cannot be bound; another server may have it, choose another --port")
+    return 0
+
+
+class DrainingServer(uvicorn.Server):
+    """Drains before it stops. A second signal stops it at once."""
+
+    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+        super().__init__(config)
+        self._drain_s = drain_s
+        self._draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """What uvicorn calls at a signal."""
+        if self._draining or not self.started:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = True
+        threading.Thread(target=self._drain, name="rfengine-drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        logger.info("stopping: sessions end after their chunk")
+        state = self.config.app.state
+        if not state.service.drain(self._drain_s):
+            logger.warning("sessions did not end within %g s and are cut off", self._drain_s)
+        deadline = time.monotonic() + _TELL_CLIENTS_S
+        while state.endpoint.connections and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        self.should_exit = True
+
+
+def _end_process(why: str) -> None:
+    """Leave the clients a moment for their errors, then end: a hanging device lets no thread be joined."""
+    time.sleep(_TELL_CLIENTS_S)
+    logger.critical("the process ends, since the engine is lost: %s", why)
+    for handler in logging.getLogger("rfengine").handlers:
+        handler.flush()
+    os._exit(ENGINE_LOST)
