@@ -11,11 +11,14 @@ INPUTS  := pyproject.toml setup.py constraints.txt
 # a worker takes file after file, in the order of tests/conftest.py
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-gpu lint format bench toy-study clean
+.PHONY: demo serve test test-gpu soak lint format bench toy-study clean
 .NOTPARALLEL:  # one pip at a time in one environment
 
 demo: $(VENV)/.core  ## eight seconds of video from a prompt, on any machine
 	$(VENV)/bin/rfengine generate "$(PROMPT)" --model tiny --seconds 8 --seed 3 -o demo.mp4
+
+serve: $(VENV)/.serve  ## a server on this machine, and its page in your browser; SERVE_ARGS="--model DIRECTORY"
+	$(VENV)/bin/rfengine serve --open-browser $(SERVE_ARGS)
 
 test: $(VENV)/.dev  ## all tests; those that need a GPU skip themselves where there is none
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
@@ -23,6 +26,9 @@ test: $(VENV)/.dev  ## all tests; those that need a GPU skip themselves where th
 test-gpu: $(VENV)/.dev  ## the kernel tests and all that need a GPU, on the GPU that is here
 	$(VENV)/bin/python -m pytest $(PARALLEL) tests/kernels $(PYTEST_ARGS)
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m gpu $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev  ## the tests of the server that take minutes to hours
+	$(VENV)/bin/python -m pytest -m soak $(PYTEST_ARGS)
 
 lint: $(VENV)/.lint  ## what pre-commit and CI check
 	$(VENV)/bin/ruff check .
@@ -53,9 +59,10 @@ $(VENV)/.lint: $(VENV)/.made constraints.txt
 	@touch $@
 
 # torch comes first and the build is not isolated, so that no step fetches a second torch or another setuptools.
-# .dev includes all of .core, so that `make test` builds the package once.
+# .dev includes all of .core and .serve, so that `make test` builds the package once.
 $(VENV)/.dev: EXTRA := [dev]
-$(VENV)/.core $(VENV)/.dev: $(VENV)/.made $(INPUTS)
+$(VENV)/.serve: EXTRA := [serve]
+$(VENV)/.core $(VENV)/.serve $(VENV)/.dev: $(VENV)/.made $(INPUTS)
 	$(PIP) torch setuptools
 	$(PIP) --no-build-isolation --editable .$(EXTRA)
-	@touch $(VENV)/.core $@
+	@touch $(VENV)/.core $(if $(filter %.dev,$@),$(VENV)/.serve) $@

@@ -99,6 +99,13 @@ setup(
     packages=find_namespace_packages(
         include=["rfengine", "rfengine.*"], exclude=["*.__pycache__", "*.__pycache__.*"]
     ),
-    package_data={"rfengine": ["weights/**/*.safetensors", "weights/**/*.json", "_native.fatbin"]},
+    package_data={
+        "rfengine": [
+            "weights/**/*.safetensors",
+            "weights/**/*.json",
+            "serving/static/*",
+            "_native.fatbin",
+        ]
+    },  # fmt: skip
     cmdclass={"build": BuildWithNative, "build_native": BuildNative},
 )

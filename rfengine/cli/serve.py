@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ class ServeOptions:
     log_json: bool = False
     """Write the log as one JSON object a line."""
     open_browser: bool = False
-    """Open the page in a browser."""
+    """Open the page in a browser, where this machine has a screen."""
 
 
 def run(options: ServeOptions) -> int:
@@ -96,7 +97,7 @@ def run(options: ServeOptions) -> int:
     name = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{'localhost' if options.host in ('127.0.0.1', '0.0.0.0') else name}:{options.port}/"
     print(f"rfengine serves {pipeline.config.name}; the page is at {url}  (Ctrl-C stops it)", flush=True)
-    if options.open_browser:
+    if options.open_browser and _has_screen():
         timer = Timer(_OPEN_AFTER_S, webbrowser.open, (url,))
         timer.daemon = True
         timer.start()
@@ -114,6 +115,11 @@ def _require_packages() -> None:
             f"the server needs {error.name}, which is not installed; pip install 'rfengine[serve]'"
         ) from error
     del fastapi, prometheus_client, uvicorn, websockets
+
+
+def _has_screen() -> bool:
+    """Whether a browser would have a window; without one a text browser could take over the terminal."""
+    return sys.platform != "linux" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def _state_directory(port: int) -> Path:
