@@ -31,8 +31,8 @@ _LARGEST_TERM = 1_000_000  # of a rate as a fraction; MP4 counts time in 32 bits
 _TELEVISION_RATES = tuple(Fraction(whole * 1000, 1001) for whole in (24, 30, 48, 60, 120))
 
 # numbers of ITU-T H.273, which are those of FFmpeg: primaries, transfer and matrix of BT.709
-_BT709 = 1
-_FROM_16_TO_235, _FROM_0_TO_255 = 1, 2  # FFmpeg's names of the ranges are tv and pc
+BT709 = 1
+FROM_16_TO_235, _FROM_0_TO_255 = 1, 2  # FFmpeg's names of the ranges are tv and pc
 _EXACT_BILINEAR = 0x2 | 0x40000  # SWS_BILINEAR | SWS_ACCURATE_RND of libswscale
 
 
@@ -89,7 +89,7 @@ class Video:
         Raises ValueError when the directory is missing and for frames or a rate that no MP4 can have,
         RuntimeError when writing fails.
         """
-        _check_frames(self.frames)
+        check_frames(self.frames)
         if not len(self.frames):
             raise ValueError(f"the video for {path} has 0 frames; give at least one")
         height, width = self.frames.shape[1:3]
@@ -125,7 +125,7 @@ def _nearest_rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)
 
 
-def _check_frames(frames: ndarray, height: int | None = None, width: int | None = None) -> None:
+def check_frames(frames: ndarray, height: int | None = None, width: int | None = None) -> None:
     """Raises ValueError for anything but uint8 [T, height, width, 3] of NumPy, with what to give instead."""
     import numpy
 
@@ -140,7 +140,8 @@ def _check_frames(frames: ndarray, height: int | None = None, width: int | None 
         raise ValueError(f"frames are {frames.dtype} {frames.shape}; {wanted}{scale}")
 
 
-def _check_size(height: int, width: int) -> None:
+def check_size(height: int, width: int) -> None:
+    """Raises ValueError for a size that no MP4 (H.264) can have."""
     for name, side in (("height", height), ("width", width)):
         if not isinstance(side, Integral) or not 0 < side <= _MOST_PIXELS:
             raise ValueError(f"{name} is {side} pixels; an MP4 (H.264) has from 2 to {_MOST_PIXELS}")
@@ -152,16 +153,16 @@ def _check_size(height: int, width: int) -> None:
         )
 
 
-def _as_bt709(frame: ndarray) -> VideoFrame:
+def as_bt709_frame(frame: ndarray) -> VideoFrame:
     """RGB uint8 [H, W, 3] as a picture in the colours that the file is tagged with."""
     from av import VideoFrame
 
     return VideoFrame.from_ndarray(frame, format="rgb24").reformat(
         format="yuv420p",
-        src_colorspace=_BT709,
-        dst_colorspace=_BT709,
+        src_colorspace=BT709,
+        dst_colorspace=BT709,
         src_color_range=_FROM_0_TO_255,
-        dst_color_range=_FROM_16_TO_235,
+        dst_color_range=FROM_16_TO_235,
         interpolation=_EXACT_BILINEAR,
     )
 
@@ -180,7 +181,7 @@ class VideoWriter:
         self.path = Path(path)
         check_video_path(self.path)
         rate = frame_rate(fps)
-        _check_size(height, width)
+        check_size(height, width)
         import av
 
         self.frames_written = 0
@@ -196,8 +197,8 @@ class VideoWriter:
         self._stream.pix_fmt = "yuv420p"
         self._stream.options = {"crf": "18", "preset": "medium"}
         coder = self._stream.codec_context
-        coder.color_range = _FROM_16_TO_235
-        coder.color_primaries = coder.color_trc = coder.colorspace = _BT709
+        coder.color_range = FROM_16_TO_235
+        coder.color_primaries = coder.color_trc = coder.colorspace = BT709
         self._open = True
 
     def write(self, frames: ndarray) -> None:
@@ -208,12 +209,12 @@ class VideoWriter:
         """
         from av import FFmpegError
 
-        _check_frames(frames, *self._size)
+        check_frames(frames, *self._size)
         if not self._open:
             raise RuntimeError(f"{self.path} is closed; open another VideoWriter for more frames")
         try:
             for frame in frames:
-                self._container.mux(self._stream.encode(_as_bt709(frame)))
+                self._container.mux(self._stream.encode(as_bt709_frame(frame)))
                 self.frames_written += 1
         except (OSError, FFmpegError) as error:
             raise self._failure(error) from error

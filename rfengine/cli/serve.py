@@ -65,14 +65,14 @@ class ServeOptions:
 def run(options: ServeOptions) -> int:
     check_options(options)
     _require_packages()
-    from rfengine.serving.access import ApiKeys, check_bind
+    from rfengine.serving.access import ApiKeys
     from rfengine.serving.json_logs import configure_logging
     from rfengine.serving.options import ServiceOptions
-    from rfengine.serving.process import Address, serve
+    from rfengine.serving.process import Address, listen, serve
     from rfengine.serving.server import ServerOptions
 
     keys = ApiKeys.from_file(options.api_key_file) if options.api_key_file else ApiKeys.from_environment()
-    check_bind(options.host, keys, options.insecure)  # before the model is loaded, which can take minutes
+    listener = listen(Address(options.host, options.port, options.insecure), keys)
     configure_logging("INFO", options.log_json)
     for name in ("uvicorn", "rfengine.ops"):  # each step of a start, and every op, which doctor lists too
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -101,7 +101,7 @@ def run(options: ServeOptions) -> int:
         timer = Timer(_OPEN_AFTER_S, webbrowser.open, (url,))
         timer.daemon = True
         timer.start()
-    return serve(pipeline, server, Address(options.host, options.port, options.insecure))
+    return serve(pipeline, server, listener)
 
 
 def _require_packages() -> None:

@@ -90,7 +90,7 @@ class ApiKeys:
         for number, key in enumerate(keys, 1):
             if not _KEY.fullmatch(key):
                 raise ValueError(
-                    f"access key {number} is none, of {len(key)} characters; use 16 to 256 printable ASCII "
+                    f"access key {number} ({len(key)} characters) is not valid; use 16 to 256 printable ASCII "
                     "characters without spaces"
                 )
             digest = hashlib.sha256(key.encode()).digest()
@@ -136,7 +136,7 @@ class ApiKeys:
             raise ValueError(f"{KEYS_VARIABLE}: {error}, or unset it") from None
 
     def identify(self, candidate: str) -> str | None:
-        """The short name of a key, which stays the same over restarts; None for what is no key."""
+        """The short name of a key, which stays the same over restarts; None where it is not one of the keys."""
         digest = hashlib.sha256(candidate.encode("utf-8", "surrogatepass")).digest()
         return _find(digest, ((key.digest, key.name) for key in self._keys))
 
@@ -145,7 +145,7 @@ class ApiKeys:
         return next(key.token for key in self._keys if key.name == key_name)
 
     def identify_token(self, token: str) -> str | None:
-        """The name of the key that a token stands for; None for anything else."""
+        """The name of the key that a token stands for; None for any other text."""
         given = token.encode("utf-8", "surrogatepass")
         return _find(given, ((key.token.encode(), key.name) for key in self._keys))
 
@@ -188,7 +188,7 @@ class AccessMiddleware:
     allowed_origins: scheme://host[:port] of pages that may call beside the server's own.
     public_paths: need no key, and have neither host nor origin checked.
 
-    Raises ValueError for an origin or a host that is none.
+    Raises ValueError for an allowed origin or host that is malformed.
     """
 
     def __init__(
@@ -270,9 +270,11 @@ class AccessMiddleware:
             site = _site(origins[0]) if len(origins) == 1 else None
             if site is None or (site != _own_site(scope) and site not in self._origins):
                 origin = shown(origins[0])
-                _forbid("foreign_origin", f"the origin {origin} is not served; allow it, or use the own page")
+                _forbid(
+                    "foreign_origin", f"the origin {origin} is not served; use the server's page or allow it"
+                )
         elif _is_from_another_site(scope):
-            _forbid("foreign_origin", "a page of another site sent the request; use the server's own page")
+            _forbid("foreign_origin", "a page of another site sent the request; use the server's page")
 
 
 def _forbid(code: str, message: str) -> NoReturn:
@@ -318,7 +320,7 @@ def _scheme_and_key(headers: list[str]) -> tuple[str, str]:
 
 
 def _decoded(text: str, altchars: bytes | None = None) -> str:
-    """The text in a base64; empty for what is none."""
+    """The text that base64 stands for; empty where it is malformed."""
     try:
         return base64.b64decode(text, altchars, validate=True).decode("latin-1")
     except ValueError:
@@ -341,13 +343,13 @@ def _own_site(scope: Scope) -> tuple[str, str, int] | None:
 
 
 def _site(origin: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port of an origin; None for what is none, as `null` and `*`."""
+    """Scheme, host and port of an origin; None where it is malformed, or `null`."""
     match = _SITE.fullmatch(origin.lower())
     return match and (match[1], match[2], int(match[3] or _PORTS[match[1]]))
 
 
 def _is_from_another_site(scope: Scope) -> bool:
-    """Whether a browser says so of a request without an origin; a link to a page of the server is none."""
+    """Whether a browser marks the request as another site's, unless it follows a link."""
     foreign = {"cross-site", "same-site"} & set(_values(scope, b"sec-fetch-site"))
     link = scope.get("method") in ("GET", "HEAD") and _values(scope, b"sec-fetch-mode") == ["navigate"]
     return bool(foreign) and not link

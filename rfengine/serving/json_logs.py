@@ -16,7 +16,7 @@ _SECRET_NAME = re.compile(_SECRET_HEADERS, re.IGNORECASE)
 _QUOTED = r"""(?P<quote>['"])(?:\\.|(?!(?P=quote))[^\\\n])*(?P=quote)"""
 _SECRETS = (
     # a header as a line, in JSON, or in the repr of a dict or of pairs: to the closing quote, else to the end
-    re.compile(rf"""(\b(?:{_SECRET_HEADERS})(?:\\?['"],|\\?['"]?\s*[:=])\s*b?)(?:{_QUOTED}|[^\n]+)""", re.I),
+    re.compile(rf"""(\b(?:{_SECRET_HEADERS})(?:\\?['"],|\\?['"]?\s*[:=])\s*)(?:b?{_QUOTED}|[^\n]+)""", re.I),
     re.compile(r"(\b(?:Bearer|Basic)\s+)\S{16,}", re.I),  # shorter words are no keys
     re.compile(r"""(rfengine\.bearer\.)[^\s,'"]+"""),
     re.compile(r"""(rfengine_access=)[^\s;,'"]+"""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from types import FrameType
 import uvicorn
 
 from rfengine.pipeline import Pipeline
-from rfengine.serving.access import check_bind
+from rfengine.serving.access import ApiKeys, check_bind
 from rfengine.serving.server import ServerOptions, create_app
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ ENGINE_LOST = 70  # exit status: EX_SOFTWARE of sysexits.h, for a supervisor to 
 _TELL_CLIENTS_S = 2.0
 _POLL_S = 0.05
 _KEEPALIVE_S = 20.0
+_BACKLOG = 1024
+_MOST_HEADER_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +35,31 @@ class Address:
     insecure: bool = False
 
 
-def serve(pipeline: Pipeline, options: ServerOptions, address: Address) -> int:
-    """Serve until a signal to stop; returns the exit status.
+def listen(address: Address, keys: ApiKeys | None) -> socket.socket:
+    """The listening socket, before a model is loaded.
+
+    Raises ValueError where the address may not be bound without keys, RuntimeError where it cannot be.
+    """
+    check_bind(address.host, keys, address.insecure)
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server((address.host, address.port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise RuntimeError(
+            f"{address.host}:{address.port} cannot be bound ({error.strerror}); another server may have it, "
+            "choose another --port"
+        ) from error
+
+
+def serve(pipeline: Pipeline, options: ServerOptions, listener: socket.socket) -> int:
+    """Serve on the socket until a signal to stop; returns the exit status.
 
     The first signal lets each session finish its chunk and end, within options.drain_s; a second one ends at
-    once. Raises ValueError where the address may not be bound, RuntimeError where it cannot be.
+    once.
     """
-    check_bind(address.host, options.keys, address.insecure)
     app = create_app(pipeline, options, _end_process)
     config = uvicorn.Config(
         app,
-        host=address.host,
-        port=address.port,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -52,14 +68,11 @@ def serve(pipeline: Pipeline, options: ServerOptions, address: Address) -> int:
         ws_ping_timeout=_KEEPALIVE_S,
         timeout_graceful_shutdown=int(_TELL_CLIENTS_S),
         limit_concurrency=options.max_connections,
-        h11_max_incomplete_event_size=2**16,
+        h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
     )
     server = DrainingServer(config, options.drain_s)
-    server.run()
-    if not server.started:
-        place = f"{address.host}:{address.port}"
-        raise RuntimeError(f"{place} cannot be bound; another server may have it, choose another --port")
-    return 0
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
 
 
 class DrainingServer(uvicorn.Server):

@@ -31,10 +31,7 @@ _NEVER = str(1 << 30)  # frames between keyframes, but for the one that begins e
 
 # one packet for each frame at once: no B frames, no frames looked ahead at
 _OPTIONS = {
-    "libx264": {
-        "preset": "veryfast", "tune": "zerolatency", "crf": "18", "bf": "0", "g": _NEVER,
-        "sc_threshold": "0", "forced-idr": "1",
-    },
+    "libx264": {"preset": "veryfast", "tune": "zerolatency", "crf": "18", "g": _NEVER, "sc_threshold": "0"},
     "h264_nvenc": {
         "preset": "p4", "tune": "ull", "rc": "constqp", "qp": "20", "bf": "0", "g": _NEVER,
         "no-scenecut": "1", "forced-idr": "1", "zerolatency": "1", "delay": "0",
