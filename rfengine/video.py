@@ -33,6 +33,7 @@ _TELEVISION_RATES = tuple(Fraction(whole * 1000, 1001) for whole in (24, 30, 48,
 # numbers of ITU-T H.273, which are those of FFmpeg: primaries, transfer and matrix of BT.709
 BT709 = 1
 FROM_16_TO_235, _FROM_0_TO_255 = 1, 2  # FFmpeg's names of the ranges are tv and pc
+_PIXELS_OF_A_THREAD = 1 << 17  # below it starting one thread a core takes longer than the conversion
 _EXACT_BILINEAR = 0x2 | 0x40000  # SWS_BILINEAR | SWS_ACCURATE_RND of libswscale
 
 
@@ -157,6 +158,7 @@ def as_bt709_frame(frame: ndarray) -> VideoFrame:
     """RGB uint8 [H, W, 3] as a picture in the colours that the file is tagged with."""
     from av import VideoFrame
 
+    few = frame.shape[0] * frame.shape[1] <= _PIXELS_OF_A_THREAD
     return VideoFrame.from_ndarray(frame, format="rgb24").reformat(
         format="yuv420p",
         src_colorspace=BT709,
@@ -164,6 +166,7 @@ def as_bt709_frame(frame: ndarray) -> VideoFrame:
         src_color_range=_FROM_0_TO_255,
         dst_color_range=FROM_16_TO_235,
         interpolation=_EXACT_BILINEAR,
+        threads=1 if few else None,
     )
 
 

@@ -90,8 +90,8 @@ class ApiKeys:
         for number, key in enumerate(keys, 1):
             if not _KEY.fullmatch(key):
                 raise ValueError(
-                    f"access key {number} ({len(key)} characters) is not valid; use 16 to 256 printable ASCII "
-                    "characters without spaces"
+                    f"access key {number} ({len(key)} characters) is not valid; use 16 to 256 printable "
+                    "ASCII characters without spaces"
                 )
             digest = hashlib.sha256(key.encode()).digest()
             token = hmac.digest(secret, digest, "sha256").hex()
@@ -136,7 +136,7 @@ class ApiKeys:
             raise ValueError(f"{KEYS_VARIABLE}: {error}, or unset it") from None
 
     def identify(self, candidate: str) -> str | None:
-        """The short name of a key, which stays the same over restarts; None where it is not one of the keys."""
+        """The short name of a key, which stays the same over restarts; None where it is none of them."""
         digest = hashlib.sha256(candidate.encode("utf-8", "surrogatepass")).digest()
         return _find(digest, ((key.digest, key.name) for key in self._keys))
 

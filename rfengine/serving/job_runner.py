@@ -21,6 +21,7 @@ _RETRY_S = 1.0  # after a refusal that passes
 _SWEEP_S = 10.0
 _REPORT_S = 0.25  # between two commits of a job's progress
 _PASSING = ("no_memory", "too_many_sessions")  # codes of refusals that leave a job in the queue
+_WRITE_FAILED = Fault("write_failed", "the video could not be written; create it again", 500, True)
 
 
 def session_request(request: JobRequest) -> SessionRequest:
@@ -72,7 +73,12 @@ class _JobConsumer:
 
     def end(self, ended: Ended) -> None:
         try:
-            self._record(self._outcome(ended))
+            outcome = self._outcome(ended)
+        except Exception:  # whatever it is, no job stays in progress
+            logger.exception("the file of job %s failed", self._job.id)
+            outcome = self._failure(_WRITE_FAILED)
+        try:
+            self._record(outcome)
         finally:
             self._forget()
 
@@ -92,8 +98,11 @@ class _JobConsumer:
             return lambda: store.put_back(job_id, attempt_counts=False)
         if fault.code == "engine_lost":  # as if the process had been killed
             return lambda: store.put_back(job_id, attempt_counts=True)
-        logger.warning("job %s failed: %s", job_id, fault.message)
-        return lambda: store.fail(job_id, fault)
+        return self._failure(fault)
+
+    def _failure(self, fault: Fault) -> Callable[[], None]:
+        logger.warning("job %s failed: %s", self._job.id, fault.message)
+        return lambda: self._store.fail(self._job.id, fault)
 
 
 def _fault_of(error: RuntimeError) -> Fault:
@@ -102,7 +111,7 @@ def _fault_of(error: RuntimeError) -> Fault:
     if isinstance(cause, OSError):
         return storage_fault(cause)
     logger.error("the file of a job failed", exc_info=error)
-    return Fault("write_failed", "the video could not be written; create it again", 500, True)
+    return _WRITE_FAILED
 
 
 class JobRunner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
 from contextlib import suppress
@@ -12,9 +11,9 @@ from threading import Lock
 
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.live_video import LiveVideo
-from rfengine.serving.recording import Recording, write_mp4
+from rfengine.serving.recording import ByteBudget, Recording, write_mp4
 
-logger = logging.getLogger(__name__)
+_LEAST_BYTES = 2**20  # for a recording to begin
 
 
 @dataclass(slots=True)
@@ -35,23 +34,27 @@ class RecordingLibrary:
     """
 
     def __init__(self, directory: Path, most_bytes: int, life_s: float) -> None:
-        self._directory, self._most_bytes, self._life_s = directory, most_bytes, life_s
+        self._directory, self._life_s = directory, life_s
+        self._budget = ByteBudget(most_bytes)
         self._lock = Lock()
         self._entries: dict[str, _Entry] = {}
+        self._exports: dict[Path, int] = {}  # their bytes in the budget
         directory.mkdir(parents=True, exist_ok=True)
         for path in directory.iterdir():
             path.unlink()
 
     def new_recording(self, request_id: str, init_segment: bytes) -> tuple[Path, Recording]:
         """A file for a session that begins. Raises ServiceError where no room is left."""
-        self.sweep()
-        with self._lock:
-            used = sum(each.recording.num_bytes for each in self._entries.values() if each.recording)
-        if used >= self._most_bytes:
-            message = f"recordings have {used} of {self._most_bytes} bytes; start without record, or wait"
-            raise ServiceError(Fault("recording_quota", message, 507, True, 60))
+        self.sweep(_LEAST_BYTES)
+        if self._budget.most_bytes - self._budget.used < _LEAST_BYTES:
+            raise ServiceError(self._quota())
         path = self._directory / f"{request_id}.mp4"
-        return path, Recording(path, init_segment, self._most_bytes - used)
+        return path, Recording(path, init_segment, self._budget)
+
+    def _quota(self) -> Fault:
+        used, most = self._budget.used, self._budget.most_bytes
+        message = f"recordings have {used} of {most} bytes; start without record, or try again later"
+        return Fault("recording_quota", message, 507, True, 60)
 
     def add(
         self, owner: str | None, video: LiveVideo, path: Path | None, recording: Recording | None
@@ -81,7 +84,7 @@ class RecordingLibrary:
         return entry
 
     def export(self, request_id: str, owner: str | None, branch_id: int | None) -> Path:
-        """An MP4 of what is recorded so far, or of one branch, in a file that the caller removes."""
+        """An MP4 of what is recorded so far, or of one branch, in a file to be given to `discard`."""
         entry = self._entry(request_id, owner)
         if entry.path is None:
             message = "the session is not recorded; start it with record: true"
@@ -89,24 +92,41 @@ class RecordingLibrary:
         ranges = None if branch_id is None else entry.video.line.ranges(branch_id)
         if ranges == []:
             raise ServiceError(Fault("unknown_branch", f"branch {branch_id} has no chunk", status=404))
+        room = entry.recording.num_bytes
+        self.sweep(room, entry)
+        if not self._budget.take(room):
+            raise ServiceError(self._quota())
         target = self._directory / f"{request_id}-{secrets.token_hex(8)}.mp4"
         try:
             write_mp4(entry.path, target, ranges)
         except (RuntimeError, ValueError) as error:
+            self._budget.give(room)
             raise ServiceError(Fault("export_failed", str(error), 503, True, 1)) from error
+        with self._lock:
+            self._exports[target] = room
         return target
 
-    def sweep(self) -> None:
-        """Remove recordings that are over their time, and the oldest ended ones while the quota is full."""
+    def discard(self, path: Path) -> None:
+        """Remove an exported file."""
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        with self._lock:
+            self._budget.give(self._exports.pop(path, 0))
+
+    def sweep(self, room: int = 0, spared: _Entry | None = None) -> None:
+        """Remove recordings that are over their time, and the oldest ended ones until `room` bytes are free;
+        `spared` is not one of them."""
         now = time.monotonic()
         with self._lock:
             ended = [
-                (each.ended_at, name) for name, each in self._entries.items() if each.ended_at is not None
+                (each.ended_at, name)
+                for name, each in self._entries.items()
+                if each.ended_at is not None and each is not spared
             ]
-            used = sum(each.recording.num_bytes for each in self._entries.values() if each.recording)
             for ended_at, name in sorted(ended):
-                if now - ended_at > self._life_s or used >= self._most_bytes:
+                full = self._budget.used + room > self._budget.most_bytes
+                if now - ended_at > self._life_s or full:
                     entry = self._entries.pop(name)
-                    used -= entry.recording.num_bytes if entry.recording else 0
                     with suppress(OSError):
                         entry.path.unlink(missing_ok=True)
+                    self._budget.give(entry.recording.num_bytes)

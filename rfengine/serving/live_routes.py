@@ -59,7 +59,7 @@ def live_router(library: RecordingLibrary) -> APIRouter:
             media_type="video/mp4",
             filename=name,
             headers=_NO_STORE,
-            background=BackgroundTask(path.unlink, missing_ok=True),
+            background=BackgroundTask(library.discard, path),
         )
 
     return router

@@ -13,7 +13,7 @@ STAGES = ("denoise", "decode", "encode", "total")
 SESSION_STATES = ("running", "paused", "draining")
 ADMISSIONS = ("admitted", "refused")
 END_REASONS = (*get_args(EndReason), "disconnected")  # a client that has gone is sent no reason
-JOB_STATUSES = ("queued", "in_progress", "completed", "failed", "cancelled")
+JOB_STATUSES = ("queued", "in_progress", "completed", "failed")
 MEMORY_KINDS = ("device", "host", "budget")
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0)

@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rfengine.pipeline import Pipeline
 from rfengine.serving.events import EndReason, SessionRequest, SessionState
-from rfengine.serving.metrics import MEMORY_KINDS, SESSION_STATES, ServerMetrics
+from rfengine.serving.jobs import JobStore
+from rfengine.serving.metrics import JOB_STATUSES, MEMORY_KINDS, SESSION_STATES, ServerMetrics
 from rfengine.serving.outbox import Outbox
 from rfengine.serving.sessions import SessionService
 
@@ -87,12 +88,16 @@ class MetricsObserver:
         self._metrics.session_ends[reason].inc()
 
 
-def watch_gauges(metrics: ServerMetrics, service: SessionService, outboxes: Iterable[Outbox]) -> None:
+def watch_gauges(
+    metrics: ServerMetrics, service: SessionService, outboxes: Iterable[Outbox], store: JobStore
+) -> None:
     """Let the gauges ask when they are read."""
     for state in SESSION_STATES:
         metrics.sessions[state].set_function(lambda state=state: service.counts()[SessionState(state)])
     for kind in MEMORY_KINDS:
         metrics.memory_bytes[kind].set_function(lambda kind=kind: service.memory()[kind])
+    for status in JOB_STATUSES:
+        metrics.jobs[status].set_function(lambda status=status: store.counts()[status])
     metrics.queue_bytes.set_function(lambda: sum(box.waiting[0] for box in tuple(outboxes)))
     metrics.queue_chunks.set_function(lambda: sum(box.waiting[1] for box in tuple(outboxes)))
 

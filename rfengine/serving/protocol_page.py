@@ -12,6 +12,7 @@ from string import Template
 from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema
 
 from rfengine.files import replaced
 from rfengine.serving.options import ServiceOptions
@@ -253,6 +254,13 @@ EXCHANGE: tuple[tuple[str, dict[str, Any] | None], ...] = (
 )  # fmt: skip
 
 
+class _JsonSchema(GenerateJsonSchema):
+    """Requires every field of a message of the server, which leaves none out."""
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        return self.mode == "serialization" or super().field_is_required(field, total)
+
+
 def messages(union: Any) -> tuple[type[Message], ...]:
     """The models of ClientMessage or ServerMessage, in the order of protocol.py."""
     return get_args(get_args(union)[0])
@@ -261,9 +269,9 @@ def messages(union: Any) -> tuple[type[Message], ...]:
 def schema() -> str:
     """The JSON Schema of both directions; its $defs have ClientMessage and ServerMessage alone too."""
     unions = {"ClientMessage": CLIENT_MESSAGES, "ServerMessage": SERVER_MESSAGES}
-    modes = {"ClientMessage": "validation", "ServerMessage": "serialization"}  # the server omits no field
+    modes = {"ClientMessage": "validation", "ServerMessage": "serialization"}
     inputs = [(name, modes[name], adapter) for name, adapter in unions.items()]
-    schemas, definitions = TypeAdapter.json_schemas(inputs)
+    schemas, definitions = TypeAdapter.json_schemas(inputs, schema_generator=_JsonSchema)
     own = {name: schemas[name, modes[name]] for name in unions}
     whole = {
         "$schema": _DIALECT,

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 from rfengine.files import replaced
@@ -19,21 +20,42 @@ from rfengine.serving.video_encoder import BOX_HEADER, Fragment, FrameTable
 _MOST_INIT_BYTES = 1 << 20  # a real one has less than a KiB
 
 
+class ByteBudget:
+    """Bytes on disk that several recordings have together; any thread may use it."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.used = 0
+        self._lock = Lock()
+
+    def take(self, count: int) -> bool:
+        """Whether so many bytes more fit, which then are taken."""
+        with self._lock:
+            fits = self.used + count <= self.most_bytes
+            self.used += count if fits else 0
+        return fits
+
+    def give(self, count: int) -> None:
+        """Give bytes back."""
+        with self._lock:
+            self.used -= count
+
+
 class Recording:
     """The fragments of a session in one file, each written as it comes; the file plays at any moment.
 
-    A full disk or the limit ends the recording and never the session: `fault` says why then, in a sentence
-    without the path, and later fragments are left out. One thread at a time uses it.
+    A full disk or a budget that is used up ends the recording and never the session: `fault` says why then,
+    in a sentence without the path, and later fragments are left out. One thread at a time uses it.
 
-    num_bytes and num_frames: in the file so far.
+    num_bytes and num_frames: in the file so far. Who removes the file gives num_bytes back to the budget.
     """
 
-    def __init__(self, path: Path, init_segment: bytes, most_bytes: int) -> None:
+    def __init__(self, path: Path, init_segment: bytes, budget: ByteBudget) -> None:
         """Make the file, which must not exist; where that fails `fault` says why."""
         self.fault: str | None = None
         self.num_bytes = 0
         self.num_frames = 0
-        self._most_bytes = most_bytes
+        self._budget = budget
         self._file: io.FileIO | None = None
         try:
             self._file = io.FileIO(path, "xb")
@@ -63,8 +85,8 @@ class Recording:
 
     def _append(self, data: bytes) -> bool:
         """Whether `data` is in the file; where it is not, the recording has ended."""
-        if self.num_bytes + len(data) > self._most_bytes:
-            self._end(f"its limit of {self._most_bytes} bytes")
+        if not self._budget.take(len(data)):
+            self._end(f"all recordings have their {self._budget.most_bytes} bytes")
             return False
         rest = memoryview(data)
         try:
@@ -73,6 +95,7 @@ class Recording:
         except OSError as error:
             with suppress(OSError):  # who reads the file leaves out a fragment that is not whole
                 self._file.truncate(self.num_bytes)
+            self._budget.give(len(data))
             self._end(error.strerror)
             return False
         self.num_bytes += len(data)

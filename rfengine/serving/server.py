@@ -23,6 +23,8 @@ from starlette.routing import WebSocketRoute
 from rfengine.pipeline import Pipeline
 from rfengine.serving.access import AccessMiddleware, ApiKeys
 from rfengine.serving.errors import Fault, ServiceError, error_body
+from rfengine.serving.job_runner import JobRunner
+from rfengine.serving.jobs import JobStore
 from rfengine.serving.library import RecordingLibrary
 from rfengine.serving.live_routes import live_router
 from rfengine.serving.metrics import ServerMetrics
@@ -37,6 +39,8 @@ from rfengine.serving.options import ServiceOptions
 from rfengine.serving.page import STATIC, page_router
 from rfengine.serving.realtime import RealtimeEndpoint, RealtimeLimits
 from rfengine.serving.sessions import SessionService
+from rfengine.serving.video_api import video_router
+from rfengine.serving.video_requests import JobLimits
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +53,7 @@ class ServerOptions:
 
     data_directory: of this server alone; it holds recordings, video jobs and their files. recording_bytes,
     video_bytes: quotas of the two. file_life_s: of a recording after its session, and of a finished video.
-    max_connections: of HTTP and WebSocket together.
+    waiting_jobs: in the queue, of all keys. max_connections: of HTTP and WebSocket together.
     allowed_origins, allowed_hosts: as AccessMiddleware has them. drain_s: for sessions to end at a stop.
     """
 
@@ -63,6 +67,8 @@ class ServerOptions:
     recording_bytes: int = 4 * _GIB
     video_bytes: int = 4 * _GIB
     file_life_s: float = 24 * 3600.0
+    jobs: JobLimits = field(default_factory=JobLimits)
+    waiting_jobs: int = 256
     max_connections: int = 256
     drain_s: float = 20.0
 
@@ -75,28 +81,35 @@ def create_app(
     on_lost: as SessionService has it. Raises RuntimeError where another server has the data directory.
     """
     metrics = ServerMetrics()
+    store = JobStore(
+        options.data_directory / "videos", options.video_bytes, options.file_life_s, options.waiting_jobs
+    )
     service = SessionService(pipeline, options.service, MetricsObserver(metrics), on_lost)
     recordings = options.data_directory / "recordings"
     library = RecordingLibrary(recordings, options.recording_bytes, options.file_life_s)
     endpoint = RealtimeEndpoint(service, library, metrics, options.realtime)
+    runner = JobRunner(service, store)
     warm_up = WarmUp(service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(warm_up.run)
         yield
+        await run_in_threadpool(runner.stop)
         await run_in_threadpool(service.drain, options.drain_s)
         await run_in_threadpool(service.stop)
+        store.close()
 
     app = FastAPI(title="rfengine", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service, app.state.endpoint = service, endpoint
     app.router.routes.append(WebSocketRoute("/v1/realtime/video", endpoint.serve))
+    app.include_router(video_router(store, runner, pipeline, options.jobs))
     app.include_router(live_router(library))
     app.include_router(operations_router(service, metrics, lambda: warm_up.done))
     app.include_router(page_router(pipeline))
     app.mount("/static", StaticFiles(directory=STATIC))
     _answer_errors(app)
-    watch_gauges(metrics, service, endpoint.outboxes)
+    watch_gauges(metrics, service, endpoint.outboxes, store)
     app.add_middleware(RequestCount, metrics=metrics)
     app.add_middleware(
         AccessMiddleware,

@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 from rfengine.pipeline import Pipeline
 from rfengine.prompts import check_prompt
@@ -36,7 +38,7 @@ from rfengine.serving.events import (
     SessionRequest,
     SessionState,
 )
-from rfengine.serving.points import KeptPoints
+from rfengine.serving.points import AppliedChange, KeptPoints
 from rfengine.snapshot import Snapshot
 from rfengine.stream import ChunkTimings, FrameChunk, VideoStream
 
@@ -63,16 +65,6 @@ _SUPERSEDED = Fault(
 
 class Cancelled(Exception):
     """The session was stopped inside a chunk."""
-
-
-@dataclass(slots=True)
-class _Change:
-    """A prompt change that is applied: the chunks of its transition that are to come."""
-
-    event_id: str
-    first_chunk: int
-    chunks_left: int
-    shown: bool = False
 
 
 class SessionOwner(Protocol):
@@ -129,7 +121,7 @@ class Session:
         self._lane = lane
         self._stream: VideoStream | None = None
         self._parked: Snapshot | None = None
-        self._changes: list[_Change] = []
+        self._changes: list[AppliedChange] = []
         self._clock_start = 0.0  # of the realtime pace
         self._seconds = 0.0  # of video since then
 
@@ -159,6 +151,8 @@ class Session:
     def _deliver_event(self, event: SessionEvent) -> None:
         try:
             self.consumer.notify(event)
+        except ServiceError as error:  # the client's fault
+            self._owner.delivery_failed(self, error)
         except Exception as error:
             logger.exception("a consumer failed in an event of its session")
             self._owner.delivery_failed(self, error)
@@ -190,6 +184,11 @@ class Session:
         if may_advance and not self.cancelled.is_set():
             self._advance()
 
+    def refuse_commands(self, fault: Fault) -> None:
+        """Say of the commands that wait that they changed nothing."""
+        while self.commands:
+            self.notify(CommandFailed(self.commands.popleft().event_id, fault))
+
     def _make_resident(self) -> None:
         if self._stream is not None:
             return
@@ -204,8 +203,10 @@ class Session:
     def park(self) -> None:
         """Take the stream's state to host memory and free the device's."""
         if self._stream is not None:
-            self._parked = self._stream.snapshot()
-            self._close_stream()
+            try:
+                self._parked = self._stream.snapshot()
+            finally:
+                self._close_stream()
 
     def release(self) -> None:
         """Free everything; the points too."""
@@ -220,7 +221,7 @@ class Session:
             stream.close()
 
     def _apply(self, command: Command) -> None:
-        """Apply a command, or say why it changed nothing. Raises where the stream is lost with it."""
+        """Apply a command, or say why it changed nothing. Raises where the stream or the device is lost."""
         try:
             match command:
                 case ChangePrompt():
@@ -232,22 +233,23 @@ class Session:
                 case Seek() | Branch():
                     self._move(command)
         except Exception as error:
-            if self._stream is None or self._stream.closed:
+            if self._stream is None or self._stream.closed or isinstance(error, torch.AcceleratorError):
                 raise
             self.notify(CommandFailed(command.event_id, _fault_of(error, command)))
 
     def _change_prompt(self, event_id: str, prompt: str, mode: str, transition_chunks: int) -> None:
         stream = self._stream
-        first = stream.index + (stream.is_ahead and mode != "hard")
+        first, before = stream.index + (stream.is_ahead and mode != "hard"), stream.prompt
         stream.set_prompt(prompt, mode, transition_chunks)
         self._changes = [change for change in self._changes if not change.shown]
-        for change in self._changes:
-            change.chunks_left = 1
-        self._changes.append(_Change(event_id, first, transition_chunks))
+        for change in self._changes:  # a cut leaves out the chunk that was ahead of them
+            change.first_chunk, change.chunks_left = min(change.first_chunk, first), 1
+        self._changes.append(AppliedChange(event_id, before, first, transition_chunks))
 
     def _keep(self, automatic: bool, event_id: str | None = None) -> int | None:
         """Keep the present point; returns its id."""
-        kept, dropped = self.points.keep(self._stream.snapshot(), self._stream.index, automatic, event_id)
+        stream, changes = self._stream, tuple(map(replace, self._changes))
+        kept, dropped = self.points.keep(stream.snapshot(), stream.index, changes, automatic, event_id)
         for number in dropped:
             self.notify(PointDropped(number))
         if kept is None:
@@ -257,17 +259,19 @@ class Session:
 
     def _move(self, command: Seek | Branch) -> None:
         branch = isinstance(command, Branch)
-        snapshot = self.points.point(command.snapshot_id).snapshot
+        point = self.points.destination(command.snapshot_id, branch)
+        snapshot = point.snapshot
         if branch and command.seed is not None:
             snapshot = replace(snapshot, info=snapshot.info | {"seed": command.seed})
         if branch and command.prompt is not None:  # before anything moves: it may be no prompt
             check_prompt(command.prompt)
         self._stream.rewind(snapshot)
         kept, parent = self.points.move_to(command.snapshot_id, branch)
+        still = {change.event_id for change in point.changes}
         for change in self._changes:
-            if not change.shown:
+            if not (change.shown or change.event_id in still):
                 self.notify(CommandFailed(change.event_id, _SUPERSEDED))
-        self._changes = []
+        self._changes = list(map(replace, point.changes))
         if branch and command.prompt is not None:
             try:
                 self._change_prompt(command.event_id, command.prompt, command.mode, 1)
@@ -303,8 +307,10 @@ class Session:
         for event_id in started:
             self.notify(PromptApplied(event_id, chunk.index, branch_id))
         self.points.made(chunk.index)
+        ahead = next((change for change in self._changes if not change.shown), None)
+        prompt = self._stream.prompt if ahead is None else ahead.prompt_before
         made = SessionChunk(
-            frames, self.chunks, chunk.index, branch_id, self._stream.prompt, started, active, completed,
+            frames, self.chunks, chunk.index, branch_id, prompt, started, active, completed,
             snapshot_id, chunk.timings.denoise_ms, chunk.timings.decode_ms,
         )  # fmt: skip
         self.timings = chunk.timings
@@ -320,6 +326,8 @@ class Session:
         if not self.cancelled.is_set():
             try:
                 self.consumer.take(chunk)
+            except ServiceError as error:  # the client's fault
+                self._owner.delivery_failed(self, error)
             except Exception as error:
                 logger.exception("a chunk could not be encoded or kept")
                 self._owner.delivery_failed(self, error)
@@ -328,12 +336,11 @@ class Session:
 
     def finish(self) -> None:
         """Deliver the end, after all that was put before."""
-        ended = Ended(self.reason, self.chunks, self.fault)
-        self._lane.put(lambda: self._deliver_end(ended))
+        self._lane.put(self._deliver_end)
 
-    def _deliver_end(self, ended: Ended) -> None:
+    def _deliver_end(self) -> None:
         try:
-            self.consumer.end(ended)
+            self.consumer.end(Ended(self.reason, self.chunks, self.fault))
         except Exception:
             logger.exception("a consumer failed at the end of its session")
         self._owner.end_delivered(self)
@@ -357,6 +364,9 @@ def _fault_of(error: Exception, command: Command) -> Fault:
         return error.fault
     if isinstance(error, ValueError):
         return Fault("invalid_value", str(error))
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        message = "the device has no memory left for it; nothing was changed, try again"
+        return Fault("out_of_memory", message, 503, True, 5)
     logger.error("a command %s failed", type(command).__name__, exc_info=error)
     return Fault(
         "command_failed", "the server failed at this command; nothing was changed, try again", 500, True

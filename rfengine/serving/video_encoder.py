@@ -25,7 +25,7 @@ CodecName = Literal["auto", "libx264", "h264_nvenc"]
 
 _SIDE_MULTIPLE = 16  # pixels: H.264 codes squares of this side, and so does every model's grid
 _TICKS_PER_FRAME_TERM = 1000  # a rate of n/d has n * 1000 ticks a second and d * 1000 a frame: whole numbers
-_PIXELS_PER_THREAD = 1 << 19  # below it one thread takes less than 2 ms a frame, and a thread costs as much
+_PIXELS_PER_THREAD = 1 << 19  # below it one thread takes less than 2 ms a frame
 _MOST_THREADS = 4
 _NEVER = str(1 << 30)  # frames between keyframes, but for the one that begins each chunk
 
@@ -191,7 +191,7 @@ def _open(codec: CodecName, rate: Fraction, height: int, width: int) -> tuple[st
     if codec == "auto" and torch.cuda.is_available():
         try:
             return "h264_nvenc", *_open_codec("h264_nvenc", rate, height, width)
-        except RuntimeError as error:  # some data centre GPUs have no encoder, and others a most of sessions
+        except RuntimeError as error:  # data centre GPUs may have no encoder, and others limit their sessions
             logger.info("libx264 encodes the video: %s", error)
     name = "libx264" if codec == "auto" else codec
     return name, *_open_codec(name, rate, height, width)

@@ -72,8 +72,7 @@ async def read_body(request: Request) -> CreateVideo:
         raise ServiceError(Fault("unsupported_media_type", message, 415))
     for name, value in values.items():
         if name.startswith(_ONLY_TEXT) and value is not None:
-            message = "input_reference is given; the model makes videos from text alone, so leave it out"
-            raise ServiceError(Fault("unsupported_field", message, 400, param=_ONLY_TEXT))
+            raise ServiceError(_not_text(_ONLY_TEXT))
     values.pop(_ONLY_TEXT, None)
     if unknown := values.keys() - CreateVideo.model_fields.keys():
         name = min(unknown)
@@ -106,10 +105,17 @@ async def _form_values(request: Request) -> dict[str, Any]:
                 if name in values:
                     message = f"the form has the field {shown(name)} twice; give it once"
                     raise ServiceError(Fault("invalid_form", message, 400, param=_param(name)))
-                values[name] = "a file" if isinstance(value, UploadFile) else value
+                if isinstance(value, UploadFile):
+                    raise ServiceError(_not_text(name))
+                values[name] = value
     except HTTPException as error:
         raise ServiceError(Fault("invalid_form", f"the form cannot be read: {error.detail}")) from None
     return values
+
+
+def _not_text(name: str) -> Fault:
+    message = f"{shown(name)} is no text; the model makes videos from text alone, so leave it out"
+    return Fault("unsupported_field", message, 400, param=_param(name))
 
 
 def _param(name: str) -> str | None:

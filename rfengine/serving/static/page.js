@@ -124,7 +124,7 @@ function showPhase() {
   document.documentElement.style.setProperty("--aspect", String(width / height));
   form.setChunkSeconds(frames / fps);
   byId("seed").textContent = String(seed);
-  byId("timeline-text").textContent = `A picture for each chunk of ${exactTime(frames / fps)}. Choose one to look at it.`;
+  byId("timeline-text").textContent = `Each chunk is ${exactTime(frames / fps)}. Choose one to look back.`;
   showModel(state.config);
   fit();
   tree.show(state);
@@ -185,7 +185,7 @@ function showLook() {
   const other = point && form.text && form.text !== point.prompt;
   byId("branch-text").textContent = !able ? "" : other
     ? "The branch starts with the prompt in the box."
-    : "The branch has the same prompt and takes another course; write another prompt to change it.";
+    : "A branch takes another course, and the prompt in the box if it is another.";
 }
 
 function lookWords(chunk, point) {
@@ -206,7 +206,9 @@ function receiptWords() {
     case "sent":
       return "Sent.";
     case "queued":
-      return "Accepted: it comes with one of the next chunks.";
+      return state.view === "live"
+        ? "Accepted: it comes with one of the next chunks."
+        : "Accepted: it comes when the video goes on.";
     case "applied":
       return `Made from chunk ${receipt.index} on; it is shown in a moment.`;
     default:
@@ -269,6 +271,7 @@ byId("stop").addEventListener("click", () => session.stop());
 byId("back").addEventListener("click", () => session.play());
 byId("go-on").addEventListener("click", () => session.goOnFromHere());
 byId("branch").addEventListener("click", () => session.branchFromHere(form.text, form.mode));
+byId("full-screen").hidden = !document.fullscreenEnabled;
 byId("full-screen").addEventListener("click", () => byId("stage").requestFullscreen());
 byId("notice-close").addEventListener("click", () => {
   state.notice = null;

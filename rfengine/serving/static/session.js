@@ -96,13 +96,22 @@ export class Session {
   /** Go on where it stood before the pause. */
   play() {
     const state = this.#state;
-    if (state.phase === "running" && state.view !== "live") this.#resume();
+    if (state.phase === "running" && state.view !== "live") {
+      this.#resume();
+      this.#restartReceipt();
+    }
     state.view = "live";
     state.looking = null;
     const from = state.resumeAt;
     if (!state.moved) state.resumeAt = null;
     this.#player.play(from);
     this.#listeners.onChange();
+  }
+
+  /** A prompt that was sent in a pause is waited for from now on. */
+  #restartReceipt() {
+    const { receipt } = this.#state;
+    if (receipt && receipt.stage !== "shown") Object.assign(receipt, { sentAt: performance.now(), sentBy: "went on" });
   }
 
   #resume() {

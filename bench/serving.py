@@ -1,0 +1,150 @@
+"""What the server costs: its first fragment and its time for a chunk, at a client, beside the engine's own.
+
+    python bench/serving.py --sessions 4 --chunks 60 --rounds 5
+
+The engine alone is streams of one pipeline that take turns in one process. The server is `rfengine serve` in
+its own process, with WebSocket clients in another. Both make the same chunks, in alternation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+from urllib.error import URLError
+from urllib.request import urlopen
+
+if __name__ == "__main__":  # a checkout that need not be installed
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rfengine.cli.process import run_script
+from rfengine.limits import Range, check_options
+
+PROMPT = "a large red circle moving slowly to the right over a cloudy sky"
+_START_S = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingOptions:
+    """Compare a server with the engine that it runs."""
+
+    model: str = "tiny"
+    """A checkpoint directory, or tiny."""
+    sessions: Annotated[int, Range(1, 64)] = 4
+    """Streams at once."""
+    chunks: Annotated[int, Range(8, 10_000)] = 60
+    """Chunks of each stream in a round."""
+    rounds: Annotated[int, Range(1, 100)] = 5
+    """How often the two alternate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """first_s: from asking for a video to its first chunk, one stream alone. chunk_s: of all streams."""
+
+    first_s: float
+    chunk_s: float
+
+
+def run(options: ServingOptions) -> None:
+    check_options(options)
+    from rfengine import Pipeline
+
+    pipeline = Pipeline.from_pretrained(options.model)
+    engine, server = [], []
+    with tempfile.TemporaryDirectory() as directory, server_process(options, Path(directory)) as url:
+        asyncio.run(served_round(url, options.sessions, 8))
+        engine_round(pipeline, options.sessions, 8)
+        for _ in range(options.rounds):
+            engine.append(engine_round(pipeline, options.sessions, options.chunks))
+            server.append(asyncio.run(served_round(url, options.sessions, options.chunks)))
+    report(engine, server, options)
+
+
+def engine_round(pipeline, sessions: int, chunks: int) -> Round:
+    started = time.perf_counter()
+    next(pipeline.stream(PROMPT))
+    first = time.perf_counter() - started
+    streams = [pipeline.stream(PROMPT, seed=seed) for seed in range(sessions)]
+    for stream in streams:
+        next(stream)
+    started = time.perf_counter()
+    for _ in range(chunks - 1):
+        for stream in streams:
+            next(stream)
+    return Round(first, (time.perf_counter() - started) / (sessions * (chunks - 1)))
+
+
+async def served_round(url: str, sessions: int, chunks: int) -> Round:
+    first = (await play(url, 0, 1))[0]
+    times = await asyncio.gather(*(play(url, seed, chunks) for seed in range(sessions)))
+    begun = max(each[1] for each in times)  # every session has its first chunk
+    made = sum(sum(moment > begun for moment in each[2]) for each in times)
+    ended = max(each[2][-1] for each in times)
+    return Round(first, (ended - begun) / made)
+
+
+async def play(url: str, seed: int, chunks: int) -> tuple[float, float, list[float]]:
+    """Seconds to the first chunk, when it came, and when each later one came."""
+    from websockets.asyncio.client import connect
+
+    start = {"type": "session.start", "prompt": PROMPT, "seed": seed, "num_frames": 12 * chunks - 3}
+    moments = []
+    async with connect(url, max_size=None) as websocket:
+        asked = time.perf_counter()
+        await websocket.send(json.dumps(start))
+        async for message in websocket:
+            if isinstance(message, bytes):
+                moments.append(time.perf_counter())
+            elif json.loads(message)["type"] == "session.done":
+                break
+    return moments[0] - asked, moments[0], moments[1:]
+
+
+@contextmanager
+def server_process(options: ServingOptions, directory: Path) -> Iterator[str]:
+    """`rfengine serve` on a free port; gives the address of its WebSocket."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "rfengine.cli", "serve", "--model", options.model, "--port", port]
+    command += ["--data-directory", str(directory), "--max-sessions", str(options.sessions + 1)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + _START_S
+    try:
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the server did not start; try {' '.join(command)}")
+            try:
+                with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1):
+                    break
+            except (URLError, TimeoutError, ConnectionError):
+                time.sleep(0.1)
+        yield f"ws://127.0.0.1:{port}/v1/realtime/video"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def report(engine: list[Round], server: list[Round], options: ServingOptions) -> None:
+    for name, field in (("first chunk", "first_s"), (f"a chunk of {options.sessions} streams", "chunk_s")):
+        alone, served = ([getattr(each, field) * 1e3 for each in rounds] for rounds in (engine, server))
+        ratio = statistics.median(theirs / ours for ours, theirs in zip(alone, served, strict=True))
+        print(
+            f"{name}: engine {statistics.median(alone):.1f} ms ({min(alone):.1f} to {max(alone):.1f}), "
+            f"server {statistics.median(served):.1f} ms ({min(served):.1f} to {max(served):.1f}), "
+            f"ratio {ratio:.3f} (median of {options.rounds} pairs)"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script("bench/serving.py", ServingOptions, run))
