@@ -14,6 +14,8 @@ from rfengine.serving.live_video import LiveVideo
 from rfengine.serving.recording import ByteBudget, Recording, write_mp4
 
 _LEAST_BYTES = 2**20  # for a recording to begin
+_SEGMENT_LIFE_S = 60.0  # after the session, for players that are behind
+_MOST_UNRECORDED = 16  # ended sessions that have segments alone
 
 
 @dataclass(slots=True)
@@ -60,17 +62,17 @@ class RecordingLibrary:
         self, owner: str | None, video: LiveVideo, path: Path | None, recording: Recording | None
     ) -> None:
         """Offer the video of a session."""
+        self.sweep()
         with self._lock:
             self._entries[video.request_id] = _Entry(owner, video, path, recording)
 
     def end(self, request_id: str) -> None:
-        """The session has ended; its recording stays for a while."""
+        """The session has ended; its recording stays for a while, and its last segments for a shorter one."""
         with self._lock:
             entry = self._entries.get(request_id)
             if entry is not None:
                 entry.ended_at = time.monotonic()
-                if entry.path is None:
-                    del self._entries[request_id]
+        self.sweep()
 
     def video(self, request_id: str, owner: str | None) -> LiveVideo:
         """Raises ServiceError where the owner has no such session."""
@@ -123,10 +125,17 @@ class RecordingLibrary:
                 for name, each in self._entries.items()
                 if each.ended_at is not None and each is not spared
             ]
+            unrecorded = [name for _, name in sorted(ended) if self._entries[name].recording is None]
             for ended_at, name in sorted(ended):
-                full = self._budget.used + room > self._budget.most_bytes
-                if now - ended_at > self._life_s or full:
-                    entry = self._entries.pop(name)
+                recording, path = self._entries[name].recording, self._entries[name].path
+                if recording is None:
+                    over = now - ended_at > _SEGMENT_LIFE_S or name in unrecorded[:-_MOST_UNRECORDED]
+                else:
+                    full = self._budget.used + room > self._budget.most_bytes
+                    over = full or now - ended_at > self._life_s
+                if over:
+                    del self._entries[name]
+                if over and recording is not None:
                     with suppress(OSError):
-                        entry.path.unlink(missing_ok=True)
-                    self._budget.give(entry.recording.num_bytes)
+                        path.unlink(missing_ok=True)
+                    self._budget.give(recording.num_bytes)

@@ -67,8 +67,6 @@ def test_what_cannot_be_exported_is_a_typed_error(tmp_path: Path) -> None:
     outbox = Outbox("pause", 10**7, 100.0, lambda: None, lambda: None)
     library.add(None, LiveVideo("rt_2", encoder, outbox, None, None, lambda ms: None), None, None)
     assert code_of(library.export, "rt_2", None, None) == "not_recorded"
-    library.end("rt_2")
-    assert code_of(library.video, "rt_2", None) == "not_found"
     assert [each.name for each in tmp_path.iterdir()] == ["rt_1.mp4"]
 
 
@@ -126,3 +124,20 @@ def test_what_an_earlier_process_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "rt_0.mp4").write_bytes(b"old")
     RecordingLibrary(tmp_path, 10**7, 60.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_segments_stay_for_players_that_are_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = RecordingLibrary(tmp_path, 10**7, 60.0)
+    outbox = Outbox("pause", 10**7, 100.0, lambda: None, lambda: None)
+    encoder = VideoEncoder(16, 32, 48)
+    for number in range(20):
+        library.add(None, LiveVideo(f"rt_{number}", encoder, outbox, None, None, print), None, None)
+        library.end(f"rt_{number}")
+    assert code_of(library.video, "rt_3", None) == "not_found"
+    assert library.video("rt_4", None) and library.video("rt_19", None)
+    later = time.monotonic() + 61
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    library.sweep()
+    assert code_of(library.video, "rt_19", None) == "not_found"
