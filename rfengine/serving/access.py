@@ -174,7 +174,7 @@ def check_bind(host: str, keys: ApiKeys | None, insecure: bool) -> None:
     if keys is None and not insecure and not is_loopback(host):
         raise ValueError(
             f"host {shown(host)} can be reached by other machines and there is no access key; give keys "
-            f"({KEYS_VARIABLE} or a file), bind 127.0.0.1, or say that it is to be insecure"
+            f"(--api-key-file or {KEYS_VARIABLE}), bind 127.0.0.1, or say --insecure"
         )
 
 
@@ -262,7 +262,7 @@ class AccessMiddleware:
         own = _own_site(scope)
         host = own[1].strip("[]") if own else ""
         if not is_loopback(host) and host not in self._hosts:
-            _forbid("foreign_host", f"the host {shown(host)} is not served; use localhost, or allow the host")
+            _forbid("foreign_host", f"the host {shown(host)} is not served; use localhost, or --allow-host")
 
     def _check_origin(self, scope: Scope) -> None:
         origins = _values(scope, b"origin")

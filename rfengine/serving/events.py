@@ -99,6 +99,13 @@ class StateChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptQueued:
+    """A change of the prompt was accepted; its outcome follows."""
+
+    event_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class PromptApplied:
     """The next chunk is the first one with the prompt of that command."""
 
@@ -147,7 +154,7 @@ class CommandFailed:
     fault: Fault
 
 
-SessionEvent = StateChanged | PromptApplied | PointKept | PointDropped | Moved | CommandFailed
+SessionEvent = StateChanged | PromptQueued | PromptApplied | PointKept | PointDropped | Moved | CommandFailed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

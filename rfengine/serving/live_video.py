@@ -15,6 +15,7 @@ from rfengine.serving.events import (
     PointDropped,
     PointKept,
     PromptApplied,
+    PromptQueued,
     SessionChunk,
     SessionEvent,
     StateChanged,
@@ -25,6 +26,7 @@ from rfengine.serving.protocol import (
     ChunkMetadata,
     ErrorMessage,
     InteractionApplied,
+    InteractionQueued,
     Message,
     SessionDone,
     SessionMoved,
@@ -149,6 +151,8 @@ class LiveVideo:
         match event:
             case StateChanged():
                 return SessionStateChanged(request_id=own, state=event.state.value, event_id=event.event_id)
+            case PromptQueued():
+                return InteractionQueued(request_id=own, event_id=event.event_id)
             case PromptApplied():
                 return InteractionApplied(
                     request_id=own,

@@ -12,7 +12,7 @@ from rfengine.serving.protocol import EndReason
 STAGES = ("denoise", "decode", "encode", "total")
 SESSION_STATES = ("running", "paused", "draining")
 ADMISSIONS = ("admitted", "refused")
-END_REASONS = (*get_args(EndReason), "disconnected")  # a client that has gone is sent no reason
+END_REASONS = get_args(EndReason)
 JOB_STATUSES = ("queued", "in_progress", "completed", "failed")
 MEMORY_KINDS = ("device", "host", "budget")
 

@@ -60,10 +60,15 @@ class WarmUp:
         self._service = service
 
     def run(self) -> None:
+        """Where it fails the server is never ready, and the log says why."""
         pipeline: Pipeline = self._service.pipeline
-        self._service.admission.needed(SessionRequest(_WARM_PROMPT))
-        for _ in pipeline.stream(_WARM_PROMPT).take(pipeline.config.cache.window_chunks + 3):
-            pass
+        try:
+            self._service.admission.needed(SessionRequest(_WARM_PROMPT))
+            for _ in pipeline.stream(_WARM_PROMPT).take(pipeline.config.cache.window_chunks + 3):
+                pass
+        except Exception:
+            logger.exception("the warm-up failed")
+            return
         self.done = True
         logger.info("the model is warm")
 

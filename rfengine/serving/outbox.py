@@ -52,6 +52,7 @@ class Outbox:
         self._waiting: deque[Media | Message] = deque()
         self._bytes, self._seconds, self._events, self._chunks = 0, 0.0, 0, 0
         self._dropped_now = 0
+        self._closed = False
 
     @property
     def waiting(self) -> tuple[int, int]:
@@ -72,6 +73,8 @@ class Outbox:
     def put(self, message: Message) -> None:
         """Queue a message. Raises ServiceError where a client that reads nothing has too many."""
         with self._lock:
+            if self._closed:
+                return
             if self._events >= _MOST_EVENTS:
                 raise ServiceError(_SLOW)
             self._events += 1
@@ -81,6 +84,8 @@ class Outbox:
     def put_media(self, media: Media) -> None:
         """Queue a chunk. Raises ServiceError where the policy is to disconnect and the queue is full."""
         with self._lock:
+            if self._closed:
+                return
             if self._is_full() and self.policy == "disconnect":
                 raise ServiceError(_SLOW)
             while self._is_full() and self.policy == "drop" and self._chunks:
@@ -104,10 +109,20 @@ class Outbox:
     def finish(self, last: tuple[Message, ...]) -> None:
         """Queue the last messages, whatever waits."""
         with self._lock:
+            self.finished = True
+            if self._closed:
+                return
             self._waiting.extend(last)
             self._events += len(last)
-            self.finished = True
         self._on_ready()
+
+    def close(self) -> None:
+        """Drop what waits, and all that is put from now on: nobody takes it, nor is called any more."""
+        with self._lock:
+            self._closed = True
+            self._waiting.clear()
+            self._bytes, self._seconds, self._events, self._chunks = 0, 0.0, 0, 0
+            self._on_ready = self._on_room = _do_nothing
 
     def take(self) -> Media | Message | None:
         """What was put first; None where nothing waits. A chunk says how many were left out before it."""
@@ -128,3 +143,7 @@ class Outbox:
             return entry
         metadata = entry.metadata.model_copy(update={"dropped_chunks": dropped})
         return Media(metadata, entry.data, entry.seconds)
+
+
+def _do_nothing() -> None:
+    return

@@ -49,16 +49,16 @@ class SessionStart(Message):
     type: Literal["session.start"]
     prompt: PromptText = Field(description="What the video shows.")
     model: str | None = Field(None, max_length=255, description="As GET /v1/models names it.")
-    format: Literal["m4s"] = "m4s"
+    format: Literal["m4s"] = Field("m4s", description="Fragmented MP4.")
     width: Side | None = Field(None, description="Pixels; the model's own size where absent.")
-    height: Side | None = None
+    height: Side | None = Field(None, description="As width.")
     fps: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         None, description="Only the model's own rate is accepted."
     )
     num_frames: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Ends the session after so many frames; without it the video has no end."
     )
-    seed: Seed = 0
+    seed: Seed = Field(0, description="The same seed and prompts give the same video on one machine.")
     negative_prompt: str | None = Field(
         None, max_length=MOST_CHARACTERS, description="Only an empty one is accepted."
     )
@@ -86,14 +86,16 @@ class SessionStart(Message):
 class InteractionEvent(Message):
     """What an interaction changes."""
 
-    prompt: PromptText
+    prompt: PromptText = Field(description="What the video shows from now on.")
 
 
 class Interaction(Message):
     """One change of the prompt."""
 
-    event_id: EventId | None = None
-    event: InteractionEvent
+    event_id: EventId | None = Field(
+        None, description="Comes back in every answer to this message; made by the server where absent."
+    )
+    event: InteractionEvent = Field(description="What changes.")
     mode: Mode = Field(
         "soft",
         description="soft: the text changes, the window still shows the old one; recache: the window is "
@@ -108,7 +110,7 @@ class SessionInteraction(Message):
     """Changes the prompt from the next chunk on."""
 
     type: Literal["session.interaction"]
-    interaction: Interaction
+    interaction: Interaction = Field(description="The change.")
 
 
 class SessionPause(EventMessage):
@@ -134,17 +136,17 @@ class SessionSeek(EventMessage):
     it stays in the tree of branches."""
 
     type: Literal["session.seek"]
-    snapshot_id: Count
+    snapshot_id: Count = Field(description="Of session.snapshot.kept.")
 
 
 class SessionBranch(EventMessage):
     """Begins another branch at a kept point, with another prompt or seed where they are given."""
 
     type: Literal["session.branch"]
-    snapshot_id: Count
-    prompt: PromptText | None = None
-    mode: Mode = "soft"
-    seed: Seed | None = None
+    snapshot_id: Count = Field(description="Of session.snapshot.kept.")
+    prompt: PromptText | None = Field(None, description="Of the new branch; the point's own where absent.")
+    mode: Mode = Field("soft", description="How the prompt changes; as in session.interaction.")
+    seed: Seed | None = Field(None, description="Of the new branch; the point's own where absent.")
 
 
 class SessionPing(Message):
@@ -188,7 +190,7 @@ class SessionConfig(Message):
     pace: Literal["realtime", "fast"]
     lead_seconds: float
     slow_client: Literal["pause", "drop", "disconnect"]
-    keep_every: int
+    keep_every: int = Field(description="What the server chose, where the client did not.")
     chunk_frames: int = Field(description="Frames of every chunk but the first of a video, which has fewer.")
 
 
@@ -199,7 +201,7 @@ class VideoStart(Message):
     request_id: str
     format: Literal["m4s"] = "m4s"
     mime: str = Field(description="For MediaSource.isTypeSupported and addSourceBuffer.")
-    config: SessionConfig
+    config: SessionConfig = Field(description="What was accepted.")
     hls_url: str | None = Field(
         description="Path of the HLS playlist on this server, where it was asked for."
     )
@@ -216,23 +218,23 @@ class ChunkMetadata(Message):
         description="Counts the chunks that were made, those left out included."
     )
     generation_chunk_index: int = Field(description="Index of the chunk in its video; goes back with a seek.")
-    branch_id: int
+    branch_id: int = Field(description="The branch it belongs to; the first is 0.")
     num_frames: int
-    byte_length: int
+    byte_length: int = Field(description="Of the binary message.")
     start_seconds: float = Field(description="Presentation time of the first frame.")
-    prompt: str
+    prompt: str = Field(description="The prompt it was made with, or is changing to.")
     started_event_ids: list[str] = Field(
         description="Prompt changes that show in this chunk for the first time."
     )
     active_event_ids: list[str] = Field(description="Prompt changes that are still in transition.")
     completed_event_ids: list[str] = Field(description="Prompt changes that are complete with this chunk.")
-    snapshot_id: int | None = Field(description="The point kept just before this chunk, if any.")
+    snapshot_id: int | None = Field(description="The point kept automatically just before it, if any.")
     dropped_chunks: int = Field(
         description="Chunks left out just before this one, since the client did not read."
     )
-    denoise_ms: float
-    decode_ms: float
-    encode_ms: float
+    denoise_ms: float = Field(description="Time of the transformer.")
+    decode_ms: float = Field(description="Time of the VAE.")
+    encode_ms: float = Field(description="Time of H.264.")
 
 
 class InteractionQueued(Message):
@@ -271,7 +273,7 @@ class SnapshotKept(Message):
     chunk_index: int = Field(description="Index of the chunk that follows it.")
     branch_id: int
     prompt: str
-    automatic: bool
+    automatic: bool = Field(description="Kept by the server itself, which may drop it again.")
     event_id: str | None = None
 
 

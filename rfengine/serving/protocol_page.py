@@ -69,7 +69,9 @@ others wait.
 2. The binary message that a `video.chunk_metadata` describes follows it at once, with nothing in between.
 3. `session.state` with `draining` says that no further chunk is begun, where a session ends on its own; one
    that is being made still comes.
-4. `session.done` is the last message; after a failure an `error` with `fatal: true` stands before it.
+4. `session.done` is the last message; after a failure an `error` with `fatal: true` stands before it. Its
+   `reason` is finished (all of `num_frames`), stopped (by the client), draining (the server stops), idle,
+   expired, slow_client or failed.
 
 ## Binary messages
 Each is one chunk: a fragment of an MP4 file (H.264) that begins with a keyframe. The first one has the
@@ -149,7 +151,7 @@ ERROR_CODES = {
     "a message changes nothing": (
         "invalid_message binary_message message_too_large invalid_value already_started event_id_conflict "
         "illegal_transition session_ended too_many_commands unknown_snapshot snapshot_budget "
-        "too_many_branches superseded no_memory command_failed"
+        "too_many_branches superseded no_memory out_of_memory command_failed"
     ),
     "the recording has ended, and the session goes on": "recording_ended",
     "the session has ended": (

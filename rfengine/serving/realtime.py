@@ -29,7 +29,6 @@ from rfengine.serving.outbox import Media, Outbox
 from rfengine.serving.protocol import (
     CLIENT_MESSAGES,
     ClientMessage,
-    InteractionQueued,
     Message,
     SessionConfig,
     SessionInteraction,
@@ -316,7 +315,6 @@ class _Connection:
                 service.submit(session, command_of(message, event_id))
                 if isinstance(message, SessionInteraction):
                     self._asked_at[event_id] = time.monotonic()
-                    self._outbox.put(InteractionQueued(request_id=self._request_id, event_id=event_id))
 
     async def _send_outbox(self) -> None:
         """Send what waits, until the session has ended and nothing does."""
@@ -345,6 +343,7 @@ class _Connection:
         await self._send_text(metadata)
         await self._websocket.send_bytes(data)
         now = time.monotonic()
+        self._endpoint.metrics.dropped_chunks.inc(metadata.dropped_chunks)
         if first is not None:
             self._endpoint.metrics.first_frame_seconds.observe(now - self._started_at)
         for event_id in metadata.started_event_ids:

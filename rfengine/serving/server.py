@@ -6,6 +6,7 @@ video_api.py, page.py and operations.py.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -45,6 +46,7 @@ from rfengine.serving.video_requests import JobLimits
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
+_SWEEP_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,10 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(warm_up.run)
+        tasks = [asyncio.create_task(run_in_threadpool(warm_up.run)), asyncio.create_task(_sweep(library))]
         yield
+        tasks[1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await run_in_threadpool(runner.stop)
         await run_in_threadpool(service.drain, options.drain_s)
         await run_in_threadpool(service.stop)
@@ -110,7 +114,6 @@ def create_app(
     app.mount("/static", StaticFiles(directory=STATIC))
     _answer_errors(app)
     watch_gauges(metrics, service, endpoint.outboxes, store)
-    app.add_middleware(RequestCount, metrics=metrics)
     app.add_middleware(
         AccessMiddleware,
         keys=options.keys,
@@ -118,7 +121,14 @@ def create_app(
         allowed_origins=options.allowed_origins,
         allowed_hosts=options.allowed_hosts,
     )
+    app.add_middleware(RequestCount, metrics=metrics)  # outside: refused requests count too
     return app
+
+
+async def _sweep(library: RecordingLibrary) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        await run_in_threadpool(library.sweep)
 
 
 def _answer_errors(app: FastAPI) -> None:

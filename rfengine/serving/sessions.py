@@ -19,9 +19,11 @@ from rfengine.serving.admission import Admission
 from rfengine.serving.delivery import Delivery
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.events import (
+    ChangePrompt,
     Command,
     Consumer,
     EndReason,
+    PromptQueued,
     SessionRequest,
     SessionState,
     StateChanged,
@@ -99,6 +101,8 @@ class SessionService:
             if len(session.commands) >= MOST_COMMANDS:
                 message = f"{len(session.commands)} commands wait, which is the limit; wait for their answers"
                 raise ServiceError(Fault("too_many_commands", message, 429, True, 1))
+            if isinstance(command, ChangePrompt):  # before its outcome can be known
+                session.notify(PromptQueued(command.event_id))
             session.commands.append(command)
             self._changed.notify_all()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rfengine.serving.access import ApiKeys
 from rfengine.serving.server import ServerOptions, create_app
 from support.models import small_pipeline
 from support.servers import RunningServer, running_app, running_server
+from support.sessions import eventually
 
 KEY, OTHER_KEY = "first-key-0123456789", "second-key-0123456789"
 PUBLIC = ("/livez", "/readyz")
@@ -137,9 +139,21 @@ def test_the_websocket_refuses_a_missing_key_a_wrong_key_and_a_foreign_origin(
         assert json.loads(websocket.recv())["type"] == "video.start"
 
 
+def test_a_server_is_alive_before_it_is_ready(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = threading.Event()
+    monkeypatch.setattr(type(pipe), "stream", lambda *arguments, **options: warm.wait(30) and iter(()))
+    with running_app(create_app(pipe, ServerOptions(tmp_path / "data"))) as running:
+        answer = httpx2.get(running.url + "/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"status": "warming up"})
+        assert httpx2.get(running.url + "/livez").status_code == 200
+        warm.set()
+
+
 def test_health_needs_no_key_and_everything_else_is_served_with_one(locked_server: RunningServer) -> None:
-    for path in PUBLIC:
-        assert httpx2.get(locked_server.url + path).status_code == 200
+    eventually(lambda: httpx2.get(locked_server.url + "/readyz").status_code == 200)
+    assert httpx2.get(locked_server.url + "/livez").status_code == 200
     for path in ("/", "/static/style.css", "/metrics", "/v1/page/config", "/openapi.json"):
         answer = httpx2.get(locked_server.url + path, headers=bearer(KEY))
         assert answer.status_code == 200, path
@@ -202,6 +216,7 @@ def test_metrics_count_what_happened_and_name_nobody(open_server: RunningServer)
             message = websocket.recv()
             if isinstance(message, str) and json.loads(message)["type"] == "session.done":
                 break
+    httpx2.get(open_server.url + "/v1/nothing", headers={"Origin": "https://example.org"})
     text = httpx2.get(open_server.url + "/metrics").text
     numbers = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(numbers['rfengine_admissions_total{outcome="admitted"}']) >= 1
@@ -210,14 +225,14 @@ def test_metrics_count_what_happened_and_name_nobody(open_server: RunningServer)
     assert float(numbers['rfengine_chunk_seconds_count{stage="encode"}']) >= 2
     assert float(numbers['rfengine_chunk_seconds_count{stage="denoise"}']) >= 2
     assert float(numbers['rfengine_memory_bytes{kind="budget"}']) > 0
-    assert 'route="/v1/page/config"' in text or httpx2.get(open_server.url + "/v1/page/config")
+    assert 'rfengine_http_requests_total{route="unmatched",status_class="4xx"}' in numbers
     assert begun["request_id"] not in text and "circle" not in text
 
 
 def test_readiness_follows_the_warm_up_and_the_drain(pipe: Pipeline, tmp_path: Path) -> None:
     app = create_app(pipe, ServerOptions(tmp_path / "data"))
     with running_app(app) as running:
-        assert httpx2.get(running.url + "/readyz").json() == {"status": "ready"}
+        eventually(lambda: httpx2.get(running.url + "/readyz").json() == {"status": "ready"})
         app.state.service.drain(1)
         answer = httpx2.get(running.url + "/readyz")
         assert (answer.status_code, answer.json()) == (503, {"status": "draining"})
