@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from rfengine.pipeline import Pipeline
 
@@ -15,10 +17,20 @@ _EXAMPLES = {
     "tiny": (
         "a large red circle moving slowly to the right over a cloudy sky",
         "a large yellow triangle moving slowly upwards over a grassy meadow",
-        "a small green square and a small purple circle bouncing over a checkered floor",
         "a large purple square moving slowly to the left over a sandy beach",
+        "a small green circle bouncing slowly up and down over a checkered floor",
     )
 }
+
+
+class PageFiles(StaticFiles):
+    """The page's files, which a browser asks for again each time, so that they always belong together."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """What StaticFiles answers, with one header more."""
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 def page_router(pipeline: Pipeline) -> APIRouter:

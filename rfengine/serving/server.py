@@ -16,7 +16,6 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.routing import WebSocketRoute
@@ -37,7 +36,7 @@ from rfengine.serving.operations import (
     watch_gauges,
 )
 from rfengine.serving.options import ServiceOptions
-from rfengine.serving.page import STATIC, page_router
+from rfengine.serving.page import STATIC, PageFiles, page_router
 from rfengine.serving.realtime import RealtimeEndpoint, RealtimeLimits
 from rfengine.serving.sessions import SessionService
 from rfengine.serving.video_api import video_router
@@ -111,7 +110,7 @@ def create_app(
     app.include_router(live_router(library))
     app.include_router(operations_router(service, metrics, lambda: warm_up.done))
     app.include_router(page_router(pipeline))
-    app.mount("/static", StaticFiles(directory=STATIC))
+    app.mount("/static", PageFiles(directory=STATIC))
     _answer_errors(app)
     watch_gauges(metrics, service, endpoint.outboxes, store)
     app.add_middleware(

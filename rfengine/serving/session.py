@@ -266,6 +266,7 @@ class Session:
         if branch and command.prompt is not None:  # before anything moves: it may be no prompt
             check_prompt(command.prompt)
         self._stream.rewind(snapshot)
+        self._clock_start, self._seconds = time.monotonic(), 0.0  # what was ahead is not watched any more
         kept, parent = self.points.move_to(command.snapshot_id, branch)
         still = {change.event_id for change in point.changes}
         for change in self._changes:

@@ -1,7 +1,7 @@
 /** The timeline: a picture for each chunk, in groups under the prompt that made them. */
 
 import { makeTabStop, moveWithArrows } from "./roving.js";
-import { chunkOf, pointAt } from "./state.js";
+import { pointAt } from "./state.js";
 import { branchName, clock } from "./words.js";
 
 /** @typedef {import("./state.js").State} State */
@@ -120,11 +120,6 @@ export class Timeline {
     }
     const cell = this.#cells.get(looking ?? state.playing);
     if (cell && !this.#strip.contains(document.activeElement)) makeTabStop(this.#strip, cell);
-  }
-
-  /** Put the focus on a chunk's picture. */
-  focus(/** @type {State} */ state, /** @type {number | null} */ number) {
-    if (chunkOf(state, number)) this.#cells.get(number)?.focus();
   }
 }
 
