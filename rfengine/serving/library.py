@@ -74,6 +74,16 @@ class RecordingLibrary:
                 entry.ended_at = time.monotonic()
         self.sweep()
 
+    def forget(self, request_id: str) -> None:
+        """The session was refused, so there is no video."""
+        with self._lock:
+            entry = self._entries.pop(request_id, None)
+        if entry is not None and entry.recording is not None:
+            entry.recording.close()
+            with suppress(OSError):
+                entry.path.unlink(missing_ok=True)
+            self._budget.give(entry.recording.num_bytes)
+
     def video(self, request_id: str, owner: str | None) -> LiveVideo:
         """Raises ServiceError where the owner has no such session."""
         return self._entry(request_id, owner).video

@@ -15,6 +15,7 @@ import uvicorn
 from rfengine.pipeline import Pipeline
 from rfengine.serving.access import ApiKeys, check_bind
 from rfengine.serving.server import ServerOptions, create_app
+from rfengine.serving.websocket_protocol import BoundedWebSocket
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ def serve(pipeline: Pipeline, options: ServerOptions, listener: socket.socket) -
         log_config=None,
         access_log=False,
         server_header=False,
+        ws=BoundedWebSocket,
         ws_max_size=options.realtime.message_bytes,
+        ws_per_message_deflate=False,  # encoded video does not shrink
         ws_ping_interval=_KEEPALIVE_S,
         ws_ping_timeout=_KEEPALIVE_S,
         timeout_graceful_shutdown=int(_TELL_CLIENTS_S),

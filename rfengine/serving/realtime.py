@@ -119,7 +119,7 @@ class _Connection:
         self._service, self._limits = endpoint.service, endpoint.limits
         self._request_id = f"rt_{secrets.token_hex(16)}"
         self._loop = asyncio.get_running_loop()
-        self._ready = asyncio.Event()
+        self._ready, self._ended = asyncio.Event(), asyncio.Event()
         self._outbox: Outbox | None = None
         self._session: Session | None = None
         self._init_segment: bytes | None = None  # until it is sent, with the first chunk
@@ -149,6 +149,7 @@ class _Connection:
             pass
         finally:
             self._service.close(self._session, "stopped")
+            self._outbox.close()
             self._endpoint.outboxes.discard(self._outbox)
             self._endpoint.library.end(self._request_id)
 
@@ -197,7 +198,7 @@ class _Connection:
             session = service.open(request, video)
         except BaseException:
             encoder.close()
-            self._endpoint.library.end(self._request_id)
+            self._endpoint.library.forget(self._request_id)
             raise
         self._session, self._init_segment = session, encoder.init_segment
         self._endpoint.outboxes.add(self._outbox)
@@ -238,7 +239,12 @@ class _Connection:
     def _wake(self) -> None:
         """Something waits to be sent; on any thread."""
         with suppress(RuntimeError):  # the loop has ended with the server
-            self._loop.call_soon_threadsafe(self._ready.set)
+            self._loop.call_soon_threadsafe(self._note)
+
+    def _note(self) -> None:
+        self._ready.set()
+        if self._outbox.finished:
+            self._ended.set()
 
     # Its life
 
@@ -246,18 +252,20 @@ class _Connection:
         reader = asyncio.create_task(self._read_messages())
         sender = asyncio.create_task(self._send_outbox())
         lease = asyncio.create_task(self._keep_lease())
+        ended = asyncio.create_task(self._ended.wait())
+        tasks = (reader, sender, lease, ended)
         try:
-            await asyncio.wait({reader, sender}, return_when=asyncio.FIRST_COMPLETED)
-            if reader.done() and not sender.done():
-                error = reader.exception()
-                slow = isinstance(error, ServiceError)  # it sends, and reads no answer
+            await asyncio.wait({reader, sender, ended}, return_when=asyncio.FIRST_COMPLETED)
+            error = reader.exception() if reader.done() else None
+            slow = isinstance(error, ServiceError)  # it sends, and reads no answer
+            if reader.done():
                 self._service.close(self._session, *(("slow_client", error.fault) if slow else ("stopped",)))
-                if error is None or slow:  # it still gets the last messages
-                    await asyncio.wait({sender}, timeout=self._limits.flush_s)
+            if error is None or slow:  # it still gets what waits, where it reads
+                await asyncio.wait({sender}, timeout=self._limits.flush_s)
         finally:
-            for task in (reader, sender, lease):
+            for task in tasks:
                 task.cancel()
-            results = await asyncio.gather(reader, sender, lease, return_exceptions=True)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
         for error in results:
             if isinstance(error, Exception) and not isinstance(error, WebSocketDisconnect | ServiceError):
                 logger.error("a realtime connection failed", exc_info=error)

@@ -144,7 +144,8 @@ class SessionService:
             if session.state is SessionState.CLOSED:
                 return
             session.enter(SessionState.CLOSED)
-            session.reason, session.fault = session.reason or reason, session.fault or fault
+            if fault is not None or session.reason is None:
+                session.reason, session.fault = reason, fault
             session.cancelled.set()
             self._changed.notify_all()
 
@@ -267,8 +268,14 @@ class SessionService:
             if session.state is SessionState.PAUSED and not session.commands:
                 session.park()
                 return
-            self._make_room(session)
-            session.turn(may_advance)
+            paused = session.state is SessionState.PAUSED
+            fault = self._make_room(session)
+            if fault is None:
+                session.turn(may_advance)
+            elif paused:
+                session.refuse_commands(fault)
+            else:
+                raise ServiceError(fault)
         except Cancelled:
             return  # it is closed, and released in its next turn
         except ServiceError as error:
@@ -284,7 +291,8 @@ class SessionService:
             self._observer.chunk(session.timings.denoise_ms, session.timings.decode_ms, turn_ms)
         with self._changed:
             most = session.request.num_frames
-            if most is not None and session.frames >= most and session.state is not SessionState.CLOSED:
+            over = session.state in (SessionState.DRAINING, SessionState.CLOSED)
+            if most is not None and session.frames >= most and not over:
                 self._begin_draining(session, "finished")
 
     def _begin_draining(self, session: Session, reason: EndReason) -> None:
@@ -292,10 +300,11 @@ class SessionService:
         session.reason = reason
         session.notify(StateChanged(SessionState.DRAINING))
 
-    def _make_room(self, session: Session) -> None:
-        """Free what ended sessions hold, and park paused ones, until the session's stream fits."""
+    def _make_room(self, session: Session) -> Fault | None:
+        """Free what ended sessions hold, and park paused ones, until the session's stream fits; returns why
+        it does not."""
         if session.resident:
-            return
+            return None
         with self._changed:
             others = [each for each in self._sessions if each is not session and each.resident]
         ended = [each for each in others if each.state is SessionState.CLOSED]
@@ -306,13 +315,21 @@ class SessionService:
                 <= self.admission.memory_bytes
             ):
                 break
-            other.park() if other.state is SessionState.PAUSED else self._release(other)
+            self._give_place(other)
         taken = sum(each.bytes for each in others if each.resident)
-        if taken + session.bytes > self.admission.memory_bytes:
-            fault = self.admission.shortage([each for each in others if each.resident], session.bytes)
-            raise ServiceError(
-                fault or Fault("no_memory", "there is no memory for it; try again", 429, True, 5)
-            )
+        if taken + session.bytes <= self.admission.memory_bytes:
+            return None
+        fault = self.admission.shortage([each for each in others if each.resident], session.bytes)
+        return fault or Fault("no_memory", "there is no memory for it; try again", 429, True, 5)
+
+    def _give_place(self, session: Session) -> None:
+        """Free the device's memory of an ended or a paused session; one that was resumed meanwhile takes it
+        back in its next turn. A fault in that is its own."""
+        try:
+            self._release(session) if session.state is SessionState.CLOSED else session.park()
+        except Exception as error:
+            logger.exception("a session failed when it gave its place")
+            self._fail(session, error)
 
     def _release(self, session: Session) -> None:
         session.release()
@@ -326,6 +343,8 @@ class SessionService:
             fault = Fault(
                 "out_of_memory", "the device has no memory left for it; try a smaller size", 503, True, 5
             )
+        elif isinstance(error, ValueError) and not session.chunks:  # of its request
+            fault = Fault("invalid_value", str(error))
         else:
             fault = Fault("chunk_failed", "a chunk failed in the engine; start another session", 500, True)
         self.close(session, "failed", fault)

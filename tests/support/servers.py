@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from rfengine import Pipeline
 from rfengine.serving.options import ServiceOptions
 from rfengine.serving.server import ServerOptions, create_app
+from rfengine.serving.websocket_protocol import BoundedWebSocket
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,13 @@ def running_app(app: FastAPI, **settings: object) -> Iterator[RunningServer]:
     """Serve an application from a thread until the block ends."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=5, ws_max_size=2**17, **settings
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=5,
+        ws=BoundedWebSocket,
+        ws_max_size=2**17,
+        ws_per_message_deflate=False,
+        **settings,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
