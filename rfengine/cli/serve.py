@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Timer
 from typing import Annotated
 
+import torch
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from rfengine.cli.terminal import find_device
@@ -73,6 +74,10 @@ def run(options: ServeOptions) -> int:
 
     keys = ApiKeys.from_file(options.api_key_file) if options.api_key_file else ApiKeys.from_environment()
     listener = listen(Address(options.host, options.port, options.insecure), keys)
+    # Threads of OpenMP on a second thread of Python would outnumber the cores, and then wait by sleeping:
+    # a chunk of tiny takes 1.7 times as long. So the engine's thread alone has any.
+    cpu_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     configure_logging("INFO", options.log_json)
     for name in ("uvicorn", "rfengine.ops"):  # each step of a start, and every op, which doctor lists too
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -80,7 +85,7 @@ def run(options: ServeOptions) -> int:
     host_bytes, disk = int(options.host_memory_gb * _GIB), int(options.disk_gb * _GIB)
     server = ServerOptions(
         options.data_directory or _state_directory(options.port),
-        service=ServiceOptions(options.max_sessions, memory, host_bytes),
+        service=ServiceOptions(options.max_sessions, memory, host_bytes, cpu_threads=cpu_threads),
         keys=keys,
         allowed_origins=options.allow_origin,
         allowed_hosts=options.allow_host,

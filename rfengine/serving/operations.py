@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rfengine.pipeline import Pipeline
-from rfengine.serving.events import EndReason, SessionRequest, SessionState
+from rfengine.serving.events import EndReason, SessionState
 from rfengine.serving.jobs import JobStore
 from rfengine.serving.metrics import JOB_STATUSES, MEMORY_KINDS, SESSION_STATES, ServerMetrics
 from rfengine.serving.outbox import Outbox
 from rfengine.serving.sessions import SessionService
 
-logger = logging.getLogger(__name__)
 
-_WARM_PROMPT = "warm-up"
-
-
-def operations_router(
-    service: SessionService, metrics: ServerMetrics, is_warm: Callable[[], bool]
-) -> APIRouter:
+def operations_router(service: SessionService, metrics: ServerMetrics) -> APIRouter:
     """GET /livez, /readyz and /metrics."""
     router = APIRouter(include_in_schema=False)
 
@@ -40,7 +32,7 @@ def operations_router(
         elif not service.ready:
             status = "draining"
         else:
-            status = "ready" if is_warm() else "warming up"
+            status = "ready" if service.warm else "warming up"
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
     @router.get("/metrics")
@@ -50,27 +42,6 @@ def operations_router(
         return Response(body, media_type=content_type)
 
     return router
-
-
-class WarmUp:
-    """Runs a video until its window is full, so that no client pays for what is built on first use."""
-
-    def __init__(self, service: SessionService) -> None:
-        self.done = False
-        self._service = service
-
-    def run(self) -> None:
-        """Where it fails the server is never ready, and the log says why."""
-        pipeline: Pipeline = self._service.pipeline
-        try:
-            self._service.admission.needed(SessionRequest(_WARM_PROMPT))
-            for _ in pipeline.stream(_WARM_PROMPT).take(pipeline.config.cache.window_chunks + 3):
-                pass
-        except Exception:
-            logger.exception("the warm-up failed")
-            return
-        self.done = True
-        logger.info("the model is warm")
 
 
 class MetricsObserver:

@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 _POLICY_VIOLATION, _TRY_AGAIN_LATER, _INTERNAL = 1008, 1013, 1011  # close codes of RFC 6455
 _CLOSE_S = 2.0
 _MOST_EVENT_IDS = 10_000  # that are remembered of a connection
+_MOST_ASKED = 1000  # prompt changes whose latency is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,16 +281,20 @@ class _Connection:
     async def _read_messages(self) -> None:
         """Obey messages until the client stops; a wrong one is answered and changes nothing."""
         while True:
-            event_id = None
+            event_id, length = None, 0
             try:
-                message = self._parse(await self._receive())
+                text = await self._receive()
+                length = len(text)
+                message = self._parse(text)
                 if isinstance(message, SessionStop):
                     return
                 event_id = self._event_id(message)
                 self._obey(message, event_id)
             except ServiceError as error:
+                if error.fault.retryable:  # with the same id
+                    self._event_ids.discard(event_id)
                 self._outbox.put(error_message(error.fault, self._request_id, event_id, fatal=False))
-            await asyncio.sleep(self._bucket.delay())
+            await asyncio.sleep(self._bucket.delay(length))
 
     def _event_id(self, message: ClientMessage) -> str | None:
         """The message's event id, or one of ours. Raises ServiceError for one that was there before."""
@@ -323,6 +328,8 @@ class _Connection:
                 service.submit(session, command_of(message, event_id))
                 if isinstance(message, SessionInteraction):
                     self._asked_at[event_id] = time.monotonic()
+                    if len(self._asked_at) > _MOST_ASKED:  # those that no chunk was ever made of
+                        del self._asked_at[next(iter(self._asked_at))]
 
     async def _send_outbox(self) -> None:
         """Send what waits, until the session has ended and nothing does."""

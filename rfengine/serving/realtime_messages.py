@@ -18,6 +18,8 @@ from rfengine.serving.protocol import (
     SessionStart,
 )
 
+_LONG = 4096  # characters: to find the mistakes of a long message takes milliseconds
+
 
 class MessageBucket:
     """How long to wait before the next message is read."""
@@ -26,10 +28,10 @@ class MessageBucket:
         self._per_second, self._most = per_second, float(at_once)
         self._left, self._at = float(at_once), time.monotonic()
 
-    def delay(self) -> float:
-        """Take one message; seconds until it was due."""
-        now = time.monotonic()
-        self._left = min(self._most, self._left + (now - self._at) * self._per_second) - 1.0
+    def delay(self, length: int) -> float:
+        """Take one message of so many characters, a long one for several; seconds until it was due."""
+        now, taken = time.monotonic(), max(1.0, length / _LONG)
+        self._left = min(self._most, self._left + (now - self._at) * self._per_second) - taken
         self._at = now
         return max(0.0, -self._left / self._per_second)
 

@@ -31,7 +31,6 @@ from rfengine.serving.metrics import ServerMetrics
 from rfengine.serving.operations import (
     MetricsObserver,
     RequestCount,
-    WarmUp,
     operations_router,
     watch_gauges,
 )
@@ -85,19 +84,17 @@ def create_app(
     store = JobStore(
         options.data_directory / "videos", options.video_bytes, options.file_life_s, options.waiting_jobs
     )
-    service = SessionService(pipeline, options.service, MetricsObserver(metrics), on_lost)
+    service = SessionService(pipeline, options.service, MetricsObserver(metrics), on_lost, warm_up=True)
     recordings = options.data_directory / "recordings"
     library = RecordingLibrary(recordings, options.recording_bytes, options.file_life_s)
     endpoint = RealtimeEndpoint(service, library, metrics, options.realtime)
     runner = JobRunner(service, store)
-    warm_up = WarmUp(service)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(run_in_threadpool(warm_up.run)), asyncio.create_task(_sweep(library))]
+        sweep = asyncio.create_task(_sweep(library))
         yield
-        tasks[1].cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        sweep.cancel()
         await run_in_threadpool(runner.stop)
         await run_in_threadpool(service.drain, options.drain_s)
         await run_in_threadpool(service.stop)
@@ -108,7 +105,7 @@ def create_app(
     app.router.routes.append(WebSocketRoute("/v1/realtime/video", endpoint.serve))
     app.include_router(video_router(store, runner, pipeline, options.jobs))
     app.include_router(live_router(library))
-    app.include_router(operations_router(service, metrics, lambda: warm_up.done))
+    app.include_router(operations_router(service, metrics))
     app.include_router(page_router(pipeline))
     app.mount("/static", PageFiles(directory=STATIC))
     _answer_errors(app)

@@ -36,13 +36,15 @@ logger = logging.getLogger(__name__)
 _FOREGROUND_TURNS = 8  # before a background session gets one although others wait
 _WATCH_S = 0.25
 _LONGEST_WAIT_S = 0.5
+_WARM_UP_PROMPT = "a large circle"
 
 
 class SessionService:
     """Opens sessions and runs them.
 
     on_lost: called once, on a thread of the service, when a turn hangs or the device is gone; every session
-    has failed then, and the process should end.
+    has failed then, and the process should end. warm_up: first run a video until its window is full, so that
+    no client pays for what is built on first use; warm: whether that is done.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class SessionService:
         options: ServiceOptions,
         observer: Observer | None = None,
         on_lost: Callable[[str], None] | None = None,
+        warm_up: bool = False,
     ) -> None:
+        self.warm = not warm_up
         self.pipeline = pipeline
         self.options = options
         self.lost: str | None = None  # why the engine is gone
@@ -213,11 +217,29 @@ class SessionService:
     # The engine thread
 
     def _run(self) -> None:
+        if self.options.cpu_threads is not None:
+            torch.set_num_threads(self.options.cpu_threads)
+        if not self.warm:
+            self._warm_up()
         while (turn := self._next_turn()) is not None:
             try:
                 self._take_turn(*turn)
             finally:
                 self._turn_started = None
+
+    def _warm_up(self) -> None:
+        """Where it fails the service never becomes warm, and the log says why."""
+        try:
+            self.admission.needed(SessionRequest(_WARM_UP_PROMPT))
+            chunks = self.pipeline.config.cache.window_chunks + 3
+            for _ in self.pipeline.stream(_WARM_UP_PROMPT).take(chunks):
+                if self._stopped.is_set():
+                    return
+        except Exception:
+            logger.exception("the warm-up failed")
+            return
+        self.warm = True
+        logger.info("the model is warm")
 
     def _next_turn(self) -> tuple[Session, bool] | None:
         """Wait for a session that wants a turn; also whether it may make a chunk. None at the end."""

@@ -37,6 +37,7 @@ from rfengine.serving.events import (
     SessionState,
 )
 from rfengine.serving.live_video import LiveVideo
+from rfengine.serving.options import ServiceOptions
 from rfengine.serving.outbox import Outbox
 from rfengine.serving.points import KeptPoints
 from rfengine.serving.protocol import ErrorMessage, SessionDone
@@ -335,6 +336,25 @@ def test_a_command_that_fails_changes_nothing(
         assert numpy.array_equal(consumer.frames(), numpy.concatenate(alone(0)))
         assert_freed(session)
         assert_opens(service, alone)
+
+
+def test_an_error_of_the_device_in_a_command_is_one_of_the_whole_engine(
+    pipe: Pipeline, injection: Injection
+) -> None:
+    injection.into(TextEncoder, "encode", torch.AcceleratorError)
+    consumer, other, reported = Collected(room=1), Collected(room=1), []
+    service = SessionService(pipe, ServiceOptions(), on_lost=reported.append)
+    opened(service, request(1), other)
+    session = open_faulty(service, injection, request(), consumer)
+    for each in (consumer, other):
+        each.wait(SessionChunk)
+    injection.armed = True
+    service.submit(session, ChangePrompt("x", "a square"))
+    assert_plain(other.ended().fault, "engine_lost")
+    assert consumer.ended().reason == "failed"
+    eventually(lambda: len(reported) == 1)
+    assert service.lost and not service.ready
+    service.stop(5)
 
 
 LOST_COMMANDS = {

@@ -16,7 +16,7 @@ import pytest
 
 from rfengine import Pipeline
 from rfengine.serving.options import ServiceOptions
-from rfengine.serving.outbox import Outbox
+from rfengine.serving.outbox import Media, Outbox
 from rfengine.serving.realtime import RealtimeEndpoint, RealtimeLimits
 from rfengine.serving.sessions import SessionService
 from rfengine.serving.video_encoder import VideoEncoder
@@ -82,6 +82,7 @@ def reading(client: BareClient, bytes_a_second: int) -> Iterator[None]:
 
 @contextmanager
 def slow_session(server: RunningServer, policy: str, **fields: object) -> Iterator[tuple[BareClient, Outbox]]:
+    eventually(lambda: not endpoint(server).outboxes)  # the session before has ended
     with BareClient(server) as client:
         client.start(slow_client=policy, **fields)
         eventually(lambda: len(endpoint(server).outboxes) == 1)
@@ -115,29 +116,32 @@ def of_kind(entries: list, kind: str) -> list[dict]:
 @pytest.mark.parametrize("bytes_a_second", [0, 1])
 @pytest.mark.parametrize("policy", ["pause", "drop", "disconnect"])
 def test_a_slow_client_holds_a_bounded_queue_and_nobody_else(
-    server: RunningServer, pipe: Pipeline, policy: str, bytes_a_second: int
+    server: RunningServer,
+    pipe: Pipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: str,
+    bytes_a_second: int,
 ) -> None:
+    waited: list[int] = []  # bytes, after each chunk that the slow client was to get
+    put_media = Outbox.put_media
+
+    def noted(outbox: Outbox, media: Media) -> None:
+        put_media(outbox, media)
+        if media.metadata.prompt == "a slow circle":
+            waited.append(outbox.waiting[0])
+
+    monkeypatch.setattr(Outbox, "put_media", noted)
     _, usual_gap = play_beside(server)
-    most, stopped = 0, threading.Event()
-    with slow_session(server, policy) as (client, outbox), reading(client, bytes_a_second):
-
-        def watch() -> None:
-            nonlocal most
-            while not stopped.wait(0.002):
-                most = max(most, outbox.waiting[0])
-
-        watching = threading.Thread(target=watch)
-        watching.start()
-        try:
-            eventually(lambda: outbox.waiting[0] >= LIMITS.queue_bytes or outbox.finished)
-            chunks, gap = play_beside(server)
-        finally:
-            stopped.set()
-            watching.join()
+    with (
+        slow_session(server, policy, prompt="a slow circle") as (client, outbox),
+        reading(client, bytes_a_second),
+    ):
+        eventually(lambda: outbox.waiting[0] >= LIMITS.queue_bytes or outbox.finished)
+        chunks, gap = play_beside(server)
     assert chunks == encoded_alone(pipe)
     assert gap < 10 * usual_gap + 0.1
     # a chunk may be made while there is room for one, and MOST_UNDELIVERED are on their way
-    assert LIMITS.queue_bytes <= most < LIMITS.queue_bytes + 3 * LARGEST
+    assert LIMITS.queue_bytes <= max(waited) < LIMITS.queue_bytes + 3 * LARGEST
 
 
 def test_a_paused_session_goes_on_without_a_gap_once_its_client_reads(server: RunningServer) -> None:

@@ -7,7 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -108,7 +108,8 @@ class BareClient:
         self.send_frame(Opcode.TEXT, json.dumps(message).encode())
 
     def send_frame(self, opcode: Opcode, data: bytes, fin: bool = True) -> None:
-        self.socket.sendall(Frame(opcode, data, fin).serialize(mask=True))
+        with suppress(ConnectionError):  # what was received before can still be read
+            self.socket.sendall(Frame(opcode, data, fin).serialize(mask=True))
 
     def start(self, **fields: object) -> None:
         self.send({"type": "session.start", **START, **fields})
