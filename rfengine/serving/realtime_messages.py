@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -15,7 +16,6 @@ from rfengine.serving.protocol import (
     SessionInteraction,
     SessionSeek,
     SessionSnapshot,
-    SessionStart,
 )
 
 _LONG = 4096  # characters: to find the mistakes of a long message takes milliseconds
@@ -52,7 +52,26 @@ def command_of(message: ClientMessage, event_id: str) -> Command:
     raise AssertionError(message.type)
 
 
-def check_compatible(start: SessionStart, pipeline: Pipeline) -> None:
+class AskedFor(Protocol):
+    """What a request says of the model, in either API."""
+
+    @property
+    def model(self) -> str | None: ...
+
+    @property
+    def fps(self) -> int | None: ...
+
+    @property
+    def guidance_scale(self) -> float | None: ...
+
+    @property
+    def num_inference_steps(self) -> int | None: ...
+
+    @property
+    def negative_prompt(self) -> str | None: ...
+
+
+def check_compatible(start: AskedFor, pipeline: Pipeline) -> None:
     """Raises ServiceError for what the model does not do."""
     config = pipeline.config
     steps = len(config.schedule.denoising_steps)
