@@ -1,4 +1,4 @@
-"""Delivery: hands to each session's consumer what it is to get, in order, on a few shared threads."""
+"""Delivery: hands to each session's consumer what it is to get, in order."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from threading import Lock
 class Lane:
     """The deliveries of one session: one after the other, in the order in which they were put."""
 
-    __slots__ = ("_lock", "_pool", "_running", "_waiting")
+    __slots__ = ("_lock", "_running", "_submit", "_waiting")
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self, submit: Callable[[Callable[[], None]], object]) -> None:
+        self._submit = submit
         self._lock = Lock()
         self._waiting: deque[Callable[[], None]] = deque()
         self._running = False
@@ -26,7 +26,7 @@ class Lane:
             if self._running:
                 return
             self._running = True
-        self._pool.submit(self._run)
+        self._submit(self._run)
 
     def _run(self) -> None:
         with self._lock:
@@ -36,18 +36,41 @@ class Lane:
             if not self._waiting:
                 self._running = False
                 return
-        self._pool.submit(self._run)  # to the end of the line, so that no session keeps a thread
+        self._submit(self._run)  # to the end of the line, so that no session holds up the others
 
 
 class Delivery:
-    """The threads, and a Lane for each session."""
+    """Where deliveries run, and a Lane for each session.
 
-    def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads, "rfengine-delivery")
+    threads: of their own, beside the engine's work. With 0 the engine's thread runs them between two turns,
+    by `run_waiting`: on a CPU, encoding beside the engine takes a core from each of its parallel loops.
+    on_waiting: called for each delivery that waits for that.
+    """
+
+    def __init__(self, threads: int, on_waiting: Callable[[], None]) -> None:
+        self._pool = ThreadPoolExecutor(threads, "rfengine-delivery") if threads else None
+        self._on_waiting = on_waiting
+        self._waiting: deque[Callable[[], None]] = deque()
 
     def lane(self) -> Lane:
-        return Lane(self._pool)
+        """The lane of a new session."""
+        return Lane(self._wait if self._pool is None else self._pool.submit)
+
+    def _wait(self, run: Callable[[], None]) -> None:
+        self._waiting.append(run)
+        self._on_waiting()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether run_waiting has something to do."""
+        return bool(self._waiting)
+
+    def run_waiting(self) -> None:
+        """Run what waits, and what comes meanwhile."""
+        while self._waiting:
+            self._waiting.popleft()()
 
     def close(self) -> None:
         """Return once everything that was put is delivered."""
-        self._pool.shutdown(wait=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True)

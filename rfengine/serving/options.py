@@ -16,8 +16,9 @@ class ServiceOptions:
     host_bytes: host memory of parked states and kept points. lease_s: a session that nobody renews for so
     long ends. idle_s: so does one that is paused, or whose client takes nothing, for so long. life_s: so does
     every session. park_s: a paused session's state moves to host memory after so long. stall_s: a turn that
-    takes longer means that the device hangs. keep_every: chunks between automatic points. cpu_threads: of
-    torch on the engine's thread; None leaves torch's own number.
+    takes longer means that the device hangs. keep_every: chunks between automatic points. delivery_threads:
+    those that encode and record; 0 is the engine's own, None is 0 on a CPU and 2 beside a device.
+    cpu_threads: of torch on the engine's thread; None leaves torch's own number.
     """
 
     max_sessions: int = 16
@@ -30,7 +31,7 @@ class ServiceOptions:
     stall_s: float = 60.0
     keep_every: int = 4
     max_pixels: int = 1280 * 1280
-    delivery_threads: int = 2
+    delivery_threads: int | None = None
     cpu_threads: int | None = None
 
 

@@ -193,7 +193,11 @@ class _Connection:
         )  # fmt: skip
         service.admission.needed(request)  # before an encoder of that size is made
         height, width = start.height or config.height, start.width or config.width
-        encoder = await run_in_threadpool(VideoEncoder, config.fps, height, width)
+        size = (config.fps, height, width)
+        if service.pipeline.model.device.type == "cpu":  # NVENC alone takes long to open
+            encoder = VideoEncoder(*size)
+        else:
+            encoder = await run_in_threadpool(VideoEncoder, *size)
         try:
             video = self._live_video(start, encoder)
             session = service.open(request, video)

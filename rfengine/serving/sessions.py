@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _FOREGROUND_TURNS = 8  # before a background session gets one although others wait
 _WATCH_S = 0.25
 _LONGEST_WAIT_S = 0.5
+_DELIVERY_THREADS = 2
 _WARM_UP_PROMPT = "a large circle"
 
 
@@ -68,7 +69,10 @@ class SessionService:
         self._stopped = Event()
         self._foreground_turns = 0
         self._turn_started: float | None = None
-        self._delivery = Delivery(options.delivery_threads)
+        threads = options.delivery_threads
+        if threads is None:
+            threads = 0 if pipeline.model.device.type == "cpu" else _DELIVERY_THREADS
+        self._delivery = Delivery(threads, self.wake)
         self._threads = [
             Thread(target=self._run, name="rfengine-engine", daemon=True),
             Thread(target=self._watch, name="rfengine-watch", daemon=True),
@@ -243,8 +247,13 @@ class SessionService:
 
     def _next_turn(self) -> tuple[Session, bool] | None:
         """Wait for a session that wants a turn; also whether it may make a chunk. None at the end."""
-        with self._changed:
-            while not self._stopped.is_set():
+        while not self._stopped.is_set():
+            self._turn_started = time.monotonic()
+            self._delivery.run_waiting()
+            self._turn_started = None
+            with self._changed:
+                if self._delivery.is_waiting:
+                    continue
                 now = time.monotonic()
                 waits = {session: self._wait(session, now) for session in self._sessions}
                 session = self._choose([each for each, seconds in waits.items() if seconds == 0.0])
@@ -416,5 +425,6 @@ class SessionService:
                 session.released = True
         for session in sessions:
             session.finish()
+        self._delivery.run_waiting()  # the engine's thread may never come back to it
         if self._on_lost is not None:
             self._on_lost(why)

@@ -29,6 +29,7 @@ _PIXELS_PER_THREAD = 1 << 19  # below it one thread takes less than 2 ms a frame
 _MOST_THREADS = 4
 _NEVER = str(1 << 30)  # frames between keyframes, but for the one that begins each chunk
 
+_PIXELS_OF_A_FAST_PRESET = 1 << 16  # below it bytes do not matter, and ultrafast takes half the time
 # one packet for each frame at once: no B frames, no frames looked ahead at
 _OPTIONS = {
     "libx264": {"preset": "veryfast", "tune": "zerolatency", "crf": "18", "g": _NEVER, "sc_threshold": "0"},
@@ -216,7 +217,9 @@ def _open_codec(name: str, rate: Fraction, height: int, width: int) -> tuple[Vid
         with av.open(file, "w", format="mp4", container_options=options) as container:
             stream = container.add_stream(name, rate=rate)
             stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            stream.options = dict(_OPTIONS[name])
+            few = height * width <= _PIXELS_OF_A_FAST_PRESET
+            faster = {"preset": "ultrafast"} if few and name == "libx264" else {}
+            stream.options = _OPTIONS[name] | faster
             coder = stream.codec_context
             coder.thread_count = min(_MOST_THREADS, 1 + height * width // _PIXELS_PER_THREAD)
             coder.color_range = FROM_16_TO_235
