@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import webbrowser
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
 from typing import Annotated
@@ -56,7 +56,7 @@ class ServeOptions:
     """Precision of the weights; bfloat16 on CUDA, float32 on the CPU."""
     backend: Backend | None = None
     """What runs the ops; auto, the default, takes what is fastest here."""
-    runtime: OmitArgPrefixes[RuntimeConfig] = field(default_factory=RuntimeConfig)
+    runtime: OmitArgPrefixes[RuntimeConfig] = RuntimeConfig()
     log_json: bool = False
     """Write the log as one JSON object a line."""
     open_browser: bool = False

@@ -44,4 +44,8 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         """Serve the connection; what is not taken soon after its end is thrown away."""
         await super().run_asgi()
         if self.transport.get_write_buffer_size():
-            self.loop.call_later(_LEAVE_S, self.transport.abort)
+            self.loop.call_later(_LEAVE_S, self._break_off)
+
+    def _break_off(self) -> None:
+        if not self.disconnected:
+            self.transport.abort()

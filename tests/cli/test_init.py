@@ -20,6 +20,15 @@ OPTIONS = {
         "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
         "backend", *RUNTIME, "verify",
     ],
+    "serve": [
+        "model", "host", "port", "api_key_file", "insecure", "max_sessions", "memory_gb", "host_memory_gb",
+        "data_directory", "disk_gb", "allow_origin", "allow_host", "device", "dtype", "backend", *RUNTIME,
+        "log_json", "open_browser",
+    ],
+    "client": [
+        "url", "prompt", "output", "seconds", "seed", "height", "width", "switch", "mode", "pace", "hls",
+        "api_key_file",
+    ],
     "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
     "parity": ["files", "backend", "device", "dtype"],
     "doctor": ["json", "model", "height", "width", "dtype", "renew"],

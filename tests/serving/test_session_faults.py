@@ -610,7 +610,7 @@ def test_a_session_reports_the_fault_of_its_last_chunk(pipe: Pipeline) -> None:
             super().take(chunk)
 
     consumer = LastFails()
-    with running_service(pipe) as service:
+    with running_service(pipe, delivery_threads=2) as service:
         opened(service, request(), consumer)
         ended = consumer.ended()
     assert ended.reason == "failed"

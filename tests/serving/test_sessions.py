@@ -352,7 +352,7 @@ def test_a_consumer_without_room_holds_its_session_alone(pipe: Pipeline) -> None
 def test_a_consumer_that_is_kept_waiting_bounds_what_is_made(pipe: Pipeline) -> None:
     slow = Collected()
     slow.gate.clear()
-    with running_service(pipe) as service:
+    with running_service(pipe, delivery_threads=2) as service:
         session = opened(service, request(), slow)
         eventually(lambda: session.chunks == 2)
         time.sleep(0.2)
