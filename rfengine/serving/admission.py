@@ -28,6 +28,10 @@ class Admission:
         self._pipeline, self._options = pipeline, options
         self._stream_bytes: dict[tuple[int | None, int | None], int] = {}
 
+    def knows(self, request: SessionRequest) -> bool:
+        """Whether `needed` answers at once: it has seen a session of that size."""
+        return (request.height, request.width) in self._stream_bytes
+
     def needed(self, request: SessionRequest) -> int:
         """Device memory of the session in bytes. Raises ServiceError for one that can never be."""
         config, limit = self._pipeline.config, self._options.max_pixels

@@ -63,8 +63,8 @@ class RealtimeLimits:
     """Limits of each connection.
 
     start_s: for the first message. messages_per_s: read on average, after messages_at_once; beyond them the
-    server reads no faster. queue_bytes, queue_seconds: of the outbox. flush_s: for what waits to be sent when
-    the session has ended.
+    server reads no faster. queue_bytes, queue_seconds: of the outbox. flush_s: when the session has ended, a
+    client that takes nothing for so long gets nothing more.
     """
 
     start_s: float = 10.0
@@ -127,6 +127,7 @@ class _Connection:
         self._started_at = time.monotonic()
         self._asked_at: dict[str, float] = {}  # prompt changes that no chunk was sent of
         self._event_ids: set[str] = set()
+        self._sent = 0  # entries of the outbox
         self._bucket = MessageBucket(self._limits.messages_per_s, self._limits.messages_at_once)
 
     async def run(self) -> None:
@@ -191,6 +192,8 @@ class _Connection:
             start.prompt, start.seed, start.height, start.width, start.num_frames, start.pace == "realtime",
             start.lead_seconds, start.keep_every,
         )  # fmt: skip
+        if not service.admission.knows(request):  # it takes long to reckon
+            await run_in_threadpool(service.admission.needed, request)
         service.admission.needed(request)  # before an encoder of that size is made
         height, width = start.height or config.height, start.width or config.width
         size = (config.fps, height, width)
@@ -265,8 +268,8 @@ class _Connection:
             slow = isinstance(error, ServiceError)  # it sends, and reads no answer
             if reader.done():
                 self._service.close(self._session, *(("slow_client", error.fault) if slow else ("stopped",)))
-            if error is None or slow:  # it still gets what waits, where it reads
-                await asyncio.wait({sender}, timeout=self._limits.flush_s)
+            if error is None or slow:
+                await self._flush(sender)
         finally:
             for task in tasks:
                 task.cancel()
@@ -275,6 +278,13 @@ class _Connection:
             if isinstance(error, Exception) and not isinstance(error, WebSocketDisconnect | ServiceError):
                 logger.error("a realtime connection failed", exc_info=error)
         await _close(self._websocket, 1000 if self._session.fault is None else _INTERNAL)
+
+    async def _flush(self, sender: asyncio.Task[None]) -> None:
+        """The client still gets what waits, as long as it reads."""
+        sent = -1
+        while not sender.done() and sent != self._sent:
+            sent = self._sent
+            await asyncio.wait({sender}, timeout=self._limits.flush_s)
 
     async def _keep_lease(self) -> None:
         """The session lives as long as the connection, and ends with its own reasons."""
@@ -345,10 +355,12 @@ class _Connection:
                 self._ready.clear()
                 if not self._outbox.has_entries():
                     await self._ready.wait()
-            elif isinstance(entry, Media):
+                continue
+            if isinstance(entry, Media):
                 await self._send_media(entry)
             else:
                 await self._send_text(entry)
+            self._sent += 1
 
     async def _send_text(self, message: Message) -> None:
         await self._websocket.send_text(message.model_dump_json())

@@ -7,7 +7,8 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 _INVALID_DATA = 1007  # close code of RFC 6455
-_LEAVE_S = 2.0  # for the last bytes to be taken
+_LEAVE_S = 2.0  # in which a client takes at least
+_LEAST_TAKEN = 2048  # of the last bytes
 
 
 class BoundedWebSocket(WebSocketsSansIOProtocol):
@@ -41,11 +42,19 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         await super().send(message)
 
     async def run_asgi(self) -> None:
-        """Serve the connection; what is not taken soon after its end is thrown away."""
+        """Serve the connection; what a client leaves lying after its end is thrown away."""
         await super().run_asgi()
-        if self.transport.get_write_buffer_size():
-            self.loop.call_later(_LEAVE_S, self._break_off)
+        self._await_last_bytes()
 
-    def _break_off(self) -> None:
-        if not self.disconnected:
+    def _await_last_bytes(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left:
+            self.loop.call_later(_LEAVE_S, self._break_off_unless_taken, left)
+
+    def _break_off_unless_taken(self, before: int) -> None:
+        if self.disconnected:
+            return
+        if before - self.transport.get_write_buffer_size() < _LEAST_TAKEN:
             self.transport.abort()
+        else:
+            self._await_last_bytes()

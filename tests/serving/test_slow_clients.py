@@ -226,3 +226,17 @@ def test_a_client_that_takes_nothing_for_long_is_ended_and_keeps_no_connection(
         with slow_session(server, "pause") as (_, outbox):
             eventually(lambda: outbox.finished)
             assert_let_go(server)
+
+
+def test_an_ended_session_is_sent_whole_to_a_client_that_reads_slowly(server: RunningServer) -> None:
+    frames = 9 + 12 * 7
+    with BareClient(server) as client:
+        client.start(num_frames=frames, slow_client="pause")
+        entries: list = []
+        while not client.has_ended:  # what waits at the end takes longer than flush_s
+            time.sleep(0.05)
+            entries += client.read(2000)
+    messages = [entry for entry in entries if isinstance(entry, dict)]
+    assert sum(message.get("num_frames", 0) for message in messages if "byte_length" in message) == frames
+    assert messages[-1]["type"] == "session.done" and messages[-1]["reason"] == "finished"
+    assert client.close_code == 1000
