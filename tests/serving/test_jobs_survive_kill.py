@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from threading import Timer
 
-import httpx
+import httpx2
 import pytest
 
 from rfengine.serving.jobs import MOST_ATTEMPTS
@@ -26,7 +26,7 @@ def test_jobs_survive_kills_at_random_moments(tmp_path: Path, kills: int) -> Non
     directory = tmp_path / "jobs"
     jobs: dict[str, dict] = {}  # accepted ones
     videos: dict[str, bytes] = {}  # of completed ones
-    with KilledServers() as servers, httpx.Client(timeout=WAIT) as http:
+    with KilledServers() as servers, httpx2.Client(timeout=WAIT) as http:
         for _ in range(kills):
             url = f"{servers.start(directory)}/v1/videos"
             killing = Timer(chance.uniform(0.1, 1.5), servers.kill)
@@ -43,7 +43,7 @@ def test_jobs_survive_kills_at_random_moments(tmp_path: Path, kills: int) -> Non
                 while killing.is_alive():
                     collect(http, url, jobs, videos)
                     time.sleep(0.01)
-            except httpx.TransportError:  # it is killed
+            except httpx2.TransportError:  # it is killed
                 pass
             killing.join()
         url = f"{servers.start(directory)}/v1/videos"
@@ -58,7 +58,7 @@ def test_jobs_survive_kills_at_random_moments(tmp_path: Path, kills: int) -> Non
     check_videos(jobs, videos, tmp_path)
 
 
-def unanswered(http: httpx.Client, url: str, jobs: dict[str, dict]) -> dict[str, dict]:
+def unanswered(http: httpx2.Client, url: str, jobs: dict[str, dict]) -> dict[str, dict]:
     """The jobs that are not among those accepted: the server was killed between the disk and the answer."""
     listed: dict[str, dict] = {}
     page = http.get(url, params={"limit": 100}).json()
@@ -69,7 +69,7 @@ def unanswered(http: httpx.Client, url: str, jobs: dict[str, dict]) -> dict[str,
     return {job_id: job for job_id, job in listed.items() if job_id not in jobs}
 
 
-def collect(http: httpx.Client, url: str, jobs: dict[str, dict], videos: dict[str, bytes]) -> int:
+def collect(http: httpx2.Client, url: str, jobs: dict[str, dict], videos: dict[str, bytes]) -> int:
     """Look at every job that was accepted, and get the videos that are new; returns how many are not done."""
     for job_id in jobs.keys() - videos.keys():
         answer = http.get(f"{url}/{job_id}")

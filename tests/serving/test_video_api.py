@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from rfengine import Pipeline
@@ -54,8 +54,8 @@ def client_of(server: VideoServer, key: str = "none") -> Any:
 
 
 @pytest.fixture
-def http(server: VideoServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=WAIT) as connected:
+def http(server: VideoServer) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=server.url, timeout=WAIT) as connected:
         yield connected
 
 
@@ -152,7 +152,7 @@ def test_failed_video_says_why(client: Any, monkeypatch: pytest.MonkeyPatch) -> 
 # Requests
 
 
-def test_form_and_json_ask_for_the_same_video(http: httpx.Client, client: Any) -> None:
+def test_form_and_json_ask_for_the_same_video(http: httpx2.Client, client: Any) -> None:
     fields = {
         "prompt": "a red circle ☂", "model": "small", "seconds": "2.5", "size": "64x32",
         "seed": "9223372036854775807", "fps": "16", "num_frames": "40", "num_inference_steps": "2",
@@ -186,7 +186,7 @@ def test_form_and_json_ask_for_the_same_video(http: httpx.Client, client: Any) -
     ],
 )
 def test_length_is_given_in_seconds_or_in_frames(
-    http: httpx.Client, client: Any, given: dict[str, Any], num_frames: int, seconds: str
+    http: httpx2.Client, client: Any, given: dict[str, Any], num_frames: int, seconds: str
 ) -> None:
     video = http.post("/v1/videos", json={"prompt": "a square", **given}).json()
     assert (video["num_frames"], video["seconds"]) == (num_frames, seconds)
@@ -238,7 +238,7 @@ WRONG = [
 
 @pytest.mark.parametrize("given, status, code, param", WRONG, ids=lambda value: repr(value)[:50])
 def test_wrong_field_is_refused_by_name(
-    http: httpx.Client, server: VideoServer, given: dict[str, Any], status: int, code: str, param: str | None
+    http: httpx2.Client, server: VideoServer, given: dict[str, Any], status: int, code: str, param: str | None
 ) -> None:
     before = server.store.counts()
     answer = http.post(
@@ -281,13 +281,13 @@ def _json(values: object) -> bytes:
     ],
 )
 def test_body_that_cannot_be_read_is_refused(
-    http: httpx.Client, kind: str, body: bytes, status: int, code: str
+    http: httpx2.Client, kind: str, body: bytes, status: int, code: str
 ) -> None:
     answer = http.post("/v1/videos", content=body, headers={"Content-Type": kind})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-def test_form_is_refused_for_files_repeats_and_large_fields(http: httpx.Client, client: Any) -> None:
+def test_form_is_refused_for_files_repeats_and_large_fields(http: httpx2.Client, client: Any) -> None:
     def code(files: list[tuple[str, Any]]) -> str:
         answer = http.post("/v1/videos", files=files)
         assert answer.status_code == 400
@@ -319,7 +319,7 @@ def test_queue_of_one_key_has_a_most(pipeline: Pipeline, tmp_path: Path) -> None
         with refused(openai.RateLimitError, "too_many_jobs"):
             first.videos.create(prompt="a square")
         second.videos.create(prompt="a square")
-        answer = httpx.post(
+        answer = httpx2.post(
             f"{server.url}/v1/videos",
             json={"prompt": "a square"},
             headers={"Authorization": f"Bearer {KEYS[0]}"},
@@ -349,7 +349,7 @@ def test_key_sees_its_own_videos_alone(
 
 
 def test_full_disk_is_a_typed_error_and_passes(
-    client: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    client: Any, http: httpx2.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**30, 2**30, 0))
@@ -363,14 +363,14 @@ def test_full_disk_is_a_typed_error_and_passes(
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up", "after=../../etc/passwd"])
-def test_list_with_a_wrong_query_is_refused(http: httpx.Client, query: str) -> None:
+def test_list_with_a_wrong_query_is_refused(http: httpx2.Client, query: str) -> None:
     answer = http.get(f"/v1/videos?{query}")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == query.partition("=")[0]
 
 
 @pytest.mark.parametrize("video_id", ["x", "..%2f..%2fetc%2fpasswd", "video_%00", "video_" + "0" * 32, "%ff"])
-def test_video_that_is_not_there_is_not_found(http: httpx.Client, video_id: str) -> None:
+def test_video_that_is_not_there_is_not_found(http: httpx2.Client, video_id: str) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/content")):
         answer = http.request(method, f"/v1/videos/{video_id}{path}")
         assert answer.status_code == 404
@@ -382,7 +382,7 @@ def finished(client: Any) -> Any:
     return when(client, video.id, "completed")
 
 
-def test_content_answers_ranges(http: httpx.Client, finished: Any) -> None:
+def test_content_answers_ranges(http: httpx2.Client, finished: Any) -> None:
     path = f"/v1/videos/{finished.id}/content"
     whole = http.get(path)
     assert (whole.status_code, whole.headers["content-type"]) == (200, "video/mp4")
@@ -396,13 +396,13 @@ def test_content_answers_ranges(http: httpx.Client, finished: Any) -> None:
     assert decoded(whole.content).shape == (33, 32, 48, 3)
 
 
-def test_content_has_the_video_alone(http: httpx.Client, finished: Any) -> None:
+def test_content_has_the_video_alone(http: httpx2.Client, finished: Any) -> None:
     assert http.get(f"/v1/videos/{finished.id}/content?variant=video").status_code == 200
     answer = http.get(f"/v1/videos/{finished.id}/content?variant=thumbnail")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "variant")
 
 
-def test_content_is_a_conflict_until_it_is_complete(http: httpx.Client, client: Any) -> None:
+def test_content_is_a_conflict_until_it_is_complete(http: httpx2.Client, client: Any) -> None:
     video = client.videos.create(prompt="a square", extra_body={"num_frames": LONG})
     answer = http.get(f"/v1/videos/{video.id}/content")
     assert (answer.status_code, answer.headers["retry-after"]) == (409, "1")
@@ -410,7 +410,7 @@ def test_content_is_a_conflict_until_it_is_complete(http: httpx.Client, client: 
 
 
 def test_content_whose_file_was_just_deleted_is_not_found(
-    http: httpx.Client, finished: Any, monkeypatch: pytest.MonkeyPatch
+    http: httpx2.Client, finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     video = JobStore.video
 
@@ -424,7 +424,7 @@ def test_content_whose_file_was_just_deleted_is_not_found(
 
 
 def test_no_answer_names_a_place_on_the_server(
-    http: httpx.Client, server: VideoServer, finished: Any
+    http: httpx2.Client, server: VideoServer, finished: Any
 ) -> None:
     answers = [
         http.get(path).text
