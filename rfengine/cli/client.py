@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from rfengine.files import read_text
 from rfengine.prompts import check_prompt
 from rfengine.video import check_video_path, frame_count
+
+_MOST_KEY_BYTES = 2**16  # of a file of keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ def run(options: ClientOptions) -> int:
     check_prompt(options.prompt)
     check_video_path(options.output)
     switches = [Switch(*_seconds_and_prompt(text), options.mode) for text in options.switch]
-    key = None if options.api_key_file is None else options.api_key_file.read_text().split("\n")[0].strip()
+    key = None if options.api_key_file is None else _first_key(options.api_key_file)
 
     def show(message: dict[str, Any]) -> None:
         if message["type"] == "video.start" and message["hls_url"]:
@@ -75,6 +78,16 @@ def run(options: ClientOptions) -> int:
         f"{played.reason}"
     )
     return 0 if played.reason == "finished" else 1
+
+
+def _first_key(path: Path) -> str:
+    """The first key of a file as the server reads it. Raises ValueError where there is none."""
+    from rfengine.serving.access import key_lines
+
+    keys = key_lines(read_text(path, _MOST_KEY_BYTES))
+    if not keys:
+        raise ValueError(f"{path} has no access key; write one on a line of its own")
+    return keys[0]
 
 
 def _seconds_and_prompt(text: str) -> tuple[float, str]:

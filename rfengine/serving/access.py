@@ -115,9 +115,8 @@ class ApiKeys:
             content = file.read(_MOST_FILE_BYTES + 1)
         if len(content) > _MOST_FILE_BYTES:
             raise ValueError(f"{path} has more than {_MOST_FILE_BYTES} bytes; give a file of access keys")
-        lines = [line.strip() for line in text_lines(content.decode("utf-8-sig", "replace"))]
         try:
-            return cls(line for line in lines if line and not line.startswith("#"))
+            return cls(key_lines(content.decode("utf-8-sig", "replace")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -150,6 +149,12 @@ class ApiKeys:
         return _find(given, ((key.token.encode(), key.name) for key in self._keys))
 
 
+def key_lines(text: str) -> list[str]:
+    """The keys in the text of a file: its lines, without blank ones and those that begin with #."""
+    lines = [line.strip() for line in text_lines(text)]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def _find(value: bytes, entries: Iterable[tuple[bytes, str]]) -> str | None:
     """The name beside an equal value; every entry is compared, so the time shows none of them."""
     found = None
@@ -157,6 +162,12 @@ def _find(value: bytes, entries: Iterable[tuple[bytes, str]]) -> str | None:
         if hmac.compare_digest(known, value):
             found = name
     return found
+
+
+def owner_of(scope: Scope) -> str | None:
+    """The name of the key that a request came with, as AccessMiddleware left it; None without keys."""
+    client = scope.get("state", {}).get("client")
+    return None if client is None else client.key_name
 
 
 def is_loopback(host: str) -> bool:

@@ -15,6 +15,7 @@ from urllib.request import Request, urlopen
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import ClientConnection, connect
 
+from rfengine.files import partial_path
 from rfengine.serving.recording import write_mp4
 
 _PATH = "/v1/realtime/video"
@@ -98,7 +99,7 @@ def play(
     except OSError as error:
         reason = error.strerror or error
         raise RuntimeError(f"{url} cannot be reached ({reason}); is the server running there?") from error
-    fragments = output.with_name(f".{output.name}.fragments")
+    fragments = partial_path(output)
     try:
         with connection, fragments.open("wb") as file:
             return _Play(connection, list(switches), on_message).run(start, file.write)

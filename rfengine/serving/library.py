@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -25,7 +25,6 @@ class _Entry:
     path: Path | None
     recording: Recording | None
     ended_at: float | None = None
-    added_at: float = field(default_factory=time.monotonic)
 
 
 class RecordingLibrary:
@@ -80,9 +79,12 @@ class RecordingLibrary:
             entry = self._entries.pop(request_id, None)
         if entry is not None and entry.recording is not None:
             entry.recording.close()
-            with suppress(OSError):
-                entry.path.unlink(missing_ok=True)
-            self._budget.give(entry.recording.num_bytes)
+            self._remove_file(entry)
+
+    def _remove_file(self, entry: _Entry) -> None:
+        with suppress(OSError):
+            entry.path.unlink(missing_ok=True)
+        self._budget.give(entry.recording.num_bytes)
 
     def video(self, request_id: str, owner: str | None) -> LiveVideo:
         """Raises ServiceError where the owner has no such session."""
@@ -137,15 +139,13 @@ class RecordingLibrary:
             ]
             unrecorded = [name for _, name in sorted(ended) if self._entries[name].recording is None]
             for ended_at, name in sorted(ended):
-                recording, path = self._entries[name].recording, self._entries[name].path
-                if recording is None:
+                entry = self._entries[name]
+                if entry.recording is None:
                     over = now - ended_at > _SEGMENT_LIFE_S or name in unrecorded[:-_MOST_UNRECORDED]
                 else:
                     full = self._budget.used + room > self._budget.most_bytes
                     over = full or now - ended_at > self._life_s
                 if over:
                     del self._entries[name]
-                if over and recording is not None:
-                    with suppress(OSError):
-                        path.unlink(missing_ok=True)
-                    self._budget.give(recording.num_bytes)
+                if over and entry.recording is not None:
+                    self._remove_file(entry)

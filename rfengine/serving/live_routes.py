@@ -9,6 +9,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 
+from rfengine.serving.access import owner_of
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.hls import HlsPlaylist
 from rfengine.serving.library import RecordingLibrary
@@ -31,7 +32,7 @@ def live_router(library: RecordingLibrary) -> APIRouter:
     async def initialisation(session_id: SessionId, request: Request) -> Response:
         """What every segment needs first."""
         _hls(library, session_id, request)
-        video = library.video(session_id, _owner(request))
+        video = library.video(session_id, owner_of(request.scope))
         return Response(video.init_segment, media_type="video/mp4", headers=_NO_STORE)
 
     @router.get("/hls/segment-{number}.m4s")
@@ -52,7 +53,7 @@ def live_router(library: RecordingLibrary) -> APIRouter:
         branch: Annotated[int | None, Query(ge=0, le=2**31)] = None,
     ) -> FileResponse:
         """The whole video so far as an ordinary MP4, or one branch of it from the start."""
-        path = await run_in_threadpool(library.export, session_id, _owner(request), branch)
+        path = await run_in_threadpool(library.export, session_id, owner_of(request.scope), branch)
         name = f"{session_id}.mp4" if branch is None else f"{session_id}-branch-{branch}.mp4"
         return FileResponse(
             path,
@@ -65,12 +66,8 @@ def live_router(library: RecordingLibrary) -> APIRouter:
     return router
 
 
-def _owner(request: Request) -> str | None:
-    return request.scope["state"]["client"].key_name
-
-
 def _hls(library: RecordingLibrary, session_id: str, request: Request) -> HlsPlaylist:
-    hls = library.video(session_id, _owner(request)).hls
+    hls = library.video(session_id, owner_of(request.scope)).hls
     if hls is None:
         message = "the session has no HLS playlist; start it with hls: true"
         raise ServiceError(Fault("no_hls", message, status=404))

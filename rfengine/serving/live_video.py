@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from threading import Lock
 
 from rfengine.serving.errors import Fault
@@ -36,6 +37,16 @@ from rfengine.serving.protocol import (
 )
 from rfengine.serving.recording import Recording
 from rfengine.serving.video_encoder import VideoEncoder
+
+# of each event, whose fields are the message's
+_MESSAGES: dict[type, type[Message]] = {
+    StateChanged: SessionStateChanged,
+    PromptQueued: InteractionQueued,
+    PromptApplied: InteractionApplied,
+    PointKept: SnapshotKept,
+    PointDropped: SnapshotDropped,
+    Moved: SessionMoved,
+}
 
 
 class ChunkLine:
@@ -147,44 +158,9 @@ class LiveVideo:
         self._outbox.put(self._message(event))
 
     def _message(self, event: SessionEvent) -> Message:
-        own = self.request_id
-        match event:
-            case StateChanged():
-                return SessionStateChanged(request_id=own, state=event.state.value, event_id=event.event_id)
-            case PromptQueued():
-                return InteractionQueued(request_id=own, event_id=event.event_id)
-            case PromptApplied():
-                return InteractionApplied(
-                    request_id=own,
-                    event_id=event.event_id,
-                    chunk_index=event.chunk_index,
-                    branch_id=event.branch_id,
-                )
-            case PointKept():
-                return SnapshotKept(
-                    request_id=own,
-                    snapshot_id=event.snapshot_id,
-                    chunk_index=event.chunk_index,
-                    branch_id=event.branch_id,
-                    prompt=event.prompt,
-                    automatic=event.automatic,
-                    event_id=event.event_id,
-                )
-            case PointDropped():
-                return SnapshotDropped(request_id=own, snapshot_id=event.snapshot_id)
-            case Moved():
-                return SessionMoved(
-                    request_id=own,
-                    event_id=event.event_id,
-                    snapshot_id=event.snapshot_id,
-                    chunk_index=event.chunk_index,
-                    branch_id=event.branch_id,
-                    parent_branch_id=event.parent_branch_id,
-                    prompt=event.prompt,
-                    seed=event.seed,
-                )
-            case CommandFailed():
-                return self._error(event.fault, event.event_id, fatal=False)
+        if isinstance(event, CommandFailed):
+            return self._error(event.fault, event.event_id, fatal=False)
+        return _MESSAGES[type(event)](request_id=self.request_id, **asdict(event))
 
     def _error(self, fault: Fault, event_id: str | None, fatal: bool) -> ErrorMessage:
         return error_message(fault, self.request_id, event_id, fatal)

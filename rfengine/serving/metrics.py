@@ -7,7 +7,7 @@ from typing import get_args
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from rfengine.serving.protocol import EndReason
+from rfengine.serving.events import EndReason
 
 STAGES = ("denoise", "decode", "encode", "total")
 SESSION_STATES = ("running", "paused", "draining")

@@ -14,11 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from rfengine.prompts import MOST_CHARACTERS
 from rfengine.schedule import MAX_SEED
+from rfengine.serving.events import EndReason
 from rfengine.snapshot import MOST_TRANSITION_CHUNKS
+from rfengine.stream import PromptMode
 
 MOST_EVENT_ID = 128  # characters
 
-Mode = Literal["soft", "recache", "hard"]
+Pace = Literal["realtime", "fast"]
+SlowClient = Literal["pause", "drop", "disconnect"]
 EventId = Annotated[str, Field(min_length=1, max_length=MOST_EVENT_ID)]
 PromptText = Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -64,13 +67,13 @@ class SessionStart(Message):
     )
     guidance_scale: float | None = Field(None, description="Only 1 is accepted: the model is distilled.")
     num_inference_steps: int | None = Field(None, description="Only the model's own number is accepted.")
-    pace: Literal["realtime", "fast"] = Field(
+    pace: Pace = Field(
         "fast", description="realtime: stay lead_seconds ahead of the clock; fast: as fast as the model runs."
     )
     lead_seconds: Annotated[float, Field(ge=0.0, le=30.0)] = Field(
         1.0, description="With realtime pace, seconds of video that may be ahead of the clock."
     )
-    slow_client: Literal["pause", "drop", "disconnect"] = Field(
+    slow_client: SlowClient = Field(
         "pause",
         description="What happens when the client does not read: generation waits, the oldest chunks that "
         "wait are left out, or the session ends.",
@@ -96,7 +99,7 @@ class Interaction(Message):
         None, description="Comes back in every answer to this message; made by the server where absent."
     )
     event: InteractionEvent = Field(description="What changes.")
-    mode: Mode = Field(
+    mode: PromptMode = Field(
         "soft",
         description="soft: the text changes, the window still shows the old one; recache: the window is "
         "recomputed under the new text; hard: a clean cut.",
@@ -145,7 +148,7 @@ class SessionBranch(EventMessage):
     type: Literal["session.branch"]
     snapshot_id: Count = Field(description="Of session.snapshot.kept.")
     prompt: PromptText | None = Field(None, description="Of the new branch; the point's own where absent.")
-    mode: Mode = Field("soft", description="How the prompt changes; as in session.interaction.")
+    mode: PromptMode = Field("soft", description="How the prompt changes; as in session.interaction.")
     seed: Seed | None = Field(None, description="Of the new branch; the point's own where absent.")
 
 
@@ -187,9 +190,9 @@ class SessionConfig(Message):
     fps: int
     num_frames: int | None
     seed: int
-    pace: Literal["realtime", "fast"]
+    pace: Pace
     lead_seconds: float
-    slow_client: Literal["pause", "drop", "disconnect"]
+    slow_client: SlowClient
     keep_every: int = Field(description="What the server chose, where the client did not.")
     chunk_frames: int = Field(description="Frames of every chunk but the first of a video, which has fewer.")
 
@@ -303,9 +306,6 @@ class SessionPong(Message):
     """Answers a ping."""
 
     type: Literal["session.pong"] = "session.pong"
-
-
-EndReason = Literal["finished", "stopped", "draining", "idle", "expired", "slow_client", "failed"]
 
 
 class SessionDone(Message):

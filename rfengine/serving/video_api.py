@@ -13,6 +13,7 @@ from starlette.concurrency import run_in_threadpool
 
 from rfengine.limits import shown
 from rfengine.pipeline import Pipeline
+from rfengine.serving.access import owner_of
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.job_runner import JobRunner
 from rfengine.serving.job_table import Job, JobStatus
@@ -126,7 +127,7 @@ class _Routes:
 
     async def create(self, request: Request) -> VideoObject:
         """Queue a video; it is made when its turn comes."""
-        return await run_in_threadpool(self._accept, await read_body(request), _owner(request))
+        return await run_in_threadpool(self._accept, await read_body(request), owner_of(request.scope))
 
     def _accept(self, body: CreateVideo, owner: str | None) -> VideoObject:
         request = job_request(body, self._pipeline, self._limits)
@@ -146,18 +147,18 @@ class _Routes:
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
         """Videos of the caller's key, newest first; `after` is the last id of the page before."""
-        jobs, has_more = self._store.page(_owner(request), after, limit, order == "desc")
+        jobs, has_more = self._store.page(owner_of(request.scope), after, limit, order == "desc")
         videos = [_video_object(job) for job in jobs]
         first, last = (videos[0].id, videos[-1].id) if videos else (None, None)
         return VideoList(data=videos, first_id=first, last_id=last, has_more=has_more)
 
     def retrieve(self, video_id: str, request: Request) -> VideoObject:
         """How far a video is."""
-        return _video_object(self._store.job(video_id, _owner(request)))
+        return _video_object(self._store.job(video_id, owner_of(request.scope)))
 
     def delete(self, video_id: str, request: Request) -> DeletedVideo:
         """Remove a video; one that is being made is stopped."""
-        self._store.delete(video_id, _owner(request))
+        self._store.delete(video_id, owner_of(request.scope))
         self._runner.cancel(video_id)
         return DeletedVideo(id=video_id)
 
@@ -165,7 +166,7 @@ class _Routes:
         self, video_id: str, request: Request, variant: Literal["video"] = "video"
     ) -> FileResponse:  # fmt: skip
         """The MP4 of a completed video, or the ranges of it that are asked for."""
-        path = self._store.video(video_id, _owner(request))
+        path = self._store.video(video_id, owner_of(request.scope))
         try:
             return FileResponse(
                 path, media_type="video/mp4", filename=f"{video_id}.mp4", stat_result=path.stat()
@@ -183,12 +184,6 @@ class _Routes:
             message = f"there is no model {shown(model_id)}; this server runs {self._model.id}"
             raise ServiceError(Fault("model_not_found", message, 404))
         return self._model
-
-
-def _owner(request: Request) -> str | None:
-    """The name of the caller's key, as AccessMiddleware left it."""
-    client = request.scope.get("state", {}).get("client")
-    return None if client is None else client.key_name
 
 
 def _video_object(job: Job) -> VideoObject:

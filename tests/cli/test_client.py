@@ -27,7 +27,7 @@ def server(tmp_path_factory) -> Iterator[RunningServer]:
 @pytest.fixture
 def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "key"
-    path.write_text(KEY + "\n")
+    path.write_text(f"# of this test\n\n{KEY}\n")
     return path
 
 
@@ -64,6 +64,8 @@ def test_client_prints_the_address_of_the_playlist(
         (["ftp://host", "a circle"], 2, "the server is 'ftp://host'; give an address such as"),
         (["SERVER", "a circle"], 1, "refused .401 Unauthorized.; check the key and the address"),
         (["SERVER", "  "], 2, "the prompt ' ' is empty; give it at least one word"),
+        (["SERVER", "a circle", "--api-key-file", "/nowhere/keys"], 2, "/nowhere/keys does not exist"),
+        (["SERVER", "a circle", "--api-key-file", "/dev/null"], 2, "/dev/null is a device; give an ordinary"),
         (["SERVER", "a circle", "--switch", "x"], 2, "--switch is 'x'; use SECONDS:PROMPT"),
         (["SERVER", "a circle", "--switch", "-1:a"], 2, "--switch is '-1:a'; use SECONDS:PROMPT"),
         (["SERVER", "a circle", "--height", "33", "KEY"], 1, "the server refused: .*height.*multiple of 16"),
