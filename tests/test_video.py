@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +14,8 @@ import torch
 
 from rfengine.ops.reference import frame_pack
 from rfengine.video import Video, VideoWriter, frame_rate, pixels_from_frames
+from support.small_disk import small_files
+from support.video_files import boxes
 
 HEIGHT, WIDTH = 32, 48
 
@@ -47,21 +48,10 @@ def shown_by_bt709(path: Path) -> numpy.ndarray:
     return 255 * numpy.array([red, green, blue])
 
 
-def boxes(path: Path) -> list[str]:
-    data, names, at = path.read_bytes(), [], 0
-    while at < len(data):
-        names.append(data[at + 4 : at + 8].decode())
-        at += int.from_bytes(data[at : at + 4], "big")
-    return names
-
-
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """No file can grow beyond 16 KiB meanwhile."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16 * 1024, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with small_files(16 * 1024):
+        yield
 
 
 def test_saved_video_plays_with_every_frame_at_its_rate(tmp_path: Path) -> None:

@@ -6,22 +6,18 @@ import io
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import av
 import httpx2
 import numpy
 import pytest
-from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection, connect
 
 from rfengine import Pipeline
 from rfengine.serving.options import ServiceOptions
-from rfengine.serving.protocol import SERVER_MESSAGES
 from rfengine.serving.realtime import RealtimeLimits
 from support.models import small_pipeline
+from support.realtime import realtime_client
 from support.servers import RunningServer, running_server
 from support.sessions import eventually
 
@@ -40,60 +36,6 @@ def server(pipe: Pipeline, tmp_path_factory) -> Iterator[RunningServer]:
         yield running
 
 
-class Client:
-    """One connection. Every JSON message is checked against the protocol and kept."""
-
-    def __init__(self, websocket: ClientConnection) -> None:
-        self.websocket = websocket
-        self.messages: list[dict[str, Any]] = []
-        self.media = b""
-        self.chunks: list[dict[str, Any]] = []
-
-    def send(self, kind: str, **fields: object) -> None:
-        self.websocket.send(json.dumps({"type": kind, **fields}))
-
-    def start(self, **fields: object) -> dict[str, Any]:
-        self.send("session.start", **{"prompt": "a circle", **fields})
-        return self.until("video.start")
-
-    def interact(self, prompt: str, event_id: str, **fields: object) -> None:
-        change = {"event": {"prompt": prompt}, "event_id": event_id, **fields}
-        self.send("session.interaction", interaction=change)
-
-    def receive(self) -> dict[str, Any]:
-        """The next JSON message; a chunk's bytes are taken with its description."""
-        message = json.loads(self.websocket.recv(30))
-        SERVER_MESSAGES.validate_python(message)
-        self.messages.append(message)
-        if message["type"] == "video.chunk_metadata":
-            data = self.websocket.recv(30)
-            assert isinstance(data, bytes) and len(data) == message["byte_length"]
-            self.media += data
-            self.chunks.append(message)
-        return message
-
-    def until(self, kind: str, **fields: object) -> dict[str, Any]:
-        """Receive up to the next message of that kind with those values."""
-        while True:
-            message = self.receive()
-            if message["type"] == kind and fields.items() <= message.items():
-                return message
-
-    def closed(self) -> int:
-        """The close code, after all that is still sent."""
-        try:
-            while True:
-                self.receive()
-        except ConnectionClosed:
-            return self.websocket.close_code
-
-
-@contextmanager
-def client(server: RunningServer) -> Iterator[Client]:
-    with connect(server.websocket_url, max_size=None) as websocket:
-        yield Client(websocket)
-
-
 def decoded(data: bytes) -> int:
     with av.open(io.BytesIO(data)) as container:
         return sum(1 for _ in container.decode(video=0))
@@ -105,7 +47,7 @@ def pixels(data: bytes) -> numpy.ndarray:
 
 
 def test_a_session_plays_to_its_end(server: RunningServer, pipe: Pipeline) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         begun = one.start(num_frames=45, seed=5)
         assert begun["config"] | {"lead_seconds": 1.0} == {
             "model": "small", "prompt": "a circle", "width": 48, "height": 32, "fps": 16, "num_frames": 45,
@@ -117,20 +59,20 @@ def test_a_session_plays_to_its_end(server: RunningServer, pipe: Pipeline) -> No
         assert one.closed() == 1000
     assert (done["chunks"], done["stopped"], done["reason"]) == (4, False, "finished")
     assert done["request_id"] == begun["request_id"]
-    assert [chunk["num_frames"] for chunk in one.chunks] == [9, 12, 12, 12]
-    assert [chunk["start_seconds"] for chunk in one.chunks] == [0.0, 9 / 16, 21 / 16, 33 / 16]
-    assert [chunk["generation_chunk_index"] for chunk in one.chunks] == [0, 1, 2, 3]
-    assert [chunk["snapshot_id"] for chunk in one.chunks] == [0, None, None, 1]
+    assert [chunk["num_frames"] for chunk in one.descriptions] == [9, 12, 12, 12]
+    assert [chunk["start_seconds"] for chunk in one.descriptions] == [0.0, 9 / 16, 21 / 16, 33 / 16]
+    assert [chunk["generation_chunk_index"] for chunk in one.descriptions] == [0, 1, 2, 3]
+    assert [chunk["snapshot_id"] for chunk in one.descriptions] == [0, None, None, 1]
     own = numpy.concatenate([chunk.frames for chunk in pipe.stream("a circle", seed=5).take(4)])
     difference = numpy.abs(pixels(one.media).astype(int) - own.astype(int))
     assert len(own) == 45 and difference.mean() < 30  # random pixels through 4:2:0
 
 
 def test_a_prompt_change_is_queued_then_applied_then_shown(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.start()
         one.until("video.chunk_metadata")
-        one.interact("a square", "change", mode="recache")
+        one.change_prompt("a square", "change", mode="recache")
         queued = one.until("session.interaction.queued")
         applied = one.until("session.interaction.applied")
         shown = one.until("video.chunk_metadata")
@@ -140,18 +82,22 @@ def test_a_prompt_change_is_queued_then_applied_then_shown(server: RunningServer
 
 
 def test_a_transition_is_active_for_its_chunks(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.start()
-        one.interact("a square", "slow", transition_chunks=3)
-        while not (one.chunks and one.chunks[-1]["completed_event_ids"]):
+        one.change_prompt("a square", "slow", transition_chunks=3)
+        while not (one.descriptions and one.descriptions[-1]["completed_event_ids"]):
             one.receive()
-    active = [chunk["generation_chunk_index"] for chunk in one.chunks if "slow" in chunk["active_event_ids"]]
-    completed = [chunk["generation_chunk_index"] for chunk in one.chunks if chunk["completed_event_ids"]]
+    active = [
+        chunk["generation_chunk_index"] for chunk in one.descriptions if "slow" in chunk["active_event_ids"]
+    ]
+    completed = [
+        chunk["generation_chunk_index"] for chunk in one.descriptions if chunk["completed_event_ids"]
+    ]
     assert len(active) == 2 and completed == [active[-1] + 1]
 
 
 def test_pause_resume_snapshot_seek_and_branch(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         begun = one.start(record=True, keep_every=0)
         one.until("video.chunk_metadata", transport_chunk_index=2)
         one.send("session.pause", event_id="pause")
@@ -167,7 +113,7 @@ def test_pause_resume_snapshot_seek_and_branch(server: RunningServer) -> None:
         moved = one.until("session.moved", event_id="back")
         assert (moved["branch_id"], moved["parent_branch_id"], moved["chunk_index"]) == (1, 0, made)
         again = one.until("video.chunk_metadata", branch_id=1, generation_chunk_index=made + 1)
-        assert again["start_seconds"] > one.chunks[made + 1]["start_seconds"]
+        assert again["start_seconds"] > one.descriptions[made + 1]["start_seconds"]
         one.send("session.branch", snapshot_id=0, prompt="a square", mode="recache", seed=8, event_id="new")
         moved = one.until("session.moved", event_id="new")
         assert (moved["branch_id"], moved["prompt"], moved["seed"]) == (2, "a square", 8)
@@ -183,19 +129,19 @@ def test_pause_resume_snapshot_seek_and_branch(server: RunningServer) -> None:
         done = one.until("session.done")
         assert one.closed() == 1000
     assert (done["reason"], done["stopped"]) == ("stopped", True)
-    assert recorded == sum(chunk["num_frames"] for chunk in one.chunks)
+    assert recorded == sum(chunk["num_frames"] for chunk in one.descriptions)
     for branch, frames in enumerate(branches):
-        own = [chunk["num_frames"] for chunk in one.chunks if chunk["branch_id"] == branch]
-        before = sum(chunk["num_frames"] for chunk in one.chunks[:made]) if branch else 0
+        own = [chunk["num_frames"] for chunk in one.descriptions if chunk["branch_id"] == branch]
+        before = sum(chunk["num_frames"] for chunk in one.descriptions[:made]) if branch else 0
         assert frames == before + sum(own)
-    same = [chunk for chunk in one.chunks if chunk["generation_chunk_index"] == made]
+    same = [chunk for chunk in one.descriptions if chunk["generation_chunk_index"] == made]
     assert [chunk["branch_id"] for chunk in same] == [0, 1, 2]
     assert decoded(one.media) == recorded
     assert decoded(httpx2.get(url).content) == recorded  # after the session too
 
 
 def test_an_hls_playlist_is_played_while_the_session_runs(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         begun = one.start(hls=True, num_frames=9 + 12 * 5)
         one.until("session.done")
         url = server.url + begun["hls_url"]
@@ -231,10 +177,10 @@ def test_an_hls_playlist_is_played_while_the_session_runs(server: RunningServer)
 def test_a_wrong_message_is_answered_and_changes_nothing(
     server: RunningServer, message: object, code: str
 ) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.start()
         one.until("video.chunk_metadata")
-        one.websocket.send(json.dumps(message))
+        one.connection.send(json.dumps(message))
         error = one.until("error")
         for _ in range(3):
             assert one.until("video.chunk_metadata")["prompt"] == "a circle"
@@ -245,15 +191,15 @@ def test_a_wrong_message_is_answered_and_changes_nothing(
 
 
 def test_an_event_id_is_used_once(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.start()
-        one.interact("a square", "same")
-        one.interact("a star", "same")
+        one.change_prompt("a square", "same")
+        one.change_prompt("a star", "same")
         error = one.until("error")
         for _ in range(3):
             one.until("video.chunk_metadata")
     assert (error["code"], error["event_id"]) == ("event_id_conflict", None)
-    assert "a star" not in {chunk["prompt"] for chunk in one.chunks}
+    assert "a star" not in {chunk["prompt"] for chunk in one.descriptions}
 
 
 @pytest.mark.parametrize(
@@ -278,7 +224,7 @@ def test_an_event_id_is_used_once(server: RunningServer) -> None:
     ],
 )
 def test_a_start_that_cannot_be_is_refused(server: RunningServer, fields: dict, code: str) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.send("session.start", **{"prompt": "a circle", **fields})
         error = one.receive()
         assert one.closed() == 1008
@@ -287,57 +233,57 @@ def test_a_start_that_cannot_be_is_refused(server: RunningServer, fields: dict, 
 
 
 def test_values_that_the_model_has_are_accepted(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         fields = {"fps": 16, "guidance_scale": 1.0, "num_inference_steps": 2, "negative_prompt": ""}
         one.start(model="small", format="m4s", width=48, height=32, num_frames=9, **fields)
         assert one.until("session.done")["chunks"] == 1
 
 
 def test_the_first_message_has_its_time_and_is_a_start(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         assert one.receive()["code"] == "start_timeout"
         assert one.closed() == 1013
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.send("session.ping")
         assert one.receive()["code"] == "no_session"
         assert one.closed() == 1008
-    with client(server) as one:
-        one.websocket.send(b"binary")
+    with realtime_client(server) as one:
+        one.connection.send(b"binary")
         assert one.receive()["code"] == "binary_message"
 
 
 def test_a_ping_is_answered(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.start()
         one.send("session.ping")
         one.until("session.pong")
 
 
 def test_connections_of_a_client_are_limited_and_freed(server: RunningServer) -> None:
-    with client(server) as first, client(server) as second, client(server):
+    with realtime_client(server) as first, realtime_client(server) as second, realtime_client(server):
         for one in (first, second):
             one.start()
-        with client(server) as fourth:
+        with realtime_client(server) as fourth:
             assert fourth.receive()["code"] == "too_many_connections"
             assert fourth.closed() == 1013
     eventually(lambda: not server.app.state.endpoint.connections)
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.start(num_frames=9)
         one.until("session.done")
 
 
 def test_a_client_that_goes_away_frees_its_session(server: RunningServer) -> None:
     service = server.app.state.service
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.start()
         one.until("video.chunk_metadata")
-        one.websocket.socket.close()
+        one.connection.socket.close()
     eventually(lambda: not any(service.counts().values()))
     assert service.memory()["device"] == 0 and not server.app.state.endpoint.outboxes
 
 
 def test_a_realtime_session_comes_at_the_pace_of_the_clock(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         started = time.monotonic()
         one.start(pace="realtime", lead_seconds=0.2, num_frames=45)
         one.until("session.done")
@@ -346,7 +292,7 @@ def test_a_realtime_session_comes_at_the_pace_of_the_clock(server: RunningServer
 
 
 def test_a_size_of_its_own_is_streamed(server: RunningServer) -> None:
-    with client(server) as one:
+    with realtime_client(server) as one:
         one.start(width=64, height=80, num_frames=9)
         one.until("session.done")
     with av.open(io.BytesIO(one.media)) as container:
@@ -356,9 +302,9 @@ def test_a_size_of_its_own_is_streamed(server: RunningServer) -> None:
 def test_a_full_server_says_when_to_come_back(pipe: Pipeline, tmp_path: Path) -> None:
     options = ServiceOptions(max_sessions=1)
     with running_server(pipe, tmp_path / "data", service=options) as running:
-        with client(running) as one:
+        with realtime_client(running) as one:
             one.start()
-            with client(running) as two:
+            with realtime_client(running) as two:
                 two.send("session.start", prompt="a circle")
                 error = two.receive()
                 assert two.closed() == 1013

@@ -14,6 +14,8 @@ import pytest
 
 from rfengine.serving.recording import ByteBudget, Recording, write_mp4
 from rfengine.serving.video_encoder import Fragment, VideoEncoder
+from support.small_disk import small_files
+from support.video_files import boxes
 
 HEIGHT, WIDTH = 32, 48
 CHUNKS = (9, 12, 12, 12, 12)  # frames of each; they start at 0, 9, 21, 33 and 45
@@ -55,21 +57,10 @@ def shown(path: Path) -> tuple[list[Fraction], list[int]]:
     return [time for time, _ in frames], [round(pixels.mean() / LEVELS) for _, pixels in frames]
 
 
-def boxes(path: Path) -> list[str]:
-    data, names, at = path.read_bytes(), [], 0
-    while at < len(data):
-        names.append(data[at + 4 : at + 8].decode())
-        at += int.from_bytes(data[at : at + 4], "big")
-    return names
-
-
 @pytest.fixture
 def small_disk() -> Iterator[int]:
-    """No file can grow beyond so many bytes meanwhile."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
-    yield 2500
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with small_files(2500) as most_bytes:
+        yield most_bytes
 
 
 def test_recording_plays_at_any_moment_with_all_frames_that_were_appended(tmp_path: Path) -> None:

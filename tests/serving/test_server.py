@@ -12,18 +12,19 @@ import httpx2
 import pytest
 from starlette.routing import Mount, Route, WebSocketRoute
 from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from rfengine import Pipeline
 from rfengine.serving.access import ApiKeys
 from rfengine.serving.server import ServerOptions, create_app
 from support.models import small_pipeline
+from support.realtime import RealtimeClient
 from support.servers import RunningServer, running_app, running_server
 from support.sessions import eventually
 
 KEY, OTHER_KEY = "first-key-0123456789", "second-key-0123456789"
 PUBLIC = ("/livez", "/readyz")
-START = {"type": "session.start", "prompt": "a circle", "num_frames": 21}
+START = {"prompt": "a circle", "num_frames": 21}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,14 @@ def walk(routes: list) -> Iterator[object]:
 
 def websocket_paths(running: RunningServer) -> list[str]:
     return [route.path for route in walk(running.app.routes) if isinstance(route, WebSocketRoute)]
+
+
+def played(websocket: ClientConnection, start: dict) -> dict:
+    """Play a session to its end; returns its video.start."""
+    client = RealtimeClient(websocket)
+    begun = client.start(**start)
+    client.finish()
+    return begun
 
 
 def is_typed(answer: httpx2.Response, code: str | None = None) -> bool:
@@ -135,7 +144,7 @@ def test_the_websocket_refuses_a_missing_key_a_wrong_key_and_a_foreign_origin(
             pass
         assert caught.value.response.status_code == status
     with connect(url, additional_headers=bearer(KEY) | {"Origin": locked_server.url}) as websocket:
-        websocket.send(json.dumps(START))
+        websocket.send(json.dumps({"type": "session.start", **START}))
         assert json.loads(websocket.recv())["type"] == "video.start"
 
 
@@ -163,12 +172,7 @@ def test_health_needs_no_key_and_everything_else_is_served_with_one(locked_serve
 def test_a_key_does_not_see_the_sessions_of_another(locked_server: RunningServer) -> None:
     start = START | {"record": True, "hls": True}
     with connect(locked_server.websocket_url, additional_headers=bearer(KEY)) as websocket:
-        websocket.send(json.dumps(start))
-        begun = json.loads(websocket.recv())
-        while True:
-            message = websocket.recv()
-            if isinstance(message, str) and json.loads(message)["type"] == "session.done":
-                break
+        begun = played(websocket, start)
         for path in (begun["download_url"], begun["hls_url"]):
             url = locked_server.url + path
             assert httpx2.get(url, headers=bearer(KEY)).status_code == 200
@@ -210,12 +214,7 @@ def test_an_error_of_the_server_shows_nothing_of_it(pipe: Pipeline, tmp_path: Pa
 
 def test_metrics_count_what_happened_and_name_nobody(open_server: RunningServer) -> None:
     with connect(open_server.websocket_url) as websocket:
-        websocket.send(json.dumps(START))
-        begun = json.loads(websocket.recv())
-        while True:
-            message = websocket.recv()
-            if isinstance(message, str) and json.loads(message)["type"] == "session.done":
-                break
+        begun = played(websocket, START)
     httpx2.get(open_server.url + "/v1/nothing", headers={"Origin": "https://example.org"})
     text = httpx2.get(open_server.url + "/metrics").text
     numbers = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -238,7 +237,7 @@ def test_readiness_follows_the_warm_up_and_the_drain(pipe: Pipeline, tmp_path: P
         assert (answer.status_code, answer.json()) == (503, {"status": "draining"})
         assert httpx2.get(running.url + "/livez").status_code == 200
         with connect(running.websocket_url) as websocket:
-            websocket.send(json.dumps(START))
+            websocket.send(json.dumps({"type": "session.start", **START}))
             error = json.loads(websocket.recv())
         assert (error["code"], error["retryable"], error["fatal"]) == ("draining", True, True)
 

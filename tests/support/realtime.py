@@ -13,11 +13,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from websockets.client import ClientProtocol
+from websockets.exceptions import ConnectionClosed
 from websockets.frames import Frame, Opcode
 from websockets.http11 import Response
 from websockets.sync.client import ClientConnection, connect
 from websockets.uri import parse_uri
 
+from rfengine.serving.protocol import SERVER_MESSAGES
 from support.servers import RunningServer
 
 WAIT = 60.0  # seconds that a test waits for a message at most
@@ -26,7 +28,8 @@ _SMALL_BUFFER = 4096  # bytes that the kernel holds for a client that does not r
 
 
 class RealtimeClient:
-    """Sends messages and keeps what comes: JSON in `log`, chunks with their bytes in `chunks`."""
+    """Sends messages and keeps what comes: JSON in `log`, chunks with their bytes in `chunks`. Every JSON
+    message is one of the protocol."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self.connection = connection
@@ -48,17 +51,29 @@ class RealtimeClient:
     def receive(self, seconds: float = WAIT) -> dict[str, Any]:
         """The next JSON message; where it describes a chunk, its bytes are taken too."""
         message = json.loads(self.connection.recv(seconds))
+        SERVER_MESSAGES.validate_python(message)
         self.log.append(message)
         if message["type"] == "video.chunk_metadata":
-            self.chunks.append((message, self.connection.recv(seconds)))
+            data = self.connection.recv(seconds)
+            assert isinstance(data, bytes) and len(data) == message["byte_length"]
+            self.chunks.append((message, data))
             self.arrivals.append(time.monotonic())
         return message
 
-    def until(self, kind: str) -> dict[str, Any]:
-        """Receive up to the first message of that kind."""
-        while (message := self.receive())["type"] != kind:
-            pass
-        return message
+    def until(self, kind: str, **fields: object) -> dict[str, Any]:
+        """Receive up to the first message of that kind with those values."""
+        while True:
+            message = self.receive()
+            if message["type"] == kind and fields.items() <= message.items():
+                return message
+
+    def closed(self) -> int:
+        """The close code, after all that is still sent."""
+        try:
+            while True:
+                self.receive()
+        except ConnectionClosed:
+            return self.connection.close_code
 
     def take(self, count: int) -> None:
         """Receive until there are so many chunks."""
@@ -68,6 +83,11 @@ class RealtimeClient:
     def finish(self) -> dict[str, Any]:
         """Receive everything up to the end of the session."""
         return self.until("session.done")
+
+    @property
+    def descriptions(self) -> list[dict[str, Any]]:
+        """Those of the chunks."""
+        return [description for description, _ in self.chunks]
 
     @property
     def media(self) -> bytes:

@@ -1,7 +1,8 @@
-"""A real disk that is soon full, for tests."""
+"""Disks and files that are soon full, for tests."""
 
 from __future__ import annotations
 
+import resource
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,3 +22,12 @@ def small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@contextmanager
+def small_files(most_bytes: int) -> Iterator[int]:
+    """No file can grow beyond so many bytes meanwhile."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    yield most_bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -56,3 +56,12 @@ def encode_sound(path: Path) -> Path:
         file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     return path
+
+
+def boxes(path: Path) -> list[str]:
+    """The names of the outermost boxes of an MP4."""
+    data, names, at = path.read_bytes(), [], 0
+    while at < len(data):
+        names.append(data[at + 4 : at + 8].decode())
+        at += int.from_bytes(data[at : at + 4], "big")
+    return names
