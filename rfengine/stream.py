@@ -366,7 +366,7 @@ class VideoStream:
                 tensors["text_states"] = self._text_states
                 if self._transition is not None:
                     tensors["text_target"] = self._transition[0]
-                copies = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+                copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
             info = {
                 "format": SNAPSHOT_FORMAT,
                 **self._engine.settings(),

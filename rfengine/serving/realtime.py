@@ -48,12 +48,13 @@ from rfengine.serving.realtime_messages import (
 )
 from rfengine.serving.session import Session
 from rfengine.serving.sessions import SessionService
-from rfengine.serving.video_encoder import VideoEncoder
+from rfengine.serving.video_encoder import SpareEncoder, VideoEncoder
 
 logger = logging.getLogger(__name__)
 
 _POLICY_VIOLATION, _TRY_AGAIN_LATER, _INTERNAL = 1008, 1013, 1011  # close codes of RFC 6455
 _CLOSE_S = 2.0
+_REFILL_S = 0.2  # after a first chunk, whose way to the client it would share the processor with
 _MOST_EVENT_IDS = 10_000  # that are remembered of a connection
 _MOST_ASKED = 1000  # prompt changes whose latency is measured
 
@@ -91,6 +92,8 @@ class RealtimeEndpoint:
         self.library = library
         self.metrics = metrics
         self.limits = limits
+        config = service.pipeline.config
+        self.spare_encoder = SpareEncoder(config.fps, config.height, config.width)
         self.connections: Counter[str] = Counter()
         self.outboxes: set[Outbox] = set()
 
@@ -196,11 +199,9 @@ class _Connection:
             await run_in_threadpool(service.admission.needed, request)
         service.admission.needed(request)  # before an encoder of that size is made
         height, width = start.height or config.height, start.width or config.width
-        size = (config.fps, height, width)
-        if service.pipeline.model.device.type == "cpu":  # NVENC alone takes long to open
-            encoder = VideoEncoder(*size)
-        else:
-            encoder = await run_in_threadpool(VideoEncoder, *size)
+        encoder = self._endpoint.spare_encoder.take(height, width)
+        if encoder is None:
+            encoder = await run_in_threadpool(VideoEncoder, config.fps, height, width)
         try:
             video = self._live_video(start, encoder)
             session = service.open(request, video)
@@ -377,9 +378,13 @@ class _Connection:
         self._endpoint.metrics.dropped_chunks.inc(metadata.dropped_chunks)
         if first is not None:
             self._endpoint.metrics.first_frame_seconds.observe(now - self._started_at)
+            self._loop.call_later(_REFILL_S, self._refill)
         for event_id in metadata.started_event_ids:
             if (asked := self._asked_at.pop(event_id, None)) is not None:
                 self._endpoint.metrics.prompt_latency_seconds.observe(now - asked)
+
+    def _refill(self) -> None:
+        self._loop.run_in_executor(None, self._endpoint.spare_encoder.refill)
 
 
 async def _refuse(websocket: WebSocket, fault: Fault) -> None:

@@ -39,7 +39,6 @@ from rfengine.serving.page import STATIC, PageFiles, page_router
 from rfengine.serving.realtime import RealtimeEndpoint, RealtimeLimits
 from rfengine.serving.sessions import SessionService
 from rfengine.serving.video_api import video_router
-from rfengine.serving.video_encoder import VideoEncoder
 from rfengine.serving.video_requests import JobLimits
 
 logger = logging.getLogger(__name__)
@@ -93,8 +92,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        config = pipeline.config
-        await run_in_threadpool(_open_encoder, config.fps, config.height, config.width)
+        await run_in_threadpool(endpoint.spare_encoder.refill)
         sweep = asyncio.create_task(_sweep(library))
         yield
         sweep.cancel()
@@ -122,11 +120,6 @@ def create_app(
     )
     app.add_middleware(RequestCount, metrics=metrics)  # outside: refused requests count too
     return app
-
-
-def _open_encoder(fps: int, height: int, width: int) -> None:
-    """Load the codec, which takes longer than a chunk, before there is a client."""
-    VideoEncoder(fps, height, width).close()
 
 
 async def _sweep(library: RecordingLibrary) -> None:

@@ -1,4 +1,5 @@
-"""VideoEncoder: the chunks of a session as fragments of one MP4 (H.264), each complete once it is encoded."""
+"""VideoEncoder: the chunks of a session as fragments of one MP4 (H.264), each complete once it is encoded.
+SpareEncoder: one that is open before a session asks for it."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import io
 import logging
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from threading import Lock
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -185,6 +188,35 @@ class VideoEncoder:
     def close(self) -> None:
         """Free the codec; every later `encode` is an error. Closing twice changes nothing."""
         self._coder = None
+
+
+class SpareEncoder:
+    """One encoder of a size that most sessions have, opened before a session asks for it: opening one takes
+    milliseconds, and NVENC far more. Any thread may call any method.
+    """
+
+    def __init__(self, fps: float | Fraction, height: int, width: int) -> None:
+        """Opens nothing yet."""
+        self._size = (fps, height, width)
+        self._lock = Lock()
+        self._encoder: VideoEncoder | None = None
+
+    def take(self, height: int, width: int) -> VideoEncoder | None:
+        """The spare encoder, where there is one and it has that size."""
+        if (height, width) != self._size[1:]:
+            return None
+        with self._lock:
+            encoder, self._encoder = self._encoder, None
+        return encoder
+
+    def refill(self) -> None:
+        """Open one where there is none. A failure is left to the session that opens its own then."""
+        if self._encoder is not None:
+            return
+        with suppress(ValueError, RuntimeError):
+            encoder = VideoEncoder(*self._size)
+            with self._lock:
+                self._encoder = self._encoder or encoder
 
 
 def _open(codec: CodecName, rate: Fraction, height: int, width: int) -> tuple[str, VideoCodecContext, bytes]:

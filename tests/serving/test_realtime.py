@@ -291,6 +291,19 @@ def test_a_realtime_session_comes_at_the_pace_of_the_clock(server: RunningServer
     assert 33 / 16 - 0.2 - 0.1 < elapsed < 6
 
 
+def test_sessions_at_once_have_encoders_of_their_own_and_the_next_one_is_open_again(
+    server: RunningServer, pipe: Pipeline
+) -> None:
+    with realtime_client(server) as first, realtime_client(server) as second:
+        first.start(num_frames=21)
+        second.start(num_frames=21)
+        for one in (first, second):
+            one.until("session.done")
+            assert decoded(one.media) == 21
+    height, width = pipe.config.height, pipe.config.width
+    eventually(lambda: server.app.state.endpoint.spare_encoder.take(height, width) is not None)
+
+
 def test_a_size_of_its_own_is_streamed(server: RunningServer) -> None:
     with realtime_client(server) as one:
         one.start(width=64, height=80, num_frames=9)

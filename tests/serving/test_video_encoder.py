@@ -18,7 +18,7 @@ import torch
 from av.video.frame import PictureType
 
 from rfengine.serving import video_encoder
-from rfengine.serving.video_encoder import Fragment, FrameTable, VideoEncoder
+from rfengine.serving.video_encoder import Fragment, FrameTable, SpareEncoder, VideoEncoder
 
 HEIGHT, WIDTH = 48, 64
 CHUNKS = (9, 12, 12, 12)  # frames of each
@@ -283,6 +283,30 @@ def test_closing_twice_changes_nothing_and_encoding_after_it_is_an_error() -> No
     encoder.close()
     with pytest.raises(RuntimeError, match="was closed after frame 0; start a new session"):
         encoder.encode(ramps(9))
+
+
+def test_spare_encoder_is_given_once_for_its_own_size_and_is_there_again_when_refilled() -> None:
+    spare = SpareEncoder(16, HEIGHT, WIDTH)
+    assert spare.take(HEIGHT, WIDTH) is None
+    spare.refill()
+    assert spare.take(HEIGHT, 2 * WIDTH) is None
+    first = spare.take(HEIGHT, WIDTH)
+    assert first is not None
+    assert spare.take(HEIGHT, WIDTH) is None
+    spare.refill()
+    spare.refill()
+    second = spare.take(HEIGHT, WIDTH)
+    assert second is not first
+    for encoder in (first, second):  # each is a session of its own
+        assert len(decoded(stream_of(encoder.init_segment, [encoder.encode(ramps(9))]))) == 9
+
+
+def test_spare_encoder_that_cannot_open_is_none_and_the_session_hears_why() -> None:
+    spare = SpareEncoder(16, HEIGHT + 2, WIDTH)
+    spare.refill()
+    assert spare.take(HEIGHT + 2, WIDTH) is None
+    with pytest.raises(ValueError, match="must be multiples of 16"):
+        VideoEncoder(16, HEIGHT + 2, WIDTH)
 
 
 @pytest.mark.parametrize("cuda", [False, True])

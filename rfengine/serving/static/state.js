@@ -35,7 +35,7 @@ export const MOST_CHUNKS = 800; // that the timeline shows: about ten minutes of
  * @typedef {object} Receipt  What became of one prompt change.
  * @property {string} eventId
  * @property {number} sentAt  milliseconds of performance.now()
- * @property {string} sentBy  "pressed Enter" or "pressed the button"
+ * @property {string} sentBy  "pressed Enter", "pressed the button" or "went on"
  * @property {"sent" | "queued" | "applied" | "shown"} stage
  * @property {number | null} index  of the first chunk with the prompt
  * @property {number | null} start  of that chunk, in seconds in the player
