@@ -50,12 +50,7 @@ class ServingOptions:
     """How often the two alternate."""
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """first_s: from asking for a video to its first chunk, one stream alone. chunk_s: of all streams."""
-
-    first_s: float
-    chunk_s: float
+Pairs = list[tuple[float, float]]  # seconds of the engine alone, and at a client of the server
 
 
 def run(options: ServingOptions) -> None:
@@ -63,23 +58,42 @@ def run(options: ServingOptions) -> None:
     from rfengine import Pipeline
 
     pipeline = Pipeline.from_pretrained(options.model)
-    engine, server = [], []
+    sessions, chunks = options.sessions, options.chunks
+    firsts: Pairs = []
+    later: Pairs = []
     with tempfile.TemporaryDirectory() as directory, server_process(options, Path(directory)) as url:
-        asyncio.run(served_round(url, options.sessions, 8))
-        engine_round(pipeline, options.sessions, 8)
+        asyncio.run(served_chunk(url, sessions, 8))
+        engine_chunk(pipeline, sessions, 8)
         for _ in range(options.rounds):
-            engine.append(engine_round(pipeline, options.sessions, options.chunks))
-            server.append(asyncio.run(served_round(url, options.sessions, options.chunks)))
-    report(engine, server, options)
+            firsts.append((engine_first(pipeline), asyncio.run(served_first(url))))
+            later.append(
+                (engine_chunk(pipeline, sessions, chunks), asyncio.run(served_chunk(url, sessions, chunks)))
+            )
+    report("first chunk", firsts)
+    report(f"a chunk of {sessions} streams", later)
 
 
-def engine_round(pipeline, sessions: int, chunks: int) -> Round:
-    firsts = []
+def engine_first(pipeline) -> float:
+    """From asking for a video to its first chunk, one stream alone."""
+    times = []
     for _ in range(_FIRST_CHUNKS):
         time.sleep(_REST_S)
         started = time.perf_counter()
         next(pipeline.stream(PROMPT))
-        firsts.append(time.perf_counter() - started)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+async def served_first(url: str) -> float:
+    times = []
+    for _ in range(_FIRST_CHUNKS):
+        await asyncio.sleep(_REST_S)
+        times.append((await play(url, 0, 1))[0])
+    return statistics.median(times)
+
+
+def engine_chunk(pipeline, sessions: int, chunks: int) -> float:
+    """Of each chunk after the first ones."""
     streams = [pipeline.stream(PROMPT, seed=seed) for seed in range(sessions)]
     for stream in streams:
         next(stream)
@@ -87,19 +101,14 @@ def engine_round(pipeline, sessions: int, chunks: int) -> Round:
     for _ in range(chunks - 1):
         for stream in streams:
             next(stream)
-    return Round(statistics.median(firsts), (time.perf_counter() - started) / (sessions * (chunks - 1)))
+    return (time.perf_counter() - started) / (sessions * (chunks - 1))
 
 
-async def served_round(url: str, sessions: int, chunks: int) -> Round:
-    firsts = []
-    for _ in range(_FIRST_CHUNKS):
-        await asyncio.sleep(_REST_S)
-        firsts.append((await play(url, 0, 1))[0])
+async def served_chunk(url: str, sessions: int, chunks: int) -> float:
     times = await asyncio.gather(*(play(url, seed, chunks) for seed in range(sessions)))
     begun = max(each[1] for each in times)  # every session has its first chunk
     made = sum(sum(moment > begun for moment in each[2]) for each in times)
-    ended = max(each[2][-1] for each in times)
-    return Round(statistics.median(firsts), (ended - begun) / made)
+    return (max(each[2][-1] for each in times) - begun) / made
 
 
 async def play(url: str, seed: int, chunks: int) -> tuple[float, float, list[float]]:
@@ -143,15 +152,14 @@ def server_process(options: ServingOptions, directory: Path) -> Iterator[str]:
         process.wait(60)
 
 
-def report(engine: list[Round], server: list[Round], options: ServingOptions) -> None:
-    for name, field in (("first chunk", "first_s"), (f"a chunk of {options.sessions} streams", "chunk_s")):
-        alone, served = ([getattr(each, field) * 1e3 for each in rounds] for rounds in (engine, server))
-        ratio = statistics.median(theirs / ours for ours, theirs in zip(alone, served, strict=True))
-        print(
-            f"{name}: engine {statistics.median(alone):.1f} ms ({min(alone):.1f} to {max(alone):.1f}), "
-            f"server {statistics.median(served):.1f} ms ({min(served):.1f} to {max(served):.1f}), "
-            f"ratio {ratio:.3f} (median of {options.rounds} pairs)"
-        )
+def report(name: str, pairs: Pairs) -> None:
+    alone, served = ([each * 1e3 for each in side] for side in zip(*pairs, strict=True))
+    ratio = statistics.median(theirs / ours for ours, theirs in pairs)
+    print(
+        f"{name}: engine {statistics.median(alone):.1f} ms ({min(alone):.1f} to {max(alone):.1f}), "
+        f"server {statistics.median(served):.1f} ms ({min(served):.1f} to {max(served):.1f}), "
+        f"ratio {ratio:.3f} (median of {len(pairs)} pairs)"
+    )
 
 
 if __name__ == "__main__":
