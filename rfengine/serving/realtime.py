@@ -96,6 +96,7 @@ class RealtimeEndpoint:
         self.spare_encoder = SpareEncoder(config.fps, config.height, config.width)
         self.connections: Counter[str] = Counter()
         self.outboxes: set[Outbox] = set()
+        self.opening: asyncio.Task[None] | None = None  # the last one of a spare encoder
 
     async def serve(self, websocket: WebSocket) -> None:
         """Serve one connection to its end."""
@@ -113,6 +114,15 @@ class RealtimeEndpoint:
             self.connections[name] -= 1
             if not self.connections[name]:
                 del self.connections[name]
+
+    def open_spare_encoder(self) -> None:
+        """Open the encoder of the next session in a moment, one at a time."""
+        if self.opening is None or self.opening.done():
+            self.opening = asyncio.create_task(self._open_spare_encoder())
+
+    async def _open_spare_encoder(self) -> None:
+        await asyncio.sleep(_REFILL_S)
+        await run_in_threadpool(self.spare_encoder.refill)
 
 
 class _Connection:
@@ -378,13 +388,10 @@ class _Connection:
         self._endpoint.metrics.dropped_chunks.inc(metadata.dropped_chunks)
         if first is not None:
             self._endpoint.metrics.first_frame_seconds.observe(now - self._started_at)
-            self._loop.call_later(_REFILL_S, self._refill)
+            self._endpoint.open_spare_encoder()
         for event_id in metadata.started_event_ids:
             if (asked := self._asked_at.pop(event_id, None)) is not None:
                 self._endpoint.metrics.prompt_latency_seconds.observe(now - asked)
-
-    def _refill(self) -> None:
-        self._loop.run_in_executor(None, self._endpoint.spare_encoder.refill)
 
 
 async def _refuse(websocket: WebSocket, fault: Fault) -> None:

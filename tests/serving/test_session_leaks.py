@@ -13,6 +13,7 @@ from starlette.websockets import WebSocket
 from websockets.frames import Opcode
 
 from rfengine import Pipeline
+from rfengine.serving import realtime
 from rfengine.serving.events import Branch, ChangePrompt, KeepPoint, SessionRequest
 from rfengine.serving.hls import HlsPlaylist
 from rfengine.serving.live_video import LiveVideo
@@ -163,9 +164,11 @@ def assert_idle(server: RunningServer) -> None:
     endpoint, service = server.app.state.endpoint, server.app.state.service
     eventually(lambda: not server.server.server_state.connections and not endpoint.connections)
     eventually(lambda: not service._sessions and not server.server.server_state.tasks)
+    eventually(lambda: endpoint.opening is None or endpoint.opening.done())
 
 
-def drop_over_websockets(pipe: Pipeline, tmp_path: Path, count: int) -> None:
+def drop_over_websockets(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(realtime, "_REFILL_S", 0.0)
     options = {"service": ServiceOptions(park_s=0.0), "realtime": RealtimeLimits(flush_s=0.5)}
     with running_server(pipe, tmp_path / "data", file_life_s=0.0, **options) as server:
 
@@ -176,13 +179,17 @@ def drop_over_websockets(pipe: Pipeline, tmp_path: Path, count: int) -> None:
         assert_nothing_grows(one, count, server.server.servers[0].get_loop())
 
 
-def test_sessions_whose_clients_vanish_leave_nothing(pipe: Pipeline, tmp_path: Path) -> None:
-    drop_over_websockets(pipe, tmp_path, 60)
+def test_sessions_whose_clients_vanish_leave_nothing(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_over_websockets(pipe, tmp_path, monkeypatch, 60)
 
 
 @pytest.mark.soak
-def test_a_thousand_sessions_whose_clients_vanish_leave_nothing(pipe: Pipeline, tmp_path: Path) -> None:
-    drop_over_websockets(pipe, tmp_path, 1000)
+def test_a_thousand_sessions_whose_clients_vanish_leave_nothing(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop_over_websockets(pipe, tmp_path, monkeypatch, 1000)
 
 
 def test_a_recording_of_a_client_that_vanished_keeps_nothing_of_its_connection(
