@@ -48,7 +48,7 @@ class ClientOptions:
 
 def run(options: ClientOptions) -> int:
     try:
-        from rfengine.serving.client import Switch, frame_rate_of, play
+        from rfengine.serving.realtime.client import Switch, frame_rate_of, play
     except ImportError as error:
         raise RuntimeError(
             f"the client needs {error.name}, which is not installed; pip install 'rfengine[serve]'"

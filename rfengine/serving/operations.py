@@ -9,9 +9,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rfengine.serving.events import EndReason, SessionState
-from rfengine.serving.jobs import JobStore
+from rfengine.serving.jobs.store import JobStore
 from rfengine.serving.metrics import JOB_STATUSES, MEMORY_KINDS, SESSION_STATES, ServerMetrics
-from rfengine.serving.outbox import Outbox
+from rfengine.serving.realtime.outbox import Outbox
 from rfengine.serving.sessions import SessionService
 
 

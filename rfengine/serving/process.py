@@ -14,8 +14,8 @@ import uvicorn
 
 from rfengine.pipeline import Pipeline
 from rfengine.serving.access import ApiKeys, check_bind
+from rfengine.serving.realtime.websocket_protocol import BoundedWebSocket
 from rfengine.serving.server import ServerOptions, create_app
-from rfengine.serving.websocket_protocol import BoundedWebSocket
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """The server: one FastAPI application around one pipeline.
 
-create_app puts the parts together; each route is where its subject is: realtime.py, live_routes.py,
-video_api.py, page.py and operations.py.
+create_app puts the parts together; each route is where its subject is: realtime/endpoint.py and routes.py,
+jobs/routes.py, page.py and operations.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from starlette.routing import WebSocketRoute
 from rfengine.pipeline import Pipeline
 from rfengine.serving.access import AccessMiddleware, ApiKeys
 from rfengine.serving.errors import Fault, ServiceError, error_body
-from rfengine.serving.job_runner import JobRunner
-from rfengine.serving.jobs import JobStore
-from rfengine.serving.library import RecordingLibrary
-from rfengine.serving.live_routes import live_router
+from rfengine.serving.jobs.requests import JobLimits
+from rfengine.serving.jobs.routes import video_router
+from rfengine.serving.jobs.runner import JobRunner
+from rfengine.serving.jobs.store import JobStore
 from rfengine.serving.metrics import ServerMetrics
 from rfengine.serving.operations import (
     MetricsObserver,
@@ -36,10 +36,10 @@ from rfengine.serving.operations import (
 )
 from rfengine.serving.options import ServiceOptions
 from rfengine.serving.page import STATIC, PageFiles, page_router
-from rfengine.serving.realtime import RealtimeEndpoint, RealtimeLimits
+from rfengine.serving.realtime.endpoint import RealtimeEndpoint, RealtimeLimits
+from rfengine.serving.realtime.library import RecordingLibrary
+from rfengine.serving.realtime.routes import live_router
 from rfengine.serving.sessions import SessionService
-from rfengine.serving.video_api import video_router
-from rfengine.serving.video_requests import JobLimits
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import pytest
 
 from rfengine.evaluation.video_file import open_video
 from rfengine.serving.access import ApiKeys
-from rfengine.serving.jobs import JOB_ID
+from rfengine.serving.jobs.store import JOB_ID
 from support.models import small_pipeline
 from support.servers import RunningServer, running_server
 

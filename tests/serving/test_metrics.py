@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from rfengine.serving.metrics import END_REASONS, JOB_STATUSES, MEMORY_KINDS, SESSION_STATES, ServerMetrics
-from rfengine.serving.protocol import EndReason
+from rfengine.serving.realtime.protocol import EndReason
 
 LABELS = {"stage", "state", "outcome", "reason", "status", "kind", "route", "status_class"}
 

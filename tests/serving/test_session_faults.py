@@ -36,11 +36,11 @@ from rfengine.serving.events import (
     SessionRequest,
     SessionState,
 )
-from rfengine.serving.live_video import LiveVideo
 from rfengine.serving.options import ServiceOptions
-from rfengine.serving.outbox import Outbox
 from rfengine.serving.points import KeptPoints
-from rfengine.serving.protocol import ErrorMessage, SessionDone
+from rfengine.serving.realtime.live_video import LiveVideo
+from rfengine.serving.realtime.outbox import Outbox
+from rfengine.serving.realtime.protocol import ErrorMessage, SessionDone
 from rfengine.serving.session import Session
 from rfengine.serving.sessions import SessionService
 from rfengine.serving.video_encoder import VideoEncoder

@@ -13,13 +13,12 @@ from starlette.websockets import WebSocket
 from websockets.frames import Opcode
 
 from rfengine import Pipeline
-from rfengine.serving import realtime
 from rfengine.serving.events import Branch, ChangePrompt, KeepPoint, SessionRequest
-from rfengine.serving.hls import HlsPlaylist
-from rfengine.serving.live_video import LiveVideo
 from rfengine.serving.options import ServiceOptions
-from rfengine.serving.outbox import Outbox
-from rfengine.serving.realtime import RealtimeLimits
+from rfengine.serving.realtime.endpoint import RealtimeLimits
+from rfengine.serving.realtime.hls import HlsPlaylist
+from rfengine.serving.realtime.live_video import LiveVideo
+from rfengine.serving.realtime.outbox import Outbox
 from rfengine.serving.recording import ByteBudget, Recording
 from rfengine.serving.session import Session
 from rfengine.serving.sessions import SessionService
@@ -168,7 +167,7 @@ def assert_idle(server: RunningServer) -> None:
 
 
 def drop_over_websockets(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(realtime, "_REFILL_S", 0.0)
+    monkeypatch.setattr("rfengine.serving.realtime.endpoint._REFILL_S", 0.0)
     options = {"service": ServiceOptions(park_s=0.0), "realtime": RealtimeLimits(flush_s=0.5)}
     with running_server(pipe, tmp_path / "data", file_life_s=0.0, **options) as server:
 

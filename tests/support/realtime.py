@@ -19,7 +19,7 @@ from websockets.http11 import Response
 from websockets.sync.client import ClientConnection, connect
 from websockets.uri import parse_uri
 
-from rfengine.serving.protocol import SERVER_MESSAGES
+from rfengine.serving.realtime.protocol import SERVER_MESSAGES
 from support.servers import RunningServer
 
 WAIT = 60.0  # seconds that a test waits for a message at most

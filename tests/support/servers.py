@@ -15,8 +15,8 @@ from fastapi import FastAPI
 
 from rfengine import Pipeline
 from rfengine.serving.options import ServiceOptions
+from rfengine.serving.realtime.websocket_protocol import BoundedWebSocket
 from rfengine.serving.server import ServerOptions, create_app
-from rfengine.serving.websocket_protocol import BoundedWebSocket
 
 
 @dataclass(frozen=True)

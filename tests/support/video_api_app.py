@@ -18,11 +18,11 @@ from starlette.exceptions import HTTPException
 from rfengine import Pipeline
 from rfengine.serving.access import AccessMiddleware, ApiKeys
 from rfengine.serving.errors import Fault, ServiceError, error_body
-from rfengine.serving.job_runner import JobRunner
-from rfengine.serving.jobs import JobStore
+from rfengine.serving.jobs.requests import JobLimits
+from rfengine.serving.jobs.routes import video_router
+from rfengine.serving.jobs.runner import JobRunner
+from rfengine.serving.jobs.store import JobStore
 from rfengine.serving.sessions import SessionService
-from rfengine.serving.video_api import video_router
-from rfengine.serving.video_requests import JobLimits
 from support.servers import running_app
 from support.sessions import WAIT, running_service
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rfengine.pipeline import Pipeline
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.events import Branch, ChangePrompt, Command, KeepPoint, Seek
-from rfengine.serving.protocol import (
+from rfengine.serving.realtime.protocol import (
     ClientMessage,
     SessionBranch,
     SessionInteraction,

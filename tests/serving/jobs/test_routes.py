@@ -15,8 +15,8 @@ import pytest
 
 from rfengine import Pipeline
 from rfengine.serving.access import ApiKeys
-from rfengine.serving.jobs import JobStore
-from rfengine.serving.video_requests import JobLimits
+from rfengine.serving.jobs.requests import JobLimits
+from rfengine.serving.jobs.store import JobStore
 from support.models import small_pipeline
 from support.sessions import WAIT, eventually
 from support.video_api_app import VideoServer, assert_same_video, decoded, video_server
@@ -78,7 +78,7 @@ def when(client: Any, video_id: str, *statuses: str) -> Any:
 def test_official_client_creates_polls_downloads_lists_and_deletes(
     client: Any, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rfengine.serving.job_runner._REPORT_S", 0.02)
+    monkeypatch.setattr("rfengine.serving.jobs.runner._REPORT_S", 0.02)
     first = client.videos.create(prompt="a square", seconds="4", size="64x32", model="small")
     video = client.videos.create(prompt="a red circle", seconds="20", extra_body={"seed": 7})
     assert (video.object, video.status, video.progress, video.error) == ("video", "queued", 0, None)
@@ -331,7 +331,7 @@ def test_queue_of_one_key_has_a_most(pipeline: Pipeline, tmp_path: Path) -> None
 def test_key_sees_its_own_videos_alone(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rfengine.serving.job_runner._SWEEP_S", 600.0)  # a request wakes the runner
+    monkeypatch.setattr("rfengine.serving.jobs.runner._SWEEP_S", 600.0)  # a request wakes the runner
     with (
         video_server(pipeline, tmp_path / "jobs", LIMITS, ApiKeys(KEYS)) as server,
         client_of(server, KEYS[0]) as first,

@@ -16,8 +16,8 @@ import pytest
 
 from rfengine import Pipeline
 from rfengine.serving.options import ServiceOptions
-from rfengine.serving.outbox import Media, Outbox
-from rfengine.serving.realtime import RealtimeEndpoint, RealtimeLimits
+from rfengine.serving.realtime.endpoint import RealtimeEndpoint, RealtimeLimits
+from rfengine.serving.realtime.outbox import Media, Outbox
 from rfengine.serving.sessions import SessionService
 from rfengine.serving.video_encoder import VideoEncoder
 from support.models import small_pipeline

@@ -16,9 +16,9 @@ from rfengine.limits import shown
 from rfengine.pipeline import Pipeline
 from rfengine.prompts import MOST_CHARACTERS, check_prompt
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.job_table import JobRequest
-from rfengine.serving.protocol import Seed
-from rfengine.serving.realtime_messages import check_compatible
+from rfengine.serving.jobs.table import JobRequest
+from rfengine.serving.realtime.messages import check_compatible
+from rfengine.serving.realtime.protocol import Seed
 from rfengine.video import frame_count
 
 _MOST_FORM_FIELDS = 32

@@ -16,7 +16,7 @@ from threading import RLock
 from rfengine.files import locked
 from rfengine.limits import shown
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.job_table import Job, JobError, JobRequest, JobStatus, JobTable, storage_fault
+from rfengine.serving.jobs.table import Job, JobError, JobRequest, JobStatus, JobTable, storage_fault
 
 logger = logging.getLogger(__name__)
 

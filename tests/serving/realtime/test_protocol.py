@@ -14,14 +14,14 @@ import pytest
 from pydantic import ValidationError
 from websockets.sync.client import ClientConnection, connect
 
-from rfengine.serving.protocol import (
+from rfengine.serving.realtime.protocol import (
     CLIENT_MESSAGES,
     SERVER_MESSAGES,
     ClientMessage,
     Message,
     ServerMessage,
 )
-from rfengine.serving.protocol_page import (
+from rfengine.serving.realtime.protocol_page import (
     ERROR_CODES,
     EXAMPLES,
     EXCHANGE,
@@ -35,9 +35,10 @@ from rfengine.serving.protocol_page import (
 from support.models import small_pipeline
 from support.servers import running_server
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 REALTIME_MODULES = (
-    "admission", "live_video", "outbox", "points", "realtime", "realtime_messages", "session", "sessions",
+    "admission", "points", "session", "sessions", "realtime.endpoint", "realtime.live_video",
+    "realtime.messages", "realtime.outbox",
 )  # fmt: skip
 CLIENT_TYPES, SERVER_TYPES = (
     [get_args(model.model_fields["type"].annotation)[0] for model in messages(union)]
@@ -77,7 +78,7 @@ def validators() -> tuple[Any, Any]:
 @pytest.mark.parametrize(("name", "made"), [(PAGE, page), (SCHEMA, schema)])
 def test_committed_file_is_what_the_messages_give(name: str, made: Any) -> None:
     same = (DOCS / name).read_text(encoding="utf-8") == made()
-    assert same, f"docs/{name} is out of date; run: python -m rfengine.serving.protocol_page"
+    assert same, f"docs/{name} is out of date; run: python -m rfengine.serving.realtime.protocol_page"
 
 
 def test_main_writes_both_files(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_page_lists_every_error_code_of_the_realtime_modules() -> None:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "Fault":
                 codes |= {part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)}
-        codes |= {"invalid_value", "model_not_found"} if name == "realtime_messages" else set()
+        codes |= {"invalid_value", "model_not_found"} if name == "realtime.messages" else set()
     assert len(codes) > 20
     assert codes - set(" ".join(ERROR_CODES.values()).split()) == set()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.live_video import LiveVideo
+from rfengine.serving.realtime.live_video import LiveVideo
 from rfengine.serving.recording import ByteBudget, Recording, write_mp4
 
 _LEAST_BYTES = 2**20  # for a recording to begin

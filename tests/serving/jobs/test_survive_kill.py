@@ -10,7 +10,7 @@ from threading import Timer
 import httpx2
 import pytest
 
-from rfengine.serving.jobs import MOST_ATTEMPTS
+from rfengine.serving.jobs.store import MOST_ATTEMPTS
 from support.killed_servers import KilledServers
 from support.models import small_pipeline
 from support.sessions import WAIT, eventually

@@ -11,7 +11,7 @@ import av
 import numpy
 import pytest
 
-from rfengine.serving.hls import HlsPlaylist
+from rfengine.serving.realtime.hls import HlsPlaylist
 from rfengine.serving.video_encoder import Fragment, VideoEncoder
 
 HEIGHT, WIDTH = 32, 48

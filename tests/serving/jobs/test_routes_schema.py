@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rfengine import Pipeline
-from rfengine.serving.video_requests import JobLimits
+from rfengine.serving.jobs.requests import JobLimits
 from support.models import small_pipeline
 from support.sessions import WAIT
 from support.video_api_app import video_server

@@ -21,12 +21,18 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from rfengine.serving.access import ClientIdentity
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.events import SessionRequest
-from rfengine.serving.hls import HlsPlaylist
-from rfengine.serving.library import RecordingLibrary
-from rfengine.serving.live_video import LiveVideo, error_message
 from rfengine.serving.metrics import ServerMetrics
-from rfengine.serving.outbox import Media, Outbox
-from rfengine.serving.protocol import (
+from rfengine.serving.realtime.hls import HlsPlaylist
+from rfengine.serving.realtime.library import RecordingLibrary
+from rfengine.serving.realtime.live_video import LiveVideo, error_message
+from rfengine.serving.realtime.messages import (
+    MessageBucket,
+    check_compatible,
+    command_of,
+    validation_fault,
+)
+from rfengine.serving.realtime.outbox import Media, Outbox
+from rfengine.serving.realtime.protocol import (
     CLIENT_MESSAGES,
     ClientMessage,
     Message,
@@ -39,12 +45,6 @@ from rfengine.serving.protocol import (
     SessionStart,
     SessionStop,
     VideoStart,
-)
-from rfengine.serving.realtime_messages import (
-    MessageBucket,
-    check_compatible,
-    command_of,
-    validation_fault,
 )
 from rfengine.serving.session import Session
 from rfengine.serving.sessions import SessionService

@@ -15,7 +15,7 @@ import pytest
 
 from rfengine import Pipeline
 from rfengine.serving.options import ServiceOptions
-from rfengine.serving.realtime import RealtimeLimits
+from rfengine.serving.realtime.endpoint import RealtimeLimits
 from support.models import small_pipeline
 from support.realtime import realtime_client
 from support.servers import RunningServer, running_server

@@ -18,8 +18,8 @@ from websockets.frames import Frame, Opcode
 
 from rfengine import Pipeline
 from rfengine.serving.options import ServiceOptions
-from rfengine.serving.protocol import CLIENT_MESSAGES, SERVER_MESSAGES, Message, SessionPing
-from rfengine.serving.realtime import RealtimeLimits
+from rfengine.serving.realtime.endpoint import RealtimeLimits
+from rfengine.serving.realtime.protocol import CLIENT_MESSAGES, SERVER_MESSAGES, Message, SessionPing
 from rfengine.serving.session import MOST_COMMANDS, Session
 from rfengine.serving.video_encoder import VideoEncoder
 from support.models import small_pipeline

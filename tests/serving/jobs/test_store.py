@@ -15,8 +15,8 @@ from threading import Barrier, Thread
 import pytest
 
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.job_table import JobRequest
-from rfengine.serving.jobs import MOST_ATTEMPTS, JobStore, estimated_bytes
+from rfengine.serving.jobs.store import MOST_ATTEMPTS, JobStore, estimated_bytes
+from rfengine.serving.jobs.table import JobRequest
 from support.small_disk import small_disk
 
 REQUEST = JobRequest("a red circle", "small", 7, 81, 16, 32, 48)

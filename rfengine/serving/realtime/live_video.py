@@ -21,9 +21,9 @@ from rfengine.serving.events import (
     SessionEvent,
     StateChanged,
 )
-from rfengine.serving.hls import HlsPlaylist
-from rfengine.serving.outbox import Media, Outbox
-from rfengine.serving.protocol import (
+from rfengine.serving.realtime.hls import HlsPlaylist
+from rfengine.serving.realtime.outbox import Media, Outbox
+from rfengine.serving.realtime.protocol import (
     ChunkMetadata,
     ErrorMessage,
     InteractionApplied,

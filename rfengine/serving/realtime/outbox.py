@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import Lock
 
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.protocol import ChunkMetadata, Message, SlowClient
+from rfengine.serving.realtime.protocol import ChunkMetadata, Message, SlowClient
 
 _MOST_EVENTS = 1000  # without a chunk; a client that reads has a few
 _SLOW = Fault("slow_client", "the client reads too slowly; read faster, or let chunks be dropped", 408, True)

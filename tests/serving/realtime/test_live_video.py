@@ -19,9 +19,9 @@ from rfengine.serving.events import (
     SessionState,
     StateChanged,
 )
-from rfengine.serving.hls import HlsPlaylist
-from rfengine.serving.live_video import ChunkLine, LiveVideo
-from rfengine.serving.outbox import Media, Outbox
+from rfengine.serving.realtime.hls import HlsPlaylist
+from rfengine.serving.realtime.live_video import ChunkLine, LiveVideo
+from rfengine.serving.realtime.outbox import Media, Outbox
 from rfengine.serving.recording import ByteBudget, Recording, write_mp4
 from rfengine.serving.video_encoder import VideoEncoder
 from support.outcome import frame_count

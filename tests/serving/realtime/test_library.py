@@ -9,9 +9,9 @@ import numpy
 import pytest
 
 from rfengine.serving.errors import ServiceError
-from rfengine.serving.library import RecordingLibrary
-from rfengine.serving.live_video import LiveVideo
-from rfengine.serving.outbox import Outbox
+from rfengine.serving.realtime.library import RecordingLibrary
+from rfengine.serving.realtime.live_video import LiveVideo
+from rfengine.serving.realtime.outbox import Outbox
 from rfengine.serving.video_encoder import VideoEncoder
 from support.outcome import frame_count
 

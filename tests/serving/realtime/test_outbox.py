@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rfengine.serving.errors import ServiceError
-from rfengine.serving.outbox import Media, Outbox
-from rfengine.serving.protocol import ChunkMetadata, SessionPong, SlowClient
+from rfengine.serving.realtime.outbox import Media, Outbox
+from rfengine.serving.realtime.protocol import ChunkMetadata, SessionPong, SlowClient
 
 
 def media(number: int, size: int = 100, seconds: float = 0.5) -> Media:

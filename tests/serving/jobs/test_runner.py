@@ -12,9 +12,9 @@ import pytest
 from rfengine import Pipeline
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.events import SessionRequest
-from rfengine.serving.job_runner import JobRunner, session_request
-from rfengine.serving.job_table import Job, JobRequest
-from rfengine.serving.jobs import MOST_ATTEMPTS, JobStore
+from rfengine.serving.jobs.runner import JobRunner, session_request
+from rfengine.serving.jobs.store import MOST_ATTEMPTS, JobStore
+from rfengine.serving.jobs.table import Job, JobRequest
 from rfengine.serving.sessions import SessionService
 from rfengine.video import VideoWriter
 from support.models import small_pipeline
@@ -138,7 +138,7 @@ def test_several_jobs_are_made_at_once_where_that_is_asked_for(
 def test_progress_rises_with_the_frames_that_are_made(
     store: JobStore, runner: JobRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rfengine.serving.job_runner._REPORT_S", 0.02)
+    monkeypatch.setattr("rfengine.serving.jobs.runner._REPORT_S", 0.02)
     job_id = queue(store, runner, num_frames=300)
     seen: list[int] = []
     eventually(lambda: seen.append(store.job(job_id, None).progress) or seen[-1] == 100)
@@ -340,8 +340,8 @@ def test_job_whose_file_outgrows_the_quota_fails(service: SessionService, tmp_pa
 def test_store_that_fails_at_any_call_loses_no_job(
     service: SessionService, store: JobStore, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr("rfengine.serving.job_runner._RETRY_S", 0.02)
-    monkeypatch.setattr("rfengine.serving.job_runner._SWEEP_S", 0.02)
+    monkeypatch.setattr("rfengine.serving.jobs.runner._RETRY_S", 0.02)
+    monkeypatch.setattr("rfengine.serving.jobs.runner._SWEEP_S", 0.02)
     job_id = queue(store, num_frames=LONG if method == "put_back" else 33)
     real, calls = getattr(JobStore, method), []
 

@@ -9,8 +9,8 @@ from threading import Condition, Thread
 
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.events import Ended, SessionChunk, SessionEvent, SessionRequest
-from rfengine.serving.job_table import Job, JobRequest, storage_fault
-from rfengine.serving.jobs import JobStore
+from rfengine.serving.jobs.store import JobStore
+from rfengine.serving.jobs.table import Job, JobRequest, storage_fault
 from rfengine.serving.session import Session
 from rfengine.serving.sessions import SessionService
 from rfengine.video import VideoWriter

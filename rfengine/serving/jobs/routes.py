@@ -15,10 +15,10 @@ from rfengine.limits import shown
 from rfengine.pipeline import Pipeline
 from rfengine.serving.access import owner_of
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.job_runner import JobRunner
-from rfengine.serving.job_table import Job, JobStatus
-from rfengine.serving.jobs import JobStore
-from rfengine.serving.video_requests import CreateVideo, JobLimits, job_request, read_body
+from rfengine.serving.jobs.requests import CreateVideo, JobLimits, job_request, read_body
+from rfengine.serving.jobs.runner import JobRunner
+from rfengine.serving.jobs.store import JobStore
+from rfengine.serving.jobs.table import Job, JobStatus
 
 
 class VideoError(BaseModel):

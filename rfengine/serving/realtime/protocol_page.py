@@ -1,6 +1,6 @@
 """docs/realtime_protocol.md and its JSON Schema, made from the messages of protocol.py.
 
-`python -m rfengine.serving.protocol_page` writes both.
+`python -m rfengine.serving.realtime.protocol_page` writes both.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from rfengine.files import replaced
 from rfengine.serving.options import ServiceOptions
-from rfengine.serving.protocol import (
+from rfengine.serving.realtime.endpoint import RealtimeLimits
+from rfengine.serving.realtime.protocol import (
     CLIENT_MESSAGES,
     SERVER_MESSAGES,
     ClientMessage,
     Message,
     ServerMessage,
 )
-from rfengine.serving.realtime import RealtimeLimits
 
 Mode = Literal["validation", "serialization"]  # what a client may send, what a server sends
 PAGE, SCHEMA = "realtime_protocol.md", "realtime_protocol.schema.json"
@@ -36,8 +36,8 @@ _INTRODUCTION = Template("""\
 A WebSocket at `/v1/realtime/video` carries one session: a video that is sent while it is made. Its prompt can
 change at any moment, it can pause, and it can go back to an earlier point and take another course. This page
 and [its JSON Schema](realtime_protocol.schema.json) (draft 2020-12, both directions) are made from
-`rfengine/serving/protocol.py` by `python -m rfengine.serving.protocol_page`. `examples/realtime_client.py` is
-a client in a page of Python.
+`rfengine/serving/realtime/protocol.py` by `python -m rfengine.serving.realtime.protocol_page`.
+`examples/realtime_client.py` is a client in a page of Python.
 
 ## Connection
 `ws://HOST:PORT/v1/realtime/video`, or `wss://` behind TLS. `session.start` is the client's first message,
@@ -386,4 +386,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(__file__).resolve().parents[2] / "docs")
+    main(Path(__file__).resolve().parents[3] / "docs")

@@ -11,8 +11,8 @@ from starlette.concurrency import run_in_threadpool
 
 from rfengine.serving.access import owner_of
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.hls import HlsPlaylist
-from rfengine.serving.library import RecordingLibrary
+from rfengine.serving.realtime.hls import HlsPlaylist
+from rfengine.serving.realtime.library import RecordingLibrary
 
 SessionId = Annotated[str, Path(pattern=r"^rt_[0-9a-f]{32}$")]
 _NO_STORE = {"Cache-Control": "no-store"}

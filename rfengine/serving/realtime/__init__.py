@@ -1,0 +1,1 @@
+"""Sessions over a WebSocket: the protocol, its endpoint, and where the video goes."""
