@@ -47,21 +47,14 @@ def plain() -> Pipeline:
     return small_pipeline()
 
 
-@pytest.fixture(scope="module")
-def overlapped(plain: Pipeline) -> Pipeline:
-    config = dataclasses.replace(plain.config, runtime=RuntimeConfig(overlap=True))
-    return Pipeline(config, plain.model, plain.vae, plain.text_encoder, "small")
-
-
-@pytest.fixture(scope="module")
-def service(plain: Pipeline) -> Iterator[SessionService]:
-    with running_service(plain, park_s=0.0) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def overlapped_service(overlapped: Pipeline) -> Iterator[SessionService]:
-    with running_service(overlapped, park_s=0.0) as running:
+@pytest.fixture(scope="module", params=[False, True], ids=["in turn", "ahead"])
+def service(plain: Pipeline, request: pytest.FixtureRequest) -> Iterator[SessionService]:
+    """Of the same model, as it is, and with the next chunk begun before one is handed out."""
+    pipeline = plain
+    if request.param:
+        config = dataclasses.replace(plain.config, runtime=RuntimeConfig(overlap=True))
+        pipeline = Pipeline(config, plain.model, plain.vae, plain.text_encoder, "small")
+    with running_service(pipeline, park_s=0.0) as running:
         yield running
 
 
@@ -262,14 +255,6 @@ def test_a_session_shows_what_its_receipts_say(
     check(service, plain, wanted, keep_every)
 
 
-@fast
-@interleavings
-def test_a_session_that_computes_ahead_shows_what_its_receipts_say(
-    overlapped_service: SessionService, plain: Pipeline, wanted: list[Action], keep_every: int
-) -> None:
-    check(overlapped_service, plain, wanted, keep_every)
-
-
 @pytest.mark.soak
 @soak
 @interleavings
@@ -277,12 +262,3 @@ def test_five_hundred_sessions_show_what_their_receipts_say(
     service: SessionService, plain: Pipeline, wanted: list[Action], keep_every: int
 ) -> None:
     check(service, plain, wanted, keep_every)
-
-
-@pytest.mark.soak
-@soak
-@interleavings
-def test_five_hundred_sessions_that_compute_ahead_show_what_their_receipts_say(
-    overlapped_service: SessionService, plain: Pipeline, wanted: list[Action], keep_every: int
-) -> None:
-    check(overlapped_service, plain, wanted, keep_every)

@@ -31,6 +31,7 @@ from support.sessions import eventually, running_service
 
 WARM_UP, SETTLED, ROUND = 30, 20, 10  # sessions before the first measurement, and between some
 LEAST_SCATTER = 2 * 2**20  # bytes; a stream of this model has 400 KiB, and an encoder more
+counts = pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.soak)])
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,10 @@ def assert_nothing_grows(
     assert statistics.median(after) - statistics.median(before) < allowed, (before, after)
 
 
-def drop_in_a_service(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+@counts
+def test_sessions_dropped_in_a_service_leave_nothing(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     with running_service(pipe, park_s=0.0, keep_every=1) as service:
         drop = Dropping(service, tmp_path, monkeypatch)
 
@@ -114,19 +118,6 @@ def drop_in_a_service(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.Monkey
             eventually(lambda: not service._sessions)
 
         assert_nothing_grows(one, count)
-
-
-def test_sessions_dropped_in_a_service_leave_nothing(
-    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drop_in_a_service(pipe, tmp_path, monkeypatch, 60)
-
-
-@pytest.mark.soak
-def test_a_thousand_sessions_dropped_in_a_service_leave_nothing(
-    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drop_in_a_service(pipe, tmp_path, monkeypatch, 1000)
 
 
 def vanish(server: RunningServer, number: int) -> None:
@@ -166,7 +157,10 @@ def assert_idle(server: RunningServer) -> None:
     eventually(lambda: endpoint.opening is None or endpoint.opening.done())
 
 
-def drop_over_websockets(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+@counts
+def test_sessions_whose_clients_vanish_leave_nothing(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     monkeypatch.setattr("rfengine.serving.realtime.endpoint._REFILL_S", 0.0)
     options = {"service": ServiceOptions(park_s=0.0), "realtime": RealtimeLimits(flush_s=0.5)}
     with running_server(pipe, tmp_path / "data", file_life_s=0.0, **options) as server:
@@ -176,19 +170,6 @@ def drop_over_websockets(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.Mon
             assert_idle(server)
 
         assert_nothing_grows(one, count, server.server.servers[0].get_loop())
-
-
-def test_sessions_whose_clients_vanish_leave_nothing(
-    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drop_over_websockets(pipe, tmp_path, monkeypatch, 60)
-
-
-@pytest.mark.soak
-def test_a_thousand_sessions_whose_clients_vanish_leave_nothing(
-    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drop_over_websockets(pipe, tmp_path, monkeypatch, 1000)
 
 
 def test_a_recording_of_a_client_that_vanished_keeps_nothing_of_its_connection(

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import select
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 240  # seconds
+from support.forking_process import ForkingProcess
 
 # each line that it reads is a directory and the arguments of a command, which leaves its output there
 FORKING = """
@@ -36,43 +31,28 @@ class CommandForks:
     """Runs one command at a time, on a terminal that has only the letters of ASCII."""
 
     def __init__(self) -> None:
-        self._forking = subprocess.Popen(
-            [sys.executable, "-c", FORKING],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
-        )
+        self._forking = ForkingProcess(FORKING, PYTHONIOENCODING="ascii")
         self._directory = Path()
 
     def __enter__(self) -> CommandForks:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._forking.kill()
-        self._forking.wait()
-        self._forking.stdin.close()
-        self._forking.stdout.close()
+        self._forking.close()
 
     def start(self, directory: Path, *arguments: str) -> int:
         """The number of the process, which runs in `directory`."""
         self._directory = directory
-        self._forking.stdin.write(json.dumps([str(directory), *arguments]) + "\n")
-        return int(self._read_line())
+        self._forking.write(json.dumps([str(directory), *arguments]))
+        return int(self._forking.read_line())
 
     def has_ended(self) -> bool:
-        return bool(select.select([self._forking.stdout], [], [], 0)[0])
+        return self._forking.has_line()
 
     def status(self) -> int:
         """Wait for the end of the process."""
-        return int(self._read_line())
+        return int(self._forking.read_line())
 
     def errors(self) -> str:
         """Without nanobind's last words, which are of what gc.freeze keeps."""
         return (self._directory / "stderr").read_text().partition("nanobind: ")[0]
-
-    def _read_line(self) -> str:
-        assert select.select([self._forking.stdout], [], [], LIMIT)[0], "nothing came from the process"
-        return self._forking.stdout.readline()

@@ -4,14 +4,10 @@ packages, since that takes seconds."""
 from __future__ import annotations
 
 import os
-import select
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 240  # seconds
+from support.forking_process import ROOT, ForkingProcess
 
 # each line that it reads is the job directory of a server; it answers with the process, then with its address
 FORKING = """
@@ -45,15 +41,7 @@ class KilledServers:
     """Runs one server at a time."""
 
     def __init__(self) -> None:
-        self._forking = subprocess.Popen(
-            [sys.executable, "-c", FORKING],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        )
+        self._forking = ForkingProcess(FORKING, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
         self._process = 0
 
     def __enter__(self) -> KilledServers:
@@ -62,22 +50,15 @@ class KilledServers:
     def __exit__(self, *_: object) -> None:
         if self._process:
             self.kill()
-        self._forking.kill()
-        self._forking.wait()
-        self._forking.stdin.close()
-        self._forking.stdout.close()
+        self._forking.close()
 
     def start(self, directory: Path) -> str:
         """The address of a new server."""
-        self._forking.stdin.write(f"{directory}\n")
-        self._process = int(self._read_line())
-        return self._read_line().strip()
+        self._forking.write(str(directory))
+        self._process = int(self._forking.read_line())
+        return self._forking.read_line()
 
     def kill(self) -> None:
         """End it at once, wherever it is; it gets no signal that it could see."""
         os.kill(self._process, signal.SIGKILL)
         self._process = 0
-
-    def _read_line(self) -> str:
-        assert select.select([self._forking.stdout], [], [], LIMIT)[0], "nothing came from the process"
-        return self._forking.stdout.readline()

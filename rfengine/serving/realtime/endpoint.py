@@ -111,6 +111,7 @@ class RealtimeEndpoint:
         try:
             await _Connection(self, websocket, client.key_name).run()
         finally:
+            self.open_spare_encoder()  # where it was taken and no chunk was sent
             self.connections[name] -= 1
             if not self.connections[name]:
                 del self.connections[name]

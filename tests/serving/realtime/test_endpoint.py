@@ -300,6 +300,24 @@ def test_sessions_at_once_have_encoders_of_their_own_and_the_next_one_is_open_ag
         for one in (first, second):
             one.until("session.done")
             assert decoded(one.media) == 21
+    assert_spare_encoder(server, pipe)
+
+
+def test_a_session_that_is_refused_leaves_an_open_encoder(pipe: Pipeline, tmp_path: Path) -> None:
+    service = ServiceOptions(max_sessions=1)
+    with running_server(pipe, tmp_path / "data", service=service) as server, realtime_client(server) as first:
+        first.start()
+        first.until("video.chunk_metadata")
+        assert_spare_encoder(server, pipe)
+        server.app.state.endpoint.spare_encoder.refill()
+        with realtime_client(server) as second:
+            second.send("session.start", prompt="a circle")
+            assert second.until("error")["code"] == "too_many_sessions"
+        assert_spare_encoder(server, pipe)
+
+
+def assert_spare_encoder(server: RunningServer, pipe: Pipeline) -> None:
+    """One comes, and is taken."""
     height, width = pipe.config.height, pipe.config.width
     eventually(lambda: server.app.state.endpoint.spare_encoder.take(height, width) is not None)
 
