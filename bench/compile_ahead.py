@@ -76,7 +76,7 @@ def run_chunks(config: EngineConfig, dtype: torch.dtype, ops: Ops) -> None:
         runner.num_steps, 1, model_config.in_dim, config.cache.chunk_frames, grid.latent_height,
         grid.latent_width, dtype=dtype,
     )  # fmt: skip
-    for _ in range(2 * config.cache.window_chunks - config.cache.sink_chunks):  # filled, then every slot once
+    for _ in range(config.cache.filling_chunks + 1):  # filled, then the steady state
         runner.advance(cache, cache.plan_chunk(), noise, text)
 
 

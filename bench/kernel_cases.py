@@ -87,8 +87,10 @@ class KernelCase:
         return self.name
 
 
-def _written_slot(arguments: Arguments, returned: Result) -> tuple[Tensor, ...]:
-    return returned, *(view for view in arguments[7:10] if view is not None)
+def _written_chunk(arguments: Arguments, returned: Result) -> tuple[Tensor, ...]:
+    """The queries, and the last tokens of each arena, where the chunk is written."""
+    tokens = arguments[0].shape[1]
+    return returned, *(arena[:, -tokens:] for arena in arguments[7:10] if arena is not None)
 
 
 def _sinks(arguments: Arguments, _: object) -> tuple[Tensor, ...]:
@@ -186,7 +188,7 @@ CASES: tuple[KernelCase, ...] = (
     KernelCase("qk_norm_rope", inputs.qk_norm_rope, row_bytes(8), is_row=True),
     *(
         KernelCase(name, partial(inputs.qk_norm_rope_write, keep_raw=keep_raw), BYTES[name],
-                   op="qk_norm_rope_write", results=_written_slot, is_row=True)
+                   op="qk_norm_rope_write", results=_written_chunk, is_row=True)
         for name, keep_raw in (("qk_norm_rope_write", False), ("qk_norm_rope_write_raw", True))
     ),
     KernelCase("qk_norm_rope_backward", inputs.qk_norm_rope_backward, row_bytes(12), file="qk_norm_rope"),

@@ -79,10 +79,11 @@ def qk_norm_rope_backward(shapes: Shapes, draw: Draw) -> Arguments:
 
 def qk_norm_rope_write(shapes: Shapes, draw: Draw, keep_raw: bool) -> Arguments:
     q, k, *rest = _queries_keys(shapes, draw)
-    slot = slice(shapes.window_tokens - shapes.tokens, shapes.window_tokens)
-    views = [_arena(shapes, draw)[0][:, slot] for _ in range(3 if keep_raw else 2)]
+    arenas = [_arena(shapes, draw)[0] for _ in range(3 if keep_raw else 2)]
     v = draw.rows(1, shapes.tokens, shapes.dim)
-    return q, k, v, *rest, shapes.eps, *views, *(() if keep_raw else (None,))
+    window = shapes.window_tokens * shapes.frames // shapes.tokens
+    slots = torch.arange(window - shapes.frames, window, device=draw.device)
+    return q, k, v, *rest, shapes.eps, *arenas, *(() if keep_raw else (None,)), slots
 
 
 def _arena(shapes: Shapes, draw: Draw, layers: int = 1) -> Tensor:
@@ -145,7 +146,9 @@ def flow_step(shapes: Shapes, draw: Draw) -> Arguments:
     x, noise = (
         draw.rows(1, model.out_dim, shapes.frames, grid.latent_height, grid.latent_width) for _ in range(2)
     )
-    return tokens, x, 0.9375, noise, 0.8333
+    levels = (torch.tensor([level], dtype=torch.float64, device=draw.device) for level in (0.9375, 0.8333))
+    sigma, next_sigma = levels
+    return tokens, x, sigma, noise, next_sigma
 
 
 def pixels(shapes: Shapes, draw: Draw) -> Arguments:

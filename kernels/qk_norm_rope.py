@@ -1,10 +1,11 @@
-"""RMS norm of q and k over the whole model dimension, rotation of every head, and the writes of the slot.
+"""RMS norm of q and k over the whole model dimension, rotation of every head, and the writes to the arena.
 
     n = round(x / sqrt(mean(x^2) + eps));  y = round(n * weight)
     (a, b) = y[2j : 2j + 2];  out[2j : 2j + 2] = round(a cos - b sin, a sin + b cos)
 
 q, k, v [B, T, D], three strided views (of a packed [B, T, 3 D], or apart); rotation [2, T, E / 2] float32 for
-all heads. One program for each token: a row of D elements lies in registers, loaded once, 16 bytes at a time;
+all heads; slots int64 [F], where each frame of the chunk lies in the arena, read by the device. One program
+for each token: a row of D elements lies in registers, loaded once, 16 bytes at a time;
 both elements of a pair lie in one thread, so that in 16-bit rotating moves nothing between threads. Sums in
 float32. No fused multiply-add: the keys equal rephase_keys of the raw keys bit for bit, as in the reference.
 Bound: memory; the write reads 6 and writes 6 bytes (8 with raw keys) for each element of a row in 16-bit.
@@ -51,15 +52,18 @@ def _turn(x, cos, sin, BLOCK: tl.constexpr):
     return tl.reshape(rotate_pairs(tl.reshape(x, (1, BLOCK)), cos, sin, 1, BLOCK), (BLOCK,))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "frame_tokens"])
 def _qk_norm_rope_kernel(
-    q, k, v, weight_q, weight_k, rotation, out_q, keys, values, raw_keys,
+    q, k, v, weight_q, weight_k, rotation, out_q, keys, values, raw_keys, slots,
     q_b, q_t, k_b, k_t, v_b, v_t,
     keys_b, keys_t, keys_h, values_b, values_t, values_h, raw_b, raw_t, raw_h,
-    num_tokens, eps,
+    num_tokens, frame_tokens, eps,
     D: tl.constexpr, E: tl.constexpr, HAS_V: tl.constexpr, HAS_RAW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    place = token  # in the tensors that keys and values go to
+    if HAS_V:
+        place = tl.load(slots + token // frame_tokens) * frame_tokens + token % frame_tokens
     column = tl.arange(0, BLOCK)
     mask = column < D
     head, inner = column // E, column % E
@@ -68,7 +72,7 @@ def _qk_norm_rope_kernel(
     row_k = tl.load(k + b * k_b + token * k_t + column, mask=mask, other=0.0).to(tl.float32)
     if HAS_V:
         row_v = tl.load(v + b * v_b + token * v_t + column, mask=mask, other=0.0)
-        tl.store(values + b * values_b + token * values_t + head * values_h + inner, row_v, mask=mask)
+        tl.store(values + b * values_b + place * values_t + head * values_h + inner, row_v, mask=mask)
     scale_q = tl.load(weight_q + column, mask=mask, other=0.0).to(tl.float32)
     scale_k = tl.load(weight_k + column, mask=mask, other=0.0).to(tl.float32)
     cos, sin = _angles(rotation, token, num_tokens, D, E, BLOCK)
@@ -76,9 +80,9 @@ def _qk_norm_rope_kernel(
     tl.store(out_q + (b * num_tokens + token) * D + column, turned.to(dtype), mask=mask)
     raw = _norm(row_k, scale_k, eps, D, dtype)
     turned = _turn(raw, cos, sin, BLOCK)
-    tl.store(keys + b * keys_b + token * keys_t + head * keys_h + inner, turned.to(dtype), mask=mask)
+    tl.store(keys + b * keys_b + place * keys_t + head * keys_h + inner, turned.to(dtype), mask=mask)
     if HAS_RAW:
-        tl.store(raw_keys + b * raw_b + token * raw_t + head * raw_h + inner, raw.to(dtype), mask=mask)
+        tl.store(raw_keys + b * raw_b + place * raw_t + head * raw_h + inner, raw.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -155,10 +159,10 @@ def qk_norm_rope(
     out_q, out_k = (x.new_empty(batch, tokens, num_heads, head_dim) for x in (q, k))
     block, num_warps = row_launch(dim)
     _qk_norm_rope_kernel[(tokens, batch)](
-        q, k, k, weight_q, weight_k, rotation, out_q, out_k, out_k, out_k,
+        q, k, k, weight_q, weight_k, rotation, out_q, out_k, out_k, out_k, rotation,
         *q.stride()[:2], *k.stride()[:2], *k.stride()[:2],
         *out_k.stride()[:3], *out_k.stride()[:3], *out_k.stride()[:3],
-        tokens, eps,
+        tokens, tokens, eps,
         D=dim, E=head_dim, HAS_V=False, HAS_RAW=False, BLOCK=block, num_warps=num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -222,14 +226,15 @@ qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("rfengine::qk_norm_rope_write", mutates_args=["keys", "values", "raw_keys"])
 def qk_norm_rope_write(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
-    keys: Tensor, values: Tensor, raw_keys: Tensor | None,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Norm and rotate q and k, and write this chunk's slot: rotated keys, values and, when given, raw keys.
+    """Norm and rotate q and k, and write the frames of a chunk to their slots of the arena: rotated keys,
+    values and, when given, raw keys.
 
-    q, k, v: [B, T, D]; rotation: [2, T, E / 2], float32. keys, values, raw_keys: [B, T, H, E] views of the
-    arena, overwritten. The last axis of every tensor must be contiguous (ValueError); the other strides are
-    free. Returns the rotated q [B, T, H, E]. Raw keys are those after the norm and before rotation, already
-    rounded.
+    q, k, v: [B, T, D]; rotation: [2, T, E / 2], float32; keys, values, raw_keys: [B, S, H, E], changed in
+    place; slots: int64 [F], no two equal and all within the arena, which nothing checks. The last axis of
+    every tensor must be contiguous (ValueError); the other strides are free. Returns the rotated q [B, T, H,
+    E]. Raw keys are those after the norm and before rotation, already rounded.
     """
     batch, tokens, dim = q.shape
     heads, head_dim = keys.shape[2:]
@@ -241,10 +246,10 @@ def qk_norm_rope_write(
     raw = keys if raw_keys is None else raw_keys
     block, num_warps = row_launch(dim)
     _qk_norm_rope_kernel[(tokens, batch)](
-        q, k, v, weight_q, weight_k, rotation, out_q, keys, values, raw,
+        q, k, v, weight_q, weight_k, rotation, out_q, keys, values, raw, slots,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *keys.stride()[:3], *values.stride()[:3], *raw.stride()[:3],
-        tokens, eps,
+        tokens, tokens // slots.shape[0], eps,
         D=dim, E=head_dim, HAS_V=True, HAS_RAW=raw_keys is not None, BLOCK=block, num_warps=num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -254,6 +259,6 @@ def qk_norm_rope_write(
 @qk_norm_rope_write.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
-    keys: Tensor, values: Tensor, raw_keys: Tensor | None,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:2], *keys.shape[2:])

@@ -6,24 +6,23 @@ one.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from rfengine.limits import DeviceName, Entries, Range, Text, check_fields, check_value, field_hints, shown
+from rfengine.limits import DeviceName, Entries, Range, Text, check_fields, shown
 
 BYTE_TOKENS = 256 + 3  # one for each byte, above those for padding, end and unknown
 
 Positions = Literal["relative", "absolute"]
 SinkKind = Literal["ema", "frozen", "none"]
 SinkPrecision = Literal["split", "bf16"]
+Eviction = Literal["oldest", "similarity"]
+Rolling = Literal["none", "joint", "causal"]
 Backend = Literal["auto", "reference", "triton", "native", "cudnn", "flash"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 DecoderKind = Literal["full", "tensorrt", "tiny"]
 VAEPrecision = Literal["default", "fp8"]
-
-Config = TypeVar("Config")
 
 # Far above every published model, and low enough that nothing of that size takes long to describe. What a
 # checkpoint really has is compared with its tensors (checkpoint/checkpoint.py).
@@ -193,56 +192,112 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """What a query can see: chunk, window and sink, all in latent frames (arXiv 2512.04678)."""
+    """What a query can see, in latent frames: a sink, memory frames, the last frames of the video and what is
+    being denoised (arXiv 2512.04678; memory frames: 2603.12513)."""
 
     chunk_frames: Annotated[int, Range(1, 64)] = 3
-    window_frames: Annotated[int, Range(1, 512)] = 9  # sink and current chunk included
+    window_frames: Annotated[int, Range(1, 512)] = 9  # sink, memory and what is being denoised included
     sink: SinkKind = "ema"
     sink_frames: Annotated[int, Range(0, 512)] = 3
     # weight of the sink in the EMA; 0.999 in the published code, 0.99 in its description
     alpha: Annotated[float, Range(0, 1)] = 0.999
     positions: Positions = "relative"
     sink_precision: SinkPrecision = "split"
+    first_chunk_frames: Annotated[int, Range(1, 64)] | None = None  # chunk_frames where None
+    # a memory frame for each: the weight of a frame that leaves, in the average of all that have left
+    memory_rates: Annotated[tuple[float, ...], Entries(0, 8), Range(0, 1)] = ()
+    eviction: Eviction = "oldest"
+    joint_frames: Annotated[int, Range(0, 512)] = 0  # denoised beside each other, in a rolling schedule
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_lengths()
+        if self.sink == "ema":
+            self._check_average()
+        elif self.memory_rates and self.positions == "absolute":
+            raise ValueError(
+                "a memory frame is an average and has no absolute time; use positions='relative'"
+            )
+        if self.eviction == "similarity":
+            self._check_similarity()
+
+    def _check_lengths(self) -> None:
         chunk, window, sink = self.chunk_frames, self.window_frames, self.sink_frames
-        if window < chunk or window % chunk:
-            raise ValueError(f"window_frames is {window}; use a multiple of chunk_frames, which is {chunk}")
-        if self.sink == "none":
-            if sink != 0:
-                raise ValueError(
-                    f"sink_frames is {sink} but sink is 'none'; set sink_frames to 0 or choose a sink"
+        if (self.sink == "none") != (sink == 0):
+            raise ValueError(
+                f"sink_frames is {sink} and sink is {self.sink!r}; a sink has frames, and sink='none' has 0"
+            )
+        if self.joint_frames % chunk:
+            raise ValueError(
+                f"joint_frames is {self.joint_frames}; use a multiple of chunk_frames, which is {chunk}"
+            )
+        if self.past_frames < chunk:
+            kept = "".join(
+                f", {count} {what}"
+                for count, what in (
+                    (len(self.memory_rates), "of memory"),
+                    (self.joint_frames, "denoised jointly"),
                 )
-            return
-        if sink < chunk or sink % chunk:
-            raise ValueError(f"sink_frames is {sink}; a sink is a multiple of chunk_frames, which is {chunk}")
-        if sink + chunk > window:
-            raise ValueError(
-                f"sink_frames {sink} and chunk_frames {chunk} do not fit into window_frames {window}"
+                if count
             )
-        if self.sink == "ema" and sink != chunk:
             raise ValueError(
-                f"sink_frames is {sink} and chunk_frames is {chunk}; EMA-Sink folds one evicted chunk into "
-                "the sink, so the two must be equal (the published code silently overwrites the sink here)"
+                f"window_frames is {window}; a sink of {sink} frames{kept} and a chunk of {chunk} do not fit "
+                f"into it, use at least {window - self.past_frames + chunk}"
             )
-        if self.sink == "ema" and self.positions == "absolute":
+        if self.first_chunk > sink + self.past_frames:
+            raise ValueError(
+                f"first_chunk_frames is {self.first_chunk}; sink and past hold {sink + self.past_frames}"
+            )
+
+    def _check_average(self) -> None:
+        if self.positions == "absolute":
             raise ValueError(
                 "an averaged sink has no absolute time; use positions='relative' with sink='ema'"
             )
-        if self.sink == "ema" and window < 3 * chunk:
+        if self.memory_rates:
+            raise ValueError("memory_rates are given with sink='ema', which averages too; use sink='frozen'")
+        if self.past_frames < 2 * self.chunk_frames:
             raise ValueError(
-                f"window_frames is {window}; EMA-Sink needs the sink, one past chunk and the current one "
-                f"({3 * chunk}), since the chunk that leaves may not be the one that is written"
+                f"window_frames is {self.window_frames}; EMA-Sink needs the sink, one past chunk and the "
+                f"current one ({self.window_frames - self.past_frames + 2 * self.chunk_frames})"
+            )
+
+    def _check_similarity(self) -> None:
+        if self.sink == "ema" or self.memory_rates or self.positions == "absolute" or self.joint_frames:
+            raise ValueError(
+                "eviction by similarity decides on the device which frame leaves; use it with relative "
+                "positions, a frozen sink or none, no memory_rates and one chunk at a time"
+            )
+        if self.past_frames < 2 * self.chunk_frames:
+            raise ValueError(
+                f"window_frames is {self.window_frames}; eviction by similarity keeps the last chunk and "
+                f"chooses among the frames before it, so use at least "
+                f"{self.sink_frames + 2 * self.chunk_frames}"
             )
 
     @property
-    def window_chunks(self) -> int:
-        return self.window_frames // self.chunk_frames
+    def first_chunk(self) -> int:
+        """Latent frames of the first chunk of a video."""
+        return self.chunk_frames if self.first_chunk_frames is None else self.first_chunk_frames
 
     @property
-    def sink_chunks(self) -> int:
-        return self.sink_frames // self.chunk_frames
+    def resident_frames(self) -> int:
+        """Latent frames whose keys stay from chunk to chunk: memory, sink and past."""
+        return self.window_frames - self.joint_frames
+
+    @property
+    def past_frames(self) -> int:
+        """The last latent frames of the video that are seen as they are, those of the chunk included."""
+        return self.resident_frames - self.sink_frames - len(self.memory_rates)
+
+    @property
+    def filling_chunks(self) -> int:
+        """Chunks of a video until sink and past are full; the last of them evicts where it does not fit."""
+        return 1 + max(0, -(-(self.sink_frames + self.past_frames - self.first_chunk) // self.chunk_frames))
+
+    def frames_before(self, chunk: int) -> int:
+        """Latent frames of a generated video before its chunk `chunk`."""
+        return 0 if chunk == 0 else self.first_chunk + (chunk - 1) * self.chunk_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,16 +308,29 @@ class ScheduleConfig:
     num_train_timesteps: Annotated[int, Range(1, 100000)] = 1000
     # nominal, before the shift warps them
     denoising_steps: Annotated[tuple[int, ...], Entries(1, 1000)] = (1000, 750, 500, 250)
+    first_steps: Annotated[
+        tuple[int, ...], Entries(0, 1000)
+    ] = ()  # of the first chunks; as the others if empty
+    first_chunks: Annotated[int, Range(1, 1000)] = 1  # that have first_steps
+    rolling: Rolling = "none"
+    """joint, causal: chunks at all steps are denoised beside each other, and each pass finishes one (Rolling
+    Forcing; Wave Forcing, where a chunk sees the cleaner ones alone)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        steps = self.denoising_steps
-        if any(not 0 < step <= self.num_train_timesteps for step in steps):
+        self._check_steps("denoising_steps", self.denoising_steps)
+        self._check_steps("first_steps", self.first_steps)
+        if self.rolling != "none" and self.first_steps:
             raise ValueError(
-                f"denoising_steps is {shown(steps)}; give steps from 1 to {self.num_train_timesteps}"
+                f"first_steps is {shown(self.first_steps)} and rolling is {self.rolling!r}; all chunks of a "
+                "rolling schedule have the same steps"
             )
+
+    def _check_steps(self, name: str, steps: tuple[int, ...]) -> None:
+        if any(not 0 < step <= self.num_train_timesteps for step in steps):
+            raise ValueError(f"{name} is {shown(steps)}; give steps from 1 to {self.num_train_timesteps}")
         if any(later >= earlier for earlier, later in zip(steps, steps[1:], strict=False)):
-            raise ValueError(f"denoising_steps is {shown(steps)}; they must fall from one to the next")
+            raise ValueError(f"{name} is {shown(steps)}; they must fall from one to the next")
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,54 +388,18 @@ class EngineConfig:
                 f"the model maps {self.model.in_dim} to {self.model.out_dim} latent channels "
                 f"but the VAE has {self.vae.z_dim}; all three must be equal"
             )
+        joint = len(self.schedule.denoising_steps) * self.cache.chunk_frames
+        if self.cache.joint_frames != (joint if self.schedule.rolling != "none" else 0):
+            raise ValueError(
+                f"joint_frames is {self.cache.joint_frames} and rolling is {self.schedule.rolling!r}; it "
+                f"must be {joint} in a rolling schedule, a chunk for each denoising step, and 0 in any other"
+            )
         if self.model.text_dim != self.text.dim:
             raise ValueError(
                 f"text_dim of the model is {self.model.text_dim}, the text encoder gives {self.text.dim}"
             )
         if self.runtime.vae == "tiny":
             require_same_latents(self.tiny_vae, self.vae)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values; from_dict is the way back."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(kind: type[Config], values: Any, path: str | None = None) -> Config:
-    """Build the configuration `kind` from a JSON value; lists become tuples, nested tables configurations.
-
-    path: what the value is called in an error, such as engine.model; the name of `kind` where it is None.
-    Raises ValueError when a key is not a field of `kind`, a field without default is missing, or a value is
-    not what its field may hold.
-    """
-    path = kind.__name__ if path is None else path
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is {shown(values)}; it must be a table of its fields")
-    hints = field_hints(kind)
-    for key in values:
-        if key not in hints:
-            raise ValueError(f"{path} has no field {shown(key)}; it has {', '.join(hints)}")
-    missing = [
-        entry.name
-        for entry in dataclasses.fields(kind)
-        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-        and entry.name not in values
-    ]  # fmt: skip
-    if missing:
-        raise ValueError(f"{path} needs {', '.join(missing)}; add it")
-    read = {name: _field_value(f"{path}.{name}", value, hints[name]) for name, value in values.items()}
-    try:
-        return kind(**read)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _field_value(path: str, value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, path)
-    value = tuple(value) if isinstance(value, list) else value
-    check_value(path, value, hint)
-    return value
 
 
 _WAN_1_3B = WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)

@@ -98,9 +98,10 @@ def make_video(
     """
     import numpy
 
-    latents, frames = [], []
+    latents, frames, steps = [], [], 0
     for chunk in range(num_chunks):
-        on_step = None if on_step_end is None else _step_callback(on_step_end, chunk * stream.num_steps)
+        on_step = None if on_step_end is None else _step_callback(on_step_end, steps)
+        steps += stream.num_steps
         ahead = chunk + 1 < num_chunks
         frames.append(stream.advance(on_step, decode=not as_latents, ahead=ahead).frames)
         latents.append(stream.latents)

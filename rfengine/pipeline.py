@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.clip import ClipMode
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.costs.memory import memory_needs, require_stream_fits, stream_bytes
 from rfengine.diffusers_call import (
@@ -157,8 +158,10 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         start_frames: ndarray | None = None,
+        start_mode: ClipMode = "chunks",
     ) -> VideoStream:
-        """An endless stream of `prompt`. start_frames, uint8 [T, H, W, 3]: a clip that it continues.
+        """An endless stream of `prompt`. start_frames, uint8 [T, H, W, 3]: a clip that it continues, or one
+        picture, as VideoStream.continue_from does in start_mode.
 
         Raises ValueError for an impossible size or seed, RuntimeError where memory is too small.
         """
@@ -169,7 +172,7 @@ class Pipeline:
         with self._engine.turns, own_state():
             stream = VideoStream(self._engine, grid, prompt, self._engine.encode_text(prompt), number)
             if start_frames is not None:
-                stream.continue_from(start_frames)
+                stream.continue_from(start_frames, start_mode)
         return stream
 
     def restore(self, snapshot: Snapshot) -> VideoStream:
@@ -193,8 +196,9 @@ class Pipeline:
 
     def chunk_count(self, num_frames: int) -> int:
         """Chunks from the start of a video that have at least `num_frames` pixel frames."""
-        count = as_integer("num_frames", num_frames)
-        return -(-LatentGrid.of(self.config).latent_frames(count) // self.config.cache.chunk_frames)
+        count, cache = as_integer("num_frames", num_frames), self.config.cache
+        latents = LatentGrid.of(self.config).latent_frames(count)
+        return 0 if latents <= 0 else 1 + max(0, -(-(latents - cache.first_chunk) // cache.chunk_frames))
 
     def generate(
         self,

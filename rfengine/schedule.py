@@ -6,6 +6,7 @@ Flow matching: x_t = (1 - sigma) * x0 + sigma * noise, and the model predicts fl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import SupportsIndex
 
 import torch
@@ -17,12 +18,21 @@ from rfengine.limits import as_integer, shown
 MAX_SEED = 2**63 - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """The denoising steps of a chunk: the timestep and the sigma of each, falling."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+
 class FlowSchedule:
     """The shifted sigma table and what the fixed denoising steps read from it.
 
     sigmas, timesteps: float32 [num_train_timesteps], falling; timesteps = num_train_timesteps * sigmas.
-    denoising_timesteps, denoising_sigmas: one float for each step of the sampler.
-    context_timestep: 0.0, the timestep of the context pass.
+    denoising_timesteps, denoising_sigmas: one float for each step of the sampler; steps_of has those of one
+    chunk. first_timesteps: those of all first chunks, where they have steps of their own. context_timestep:
+    0.0, the timestep of the context pass.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
@@ -30,10 +40,20 @@ class FlowSchedule:
         uniform = torch.linspace(1.0, 0.0, count + 1, dtype=torch.float32, device="cpu")[:-1]
         self.sigmas = shifted(uniform, config.shift)
         self.timesteps = self.sigmas * count
-        rows = [count - step for step in config.denoising_steps]
-        self.denoising_timesteps = tuple(self.timesteps[rows].tolist())
-        self.denoising_sigmas = tuple(self.sigmas[rows].tolist())
+        steps = self._steps(config.denoising_steps)
+        self.denoising_timesteps, self.denoising_sigmas = steps.timesteps, steps.sigmas
+        first = self._steps(config.first_steps) if config.first_steps else steps
+        self._steps_by_chunk = (*(first,) * config.first_chunks, steps)
+        self.first_timesteps = first.timesteps * config.first_chunks if config.first_steps else ()
         self.context_timestep = 0.0
+
+    def _steps(self, nominal: tuple[int, ...]) -> Steps:
+        rows = [len(self.sigmas) - step for step in nominal]
+        return Steps(tuple(self.timesteps[rows].tolist()), tuple(self.sigmas[rows].tolist()))
+
+    def steps_of(self, chunk: int) -> Steps:
+        """The denoising steps of chunk `chunk` of a video."""
+        return self._steps_by_chunk[min(chunk, len(self._steps_by_chunk) - 1)]
 
     def sigma_at(self, timestep: Tensor) -> Tensor:
         """Sigma of the table entry nearest to each timestep (the first on ties); float32, shape of

@@ -17,38 +17,46 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from rfengine.cache.kv_cache import StreamingKVCache, check_slots
-from rfengine.config import CacheConfig, WanConfig, from_dict
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.cache.sink_policy import CachePosition
+from rfengine.config import CacheConfig, WanConfig
+from rfengine.config_json import from_dict
 from rfengine.files import strict_json
 from rfengine.grid import LatentGrid
 from rfengine.limits import Range, check_value, shown
+from rfengine.older_snapshot import OLDER_FORMATS, upgraded
 from rfengine.schedule import MAX_SEED
 
 logger = logging.getLogger(__name__)
 
 MOST_TRANSITION_CHUNKS = 1000  # of a change of the prompt
-SNAPSHOT_FORMAT = 3
+SNAPSHOT_FORMAT = 4
 _WITHOUT_CHECKSUM = 2  # an older format, the same but for the checksum
 _Count = Annotated[int, Range(0, 2**31 - 1)]
 _Side = Annotated[int, Range(1, 2**16)]  # pixels
 # The type of each value of info; from_dict checks those inside cache.
 _FIELDS = {
     "format": int, "fingerprint": str, "dtype": str, "decoder": str, "cache": dict,
-    "denoising_timesteps": tuple[float, ...], "prompt": str, "seed": Annotated[int, Range(0, MAX_SEED)],
-    "height": _Side, "width": _Side, "index": _Count, "next_chunk": _Count,
-    "slot_chunks": Annotated[tuple[int, ...], Range(-1, 2**31 - 1)], "decoded_frames": _Count,
+    "denoising_timesteps": tuple[float, ...], "first_timesteps": tuple[float, ...], "rolling": str,
+    "prompt": str, "seed": Annotated[int, Range(0, MAX_SEED)],
+    "height": _Side, "width": _Side, "index": _Count, "next_chunk": _Count, "next_frame": _Count,
+    "held": Annotated[tuple[int, ...], Range(-1, 2**31 - 1)], "joint_chunks": _Count,
+    "decoded_frames": _Count,
     "transition_chunks": Annotated[int, Range(1, MOST_TRANSITION_CHUNKS)],
+    "given_frames": Annotated[int, Range(1, 64)],
 }  # fmt: skip
-_OPTIONAL = "transition_chunks"  # there while the text states go to those of a new prompt
+# there while the text states go to those of a new prompt, and while the next chunk begins with given frames
+_OPTIONAL = ("transition_chunks", "given_frames")
 
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
     """What a snapshot says of its stream beside the tensors; every field is of its type and in its range.
 
-    index: of the next chunk that the caller gets. next_chunk: the next to be denoised, counted from the last
-    hard switch. ahead: whether the chunk before it is denoised and was not handed out. transition_chunks: how
-    many of the next chunks take the text states to those of the prompt; 0 where they are there.
+    index: of the next chunk that the caller gets. position: of the cache, counted from the last hard switch.
+    ahead: whether the chunk before it is denoised and was not handed out. transition_chunks: how many of the
+    next chunks take the text states to those of the prompt; 0 where they are there. given_frames: latent
+    frames with which the next chunk begins as they are.
     """
 
     prompt: str
@@ -56,36 +64,37 @@ class StreamInfo:
     height: int
     width: int
     index: int
-    next_chunk: int
-    slot_chunks: tuple[int, ...]
+    position: CachePosition
     decoded_frames: int
     cache: CacheConfig
     ahead: bool
     transition_chunks: int
+    given_frames: int
 
     @property
-    def window_chunks(self) -> range:
-        """The chunks whose clean latents a stream keeps."""
-        return range(max(0, self.next_chunk - self.cache.window_chunks), self.next_chunk)
+    def kept_frames(self) -> range:
+        """The frames whose clean latents a stream keeps: those that a prompt switch may recompute."""
+        frames = self.position.frame
+        return range(max(0, frames - self.cache.past_frames), frames)
 
     @property
     def undecoded(self) -> bool:
         """Whether there are chunks that the decoder has not seen."""
-        return self.decoded_frames < self.next_chunk * self.cache.chunk_frames
+        return self.decoded_frames < self.position.frame
 
     def check(self) -> None:
         """Raises ValueError where two fields cannot be true at once."""
-        check_slots(self.cache, self.slot_chunks, self.next_chunk)
-        frames, begun = self.cache.chunk_frames, self.next_chunk - self.ahead
-        if self.decoded_frames % frames or self.decoded_frames > self.next_chunk * frames:
-            raise ValueError(
-                f"decoded_frames is {self.decoded_frames} after {self.next_chunk} chunks of {frames} frames"
-            )
+        self.position.check(self.cache)
+        frames, begun = self.position.frame, self.position.chunk - self.ahead
+        if self.decoded_frames > frames:
+            raise ValueError(f"decoded_frames is {self.decoded_frames} after {frames} latent frames")
         if self.ahead and (begun < 1 or self.undecoded):
             raise ValueError(
-                f"a chunk is ahead, but next_chunk is {self.next_chunk} and decoded_frames "
-                f"{self.decoded_frames}"
+                f"a chunk is ahead, but next_chunk is {self.position.chunk}, next_frame {frames} and "
+                f"decoded_frames {self.decoded_frames}"
             )
+        if self.given_frames >= max(self.cache.chunk_frames, self.cache.first_chunk):
+            raise ValueError(f"given_frames is {self.given_frames} of a chunk of {self.cache.chunk_frames}")
         if self.index < begun:
             raise ValueError(f"index is {self.index} and {begun} chunks were handed out")
 
@@ -118,12 +127,15 @@ class Snapshot:
             )
         text = metadata["snapshot"]
         try:
-            snapshot = cls(tensors, strict_json(text))
+            info, now = strict_json(text), tensors
+            if isinstance(info, dict) and info.get("format") in OLDER_FORMATS:
+                info, now = upgraded(info, tensors, SNAPSHOT_FORMAT)
+            snapshot = cls(now, info)
             snapshot.stream_info()
         except ValueError as error:
             raise ValueError(f"{path} cannot be restored: {error}") from error
         plain = {"format": "pt", "snapshot": text}
-        if snapshot.info["format"] == _WITHOUT_CHECKSUM and metadata == plain:
+        if strict_json(text)["format"] == _WITHOUT_CHECKSUM and metadata == plain:
             logger.warning(
                 "%s has no checksum, since an older rfengine wrote it: damage may go unseen; save it again",
                 path,
@@ -140,12 +152,12 @@ class Snapshot:
         if not isinstance(self.info, dict):
             raise ValueError(f"the snapshot's info is {shown(self.info)}, no table of values; take it again")
         known = self.info.get("format")
-        if type(known) is not int or known not in (_WITHOUT_CHECKSUM, SNAPSHOT_FORMAT):
+        if type(known) is not int or known != SNAPSHOT_FORMAT:
             raise ValueError(
                 f"the snapshot's format is {shown(known)} and this rfengine reads {SNAPSHOT_FORMAT}; "
                 "take it again"
             )
-        missing = [name for name in _FIELDS if name not in self.info and name != _OPTIONAL]
+        missing = [name for name in _FIELDS if name not in self.info and name not in _OPTIONAL]
         if missing:
             raise ValueError(f"the snapshot lacks {', '.join(missing)}; take it again")
         values = {name: tuple(each) if isinstance(each, list) else each for name, each in self.info.items()}
@@ -157,7 +169,10 @@ class Snapshot:
             values |= {
                 "cache": from_dict(CacheConfig, values["cache"]),
                 "ahead": "ahead.frames" in self.tensors,
-                _OPTIONAL: values.get(_OPTIONAL, 0),
+                "position": CachePosition(
+                    values["next_chunk"], values["next_frame"], values["held"], values["joint_chunks"]
+                ),
+                **{name: values.get(name, 0) for name in _OPTIONAL},
             }
             info = StreamInfo(**{name: values[name] for name in StreamInfo.__dataclass_fields__})
             info.check()
@@ -205,8 +220,12 @@ def expected_tensors(
     """What a snapshot holds beside the decoder's state, by name, on the meta device."""
     frames = info.cache.chunk_frames
     cache = StreamingKVCache(model, info.cache, grid, dtype=dtype, device="meta")
-    latents = (1, model.in_dim, frames, grid.latent_height, grid.latent_width)
-    shapes = {f"window_latents.{chunk}": latents for chunk in info.window_chunks}
+    latents = {"window_latents": len(info.kept_frames), "given_latents": info.given_frames}
+    shapes = {
+        name: (1, model.in_dim, count, grid.latent_height, grid.latent_width)
+        for name, count in latents.items()
+        if count
+    }
     shapes["text_states"] = (1, model.text_len, model.text_dim)
     if info.transition_chunks:
         shapes["text_target"] = shapes["text_states"]
@@ -223,9 +242,7 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     matter, and are finite."""
     for name in expected:
         if name not in tensors:
-            group, _, number = name.partition(".")
-            lacking = f"the latents of chunk {number}" if group == "window_latents" else name
-            raise ValueError(f"the snapshot lacks {lacking}; take it again")
+            raise ValueError(f"the snapshot lacks {name}; take it again")
     for name, tensor in tensors.items():
         if name not in expected:
             raise ValueError(f"the snapshot has {shown(name)}, which this stream has not; take it again")

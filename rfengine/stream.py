@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.clip import clip_pixels
+from rfengine.cache.sink_policy import CachePlan
+from rfengine.clip import ClipMode, clip_pixels, split_clip
 from rfengine.cuda_graph import made_current
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
@@ -101,7 +102,8 @@ class VideoStream:
                 model.config, engine.config.cache, grid, dtype=model.dtype, device=model.device, ops=model.ops
             )
         self._decoder_state = self._worker.new_state(1, grid.latent_height, grid.latent_width, model.dtype)
-        self._window_latents: dict[int, Tensor] = {}  # clean: a prompt switch may recompute the window
+        self._window_latents: dict[int, Tensor] = {}  # clean, by frame: a switch may recompute the window
+        self._given: Tensor | None = None  # latents with which the next chunk begins as they are
         self._ahead: _Computed | None = None
         self._transition: tuple[Tensor, int] | None = None  # text states to come to, in so many chunks
         self._drawn: dict[int, Tensor] = {}  # noise on the host of a chunk to come
@@ -165,8 +167,8 @@ class VideoStream:
 
     @property
     def num_steps(self) -> int:
-        """Denoising steps of one chunk."""
-        return self._engine.runner.num_steps
+        """Denoising steps of the next chunk to be made, as on_step counts them."""
+        return self._engine.runner.passes(self._cache, self._cache.next_chunk)
 
     @property
     def index(self) -> int:
@@ -246,34 +248,38 @@ class VideoStream:
         started = time.perf_counter()
         with self._computing():
             self._continue_transition()
-            plan = self._cache.plan_chunk()
-            x0 = self._engine.runner.advance(self._cache, plan, self._noise(plan.chunk), self._text, on_step)
-            self._remember(plan.chunk, x0)
+            plan, given = self._cache.plan_chunk(), self._given
+            noise = self._noise(plan.chunk, plan.frames)
+            x0 = self._engine.runner.advance(self._cache, plan, noise, self._text, on_step, given)
+            self._given = None
+            self._remember(plan, x0)
             denoise_ms = (time.perf_counter() - started) * 1e3
             frames = self._worker.submit(x0, self._decoder_state) if decode else None
             if self._engine.compute_stream is not None:  # the device works meanwhile
-                self._drawn = {plan.chunk + 1: self._draw_noise(plan.chunk + 1)}
+                following = plan.chunk + 1
+                self._drawn = {following: self._draw_noise(following, self._cache.config.chunk_frames)}
         return _Computed(x0, frames, denoise_ms)
 
-    def _noise(self, chunk: int) -> Tensor:
-        """[num_steps, 1, C, F, h, w] of one chunk, from (seed, chunk, step) alone."""
+    def _noise(self, chunk: int, frames: int) -> Tensor:
+        """[draws, 1, C, F, h, w] of one chunk, from (seed, chunk, step) alone."""
         drawn, self._drawn = self._drawn, {}
-        noise = drawn[chunk] if chunk in drawn else self._draw_noise(chunk)
+        noise = drawn[chunk] if chunk in drawn else self._draw_noise(chunk, frames)
         return noise.to(self._engine.model.device, non_blocking=True)
 
-    def _draw_noise(self, chunk: int) -> Tensor:
+    def _draw_noise(self, chunk: int, frames: int) -> Tensor:
         """_noise in host memory; at a large size the host takes a while."""
-        model, frames = self._engine.model, self._engine.config.cache.chunk_frames
+        model = self._engine.model
         shape = (1, model.config.in_dim, frames, self.grid.latent_height, self.grid.latent_width)
-        draws = [chunk_noise(self.seed, chunk, step, shape) for step in range(self.num_steps)]
-        noise = torch.stack(draws).to(model.dtype)
+        draws = self._engine.runner.draws(self._cache, chunk)
+        noise = torch.stack([chunk_noise(self.seed, *draw, shape) for draw in draws]).to(model.dtype)
         if model.device.type == "cuda":  # from ordinary memory the copy would wait for the chunk before
             noise = noise.pin_memory()
         return noise
 
-    def _remember(self, chunk: int, latents: Tensor) -> None:
-        self._window_latents[chunk] = latents
-        self._window_latents.pop(chunk - self._engine.config.cache.window_chunks, None)
+    def _remember(self, plan: CachePlan, latents: Tensor) -> None:
+        for frame, clean in enumerate(latents.split(1, dim=2), plan.first_frame):
+            self._window_latents[frame] = clean
+            self._window_latents.pop(frame - self._cache.config.past_frames, None)
 
     def close(self) -> None:
         """End the stream; every later call on it is an error."""
@@ -317,29 +323,34 @@ class VideoStream:
         self._handed_out = False
         self._cache.reset()
         reset_state(self._decoder_state)
-        self._window_latents = {}
+        self._window_latents, self._given = {}, None
 
-    def continue_from(self, frames: ndarray) -> None:
-        """Take a given clip as the beginning of a fresh stream: uint8 [T, H, W, 3], at the stream's size and
-        rate.
+    def continue_from(self, frames: ndarray, mode: ClipMode = "chunks") -> None:
+        """Take a given clip, or one picture, as the beginning of a fresh stream: uint8 [T, H, W, 3], at the
+        stream's size and rate. The stream then yields what comes after it.
 
-        The clip is encoded by the VAE and prefilled in whole chunks; where T does not fill whole chunks, its
-        last frames are used. The stream then yields what comes after it. Raises ValueError for a clip that is
-        too short or of another size, RuntimeError when the stream has begun.
+        mode: "chunks": the clip is prefilled in whole chunks; where T does not fill them, its last frames are
+        used. "frames": latent by latent, as the independent first frame of Self-Forcing; any length.
+        "clamped": in whole chunks, and what is left stays as it is inside the next chunk, at level 0, as the
+        picture of LongLive 2; that chunk shows it. A clip of 1 + 4k frames is k + 1 latents.
+        Raises ValueError for a clip that is too short or of another size, RuntimeError when the stream has
+        begun.
         """
-        engine, chunk_frames = self._engine, self._engine.config.cache.chunk_frames
+        engine, size = self._engine, self._cache.config.chunk_frames
         with self._turn():
-            if self._cache.next_chunk:
+            if self._cache.next_chunk or self._given is not None:
                 raise RuntimeError(
                     f"the stream is at chunk {self._cache.next_chunk}; continue a clip with a new stream"
                 )
-            pixels = clip_pixels(frames, self.grid, chunk_frames)
-            latents = engine.vae.encode_in_groups(pixels, chunk_frames)
+            pixels = clip_pixels(frames, self.grid, self._cache.config, mode)
+            latents = engine.vae.encode_in_groups(pixels, size).to(engine.model.device)
+            pieces, given = split_clip(latents, mode, engine.config)
             with self._closed_on_error(), self._computing():
-                for piece in latents.to(engine.model.device).split(chunk_frames, dim=2):
-                    plan = self._cache.plan_chunk()
+                self._given = given
+                for piece in pieces:
+                    plan = self._cache.plan_chunk(piece.shape[2])
                     engine.runner.prefill(self._cache, plan, piece, self._text)
-                    self._remember(plan.chunk, piece)
+                    self._remember(plan, piece)
                     self._worker.submit(piece, self._decoder_state)
                     self._index += 1
 
@@ -350,17 +361,17 @@ class VideoStream:
         with self._turn():
             with self._closed_on_error(), self._computing():
                 self._worker.wait()
-                window = {str(chunk): each.to(dtype) for chunk, each in self._window_latents.items()}
-                groups = {
-                    "cache": self._cache.tensors(),
-                    "decoder": self._decoder_state.tensors(),
-                    "window_latents": window,
-                }
+                groups = {"cache": self._cache.tensors(), "decoder": self._decoder_state.tensors()}
                 tensors = {
                     f"{group}.{name}": tensor
                     for group, members in groups.items()
                     for name, tensor in members.items()
                 }
+                if self._window_latents:
+                    clean = [self._window_latents[frame] for frame in sorted(self._window_latents)]
+                    tensors["window_latents"] = torch.cat(clean, dim=2).to(dtype)
+                if self._given is not None:
+                    tensors["given_latents"] = self._given.to(dtype)
                 if self._ahead is not None:
                     tensors["ahead.frames"] = torch.from_numpy(self._ahead.frames.result().frames)
                 tensors["text_states"] = self._text_states
@@ -376,11 +387,15 @@ class VideoStream:
                 "width": self.grid.width,
                 "index": self._index,
                 "next_chunk": self._cache.next_chunk,
-                "slot_chunks": list(self._cache.slot_chunks),
+                "next_frame": self._cache.next_frame,
+                "held": list(self._cache.held),
+                "joint_chunks": self._cache.joint_chunks,
                 "decoded_frames": self._decoder_state.frames,
             }
             if self._transition is not None:
                 info["transition_chunks"] = self._transition[1]
+            if self._given is not None:
+                info["given_frames"] = self._given.shape[2]
             return Snapshot(copies, info)
 
     @classmethod
@@ -412,16 +427,18 @@ class VideoStream:
 
     def _load(self, snapshot: Snapshot, info: StreamInfo) -> None:
         """Take over what is checked, but for the prompt and the seed."""
-        self._cache.load(snapshot.group("cache"), info.slot_chunks, info.next_chunk)
+        self._cache.load(snapshot.group("cache"), info.position)
         self._decoder_state.load(snapshot.group("decoder"), info.decoded_frames)
-        self._window_latents = {
-            chunk: ordinary(snapshot.tensors[f"window_latents.{chunk}"]).to(self._engine.model.device)
-            for chunk in info.window_chunks
-        }
+        device, tensors = self._engine.model.device, snapshot.tensors
+        if info.kept_frames:
+            clean = ordinary(tensors["window_latents"]).to(device).split(1, dim=2)
+            self._window_latents = dict(zip(info.kept_frames, clean, strict=True))
+        self._given = ordinary(tensors["given_latents"]).to(device) if info.given_frames else None
         self._index, self._undecoded = info.index, info.undecoded
         if info.transition_chunks:
             self._transition = (ordinary(snapshot.tensors["text_target"]), info.transition_chunks)
         if info.ahead:
             frames = finished(DecodedFrames(snapshot.tensors["ahead.frames"].numpy().copy(), 0.0))
-            latents = self._window_latents[info.next_chunk - 1]
+            last = info.kept_frames[-self._cache.config.chunk_frames :]
+            latents = torch.cat([self._window_latents[frame] for frame in last], dim=2)
             self._ahead = _Computed(latents, frames, denoise_ms=0.0)

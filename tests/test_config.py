@@ -16,9 +16,8 @@ from rfengine.config import (
     TinyVAEConfig,
     VAEConfig,
     WanConfig,
-    from_dict,
-    to_dict,
 )
+from rfengine.config_json import from_dict, to_dict
 
 SMALL = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 1}
 
@@ -44,7 +43,7 @@ def test_published_models_have_heads_of_128_and_the_published_vae_strides() -> N
 def test_default_cache_is_the_published_one() -> None:
     cache = CacheConfig()
     assert (cache.chunk_frames, cache.window_frames, cache.sink_frames, cache.alpha) == (3, 9, 3, 0.999)
-    assert (cache.window_chunks, cache.sink_chunks) == (3, 1)
+    assert (cache.past_frames, cache.filling_chunks, cache.first_chunk) == (6, 3, 3)
 
 
 def test_configuration_cannot_be_changed() -> None:
@@ -71,20 +70,38 @@ def test_model_of_impossible_shape_is_refused(change: dict[str, object], message
     "change, message",
     [
         ({"chunk_frames": 0}, "chunk_frames is 0"),
-        ({"window_frames": 10}, "window_frames is 10; use a multiple of chunk_frames, which is 3"),
         ({"window_frames": 0}, "window_frames is 0"),
         ({"alpha": 1.1}, "alpha is 1.1"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"sink": "mean"}, "sink is 'mean'"),
         ({"positions": "rope"}, "positions is 'rope'"),
         ({"sink_precision": "fp8"}, "sink_precision is 'fp8'"),
-        ({"sink": "none"}, "sink_frames is 3 but sink is 'none'"),
-        ({"sink": "frozen", "sink_frames": 0}, "sink_frames is 0; a sink is a multiple"),
-        ({"sink": "frozen", "sink_frames": 4}, "sink_frames is 4; a sink is a multiple"),
-        ({"sink": "frozen", "sink_frames": 9}, "do not fit into window_frames 9"),
-        ({"sink_frames": 6}, "sink_frames is 6 and chunk_frames is 3; EMA-Sink folds"),
+        ({"sink": "none"}, "sink_frames is 3 and sink is 'none'"),
+        ({"sink": "frozen", "sink_frames": 0}, "sink_frames is 0 and sink is 'frozen'"),
+        (
+            {"sink": "frozen", "sink_frames": 7},
+            "7 frames and a chunk of 3 do not fit into it, use at least 10",
+        ),
+        ({"sink": "frozen", "sink_frames": 9}, "do not fit into it, use at least 12"),
+        (
+            {"sink": "frozen", "memory_rates": (0.1, 0.5), "sink_frames": 5},
+            "a sink of 5 frames, 2 of memory and a chunk of 3 do not fit into it, use at least 10",
+        ),
+        ({"sink_frames": 4}, "window_frames is 9; EMA-Sink needs .* the current one \\(10\\)"),
         ({"positions": "absolute"}, "no absolute time"),
         ({"window_frames": 6}, "window_frames is 6; EMA-Sink needs"),
+        ({"memory_rates": (0.1,)}, "memory_rates are given with sink='ema'"),
+        (
+            {"sink": "frozen", "memory_rates": (1.5,)},
+            "memory_rates is \\(1.5,\\); each entry must be at most 1",
+        ),
+        ({"sink": "frozen", "memory_rates": (0.1,), "positions": "absolute"}, "has no absolute time"),
+        ({"first_chunk_frames": 10}, "first_chunk_frames is 10; sink and past hold 9"),
+        ({"joint_frames": 4}, "joint_frames is 4; use a multiple of chunk_frames, which is 3"),
+        ({"sink": "frozen", "joint_frames": 6}, "3 frames, 6 denoised jointly and a chunk of 3 do not fit"),
+        ({"eviction": "similarity"}, "eviction by similarity decides on the device"),
+        ({"eviction": "similarity", "sink": "frozen", "sink_frames": 4}, "so use at least 10"),
+        ({"eviction": "score"}, "eviction is 'score'"),
     ],
 )
 def test_cache_that_cannot_work_is_refused(change: dict[str, object], message: str) -> None:
@@ -99,11 +116,26 @@ def test_cache_that_cannot_work_is_refused(change: dict[str, object], message: s
         {"sink": "frozen", "positions": "absolute"},
         {"sink": "frozen", "sink_frames": 6},
         {"chunk_frames": 1, "sink_frames": 1, "window_frames": 3},
+        {"chunk_frames": 4, "window_frames": 18, "sink": "frozen", "sink_frames": 6},
+        {"chunk_frames": 1, "window_frames": 7, "sink": "frozen", "sink_frames": 5},
+        {"window_frames": 12, "sink": "frozen", "memory_rates": (0.01, 0.1)},
+        {"window_frames": 21, "sink": "none", "sink_frames": 0, "first_chunk_frames": 1},
+        {"window_frames": 10, "sink_frames": 1},
     ],
 )
 def test_caches_of_the_relatives_are_allowed(values: dict[str, object]) -> None:
     cache = CacheConfig(**values)
-    assert cache.window_chunks * cache.chunk_frames == cache.window_frames
+    parts = cache.sink_frames + cache.past_frames + len(cache.memory_rates) + cache.joint_frames
+    assert parts == cache.window_frames and cache.past_frames >= cache.chunk_frames
+
+
+def test_chunks_until_the_window_is_full_are_counted_from_the_first_one() -> None:
+    assert CacheConfig(window_frames=12).filling_chunks == 4
+    one_first = CacheConfig(3, 9, "none", 0, first_chunk_frames=1)
+    assert one_first.filling_chunks == 4  # 1, 4, 7 and, one frame of which is evicted, 10
+    assert [one_first.frames_before(chunk) for chunk in range(4)] == [0, 1, 4, 7]
+    memory = CacheConfig(3, 12, "frozen", 3, memory_rates=(0.01, 0.1))
+    assert (memory.past_frames, memory.filling_chunks) == (7, 4)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +146,13 @@ def test_caches_of_the_relatives_are_allowed(values: dict[str, object]) -> None:
         ({"denoising_steps": (1001, 500)}, "from 1 to 1000"),
         ({"denoising_steps": (500, 0)}, "from 1 to 1000"),
         ({"denoising_steps": (500, 500)}, "must fall"),
+        ({"first_steps": (500, 750)}, "first_steps is \\(500, 750\\); they must fall"),
+        (
+            {"first_steps": (1000,), "rolling": "joint"},
+            "all chunks of a rolling schedule have the same steps",
+        ),
+        ({"rolling": "yes"}, "rolling is 'yes'"),
+        ({"first_chunks": 0}, "first_chunks is 0"),
     ],
 )
 def test_schedule_that_cannot_run_is_refused(change: dict[str, object], message: str) -> None:
@@ -139,6 +178,14 @@ def test_text_encoder_with_uneven_heads_is_refused() -> None:
         ({"vae": PRESETS["tiny"].vae}, "16 to 16 latent channels but the VAE has 8"),
         ({"text": PRESETS["tiny"].text}, "text_dim of the model is 4096, the text encoder gives 96"),
         ({"fps": 0}, "fps is 0"),
+        (
+            {"schedule": ScheduleConfig(rolling="joint")},
+            "joint_frames is 0 and rolling is 'joint'; it must be 12",
+        ),
+        (
+            {"cache": CacheConfig(3, 21, "frozen", 3, joint_frames=12)},
+            "joint_frames is 12 and rolling is 'none'; it must be 12 in a rolling schedule, a chunk for each",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_each_other_are_refused(change: dict[str, object], message: str) -> None:

@@ -134,7 +134,7 @@ def test_a_pipeline_is_loaded_the_same_whatever_the_caller_has_set(plain, name):
         zip(one.parameters(), other.parameters(), strict=True) for one, other in modules
     )
     runners = (each._engine.runner for each in (loaded, plain))
-    tables = zip(*([table.layers for table in runner.step_modulations] for runner in runners), strict=True)
+    tables = zip(*([step.modulation.layers for step in runner.steps] for runner in runners), strict=True)
     for one, other in chain(pairs, tables):
         assert one.dtype == other.dtype and torch.equal(one, other) and not one.is_inference()
 

@@ -8,7 +8,8 @@ import numpy
 import pytest
 import torch
 
-from rfengine.config import PRESETS, EngineConfig, from_dict, to_dict
+from rfengine.config import PRESETS, EngineConfig
+from rfengine.config_json import from_dict, to_dict
 from rfengine.limits import (
     DeviceName,
     Entries,

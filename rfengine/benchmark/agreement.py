@@ -24,9 +24,9 @@ from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.parity.replay import tolerance
 from rfengine.pipeline import Pipeline
-from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.options import runtime_switches
-from rfengine.schedule import FlowSchedule, chunk_noise
+from rfengine.runtime.rolling_runner import runner_of
+from rfengine.schedule import chunk_noise
 
 SEED = 11
 PROMPT = "a red ball rolling to the left"
@@ -92,7 +92,7 @@ def checked_chunks(pipeline: Pipeline) -> int:
     """As many chunks as show an eviction and, where graphs are on, a replay of each."""
     cache = pipeline.config.cache
     graphs = runtime_switches(pipeline.config.runtime, pipeline.model.device)["graphs"]
-    return recorded_chunks(cache) if graphs.on else cache.window_chunks + 1
+    return recorded_chunks(cache) if graphs.on else cache.filling_chunks + 1
 
 
 def engine_latents(pipeline: Pipeline, grid: LatentGrid, chunks: int) -> list[Tensor]:
@@ -113,18 +113,18 @@ def reference_latents(pipeline: Pipeline, grid: LatentGrid, chunks: int, dtype: 
     weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     twin.load_state_dict(weights, assign=True)
     twin.requires_grad_(False)
-    runner = ChunkRunner(twin, FlowSchedule(config.schedule))
+    runner = runner_of(twin, config.schedule, graphs=False)
     cache = StreamingKVCache(config.model, config.cache, grid, dtype=dtype, device=model.device)
     states = pipeline.text_encoder.encode([PROMPT], model.device, model.dtype).to(dtype)
-    frames = config.cache.chunk_frames
-    shape = (1, config.model.in_dim, frames, grid.latent_height, grid.latent_width)
-    latents = []
+    size, latents = (grid.latent_height, grid.latent_width), []
     with torch.no_grad():
         text = twin.text_keys_values(states)
         for chunk in range(chunks):
-            draws = [chunk_noise(SEED, chunk, step, shape) for step in range(runner.num_steps)]
+            plan = cache.plan_chunk()
+            shape = (1, config.model.in_dim, plan.frames, *size)
+            draws = [chunk_noise(SEED, *draw, shape) for draw in runner.draws(cache, chunk)]
             noise = torch.stack(draws).to(model.device, model.dtype).to(dtype)
-            latents.append(runner.advance(cache, cache.plan_chunk(), noise, text))
+            latents.append(runner.advance(cache, plan, noise, text))
     return latents
 
 

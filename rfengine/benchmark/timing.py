@@ -49,11 +49,11 @@ class ChunkTimes:
 
 
 def recorded_chunks(cache: CacheConfig) -> int:
-    """Chunks from the start of a video until each graph was replayed once, where graphs are on.
+    """Chunks from the start of a video until the graph of the steady state was replayed, where graphs are on.
 
-    The window is full first; then every slot of it is written op by op, and recorded the next time.
+    The window is full first; the next chunk runs op by op, and the one after it is recorded and replayed.
     """
-    return cache.window_chunks + 2 * (cache.window_chunks - cache.sink_chunks)
+    return cache.filling_chunks + 2
 
 
 def time_chunks(advance: Advance, count: int, device: torch.device, waits: bool) -> ChunkTimes:

@@ -1,9 +1,4 @@
-"""StreamingKVCache: a contiguous arena [sink | slot | slot | ...] for every layer, written in place.
-
-Attention does not care about the order of keys, so a chunk that leaves is overwritten where it is: nothing is
-rolled or concatenated. All decisions are integers on the host, made once for each chunk in a CachePlan.
-Shapes: L layers, B batch, S arena tokens, T tokens of a chunk, H heads, E head dim.
-"""
+"""StreamingKVCache: keys and values of the sink and the window, per layer, in one contiguous arena."""
 
 from __future__ import annotations
 
@@ -13,43 +8,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfengine.cache.sink_policy import build_sink_policy
+from rfengine.cache.eviction import Evictor, least_similar
+from rfengine.cache.sink_policy import (
+    EMPTY,
+    CachePlan,
+    CachePosition,
+    frames_after,
+    plan_frames,
+    rewrite_plans,
+    time_indices,
+)
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
 
-EMPTY = -1
-
 
 @dataclass(frozen=True, slots=True)
-class CachePlan:
-    """Where one chunk is written, what leaves for it, and which time index every slot has then.
+class Read:
+    """What some of the queries see: the first kv_len tokens of the arena, for the next `tokens` queries.
+    filled_tokens: the same number in int32 [1] on the device."""
 
-    chunk: number of the chunk in the stream. slot: the slot it is written to. evicts: whether the chunk in
-    that slot leaves the window. filled_slots: slots that hold something once this chunk is written; they come
-    first. slot_times: time index of the first latent frame of every filled slot.
-    """
-
-    chunk: int
-    slot: int
-    evicts: bool
-    filled_slots: int
-    slot_times: tuple[int, ...]
+    tokens: int
+    kv_len: int
+    filled_tokens: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's views for one chunk: the arena to read, [B, S, H, E], and the chunk's slot to write, [B, T,
-    H, E]."""
+    """One layer's views for one chunk.
+
+    keys, values: what is read, [B, S, H, E], by the queries in the order of reads. own_keys, own_values,
+    own_raw_keys: the whole arenas, of which the slots `slots` [F] are written; no raw keys are where None.
+    """
 
     keys: Tensor
     values: Tensor
-    slot_keys: Tensor
-    slot_values: Tensor
-    slot_raw_keys: Tensor | None
-    kv_len: int
-    filled_tokens: Tensor
+    reads: tuple[Read, ...]
+    own_keys: Tensor
+    own_values: Tensor
+    own_raw_keys: Tensor | None
+    slots: Tensor
 
 
 def arena_shape(
@@ -61,15 +60,17 @@ def arena_shape(
 
 
 class StreamingKVCache:
-    """Keys and values of the sink and the window, for all layers.
+    """Keys and values of the sink and the window, for all layers, in slots of one latent frame.
 
     A chunk is planned (plan_chunk), begun (begin_chunk), computed over its layers' views (layer), and
     committed (commit).
 
     keys: rotated keys [L, B, S, H, E]; values: the same shape; raw_keys: keys after the norm and before
     rotation, kept only with relative positions, where a slot's time index changes. rotation: cosines and
-    sines [2, S, E / 2] of every slot's present time index; query_rotation: [2, T, E / 2], those of the chunk
-    that has begun. filled_tokens: int32 [1], how much of S the chunk sees. Memory is fixed from the start.
+    sines [2, S, E / 2] of the present time index of every resident slot; query_rotation: [2, T, E / 2], those
+    of the chunk that has begun; write_slots: int64 [F], where its frames go. held: on the host, the number of
+    the frame in every slot. joint_latents: [B, C, F, h, w], what a rolling schedule has in flight, of which
+    joint_chunks chunks are there. Memory is fixed from the start, but for rows of integers.
     """
 
     def __init__(
@@ -82,49 +83,57 @@ class StreamingKVCache:
         device: torch.device | str = "cpu",
         ops: Ops = REFERENCE_OPS,
     ) -> None:
-        self.config = config
-        self.grid = grid
-        self.head_dim = model.head_dim
-        self.chunk_tokens = config.chunk_frames * grid.frame_tokens
+        self.config, self.grid, self.head_dim = config, grid, model.head_dim
         arena = arena_shape(model, config, grid, batch)
         self.keys = torch.zeros(arena, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.raw_keys = torch.zeros_like(self.keys) if config.positions == "relative" else None
-        self.policy = build_sink_policy(config, self.keys[:, :, : self.sink_tokens], ops)
-        self.filled_tokens = torch.zeros(1, dtype=torch.int32, device=device)
-        self.rotation = torch.zeros(2, arena[2], model.head_dim // 2, dtype=torch.float32, device=device)
-        self.query_rotation = self.rotation[:, : self.chunk_tokens].clone()
+        self.evictor = Evictor(config, grid.frame_tokens, self.keys, ops)
+        self.joint_latents = torch.zeros(
+            batch, model.in_dim, config.joint_frames, grid.latent_height, grid.latent_width,
+            dtype=dtype, device=device,
+        )  # fmt: skip
+        # numbers of the frames in the slots, where only the device knows them
+        by_device = config.eviction == "similarity"
+        self.device_held = torch.zeros(config.resident_frames * by_device, dtype=torch.int64, device=device)
+        resident = (2, config.resident_frames, grid.frame_tokens, model.head_dim // 2)
+        self._rotation = torch.zeros(resident, dtype=torch.float32, device=device)
         places = range(config.window_frames) if config.positions == "relative" else range(0)
-        self._place_rotation = self._rotation_of(places)  # relative positions use these time indices only
-        self._shown_times = [EMPTY] * config.window_chunks  # time index that `rotation` holds for every slot
-        self._stand_before(0, [EMPTY] * config.window_chunks)
+        # [2, P, frame tokens, E / 2]: relative positions use these time indices only
+        self._place_rotation = self._rotation_of(places).unflatten(1, (len(places), -1)) if places else None
+        self._rows: dict[tuple[int, ...], Tensor] = {}
+        self._filled: dict[int, Tensor] = {}
+        self._written: dict[int, tuple[Tensor, Tensor]] = {}
+        self._reads: tuple[Read, ...] = ()
+        self.write_slots, self.query_rotation = self._written_to(config.chunk_frames)
+        self._stand_before(0, 0, [EMPTY] * config.window_frames, 0)
 
-    def _stand_before(self, chunk: int, slot_chunks: Sequence[int]) -> None:
-        self.slot_chunks = list(slot_chunks)
-        self.next_chunk = chunk
+    def _stand_before(self, chunk: int, frame: int, held: Sequence[int], joint_chunks: int) -> None:
+        self.held, self.joint_chunks = list(held), joint_chunks
+        self.next_chunk, self.next_frame = chunk, frame
         self.begun_chunk = chunk - 1  # the last chunk whose eviction and re-phasing were done
+        # time index of every resident slot that the device has
+        self._shown = (EMPTY,) * self.config.resident_frames
 
     def reset(self) -> None:
         """Back to the start of a video, in place: every address stays, and the state is that of a new
         cache."""
         for tensor in self.tensors().values():
             tensor.zero_()
-        self._stand_before(0, [EMPTY] * self.config.window_chunks)
+        self._stand_before(0, 0, [EMPTY] * self.config.window_frames, 0)
 
     @property
-    def sink_tokens(self) -> int:
-        return self.config.sink_chunks * self.chunk_tokens
+    def rotation(self) -> Tensor:
+        return self._rotation.flatten(1, 2)
 
-    def plan_chunk(self) -> CachePlan:
-        """Decide, without changing anything, what the next chunk does to the cache."""
+    def plan_chunk(self, frames: int | None = None) -> CachePlan:
+        """Decide, without changing anything, what the next chunk does to the cache. frames: its latent
+        frames; None: those of a first chunk at the start of a video, and of any other after it."""
         if self.begun_chunk == self.next_chunk:
             raise RuntimeError(f"chunk {self.next_chunk} has begun; commit it before the next one is planned")
-        chunks = list(self.slot_chunks)
-        evicts = EMPTY not in chunks
-        slot = self.policy.leaving(chunks) if evicts else chunks.index(EMPTY)
-        chunks[slot] = self.next_chunk
-        filled = [chunk for chunk in chunks if chunk != EMPTY]
-        return CachePlan(self.next_chunk, slot, evicts, len(filled), self._slot_times(filled))
+        if frames is None:
+            frames = self.config.chunk_frames if self.next_frame else self.config.first_chunk
+        return plan_frames(self.config, self.held, self.next_chunk, self.next_frame, frames)
 
     def begin_chunk(self, plan: CachePlan) -> None:
         """Evict, then give every slot its new phase. Done once for each chunk: a repeated call changes
@@ -133,118 +142,196 @@ class StreamingKVCache:
             raise RuntimeError(
                 f"the plan is for chunk {plan.chunk} but chunk {self.next_chunk} is next; plan again"
             )
-        self._show(plan)
-        if plan.evicts and self.begun_chunk != plan.chunk:  # then every slot is filled
-            leaving = self.slot_tokens(plan.slot).start
-            self.policy.evict(self.raw_keys, self.keys, self.values, self.rotation, leaving)
+        is_new = self.begun_chunk != plan.chunk
+        self.show(plan)
+        if len(plan.slots) < plan.frames and is_new:
+            self._choose_slots(plan)
+        if plan.evicts and is_new:  # then every resident slot is filled
+            resident = slice(0, self.config.resident_frames * self.grid.frame_tokens)
+            raw = None if self.raw_keys is None else self.raw_keys[:, :, resident]
+            keys, values = self.keys[:, :, resident], self.values[:, :, resident]
+            self.evictor.evict(raw, keys, values, self.rotation, plan.folds)
         self.begun_chunk = plan.chunk
 
-    def begin_rewrite(self, slot: int) -> CachePlan:
-        """Make ready to write the chunk of a filled slot once more; it sees the slots up to and with its
-        own."""
-        chunks = self.slot_chunks[: slot + 1]
-        plan = CachePlan(self.slot_chunks[slot], slot, False, slot + 1, self._slot_times(chunks))
-        self._show(plan)
-        return plan
+    def rewrite_plans(self) -> list[CachePlan]:
+        """The plans that write the past once more, in order of time; begin_rewrite begins the first of
+        them, and then the others."""
+        if self.config.eviction == "similarity":
+            raise ValueError(
+                "the window cannot be recomputed where eviction is by similarity: the device alone knows its "
+                "frames; switch with mode 'soft' or 'hard'"
+            )
+        return rewrite_plans(self.config, self.held, self.config.chunk_frames)[1]
+
+    def begin_rewrite(self, plan: CachePlan) -> None:
+        """Make ready to write frames of the past once more; they see the slots up to and with their own."""
+        self.held = rewrite_plans(self.config, self.held, self.config.chunk_frames)[0]
+        self.show(plan)
 
     def commit(self, plan: CachePlan) -> None:
-        """The chunk's final keys and values are in its slot: the next chunk follows."""
+        """The chunk's final keys and values are in its slots: the next chunk follows."""
         if plan.chunk != self.next_chunk or self.begun_chunk != plan.chunk:
             raise RuntimeError(f"chunk {plan.chunk} has not begun; call begin_chunk before commit")
-        self.slot_chunks[plan.slot] = plan.chunk
+        self.held = frames_after(self.config, self.held, plan.slots, plan.first_frame)
         self.next_chunk += 1
+        self.next_frame += plan.frames
 
-    def _show(self, plan: CachePlan) -> None:
-        """Bring what the device reads, the fill and the rotations, to the view of `plan`; keys stay as they
-        are."""
-        self.filled_tokens.fill_(plan.filled_slots * self.chunk_tokens)
-        for slot, time in enumerate(plan.slot_times):
-            if time != self._shown_times[slot]:
-                self.rotation[:, self.slot_tokens(slot)] = self._chunk_rotation(time)
-                self._shown_times[slot] = time
-        self.query_rotation.copy_(self.rotation[:, self.slot_tokens(plan.slot)])
+    def begin_joint(self, causal: bool) -> CachePlan:
+        """Make ready for a pass over the joint_chunks chunks in flight, which is not committed: their keys
+        and values go behind what is filled. causal: a chunk sees those before it, else each sees all."""
+        size, count = self.config.chunk_frames, self.joint_chunks
+        start, times = time_indices(self.config, self.held)
+        filled, frames = len(times), size * count
+        first = self.next_frame if self.config.positions == "absolute" else filled
+        slots = tuple(range(start + filled, start + filled + frames))
+        plan = CachePlan(
+            self.next_chunk, self.next_frame, frames, slots, False, (), start, filled + frames,
+            tuple(range(first, first + frames)),
+        )  # fmt: skip
+        parts = [size * (number + 1) for number in range(count)] if causal else [frames]
+        lengths = [part - before for part, before in zip(parts, [0, *parts], strict=False)]
+        self._reads = tuple(
+            self._read(length, filled + part) for length, part in zip(lengths, parts, strict=True)
+        )
+        self.write_slots, self.query_rotation = self._written_to(frames)
+        self.write_slots.copy_(self._row(slots))
+        if self._place_rotation is None:
+            self.query_rotation.copy_(self._rotation_of(plan.times))
+        else:
+            self.query_rotation.copy_(self._place_rotation[:, first : first + frames].flatten(1, 2))
+        return plan
 
-    def _chunk_rotation(self, time: int) -> Tensor:
-        """[2, T, E / 2] of a chunk whose first latent frame has the index `time`."""
-        if self.config.positions == "absolute":
-            return self._rotation_of(range(time, time + self.config.chunk_frames))
-        start = time * self.grid.frame_tokens
-        return self._place_rotation[:, start : start + self.chunk_tokens]
+    def show(self, plan: CachePlan) -> None:
+        """Bring what the device reads, the fill, the slots and the rotations, to the view of `plan`; keys
+        stay as they are, and so do slots that the device chooses."""
+        self._reads = (self._read(plan.frames, plan.filled),)
+        self.write_slots, self.query_rotation = self._written_to(plan.frames)
+        if len(plan.slots) == plan.frames:
+            self._show_times(plan.start, plan.times)
+            self._show_slots(self._row(plan.slots))
 
-    def _rotation_of(self, frames: range) -> Tensor:
-        indices = torch.arange(frames.start, frames.stop, dtype=torch.int64, device=self.rotation.device)
+    def _show_slots(self, slots: Tensor) -> None:
+        self.write_slots.copy_(slots)
+        rotation = self.query_rotation.unflatten(1, (len(slots), -1))
+        torch.index_select(self._rotation, 1, self.write_slots, out=rotation)
+
+    def _show_times(self, start: int, times: tuple[int, ...]) -> None:
+        end = start + len(times)
+        changed = [slot for slot, time in enumerate(times, start) if time != self._shown[slot]]
+        if not changed:
+            return
+        if self._place_rotation is not None:
+            self._rotation[:, start:end] = self._place_rotation.index_select(1, self._row(times))
+        else:
+            table = self._rotation_of([times[slot - start] for slot in changed])
+            table = table.unflatten(1, (len(changed), -1))
+            self._rotation.index_copy_(1, self._row(tuple(changed)), table)
+        self._shown = (*self._shown[:start], *times, *self._shown[end:])
+
+    def _choose_slots(self, plan: CachePlan) -> None:
+        """The device chooses the slots that are lacking; nothing of it is read by the host."""
+        resident = self.raw_keys[:, :, : self.config.resident_frames * self.grid.frame_tokens]
+        count = plan.frames - len(plan.slots)
+        slots = least_similar(resident, self._held_on_device(), self.config, count)
+        slots = torch.cat([self._row(plan.slots), slots])
+        numbers = torch.arange(plan.frames, device=slots.device) + plan.first_frame
+        self.device_held.index_copy_(0, slots, numbers)
+        times = self.device_held.argsort().argsort()
+        self._rotation.copy_(self._place_rotation.index_select(1, times))
+        self._shown = (EMPTY,) * self.config.resident_frames
+        self._show_slots(slots)
+
+    def _held_on_device(self) -> Tensor:
+        """device_held, taken over from the host by the first chunk that evicts."""
+        if self.next_frame <= self.config.resident_frames:
+            self.device_held.copy_(self._row(tuple(self.held)))
+        return self.device_held
+
+    def _read(self, frames: int, filled: int) -> Read:
+        tokens = self.grid.frame_tokens
+        if filled not in self._filled:
+            self._filled[filled] = torch.full(
+                (1,), filled * tokens, dtype=torch.int32, device=self.keys.device
+            )
+        return Read(frames * tokens, filled * tokens, self._filled[filled])
+
+    def _row(self, numbers: tuple[int, ...]) -> Tensor:
+        """The integers on the device, copied there once: a stream has few different rows."""
+        if numbers not in self._rows:
+            self._rows[numbers] = torch.tensor(numbers, dtype=torch.int64, device=self.keys.device)
+        return self._rows[numbers]
+
+    def _written_to(self, frames: int) -> tuple[Tensor, Tensor]:
+        """write_slots and query_rotation of chunks of so many frames, at the same address for all of them."""
+        if frames not in self._written:
+            shape = (2, frames * self.grid.frame_tokens, self.head_dim // 2)
+            device = self.keys.device
+            self._written[frames] = (
+                torch.zeros(frames, dtype=torch.int64, device=device),
+                torch.zeros(shape, dtype=torch.float32, device=device),
+            )
+        return self._written[frames]
+
+    def _rotation_of(self, frames: Sequence[int]) -> Tensor:
+        device, run = self._rotation.device, range(frames[0], frames[-1] + 1) if frames else range(0)
+        if tuple(frames) == tuple(run):  # made on the device: nothing waits
+            indices = torch.arange(run.start, run.stop, dtype=torch.int64, device=device)
+        else:
+            indices = torch.tensor(list(frames), dtype=torch.int64, device=device)
         return rotary_table(self.head_dim, indices, self.grid.token_rows, self.grid.token_columns)
 
-    def _slot_times(self, chunks: list[int]) -> tuple[int, ...]:
-        """Time index of every filled slot: its place in the window (relative) or in the stream (absolute)."""
-        frames = self.config.chunk_frames
-        if self.config.positions == "absolute":
-            return tuple(chunk * frames for chunk in chunks)
-        order = {chunk: place for place, chunk in enumerate(sorted(chunks))}
-        return tuple(order[chunk] * frames for chunk in chunks)
-
-    def slot_tokens(self, slot: int) -> slice:
-        return slice(slot * self.chunk_tokens, (slot + 1) * self.chunk_tokens)
-
     def layer(self, index: int, plan: CachePlan, keep_raw: bool) -> LayerCache:
-        """The views of one layer for the planned chunk; keep_raw adds the slot of the raw keys."""
-        tokens = self.slot_tokens(plan.slot)
-        keys, values = self.keys[index], self.values[index]
-        raw = self.raw_keys[index][:, tokens] if keep_raw and self.raw_keys is not None else None
-        filled = plan.filled_slots * self.chunk_tokens
-        return LayerCache(keys, values, keys[:, tokens], values[:, tokens], raw, filled, self.filled_tokens)
+        """The views of one layer for the planned chunk; keep_raw adds the arena of the raw keys."""
+        keys, values, start = self.keys[index], self.values[index], plan.start * self.grid.frame_tokens
+        raw = self.raw_keys[index] if keep_raw and self.raw_keys is not None else None
+        return LayerCache(
+            keys[:, start:], values[:, start:], self._reads, keys, values, raw, self.write_slots
+        )
 
     def chronological(self, arena: Tensor) -> Tensor:
-        """The valid tokens of an arena [L, B, S, H, E] in the order sink, then oldest to newest; a copy."""
-        filled = [slot for slot, chunk in enumerate(self.slot_chunks) if chunk != EMPTY]
-        ordered = sorted(filled, key=lambda slot: self.slot_chunks[slot])
-        return torch.cat([arena[:, :, self.slot_tokens(slot)] for slot in ordered], dim=2)
+        """The valid tokens of an arena [L, B, S, H, E] in the order sink, memory, oldest to newest; a
+        copy."""
+        held = self.held
+        if self.config.eviction == "similarity" and self.next_frame > self.config.resident_frames:
+            held = self.device_held.tolist()
+        start, times = time_indices(self.config, held)
+        frames = arena.unflatten(2, (self.config.window_frames, -1))
+        slots = [start + slot for slot in sorted(range(len(times)), key=times.__getitem__)]
+        return frames[:, :, slots].flatten(2, 3)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the state by name, not copied; the integers are slot_chunks and next_chunk."""
-        raw = {} if self.raw_keys is None else {"raw_keys": self.raw_keys}
-        return {"keys": self.keys, "values": self.values, **raw, **self.policy.tensors()}
+        """Every tensor of the state by name, not copied; the integers are held, joint_chunks, next_chunk and
+        next_frame."""
+        state = {"keys": self.keys, "values": self.values, **self.evictor.tensors()}
+        optional = {
+            "raw_keys": self.raw_keys, "joint_latents": self.joint_latents, "device_held": self.device_held
+        }  # fmt: skip
+        return state | {name: part for name, part in optional.items() if part is not None and part.numel()}
 
-    def load(self, tensors: dict[str, Tensor], slot_chunks: Sequence[int], next_chunk: int) -> None:
+    def load(self, tensors: dict[str, Tensor], position: CachePosition) -> None:
         """Take over a state saved between two chunks, in place, cast to the cache's dtype.
 
         Raises ValueError, before anything is changed, when a tensor is missing, unknown or of another shape,
-        and when the slots cannot be those before `next_chunk`: the state is of another model, size or cache
-        configuration, or damaged.
+        and when the position is impossible: the state is of another model, size or cache configuration, or
+        damaged.
         """
         state = self.tensors()
         for name in sorted(state.keys() | tensors.keys()):
             own, saved = state.get(name), tensors.get(name)
-            if own is None or saved is None or saved.shape != own.shape or not saved.is_floating_point():
+            if (
+                own is None or saved is None or saved.shape != own.shape
+                or saved.is_floating_point() != own.is_floating_point()
+            ):  # fmt: skip
                 found, needed = (
                     "missing" if each is None else f"{tuple(each.shape)} in {each.dtype}"
                     for each in (saved, own)
                 )
                 raise ValueError(f"{name} of the saved cache is {found}; in this stream it is {needed}")
-        check_slots(self.config, slot_chunks, next_chunk)
+        position.check(self.config)
         for name, own in state.items():
             own.copy_(tensors[name])
-        self._stand_before(next_chunk, slot_chunks)
+        self._stand_before(position.chunk, position.frame, position.held, position.joint_chunks)
 
-
-def check_slots(config: CacheConfig, slot_chunks: Sequence[int], next_chunk: int) -> None:
-    """Raises ValueError unless slots can hold `slot_chunks` when `next_chunk` is the next one to be written.
-
-    The sink holds the first chunks and the window the last ones, from its oldest on around its end.
-    """
-    first, count = config.sink_chunks, config.window_chunks
-    if len(slot_chunks) != count:
-        raise ValueError(f"the saved cache has {len(slot_chunks)} slots; this stream has {count}")
-    if next_chunk < count:
-        wanted = [*range(next_chunk), *[EMPTY] * (count - next_chunk)]
-        found = list(slot_chunks)
-    else:
-        wanted = [*range(first), *range(next_chunk - count + first, next_chunk)]
-        window = slot_chunks[first:]
-        oldest = window.index(min(window))
-        found = [*slot_chunks[:first], *window[oldest:], *window[:oldest]]
-    if found != wanted:
-        raise ValueError(
-            f"the slots of the saved cache hold the chunks {list(slot_chunks)}, which cannot be before chunk "
-            f"{next_chunk}"
-        )
+    @property
+    def position(self) -> CachePosition:
+        return CachePosition(self.next_chunk, self.next_frame, tuple(self.held), self.joint_chunks)

@@ -33,16 +33,8 @@ from rfengine.checkpoint.shapes import (
 )
 from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.checkpoint.text_states import TextStateFiles
-from rfengine.config import (
-    PRESETS,
-    EngineConfig,
-    TextConfig,
-    TinyVAEConfig,
-    VAEConfig,
-    WanConfig,
-    from_dict,
-    to_dict,
-)
+from rfengine.config import PRESETS, EngineConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig
+from rfengine.config_json import from_dict, to_dict
 from rfengine.files import write_text
 from rfengine.grid import LatentGrid
 from rfengine.limits import shown

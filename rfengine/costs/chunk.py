@@ -62,7 +62,7 @@ class ChunkWork:
     @classmethod
     def steady(cls, shapes: Shapes, precision: Precision = "bf16") -> ChunkWork:
         """The first chunk that evicts another."""
-        return cls(shapes, shapes.config.cache.window_chunks, precision)
+        return cls(shapes, shapes.config.cache.filling_chunks, precision)
 
     @property
     def passes(self) -> int:
@@ -76,11 +76,13 @@ class ChunkWork:
     @property
     def visible_tokens(self) -> int:
         """Keys that a query of this chunk sees."""
-        return min(self.index + 1, self.shapes.config.cache.window_chunks) * self.shapes.tokens
+        cache = self.shapes.config.cache
+        frames = min(cache.frames_before(self.index + 1), cache.window_frames)
+        return frames * self.shapes.grid.frame_tokens
 
     @property
     def evicts(self) -> bool:
-        return self.index >= self.shapes.config.cache.window_chunks
+        return self.index >= self.shapes.config.cache.filling_chunks
 
     @property
     def pixel_frames(self) -> int:

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from rfengine.accuracy import relative_error
 from rfengine.checkpoint.directories import EXPORT_FOLDER, CheckpointDirectory, checkpoint_directory
-from rfengine.config import Pixels, VAEConfig, to_dict
+from rfengine.config import Pixels, VAEConfig
+from rfengine.config_json import to_dict
 from rfengine.export.decoder_graphs import PIXELS, DecoderGraph, state_output
 from rfengine.files import replaced
 from rfengine.limits import Range, check_fields

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfengine.cache.kv_cache import EMPTY, CachePlan, LayerCache, StreamingKVCache
+from rfengine.cache.kv_cache import LayerCache, StreamingKVCache
+from rfengine.cache.sink_policy import CachePlan
 from rfengine.config import WanConfig
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
@@ -116,16 +117,19 @@ class SelfAttention(Projections):
         self.pack(self.q, self.k, self.v)
 
     def over_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> Tensor:
-        """Write this chunk's slot of one layer and attend to the window; x [B, T, D], rotation [2, T, E /
+        """Write this chunk's slots of one layer and attend to the window; x [B, T, D], rotation [2, T, E /
         2]."""
         q = self.ops.qk_norm_rope_write(
             *self.project(x, self.q, self.k, self.v),
             self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
-            cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
+            cache.own_keys, cache.own_values, cache.own_raw_keys, cache.slots,
         )  # fmt: skip
-        return self.ops.sink_window_attention(
-            q, cache.keys, cache.values, cache.kv_len, cache.filled_tokens
-        ).flatten(2)
+        parts = q.split([read.tokens for read in cache.reads], dim=1) if len(cache.reads) > 1 else (q,)
+        seen = [
+            self.ops.sink_window_attention(part, cache.keys, cache.values, read.kv_len, read.filled_tokens)
+            for part, read in zip(parts, cache.reads, strict=True)
+        ]
+        return (seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)).flatten(2)
 
     def over_clip(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """Attend among all tokens of x [B, T, D] where mask [T, T] allows it."""
@@ -136,14 +140,14 @@ class SelfAttention(Projections):
         return self.ops.clip_attention(q, k, v.unflatten(-1, (self.num_heads, -1)), mask).flatten(2)
 
     def write_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> None:
-        """Write this chunk's slot of one layer and attend to nothing: the same keys and values as
+        """Write this chunk's slots of one layer and attend to nothing: the same keys and values as
         over_cache."""
         k, v = self.project(x, self.k, self.v)
         weight = self.norm_k.weight
         # no queries here: k is passed twice, and the result is ignored
         self.ops.qk_norm_rope_write(
             k, k, v, weight, weight, rotation, self.eps,
-            cache.slot_keys, cache.slot_values, cache.slot_raw_keys,
+            cache.own_keys, cache.own_values, cache.own_raw_keys, cache.slots,
         )  # fmt: skip
 
 
@@ -293,10 +297,11 @@ class WanDiT(nn.Module):
         plan: CachePlan,
         keep_raw: bool = False,
     ) -> Tensor:
-        """Causal pass of one chunk over the cache; overwrites the chunk's slot. Returns tokens [B, T, P * P *
-        C].
+        """Causal pass of one chunk over the cache; overwrites the chunk's slots. Returns tokens [B, T, P * P
+        * C].
 
-        latents: [B, C, chunk_frames, h, w]. keep_raw stores the raw keys as well, as the context pass does.
+        latents: [B, C, F, h, w]; modulation: of one timestep, or of one for each of the F frames. keep_raw
+        stores the raw keys as well, as the context pass does.
         """
         attend = _over_cache(cache, plan, keep_raw)
         _, normed = self._run_blocks(latents, modulation, text, attend, len(self.blocks))
@@ -313,7 +318,7 @@ class WanDiT(nn.Module):
         """Leave the keys and values that forward_chunk with keep_raw leaves; the last layer stops after its
         own.
 
-        latents: [B, C, chunk_frames, h, w], clean.
+        latents: [B, C, F, h, w], clean.
         """
         last = len(self.blocks) - 1
         attend = _over_cache(cache, plan, keep_raw=True)
@@ -322,20 +327,22 @@ class WanDiT(nn.Module):
         self.blocks[last].self_attn.write_cache(normed, cache.query_rotation, view)
 
     def recache(
-        self, chunks: dict[int, Tensor], modulation: Modulation, text: TextKeysValues, cache: StreamingKVCache
+        self, frames: dict[int, Tensor], modulation: Modulation, text: TextKeysValues, cache: StreamingKVCache
     ) -> None:
         """Recompute the keys and values of the window under `text` from clean latents, as LongLive does.
 
-        chunks: clean latents [B, C, F, h, w] by number, of the window outside the sink, which keeps its own.
-        Slots are put in order first: each chunk, at its present time index, sees the sink and those before.
+        frames: clean latents [B, C, 1, h, w] by number, of the window outside sink and memory, which keep
+        their own. Slots are put in order first: each chunk, at its present time index, sees the sink and
+        those before.
         """
-        sink = cache.config.sink_chunks
-        window = sorted(chunk for chunk in cache.slot_chunks[sink:] if chunk != EMPTY)
-        if missing := [chunk for chunk in window if chunk not in chunks]:
-            raise ValueError(f"latents of chunk {missing[0]} are needed to recompute the window; keep them")
-        cache.slot_chunks[sink : sink + len(window)] = window
-        for place, chunk in enumerate(window):
-            self.context_pass(chunks[chunk], modulation, text, cache, cache.begin_rewrite(sink + place))
+        plans = cache.rewrite_plans()
+        numbers = [range(plan.first_frame, plan.first_frame + plan.frames) for plan in plans]
+        if missing := [number for run in numbers for number in run if number not in frames]:
+            raise ValueError(f"latents of frame {missing[0]} are needed to recompute the window; keep them")
+        for plan, run in zip(plans, numbers, strict=True):
+            cache.begin_rewrite(plan)
+            clean = torch.cat([frames[number] for number in run], dim=2)
+            self.context_pass(clean, modulation, text, cache, plan)
 
     def forward_clip(
         self,

@@ -81,14 +81,22 @@ def qk_norm_rope(
 
 def qk_norm_rope_write(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
-    keys: Tensor, values: Tensor, raw_keys: Tensor | None,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
 ) -> None:  # fmt: skip
     batch, tokens, dim = q.shape
-    slot = (batch, tokens, *keys.shape[2:])
+    frames = slots.shape[0] if slots.ndim == 1 else 0
     require(
-        keys.shape == values.shape == slot and keys.shape[2] * keys.shape[3] == dim,
-        f"the slot is {tuple(keys.shape)} for a chunk of {tuple(q.shape)}; it must hold just that chunk",
+        slots.dtype == torch.int64 and frames > 0 and tokens % frames == 0,
+        f"slots are {tuple(slots.shape)} in {slots.dtype} for a chunk of {tuple(q.shape)}; "
+        "they must be int64 [F], one for each of its frames",
     )
+    frame_tokens = tokens // frames
+    require(
+        keys.shape == values.shape and (keys.shape[0], keys.shape[2] * keys.shape[3]) == (batch, dim)
+        and tokens <= keys.shape[1] and keys.shape[1] % frame_tokens == 0,
+        f"the arena is {tuple(keys.shape)} for a chunk of {tuple(q.shape)}; it must be [B, S, H, E] of whole "
+        f"frames of {frame_tokens} tokens, and hold the chunk",
+    )  # fmt: skip
     _rotation(rotation, tokens, keys.shape[3])
 
 
@@ -127,9 +135,20 @@ def evict_and_rephase(
     )
 
 
-def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, next_sigma: float) -> None:
+def flow_step(
+    tokens: Tensor, x: Tensor, sigmas: Tensor, noise: Tensor | None = None, next_sigmas: Tensor | None = None
+) -> None:
     if noise is not None:
         _same("x", x, "noise", noise)
+    require(
+        (noise is None) == (next_sigmas is None),
+        "noise and next_sigmas are given one without the other; give both or neither",
+    )
+    for name, levels in (("sigmas", sigmas), ("next_sigmas", next_sigmas)):
+        require(
+            levels is None or (levels.dtype == torch.float64 and levels.shape in ((1,), (x.shape[2],))),
+            f"{name} do not fit x of {tuple(x.shape)}; they must be float64 [F] or [1]",
+        )
 
 
 def channel_norm_silu(

@@ -124,22 +124,30 @@ def qk_norm_rope(
 
 def qk_norm_rope_write(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
-    keys: Tensor, values: Tensor, raw_keys: Tensor | None,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Norm and rotate q and k, and write this chunk's slot: rotated keys, values and, when given, raw keys.
+    """Norm and rotate q and k, and write the frames of a chunk to their slots of the arena: rotated keys,
+    values and, when given, raw keys.
 
-    q, k, v: [B, T, D]; rotation: [2, T, E / 2]. keys, values, raw_keys: [B, T, H, E] views of the arena,
-    overwritten. Returns the rotated q [B, T, H, E]. Raw keys are those after the norm and before rotation,
-    already rounded.
+    q, k, v: [B, T, D]; rotation: [2, T, E / 2]. keys, values, raw_keys: [B, S, H, E], S a multiple of the
+    frame's T / F tokens, changed in place; slots: int64 [F], the slot of each frame, which begins at token
+    slot * T / F; no two are equal. Returns the rotated q [B, T, H, E]. Raw keys are those after the norm and
+    before rotation, already rounded.
     """
     num_heads = keys.shape[-2]
     q = rms_norm(q, weight_q, eps).unflatten(-1, (num_heads, -1))
     k = rms_norm(k, weight_k, eps).unflatten(-1, (num_heads, -1))
-    keys.copy_(rotate(k, rotation))
-    values.copy_(v.unflatten(-1, (num_heads, -1)))
+    write_frames(keys, rotate(k, rotation), slots)
+    write_frames(values, v.unflatten(-1, (num_heads, -1)), slots)
     if raw_keys is not None:
-        raw_keys.copy_(k)
+        write_frames(raw_keys, k, slots)
     return rotate(q, rotation)
+
+
+def write_frames(arena: Tensor, chunk: Tensor, slots: Tensor) -> None:
+    """The frames of chunk [B, T, H, E] to their slots of arena [B, S, H, E], in place; slots: int64 [F]."""
+    frames = chunk.unflatten(1, (slots.shape[0], -1))
+    arena.unflatten(1, (-1, frames.shape[2])).index_copy_(1, slots, frames.to(arena.dtype))
 
 
 def sink_window_attention(
@@ -230,18 +238,22 @@ def unpatchify(tokens: Tensor, like: Tensor) -> Tensor:
     return grid.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
 
 
-def flow_step(tokens: Tensor, x: Tensor, sigma: float, noise: Tensor | None, next_sigma: float) -> Tensor:
+def flow_step(
+    tokens: Tensor, x: Tensor, sigmas: Tensor, noise: Tensor | None = None, next_sigmas: Tensor | None = None
+) -> Tensor:
     """One step of the sampler from the head's tokens: x0 = x - sigma * flow, then re-noise.
 
-    tokens: [B, T, P * P * C]; x, noise: [B, C, F, H, W]. x0 is formed in float64 and rounded to the dtype of
-    x; with noise the result is (1 - next_sigma) * x0 + next_sigma * noise in float32, rounded; without it,
-    x0.
+    tokens: [B, T, P * P * C]; x, noise: [B, C, F, H, W]; sigmas, next_sigmas: float64 [F], the level of every
+    latent frame, or [1] where all have one. x0 is formed in float64 and rounded to the dtype of x; with noise
+    the result is (1 - next_sigma) * x0 + next_sigma * noise in float32, rounded; without it, x0. A frame
+    whose two levels are 0 stays as it is.
     """
     flow = unpatchify(tokens, x)
-    x0 = (x.double() - sigma * flow.double()).to(x.dtype)
-    if noise is None:
+    x0 = (x.double() - sigmas.view(-1, 1, 1) * flow.double()).to(x.dtype)
+    if noise is None or next_sigmas is None:
         return x0
-    return ((1 - next_sigma) * x0.float() + next_sigma * noise.float()).to(x.dtype)
+    level = next_sigmas.view(-1, 1, 1)
+    return ((1 - level).float() * x0.float() + level.float() * noise.float()).to(x.dtype)
 
 
 def frame_pack(pixels: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rfengine.checkpoint.layouts import Part, engine_names, list_names
 from rfengine.checkpoint.shapes import PartConfig, describe_mismatch, expected_shapes, infer_config
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors, read_header
-from rfengine.config import VAEConfig, to_dict
+from rfengine.config import VAEConfig
+from rfengine.config_json import to_dict
 from rfengine.parity.golden_header import check_golden_header, parse_golden_header
 
 Module = TypeVar("Module", bound=nn.Module)

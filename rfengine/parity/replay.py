@@ -116,7 +116,7 @@ def _replay_causal(golden: GoldenFile, ops: Ops) -> dict[str, float]:
     for draws in noise:
         plan = cache.plan_chunk()
         # one step from the same state shows the first flow: x0 = noise - sigma * flow
-        twin.load(cache.tensors(), cache.slot_chunks, cache.next_chunk)
+        twin.load(cache.tensors(), cache.position)
         x0 = first_step.advance(twin, plan, draws[:1], text)
         flows.append((draws[0].float() - x0.float()) / first_step.schedule.denoising_sigmas[0])
         latents.append(runner.advance(cache, plan, draws, text))
@@ -180,13 +180,13 @@ def _cache_config(golden: GoldenFile, grid: LatentGrid, frames: int, num_chunks:
 
 def _cache_errors(golden: GoldenFile, cache: StreamingKVCache) -> dict[str, float]:
     """Errors of the cache after the last context pass; keys before rotation where positions are relative."""
-    errors = {}
+    errors, sink_tokens = {}, cache.config.sink_frames * cache.grid.frame_tokens
     for letter, arena in (
         ("k", cache.keys if cache.raw_keys is None else cache.raw_keys),
         ("v", cache.values),
     ):
         valid = cache.chronological(arena)[:, 0]
-        for name, own in ((f"cache_{letter}", valid), (f"sink_{letter}_last", valid[:, : cache.sink_tokens])):
+        for name, own in ((f"cache_{letter}", valid), (f"sink_{letter}_last", valid[:, :sink_tokens])):
             if name in golden:
                 recorded = golden.recorded(name)
                 # a window that is not full yet may be recorded whole, with zeros behind what is valid

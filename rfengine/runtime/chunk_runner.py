@@ -4,39 +4,53 @@ The program is `_chunk`, all that follows the start of the chunk in the cache. I
 alone: every decision is an integer of the plan, made before, and all else that it reads is in tensors. So it
 runs op by op, or is recorded as a CUDA graph and replayed: the same kernels on the same numbers either way.
 
-Recorded is the steady state, where the window is full: programs then differ only in the slot they write, so a
-cache has one for every slot of its window, two in the published setting. A slot's first chunk runs op by op,
-which builds every kernel, handle and workspace; its second is captured. Capture executes nothing, so no state
-needs restoring. The chunks that fill the window always run op by op: each comes once in a video, so that
-recording it would cost the launches it could save, and the first frame would wait for it.
+Recorded is the steady state, where the window is full: its chunks differ only in integers that the device
+reads, so a cache has one recorded program. The first chunk of it runs op by op, which builds every kernel,
+handle and workspace; the second is captured. Capture executes nothing, so no state needs restoring. The
+chunks that fill the window always run op by op: each comes once in a video, so that recording it would cost
+the launches it could save, and the first frame would wait for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from rfengine.cache.kv_cache import CachePlan, StreamingKVCache
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.cache.sink_policy import CachePlan
 from rfengine.cuda_graph import CapturedCall, GraphPool, graph_pool
 from rfengine.host_state import ordinary
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
 from rfengine.nvtx_ranges import nvtx_range
-from rfengine.schedule import FlowSchedule
+from rfengine.schedule import FlowSchedule, Steps
 
 StepCallback = Callable[[int, float, Tensor], Tensor | None]
 
 
-class ChunkGraphs:
-    """The recorded programs of one cache, and the static tensors that all of them read.
+@dataclass(frozen=True, slots=True)
+class DenoisingStep:
+    """One denoising step: its timestep, that of the noisiest frame where frames differ, its modulation, and
+    the levels before and after it, float64 [1] or one for each latent frame; next_sigmas is None after the
+    last."""
 
-    calls: program by the slot it writes; None stands for a program that has run op by op once.
+    timestep: float
+    modulation: Modulation
+    sigmas: Tensor
+    next_sigmas: Tensor | None
+
+
+class ChunkGraph:
+    """The recorded program of one cache, and the static tensors that it reads.
+
+    call: the program; None until it is recorded.
     """
 
     def __init__(self, noise: Tensor, text: TextKeysValues) -> None:
-        self.calls: dict[int, CapturedCall[Tensor] | None] = {}
+        self.call: CapturedCall[Tensor] | None = None
         self.noise = noise.clone()
         self.text = TextKeysValues(text.keys.clone(), text.values.clone())
         self._text_source = text
@@ -52,7 +66,7 @@ class ChunkGraphs:
 
 class ChunkRunner:
     """Runs chunks of one model. The cache and the text come with every call; what the runner keeps of a cache
-    is its graphs, as long as the cache lives.
+    is its graph, as long as the cache lives.
 
     graphs: record and replay, on a CUDA device. All graphs share one memory pool, so the chunks of a runner
     must not run at the same time: call it on one CUDA stream.
@@ -62,20 +76,51 @@ class ChunkRunner:
         self.model = model
         self.schedule = schedule
         self.graphs = graphs
-        self.step_modulations = [self._modulation(timestep) for timestep in schedule.denoising_timesteps]
-        self.context_modulation = self._modulation(schedule.context_timestep)
-        self._graphs_by_cache: WeakKeyDictionary[StreamingKVCache, ChunkGraphs] = WeakKeyDictionary()
+        steady = Steps(schedule.denoising_timesteps, schedule.denoising_sigmas)
+        self._steps_by_levels = {steady: self._steps(steady)}
+        self.steps = self._steps_by_levels[steady]
+        self.context_modulation = self._modulation([schedule.context_timestep])
+        self._graph_by_cache: WeakKeyDictionary[StreamingKVCache, ChunkGraph] = WeakKeyDictionary()
         self._pool: GraphPool | None = None
 
-    @torch.no_grad()
-    def _modulation(self, timestep: float) -> Modulation:
-        return self.model.modulation(
-            torch.tensor([[timestep]], dtype=torch.float32, device=self.model.device)
+    def _steps(self, steps: Steps, clean: int = 0, noisy: int = 1) -> tuple[DenoisingStep, ...]:
+        """Steps of chunks that begin with `clean` frames at level 0 and have `noisy` others."""
+
+        def row(level: float) -> list[float]:
+            return [0.0] * clean + [level] * noisy
+
+        def levels(sigma: float) -> Tensor:
+            return torch.tensor(row(sigma), dtype=torch.float64, device=self.model.device)
+
+        sigmas = [levels(sigma) for sigma in steps.sigmas]
+        return tuple(
+            DenoisingStep(timestep, self._modulation(row(timestep)), own, following)
+            for timestep, own, following in zip(steps.timesteps, sigmas, [*sigmas[1:], None], strict=True)
         )
+
+    @torch.no_grad()
+    def _modulation(self, timesteps: list[float]) -> Modulation:
+        return self.model.modulation(torch.tensor([timesteps], dtype=torch.float32, device=self.model.device))
+
+    def steps_of(self, chunk: int) -> tuple[DenoisingStep, ...]:
+        """The denoising steps of chunk `chunk` of a video."""
+        steps = self.schedule.steps_of(chunk)
+        if steps not in self._steps_by_levels:
+            self._steps_by_levels[steps] = self._steps(steps)
+        return self._steps_by_levels[steps]
+
+    def draws(self, cache: StreamingKVCache, chunk: int) -> tuple[tuple[int, int], ...]:
+        """The (chunk, step) of every draw of noise that advance needs for chunk `chunk`."""
+        return tuple((chunk, step) for step in range(len(self.steps_of(chunk))))
+
+    def passes(self, cache: StreamingKVCache, chunk: int) -> int:
+        """How often advance calls on_step for chunk `chunk`, the next one of `cache`."""
+        return len(self.steps_of(chunk))
 
     @property
     def num_steps(self) -> int:
-        return len(self.step_modulations)
+        """Denoising steps of a chunk, but for the first ones where those have steps of their own."""
+        return len(self.steps)
 
     @torch.no_grad()
     def advance(
@@ -85,27 +130,32 @@ class ChunkRunner:
         noise: Tensor,
         text: TextKeysValues,
         on_step: StepCallback | None = None,
+        clean: Tensor | None = None,
     ) -> Tensor:
         """Denoise the planned chunk, write its clean keys and values, commit it. Returns x0 [B, C, F, h, w],
         which is the caller's.
 
-        noise: [num_steps, B, C, F, h, w], the initial noise and the fresh noise of every later step.
-        on_step(step, timestep, latents) is called after each denoising step with what the next one starts
-        from; a tensor it returns takes their place. Such a chunk is not replayed from a graph.
+        noise: [steps, B, C, F, h, w], the draws of `draws`: the initial noise and the fresh noise of every
+        later step. on_step(step, timestep, latents) is called after each denoising step with what the next
+        one starts from; a tensor it returns takes their place. Such a chunk is not replayed from a graph.
+        clean: [B, C, N, h, w], the first N latent frames as they are: they stay at level 0 in every step.
         A call that fails before commit can be repeated with the same plan: nothing is folded into the sink
         twice.
         """
-        if noise.shape[0] != self.num_steps:
-            raise ValueError(
-                f"noise holds {noise.shape[0]} draws; {self.num_steps} denoising steps need as many"
-            )
+        steps = self.steps_of(plan.chunk)
+        if noise.shape[0] != len(steps):
+            raise ValueError(f"noise holds {noise.shape[0]} draws; {len(steps)} denoising steps need as many")
+        if clean is not None:
+            count = clean.shape[2]
+            steps = self._steps(self.schedule.steps_of(plan.chunk), count, plan.frames - count)
+            noise = torch.cat([torch.cat([clean, noise[0, :, :, count:]], dim=2)[None], noise[1:]])
         with nvtx_range("chunk"):
             # a chunk that is repeated may have failed before its kernels were built
-            eager = on_step is not None or cache.begun_chunk == plan.chunk
+            eager = on_step is not None or clean is not None or cache.begun_chunk == plan.chunk
             graph = None if eager else self._graph(cache, plan, noise, text)
             with nvtx_range("evict"):
                 cache.begin_chunk(plan)
-            x0 = graph.replay().clone() if graph else self._chunk(cache, plan, noise, text, on_step)
+            x0 = graph.replay().clone() if graph else self._chunk(cache, plan, noise, text, steps, on_step)
         cache.commit(plan)
         return x0
 
@@ -115,18 +165,18 @@ class ChunkRunner:
         plan: CachePlan,
         noise: Tensor,
         text: TextKeysValues,
+        steps: Sequence[DenoisingStep],
         on_step: StepCallback | None = None,
     ) -> Tensor:
         """The work of a begun chunk on the device: what a graph records. Returns x0."""
-        x, sigmas = noise[0], self.schedule.denoising_sigmas
-        for step, modulation in enumerate(self.step_modulations):
-            with nvtx_range(f"step {step}"):
-                tokens = self.model.forward_chunk(x, modulation, text, cache, plan)
-                last = step + 1 == self.num_steps
-                fresh, next_sigma = (None, 0.0) if last else (noise[step + 1], sigmas[step + 1])
-                x = self.model.ops.flow_step(tokens, x, sigmas[step], fresh, next_sigma)
+        x = noise[0]
+        for number, step in enumerate(steps):
+            with nvtx_range(f"step {number}"):
+                tokens = self.model.forward_chunk(x, step.modulation, text, cache, plan)
+                fresh = None if step.next_sigmas is None else noise[number + 1]
+                x = self.model.ops.flow_step(tokens, x, step.sigmas, fresh, step.next_sigmas)
             if on_step is not None:
-                replaced = on_step(step, self.schedule.denoising_timesteps[step], x)
+                replaced = on_step(number, step.timestep, x)
                 x = x if replaced is None else ordinary(replaced)
         self._context_pass(cache, plan, x, text)
         return x
@@ -136,26 +186,24 @@ class ChunkRunner:
     ) -> CapturedCall[Tensor] | None:
         """The recorded program for these inputs, which are then in its static tensors; None for one that is
         to run op by op."""
-        if not self.graphs or not plan.evicts:
+        steady = plan.evicts and plan.frames == cache.config.chunk_frames
+        if not self.graphs or not steady or self.steps_of(plan.chunk) is not self.steps:
             return None
-        graphs = self._graphs_by_cache.get(cache)
-        if graphs is None:
-            graphs = self._graphs_by_cache[cache] = ChunkGraphs(noise, text)
-        if plan.slot not in graphs.calls:
-            graphs.calls[plan.slot] = None
+        graph = self._graph_by_cache.get(cache)
+        if graph is None:
+            self._graph_by_cache[cache] = ChunkGraph(noise, text)
             return None
-        graphs.fill(noise, text)
-        if graphs.calls[plan.slot] is None:
-            static = (cache, plan, graphs.noise, graphs.text)
+        graph.fill(noise, text)
+        if graph.call is None:
+            cache.show(plan)  # what is recorded reads where it puts the integers
+            static = (cache, plan, graph.noise, graph.text, self.steps)
             pool = self._shared_pool()
-            call = CapturedCall(lambda: self._chunk(*static), None, self.model.device, pool)
-            graphs.calls[plan.slot] = call
-        return graphs.calls[plan.slot]
+            graph.call = CapturedCall(lambda: self._chunk(*static), None, self.model.device, pool)
+        return graph.call
 
     def _shared_pool(self) -> GraphPool:
         """The pool of this runner's graphs; a new one where none is left that holds the old one open."""
-        held = (call for graphs in self._graphs_by_cache.values() for call in graphs.calls.values())
-        if self._pool is None or all(call is None for call in held):
+        if self._pool is None or all(graph.call is None for graph in self._graph_by_cache.values()):
             self._pool = graph_pool()
         return self._pool
 
@@ -169,9 +217,9 @@ class ChunkRunner:
         cache.commit(plan)
 
     @torch.no_grad()
-    def recache(self, cache: StreamingKVCache, chunks: dict[int, Tensor], text: TextKeysValues) -> None:
+    def recache(self, cache: StreamingKVCache, frames: dict[int, Tensor], text: TextKeysValues) -> None:
         """WanDiT.recache at this runner's context timestep."""
-        self.model.recache(chunks, self.context_modulation, text, cache)
+        self.model.recache(frames, self.context_modulation, text, cache)
 
     def _context_pass(
         self, cache: StreamingKVCache, plan: CachePlan, x0: Tensor, text: TextKeysValues

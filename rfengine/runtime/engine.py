@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rfengine.config import EngineConfig, to_dict
+from rfengine.config import EngineConfig
+from rfengine.config_json import to_dict
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import check_prompt, warn_of_unknown_words
@@ -17,8 +18,8 @@ from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
 from rfengine.runtime.decoders import OpenDecoder
 from rfengine.runtime.options import runtime_switches
+from rfengine.runtime.rolling_runner import runner_of
 from rfengine.runtime.turns import Turns
-from rfengine.schedule import FlowSchedule
 
 if TYPE_CHECKING:
     from rfengine.models.text_encoder import TextEncoder
@@ -60,7 +61,7 @@ class Engine:
         switches = runtime_switches(config.runtime, model.device)
         overlap, graphs = switches["overlap"].on, switches["graphs"].on
         queue = DecodeQueue(next(vae.parameters()).device, overlap, graphs)
-        runner = ChunkRunner(model, FlowSchedule(config.schedule), graphs)
+        runner = runner_of(model, config.schedule, graphs)
         beside = overlap and model.device.type == "cuda"
         stream = torch.cuda.Stream(model.device, priority=-1) if beside else None
         return cls(
@@ -81,4 +82,6 @@ class Engine:
             "decoder": self.config.runtime.vae,
             "cache": json.loads(json.dumps(to_dict(self.config.cache))),
             "denoising_timesteps": list(self.runner.schedule.denoising_timesteps),
+            "first_timesteps": list(self.runner.schedule.first_timesteps),
+            "rolling": self.config.schedule.rolling,
         }

@@ -235,7 +235,7 @@ class SessionService:
         """Where it fails the service never becomes warm, and the log says why."""
         try:
             self.admission.needed(SessionRequest(_WARM_UP_PROMPT))
-            chunks = self.pipeline.config.cache.window_chunks + 3
+            chunks = self.pipeline.config.cache.filling_chunks + 3
             for _ in self.pipeline.stream(_WARM_UP_PROMPT).take(chunks):
                 if self._stopped.is_set():
                     return

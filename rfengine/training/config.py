@@ -161,6 +161,17 @@ class TrainConfig:
                 f"beta is {self.distillation.beta} in stage {self.stage!r}; re-dmd has a temperature, "
                 "dmd none"
             )
+        if distils and (self.engine.schedule.rolling != "none" or self.engine.schedule.first_steps):
+            raise ValueError(
+                f"rolling is {self.engine.schedule.rolling!r} and first_steps "
+                f"{self.engine.schedule.first_steps}; a rollout denoises one chunk after another, all in the "
+                "same steps"
+            )
+        if distils and self.engine.cache.first_chunk != self.engine.cache.chunk_frames:
+            raise ValueError(
+                f"first_chunk_frames is {self.engine.cache.first_chunk}; in a rollout all chunks have "
+                f"chunk_frames, {self.engine.cache.chunk_frames}"
+            )
         needed = -(-self.distillation.clip_frames // self.engine.cache.chunk_frames) if distils else 0
         if distils and self.rollout.gradient_chunks > needed:
             raise ValueError(

@@ -163,7 +163,9 @@ class DistillationStage(TrainingStage):
         student, engine, rollout = self.networks.student, self.engine, self.config.rollout
         exits = draw_exits(rollout, len(engine.schedule.denoising_steps), shared)
         judged = -(-self.distillation.clip_frames // engine.cache.chunk_frames)
-        drawn = draw_switch(rollout, len(exits), judged, engine.cache.window_chunks, shared)
+        drawn = draw_switch(
+            rollout, len(exits), judged, engine.cache.window_frames // engine.cache.chunk_frames, shared
+        )
         shape = latent_shape(engine, len(prompts.texts), engine.cache.chunk_frames)
 
         def noise(chunk: int, step: int) -> Tensor:

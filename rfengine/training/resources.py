@@ -188,12 +188,14 @@ def _rollout_flops(config: TrainConfig, chunks: int, gradient: bool) -> float:
     """One sample's rollout: on average half of the steps, and the context pass; backward of the chunks that
     learn."""
     engine, shape, cache = config.engine, config.engine.model, config.engine.cache
-    tokens = cache.chunk_frames * LatentGrid.of(engine).frame_tokens
+    frame_tokens = LatentGrid.of(engine).frame_tokens
+    tokens = cache.chunk_frames * frame_tokens
     steps = (len(engine.schedule.denoising_steps) + 1) / 2
     backward = 3 if config.rollout.checkpointing else 2
     total = text_flops(shape) * (3 if gradient else 1)
     for chunk in range(chunks):
         learns = gradient and chunk >= chunks - config.rollout.gradient_chunks
-        one = pass_flops(shape, tokens, min(chunk + 1, cache.window_chunks) * tokens)
+        seen = min((chunk + 1) * cache.chunk_frames, cache.window_frames)
+        one = pass_flops(shape, tokens, seen * frame_tokens)
         total += one * (steps + 1 + (backward if learns else 0))
     return total

@@ -10,7 +10,7 @@ channels, F latent frames, L layers, S arena tokens, T tokens of a chunk, H head
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rfengine.cache.kv_cache import CachePlan, LayerCache, StreamingKVCache
+from rfengine.cache.kv_cache import LayerCache, StreamingKVCache
+from rfengine.cache.sink_policy import CachePlan
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
@@ -121,6 +122,9 @@ class _Generation:
 
     def __init__(self, model: WanDiT, config: EngineConfig, text: TextKeysValues, dtype: torch.dtype) -> None:
         self.model, self.text, self.schedule = model, text, FlowSchedule(config.schedule)
+        self._sigmas = torch.tensor(
+            self.schedule.denoising_sigmas, dtype=torch.float64, device=model.device
+        ).split(1)
         grid, batch = LatentGrid.of(config), text.keys.shape[1]
         self.cache = StreamingKVCache(config.model, config.cache, grid, batch, dtype, model.device, model.ops)
 
@@ -129,7 +133,8 @@ class _Generation:
         """Go on under other prompts; with all chunks so far, the window is recomputed under them."""
         self.text = text
         if chunks is not None:
-            clean = {number: x0.detach() for number, x0 in enumerate(chunks)}
+            frames = torch.cat([x0.detach() for x0 in chunks], dim=2).split(1, dim=2)
+            clean = dict(enumerate(frames))
             self.model.recache(clean, self._modulation(self.schedule.context_timestep), text, self.cache)
 
     def begin_chunk(self) -> CachePlan:
@@ -147,10 +152,9 @@ class _Generation:
     ) -> Tensor:
         """One denoising step: x0 without fresh noise, the start of the next step with it."""
         modulation = self._modulation(self.schedule.denoising_timesteps[step])
-        sigmas = self.schedule.denoising_sigmas
         tokens = self.model.forward_chunk(x, modulation, self.text, view or self.cache, place)
-        next_sigma = 0.0 if fresh is None else sigmas[step + 1]
-        return self.model.ops.flow_step(tokens, x, sigmas[step], fresh, next_sigma)
+        following = None if fresh is None else self._sigmas[step + 1]
+        return self.model.ops.flow_step(tokens, x, self._sigmas[step], fresh, following)
 
     def generate(
         self,
@@ -197,16 +201,18 @@ class _GradientCache:
 
     def __init__(self, cache: StreamingKVCache, place: CachePlan) -> None:
         self.query_rotation = cache.query_rotation.clone()
-        self._filled_tokens = cache.filled_tokens.clone()
-        self._tokens = cache.slot_tokens(place.slot)
-        self._kv_len = place.filled_slots * cache.chunk_tokens
-        self._keys = cache.keys[:, :, : self._kv_len].clone()
-        self._values = cache.values[:, :, : self._kv_len].clone()
+        self._slots = cache.write_slots.clone()
+        (read,) = cache.layer(0, place, keep_raw=False).reads
+        self._reads = (replace(read, filled_tokens=read.filled_tokens.clone()),)
+        self._first = place.start * cache.grid.frame_tokens
+        seen = slice(0, self._first + read.kv_len)
+        self._keys, self._values = cache.keys[:, :, seen].clone(), cache.values[:, :, seen].clone()
 
     def layer(self, index: int, place: CachePlan, keep_raw: bool) -> LayerCache:
         keys, values = self._keys[index].clone(), self._values[index].clone()
-        slot_keys, slot_values = keys[:, self._tokens], values[:, self._tokens]
-        return LayerCache(keys, values, slot_keys, slot_values, None, self._kv_len, self._filled_tokens)
+        return LayerCache(
+            keys[:, self._first :], values[:, self._first :], self._reads, keys, values, None, self._slots
+        )
 
 
 @torch.no_grad()

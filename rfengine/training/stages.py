@@ -130,10 +130,10 @@ class TrajectoryStage(ModelStage):
 
 def causal_mask(chunks: int, latents: Tensor, config: TrainConfig) -> Tensor:
     """bool [T, T]: every chunk sees itself, the sink and the chunks of its window before it."""
-    cache = config.engine.cache
+    cache, size = config.engine.cache, config.engine.cache.chunk_frames
     patch = config.engine.model.patch_size[1]
-    tokens = cache.chunk_frames * (latents.shape[3] // patch) * (latents.shape[4] // patch)
-    own, seen = torch.arange(chunks)[:, None], torch.arange(chunks)[None, :]
-    recent = own - seen < cache.window_chunks - cache.sink_chunks
-    visible = (seen <= own) & (recent | (seen < cache.sink_chunks))
+    tokens = (latents.shape[3] // patch) * (latents.shape[4] // patch)
+    frames = torch.arange(chunks * size)
+    end, seen = (frames // size + 1)[:, None] * size, frames[None, :]
+    visible = (seen < end) & ((seen >= end - cache.past_frames) | (seen < cache.sink_frames))
     return visible.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1).to(latents.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from rfengine.config import to_dict
+from rfengine.config_json import to_dict
 from rfengine.stop_signals import stop_signals
 from rfengine.training.checkpoints import TrainingCheckpoints, TrainState
 from rfengine.training.learner import Figures

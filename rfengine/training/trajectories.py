@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rfengine.checkpoint.loader import read_safetensors, save_weights
-from rfengine.config import EngineConfig, ScheduleConfig, to_dict
+from rfengine.config import EngineConfig, ScheduleConfig
+from rfengine.config_json import to_dict
 from rfengine.files import strict_json
 from rfengine.models.dit import WanDiT
 from rfengine.schedule import FlowSchedule, shifted

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from rfengine.cache.kv_cache import EMPTY, CachePlan, StreamingKVCache
+from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.cache.sink_policy import EMPTY, CachePlan, CachePosition
 from rfengine.config import CacheConfig
 from rfengine.rotary import rotary_table
 from support.models import GRID, SMALL, small_cache
@@ -9,22 +10,20 @@ from support.models import GRID, SMALL, small_cache
 FRAMES = GRID.frame_tokens
 
 
-def advance_with_frame_numbers(cache: StreamingKVCache) -> CachePlan:
+def advance_with_frame_numbers(cache: StreamingKVCache, frames: int | None = None) -> CachePlan:
     """One chunk whose raw keys and values are the numbers of its latent frames; returns the plan."""
-    plan = cache.plan_chunk()
+    plan = cache.plan_chunk(frames)
     cache.begin_chunk(plan)
-    first = plan.chunk * cache.config.chunk_frames
-    numbers = torch.arange(first, first + cache.config.chunk_frames).float().repeat_interleave(FRAMES)
-    slot = cache.slot_tokens(plan.slot)
+    numbers = torch.arange(plan.first_frame, plan.first_frame + plan.frames).float()
     for arena in (cache.keys, cache.values, cache.raw_keys):
         if arena is not None:
-            arena[:, :, slot] = numbers.view(1, 1, -1, 1, 1)
+            arena.unflatten(2, (-1, FRAMES))[:, :, cache.write_slots] = numbers.view(1, 1, -1, 1, 1, 1)
     cache.commit(plan)
     return plan
 
 
 def query_time(plan: CachePlan) -> int:
-    return plan.slot_times[plan.slot]
+    return plan.times[plan.slots[0] - plan.start]
 
 
 def frame_numbers(cache: StreamingKVCache) -> list[float]:
@@ -40,7 +39,7 @@ def test_trace_of_the_published_setting():
     expected_sink = {3: 0.003, 4: 0.009, 5: 0.018, 6: 0.030}
     for chunk in range(2, 7):
         plan = advance_with_frame_numbers(cache)
-        assert query_time(plan) == 6 and sorted(plan.slot_times) == [0, 3, 6]
+        assert query_time(plan) == 6 and sorted(plan.times) == list(range(9))
         assert plan.evicts == (chunk >= 3)
         window = frame_numbers(cache)
         assert window[3:] == [
@@ -60,17 +59,18 @@ def test_trace_of_the_published_setting():
 def test_time_indices_follow_the_age_of_a_slot_not_its_place():
     cache = small_cache(CacheConfig(window_frames=12))
     plans = [advance_with_frame_numbers(cache) for _ in range(7)]
-    assert [plan.slot for plan in plans] == [0, 1, 2, 3, 1, 2, 3]
-    assert plans[4].slot_times == (0, 9, 3, 6)
-    assert plans[5].slot_times == (0, 6, 9, 3)
+    assert [plan.slots[0] for plan in plans] == [0, 3, 6, 9, 3, 6, 9]
+    assert plans[4].times == (0, 1, 2, 9, 10, 11, 3, 4, 5, 6, 7, 8)
+    assert plans[5].times == (0, 1, 2, 6, 7, 8, 9, 10, 11, 3, 4, 5)
 
 
 def test_absolute_positions_never_end():
     config = CacheConfig(sink="frozen", positions="absolute")
     cache = small_cache(config)
-    cache.slot_chunks, cache.next_chunk, cache.begun_chunk = [0, 998, 999], 1000, 999
+    held = (0, 1, 2, *range(2994, 3000))
+    cache.load(cache.tensors(), CachePosition(1000, 3000, held))
     plan = cache.plan_chunk()
-    assert plan.slot_times == (0, 3000, 2997) and query_time(plan) == 3000
+    assert plan.times == (0, 1, 2, 3000, 3001, 3002, 2997, 2998, 2999) and query_time(plan) == 3000
     cache.begin_chunk(plan)
     angle = torch.tensor([3000.0, 3001.0, 3002.0], dtype=torch.float64).cos().float()
     assert torch.equal(cache.query_rotation[0, ::FRAMES, 0], angle)
@@ -127,7 +127,7 @@ def test_a_reset_cache_is_a_new_one():
     for _ in range(6):
         plan = advance_with_frame_numbers(cache)
         assert plan == advance_with_frame_numbers(new)
-        filled = plan.filled_slots * cache.chunk_tokens
+        filled = plan.filled * FRAMES
         assert torch.equal(cache.rotation[:, :filled], new.rotation[:, :filled])
         assert torch.equal(cache.query_rotation, new.query_rotation)
         assert torch.equal(cache.values, new.values)
@@ -138,25 +138,15 @@ def test_every_slot_is_shown_the_rotation_of_its_time(positions):
     cache = small_cache(CacheConfig(sink="frozen", positions=positions, window_frames=12))
     for _ in range(7):
         plan = advance_with_frame_numbers(cache)
-        for slot, time in enumerate(plan.slot_times):
-            expected = rotary_table(SMALL.head_dim, torch.arange(time, time + 3), 2, 3)
-            assert torch.equal(cache.rotation[:, cache.slot_tokens(slot)], expected)
-
-
-def test_the_sink_policy_chooses_the_slot_that_leaves(monkeypatch):
-    cache = small_cache(CacheConfig(sink="frozen"))
-    for _ in range(3):
-        advance_with_frame_numbers(cache)
-    assert cache.plan_chunk().slot == 1  # the oldest outside the sink
-    monkeypatch.setattr(cache.policy, "leaving", lambda slot_chunks: slot_chunks.index(2))
-    plan = advance_with_frame_numbers(cache)
-    assert plan.slot == 2 and plan.slot_times == (0, 3, 6) and cache.slot_chunks == [0, 1, 3]
+        for slot, time in enumerate(plan.times):
+            expected = rotary_table(SMALL.head_dim, torch.tensor([time]), 2, 3)
+            assert torch.equal(cache.rotation[:, slot * FRAMES : (slot + 1) * FRAMES], expected)
 
 
 def test_planning_changes_nothing():
     cache = small_cache(CacheConfig())
     assert cache.plan_chunk() == cache.plan_chunk()
-    assert cache.slot_chunks == [EMPTY] * 3 and cache.next_chunk == 0
+    assert cache.held == [EMPTY] * 9 and cache.next_chunk == cache.next_frame == 0
 
 
 def test_calls_out_of_order_are_refused():
@@ -198,11 +188,11 @@ def test_a_saved_state_of_another_size_is_refused():
     cache = small_cache(CacheConfig())
     other = small_cache(CacheConfig(window_frames=12))
     with pytest.raises(ValueError, match="keys of the saved cache is"):
-        cache.load(other.tensors(), other.slot_chunks, 0)
+        cache.load(other.tensors(), other.position)
     with pytest.raises(ValueError, match="raw_keys of the saved cache is missing"):
         tensors = cache.tensors()
         del tensors["raw_keys"]
-        cache.load(tensors, cache.slot_chunks, 0)
+        cache.load(tensors, cache.position)
 
 
 def test_arena_follows_the_model_and_the_grid():

@@ -40,7 +40,7 @@ def stream(
 ) -> tuple[torch.Tensor, StreamingKVCache]:
     cache = StreamingKVCache(model.config, config, GRID, device=DEVICE, ops=model.ops)
     runner, text = small_runner(model, steps), model.text_keys_values(text_states().to(DEVICE))
-    chunks = range(config.window_chunks + 1)  # with the last of them the first leaves the window
+    chunks = range(config.filling_chunks + 1)  # with the last of them the first leaves the window
     draws = [noise(chunk, config.chunk_frames)[: len(steps)].to(DEVICE) for chunk in chunks]
     out = [runner.advance(cache, cache.plan_chunk(), each, text) for each in draws]
     return torch.cat(out, dim=2), cache

@@ -115,38 +115,54 @@ def test_checkpointed_activations_give_the_same_gradients() -> None:
         assert_same_bits(name, own, other)
 
 
-def slots(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Three arenas [B, 3 T, H, E] of old values; the slot written is the middle third."""
+FRAMES = {1: 1, 2: 2, 3: 3, 4: 2, 5: 5, 6: 2}  # of a chunk of so many tokens
+
+
+def arenas_of(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Three arenas [B, 3 T, H, E] of old values, thrice as long as the chunk."""
     batch, tokens, heads, head_dim = size
     return [values(batch, 3 * tokens, heads, head_dim, seed=seed, dtype=dtype) for seed in (5, 6, 7)]
+
+
+def scattered(tokens: int) -> Tensor:
+    """A slot of that arena for every frame, neither in order nor one after another."""
+    frames = FRAMES[tokens]
+    order = torch.randperm(3 * frames, generator=torch.Generator().manual_seed(tokens))
+    return order[:frames].to(DEVICE)
+
+
+def tokens_of(slots: Tensor, tokens: int) -> Tensor:
+    frame_tokens = tokens // len(slots)
+    return (slots[:, None] * frame_tokens + torch.arange(frame_tokens, device=slots.device)).flatten()
 
 
 @pytest.mark.parametrize(
     ("size", "dtype", "keep_raw"), [(*case, True) for case in CASES] + [(SIZES[2], torch.float16, False)]
 )
-def test_slot_is_written_as_the_reference_writes_it(
+def test_frames_are_written_as_the_reference_writes_them(
     size: tuple[int, ...], dtype: torch.dtype, keep_raw: bool
 ) -> None:
     _, tokens, heads, head_dim = size
-    rotation, scales, middle = angles(tokens, head_dim), weights(heads * head_dim), slice(tokens, 2 * tokens)
+    rotation, scales, slots = angles(tokens, head_dim), weights(heads * head_dim), scattered(tokens)
     results = []
     for op, working in (
         (qk_norm_rope_write, dtype),
         (reference.qk_norm_rope_write, dtype),
         (reference.qk_norm_rope_write, torch.float64),
     ):
-        arenas = [arena.to(working) for arena in slots(size, dtype)]
+        arenas = [arena.to(working) for arena in arenas_of(size, dtype)]
         inputs = [x.to(working) for x in rows(size, dtype)] + [w.to(dtype).to(working) for w in scales]
-        keys, spare, raw = (arena[:, middle] for arena in arenas)
-        q = op(*inputs, rotation, EPS, keys, spare, raw if keep_raw else None)
+        keys, spare, raw = arenas
+        q = op(*inputs, rotation, EPS, keys, spare, raw if keep_raw else None, slots)
         results.append((q, *arenas))
     kernel, expected, truth = results
     for name, own, other, exact in zip(("q", "keys", "values", "raw"), kernel, expected, truth, strict=True):
         assert_within_reference_error(name, own, other, exact)
-    old_keys, _, old_raw = slots(size, dtype)
+    old_keys, _, old_raw = arenas_of(size, dtype)
+    others = torch.ones(3 * tokens, dtype=torch.bool, device=DEVICE)
+    others[tokens_of(slots, tokens)] = False
     assert_same_bits("values", kernel[2], expected[2])
-    assert_same_bits("the slot before", kernel[1][:, :tokens], old_keys[:, :tokens])
-    assert_same_bits("the slot behind", kernel[1][:, 2 * tokens :], old_keys[:, 2 * tokens :])
+    assert_same_bits("the other slots", kernel[1][:, others], old_keys[:, others])
     if not keep_raw:
         assert_same_bits("raw keys", kernel[3], old_raw)
 
@@ -154,19 +170,21 @@ def test_slot_is_written_as_the_reference_writes_it(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_written_keys_are_the_rephased_raw_keys_bit_for_bit(dtype: torch.dtype) -> None:
     size = (2, 6, 3, 64)
-    rotation, (keys, spare, raw) = angles(6, 64), (arena[:, :6] for arena in slots(size, dtype))
-    qk_norm_rope_write(*rows(size, dtype), *weights(192, dtype), rotation, EPS, keys, spare, raw)
-    again = torch.empty_like(keys)
-    rephase_keys(raw[None], again[None], rotation)
-    assert_same_bits("keys", keys, again)
+    rotation, (keys, spare, raw), slots = angles(6, 64), arenas_of(size, dtype), scattered(6)
+    qk_norm_rope_write(*rows(size, dtype), *weights(192, dtype), rotation, EPS, keys, spare, raw, slots)
+    own = tokens_of(slots, 6)
+    again = torch.empty_like(keys[:, own])
+    rephase_keys(raw[:, own][None], again[None], rotation)
+    assert_same_bits("keys", keys[:, own], again)
 
 
-def test_slots_that_lie_head_first_in_memory_get_the_same_bits() -> None:
+def test_arenas_that_lie_head_first_in_memory_get_the_same_bits() -> None:
     results = []
     for head_first in (True, False):
-        arenas = [values(2, 3, 4, 64, seed=seed).transpose(1, 2) for seed in (5, 6, 7)]
+        arenas = [values(2, 3, 8, 64, seed=seed).transpose(1, 2) for seed in (5, 6, 7)]
         keys, spare, raw = arenas if head_first else [arena.contiguous() for arena in arenas]
-        q = qk_norm_rope_write(*rows((2, 4, 3, 64)), *weights(192), angles(4, 64), EPS, keys, spare, raw)
+        inputs = *rows((2, 4, 3, 64)), *weights(192), angles(4, 64), EPS
+        q = qk_norm_rope_write(*inputs, keys, spare, raw, torch.tensor([3, 0], device=DEVICE))
         results.append((q, keys, spare, raw))
     for name, own, other in zip(("q", "keys", "values", "raw"), *results, strict=True):
         assert_same_bits(name, own, other)
@@ -181,8 +199,9 @@ def test_qk_norm_rope_is_a_well_formed_op() -> None:
 @pytest.mark.parametrize("keep_raw", [True, False])
 def test_qk_norm_rope_write_is_a_well_formed_op(keep_raw: bool) -> None:
     size = (1, 2, 2, 64)
-    keys, spare, raw = (arena[:, :2] for arena in slots(size, torch.float32))
-    inputs = (*rows(size), *weights(128), angles(2, 64), EPS, keys, spare, raw if keep_raw else None)
+    keys, spare, raw = arenas_of(size, torch.float32)
+    arenas = keys, spare, raw if keep_raw else None
+    inputs = (*rows(size), *weights(128), angles(2, 64), EPS, *arenas, scattered(2))
     torch.library.opcheck(qk_norm_rope_write, inputs)
 
 
@@ -204,5 +223,5 @@ def test_an_odd_head_dim_is_refused() -> None:
 def test_chunk_of_the_engine_is_written_as_by_the_reference_on_the_gpu(
     size: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    test_slot_is_written_as_the_reference_writes_it(size, dtype, keep_raw=True)
+    test_frames_are_written_as_the_reference_writes_them(size, dtype, keep_raw=True)
     test_norm_rotation_and_gradients_agree_with_the_reference(size, dtype)

@@ -59,7 +59,7 @@ def test_first_chunk_over_the_cache_equals_the_bidirectional_pass():
     cache.begin_chunk(plan)
     latents = noise_of(0, 3)[0]
     tokens = model.forward_chunk(
-        latents, runner.step_modulations[0], model.text_keys_values(text_states()), cache, plan
+        latents, runner.steps[0].modulation, model.text_keys_values(text_states()), cache, plan
     )
     expected = model.forward_clip(latents, torch.tensor([1000.0]), text_states())
     assert relative_error(unpatchify(tokens, latents), expected) <= 1e-6

@@ -76,6 +76,9 @@ def test_a_model_with_its_ops_can_be_copied():
     assert copied.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist() == [[1.0] * 4]
 
 
+LEVEL = torch.zeros(1, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_every_check_takes_the_arguments_of_its_op_with_and_without_the_optional_ones(name):
     assert getattr(Ops, name).__doc__ == getattr(reference, name).__doc__
@@ -115,15 +118,28 @@ def test_every_check_takes_the_arguments_of_its_op_with_and_without_the_optional
             "the evicted chunk",
         ),
         (
-            lambda o: o.flow_step(torch.zeros(1, 1, 16), torch.zeros(1, 4, 1, 2, 2), 1, torch.zeros(1), 0.5),
+            lambda o: o.flow_step(
+                torch.zeros(1, 1, 16), torch.zeros(1, 4, 1, 2, 2), LEVEL, torch.zeros(1), LEVEL
+            ),
             "noise is",
+        ),
+        (
+            lambda o: o.flow_step(torch.zeros(1, 1, 16), torch.zeros(1, 4, 1, 2, 2), LEVEL.repeat(2)),
+            "sigmas do not fit",
         ),
         (
             lambda o: o.qk_norm_rope_write(
                 *[torch.zeros(1, 4, 8)] * 3, torch.ones(8), torch.ones(8), torch.zeros(2, 4, 4), 1e-6,
-                torch.zeros(1, 3, 1, 8), torch.zeros(1, 3, 1, 8), None,
+                *[torch.zeros(1, 6, 1, 4)] * 2, None, torch.zeros(2, dtype=torch.int64),
             ),
-            "the slot is",
+            "the arena is",
+        ),
+        (
+            lambda o: o.qk_norm_rope_write(
+                *[torch.zeros(1, 4, 8)] * 3, torch.ones(8), torch.ones(8), torch.zeros(2, 4, 4), 1e-6,
+                *[torch.zeros(1, 6, 1, 8)] * 2, None, torch.zeros(3, dtype=torch.int64),
+            ),
+            "slots are",
         ),
     ],
 )  # fmt: skip

@@ -84,16 +84,21 @@ def test_window_attention_reads_the_filled_part_only():
     torch.testing.assert_close(out, torch.einsum("bhts,bshe->bthe", scores.softmax(-1), values[:, :7]))
 
 
-def test_slot_write_keeps_rotated_and_raw_keys():
-    q, k, v = torch.randn(1, 6, 16), torch.randn(1, 6, 16), torch.randn(1, 6, 16)
-    weight = torch.randn(16)
-    table = rotary_table(8, torch.tensor([4]), 2, 3)
-    keys, values, raw = (torch.full((1, 6, 2, 8), float("nan")) for _ in range(3))
-    rotated_q = reference.qk_norm_rope_write(q, k, v, weight, weight, table, 1e-6, keys, values, raw)
+def test_every_frame_is_written_to_its_slot_rotated_and_raw():
+    q, k, v = torch.randn(1, 12, 16), torch.randn(1, 12, 16), torch.randn(1, 12, 16)
+    weight, slots = torch.randn(16), torch.tensor([2, 0])
+    table = rotary_table(8, torch.tensor([4, 5]), 2, 3)
+    keys, values, raw = (torch.full((1, 18, 2, 8), float("nan")) for _ in range(3))
+    rotated_q = reference.qk_norm_rope_write(q, k, v, weight, weight, table, 1e-6, keys, values, raw, slots)
     expected_q, expected_k = reference.qk_norm_rope(q, k, weight, weight, table, 2, 1e-6)
-    assert torch.equal(rotated_q, expected_q) and torch.equal(keys, expected_k)
-    assert torch.equal(values, v.view(1, 6, 2, 8))
-    assert torch.equal(reference.rotate(raw, table), keys)
+
+    def written(arena):
+        assert arena[:, 6:12].isnan().all()
+        return torch.cat([arena[:, 12:], arena[:, :6]], dim=1)
+
+    assert torch.equal(rotated_q, expected_q) and torch.equal(written(keys), expected_k)
+    assert torch.equal(written(values), v.view(1, 12, 2, 8))
+    assert torch.equal(reference.rotate(written(raw), table), written(keys))
 
 
 def test_split_ema_follows_float64_where_bf16_stands_still():
@@ -135,9 +140,20 @@ def test_flow_step_gives_x0_and_renoises_it():
     tokens = torch.randn(1, 6, 16)
     x, noise = torch.randn(1, 4, 1, 4, 6), torch.randn(1, 4, 1, 4, 6)
     flow = reference.unpatchify(tokens, x)
-    x0 = reference.flow_step(tokens, x, 0.8, None, 0.0)
+    sigma, following = torch.tensor([0.8], dtype=torch.float64), torch.tensor([0.3], dtype=torch.float64)
+    x0 = reference.flow_step(tokens, x, sigma)
     torch.testing.assert_close(x0, x - 0.8 * flow)
-    torch.testing.assert_close(reference.flow_step(tokens, x, 0.8, noise, 0.3), 0.7 * x0 + 0.3 * noise)
+    renoised = reference.flow_step(tokens, x, sigma, noise, following)
+    torch.testing.assert_close(renoised, 0.7 * x0 + 0.3 * noise)
+
+
+def test_flow_step_takes_a_level_for_every_frame():
+    tokens = torch.randn(1, 12, 16)
+    x, noise = torch.randn(1, 4, 2, 4, 6), torch.randn(1, 4, 2, 4, 6)
+    sigmas, following = torch.tensor([[0.8, 0.0], [0.3, 0.0]], dtype=torch.float64)
+    out = reference.flow_step(tokens, x, sigmas, noise, following)
+    alone = reference.flow_step(tokens[:, :6], x[:, :, :1], sigmas[:1], noise[:, :, :1], following[:1])
+    assert torch.equal(out[:, :, :1], alone) and torch.equal(out[:, :, 1:], x[:, :, 1:])
 
 
 def test_unpatchify_puts_channels_fastest():

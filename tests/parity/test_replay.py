@@ -209,7 +209,7 @@ def record(
             plan = cache.plan_chunk()
             cache.begin_chunk(plan)
             first = noise[:, index * frames : (index + 1) * frames].transpose(1, 2)
-            tokens = model.forward_chunk(first, runner.step_modulations[0], text, cache, plan)
+            tokens = model.forward_chunk(first, runner.steps[0].modulation, text, cache, plan)
             flows.append(model.ops.unpatchify(tokens, first))
             draws = torch.cat([first[None], renoise[index].transpose(2, 3)])
             latents.append(runner.advance(cache, plan, draws, text))

@@ -4,6 +4,7 @@ memory, or change what it runs."""
 import contextlib
 import dataclasses
 import gc
+import math
 
 import pytest
 import torch
@@ -29,6 +30,9 @@ SETTINGS = [
     CacheConfig(sink_precision="bf16"),
     CacheConfig(sink="frozen", positions="absolute"),
     CacheConfig(sink="none", sink_frames=0),
+    CacheConfig(window_frames=12, sink="frozen", memory_rates=(0.01, 0.1)),
+    CacheConfig(4, 18, "frozen", 6),
+    CacheConfig(sink="frozen", eviction="similarity"),
 ]
 
 
@@ -59,12 +63,14 @@ def test_a_chunk_reads_nothing_on_the_host_and_runs_the_same_ops_once_the_window
     model, cache = small_model(), small_cache(config)
     runner, text = small_runner(model), model.text_keys_values(text_states())
     ran = []
-    for chunk in range(config.window_chunks + 4):
+    period = math.lcm(config.past_frames, config.chunk_frames) // config.chunk_frames
+    first = config.filling_chunks + period  # until then rows of integers are still copied to the device
+    for chunk in range(first + 4):
         noise = noise_of(chunk, config.chunk_frames)
         with Watch() as watch:
             runner.advance(cache, cache.plan_chunk(), noise, text)
         ran.append(watch.ran)
-    steady = ran[config.window_chunks :]
+    steady = ran[first:]
     assert all(ops == steady[0] for ops in steady)
     assert len(steady[0]) > 100
 
@@ -84,7 +90,7 @@ def recorded_functions(monkeypatch, model, cache, text: TextKeysValues, device: 
     monkeypatch.setattr(chunk_runner, "CapturedCall", Given)
     monkeypatch.setattr(chunk_runner, "graph_pool", object)
     runner = small_runner(model, graphs=True)
-    for chunk in range(3 * cache.config.window_chunks):
+    for chunk in range(3 * cache.config.filling_chunks):
         noise = noise_of(chunk, cache.config.chunk_frames).to(device)
         runner.advance(cache, cache.plan_chunk(), noise, text)
     return functions
@@ -99,7 +105,7 @@ def test_recorded_functions_stay_on_the_device(config, monkeypatch):
     cache = StreamingKVCache(one_block, config, GRID, device="meta")
     text = model.text_keys_values(torch.empty(1, 8, one_block.text_dim, device="meta"))
     functions = recorded_functions(monkeypatch, model, cache, text, "meta")
-    assert len(functions) == config.window_chunks - config.sink_chunks
+    assert len(functions) == 1
     ran = []
     for function in functions:
         with Watch("meta") as watch:
@@ -151,7 +157,7 @@ def test_memory_of_the_cache_stays_where_it_is():
     runner, text = small_runner(model), model.text_keys_values(text_states())
 
     def places() -> dict[str, int]:
-        low = {f"low.{place}": low for place, low in enumerate(cache.policy.low)}
+        low = {f"low.{place}": low for place, low in enumerate(cache.evictor.low)}
         tensors = {
             name: value for name, value in vars(cache).items() if isinstance(value, torch.Tensor)
         } | low
@@ -160,7 +166,15 @@ def test_memory_of_the_cache_stays_where_it_is():
     before = places()
     for chunk in range(6):
         runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 3), text)
-    cache.load({name: value.clone() for name, value in cache.tensors().items()}, cache.slot_chunks, 6)
+    cache.load({name: value.clone() for name, value in cache.tensors().items()}, cache.position)
     cache.reset()
     assert places() == before
-    assert {"keys", "values", "raw_keys", "rotation", "filled_tokens", "low.0"} <= before.keys()
+    assert {
+        "keys",
+        "values",
+        "raw_keys",
+        "_rotation",
+        "query_rotation",
+        "write_slots",
+        "low.0",
+    } <= before.keys()

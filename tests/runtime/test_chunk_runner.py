@@ -19,8 +19,8 @@ CHUNKS = 7
 
 def visible_chunks(config: CacheConfig, chunk: int) -> list[int]:
     """Chunks that a chunk attends to while nothing was averaged."""
-    window = config.window_chunks - config.sink_chunks
-    sink = [earlier for earlier in range(config.sink_chunks) if earlier <= chunk]
+    window = config.past_frames // config.chunk_frames
+    sink = [earlier for earlier in range(config.sink_frames // config.chunk_frames) if earlier <= chunk]
     return sorted({*sink, *range(max(0, chunk - window + 1), chunk + 1)})
 
 
@@ -53,7 +53,7 @@ def test_streaming_equals_recomputation(config):
         plan = cache.plan_chunk()
         noise = noise_of(chunk, config.chunk_frames)
         cache.begin_chunk(plan)
-        tokens = model.forward_chunk(noise[0], runner.step_modulations[0], text, cache, plan)
+        tokens = model.forward_chunk(noise[0], runner.steps[0].modulation, text, cache, plan)
         streamed = unpatchify(tokens, noise[0])
         clip = torch.cat([*clean, noise[0]], dim=2)
         timesteps = torch.zeros(1, clip.shape[2])
@@ -146,6 +146,10 @@ def test_the_device_reads_how_much_each_chunk_sees():
     assert torch.equal(run(CacheConfig(), 6, other), run(CacheConfig(), 6, model))
 
 
+def by_frame(chunks: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    return dict(enumerate(torch.cat([chunks[chunk] for chunk in sorted(chunks)], dim=2).split(1, dim=2)))
+
+
 def test_recache_under_the_same_text_changes_nothing():
     for config in (
         CacheConfig(window_frames=15),
@@ -157,7 +161,7 @@ def test_recache_under_the_same_text_changes_nothing():
         for chunk in range(4):
             latents[chunk] = runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 3), text)
         before = {name: cache.chronological(getattr(cache, name)).clone() for name in ("keys", "values")}
-        runner.recache(cache, latents, text)
+        runner.recache(cache, by_frame(latents), text)
         for name, expected in before.items():
             assert relative_error(cache.chronological(getattr(cache, name)), expected) <= 3e-6
 
@@ -173,12 +177,12 @@ def test_recache_gives_the_window_the_new_text():
     latents = {}
     for chunk in range(6):
         latents[chunk] = runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 3), old)
-    sink = cache.values[:, :, : cache.sink_tokens].clone()
-    runner.recache(cache, latents, new)
-    assert torch.equal(cache.values[:, :, : cache.sink_tokens], sink)
-    assert cache.slot_chunks == [0, 3, 4, 5]
+    sink = cache.values[:, :, : 3 * GRID.frame_tokens].clone()
+    runner.recache(cache, by_frame(latents), new)
+    assert torch.equal(cache.values[:, :, : 3 * GRID.frame_tokens], sink)
+    assert cache.held == [0, 1, 2, *range(9, 18)]
     plan = cache.plan_chunk()
-    assert plan.slot == 1 and plan.evicts
+    assert plan.slots == (3, 4, 5) and plan.evicts
 
 
 def test_recache_makes_the_next_chunk_follow_the_new_text():
@@ -190,7 +194,7 @@ def test_recache_makes_the_next_chunk_follow_the_new_text():
         for chunk in range(5):
             latents[chunk] = runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 3), old)
         if recache:
-            runner.recache(cache, latents, new)
+            runner.recache(cache, by_frame(latents), new)
         return runner.advance(cache, cache.plan_chunk(), noise_of(9, 3), new)
 
     assert relative_error(last_chunk(True), last_chunk(False)) > 1e-4
@@ -201,7 +205,7 @@ def test_recache_without_the_latents_is_refused():
     runner, text = small_runner(model), model.text_keys_values(text_states())
     for chunk in range(3):
         runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 3), text)
-    with pytest.raises(ValueError, match="latents of chunk 1 are needed"):
+    with pytest.raises(ValueError, match="latents of frame 3 are needed"):
         runner.recache(cache, {}, text)
 
 

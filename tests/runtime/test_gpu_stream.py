@@ -83,7 +83,7 @@ def assert_equal(expected: list[Chunk], found: list[Chunk]) -> None:
 def test_on_a_cpu_overlapped_decoding_changes_no_bit() -> None:
     plain = with_runtime(small_pipeline(), PLAIN)
     overlapped = with_runtime(plain, replace(PLAIN, overlap=True))
-    chunks = plain.config.cache.window_chunks + 1
+    chunks = plain.config.cache.filling_chunks + 1
     assert_equal(list(scripted(plain, chunks)), list(scripted(overlapped, chunks)))
 
 

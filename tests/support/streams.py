@@ -29,6 +29,10 @@ class Stream:
             noise = noise.to(self.runner.model.dtype)
             self.latents[plan.chunk] = self.runner.advance(self.cache, plan, noise, self.text, on_step)
 
+    def recache(self) -> None:
+        clean = torch.cat([self.latents[chunk] for chunk in sorted(self.latents)], dim=2).split(1, dim=2)
+        self.runner.recache(self.cache, dict(enumerate(clean)), self.text)
+
     def state(self) -> dict[str, torch.Tensor]:
         latents = {f"latents.{chunk}": value for chunk, value in self.latents.items()}
         return latents | {name: value.clone() for name, value in self.cache.tensors().items()}

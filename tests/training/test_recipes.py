@@ -19,7 +19,7 @@ def test_re_dmd_differs_from_dmd_by_its_reward_alone():
 @pytest.mark.parametrize("recipe", [recipes.toy_dmd, recipes.wan_1_3b_reward_forcing])
 def test_every_stream_of_a_student_is_longer_than_the_window(recipe):
     config = recipe()
-    assert config.rollout.min_chunks > config.engine.cache.window_chunks
+    assert config.rollout.min_chunks > config.engine.cache.filling_chunks
 
 
 def test_wan_recipe_has_the_published_numbers():

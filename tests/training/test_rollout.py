@@ -98,9 +98,9 @@ class Unrolled:
 
     def evict(self) -> None:
         cache = self.config.cache
-        if len(self.past) < cache.window_chunks:
+        if len(self.past) * 3 < cache.window_frames:
             return
-        leaving = 1 if cache.sink_chunks else 0
+        leaving = 1 if cache.sink_frames else 0
         if cache.sink == "ema":
             self.past[0] = [
                 tuple(
@@ -112,7 +112,7 @@ class Unrolled:
         del self.past[leaving]
 
     def recache(self, text, chunks: list[torch.Tensor]) -> None:
-        sinks = self.config.cache.sink_chunks
+        sinks = self.config.cache.sink_frames // 3
         count = len(self.past) - sinks
         self.past = self.past[:sinks]
         for x0 in chunks[len(chunks) - count :]:
@@ -140,7 +140,7 @@ class Unrolled:
             with torch.no_grad():
                 clean = self.forward(x0.detach(), 0.0, text)[1]
             self.past.append(clean)
-            if len(self.past) > self.config.cache.window_chunks:
+            if len(self.past) * 3 > self.config.cache.window_frames:
                 raise AssertionError("a chunk too many in the window")
             chunks.append(x0)
         return torch.cat(chunks, 2)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rfengine.checkpoint.loader import save_weights
-from rfengine.config import ScheduleConfig, to_dict
+from rfengine.config import ScheduleConfig
+from rfengine.config_json import to_dict
 from rfengine.schedule import FlowSchedule, add_noise
 from rfengine.training.trajectories import TrajectoryFile, follow_flow, save_trajectories
 from support.models import small_model, text_states

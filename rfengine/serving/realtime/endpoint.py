@@ -245,8 +245,10 @@ class _Connection:
         path, recording = None, None
         if start.record:
             path, recording = library.new_recording(self._request_id, encoder.init_segment)
-        chunk_frames = self._service.pipeline.config.cache.chunk_frames
-        longest = chunk_frames * self._service.pipeline.config.vae.temporal_stride
+        cache = self._service.pipeline.config.cache
+        longest = (
+            max(cache.chunk_frames, cache.first_chunk) * self._service.pipeline.config.vae.temporal_stride
+        )
         hls = HlsPlaylist(encoder.fps, longest_frames=longest) if start.hls else None
         observe = self._endpoint.metrics.chunk_seconds["encode"].observe
         video = LiveVideo(
