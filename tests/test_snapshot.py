@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rfengine import Pipeline
-from rfengine.checkpoint.loader import save_weights
+from rfengine.checkpoint.loader import read_safetensors, save_weights
 from rfengine.checkpoint.tensor_file import read_header
 from rfengine.snapshot import Snapshot
 from support.models import small_pipeline
@@ -43,16 +43,22 @@ def with_tensors(snapshot: Snapshot, **values: object) -> Snapshot:
     return dataclasses.replace(snapshot, tensors=snapshot.tensors | values)
 
 
-def save_old(snapshot: Snapshot, path: Path) -> None:
+# written by rfengine before it counted frames: small_pipeline(), "a circle", seed 5, after four chunks
+FORMAT_3 = Path(__file__).parent / "snapshots" / "stream_format_3.safetensors"
+
+
+def save_old(path: Path, **values: object) -> None:
     """As format 2 was written, without a checksum."""
-    save_weights(path, snapshot.tensors, {"snapshot": json.dumps(snapshot.info | {"format": 2})})
+    tensors, metadata = read_safetensors(FORMAT_3)
+    info = json.loads(metadata["snapshot"]) | {"format": 2} | values
+    save_weights(path, tensors, {"snapshot": json.dumps(info)})
 
 
 def test_a_file_names_its_format_and_its_checksum(snapshot: Snapshot, tmp_path: Path) -> None:
     path = tmp_path / "stream.safetensors"
     snapshot.save(path)
     metadata = read_header(path)[1]
-    assert json.loads(metadata["snapshot"])["format"] == 3 and len(metadata["sha256"]) == 64
+    assert json.loads(metadata["snapshot"])["format"] == 4 and len(metadata["sha256"]) == 64
     loaded = Snapshot.load(path)
     assert loaded.info == snapshot.info and loaded.tensors.keys() == snapshot.tensors.keys()
     assert all(torch.equal(loaded.tensors[name], each) for name, each in snapshot.tensors.items())
@@ -93,27 +99,63 @@ def test_a_file_whose_checksum_is_lost_or_whose_format_is_made_old_is_refused(
     for metadata in (
         {"snapshot": text},
         {"snapshot": text, "sha256": "0" * 64},
-        {"snapshot": json.dumps(snapshot.info | {"format": 2}), "sha256": "0" * 64},
-        {"snapshot": json.dumps(snapshot.info | {"format": 2}), "sha255": "0" * 64},
     ):
         save_weights(path, snapshot.tensors, metadata)
         with pytest.raises(ValueError, match="is damaged: its content does not give its checksum"):
             Snapshot.load(path)
+    tensors, metadata = read_safetensors(FORMAT_3)
+    text = json.dumps(json.loads(metadata["snapshot"]) | {"format": 2})
+    for metadata in ({"snapshot": text, "sha256": "0" * 64}, {"snapshot": text, "sha255": "0" * 64}):
+        save_weights(path, tensors, metadata)
+        with pytest.raises(ValueError, match="is damaged: its content does not give its checksum"):
+            Snapshot.load(path)
 
 
-def test_an_old_file_loads_with_a_warning_and_continues_bit_for_bit(
-    pipe: Pipeline, snapshot: Snapshot, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_file_of_format_3_continues_as_the_stream_it_was_taken_of(
+    pipe: Pipeline, snapshot: Snapshot
+) -> None:
+    old = Snapshot.load(FORMAT_3)
+    assert old.info == snapshot.info and old.tensors.keys() == snapshot.tensors.keys()
+    for mode in ("soft", "recache"):
+        streams = [pipe.restore(each) for each in (old, snapshot)]
+        for stream in streams:
+            stream.set_prompt("a green square", mode)
+        found, expected = (next(stream).frames.astype(int) for stream in streams)
+        assert abs(found - expected).max() <= 1  # it was taken on another machine
+
+
+def test_a_file_without_a_checksum_loads_with_a_warning(
+    pipe: Pipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "old.safetensors"
-    save_old(snapshot, path)
+    save_old(path)
     with caplog.at_level(logging.WARNING):
         old = Snapshot.load(path)
     assert f"{path} has no checksum" in caplog.text
     frames = next(pipe.restore(old)).frames
-    assert numpy.array_equal(frames, next(pipe.restore(snapshot)).frames)
+    assert numpy.array_equal(frames, next(pipe.restore(Snapshot.load(FORMAT_3))).frames)
     old.save(path)
     caplog.clear()
-    assert Snapshot.load(path).info["format"] == 3 and not caplog.text
+    assert Snapshot.load(path).info["format"] == 4 and not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"slot_chunks": None}, "no counts of chunks"),
+        ({"slot_chunks": [0, 2, 2**40]}, "no counts of chunks"),
+        ({"next_chunk": "4"}, "no counts of chunks"),
+        ({"next_chunk": -1}, "no counts of chunks"),
+        ({"slot_chunks": [0, 3, 3]}, "which cannot be before frame 12"),
+        ({"next_chunk": 9}, "the snapshot lacks window_latents.7"),
+        ({"cache": 3}, "CacheConfig is 3"),
+    ],
+)
+def test_an_old_file_whose_values_are_none_is_refused(tmp_path: Path, values: dict, message: str) -> None:
+    save_old(tmp_path / "old.safetensors", **values)
+    with pytest.raises(ValueError, match="old.safetensors cannot be restored: ") as caught:
+        Snapshot.load(tmp_path / "old.safetensors")
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"format": NaN}', "[" * 5000, '{"format": 3, "format": 3}'])
@@ -132,10 +174,17 @@ WRONG = {
 }  # fmt: skip
 # what only the caller can know: any text is a prompt, any seed a seed, and how many chunks came before the
 # last hard switch is stated by index alone
-FREE = {("prompt", "text"), ("prompt", "empty text"), ("seed", "one")}
+FREE = {
+    ("prompt", "text"),
+    ("prompt", "empty text"),
+    ("seed", "one"),
+    ("first_timesteps", "list"),
+    ("decoded_frames", "one"),
+}
 FIELDS = (
-    "format", "fingerprint", "dtype", "decoder", "cache", "denoising_timesteps", "prompt", "seed", "height",
-    "width", "index", "next_chunk", "slot_chunks", "decoded_frames",
+    "format", "fingerprint", "dtype", "decoder", "cache", "denoising_timesteps", "first_timesteps", "rolling",
+    "prompt", "seed", "height", "width", "index", "next_chunk", "next_frame", "held", "joint_chunks",
+    "decoded_frames",
 )  # fmt: skip
 
 
@@ -153,14 +202,18 @@ def test_a_wrong_value_of_any_field_is_refused(pipe: Pipeline, snapshot: Snapsho
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"next_chunk": 5}, r"hold the chunks \[0, 3, 2\], which cannot be before chunk 5"),
-        ({"slot_chunks": [0, 2, 1]}, "cannot be before chunk 4"),
-        ({"slot_chunks": [0, 3, 3]}, "cannot be before chunk 4"),
-        ({"slot_chunks": [3, 0, 2]}, "cannot be before chunk 4"),
-        ({"slot_chunks": [0, 3, -1]}, "cannot be before chunk 4"),
-        ({"slot_chunks": [0, 3]}, "has 2 slots; this stream has 3"),
-        ({"decoded_frames": 11}, "decoded_frames is 11 after 4 chunks of 3 frames"),
-        ({"decoded_frames": 15}, "decoded_frames is 15 after 4 chunks of 3 frames"),
+        ({"next_frame": 15}, r"hold the frames \[0, 1, 2, 9, .*\], which cannot be before frame 15"),
+        ({"next_chunk": 13}, "12 latent frames cannot be in 13 chunks"),
+        ({"next_chunk": 3}, "12 latent frames cannot be in 3 chunks"),
+        ({"held": [0, 1, 2, 9, 10, 11, 3, 4, 5]}, "cannot be before frame 12"),
+        ({"held": [0, 1, 2, 9, 10, 11, 9, 10, 11]}, "cannot be before frame 12"),
+        ({"held": [9, 10, 11, 0, 1, 2, 6, 7, 8]}, "cannot be before frame 12"),
+        ({"held": [0, 1, 2, 9, 10, 11, -1, -1, -1]}, "cannot be before frame 12"),
+        ({"held": [0, 1, 2, 9]}, "has 4 slots; this stream has 9"),
+        ({"joint_chunks": 1}, "1 chunks are in flight, of 0 joint frames"),
+        ({"decoded_frames": 15}, "decoded_frames is 15 after 12 latent frames"),
+        ({"given_frames": 3}, "given_frames is 3 of a chunk of 3"),
+        ({"given_frames": 1}, "the snapshot lacks given_latents"),
         ({"index": 3}, "index is 3 and 4 chunks were handed out"),
         ({"height": 48}, r"cache.keys of the snapshot is .*; this stream needs"),
         ({"height": 65520, "width": 65520}, "height is 65520 pixels; use at most 8192"),
@@ -197,7 +250,7 @@ def test_every_tensor_is_compared_with_what_the_stream_expects(pipe: Pipeline, s
         for damaged in (lacking, *(with_tensors(snapshot, **{name: each}) for each in wrong)):
             with pytest.raises(ValueError, match="snapshot"):
                 pipe.restore(damaged)
-    for name in ("cache.more", "decoder.more", "window_latents.0", "window_latents.01", "ahead.frames", "x"):
+    for name in ("cache.more", "decoder.more", "window_latents.0", "given_latents", "ahead.frames", "x"):
         with pytest.raises(ValueError, match="snapshot"):
             pipe.restore(with_tensors(snapshot, **{name: torch.zeros(2)}))
 
@@ -237,7 +290,7 @@ def test_a_recached_window_and_a_hard_switch_are_consistent(pipe: Pipeline) -> N
         pass
     stream.set_prompt("a green square", "recache")
     snapshot = stream.snapshot()
-    assert snapshot.info["slot_chunks"] == [0, 2, 3]
+    assert snapshot.info["held"] == [0, 1, 2, *range(6, 12)]
     assert numpy.array_equal(next(pipe.restore(snapshot)).frames, next(stream).frames)
     stream.set_prompt("a red square", "hard")
     restored = pipe.restore(stream.snapshot())

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rfengine.cache.eviction import Evictor
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.cache.sink_policy import EMASink
+from rfengine.cache.sink_policy import Fold
 from rfengine.config import CacheConfig, ScheduleConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
@@ -113,14 +114,18 @@ def test_average_applied_one_forward_late_is_seen(monkeypatch: pytest.MonkeyPatc
     forward = WanDiT.forward_chunk
 
     def hold(
-        self: EMASink, raw: Tensor, rotated: Tensor, values: Tensor, rotation: Tensor, leaving: int
+        self: Evictor, raw: Tensor, rotated: Tensor, values: Tensor, rotation: Tensor, folds: tuple[Fold, ...]
     ) -> None:
         reference.rephase_keys(raw, rotated, rotation)
-        sink, chunk = slice(0, self.sink_tokens), slice(leaving, leaving + self.sink_tokens)
-        left = (raw[:, :, chunk].clone(), values[:, :, chunk].clone())  # the slot is overwritten meanwhile
+        (fold,) = folds
+        sink, source = (
+            slice(first * self.frame_tokens, (first + fold.count) * self.frame_tokens)
+            for first in (fold.target, fold.source)
+        )
+        left = (raw[:, :, source].clone(), values[:, :, source].clone())  # overwritten meanwhile
 
         def evict() -> None:
-            reference.ema_evict(raw[:, :, sink], values[:, :, sink], *self.low, *left, self.alpha)
+            reference.ema_evict(raw[:, :, sink], values[:, :, sink], *self.low, *left, fold.keep)
             reference.rephase_keys(raw, rotated, rotation)
 
         held.append(evict)
@@ -131,7 +136,7 @@ def test_average_applied_one_forward_late_is_seen(monkeypatch: pytest.MonkeyPatc
             held.pop()()
         return tokens
 
-    monkeypatch.setattr(EMASink, "evict", hold)
+    monkeypatch.setattr(Evictor, "evict", hold)
     monkeypatch.setattr(WanDiT, "forward_chunk", forward_then_evict)
     report = replay(EMA)
     assert not report.ok

@@ -1,11 +1,7 @@
 """The runner against recomputation of the whole clip, and the properties of a long stream."""
 
-import gc
-from contextlib import nullcontext
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfengine.accuracy import relative_error
 from rfengine.config import CacheConfig, WanConfig
@@ -240,43 +236,3 @@ def test_a_step_callback_may_replace_the_latents():
     out = runner.advance(cache, cache.plan_chunk(), noise_of(0, 3), text, on_step)
     assert seen == [(0, 1000.0), (1, pytest.approx(833.3333))]
     assert torch.equal(out, torch.zeros_like(out))
-
-
-def live_tensor_bytes() -> int:
-    gc.collect()
-    tensors = (item for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
-    return sum(tensor.nbytes for tensor in tensors if tensor.layout == torch.strided)
-
-
-class Work(TorchDispatchMode):
-    """The operators that ran, each with the elements that it wrote: what a chunk's time follows from."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.done: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.done.append((str(func), out.numel() if isinstance(out, torch.Tensor) else 0))
-        return out
-
-
-@pytest.mark.slow
-def test_work_and_memory_stay_flat_over_200_chunks():
-    model = small_model(WanConfig(12, 12, 1, 1, text_dim=16, text_len=8, freq_dim=16, in_dim=4, out_dim=4))
-    from rfengine.cache.kv_cache import StreamingKVCache
-    from rfengine.grid import LatentGrid
-
-    config, grid = CacheConfig(1, 3, "ema", 1), LatentGrid(16, 16)
-    cache, runner = StreamingKVCache(model.config, config, grid), small_runner(model)
-    text = model.text_keys_values(text_states())
-    noise = torch.randn(2, 1, 4, 1, 2, 2)
-    work, sizes = {}, []
-    for chunk in range(200):
-        with Work() if chunk in (49, 199) else nullcontext() as counted:
-            runner.advance(cache, cache.plan_chunk(), noise, text)
-        if counted:
-            work[chunk] = counted.done
-            sizes.append(live_tensor_bytes())
-    assert sizes[1] == sizes[0]
-    assert len(work[49]) > 100 and work[199] == work[49]

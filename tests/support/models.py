@@ -28,6 +28,7 @@ SMALL_VAE = VAEConfig(
     latents_mean=(0.1,) * 4,
     latents_std=(1.2,) * 4,
 )
+TWO_STEPS = ScheduleConfig(denoising_steps=(1000, 500))
 GRID = LatentGrid(32, 48)  # 2 x 3 tokens in a frame
 
 
@@ -63,22 +64,29 @@ def text_states(seed: int = 0) -> torch.Tensor:
     return torch.randn(1, SMALL.text_len, SMALL.text_dim, generator=torch.Generator().manual_seed(seed))
 
 
-def small_config(cache: CacheConfig | None = None, vae_config: VAEConfig = SMALL_VAE) -> EngineConfig:
+def small_config(
+    cache: CacheConfig | None = None,
+    vae_config: VAEConfig = SMALL_VAE,
+    schedule: ScheduleConfig = TWO_STEPS,
+) -> EngineConfig:
     """That of small_pipeline, which takes seconds to import what builds its text encoder."""
     return EngineConfig(
         "small", dataclasses.replace(SMALL, text_len=64), vae_config,
         TextConfig(259, 16, 16, 24, 2, 1, tokenizer="bytes"), cache or CacheConfig(),
-        ScheduleConfig(denoising_steps=(1000, 500)),
+        schedule,
         GRID.latent_height * vae_config.spatial_stride, GRID.latent_width * vae_config.spatial_stride,
     )  # fmt: skip
 
 
 def small_pipeline(
-    cache: CacheConfig | None = None, seed: int = 0, vae_config: VAEConfig = SMALL_VAE
+    cache: CacheConfig | None = None,
+    seed: int = 0,
+    vae_config: VAEConfig = SMALL_VAE,
+    schedule: ScheduleConfig = TWO_STEPS,
 ) -> Pipeline:
     """A whole pipeline with random weights, two denoising steps, a byte tokenizer and 2 x 3 tokens a frame,
     32 x 48 pixels of the usual VAE."""
-    config = small_config(cache, vae_config)
+    config = small_config(cache, vae_config, schedule)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae = WanVAE(vae_config).eval().requires_grad_(False)
