@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.checkpoint.systems import SystemName, configured
 from rfengine.clip import ClipMode
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.costs.memory import memory_needs, require_stream_fits, stream_bytes
@@ -85,6 +86,7 @@ class Pipeline:
         *,
         text_device: str | torch.device | None = None,
         text_cache: str | Path | None = None,
+        system: SystemName | None = None,
         cache: CacheConfig | None = None,
         backend: Backend | None = None,
         runtime: RuntimeConfig | None = None,
@@ -94,14 +96,15 @@ class Pipeline:
 
         device: "cuda" where there is one, else "cpu". dtype: bfloat16 on CUDA, else float32. text_device:
         of the text encoder; "cpu" keeps it off the GPU. text_cache: directory that keeps text states by
-        prompt. cache, backend, runtime: replace the checkpoint's own.
+        prompt. system: the cache and the denoising steps of a published system, in place of the
+        checkpoint's; cache, backend, runtime: replace its own.
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs,
         RuntimeError when the backend or a part of the runtime cannot run on the device.
         """
         target = present_device(device)
         number = dtype_of(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-        config = checkpoint.config
+        config = checkpoint.config if system is None else configured(checkpoint.config, system)
         if cache is not None:
             config = replace(config, cache=cache)
         if runtime is not None:

@@ -38,9 +38,9 @@ from rfengine.checkpoint.shapes import (
     shapes_of,
     stated_heads,
 )
+from rfengine.checkpoint.systems import SYSTEMS, SystemName, configured, named_system
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
 from rfengine.config import (
-    CacheConfig,
     DTypeName,
     EngineConfig,
     VAEConfig,
@@ -50,20 +50,7 @@ from rfengine.files import absence, new_directory, reserved
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["auto", "wan", "reward-forcing", "self-forcing", "longlive"]
-
-CACHES: dict[str, CacheConfig] = {
-    "wan": CacheConfig(),
-    "reward-forcing": CacheConfig(),
-    "self-forcing": CacheConfig(window_frames=21, sink="none", sink_frames=0, positions="absolute"),
-    "longlive": CacheConfig(window_frames=12, sink="frozen", sink_frames=3, positions="absolute"),
-}
-_KINDS_IN_NAMES = {
-    "rewardforcing": "reward-forcing",
-    "selfforcing": "self-forcing",
-    "odeinit": "self-forcing",
-    "longlive": "longlive",
-}
+Kind = Literal["auto"] | SystemName
 
 
 @dataclass(slots=True)
@@ -97,7 +84,8 @@ def convert(
     the scale that its alphas, the adapter_config.json beside it or its header state, else at 1.
     dtype: of every floating-point tensor written; none is kept wider.
     use_ema: take generator_ema where a pickle has it.
-    kind: which cache the checkpoint was trained for; auto goes by the name of the source (CACHES has them).
+    kind: the system that the checkpoint was trained for, with its cache and its denoising steps
+    (systems.SYSTEMS); auto goes by the name of the source.
     Raises ValueError for a source that is damaged, unknown or does not fit its base, and for a destination
     that is in use; RuntimeError while another conversion writes it, when it cannot be written, or when torch
     is too old to read a pickle.
@@ -202,26 +190,25 @@ def _base_heads(base: Path | None, shapes: Mapping[str, tuple[int, ...]]) -> dic
 
 
 def _resolve_kind(kind: Kind, source: Path) -> str:
-    """The key of CACHES to use, or an empty string to keep the cache of an rfengine directory."""
-    if kind in CACHES:
+    """The key of SYSTEMS to use, or an empty string to keep the configuration of an rfengine directory."""
+    if kind in SYSTEMS:
         return kind
     if kind != "auto":
-        raise ValueError(f"kind is {kind!r}; use one of auto, {', '.join(CACHES)}")
+        raise ValueError(f"kind is {kind!r}; use one of auto, {', '.join(SYSTEMS)}")
     layout = CheckpointDirectory.of(inner_directory(source)).layout if source.is_dir() else ""
     if layout == "rfengine":
         return ""
     path = Path(os.path.abspath(source))  # as given: in a cache links lead to files named by their hashes
     # a snapshot, named by a hash too, is in the folder of its repository
     given = path.parent.parent if path.parent.name == "snapshots" else path
-    name = given.name.lower().replace("-", "").replace("_", "")
-    named = {found for part, found in _KINDS_IN_NAMES.items() if part in name}
-    if len(named) == 1:
-        return named.pop()
-    if layout and not named:
+    folders = "/".join(given.parts[-3:]) if source.is_file() else ""  # as in framewise/causal_forcing.pt
+    if named := named_system(given.name) or named_system(folders):
+        return named
+    if layout and not any(word in given.name.lower() for word in ("forcing", "longlive")):
         return "wan"
     raise ValueError(
-        f"the name {source.name} does not tell which cache the checkpoint was trained for; "
-        f"give kind, one of {', '.join(CACHES)}"
+        f"the name {source.name} does not tell which system the checkpoint was trained for; "
+        f"give kind, one of {', '.join(SYSTEMS)}"
     )
 
 
@@ -247,9 +234,9 @@ def _target_config(checkpoint: _Checkpoint, kind: str) -> EngineConfig:
             f"{error}; give a base whose VAE and text encoder belong to this transformer"
         ) from error
     if own is None:
-        return replace(inferred, cache=CACHES[kind])
+        return configured(inferred, kind)
     kept = replace(own, model=model, vae=inferred.vae, tiny_vae=inferred.tiny_vae, text=inferred.text)
-    return replace(kept, name=inferred.name, cache=CACHES[kind]) if kind else kept
+    return configured(replace(kept, name=inferred.name), kind) if kind else kept
 
 
 def _warn(kind: str, checkpoint: _Checkpoint, lora: Path | str | None) -> None:

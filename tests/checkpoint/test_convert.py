@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import json
 import logging
@@ -15,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rfengine.checkpoint.checkpoint import Checkpoint, write_config
-from rfengine.checkpoint.convert import CACHES, _resolve_kind, convert
+from rfengine.checkpoint.convert import _resolve_kind, convert
 from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import read_manifest, verify
 from rfengine.checkpoint.shapes import expected_shapes
+from rfengine.checkpoint.systems import SYSTEMS
 from rfengine.config import PRESETS, CacheConfig, EngineConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.files import reserved
 from rfengine.models.dit import WanDiT
@@ -126,13 +128,49 @@ def test_generator_file_takes_the_rest_from_its_base(
     convert(tmp_path / name, tmp_path / "out", base=wan_directory)
     assert_holds(tmp_path / "out", parts)
     config = config_of(tmp_path / "out")
-    assert config.cache == CACHES[kind] and config.name == f"{kind}-dim128-layers2"
+    assert config.cache == SYSTEMS[kind].cache and config.name == f"{kind}-dim128-layers2"
 
 
-def test_caches_are_those_the_checkpoints_were_trained_for() -> None:
-    assert CACHES["reward-forcing"] == CacheConfig(3, 9, "ema", 3, positions="relative")
-    assert CACHES["self-forcing"] == CacheConfig(3, 21, "none", 0, positions="absolute")
-    assert CACHES["longlive"] == CacheConfig(3, 12, "frozen", 3, positions="absolute")
+@pytest.mark.parametrize("kind", SYSTEMS)
+def test_a_checkpoint_of_every_system_gets_its_cache_and_its_steps(
+    kind: str, parts: Parts, wan_directory: Path, tmp_path: Path
+) -> None:
+    torch.save({"generator_ema": prefixed(parts["transformer"])}, tmp_path / "model.pt")
+    convert(tmp_path / "model.pt", tmp_path / "out", base=wan_directory, kind=kind)
+    config, system = config_of(tmp_path / "out"), SYSTEMS[kind]
+    assert config.cache == system.cache
+    assert config.schedule.denoising_steps == (system.steps or (1000, 750, 500, 250))
+    assert (config.schedule.first_steps, config.schedule.rolling) == (system.first_steps, system.rolling)
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"),
+    [
+        ("chunkwise/causal_forcing.pt", "causal-forcing"),
+        ("framewise/causal_forcing.pt", "causal-forcing-framewise"),
+        ("causal-forcing++/framewise-2step.pt", "causal-forcing-2-step"),
+        ("causal-forcing++/framewise-1step.pt", "causal-forcing-1-step"),
+        ("chunkwise/longvideo.pt", "causal-forcing-long"),
+        ("checkpoints/one_forcing.pt", "one-forcing"),
+        ("rolling_forcing_dmd.pt", "rolling-forcing"),
+        ("WaveForcing-1.3B/4step/model.safetensors", "wave-forcing-4-step"),
+        ("WaveForcing-1.3B/5step/model.safetensors", "wave-forcing-5-step"),
+        ("WaveForcing-T2V-1.3B-5step-Preview/model.safetensors", "wave-forcing-5-step"),
+    ],
+)
+def test_a_system_is_told_by_the_published_names(file: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "downloads" / "here" / file
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert _resolve_kind("auto", path) == kind
+
+
+@pytest.mark.parametrize("file", ["causal_forcing.pt", "model.pt", "longlive/reward_forcing_longlive.pt"])
+def test_a_name_that_tells_no_system_or_two_is_refused(file: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    with refused("does not tell which system the checkpoint was trained for; give kind, one of wan, reward"):
+        _resolve_kind("auto", tmp_path / file)
 
 
 def test_generator_is_taken_when_ema_is_not_wanted(parts: Parts, wan_directory: Path, tmp_path: Path) -> None:
@@ -224,7 +262,9 @@ def test_own_settings_of_a_base_are_kept(tmp_path: Path) -> None:
     convert(tmp_path / "model.pt", tmp_path / "out", base=base, kind="reward-forcing")
     config = config_of(tmp_path / "out")
     assert (config.model.num_heads, config.vae, config.text) == (tiny.model.num_heads, tiny.vae, tiny.text)
-    assert (config.height, config.width, config.schedule) == (tiny.height, tiny.width, tiny.schedule)
+    assert (config.height, config.width) == (tiny.height, tiny.width)
+    steps = SYSTEMS["reward-forcing"].steps  # they are the student's, which the base is not
+    assert config.schedule == dataclasses.replace(tiny.schedule, denoising_steps=steps)
     assert not (tmp_path / "out" / "tokenizer").exists()
 
 
@@ -254,12 +294,12 @@ def test_kind_is_never_guessed(
     with refused(message):
         convert(source, tmp_path / "out", base=wan_directory)
     both = write_file(tmp_path / "longlive-from-self-forcing.safetensors", parts["transformer"])
-    with refused("does not tell which cache"):
+    with refused("does not tell which system"):
         convert(both, tmp_path / "out", base=wan_directory)
     with refused("kind is 'causvid'; use one of auto, wan, reward-forcing"):
         convert(source, tmp_path / "out", base=wan_directory, kind="causvid")
     convert(source, tmp_path / "out", base=wan_directory, kind="longlive")
-    assert config_of(tmp_path / "out").cache == CACHES["longlive"]
+    assert config_of(tmp_path / "out").cache == SYSTEMS["longlive"].cache
 
 
 def test_wrong_tensors_and_values_are_listed_and_nothing_is_written(
@@ -315,7 +355,7 @@ def test_links_of_a_cache_are_read_by_the_names_they_have(
     for base in (snapshot, repository):
         convert(student, tmp_path / "out", base=base)
         assert_holds(tmp_path / "out", parts)
-        assert config_of(tmp_path / "out").cache == CACHES["self-forcing"]
+        assert config_of(tmp_path / "out").cache == SYSTEMS["self-forcing"].cache
         shutil.rmtree(tmp_path / "out")
 
 
@@ -415,7 +455,7 @@ def test_a_tiny_decoder_is_added_to_its_base_and_loads_by_name(
     assert_holds(tmp_path / "out", parts)
     checkpoint = Checkpoint.open(tmp_path / "out")
     config = checkpoint.config
-    assert (config.tiny_vae, config.cache) == (TINY_VAE, CACHES["wan"])
+    assert (config.tiny_vae, config.cache) == (TINY_VAE, SYSTEMS["wan"].cache)
     decoder = checkpoint.load(lambda: TinyVAE(config.tiny_vae), "tiny_vae", torch.float32)
     for name, value in decoder.state_dict().items():
         assert torch.equal(value, tensors[name].bfloat16().float())
@@ -428,7 +468,7 @@ def test_a_tiny_decoder_in_a_base_comes_along(tmp_path: Path, wan_directory: Pat
     torch.save(prefixed(parts["transformer"]), tmp_path / "rewardforcing.pt")
     convert(tmp_path / "rewardforcing.pt", tmp_path / "out", base=base)
     assert_holds(tmp_path / "out", {"tiny_vae": tensors})
-    assert config_of(tmp_path / "out").cache == CACHES["reward-forcing"]
+    assert config_of(tmp_path / "out").cache == SYSTEMS["reward-forcing"].cache
     convert(tmp_path / "out", tmp_path / "again")
     assert config_of(tmp_path / "again") == config_of(tmp_path / "out")
     assert_holds(tmp_path / "again", {"tiny_vae": tensors})
