@@ -31,6 +31,7 @@ from rfengine.limits import as_integer, shown
 from rfengine.memory import require_memory
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.vae import WanVAE
+from rfengine.prompts import Prompt, prompt_line
 from rfengine.runtime.decoders import OpenDecoder, full_opener, opener, require_decoder, tier_of
 from rfengine.runtime.engine import Engine
 from rfengine.runtime.options import decode_device, dtype_of, present_device, tuned_ops
@@ -155,7 +156,7 @@ class Pipeline:
 
     def stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         *,
         seed: SupportsIndex = 0,
         height: int | None = None,
@@ -173,7 +174,8 @@ class Pipeline:
         devices = (self.model.device, self._engine.queue.device)
         require_stream_fits(self.config, grid, self.model.dtype, devices)
         with self._engine.turns, own_state():
-            stream = VideoStream(self._engine, grid, prompt, self._engine.encode_text(prompt), number)
+            states = self._engine.encode_text(prompt)
+            stream = VideoStream(self._engine, grid, prompt_line(prompt), states, number)
             if start_frames is not None:
                 stream.continue_from(start_frames, start_mode)
         return stream
@@ -205,7 +207,7 @@ class Pipeline:
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         seconds: float | None = None,
         num_frames: int | None = None,
         height: int | None = None,

@@ -23,13 +23,14 @@ from rfengine.config import CacheConfig, WanConfig
 from rfengine.config_json import from_dict
 from rfengine.files import strict_json
 from rfengine.grid import LatentGrid
+from rfengine.host_state import ordinary
 from rfengine.limits import Range, check_value, shown
 from rfengine.older_snapshot import OLDER_FORMATS, upgraded
+from rfengine.prompt_blend import MOST_TRANSITION_CHUNKS, Interpolation, TextTransition
 from rfengine.schedule import MAX_SEED
 
 logger = logging.getLogger(__name__)
 
-MOST_TRANSITION_CHUNKS = 1000  # of a change of the prompt
 SNAPSHOT_FORMAT = 4
 _WITHOUT_CHECKSUM = 2  # an older format, the same but for the checksum
 _Count = Annotated[int, Range(0, 2**31 - 1)]
@@ -43,10 +44,12 @@ _FIELDS = {
     "held": Annotated[tuple[int, ...], Range(-1, 2**31 - 1)], "joint_chunks": _Count,
     "decoded_frames": _Count,
     "transition_chunks": Annotated[int, Range(1, MOST_TRANSITION_CHUNKS)],
+    "transition_step": Annotated[int, Range(0, MOST_TRANSITION_CHUNKS - 1)], "interpolation": Interpolation,
     "given_frames": Annotated[int, Range(1, 64)],
 }  # fmt: skip
-# there while the text states go to those of a new prompt, and while the next chunk begins with given frames
-_OPTIONAL = ("transition_chunks", "given_frames")
+# there while the text states go to those of a new prompt, and while the next chunk begins with given frames,
+# and what stands for them elsewhere; older formats count in transition_chunks those that are left
+_OPTIONAL = {"transition_chunks": 0, "transition_step": 0, "interpolation": "linear", "given_frames": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,9 @@ class StreamInfo:
     """What a snapshot says of its stream beside the tensors; every field is of its type and in its range.
 
     index: of the next chunk that the caller gets. position: of the cache, counted from the last hard switch.
-    ahead: whether the chunk before it is denoised and was not handed out. transition_chunks: how many of the
-    next chunks take the text states to those of the prompt; 0 where they are there. given_frames: latent
-    frames with which the next chunk begins as they are.
+    ahead: whether the chunk before it is denoised and was not handed out. transition_chunks: of the way of
+    the text states to those of the prompt, 0 where they are there; transition_step: those that are done.
+    given_frames: latent frames with which the next chunk begins as they are.
     """
 
     prompt: str
@@ -69,6 +72,8 @@ class StreamInfo:
     cache: CacheConfig
     ahead: bool
     transition_chunks: int
+    transition_step: int
+    interpolation: Interpolation
     given_frames: int
 
     @property
@@ -97,6 +102,10 @@ class StreamInfo:
             raise ValueError(f"given_frames is {self.given_frames} of a chunk of {self.cache.chunk_frames}")
         if self.index < begun:
             raise ValueError(f"index is {self.index} and {begun} chunks were handed out")
+        if self.transition_step >= max(self.transition_chunks, 1):
+            raise ValueError(
+                f"transition_step is {self.transition_step} of {self.transition_chunks} transition_chunks"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,13 +175,13 @@ class Snapshot:
                 raise ValueError(f"the snapshot has {shown(name)}, which no stream has; take it again")
             check_value(f"the snapshot's {name}", value, _FIELDS[name])
         try:
+            values = _OPTIONAL | values
             values |= {
                 "cache": from_dict(CacheConfig, values["cache"]),
                 "ahead": "ahead.frames" in self.tensors,
                 "position": CachePosition(
                     values["next_chunk"], values["next_frame"], values["held"], values["joint_chunks"]
                 ),
-                **{name: values.get(name, 0) for name in _OPTIONAL},
             }
             info = StreamInfo(**{name: values[name] for name in StreamInfo.__dataclass_fields__})
             info.check()
@@ -213,6 +222,14 @@ class Snapshot:
         prefix = f"{name}."
         return {key[len(prefix) :]: tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
 
+    def transition(self, info: StreamInfo, device: torch.device) -> TextTransition | None:
+        """The way of the text states to those of the prompt, on `device`; None where they are there."""
+        if not info.transition_chunks:
+            return None
+        names = ("text_start" if info.transition_step else "text_states", "text_target")
+        start, target = (ordinary(self.tensors[name]).to(device) for name in names)
+        return TextTransition(start, target, info.transition_chunks, info.interpolation, info.transition_step)
+
 
 def expected_tensors(
     info: StreamInfo, model: WanConfig, grid: LatentGrid, dtype: torch.dtype
@@ -229,6 +246,8 @@ def expected_tensors(
     shapes["text_states"] = (1, model.text_len, model.text_dim)
     if info.transition_chunks:
         shapes["text_target"] = shapes["text_states"]
+    if info.transition_step:
+        shapes["text_start"] = shapes["text_states"]
     expected = {f"cache.{name}": tensor for name, tensor in cache.tensors().items()}
     expected |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     if info.ahead:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,18 +19,17 @@ from rfengine.clip import ClipMode, clip_pixels, split_clip
 from rfengine.cuda_graph import made_current
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
-from rfengine.limits import Range, as_integer
 from rfengine.models.decoder import reset_state
+from rfengine.prompt_blend import Interpolation, TextTransition, checked_chunks
+from rfengine.prompts import Prompt, PromptMode, prompt_line
 from rfengine.runtime.chunk_runner import StepCallback
 from rfengine.runtime.decode_worker import DecodedFrames, DecodeWorker, StreamFrames, finished
 from rfengine.runtime.engine import Engine
 from rfengine.schedule import chunk_noise
-from rfengine.snapshot import MOST_TRANSITION_CHUNKS, SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
+from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
 
 if TYPE_CHECKING:
     from numpy import ndarray
-
-PromptMode = Literal["soft", "recache", "hard"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ class VideoStream:
         self._window_latents: dict[int, Tensor] = {}  # clean, by frame: a switch may recompute the window
         self._given: Tensor | None = None  # latents with which the next chunk begins as they are
         self._ahead: _Computed | None = None
-        self._transition: tuple[Tensor, int] | None = None  # text states to come to, in so many chunks
+        self._transition: TextTransition | None = None  # to the text states of the prompt
         self._drawn: dict[int, Tensor] = {}  # noise on the host of a chunk to come
         self._handed_out = False  # a chunk, since the start of this video
 
@@ -153,17 +152,17 @@ class VideoStream:
             raise
 
     def _set_text(self, prompt: str, text_states: Tensor) -> None:
-        text = self._engine.model.text_keys_values(text_states.to(self._engine.model.device))
+        text_states = text_states.to(self._engine.model.device)
+        text = self._engine.model.text_keys_values(text_states)
         self.prompt, self._text_states, self._text = prompt, text_states, text
         self._transition = None
 
     def _continue_transition(self) -> None:
-        """One of the equal steps of the text states to those of a new prompt, which the last step reaches."""
+        """Take one of the steps of the text states to those of a new prompt, which the last step reaches."""
         if self._transition is not None:
-            target, chunks = self._transition
-            step = (target - self._text_states) / chunks
-            self._set_text(self.prompt, target if chunks == 1 else self._text_states + step)
-            self._transition = None if chunks == 1 else (target, chunks - 1)
+            transition = self._transition.advanced()
+            self._set_text(self.prompt, transition.states())
+            self._transition = None if transition.ended else transition
 
     @property
     def num_steps(self) -> int:
@@ -288,7 +287,13 @@ class VideoStream:
             self._ahead = None
             self._worker.close()
 
-    def set_prompt(self, text: str, mode: PromptMode = "soft", transition_chunks: int = 1) -> None:
+    def set_prompt(
+        self,
+        prompt: Prompt,
+        mode: PromptMode = "soft",
+        transition_chunks: int = 1,
+        interpolation: Interpolation = "linear",
+    ) -> None:
         """Change the prompt from the next chunk on; where a chunk is ahead (class docstring), from the one
         after it, since it is there already.
 
@@ -296,23 +301,21 @@ class VideoStream:
         window's keys and values under the new text, from the clean latents kept for it, as LongLive does.
         "hard" restarts the video: output equals a new stream with this prompt and seed, what was ahead is
         dropped, and FrameChunk.index keeps counting.
-        transition_chunks, with "soft": the text states go to the new prompt's in as many equal steps, one
-        before each of the next chunks; 1 is at once.
+        prompt: of several texts with weights the weighted mean of their text states is taken (prompt_blend).
+        transition_chunks, with "soft": the text states go from the present ones to the new prompt's in as
+        many steps, one before each of the next chunks, by `interpolation` at k/n of the way; 1 is at once.
         """
-        if mode not in ("soft", "recache", "hard"):
-            raise ValueError(f"mode is {mode!r}; use 'soft', 'recache' or 'hard'")
-        chunks = as_integer("transition_chunks", transition_chunks, Range(1, MOST_TRANSITION_CHUNKS))
-        if chunks > 1 and mode != "soft":
-            raise ValueError(f"transition_chunks is {chunks} and mode is {mode!r}; a transition is 'soft'")
+        chunks = checked_chunks(mode, transition_chunks, interpolation)
         with self._turn():
-            text_states = self._engine.encode_text(text)
+            line, text_states = prompt_line(prompt), ordinary(self._engine.encode_text(prompt))
             with self._closed_on_error(), self._computing():
                 if mode == "hard":
                     self._restart()
                 if chunks > 1:
-                    self.prompt, self._transition = text, (ordinary(text_states), chunks)
+                    way = TextTransition(self._text_states, text_states, chunks, interpolation)
+                    self.prompt, self._transition = line, way
                     return
-                self._set_text(text, text_states)
+                self._set_text(line, text_states)
                 if mode == "recache":
                     self._engine.runner.recache(self._cache, self._window_latents, self._text)
 
@@ -376,7 +379,7 @@ class VideoStream:
                     tensors["ahead.frames"] = torch.from_numpy(self._ahead.frames.result().frames)
                 tensors["text_states"] = self._text_states
                 if self._transition is not None:
-                    tensors["text_target"] = self._transition[0]
+                    tensors |= self._transition.tensors()
                 copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
             info = {
                 "format": SNAPSHOT_FORMAT,
@@ -393,7 +396,7 @@ class VideoStream:
                 "decoded_frames": self._decoder_state.frames,
             }
             if self._transition is not None:
-                info["transition_chunks"] = self._transition[1]
+                info |= self._transition.values()
             if self._given is not None:
                 info["given_frames"] = self._given.shape[2]
             return Snapshot(copies, info)
@@ -435,8 +438,7 @@ class VideoStream:
             self._window_latents = dict(zip(info.kept_frames, clean, strict=True))
         self._given = ordinary(tensors["given_latents"]).to(device) if info.given_frames else None
         self._index, self._undecoded = info.index, info.undecoded
-        if info.transition_chunks:
-            self._transition = (ordinary(snapshot.tensors["text_target"]), info.transition_chunks)
+        self._transition = snapshot.transition(info, device)
         if info.ahead:
             frames = finished(DecodedFrames(snapshot.tensors["ahead.frames"].numpy().copy(), 0.0))
             last = info.kept_frames[-self._cache.config.chunk_frames :]

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 DEFAULT_NUM_FRAMES = 81
-_MOST_SECONDS = 86_400  # of one video: a day
+MOST_SECONDS = 86_400  # of one video: a day
 _MOST_PIXELS = 16384  # a side; libx264 opens no larger one
 _MOST_FPS = 1000
 _MOST_NAME_BYTES = 255  # as Linux has it
+_MOST_TITLE_BYTES = 255  # of a chapter: its length is a byte in the list that MP4 players read
 _LARGEST_TERM = 1_000_000  # of a rate as a fraction; MP4 counts time in 32 bits
 _TELEVISION_RATES = tuple(Fraction(whole * 1000, 1001) for whole in (24, 30, 48, 60, 120))
 
@@ -56,7 +57,7 @@ def frame_count(fps: int, seconds: float | None = None, num_frames: int | None =
         raise ValueError(
             f"seconds is {shown(seconds)} and num_frames is {shown(num_frames)}; give one of them"
         )
-    most = _MOST_SECONDS * fps
+    most = MOST_SECONDS * fps
     if seconds is None:
         count = DEFAULT_NUM_FRAMES if num_frames is None else as_integer("num_frames", num_frames)
         if count < 1:
@@ -70,9 +71,9 @@ def frame_count(fps: int, seconds: float | None = None, num_frames: int | None =
     length = as_number("seconds", seconds)
     if length <= 0:
         raise ValueError(f"seconds is {length}; give a positive length, or use a stream for an endless one")
-    if length > _MOST_SECONDS:
+    if length > MOST_SECONDS:
         raise ValueError(
-            f"seconds is {length}; a video has at most {_MOST_SECONDS}, a day, and a stream has no end"
+            f"seconds is {length}; a video has at most {MOST_SECONDS}, a day, and a stream has no end"
         )
     return max(1, round(length * fps))
 
@@ -175,7 +176,7 @@ class VideoWriter:
 
     Several writers of one path have a file each, and the last to end keeps the name. Leaving
     the `with` block by an exception drops the file, unless `close()` was called before: what was written up
-    to then plays. frames_written counts what the file holds so far.
+    to then plays, with the chapters that began. frames_written counts what the file holds so far.
     """
 
     def __init__(self, path: str | Path, fps: float | Fraction, height: int, width: int) -> None:
@@ -188,7 +189,8 @@ class VideoWriter:
         import av
 
         self.frames_written = 0
-        self._size = (height, width)
+        self._size, self._rate = (height, width), rate
+        self._chapters: dict[int, str] = {}  # titles by the first frame
         self._partial = partial_path(self.path)
         # the file is made by the first frame; the index before the pictures, so that players start at once;
         # with its protocol named, since a colon in a name would be the end of another
@@ -222,6 +224,32 @@ class VideoWriter:
         except (OSError, FFmpegError) as error:
             raise self._failure(error) from error
 
+    def begin_chapter(self, title: str) -> None:
+        """Begin a chapter with the frame that is written next; one ends where the next begins, or the video.
+
+        Of a title the first 255 bytes in UTF-8 are kept, to a whole character. A chapter without a frame is
+        left out.
+        """
+        self._chapters[self.frames_written] = title.encode()[:_MOST_TITLE_BYTES].decode(errors="ignore")
+
+    def _mark_chapters(self) -> None:
+        """Give the container its chapters, which an MP4 takes until its end is written."""
+        starts = [frame for frame in self._chapters if frame < self.frames_written]
+        chapters = [
+            {
+                "id": number,
+                "start": start,
+                "end": end,
+                "time_base": 1 / self._rate,
+                "metadata": {"title": self._chapters[start]},
+            }
+            for number, (start, end) in enumerate(
+                zip(starts, [*starts[1:], self.frames_written], strict=True)
+            )
+        ]
+        if chapters:
+            self._container.set_chapters(chapters)
+
     def close(self) -> None:
         """Finish the file and rename it to `path`, replacing what was there.
 
@@ -236,6 +264,7 @@ class VideoWriter:
             raise RuntimeError(f"{self.path} has 0 frames; write at least one before it is closed")
         try:
             self._container.mux(self._stream.encode(None))
+            self._mark_chapters()
             self._container.close()
             with open(self._partial, "rb") as file:
                 os.fsync(file.fileno())

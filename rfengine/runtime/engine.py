@@ -13,7 +13,8 @@ from rfengine.config import EngineConfig
 from rfengine.config_json import to_dict
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
-from rfengine.prompts import check_prompt, warn_of_unknown_words
+from rfengine.prompt_blend import weighted_mean
+from rfengine.prompts import Prompt, warn_of_unknown_words, weighted_texts
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
 from rfengine.runtime.decoders import OpenDecoder
@@ -68,11 +69,13 @@ class Engine:
             config, model, vae, text_encoder, fingerprint, open_decoder, queue, runner, Turns(), stream
         )
 
-    def encode_text(self, prompt: str) -> Tensor:
+    def encode_text(self, prompt: Prompt) -> Tensor:
         """Text states [1, text_len, text_dim] of one prompt. Raises ValueError for what is no prompt."""
-        check_prompt(prompt)
-        warn_of_unknown_words(prompt, self.config.text.known_words)
-        return self.text_encoder.encode([prompt], self.model.device, self.model.dtype)
+        texts = weighted_texts(prompt)
+        for each in texts:
+            warn_of_unknown_words(each.text, self.config.text.known_words)
+        states = self.text_encoder.encode([each.text for each in texts], self.model.device, self.model.dtype)
+        return weighted_mean(states, [each.weight for each in texts])
 
     def settings(self) -> dict[str, Any]:
         """What a snapshot and the engine that restores it must agree on, as JSON values."""

@@ -1,0 +1,238 @@
+"""PromptScript: the scenes of one video, a line each in a text file, and how they are played.
+
+    # seconds  begins with  shows
+    4          start        a red circle over a grey wall
+    3          cut          a blue square over a sandy beach
+    5          soft:4       a green square over a sandy beach
+    4          recache      3 * a green square | 1 * a green star
+
+Three columns with white space between them; empty lines and lines that begin with # are skipped. The first
+scene begins with `start`, every other as VideoStream.set_prompt has it: `cut` (its mode "hard"), `soft`,
+`recache`; `soft:N` takes N chunks from the old text to the new, on a straight line, or as `soft:N:spherical`.
+The rest of the line is the text, or several between `|`, each after its weight and a star or of weight 1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rfengine.config import EngineConfig
+from rfengine.files import read_text, text_lines
+from rfengine.grid import LatentGrid
+from rfengine.limits import Range, as_number, shown
+from rfengine.prompt_blend import Interpolation, checked_chunks
+from rfengine.prompts import Prompt, PromptMode, parse_prompt, prompt_line, weighted_texts
+from rfengine.video import MOST_SECONDS, frame_count
+
+if TYPE_CHECKING:
+    from rfengine.stream import FrameChunk, VideoStream
+
+MOST_SCENES = 10_000
+_MOST_BYTES = 64 * 2**20  # of a file
+_MODES: dict[str, PromptMode | None] = {"start": None, "cut": "hard", "soft": "soft", "recache": "recache"}
+_WORDS = {mode: word for word, mode in _MODES.items()}
+_EXPECTED = (
+    "write seconds, how the scene begins (start for the first; cut, soft, soft:CHUNKS or recache for others) "
+    "and its text, such as '3 soft:4 a red circle'"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A part of a video with a prompt of its own.
+
+    seconds: its length. mode, transition_chunks, interpolation: how it begins, as VideoStream.set_prompt has
+    them; the first scene of a script has no mode. Raises ValueError for a value that cannot be.
+    """
+
+    seconds: float
+    prompt: Prompt
+    mode: PromptMode | None = None
+    transition_chunks: int = 1
+    interpolation: Interpolation = "linear"
+
+    def __post_init__(self) -> None:
+        if as_number("seconds", self.seconds, Range(high=MOST_SECONDS)) <= 0:
+            raise ValueError(f"seconds is {self.seconds}; give a scene a positive length")
+        weighted_texts(self.prompt)
+        checked_chunks(self.mode or "hard", self.transition_chunks, self.interpolation)
+
+    @property
+    def transition(self) -> str:
+        """The second column of its line."""
+        word = _WORDS[self.mode]
+        if self.interpolation == "spherical":
+            return f"{word}:{self.transition_chunks}:spherical"
+        return word if self.transition_chunks == 1 else f"{word}:{self.transition_chunks}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedScene:
+    """A scene in its video: number from 1, the first frame, and the chunks, which are the stream's."""
+
+    scene: Scene
+    number: int
+    first_frame: int
+    num_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptPlan:
+    """The scenes of a video of `num_frames` frames at the chunks of one model; the last one may go beyond."""
+
+    scenes: tuple[PlannedScene, ...]
+    num_frames: int
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(planned.num_chunks for planned in self.scenes)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScript:
+    """The scenes of one video, in order. Raises ValueError without a scene, for more than MOST_SCENES, for a
+    first one that has a mode, and for another that has none."""
+
+    scenes: tuple[Scene, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.scenes) <= MOST_SCENES:
+            raise ValueError(
+                f"the script has {len(self.scenes)} scenes; give at least one and at most {MOST_SCENES}"
+            )
+        for number, scene in enumerate(self.scenes, 1):
+            if number == 1 and scene.mode is not None:
+                raise ValueError(
+                    f"the first scene begins with {scene.transition}, and nothing is before it; write start"
+                )
+            if number > 1 and scene.mode is None:
+                raise ValueError(
+                    f"scene {number} begins with start, as only the first does; write cut, soft or recache"
+                )
+
+    @classmethod
+    def read(cls, path: str | Path) -> PromptScript:
+        """The script of a UTF-8 file. Raises ValueError as parse does, and for a file that cannot be read."""
+        return cls.parse(read_text(Path(path), _MOST_BYTES), str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str = "the script") -> PromptScript:
+        """The script that a text is; source: what errors call it. Raises ValueError with number and text of
+        the first line that is wrong, and for what PromptScript refuses."""
+        scenes = []
+        for number, line in enumerate(map(str.strip, text_lines(text)), 1):
+            if line and not line.startswith("#"):
+                try:
+                    scenes.append(_scene(line))
+                except ValueError as error:
+                    raise ValueError(f"line {number} of {source}, {shown(line)}: {error}") from error
+        try:
+            return cls(tuple(scenes))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def text(self) -> str:
+        """The text that parse reads as this script. Raises ValueError for a prompt that no line can hold."""
+        lines = []
+        for number, scene in enumerate(self.scenes, 1):
+            for each in weighted_texts(scene.prompt):
+                if each.text != each.text.strip() or "|" in each.text or "\n" in each.text:
+                    raise ValueError(
+                        f"scene {number} has the text {shown(each.text)}; one in a script has no |, no line "
+                        "break and no white space around it"
+                    )
+            seconds = repr(float(scene.seconds)).removesuffix(".0")
+            lines.append(f"{seconds} {scene.transition} {prompt_line(scene.prompt)}\n")
+        return "".join(lines)
+
+    def plan(self, config: EngineConfig) -> ScriptPlan:
+        """Where the scenes begin in a video of the model: each at the first chunk boundary at or after its
+        time, which is the sum of the seconds before it.
+
+        After a cut chunks are counted from a new start, whose first has fewer frames. Raises ValueError where
+        all scenes are too long, a scene gets no chunk, or one has fewer chunks than its transition.
+        """
+        grid, chunk_frames = LatentGrid.of(config), config.cache.chunk_frames
+        ends = list(accumulate(Fraction(repr(float(scene.seconds))) for scene in self.scenes))
+        if ends[-1] > MOST_SECONDS:
+            raise ValueError(
+                f"the script lasts {float(ends[-1]):g} seconds; a video has at most {MOST_SECONDS}, a day"
+            )
+        num_frames = frame_count(config.fps, float(ends[-1]))
+        times = [0, *(math.ceil(end * config.fps) for end in ends[:-1]), num_frames]  # in frames
+        begins: list[tuple[int, int]] = []  # of each scene and of the end: frame and chunk
+        cut_frame = cut_chunk = 0
+        for time, scene in zip_longest(times, self.scenes):
+            chunks = -(-grid.latent_frames(time - cut_frame) // chunk_frames)
+            frame = cut_frame + grid.pixel_frames(chunks * chunk_frames)
+            begins.append((frame, cut_chunk + chunks))
+            if scene is not None and scene.mode == "hard":
+                cut_frame, cut_chunk = begins[-1]
+        planned = tuple(
+            PlannedScene(scene, number, frame, end - chunk)
+            for number, (scene, (frame, chunk), (_, end)) in enumerate(
+                zip(self.scenes, begins, begins[1:], strict=False), 1
+            )
+        )
+        for each in planned:
+            _check_length(each, chunk_frames * grid.temporal_stride / config.fps)
+        return ScriptPlan(planned, num_frames)
+
+
+def _scene(line: str) -> Scene:
+    columns = line.split(maxsplit=2)
+    if len(columns) < 3:
+        raise ValueError(f"it has {len(columns)} of 3 columns; {_EXPECTED}")
+    length, transition, text = columns
+    try:
+        seconds = float(length)
+    except ValueError as error:
+        raise ValueError(f"{shown(length)} is no number of seconds; {_EXPECTED}") from error
+    match = re.fullmatch(r"(start|cut|soft|recache)|soft:([0-9]{1,9})(:spherical)?", transition)
+    if match is None:
+        raise ValueError(f"no scene begins with {shown(transition)}; {_EXPECTED}")
+    interpolation = "spherical" if match[3] else "linear"
+    return Scene(seconds, parse_prompt(text), _MODES[match[1] or "soft"], int(match[2] or 1), interpolation)
+
+
+def _check_length(planned: PlannedScene, chunk_seconds: float) -> None:
+    """Raises ValueError where a scene has no chunk, or fewer than its transition."""
+    scene, chunks = planned.scene, planned.num_chunks
+    name = f"scene {planned.number}, {shown(prompt_line(scene.prompt))}, lasts {scene.seconds:g} seconds"
+    if not chunks:
+        raise ValueError(
+            f"{name} and no chunk begins in it; give it {chunk_seconds:g} seconds, which a chunk has"
+        )
+    if scene.transition_chunks > chunks:
+        raise ValueError(
+            f"{name}, which is {chunks} chunks, and its transition takes {scene.transition_chunks}; give it "
+            f"more seconds, or soft:{chunks}"
+        )
+
+
+def play(stream: VideoStream, plan: ScriptPlan) -> Iterator[tuple[PlannedScene, FrameChunk]]:
+    """The chunks of a script, each with its scene; frames beyond plan.num_frames are the last chunk's.
+
+    stream: a new one of the first scene's prompt; it is ahead inside a scene alone, so that a scene begins
+    where it is planned with overlap too. Raises RuntimeError for a stream that has begun or has another
+    prompt, and as VideoStream does.
+    """
+    first = prompt_line(plan.scenes[0].scene.prompt)
+    if stream.index or stream.prompt != first:
+        raise RuntimeError(
+            f"the stream is at chunk {stream.index} of {shown(stream.prompt)}; play the script on a new one "
+            f"of {shown(first)}"
+        )
+    for planned in plan.scenes:
+        scene = planned.scene
+        if scene.mode is not None:
+            stream.set_prompt(scene.prompt, scene.mode, scene.transition_chunks, scene.interpolation)
+        for chunk in stream.take(planned.num_chunks):
+            yield planned, chunk
