@@ -1,4 +1,4 @@
-"""`rfengine generate`: a video from a prompt, or one from each line of a file."""
+"""`rfengine generate`: a video from a prompt, one from each line of a file, or one of several scenes."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ import time
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.cli.terminal import find_device, interrupt_waits
-from rfengine.config import Backend, DTypeName, RuntimeConfig
+from rfengine.config import Backend, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.pipeline import Pipeline
-from rfengine.prompts import check_prompt, read_prompts
+from rfengine.prompt_script import PlannedScene, PromptScript, Scene, ScriptPlan, play
+from rfengine.prompts import check_prompt, prompt_line, read_prompts, weighted_texts
 from rfengine.schedule import as_seed
 from rfengine.video import VideoWriter, check_video_path, frame_count
 
+if TYPE_CHECKING:
+    from tqdm import tqdm as ProgressBar
+
+_SECONDS = 5.0
 _SLUG_LENGTH = 48
+_SHOWN_TEXT = 40  # characters of a scene in the progress bar
 _PLAIN_WORDS = re.compile(r"[ !-%'-~]*[A-Za-z0-9][ !-%'-~]*")  # printable ASCII without &
 _QUIET_INTERVAL = 15.0  # seconds between two lines of progress where no terminal shows them
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Make a video from a prompt, or one from each line of a file."""
+    """Make a video from a prompt, one from each line of a file, or one of several scenes."""
 
     prompt: Positional[str | None] = None
     """What the video shows."""
@@ -36,8 +42,11 @@ class GenerateOptions:
     """The MP4 to write; with --prompts the directory that gets one MP4 for each prompt."""
     prompts: Path | None = None
     """A text file with one prompt per line, instead of PROMPT; empty lines are skipped."""
-    seconds: float = 5.0
-    """Length of each video."""
+    script: Path | None = None
+    """A text file with one scene per line, instead of PROMPT: its seconds, how it begins (start, cut, soft,
+    soft:CHUNKS or recache) and its text, such as '4 soft:3 a red circle'; they are the MP4's chapters."""
+    seconds: float | None = None
+    """Length of each video, 5 where nothing is given; a script has its own."""
     seed: int = 0
     """The same seed, model and prompt give the same video."""
     model: str = "tiny"
@@ -59,7 +68,7 @@ class GenerateOptions:
 
 def run(options: GenerateOptions) -> int:
     jobs = _jobs(options)
-    checkpoint = _open_checkpoint(options)
+    checkpoint = _open_checkpoint(options, jobs[0][0])
     device = find_device(options.device)
     find_device(options.runtime.decode_device, "--decode-device")
     pipeline = Pipeline.from_pretrained(
@@ -76,11 +85,15 @@ def run(options: GenerateOptions) -> int:
     return 0
 
 
-def _jobs(options: GenerateOptions) -> list[tuple[str, Path]]:
-    """Every prompt and the file its video goes to."""
-    if (options.prompt is None) == (options.prompts is None):
-        given = "neither" if options.prompt is None else "both"
-        raise ValueError(f"{given} of PROMPT and --prompts FILE is given; give one of them")
+def _jobs(options: GenerateOptions) -> list[tuple[str | PromptScript, Path]]:
+    """Every prompt, or the script, and the file its video goes to."""
+    _check_one_source(options)
+    if options.script is not None:
+        script = PromptScript.read(options.script)
+        for each in (text for scene in script.scenes for text in weighted_texts(scene.prompt)):
+            _check_cleaned(each.text)
+        check_video_path(options.output)
+        return [(script, options.output)]
     if options.prompt is not None:
         check_prompt(options.prompt)
         _check_cleaned(options.prompt)
@@ -94,6 +107,20 @@ def _jobs(options: GenerateOptions) -> list[tuple[str, Path]]:
             f"{options.output} is no directory; create it first, --prompts writes its videos there"
         )
     return [(prompt, options.output / _file_name(number, prompt)) for number, prompt in enumerate(prompts, 1)]
+
+
+def _check_one_source(options: GenerateOptions) -> None:
+    """Raises ValueError unless there is one of a prompt, a file of prompts and a script."""
+    sources = {
+        "PROMPT": options.prompt, "--prompts FILE": options.prompts, "--script FILE": options.script,
+    }  # fmt: skip
+    given = [name for name, value in sources.items() if value is not None]
+    if not given:
+        raise ValueError("none of PROMPT, --prompts FILE and --script FILE is given; give one of them")
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given; give one of them")
+    if options.script is not None and options.seconds is not None:
+        raise ValueError(f"--seconds is {options.seconds} beside --script, whose scenes have their own")
 
 
 def _check_cleaned(prompt: str) -> None:
@@ -113,7 +140,7 @@ def _file_name(number: int, prompt: str) -> str:
     return f"{number:04}-{slug or 'prompt'}.mp4"
 
 
-def _open_checkpoint(options: GenerateOptions) -> Checkpoint:
+def _open_checkpoint(options: GenerateOptions, prompt: str | PromptScript) -> Checkpoint:
     """The checkpoint, unless it has no such video: refused before loading, which can take minutes."""
     from rfengine.checkpoint.manifest import verify
     from rfengine.grid import LatentGrid
@@ -122,19 +149,31 @@ def _open_checkpoint(options: GenerateOptions) -> Checkpoint:
     if options.verify:
         verify(checkpoint_directory(options.model))
     checkpoint = Checkpoint.open(options.model)
-    frame_count(checkpoint.config.fps, options.seconds)
+    _plan(prompt, options.seconds, checkpoint.config)
     LatentGrid.of(checkpoint.config, options.height, options.width)
     return checkpoint
 
 
-def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateOptions) -> None:
+def _plan(prompt: str | PromptScript, seconds: float | None, config: EngineConfig) -> ScriptPlan:
+    """The scenes of a video; that of one prompt has one. Raises ValueError for a length that cannot be."""
+    if isinstance(prompt, PromptScript):
+        return prompt.plan(config)
+    seconds = _SECONDS if seconds is None else seconds
+    frame_count(config.fps, seconds)
+    return PromptScript((Scene(seconds, prompt),)).plan(config)
+
+
+def _write_video(
+    pipeline: Pipeline, prompt: str | PromptScript, path: Path, options: GenerateOptions
+) -> None:
     from tqdm import tqdm
 
-    fps = pipeline.config.fps
-    count = frame_count(fps, options.seconds)
-    num_chunks = pipeline.chunk_count(count)
-    stream = pipeline.stream(prompt, seed=options.seed, height=options.height, width=options.width)
-    chunks, made, busy = stream.take(num_chunks), 0, 0.0
+    fps, plan = pipeline.config.fps, _plan(prompt, options.seconds, pipeline.config)
+    count, num_chunks = plan.num_frames, plan.num_chunks
+    stream = pipeline.stream(
+        plan.scenes[0].scene.prompt, seed=options.seed, height=options.height, width=options.width
+    )
+    chunks, made, busy, scene = play(stream, plan), 0, 0.0, None
     interval = 0.1 if sys.stderr.isatty() else _QUIET_INTERVAL
     with (
         VideoWriter(path, fps, stream.grid.height, stream.grid.width) as writer,
@@ -142,12 +181,15 @@ def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateO
     ):
         try:
             for _ in range(num_chunks):
-                started = time.perf_counter()
-                frames = next(chunks).frames
+                started, before = time.perf_counter(), scene
+                scene, chunk = next(chunks)
                 busy += time.perf_counter() - started
-                made += len(frames)
+                made += len(chunk.frames)
+                if scene is not before and isinstance(prompt, PromptScript):
+                    writer.begin_chapter(prompt_line(scene.scene.prompt))
+                    _show_scene(bar, scene, plan)
                 with interrupt_waits():
-                    writer.write(frames[: count - writer.frames_written])
+                    writer.write(chunk.frames[: count - writer.frames_written])
                 bar.update()
         except KeyboardInterrupt:
             if not writer.frames_written:
@@ -159,7 +201,14 @@ def _write_video(pipeline: Pipeline, prompt: str, path: Path, options: GenerateO
                 f"{path} holds the first {written / fps:.1f} of {count / fps:.1f} seconds ({written} frames)"
             ) from None
     rate = made / busy
+    scenes = f" in {len(plan.scenes)} scenes" if isinstance(prompt, PromptScript) else ""
     print(
-        f"{path}: {count} frames, {count / fps:.1f} s of video; streams at {rate:.1f} frames/s, "
+        f"{path}: {count} frames, {count / fps:.1f} s of video{scenes}; streams at {rate:.1f} frames/s, "
         f"{rate / fps:.1f} times as fast as it plays; {options.runtime.vae} decoder, {pipeline.vae_tier}"
     )
+
+
+def _show_scene(bar: ProgressBar, scene: PlannedScene, plan: ScriptPlan) -> None:
+    text = " ".join(prompt_line(scene.scene.prompt).split())
+    text = text if len(text) <= _SHOWN_TEXT else f"{text[:_SHOWN_TEXT]} ..."
+    bar.set_postfix_str(f"scene {scene.number} of {len(plan.scenes)}: {text}")
