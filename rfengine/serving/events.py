@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from rfengine.prompt_blend import Interpolation
+from rfengine.prompts import Prompt, PromptMode
 from rfengine.serving.errors import Fault
-from rfengine.stream import PromptMode
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -51,12 +52,13 @@ class SessionRequest:
 
 @dataclass(frozen=True, slots=True)
 class ChangePrompt:
-    """Another prompt from the next chunk on; transition_chunks as VideoStream.set_prompt has it."""
+    """Another prompt from the next chunk on; the fields are those of VideoStream.set_prompt."""
 
     event_id: str
-    prompt: str
+    prompt: Prompt
     mode: PromptMode = "soft"
     transition_chunks: int = 1
+    interpolation: Interpolation = "linear"
 
 
 @dataclass(frozen=True, slots=True)

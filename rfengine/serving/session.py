@@ -225,9 +225,7 @@ class Session:
         try:
             match command:
                 case ChangePrompt():
-                    self._change_prompt(
-                        command.event_id, command.prompt, command.mode, command.transition_chunks
-                    )
+                    self._change_prompt(command)
                 case KeepPoint():
                     self._keep(automatic=False, event_id=command.event_id)
                 case Seek() | Branch():
@@ -237,14 +235,14 @@ class Session:
                 raise
             self.notify(CommandFailed(command.event_id, _fault_of(error, command)))
 
-    def _change_prompt(self, event_id: str, prompt: str, mode: str, transition_chunks: int) -> None:
-        stream = self._stream
-        first, before = stream.index + (stream.is_ahead and mode != "hard"), stream.prompt
-        stream.set_prompt(prompt, mode, transition_chunks)
-        self._changes = [change for change in self._changes if not change.shown]
-        for change in self._changes:  # a cut leaves out the chunk that was ahead of them
-            change.first_chunk, change.chunks_left = min(change.first_chunk, first), 1
-        self._changes.append(AppliedChange(event_id, before, first, transition_chunks))
+    def _change_prompt(self, change: ChangePrompt) -> None:
+        stream, chunks = self._stream, change.transition_chunks
+        first, before = stream.index + (stream.is_ahead and change.mode != "hard"), stream.prompt
+        stream.set_prompt(change.prompt, change.mode, chunks, change.interpolation)
+        self._changes = [each for each in self._changes if not each.shown]
+        for each in self._changes:  # a cut leaves out the chunk that was ahead of them
+            each.first_chunk, each.chunks_left = min(each.first_chunk, first), 1
+        self._changes.append(AppliedChange(change.event_id, before, first, chunks))
 
     def _keep(self, automatic: bool, event_id: str | None = None) -> int | None:
         """Keep the present point; returns its id."""
@@ -275,7 +273,7 @@ class Session:
         self._changes = list(map(replace, point.changes))
         if branch and command.prompt is not None:
             try:
-                self._change_prompt(command.event_id, command.prompt, command.mode, 1)
+                self._change_prompt(ChangePrompt(command.event_id, command.prompt, command.mode))
             except BaseException:
                 self._close_stream()  # it has moved, so the session cannot stay as it was
                 raise

@@ -8,6 +8,7 @@ from typing import Protocol
 from pydantic import ValidationError
 
 from rfengine.pipeline import Pipeline
+from rfengine.prompts import WeightedText
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.events import Branch, ChangePrompt, Command, KeepPoint, Seek
 from rfengine.serving.realtime.protocol import (
@@ -41,8 +42,10 @@ def command_of(message: ClientMessage, event_id: str) -> Command:
     match message:
         case SessionInteraction():
             change = message.interaction
-            chunks = max(1, change.transition_chunks or 1)
-            return ChangePrompt(event_id, change.event.prompt, change.mode, chunks)
+            prompt, chunks = change.event.prompt, max(1, change.transition_chunks or 1)
+            if not isinstance(prompt, str):
+                prompt = tuple(WeightedText(part.text, part.weight) for part in prompt)
+            return ChangePrompt(event_id, prompt, change.mode, chunks, change.interpolation)
         case SessionSnapshot():
             return KeepPoint(event_id)
         case SessionSeek():

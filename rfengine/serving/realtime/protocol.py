@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
-from rfengine.prompts import MOST_CHARACTERS
+from rfengine.prompt_blend import MOST_TRANSITION_CHUNKS, Interpolation
+from rfengine.prompts import MOST_CHARACTERS, MOST_TEXTS, MOST_WEIGHT, PromptMode
 from rfengine.schedule import MAX_SEED
 from rfengine.serving.events import EndReason
-from rfengine.snapshot import MOST_TRANSITION_CHUNKS
-from rfengine.stream import PromptMode
 
 MOST_EVENT_ID = 128  # characters
 
@@ -86,10 +85,23 @@ class SessionStart(Message):
     hls: bool = Field(False, description="Offer the video as HLS too.")
 
 
+class InteractionText(Message):
+    """A text of a prompt that has several."""
+
+    text: PromptText = Field(description="What the video shows a part of.")
+    weight: Annotated[float, Field(gt=0, le=MOST_WEIGHT)] = Field(
+        1.0, description="Beside the other texts': 3 and 1 are three quarters and one."
+    )
+
+
 class InteractionEvent(Message):
     """What an interaction changes."""
 
-    prompt: PromptText = Field(description="What the video shows from now on.")
+    prompt: Annotated[
+        Annotated[PromptText, Tag("text")]
+        | Annotated[tuple[InteractionText, ...], Field(min_length=1, max_length=MOST_TEXTS), Tag("texts")],
+        Discriminator(lambda value: "texts" if isinstance(value, list | tuple) else "text"),
+    ] = Field(description="What the video shows from now on: a text, or the weighted mean of several.")
 
 
 class Interaction(Message):
@@ -106,6 +118,9 @@ class Interaction(Message):
     )
     transition_chunks: Annotated[int, Field(ge=0, le=MOST_TRANSITION_CHUNKS)] | None = Field(
         None, description="With soft, chunks over which the text goes from the old prompt to the new one."
+    )
+    interpolation: Interpolation = Field(
+        "linear", description="Of a transition: the text states go on a straight line, or turn."
     )
 
 

@@ -91,6 +91,9 @@ end. A change never reaches into a chunk that is being made; where the engine wo
 one chunk later (a hard cut does not). A transition of several chunks needs the mode soft. A change that a
 seek passes over before it shows gets the error `superseded`.
 
+A prompt of several texts with weights shows the weighted mean of their text states; answers name it as
+`3 * a red circle | 1 * a green square`. [The page about prompts](prompts.md) has the formulas.
+
 ## Pause, seek, branch
 `session.pause` and `session.resume` are answered by `session.state`; a chunk that was being made may still
 follow the answer to a pause. A paused session keeps points, seeks and branches at once; a change of its
@@ -134,11 +137,12 @@ protocol which ignores messages and fields that it does not know plays a session
 
 - Refused with a typed error, since the model cannot do it: another `guidance_scale` than 1, a negative
   prompt, another `fps` or `num_inference_steps` than the model's; and `extra_params`.
-- Beyond it: `num_frames` may be absent, for a video without end; `mode`; `session.interaction.applied`;
-  `session.state`; `session.pause`, `session.resume`, `session.snapshot`, `session.seek`, `session.branch` and
-  their answers; `seed` of a branch; `pace`, `lead_seconds`, `slow_client`, `keep_every`, `record` and `hls`;
-  `mime`, `hls_url` and `download_url`; in `video.chunk_metadata` the branch, the prompt, points, left out
-  chunks and times; `reason` in `session.done`; all of `error` but `message`.
+- Beyond it: `num_frames` may be absent, for a video without end; `mode`, `interpolation` and a list of texts
+  as prompt in `session.interaction`; `session.interaction.applied`; `session.state`; `session.pause`,
+  `session.resume`, `session.snapshot`, `session.seek`, `session.branch` and their answers; `seed` of a
+  branch; `pace`, `lead_seconds`, `slow_client`, `keep_every`, `record` and `hls`; `mime`, `hls_url` and
+  `download_url`; in `video.chunk_metadata` the branch, the prompt, points, left out chunks and times;
+  `reason` in `session.done`; all of `error` but `message`.
 
 """)
 
@@ -341,7 +345,8 @@ def _section(model: type[Message], mode: Mode, examples: dict[str, dict[str, Any
 
 
 def _rows(schema: dict[str, Any], models: dict[str, Any], prefix: str, client: bool) -> list[str]:
-    """The rows of an object's fields; those of an object in it come after its own, with a dotted name."""
+    """The rows of an object's fields; those of an object in it, and of each in a list, come after its own,
+    with a dotted name."""
     rows = []
     fields = {name: field for name, field in schema["properties"].items() if name != "type"}
     for name, field in fields.items():
@@ -350,8 +355,11 @@ def _rows(schema: dict[str, Any], models: dict[str, Any], prefix: str, client: b
             default = field.get("default")
             cells.append("required" if name in schema["required"] else f"`{json.dumps(default)}`")
         rows.append(f"| {' | '.join([*cells, field.get('description', '')])} |")
-        if "$ref" in field:
-            rows += _rows(models[field["$ref"].rpartition("/")[2]], models, f"{prefix}{name}.", client)
+        for kind in field.get("oneOf", [field]):
+            reference = kind.get("$ref") or kind.get("items", {}).get("$ref")
+            if reference is not None:
+                inner = f"{prefix}{name}." if "$ref" in kind else f"{prefix}{name}[]."
+                rows += _rows(models[reference.rpartition("/")[2]], models, inner, client)
     return rows
 
 
@@ -359,11 +367,13 @@ def _type_in_words(field: dict[str, Any]) -> str:
     """A JSON Schema as a reader says it."""
     if "$ref" in field:
         return "object"
-    if "anyOf" in field:
-        kinds = [_type_in_words(kind) for kind in field["anyOf"]]
+    kinds = [_type_in_words(kind) for kind in field.get("anyOf", field.get("oneOf", []))]
+    if kinds:
         return (", or " if "," in kinds[0] else " or ").join(kinds)
     if "const" in field or "enum" in field:
         return ", ".join(f"`{json.dumps(value)}`" for value in field.get("enum", [field.get("const")]))
+    if "$ref" in field.get("items", {}):
+        return f"list of {field['minItems']} to {field['maxItems']} objects"
     words = {"string": "text", "boolean": "true or false", "array": "list of texts"}
     return words.get(field["type"], field["type"]) + _limits_in_words(field)
 
@@ -373,6 +383,8 @@ def _limits_in_words(field: dict[str, Any]) -> str:
     if "maxLength" in field:
         low = field.get("minLength", 0)
         return f", {f'{low} to' if low else 'at most'} {field['maxLength']} characters"
+    if "exclusiveMinimum" in field:
+        return f", above {field['exclusiveMinimum']} and up to {field['maximum']}"
     low, high, multiple = (field.get(name) for name in ("minimum", "maximum", "multipleOf"))
     limits = "" if low is None else f", {low:g} or more" if high is None else f", {low:g} to {int(high)}"
     return limits + ("" if multiple is None else f", a multiple of {multiple}")
