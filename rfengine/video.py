@@ -7,6 +7,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from numbers import Integral, Rational, Real
 from pathlib import Path
 from types import TracebackType
@@ -228,8 +229,13 @@ class VideoWriter:
         """Begin a chapter with the frame that is written next; one ends where the next begins, or the video.
 
         Of a title the first 255 bytes in UTF-8 are kept, to a whole character. A chapter without a frame is
-        left out.
+        left out. Raises RuntimeError for a first chapter after the first frame, since in an MP4 one begins
+        where the one before it ends.
         """
+        if self.frames_written and not self._chapters:
+            raise RuntimeError(
+                f"{self.path} has {self.frames_written} frames and no chapter; begin one before the first frame"
+            )
         self._chapters[self.frames_written] = title.encode()[:_MOST_TITLE_BYTES].decode(errors="ignore")
 
     def _mark_chapters(self) -> None:
@@ -243,9 +249,7 @@ class VideoWriter:
                 "time_base": 1 / self._rate,
                 "metadata": {"title": self._chapters[start]},
             }
-            for number, (start, end) in enumerate(
-                zip(starts, [*starts[1:], self.frames_written], strict=True)
-            )
+            for number, (start, end) in enumerate(pairwise([*starts, self.frames_written]))
         ]
         if chapters:
             self._container.set_chapters(chapters)

@@ -1,7 +1,8 @@
-"""Prompt files: what a line is, and what is wrong in one sentence."""
+"""Prompts of one text and of several, and prompt files: what is wrong is one sentence."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from rfengine import prompts
 from rfengine.prompts import (
     MOST_CHARACTERS,
     MOST_PROMPTS,
+    WeightedText,
     check_prompt,
+    parse_prompt,
+    prompt_line,
     read_prompts,
     warn_of_unknown_words,
+    weighted_texts,
 )
 
 
@@ -112,3 +117,65 @@ def test_a_prompt_without_a_known_word_is_warned_of_with_those_there_are(caplog)
     (record,) = caplog.records
     assert "has no word that this model knows" in record.getMessage()
     assert record.getMessage().endswith("it knows: ball, to the left") and len(record.getMessage()) < 200
+
+
+# Several texts with weights
+
+
+def test_a_prompt_is_a_text_or_several_with_weights() -> None:
+    circle = WeightedText("a circle")
+    for prompt in ("a circle", [circle], [("a circle", 7)], (["a circle", 0.5],)):
+        assert weighted_texts(prompt) == (circle,)  # alone, its weight says nothing
+    assert weighted_texts([("a", 3), WeightedText("b")]) == (WeightedText("a", 3.0), WeightedText("b", 1.0))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (7, "the prompt is 7; give a text, or pairs of a text and a weight"),
+        (None, "the prompt is None; give a text"),
+        (" ", "the prompt ' ' is empty"),
+        ([], "the prompt has 0 texts; give at least one and at most 16"),
+        ([("a", 1)] * 17, "the prompt has 17 texts; give at least one and at most 16"),
+        (["a"], r"the prompt's text 1 is 'a'; give a text and a weight, such as \('a cat', 1\)"),
+        ([("a", 1), ("b",)], r"the prompt's text 2 is \('b',\); give a text and a weight"),
+        ([("a", 1), (2, 1)], "the prompt's text 2 is 2; give a text"),
+        ([("a", 1), ("b", 0)], "the prompt's weight 2 is 0; it must be above 0"),
+        ([("a", -1.5)], "the prompt's weight 1 is -1.5; it must be above 0"),
+        ([("a", math.nan)], "the prompt's weight 1 is nan; it must be a finite number"),
+        ([("a", math.inf)], "the prompt's weight 1 is inf; it must be a finite number"),
+        ([("a", 1e7)], "the prompt's weight 1 is 10000000.0; it must be at most 1000000"),
+        ([("a", "1")], "the prompt's weight 1 is '1'; it must be a finite number"),
+    ],
+)
+def test_texts_and_weights_that_cannot_be_are_refused(prompt: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        weighted_texts(prompt)
+
+
+@pytest.mark.parametrize(
+    ("line", "prompt"),
+    [
+        (" a circle ", "a circle"),
+        ("2 * a circle", "2 * a circle"),  # alone, a text has no weight
+        ("3 * a circle | a square", (WeightedText("a circle", 3.0), WeightedText("a square"))),
+        ("a * b |.5*c*d", (WeightedText("a * b"), WeightedText("c*d", 0.5))),
+        ("1 * 2 * a | 1e-3 * b", (WeightedText("2 * a"), WeightedText("b", 0.001))),
+    ],
+)
+def test_a_line_has_one_text_or_several_between_bars(line: str, prompt: object) -> None:
+    assert parse_prompt(line) == prompt
+    assert parse_prompt(prompt_line(prompt)) == prompt
+
+
+def test_a_line_shows_the_weights_as_they_are_given() -> None:
+    assert prompt_line("a | b") == "a | b"
+    assert prompt_line([("a", 3), ("b", 0.1)]) == "3 * a | 0.1 * b"
+
+
+@pytest.mark.parametrize(
+    "line", ["a |", "| a", "2 * | a", "-1 * a | b", "0 * a | b", "nan * a | b", "a || b"]
+)
+def test_a_line_with_an_empty_text_or_a_wrong_weight_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match="the prompt's (text|weight) [12]"):
+        parse_prompt(line)

@@ -10,6 +10,9 @@ import torch
 
 from rfengine import Pipeline
 from rfengine.config import RuntimeConfig
+from rfengine.prompt_blend import interpolated
+from rfengine.prompts import WeightedText
+from rfengine.snapshot import Snapshot
 from rfengine.stream import VideoStream
 from support.models import small_pipeline
 
@@ -73,16 +76,92 @@ def test_a_refused_rewind_leaves_the_stream_as_it_was(pipe: Pipeline) -> None:
     assert numpy.array_equal(frames_of(stream, 2), frames_of(plain, 2))
 
 
-def test_a_transition_goes_in_equal_steps_and_ends_at_the_new_prompt(pipe: Pipeline) -> None:
+@pytest.mark.parametrize("kind", ["linear", "spherical"])
+def test_a_transition_is_at_its_fraction_before_each_chunk_and_ends_at_the_new_prompt(
+    pipe: Pipeline, kind: str
+) -> None:
     stream = pipe.stream("a circle", seed=3)
-    old = pipe._engine.encode_text("a circle")
-    new = pipe._engine.encode_text("a green square")
-    stream.set_prompt("a green square", transition_chunks=3)
-    assert stream.prompt == "a green square"
-    for part in (1 / 3, 2 / 3, 1.0, 1.0):
+    old, new = (pipe._engine.encode_text(text) for text in ("a circle", "a green square"))
+    stream.set_prompt("a green square", "soft", 3, kind)
+    assert stream.prompt == "a green square" and torch.equal(stream._text_states, old)
+    for step in (1, 2, 3, 3):
         next(stream)
-        torch.testing.assert_close(stream._text_states, old + part * (new - old))
+        assert torch.equal(stream._text_states, interpolated(old, new, step / 3, kind))
     assert torch.equal(stream._text_states, new)
+
+
+def test_a_chunk_of_a_transition_is_made_with_the_text_states_of_its_step(pipe: Pipeline) -> None:
+    stream, plain = pipe.stream("a circle", seed=3), pipe.stream("a circle", seed=3)
+    old, new = (pipe._engine.encode_text(text) for text in ("a circle", "a green square"))
+    frames_of(stream, 2), frames_of(plain, 2)
+    stream.set_prompt("a green square", transition_chunks=4)
+    for part in (0.25, 0.5, 0.75, 1.0, 1.0):
+        plain._set_text("", interpolated(old, new, part, "linear"))
+        assert numpy.array_equal(next(stream).frames, next(plain).frames), part
+
+
+def test_interpolations_differ_between_the_ends(pipe: Pipeline) -> None:
+    streams = [pipe.stream("a circle", seed=3) for _ in range(2)]
+    for stream, kind in zip(streams, ("linear", "spherical"), strict=True):
+        stream.set_prompt("a green square", "soft", 2, kind)
+    assert not numpy.array_equal(*(next(stream).frames for stream in streams))
+    assert torch.equal(*((next(stream), stream._text_states)[1] for stream in streams))
+
+
+def test_a_transition_within_a_transition_starts_at_the_present_states(pipe: Pipeline) -> None:
+    stream = pipe.stream("a circle", seed=3)
+    old, new, last = (pipe._engine.encode_text(text) for text in ("a circle", "a square", "a green star"))
+    stream.set_prompt("a square", transition_chunks=4)
+    next(stream)
+    stream.set_prompt("a green star", transition_chunks=2)
+    next(stream)
+    between = interpolated(interpolated(old, new, 0.25, "linear"), last, 0.5, "linear")
+    assert torch.equal(stream._text_states, between)
+
+
+MIX = (("a circle", 3), WeightedText("a longer text of a green square", 1))
+
+
+def test_texts_with_weights_give_the_weighted_mean_of_their_states(pipe: Pipeline) -> None:
+    stream = pipe.stream("a star", seed=3)
+    stream.set_prompt(MIX)
+    one, other = (pipe._engine.encode_text(text) for text in ("a circle", MIX[1].text))
+    torch.testing.assert_close(stream._text_states, 0.75 * one + 0.25 * other)
+    assert stream.prompt == "3 * a circle | 1 * a longer text of a green square"
+    assert numpy.array_equal(frames_of(stream, 2), frames_of(pipe.stream(MIX, seed=3), 2))
+
+
+@pytest.mark.parametrize("mode", ["soft", "recache", "hard"])
+def test_one_text_with_a_weight_is_that_text(pipe: Pipeline, mode: str) -> None:
+    streams = [pipe.stream("a circle", seed=3) for _ in range(2)]
+    for stream, prompt in zip(streams, ("a square", [("a square", 0.2)]), strict=True):
+        frames_of(stream, 2)
+        stream.set_prompt(prompt, mode)
+    assert streams[1].prompt == "a square"
+    assert numpy.array_equal(*(frames_of(stream, 2) for stream in streams))
+
+
+def test_a_wrong_text_among_several_leaves_the_stream_as_it_was(pipe: Pipeline) -> None:
+    stream, plain = pipe.stream("a circle", seed=3), pipe.stream("a circle", seed=3)
+    for wrong, message in (
+        ([("a square", 1), (" ", 1)], "the prompt's text 2 ' ' is empty"),
+        ([("a square", 0)], "the prompt's weight 1 is 0; it must be above 0"),
+        ([], "the prompt has 0 texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.set_prompt(wrong, "hard")
+    assert stream.prompt == "a circle"
+    assert numpy.array_equal(frames_of(stream, 2), frames_of(plain, 2))
+
+
+def test_words_that_a_model_does_not_know_are_warned_of_for_each_text(
+    pipe: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = dataclasses.replace(pipe.config.text, known_words=("circle",))
+    config = dataclasses.replace(pipe.config, text=text)
+    knowing = Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, "small")
+    knowing.stream([("a circle", 1), ("a cat", 1), ("a dog", 2)])
+    assert [record.args[0] for record in caplog.records] == ["a cat", "a dog"]
 
 
 def test_a_transition_of_one_chunk_is_a_plain_switch(pipe: Pipeline) -> None:
@@ -92,13 +171,17 @@ def test_a_transition_of_one_chunk_is_a_plain_switch(pipe: Pipeline) -> None:
     assert numpy.array_equal(frames_of(streams[0], 2), frames_of(streams[1], 2))
 
 
+@pytest.mark.parametrize("taken_after", [0, 2])
+@pytest.mark.parametrize("interpolation", ["linear", "spherical"])
 @pytest.mark.parametrize("kind", ["pipe", "overlapped"])
-def test_a_snapshot_inside_a_transition_continues_bit_for_bit(kind: str, request, tmp_path) -> None:
+def test_a_snapshot_inside_a_transition_continues_bit_for_bit(
+    kind: str, interpolation: str, taken_after: int, request, tmp_path
+) -> None:
     pipe = request.getfixturevalue(kind)
     stream = pipe.stream("a circle", seed=3)
     next(stream)
-    stream.set_prompt("a green square", transition_chunks=4)
-    frames_of(stream, 2)
+    stream.set_prompt(MIX, "soft", 4, interpolation)
+    frames_of(stream, taken_after) if taken_after else None
     saved = stream.snapshot()
     saved.save(tmp_path / "stream.safetensors")
     read = type(saved).load(tmp_path / "stream.safetensors")
@@ -113,7 +196,55 @@ def test_a_snapshot_without_a_transition_says_nothing_of_one(pipe: Pipeline) -> 
     stream.set_prompt("a square", transition_chunks=2)
     frames_of(stream, 2)
     saved = stream.snapshot()
-    assert "transition_chunks" not in saved.info and "text_target" not in saved.tensors
+    assert not {"transition_chunks", "transition_step", "interpolation"} & saved.info.keys()
+    assert not {"text_start", "text_target"} & saved.tensors.keys()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_older_snapshot_inside_a_transition_goes_on_to_the_same_end(pipe: Pipeline, version: int) -> None:
+    stream = pipe.stream("a circle", seed=3)
+    old, new = (pipe._engine.encode_text(text) for text in ("a circle", "a green square"))
+    stream.set_prompt("a green square", transition_chunks=4)
+    next(stream)
+    saved = stream.snapshot()
+    # it held the present states and the end, and counted the chunks that were left
+    tensors = {name: each for name, each in saved.tensors.items() if name != "text_start"}
+    info = saved.info | {"format": version, "transition_chunks": 3}
+    del info["transition_step"], info["interpolation"]
+    restored = pipe.restore(Snapshot(tensors, info))
+    for part in (0.5, 0.75):
+        next(restored)
+        torch.testing.assert_close(restored._text_states, old + part * (new - old))
+    next(restored)
+    assert torch.equal(restored._text_states, new)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"transition_step": 4}, "transition_step is 4 of 4 transition_chunks"),
+        ({"transition_step": -1}, "the snapshot's transition_step is -1; it must be at least 0"),
+        ({"transition_step": None}, "the snapshot's transition_step is None; it must be an integer"),
+        ({"transition_step": 0}, "the snapshot has 'text_start', which this stream has not"),
+        ({"interpolation": "cubic"}, "the snapshot's interpolation is 'cubic'; use 'linear' or 'spherical'"),
+        ({"transition_chunks": 0}, "the snapshot's transition_chunks is 0; it must be at least 1"),
+    ],
+)
+def test_a_snapshot_of_a_transition_that_cannot_be_is_refused(
+    pipe: Pipeline, values: dict, message: str
+) -> None:
+    stream = pipe.stream("a circle")
+    stream.set_prompt("a square", transition_chunks=4)
+    frames_of(stream, 2)
+    saved = stream.snapshot()
+    with pytest.raises(ValueError, match=message):
+        pipe.restore(dataclasses.replace(saved, info=saved.info | values))
+    without = {name: each for name, each in saved.tensors.items() if name != "text_start"}
+    with pytest.raises(ValueError, match="the snapshot lacks text_start"):
+        pipe.restore(dataclasses.replace(saved, tensors=without))
+    info = {name: each for name, each in saved.info.items() if name != "transition_chunks"}
+    with pytest.raises(ValueError, match="transition_step is 2 of 0 transition_chunks"):
+        pipe.restore(dataclasses.replace(saved, info=info))
 
 
 def test_a_switch_ends_a_transition(pipe: Pipeline) -> None:

@@ -93,6 +93,58 @@ def test_file_says_which_colours_it_has_in_its_stream_and_in_its_index(tmp_path:
     assert (frame.color_range, frame.color_primaries, frame.color_trc, frame.colorspace) == (1, 1, 1, 1)
 
 
+def chapters(path: Path) -> list[tuple[float, float, str]]:
+    """Seconds from, seconds to, and title."""
+    with av.open(str(path)) as container:
+        return [
+            (
+                float(each["start"] * each["time_base"]),
+                float(each["end"] * each["time_base"]),
+                each["metadata"]["title"],
+            )
+            for each in container.chapters()
+        ]
+
+
+@pytest.mark.parametrize("fps", [16, Fraction(30000, 1001)])
+def test_chapters_begin_with_the_frames_written_next(fps: Fraction, tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with VideoWriter(path, fps, HEIGHT, WIDTH) as writer:
+        writer.begin_chapter("a circle over a wall")
+        writer.write(some_frames(9))
+        writer.begin_chapter("has no frame")
+        writer.begin_chapter("円が動く | né")
+        writer.write(some_frames(12))
+        writer.write(some_frames(3))
+        writer.begin_chapter("has no frame either")
+    expected = [(0, 9, "a circle over a wall"), (9, 24, "円が動く | né")]
+    for (start, end, title), (first, last, name) in zip(chapters(path), expected, strict=True):
+        assert title == name
+        # the file counts milliseconds
+        assert (start, end) == pytest.approx((first / float(fps), last / float(fps)), abs=6e-4)
+    assert len(decoded(path)) == 24
+    order = boxes(path)
+    assert order.index("moov") < order.index("mdat")
+
+
+def test_first_chapter_after_the_first_frame_is_refused(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 16, HEIGHT, WIDTH) as writer:
+        writer.write(some_frames(4))
+        with pytest.raises(RuntimeError, match="has 4 frames and no chapter; begin one before the first"):
+            writer.begin_chapter("late")
+        writer.write(some_frames(4))
+    assert chapters(tmp_path / "a.mp4") == [] and len(decoded(tmp_path / "a.mp4")) == 8
+
+
+def test_title_is_cut_at_a_whole_character_and_chapters_may_be_many(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", 16, HEIGHT, WIDTH) as writer:
+        for number in range(300):  # MP4's own list ends at 255
+            writer.begin_chapter(f"{number:03}{'é' * 200}")
+            writer.write(some_frames(1))
+    found = chapters(tmp_path / "a.mp4")
+    assert [title for _, _, title in found] == [f"{number:03}{'é' * 126}" for number in range(300)]
+
+
 def test_index_stands_before_the_pictures(tmp_path: Path) -> None:
     Video(noisy_frames(30), 16).save(tmp_path / "a.mp4")
     order = boxes(tmp_path / "a.mp4")

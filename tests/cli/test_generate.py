@@ -234,8 +234,32 @@ def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
         (["a", "-o", "{dir}/a.mp4", "--device", "tpu"], "--device is 'tpu'; use cpu, cuda or cuda:N"),
         (["a", "-o", "{dir}/a.mp4", "--device", "cuda:99"], "--device is cuda:99 and torch finds"),
         (["a", "-o", "{dir}/a.mp4", "--model", "wan-9b"], "wan-9b is no directory"),
-        (["-o", "{dir}/a.mp4"], "neither of PROMPT and --prompts FILE is given"),
-        (["a", "--prompts", "{dir}/p", "-o", "{dir}"], "both of PROMPT and --prompts FILE"),
+        (
+            ["-o", "{dir}/a.mp4"],
+            "none of PROMPT, --prompts FILE and --script FILE is given; give one of them",
+        ),
+        (
+            ["a", "--prompts", "{dir}/p", "-o", "{dir}"],
+            "PROMPT and --prompts FILE are given; give one of them",
+        ),
+        (["a", "--script", "{dir}/p", "-o", "{dir}"], "PROMPT and --script FILE are given; give one of them"),
+        (
+            ["--script", "{dir}/story.txt", "-o", "{dir}/a.mp4", "--seconds", "3"],
+            "--seconds is 3.0 beside --script, whose scenes have their own",
+        ),
+        (["--script", "{dir}/p", "-o", "{dir}/a.mp4"], "p does not exist"),
+        (["--script", "{dir}/latin.txt", "-o", "{dir}/a.mp4"], "is not UTF-8 at byte 1"),
+        (["--script", "{dir}/empty.txt", "-o", "{dir}/a.mp4"], "empty.txt: the script has 0 scenes"),
+        (
+            ["--script", "{dir}/good.txt", "-o", "{dir}/a.mp4"],
+            "line 1 of {dir}/good.txt, 'a circle': it has 2",
+        ),
+        (["--script", "{dir}/story.txt", "-o", "{dir}"], "does not end in .mp4"),
+        (["--script", "{dir}/blank.txt", "-o", "{dir}/a.mp4"], "the prompt '&nbsp;' is empty"),
+        (
+            ["--script", "{dir}/short.txt", "-o", "{dir}/a.mp4"],
+            "scene 2, 'b', lasts 0.05 seconds and no chunk",
+        ),
         (["--prompts", "{dir}/p", "-o", "{dir}"], "p does not exist; give a text file"),
         (["--prompts", "{dir}/empty.txt", "-o", "{dir}"], "has 0 prompts; write one per line"),
         (["--prompts", "{dir}/latin.txt", "-o", "{dir}"], "is not UTF-8 at byte 1"),
@@ -252,14 +276,116 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
         "empty.txt": b"\n \n",
         "latin.txt": b"n\xe9",
         "good.txt": b"a circle",
+        "story.txt": b"1 start a circle\n1 cut a square",
+        "blank.txt": b"1 start a circle\n1 cut &nbsp; | a",
+        "short.txt": b"0.5 start a\n0.05 cut b",
         "many.txt": b"a\n" * 10**6,
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     filled = [argument.format(dir=tmp_path) for argument in arguments]
     chosen = filled if "--model" in filled else [*filled, "--model", str(model)]
-    assert message in fails(capsys, cli.CALLER_ERROR, "generate", *chosen)
+    refused = fails(capsys, cli.CALLER_ERROR, "generate", *chosen)
+    assert message.replace("{dir}", str(tmp_path)) in refused
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
+
+
+# Scripts
+
+
+STORY = """\
+# two scenes and a transition
+1    start    a circle
+1.5  cut      a square
+2    soft:2   2 * a star | a much longer text of a dog
+"""
+
+
+def chapters(path: Path) -> list[tuple[int, int, str]]:
+    """First frame, the frame after the last, and title."""
+    with av.open(str(path)) as container:
+        return [
+            (
+                *(round(each[end] * each["time_base"] * 16) for end in ("start", "end")),
+                each["metadata"]["title"],
+            )
+            for each in container.chapters()
+        ]
+
+
+def test_script_gives_one_video_with_a_chapter_for_each_scene(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, path = tmp_path / "story.txt", tmp_path / "story.mp4"
+    script.write_text(STORY)
+    arguments = ["--script", str(script), "-o", str(path), "--model", str(model), "--seed", "2"]
+    assert cli.main(["generate", *arguments]) == 0
+    assert frame_count(path) == 72
+    texts = ["a circle", "a square", "2 * a star | 1 * a much longer text of a dog"]
+    # chunks begin at 0, 9, 21 for the cut, then at 30, 42 for frame 40
+    assert chapters(path) == [(0, 21, texts[0]), (21, 42, texts[1]), (42, 72, texts[2])]
+    shown = capsys.readouterr()
+    assert f"{path}: 72 frames, 4.5 s of video in 3 scenes; streams at " in shown.out
+    for number, text in enumerate((*texts[:2], f"{texts[2][:40]} ..."), 1):
+        assert f"scene {number} of 3: {text}]" in shown.err
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["story.mp4", "story.txt"]
+
+
+def test_script_of_one_scene_is_the_video_of_its_prompt(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("1.2 start a circle")
+    common = ["--model", str(model), "--seed", "5"]
+    script = ["--script", str(tmp_path / "one.txt"), "-o", str(tmp_path / "a.mp4")]
+    assert cli.main(["generate", *script, *common]) == 0
+    plain = ["a circle", "--seconds", "1.2", "-o", str(tmp_path / "b.mp4")]
+    assert cli.main(["generate", *plain, *common]) == 0
+    with av.open(str(tmp_path / "a.mp4")) as one, av.open(str(tmp_path / "b.mp4")) as other:
+        packets = [[bytes(each) for each in file.demux(video=0)] for file in (one, other)]
+    assert packets[0] == packets[1]
+    assert chapters(tmp_path / "a.mp4") == [(0, 19, "a circle")] and chapters(tmp_path / "b.mp4") == []
+
+
+def test_wrong_script_is_refused_before_the_model_is_loaded(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    script, path = tmp_path / "story.txt", tmp_path / "a.mp4"
+    for line, reason in (
+        (
+            "2 fade a square",
+            "line 2 of {path}, '2 fade a square': no scene begins with 'fade'; write seconds",
+        ),
+        (
+            "2 soft:9 a square",
+            "scene 2, 'a square', lasts 2 seconds, which is 3 chunks, and its transition takes 9",
+        ),
+        ("86400 cut a square", "the script lasts 86401 seconds; a video has at most 86400, a day"),
+    ):
+        script.write_text(f"1 start a circle\n{line}\n")
+        message = fails(
+            capsys, cli.CALLER_ERROR, "generate", "--script", script, "-o", path, "--model", model
+        )
+        assert reason.format(path=script) in message
+        assert not path.exists()
+
+
+def test_interrupted_script_keeps_the_chapters_of_what_was_written(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = VideoStream.advance
+
+    def interrupted(self: VideoStream, ahead: bool = True) -> FrameChunk:
+        chunk = advance(self, ahead=ahead)
+        if chunk.index == 3:
+            raise KeyboardInterrupt
+        return chunk
+
+    monkeypatch.setattr(VideoStream, "advance", interrupted)
+    script, path = tmp_path / "story.txt", tmp_path / "a.mp4"
+    script.write_text(STORY)
+    message = fails(capsys, cli.INTERRUPTED, "generate", "--script", script, "-o", path, "--model", model)
+    assert message == f"interrupted; {path} holds the first 1.9 of 4.5 seconds (30 frames)"
+    assert frame_count(path) == 30
+    assert chapters(path) == [(0, 21, "a circle"), (21, 30, "a square")]
 
 
 def test_wrong_size_is_refused_before_the_model_is_loaded(
