@@ -234,7 +234,7 @@ class VideoWriter:
         """
         if self.frames_written and not self._chapters:
             raise RuntimeError(
-                f"{self.path} has {self.frames_written} frames and no chapter; begin one before the first frame"
+                f"{self.path} has {self.frames_written} frames and no chapter; begin one before the first"
             )
         self._chapters[self.frames_written] = title.encode()[:_MOST_TITLE_BYTES].decode(errors="ignore")
 

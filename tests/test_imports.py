@@ -21,8 +21,8 @@ PACKAGE = ROOT / "rfengine"
 LAYERS = [
     {"files", "limits", "stop_signals"},
     {
-        "accuracy", "config", "cuda_graph", "host_state", "memory", "nvtx_ranges", "prompts", "rotary",
-        "video",
+        "accuracy", "config", "cuda_graph", "host_state", "memory", "nvtx_ranges", "prompt_blend", "prompts",
+        "rotary", "video",
     },
     {"grid", "schedule"},
     {"kernels"},
@@ -33,7 +33,7 @@ LAYERS = [
     {"costs", "toy"},
     {"tuning", "export"},
     {"runtime"},
-    {"clip", "diffusers_call", "snapshot", "stream"},
+    {"clip", "diffusers_call", "prompt_script", "snapshot", "stream"},
     {"pipeline"},
     {"rfengine"},  # the names in rfengine/__init__.py
     {"doctor", "evaluation", "parity", "serving"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rfengine
-from rfengine import Pipeline
+from rfengine import Pipeline, cli
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import RuntimeConfig
 from rfengine.grid import LatentGrid
@@ -19,6 +19,7 @@ from rfengine.toy.detector import detect, score
 from rfengine.toy.world import Scene, WorldConfig
 
 BATCH = 4
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 MOVING = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
 
 
@@ -124,6 +125,23 @@ def test_a_switch_shows_the_new_prompt_within_four_chunks(pipe, mode):
     frames = [next(stream).frames for _ in range(7)][4:]
     found = detect(torch.from_numpy(numpy.concatenate(frames))).objects[0]
     assert (found.colour, found.shape, found.direction) == ("blue", "square", "left")
+
+
+def test_the_example_script_shows_its_scenes(tmp_path):
+    path = tmp_path / "story.mp4"
+    assert (
+        cli.main(["generate", "--script", str(EXAMPLES / "story.txt"), "-o", str(path), "--seed", "3"]) == 0
+    )
+    with av.open(str(path)) as container:
+        ends = [round(each["end"] * each["time_base"] * 16) for each in container.chapters()]
+    video = frames_of_file(path)
+    # chunks begin at 0, 9, ..., 33 for frame 32; at 33, 42, 54, 66 for 64; then every 12 up to 114 for 112
+    assert ends == [33, 66, 114, 144] and len(video) == 144
+    shown = [detect(torch.from_numpy(video[end - 16 : end])).objects[0] for end in ends]
+    assert [(each.colour, each.shape, each.direction) for each in shown] == [
+        ("red", "circle", "right"), ("blue", "square", "left"), ("green", "square", "left"),
+        ("green", "square", "up"),
+    ]  # fmt: skip
 
 
 def test_other_words_and_another_order_are_understood(pipe):

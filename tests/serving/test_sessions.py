@@ -9,6 +9,7 @@ import numpy
 import pytest
 
 from rfengine import Pipeline
+from rfengine.prompts import WeightedText
 from rfengine.serving.errors import ServiceError
 from rfengine.serving.events import (
     Branch,
@@ -179,14 +180,36 @@ def test_a_transition_is_active_until_its_last_chunk(pipe: Pipeline) -> None:
     assert marks == [(change, change, ()), ((), change, ()), ((), (), change), ((), (), ())]
 
 
+def test_a_prompt_of_several_texts_is_shown_as_one_line(pipe: Pipeline) -> None:
+    consumer = Collected()
+    mix = (WeightedText("a square", 3), WeightedText("a longer text of a star", 1))
+    with running_service(pipe) as service:
+        session = opened(service, request(num_frames=93), consumer)
+        consumer.wait(SessionChunk, 2)
+        service.submit(session, ChangePrompt("mix", mix, "soft", 2, "spherical"))
+        consumer.ended()
+    first = consumer.of(PromptApplied)[0].chunk_index
+    stream, frames = pipe.stream("a circle"), []
+    for index in range(9):
+        if index == first:
+            stream.set_prompt(mix, "soft", 2, "spherical")
+        frames.append(next(stream).frames)
+    assert numpy.array_equal(consumer.frames(), numpy.concatenate(frames)[: len(consumer.frames())])
+    assert [chunk.prompt for chunk in consumer.chunks[:first]] == ["a circle"] * first
+    assert {chunk.prompt for chunk in consumer.chunks[first:]} == {stream.prompt}
+    assert stream.prompt == "3 * a square | 1 * a longer text of a star"
+
+
 def test_a_prompt_that_is_none_changes_nothing(pipe: Pipeline) -> None:
     consumer = Collected()
     with running_service(pipe) as service:
         session = opened(service, request(num_frames=57), consumer)
         service.submit(session, ChangePrompt("bad", "  "))
+        service.submit(session, ChangePrompt("worse", [("a square", 1), ("  ", 1)], "hard"))
         consumer.ended()
-    (failed,) = consumer.of(CommandFailed)
-    assert failed.event_id == "bad" and failed.fault.code == "invalid_value"
+    failed = [(each.event_id, each.fault.code, each.fault.message) for each in consumer.of(CommandFailed)]
+    assert [each[:2] for each in failed] == [("bad", "invalid_value"), ("worse", "invalid_value")]
+    assert failed[1][2] == "the prompt's text 2 '  ' is empty; give it at least one word"
     assert numpy.array_equal(consumer.frames(), alone(pipe, "a circle", 0, 5))
 
 

@@ -44,7 +44,7 @@ class RealtimeClient:
         self.send("session.start", **{**START, **fields})
         return self.until("video.start")
 
-    def change_prompt(self, prompt: str, event_id: str, **fields: object) -> None:
+    def change_prompt(self, prompt: object, event_id: str, **fields: object) -> None:
         interaction = {"event_id": event_id, "event": {"prompt": prompt}, **fields}
         self.send("session.interaction", interaction=interaction)
 

@@ -96,6 +96,19 @@ def test_a_transition_is_active_for_its_chunks(server: RunningServer) -> None:
     assert len(active) == 2 and completed == [active[-1] + 1]
 
 
+def test_a_prompt_of_several_texts_is_named_in_its_chunks(server: RunningServer) -> None:
+    texts = [{"text": "a square", "weight": 3}, {"text": "a star"}]
+    with realtime_client(server) as one:
+        one.start()
+        one.until("video.chunk_metadata")
+        one.change_prompt(texts, "mix", transition_chunks=2, interpolation="spherical")
+        applied = one.until("session.interaction.applied", event_id="mix")
+        shown = one.until("video.chunk_metadata")
+    assert shown["generation_chunk_index"] == applied["chunk_index"]
+    assert shown["prompt"] == "3 * a square | 1 * a star"
+    assert shown["active_event_ids"] == ["mix"]
+
+
 def test_pause_resume_snapshot_seek_and_branch(server: RunningServer) -> None:
     with realtime_client(server) as one:
         begun = one.start(record=True, keep_every=0)

@@ -184,6 +184,11 @@ def interaction(**fields: Any) -> dict[str, Any]:
     return INTERACTION | {"interaction": INTERACTION["interaction"] | fields}
 
 
+def several(second: Any) -> dict[str, Any]:
+    """An interaction with two texts."""
+    return interaction(event={"prompt": [{"text": "a", "weight": 1}, second]})
+
+
 WRONG = [
     ({}, "union_tag_not_found", ""),
     ({"type": "session.begin"}, "union_tag_invalid", ""),
@@ -217,6 +222,16 @@ WRONG = [
     ({"type": "session.interaction"}, "missing", "interaction"),
     (interaction(event={}), "missing", "interaction.event.prompt"),
     (interaction(event=None), "model_type", "interaction.event"),
+    (interaction(event={"prompt": ""}), "string_too_short", "interaction.event.prompt.text"),
+    (interaction(event={"prompt": 7}), "string_type", "interaction.event.prompt.text"),
+    (interaction(event={"prompt": []}), "too_short", "interaction.event.prompt.texts"),
+    (interaction(event={"prompt": 17 * [{"text": "a"}]}), "too_long", "interaction.event.prompt.texts"),
+    (several({"weight": 2}), "missing", "interaction.event.prompt.texts.1.text"),
+    (several("a circle"), "model_type", "interaction.event.prompt.texts.1"),
+    (several({"text": "b", "weight": 0}), "greater_than", "interaction.event.prompt.texts.1.weight"),
+    (several({"text": "b", "weight": 2e6}), "less_than_equal", "interaction.event.prompt.texts.1.weight"),
+    (several({"text": "b", "weight": "2"}), "float_type", "interaction.event.prompt.texts.1.weight"),
+    (interaction(interpolation="cubic"), "literal_error", "interaction.interpolation"),
     (interaction(event_id=""), "string_too_short", "interaction.event_id"),
     (interaction(event_id="e" * 129), "string_too_long", "interaction.event_id"),
     (interaction(mode="fade"), "literal_error", "interaction.mode"),
@@ -244,6 +259,16 @@ def test_wrong_message_does_not_satisfy_the_schema() -> None:
     client, server = validators()
     accepted = [message for message, _, _ in WRONG if client.is_valid(message) or server.is_valid(message)]
     assert accepted == []
+
+
+def test_prompt_is_a_text_or_several_with_weights() -> None:
+    client, _ = validators()
+    message = several({"text": "b", "weight": 0.5})
+    client.validate(message)
+    prompt = CLIENT_MESSAGES.validate_json(json.dumps(message)).interaction.event.prompt
+    assert [(each.text, each.weight) for each in prompt] == [("a", 1.0), ("b", 0.5)]
+    assert "| `interaction.event.prompt[].weight` | number, above 0 and up to 1000000 | `1.0` |" in page()
+    assert "| `interaction.event.prompt[].text` | text, 1 to 10000 characters | required |" in page()
 
 
 @pytest.mark.parametrize(
