@@ -156,10 +156,10 @@ class PromptScript:
         """Where the scenes begin in a video of the model: each at the first chunk boundary at or after its
         time, which is the sum of the seconds before it.
 
-        After a cut chunks are counted from a new start, whose first has fewer frames. Raises ValueError where
-        all scenes are too long, a scene gets no chunk, or one has fewer chunks than its transition.
+        After a cut chunks are counted from a new start, whose first is of another length. Raises ValueError
+        where all scenes are too long, a scene gets no chunk, or one has fewer than its transition.
         """
-        grid, chunk_frames = LatentGrid.of(config), config.cache.chunk_frames
+        grid, cache = LatentGrid.of(config), config.cache
         ends = list(accumulate(Fraction(repr(float(scene.seconds))) for scene in self.scenes))
         if ends[-1] > MOST_SECONDS:
             raise ValueError(
@@ -170,8 +170,9 @@ class PromptScript:
         begins: list[tuple[int, int]] = []  # of each scene and of the end: frame and chunk
         cut_frame = cut_chunk = 0
         for time, scene in zip_longest(times, self.scenes):
-            chunks = -(-grid.latent_frames(time - cut_frame) // chunk_frames)
-            frame = cut_frame + grid.pixel_frames(chunks * chunk_frames)
+            later = grid.latent_frames(time - cut_frame) - cache.first_chunk
+            chunks = 0 if time <= cut_frame else 1 + max(0, -(-later // cache.chunk_frames))
+            frame = cut_frame + grid.pixel_frames(cache.frames_before(chunks))
             begins.append((frame, cut_chunk + chunks))
             if scene is not None and scene.mode == "hard":
                 cut_frame, cut_chunk = begins[-1]
@@ -181,8 +182,9 @@ class PromptScript:
                 zip(self.scenes, begins, begins[1:], strict=False), 1
             )
         )
+        longest = max(grid.pixel_frames(cache.first_chunk), cache.chunk_frames * grid.temporal_stride)
         for each in planned:
-            _check_length(each, chunk_frames * grid.temporal_stride / config.fps)
+            _check_length(each, longest / config.fps)
         return ScriptPlan(planned, num_frames)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfengine import Pipeline
-from rfengine.config import RuntimeConfig
+from rfengine.config import CacheConfig, RuntimeConfig
 from rfengine.limits import shown
 from rfengine.prompt_script import MOST_SCENES, PromptScript, Scene, ScriptPlan, play
 from rfengine.prompts import WeightedText
@@ -184,11 +184,18 @@ def test_chunks_are_counted_from_a_cut_again() -> None:
     assert [scene.number for scene in plan.scenes] == [1, 2, 3, 4, 5]
 
 
-def test_plan_of_one_scene_has_the_chunks_of_its_frames() -> None:
-    pipe = small_pipeline()
-    for seconds in (0.01, 0.5, 0.5625, 0.6, 1.3, 5, 7.7):
-        plan = plan_of(f"{seconds} start a")
+@pytest.mark.parametrize("first", [None, 1, 4])
+def test_plan_of_one_scene_has_the_chunks_of_its_frames(first: int | None) -> None:
+    pipe = small_pipeline(CacheConfig(first_chunk_frames=first))
+    for seconds in (0.01, 0.1, 0.5, 0.5625, 0.6, 1.3, 5, 7.7):
+        plan = PromptScript((Scene(seconds, "a"),)).plan(pipe.config)
         assert plan.num_chunks == pipe.chunk_count(plan.num_frames)
+
+
+def test_first_chunk_of_another_length_is_that_after_a_cut_too() -> None:
+    script = PromptScript.parse("1 start a\n1 cut b\n1 soft c")
+    # boundaries: 0 1 13 25 | 26 38, for the frames 0, 16 and 32
+    assert places(script.plan(small_config(CacheConfig(first_chunk_frames=1)))) == [(0, 3), (25, 2), (38, 1)]
 
 
 @pytest.mark.parametrize(
