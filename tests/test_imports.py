@@ -21,10 +21,10 @@ PACKAGE = ROOT / "rfengine"
 LAYERS = [
     {"files", "limits", "stop_signals"},
     {
-        "accuracy", "config", "cuda_graph", "host_state", "memory", "nvtx_ranges", "prompt_blend", "prompts",
+        "accuracy", "config", "config_json", "cuda_graph", "host_state", "memory", "nvtx_ranges", "prompt_blend", "prompts",
         "rotary", "video",
     },
-    {"grid", "schedule"},
+    {"grid", "older_snapshot", "schedule"},
     {"kernels"},
     {"ops"},
     {"cache"},

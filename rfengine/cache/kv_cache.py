@@ -234,7 +234,7 @@ class StreamingKVCache:
         count = plan.frames - len(plan.slots)
         slots = least_similar(resident, self._held_on_device(), self.config, count)
         slots = torch.cat([self._row(plan.slots), slots])
-        numbers = torch.arange(plan.frames, device=slots.device) + plan.first_frame
+        numbers = torch.arange(plan.frames, dtype=torch.int64, device=slots.device) + plan.first_frame
         self.device_held.index_copy_(0, slots, numbers)
         times = self.device_held.argsort().argsort()
         self._rotation.copy_(self._place_rotation.index_select(1, times))

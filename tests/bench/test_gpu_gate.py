@@ -270,7 +270,7 @@ def test_the_self_check_passes_with_what_a_bare_cuda_image_has(tmp_path):
         name: outcome for part in record["parts"].values() for name, outcome in part["commands"].items()
     }
     assert {outcome["state"] for outcome in outcomes.values()} == {"done"}
-    assert outcomes["test_flow_step"]["results"]["passed"] == 2
+    assert outcomes["test_flow_step"]["results"]["passed"] == 3
     assert [case["wrong"] for case in outcomes["kernels"]["results"]["cases"]] == [""]
 
 

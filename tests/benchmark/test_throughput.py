@@ -403,11 +403,11 @@ def test_every_graph_is_replayed_before_the_clock_starts_and_while_it_is_checked
 ) -> None:
     """Three fill the window; its two slots are each written op by op, then recorded and replayed."""
     engine = throughput.MeasuredEngine.load(SMALLEST)
-    assert chunk_times.recorded_chunks(engine.pipeline.config.cache) == 7
+    assert chunk_times.recorded_chunks(engine.pipeline.config.cache) == 5
     assert agreement.checked_chunks(engine.pipeline) == 4
     switches = {"graphs": Switch(True, "asked for")}
     monkeypatch.setattr(agreement, "runtime_switches", lambda runtime, device: switches)
-    assert agreement.checked_chunks(engine.pipeline) == 7
+    assert agreement.checked_chunks(engine.pipeline) == 5
 
 
 def test_pipe_that_its_reader_closed_is_left_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

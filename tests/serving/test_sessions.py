@@ -389,7 +389,7 @@ def test_a_session_is_cancelled_within_one_denoising_step(pipe: Pipeline, monkey
     runner = pipe._engine.runner
     advance = type(runner).advance
 
-    def slow_steps(self, cache, plan, noise, text, on_step=None):
+    def slow_steps(self, cache, plan, noise, text, on_step=None, clean=None):
         def note(step: int, timestep: float, latents: object) -> None:
             steps.append((plan.chunk, step))
             if plan.chunk == 1 and step == 0:
@@ -397,7 +397,7 @@ def test_a_session_is_cancelled_within_one_denoising_step(pipe: Pipeline, monkey
                 time.sleep(0.3)
             return on_step(step, timestep, latents)
 
-        return advance(self, cache, plan, noise, text, note)
+        return advance(self, cache, plan, noise, text, note, clean)
 
     monkeypatch.setattr(type(runner), "advance", slow_steps)
     consumer = Collected()
