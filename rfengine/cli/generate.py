@@ -14,8 +14,11 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.systems import SystemName, configured
+from rfengine.cli.start import StartOptions, check_start, start_frames, start_mode
 from rfengine.cli.terminal import find_device, interrupt_waits
 from rfengine.config import Backend, DTypeName, EngineConfig, RuntimeConfig
+from rfengine.grid import LatentGrid
 from rfengine.pipeline import Pipeline
 from rfengine.prompt_script import PlannedScene, PromptScript, Scene, ScriptPlan, play
 from rfengine.prompts import check_prompt, prompt_line, read_prompts, weighted_texts
@@ -49,8 +52,11 @@ class GenerateOptions:
     """Length of each video, 5 where nothing is given; a script has its own."""
     seed: int = 0
     """The same seed, model and prompt give the same video."""
+    start: OmitArgPrefixes[StartOptions] = StartOptions()
     model: str = "tiny"
     """A checkpoint directory, or tiny, which comes with the package."""
+    system: SystemName | None = None
+    """The cache and the denoising steps of a published system, in place of the checkpoint's own."""
     height: int | None = None
     """Pixels, a multiple of 16; the size the model was trained at where nothing is given."""
     width: int | None = None
@@ -72,8 +78,9 @@ def run(options: GenerateOptions) -> int:
     device = find_device(options.device)
     find_device(options.runtime.decode_device, "--decode-device")
     pipeline = Pipeline.from_pretrained(
-        checkpoint, device, options.dtype, backend=options.backend, runtime=options.runtime
-    )
+        checkpoint, device, options.dtype, system=options.system, backend=options.backend,
+        runtime=options.runtime,
+    )  # fmt: skip
     for done, (prompt, path) in enumerate(jobs):
         try:
             _write_video(pipeline, prompt, path, options)
@@ -143,15 +150,20 @@ def _file_name(number: int, prompt: str) -> str:
 def _open_checkpoint(options: GenerateOptions, prompt: str | PromptScript) -> Checkpoint:
     """The checkpoint, unless it has no such video: refused before loading, which can take minutes."""
     from rfengine.checkpoint.manifest import verify
-    from rfengine.grid import LatentGrid
 
     as_seed(options.seed)
     if options.verify:
         verify(checkpoint_directory(options.model))
     checkpoint = Checkpoint.open(options.model)
-    _plan(prompt, options.seconds, checkpoint.config)
-    LatentGrid.of(checkpoint.config, options.height, options.width)
+    config = _config(checkpoint.config, options)
+    _plan(prompt, options.seconds, config)
+    check_start(options.start)
+    start_frames(options.start, config, LatentGrid.of(config, options.height, options.width))
     return checkpoint
+
+
+def _config(config: EngineConfig, options: GenerateOptions) -> EngineConfig:
+    return config if options.system is None else configured(config, options.system)
 
 
 def _plan(prompt: str | PromptScript, seconds: float | None, config: EngineConfig) -> ScriptPlan:
@@ -170,9 +182,12 @@ def _write_video(
 
     fps, plan = pipeline.config.fps, _plan(prompt, options.seconds, pipeline.config)
     count, num_chunks = plan.num_frames, plan.num_chunks
+    grid = LatentGrid.of(pipeline.config, options.height, options.width)
     stream = pipeline.stream(
-        plan.scenes[0].scene.prompt, seed=options.seed, height=options.height, width=options.width
-    )
+        plan.scenes[0].scene.prompt, seed=options.seed, height=grid.height, width=grid.width,
+        start_frames=start_frames(options.start, pipeline.config, grid),
+        start_mode=start_mode(options.start, pipeline.config),
+    )  # fmt: skip
     chunks, made, busy, scene = play(stream, plan), 0, 0.0, None
     interval = 0.1 if sys.stderr.isatty() else _QUIET_INTERVAL
     with (

@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
+from rfengine.checkpoint.systems import SystemName
 from rfengine.cli.terminal import find_device
 from rfengine.config import Backend, DTypeName, RuntimeConfig
 from rfengine.limits import Range, check_options
@@ -29,6 +30,8 @@ class ServeOptions:
 
     model: str = "tiny"
     """A checkpoint directory, or tiny, which comes with the package."""
+    system: SystemName | None = None
+    """The cache and the denoising steps of a published system, in place of the checkpoint's own."""
     host: str = "127.0.0.1"
     """Address to listen at; any but loopback needs keys."""
     port: Annotated[int, Range(1, 65535)] = 8000
@@ -96,6 +99,7 @@ def run(options: ServeOptions) -> int:
         options.model,
         find_device(options.device),
         options.dtype,
+        system=options.system,
         backend=options.backend,
         runtime=options.runtime,
     )
