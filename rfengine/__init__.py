@@ -8,15 +8,17 @@ TYPE_CHECKING = False  # as typing has it, which takes longer to import than all
 if TYPE_CHECKING:
     from typing import Any
 
+    from rfengine.checkpoint.lora import Lora
     from rfengine.config import EngineConfig, RuntimeConfig
     from rfengine.pipeline import Pipeline
     from rfengine.stream import VideoStream
 
-__all__ = ["EngineConfig", "Pipeline", "RuntimeConfig", "VideoStream", "__version__"]
+__all__ = ["EngineConfig", "Lora", "Pipeline", "RuntimeConfig", "VideoStream", "__version__"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "EngineConfig": "rfengine.config",
+    "Lora": "rfengine.checkpoint.lora",
     "Pipeline": "rfengine.pipeline",
     "RuntimeConfig": "rfengine.config",
     "VideoStream": "rfengine.stream",

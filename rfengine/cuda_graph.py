@@ -66,6 +66,21 @@ def _record_an_addition(stream: torch.cuda.Stream) -> None:
         x.add_(1)
 
 
+@contextmanager
+def launching_on(own: torch.cuda.Stream | None, device: torch.device) -> Iterator[None]:
+    """Launch on `own`, after and before all else that the caller launches; without it with `device`, which
+    may not be the current one, as the current one."""
+    if own is None:
+        with made_current(device):
+            yield
+        return
+    outer = torch.cuda.current_stream(own.device)
+    own.wait_stream(outer)
+    with torch.cuda.stream(own):
+        yield
+    outer.wait_stream(own)
+
+
 class CapturedCall(Generic[Result]):
     """`function` without arguments, recorded once; `result` is what it returned, which replays overwrite.
 

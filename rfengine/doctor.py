@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import torch
 import rfengine
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.lora import Lora, load_loras
 from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
+from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, DTypeName, RuntimeConfig
-from rfengine.costs.memory import memory_needs
+from rfengine.costs.memory import lora_bytes, memory_needs
 from rfengine.grid import LatentGrid
 from rfengine.memory import free_memory
 from rfengine.ops import choose_ops
@@ -46,14 +49,18 @@ _DRIVER_TIMEOUT = 10.0  # seconds that nvidia-smi gets
 
 
 def examine(
-    model: str = "tiny", height: int | None = None, width: int | None = None, dtype: DTypeName | None = None
+    model: str = "tiny",
+    height: int | None = None,
+    width: int | None = None,
+    dtype: DTypeName | None = None,
+    loras: Sequence[Lora] = (),
 ) -> dict[str, Any]:
     """The report as plain JSON values; sizes are bytes.
 
     model: a preset or a checkpoint directory, whose memory is computed at height x width pixels in dtype and
-    whose files are read and compared with their manifest.
-    Raises ValueError for an unknown model and a size that is no multiple of the patch, RuntimeError where the
-    configuration is damaged and the manifest knows it.
+    whose files are read and compared with their manifest. loras: read, and their memory computed.
+    Raises ValueError for an unknown model, a size that is no multiple of the patch and a LoRA of another
+    model, RuntimeError where the configuration is damaged and the manifest knows it.
     """
     files = _files(model)
     checkpoint = _open(model, files)
@@ -62,6 +69,7 @@ def examine(
     on_cuda = torch.cuda.is_available()
     name = dtype or ("bfloat16" if on_cuda else "float32")
     needs = memory_needs(config, grid, getattr(torch, name))
+    loaded = load_loras(loras, expected_shapes(config.model))
     device = "cuda" if on_cuda else "cpu"
     return {
         "rfengine": rfengine.__version__,
@@ -86,7 +94,7 @@ def examine(
         },
         "memory": {
             "model": config.name, "height": grid.height, "width": grid.width, "dtype": name, "device": device,
-            "needs": needs,
+            "needs": needs, "host": lora_bytes(loaded, config.model, getattr(torch, name)) if loaded else {},
             "free": free_memory(torch.device(device)),
         },
         "files": files,
@@ -257,8 +265,11 @@ def _memory_lines(report: dict[str, Any]) -> list[str]:
     shown = {name.replace("_", " "): _mib(needed) for name, needed in needs.items()}
     shown[f"free on {memory['device']}"] = "unknown" if free is None else _mib(free)
     lines = [f"memory of {memory['model']} at {size} in {memory['dtype']}, without activations"]
+    host = {name.replace("_", " "): _mib(size) for name, size in memory["host"].items()}
     lines += [f"  {name:<16} {amount:>12}" for name, amount in shown.items()]
-    if free is not None and free < needs["total"]:
+    lines += [f"  {name:<16} {amount:>12}, in host memory" for name, amount in host.items()]
+    on_host = sum(memory["host"].values()) if memory["device"] == "cpu" else 0
+    if free is not None and free < needs["total"] + on_host:
         lines.append(
             "  this does not fit: take a smaller model or size, 16 bits, or keep the text encoder on the CPU"
         )

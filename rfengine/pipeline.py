@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.checkpoint.lora import Lora, load_loras
+from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.checkpoint.systems import SystemName, configured
 from rfengine.clip import ClipMode
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
-from rfengine.costs.memory import memory_needs, require_stream_fits, stream_bytes
+from rfengine.costs.memory import memory_needs, require_frames_fit, require_stream_fits, stream_bytes
 from rfengine.diffusers_call import (
     Generators,
     OutputType,
@@ -28,7 +30,6 @@ from rfengine.diffusers_call import (
 from rfengine.grid import LatentGrid
 from rfengine.host_state import own_state
 from rfengine.limits import as_integer, shown
-from rfengine.memory import require_memory
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import Prompt, prompt_line
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from rfengine.models.text_encoder import TextEncoder
-
-_BYTES_OF_FRAMES = 2  # for each value of a video: the chunks, and their concatenation
-_BYTES_OF_FLOATS = 6  # where frames are returned as float32: those, and both of the above
 
 
 class Pipeline:
@@ -91,6 +89,7 @@ class Pipeline:
         cache: CacheConfig | None = None,
         backend: Backend | None = None,
         runtime: RuntimeConfig | None = None,
+        loras: Sequence[Lora | str | Path] = (),
     ) -> Pipeline:
         """Load "tiny", which comes with the package, a checkpoint directory (README, published weights) or
         an open Checkpoint.
@@ -98,7 +97,7 @@ class Pipeline:
         device: "cuda" where there is one, else "cpu". dtype: bfloat16 on CUDA, else float32. text_device:
         of the text encoder; "cpu" keeps it off the GPU. text_cache: directory that keeps text states by
         prompt. system: the cache and the denoising steps of a published system, in place of the
-        checkpoint's; cache, backend, runtime: replace its own.
+        checkpoint's; cache, backend, runtime: replace its own. loras: see set_loras.
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs,
         RuntimeError when the backend or a part of the runtime cannot run on the device.
         """
@@ -114,6 +113,7 @@ class Pipeline:
             config = replace(config, backend=backend)
         decoding = present_device(decode_device(config.runtime, target))
         require_decoder(config.runtime, decoding)  # before the weights are read, which can take minutes
+        loaded = load_loras(loras, expected_shapes(config.model))
         ops = tuned_ops(config, number, target)
         model = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", number, target)
         if target.type == "cuda":  # on a CPU one product is no faster than three
@@ -121,7 +121,9 @@ class Pipeline:
         vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", number, decoding)
         encoder = checkpoint.text_encoder(torch.device(text_device or target), number, text_cache)
         open_decoder = opener(checkpoint, config, vae.eval(), number, decoding)
-        return cls(config, model.eval(), vae, encoder, checkpoint.fingerprint(), open_decoder)
+        pipeline = cls(config, model.eval(), vae, encoder, checkpoint.fingerprint(), open_decoder)
+        pipeline._engine.adapted.apply(loaded)
+        return pipeline
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -142,6 +144,21 @@ class Pipeline:
         """Quality of the frames: "lossless" with the full decoder (in TensorRT too), "near-lossless" with
         its FP8 convolutions, "reduced" with tiny."""
         return tier_of(self.config.runtime)
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The LoRAs in the transformer's weights, see set_loras."""
+        return tuple(each.lora for each in self._engine.adapted.loras)
+
+    def set_loras(self, loras: Sequence[Lora | str | Path]) -> None:
+        """Merge these LoRAs into the transformer's weights, in place of those before; () removes all.
+
+        Streams take them from their next chunk on, or the one after a chunk that is ahead; the window keeps
+        its keys and values, unless set_prompt(stream.prompt, "recache") recomputes them. A weight depends on
+        the list alone (AdaptedWeights). A LoRA that stays is not read again, whatever its scale. After an
+        error, ValueError or RuntimeError, all is as it was.
+        """
+        self._engine.adapted.apply(self._engine.adapted.load(loras))
 
     def to(self, device: str | torch.device) -> Pipeline:
         """The pipeline itself if it is on `device`, for scripts written for Diffusers; loaded weights do not
@@ -193,12 +210,6 @@ class Pipeline:
         grid = LatentGrid.of(self.config, height, width)
         return stream_bytes(memory_needs(self.config, grid, self.model.dtype))
 
-    def _require_frames_fit(self, count: int, grid: LatentGrid, bytes_a_value: int) -> None:
-        size = count * grid.height * grid.width * 3 * bytes_a_value
-        what = f"holding {count} frames of {grid.height} x {grid.width} pixels"
-        way_out = "ask for fewer, or take the chunks of stream() one by one"
-        require_memory(size, torch.device("cpu"), what, way_out)
-
     def chunk_count(self, num_frames: int) -> int:
         """Chunks from the start of a video that have at least `num_frames` pixel frames."""
         count, cache = as_integer("num_frames", num_frames), self.config.cache
@@ -223,7 +234,7 @@ class Pipeline:
         import numpy
 
         count = frame_count(self.config.fps, seconds, num_frames)
-        self._require_frames_fit(count, LatentGrid.of(self.config, height, width), _BYTES_OF_FRAMES)
+        require_frames_fit(count, LatentGrid.of(self.config, height, width))
         stream = self.stream(prompt, seed=seed, height=height, width=width)
         pieces = []
         for chunk in stream.take(self.chunk_count(count)):
@@ -269,8 +280,7 @@ class Pipeline:
         wanted = requested_videos(prompt, num_videos_per_prompt, generator, seed)
         if output_type != "latent":
             grid = LatentGrid.of(self.config, height, width)
-            size = _BYTES_OF_FRAMES if output_type == "pil" else _BYTES_OF_FLOATS
-            self._require_frames_fit(len(wanted) * count, grid, size)
+            require_frames_fit(len(wanted) * count, grid, as_floats=output_type != "pil")
         on_step = None if callback_on_step_end is None else functools.partial(callback_on_step_end, self)
         videos = []
         for text, number in wanted:

@@ -227,7 +227,7 @@ def play(stream: VideoStream, plan: ScriptPlan) -> Iterator[tuple[PlannedScene, 
     prompt, and as VideoStream does.
     """
     first = prompt_line(plan.scenes[0].scene.prompt)
-    if stream.index or stream.prompt != first:
+    if stream.latents is not None or stream.prompt != first:
         raise RuntimeError(
             f"the stream is at chunk {stream.index} of {shown(stream.prompt)}; play the script on a new one "
             f"of {shown(first)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import CachePosition
+from rfengine.checkpoint.layouts import list_names
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.config_json import from_dict
 from rfengine.files import strict_json
@@ -45,11 +46,14 @@ _FIELDS = {
     "decoded_frames": _Count,
     "transition_chunks": Annotated[int, Range(1, MOST_TRANSITION_CHUNKS)],
     "transition_step": Annotated[int, Range(0, MOST_TRANSITION_CHUNKS - 1)], "interpolation": Interpolation,
-    "given_frames": Annotated[int, Range(1, 64)],
+    "given_frames": Annotated[int, Range(1, 64)], "loras": tuple[str, ...],
 }  # fmt: skip
-# there while the text states go to those of a new prompt, and while the next chunk begins with given frames,
-# and what stands for them elsewhere; older formats count in transition_chunks those that are left
-_OPTIONAL = {"transition_chunks": 0, "transition_step": 0, "interpolation": "linear", "given_frames": 0}
+# there while the text states go to those of a new prompt, while the next chunk begins with given frames, and
+# with LoRAs in the weights (sha256, scale and name of each), and what stands for them elsewhere; older
+# formats count in transition_chunks those that are left
+_OPTIONAL = {
+    "transition_chunks": 0, "transition_step": 0, "interpolation": "linear", "given_frames": 0, "loras": (),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +196,15 @@ class Snapshot:
     def check(self, expected: dict[str, Any]) -> None:
         """Raises ValueError unless info, which stream_info has checked, holds what the pipeline that restores
         it has."""
+        taken_with, own = (_loras(info.get("loras", ())) for info in (self.info, expected))
+        if taken_with.keys() != own.keys():
+            stated, present = (list_names(each.values()) or "none" for each in (taken_with, own))
+            raise ValueError(
+                f"the LoRAs of the snapshot are {stated}, those of this pipeline are {present}; restore it "
+                "with the same LoRAs at the same scales"
+            )
         for name, value in expected.items():
-            if self.info[name] != value:
+            if name != "loras" and self.info[name] != value:
                 raise ValueError(
                     f"the snapshot's {name} is {shown(self.info[name])}, this pipeline's is {shown(value)}; "
                     "restore it with the model and settings it was taken with"
@@ -229,6 +240,12 @@ class Snapshot:
         names = ("text_start" if info.transition_step else "text_states", "text_target")
         start, target = (ordinary(self.tensors[name]).to(device) for name in names)
         return TextTransition(start, target, info.transition_chunks, info.interpolation, info.transition_step)
+
+
+def _loras(entries: Iterable[str]) -> dict[tuple[str, ...], str]:
+    """sha256 and scale of each LoRA of a snapshot, and what errors call it."""
+    words = [(*each.split(" ", 2), "", "")[:3] for each in entries]
+    return {(digest, scale): f"{name[:80]} at {scale[:24]} ({digest[:8]})" for digest, scale, name in words}
 
 
 def expected_tensors(

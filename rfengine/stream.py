@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
 from rfengine.clip import ClipMode, clip_pixels, split_clip
-from rfengine.cuda_graph import made_current
+from rfengine.cuda_graph import launching_on
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
 from rfengine.models.decoder import reset_state
@@ -127,20 +127,9 @@ class VideoStream:
             finally:
                 self._busy = False
 
-    @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Launch on the model's device, which may not be the current one, and on the denoising's CUDA stream,
-        after and before all else that the caller launches."""
-        own = self._engine.compute_stream
-        if own is None:
-            with made_current(self._engine.model.device):
-                yield
-            return
-        outer = torch.cuda.current_stream(own.device)
-        own.wait_stream(outer)
-        with torch.cuda.stream(own):
-            yield
-        outer.wait_stream(own)
+    def _computing(self) -> AbstractContextManager[None]:
+        """Launch on the model's device and on the denoising's CUDA stream."""
+        return launching_on(self._engine.compute_stream, self._engine.model.device)
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -155,7 +144,15 @@ class VideoStream:
         text_states = text_states.to(self._engine.model.device)
         text = self._engine.model.text_keys_values(text_states)
         self.prompt, self._text_states, self._text = prompt, text_states, text
+        self._weights_version = self._engine.adapted.version
         self._transition = None
+
+    def _take_weights(self) -> None:
+        """Bring the keys and values of the text up to date with weights that were changed."""
+        if self._weights_version != self._engine.adapted.version:
+            transition = self._transition
+            self._set_text(self.prompt, self._text_states)
+            self._transition = transition
 
     def _continue_transition(self) -> None:
         """Take one of the steps of the text states to those of a new prompt, which the last step reaches."""
@@ -246,6 +243,7 @@ class VideoStream:
         """Denoise the next chunk and submit its latents to the decoder."""
         started = time.perf_counter()
         with self._computing():
+            self._take_weights()
             self._continue_transition()
             plan, given = self._cache.plan_chunk(), self._given
             noise = self._noise(plan.chunk, plan.frames)
@@ -350,6 +348,7 @@ class VideoStream:
             pieces, given = split_clip(latents, mode, engine.config)
             with self._closed_on_error(), self._computing():
                 self._given = given
+                self._take_weights()
                 for piece in pieces:
                     plan = self._cache.plan_chunk(piece.shape[2])
                     engine.runner.prefill(self._cache, plan, piece, self._text)

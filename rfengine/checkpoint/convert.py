@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -27,7 +27,7 @@ from rfengine.checkpoint.directories import (
 )
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import open_part, read_as
-from rfengine.checkpoint.lora import add_lora, open_lora
+from rfengine.checkpoint.lora import Lora, add_loras, load_loras
 from rfengine.checkpoint.manifest import check_sizes, write_manifest
 from rfengine.checkpoint.shapes import (
     PartConfig,
@@ -69,7 +69,7 @@ def convert(
     destination: Path | str,
     *,
     base: Path | str | None = None,
-    lora: Path | str | None = None,
+    loras: Sequence[Lora | str | Path] = (),
     dtype: DTypeName = "bfloat16",
     use_ema: bool = True,
     kind: Kind = "auto",
@@ -80,8 +80,8 @@ def convert(
     one file of a generator or of a tiny decoder (taew2_1): a pickle or safetensors, whatever its name, with
     scaled FP8 too. Of a shard all shards are taken.
     base: a directory that gives the parts the source lacks; without it they are left out, with a warning.
-    lora: a file, or the directory PEFT or Diffusers saved it in; merged into the transformer in float32, at
-    the scale that its alphas, the adapter_config.json beside it or its header state, else at 1.
+    loras: merged into the transformer in float32, all of them before the one rounding to dtype, each at its
+    scale times what its alphas, the adapter_config.json beside it or its header state.
     dtype: of every floating-point tensor written; none is kept wider.
     use_ema: take generator_ema where a pickle has it.
     kind: the system that the checkpoint was trained for, with its cache and its denoising steps
@@ -97,15 +97,16 @@ def convert(
         checkpoint = _open_source(source, Path(base) if base is not None else None, use_ema)
         complete = "transformer" in checkpoint.tensors
         kind = _resolve_kind(kind, checkpoint.generator) if complete else ""
-        if lora is not None:
+        if loras:
             if not complete:
                 raise ValueError(
-                    f"{source} holds a tiny decoder, which takes no LoRA; give lora with a generator"
+                    f"{source} holds a tiny decoder, which takes no LoRA; give loras with a generator"
                 )
-            add_lora(checkpoint.tensors["transformer"], open_lora(Path(lora)))
+            transformer = checkpoint.tensors["transformer"]
+            add_loras(transformer, load_loras(loras, shapes_of(transformer), pickles=True))
         _check_tensors(checkpoint)
         config = _target_config(checkpoint, kind) if complete else None
-        _warn(kind, checkpoint, lora)
+        _warn(kind, checkpoint, bool(loras))
         with new_directory(destination) as directory:
             for part, tensors in checkpoint.tensors.items():
                 cast = {name: _cast(name, stored, getattr(torch, dtype)) for name, stored in tensors.items()}
@@ -239,7 +240,7 @@ def _target_config(checkpoint: _Checkpoint, kind: str) -> EngineConfig:
     return configured(replace(kept, name=inferred.name), kind) if kind else kept
 
 
-def _warn(kind: str, checkpoint: _Checkpoint, lora: Path | str | None) -> None:
+def _warn(kind: str, checkpoint: _Checkpoint, has_loras: bool) -> None:
     absent = [part for part in MODEL_PARTS if part not in checkpoint.tensors]
     if "transformer" in absent:
         logger.warning(
@@ -254,9 +255,9 @@ def _warn(kind: str, checkpoint: _Checkpoint, lora: Path | str | None) -> None:
         logger.warning(
             "Wan2.1 without distillation is a teacher: it needs many steps, not the few of this engine"
         )
-    if kind == "longlive" and lora is None:
+    if kind == "longlive" and not has_loras:
         logger.warning(
-            "LongLive is converted without its LoRA; give lora.pt as lora unless it is merged already"
+            "LongLive is converted without its LoRA; give lora.pt as a LoRA unless it is merged already"
         )
 
 

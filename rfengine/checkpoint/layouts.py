@@ -290,8 +290,8 @@ def _count_res_blocks(names: Iterable[str]) -> int:
     return max((int(match[1]) for match in found if match), default=2)
 
 
-def list_names(names: Iterable[str]) -> str:
-    """Names for an error: the first few, and how many more."""
+def list_names(names: Iterable[str], most: int = SHOWN_NAMES) -> str:
+    """Names for an error: the first `most`, and how many more."""
     names = sorted(name if name.isprintable() else ascii(name) for name in names)
-    rest = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

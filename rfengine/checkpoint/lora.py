@@ -1,268 +1,189 @@
-"""A LoRA on disk, and its merge into the transformer, in float32 and one tensor at a time."""
+"""LoRAs: which ones and at which scale, their changes in memory, and their merge when a file is written."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.directories import folder_names, inner_directory
-from rfengine.checkpoint.file_format import weights_format
-from rfengine.checkpoint.layouts import list_names
-from rfengine.checkpoint.loader import open_weights
-from rfengine.checkpoint.lora_names import LoraNames, parse_lora
-from rfengine.checkpoint.lora_scale import (
-    CONFIG_FILE,
-    ScaleStatement,
-    check_alpha,
-    header_statements,
-    read_adapter_config,
-)
-from rfengine.checkpoint.pickle_file import LORA_KEYS
-from rfengine.checkpoint.tensor_file import StoredTensor, read_header
+from rfengine.checkpoint.lora_change import LoraChange, add_changes, merged
+from rfengine.checkpoint.lora_file import lora_changes, open_lora
+from rfengine.checkpoint.tensor_file import StoredTensor
+from rfengine.limits import Range, as_number, shown
 
 logger = logging.getLogger(__name__)
 
-# What PEFT and Diffusers call an adapter; of two formats of one adapter the first is taken.
-_STEMS = ("adapter_model", "pytorch_lora_weights")
-_SUFFIXES = (".safetensors", ".bin")
-_NO_NUMBERS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
-_SAME_SCALE = 2**-8  # relative; an alpha among the tensors may have been rounded to bfloat16
+MOST_LORAS = 64
+MAX_SCALE = 1000.0
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+Shapes = Mapping[str, tuple[int, ...]]
+# What changes each tensor, in the order in which it is added up.
+ChangesByTensor = dict[str, tuple["LoadedLora", ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class LoraFile:
-    """The tensors of a LoRA by the names in its file, and what is stated of its scale."""
+class Lora:
+    """A LoRA to merge: a file, or the directory that PEFT or Diffusers saved it in.
 
-    label: str  # what it is called in errors
-    tensors: dict[str, StoredTensor]
-    statements: tuple[ScaleStatement, ...] = ()
-
-
-def open_lora(path: Path) -> LoraFile:
-    """Open a LoRA; no matrix is read yet. An adapter_config.json beside the file belongs to it.
-
-    Raises ValueError where there is none or several, for a damaged file, and for a statement about it that is
-    damaged or that the engine does not follow.
+    scale: of all that it adds; 0 leaves the weights as they are, and a negative one takes away.
+    allow_unmatched: leave out, with a warning, keys that match nothing in the transformer. Raises ValueError
+    for a scale that is no number from -1000 to 1000.
     """
-    if path.is_dir():
-        path = _file_in(path)
-    tensors = open_weights([path], LORA_KEYS)
-    statements = []
-    config = path.with_name(CONFIG_FILE)
-    if os.path.lexists(config):
-        statements.append(read_adapter_config(config))
-    if weights_format(path) == "safetensors":
-        has_alphas = any(name.endswith(".alpha") for name in tensors)
-        statements += header_statements(read_header(path)[1], str(path), has_alphas)
-    return LoraFile(str(path), tensors, tuple(statements))
 
+    path: str | Path
+    scale: float = 1.0
+    allow_unmatched: bool = False
 
-def _file_in(folder: Path) -> Path:
-    folder = inner_directory(folder)
-    names = folder_names(folder)
-    of_stem = {stem: [stem + suffix for suffix in _SUFFIXES if stem + suffix in names] for stem in _STEMS}
-    found = [files[0] for files in of_stem.values() if files]
-    if len(found) == 1:
-        return folder / found[0]
-    if found:
-        raise ValueError(f"{folder} holds {' and '.join(found)}; give the one that is meant")
-    raise ValueError(
-        f"{folder} has no {' and no '.join(f'{stem}.safetensors' for stem in _STEMS)} (it holds "
-        f"{list_names(names) or 'nothing'}); give the file of the LoRA itself"
-    )
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | Path) or not str(self.path):
+            raise ValueError(f"the LoRA {shown(self.path)} names no file; give a path")
+        number = as_number(f"the scale of {self.path}", self.scale, Range(-MAX_SCALE, MAX_SCALE))
+        object.__setattr__(self, "scale", number + 0.0)  # minus zero is zero
 
+    @classmethod
+    def of(cls, source: Lora | str | Path) -> Lora:
+        """`source` itself, or the LoRA of that path at scale 1."""
+        return source if isinstance(source, Lora) else cls(source)
 
-def add_lora(transformer: dict[str, StoredTensor], lora: LoraFile) -> None:
-    """Replace the adapted tensors in `transformer` by merged ones, which are computed when they are read.
+    @classmethod
+    def parse(cls, text: str, allow_unmatched: bool = False) -> Lora:
+        """FILE or FILE:SCALE. What stands behind the last colon is the scale where it is a number.
 
-    A pair is merged at the scale that its alpha among the tensors or the statements give, and at 1 with a
-    warning where nothing does. Raises ValueError when it does not fit the transformer, when its scale is
-    contradictory, and, once a tensor is read, for values that are not finite.
-    """
-    layers = parse_lora(lora.tensors, transformer.keys(), lora.label)
-    _check_tensors(transformer, layers, lora)
-    _check_whole(layers, lora)
-    scales = _scales(layers, lora)
-    for target, names in layers.items():
-        pair = re.sub(r"\.bias$", ".weight", target)  # which gives the scale of the bias beside it
-        transformer[target] = _merged(transformer[target], names, lora, scales.get(pair, 1.0))
-    logger.info("%s: merging %d tensors, %d of them by pairs", lora.label, len(layers), len(scales))
-
-
-def _check_tensors(
-    transformer: Mapping[str, StoredTensor], layers: Mapping[str, LoraNames], lora: LoraFile
-) -> None:
-    """Raises ValueError for matrices and differences of integers, without values, or of other shapes."""
-    integers, empty, misfits = [], [], []
-    for target, names in layers.items():
-        shape, pair = transformer[target].shape, (names.down, names.up)
-        for name in (*pair, names.up_bias, names.diff, names.whole):
-            if name is not None and not lora.tensors[name].dtype.is_floating_point:
-                integers.append(f"{name} {lora.tensors[name].dtype}")
-            if name is not None and name not in pair and lora.tensors[name].shape != shape:
-                misfits.append(f"{target} {shape} by {name} {lora.tensors[name].shape}")
-        if names.down is not None and names.up is not None:
-            up, down = lora.tensors[names.up].shape, lora.tensors[names.down].shape
-            if 0 in (*up, *down):
-                empty.append(f"{target} by {up} x {down}")
-            elif not _fits(shape, up, down):
-                misfits.append(f"{target} {shape} by {up} x {down}")
-    if integers:
-        raise ValueError(
-            f"{lora.label} holds {list_names(integers)} where floating-point numbers are expected; quantized "
-            "adapters are not merged, so give it in BF16, F16 or F32"
-        )
-    if empty:
-        raise ValueError(
-            f"{lora.label} has matrices of rank 0 or without values for {list_names(empty)}; get it again"
-        )
-    if misfits:
-        raise ValueError(
-            f"{lora.label} does not fit {list_names(misfits)}; it is for a transformer of another size"
-        )
-
-
-def _fits(weight: tuple[int, ...], up: tuple[int, ...], down: tuple[int, ...]) -> bool:
-    """Whether up @ down, flattened behind the first axis, has the values of `weight`.
-
-    Those of a convolution are up [out, rank, 1, ...] and down [rank, in, *kernel], or flat.
-    """
-    if min(len(weight), len(up), len(down)) < 2 or (up[0], up[1]) != (weight[0], down[0]):
-        return False
-    inner, flat = _without_ones(down[1:]), math.prod(weight[1:])
-    return set(up[2:]) <= {1} and inner in (_without_ones(weight[1:]), _without_ones((flat,)))
-
-
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`shape` without the axes of length 1 at its end."""
-    while shape and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
-
-
-def _check_whole(layers: Mapping[str, LoraNames], lora: LoraFile) -> None:
-    """Whole tensors beside an adapter and what is stated of them have to agree."""
-    saved = {module: False for each in lora.statements for module in each.saved_modules}
-    has_biases = any(each.has_biases for each in lora.statements)
-    strange = []
-    for target, names in layers.items():
-        if names.whole is None:
-            continue
-        modules = [
-            module for module in saved if any(f".{layer}".endswith(f".{module}") for layer in names.layers)
-        ]
-        saved |= dict.fromkeys(modules, True)
-        if not modules and not (has_biases and target.endswith(".bias")):
-            strange.append(names.whole)
-    if strange:
-        raise ValueError(
-            f"{lora.label} holds {list_names(strange)} whole, and no modules_to_save or bias in its "
-            "adapter_config.json says that they take the place of others; give the adapter with that file"
-        )
-    absent = [module for module, is_there in saved.items() if not is_there]
-    if absent:
-        raise ValueError(f"{lora.label} lacks the modules_to_save {list_names(absent)}; get the file again")
-    if has_biases and not any(names.whole and target.endswith(".bias") for target, names in layers.items()):
-        raise ValueError(
-            f"{lora.label} lacks the biases that its adapter_config.json states; get the file again"
-        )
-    for each in lora.statements:
-        if each.has_lora_bias not in (None, any(names.up_bias is not None for names in layers.values())):
+        A path that ends so itself is given with its scale: style:2:1. Raises ValueError where such a path
+        was meant without one.
+        """
+        path, _, number = text.rpartition(":")
+        if not path or not _NUMBER.fullmatch(number):
+            return cls(text, 1.0, allow_unmatched)
+        if os.path.lexists(text) and not os.path.lexists(path):
             raise ValueError(
-                f"{each.source} has lora_bias {str(each.has_lora_bias).lower()} and {lora.label} is "
-                "otherwise; they do not belong together"
+                f"{text} is a file, and what stands behind its last colon is read as a scale; give {text}:1"
             )
+        return cls(path, float(number), allow_unmatched)
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return Path(os.path.abspath(self.path)).name
 
 
-def _scales(layers: Mapping[str, LoraNames], lora: LoraFile) -> dict[str, float]:
-    """The scale of every pair, by the weight that it changes."""
-    scales, unstated = {}, []
-    for target, names in layers.items():
-        if names.down is None:
-            continue
-        rank = lora.tensors[names.down].shape[0]
-        stated = {each.source: each.scale(names.layers, rank) for each in lora.statements}
-        if names.alpha is not None:
-            stated[names.alpha] = _read_alpha(lora, names.alpha) / rank
-        known = {source: scale for source, scale in stated.items() if scale is not None}
-        first = next(reversed(known.values()), 1.0)
-        if any(not math.isclose(first, scale, rel_tol=_SAME_SCALE) for scale in known.values()):
-            shown = ", ".join(f"{scale:g} by {source}" for source, scale in known.items())
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedLora:
+    """A LoRA in memory. sha256: of what it changes and by which values, however its file writes that."""
+
+    lora: Lora
+    sha256: str
+    changes: dict[str, LoraChange]  # by the tensor of the transformer
+
+    @property
+    def nbytes(self) -> int:
+        return sum(change.nbytes for change in self.changes.values())
+
+    def is_of(self, lora: Lora) -> bool:
+        """Whether it was read from the path of `lora`, under the same rule for keys that match nothing."""
+        own = (os.path.abspath(self.lora.path), self.lora.allow_unmatched)
+        return own == (os.path.abspath(lora.path), lora.allow_unmatched)
+
+
+def load_loras(
+    sources: Iterable[Lora | str | Path],
+    shapes: Shapes,
+    *,
+    loaded: Sequence[LoadedLora] = (),
+    pickles: bool = False,
+) -> tuple[LoadedLora, ...]:
+    """The LoRAs with all their values, for a transformer of these `shapes`, in the order given.
+
+    loaded: what is in memory already, by path, is not read again. pickles: read those too. Raises ValueError
+    as open_lora and lora_changes do, for more than 64, for one that is given twice, and for whole tensors
+    (modules_to_save) at another scale than 1 or 0 or in two LoRAs.
+    """
+    if isinstance(sources, str | Path | Lora):
+        raise ValueError(f"loras is {shown(sources)}; give a list of LoRAs")
+    wanted = [Lora.of(source) for source in sources]
+    if len(wanted) > MOST_LORAS:
+        raise ValueError(f"{len(wanted)} LoRAs are given; give at most {MOST_LORAS}")
+    loras = []
+    for lora in wanted:
+        known = next((each for each in loaded if each.is_of(lora)), None)
+        each = _load(lora, shapes, pickles) if known is None else replace(known, lora=lora)
+        twin = next((other for other in loras if other.sha256 == each.sha256), None)
+        if twin is not None:
             raise ValueError(
-                f"the scale of {target} in {lora.label} is contradictory: {shown}; leave one of them away"
+                f"{twin.lora.path} and {lora.path} are the same LoRA; give it once, at the sum of the scales"
             )
-        if not known:
-            unstated.append(target)
-            bias = layers.get(f"{target.removesuffix('.weight')}.bias", LoraNames()).up_bias
-            if bias is not None:
+        loras.append(each)
+    _check_whole(loras)
+    return tuple(loras)
+
+
+def _load(lora: Lora, shapes: Shapes, pickles: bool) -> LoadedLora:
+    file = open_lora(Path(lora.path), pickles)
+    changes = {
+        name: change.in_memory() for name, change in lora_changes(file, shapes, lora.allow_unmatched).items()
+    }
+    logger.info("%s: changes %d tensors at scale %g", file.label, len(changes), lora.scale)
+    return LoadedLora(lora, _digest(changes), changes)
+
+
+def _digest(changes: Mapping[str, LoraChange]) -> str:
+    digest = hashlib.sha256()
+    for target, change in sorted(changes.items()):
+        for field, stored in change.tensors().items():
+            place = [target, field, change.factor, list(stored.shape), str(stored.dtype)]
+            digest.update(json.dumps(place).encode())
+            digest.update(stored.read().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_whole(loras: Sequence[LoadedLora]) -> None:
+    taken: dict[str, Lora] = {}
+    for each in loras:
+        for target, change in each.changes.items():
+            if change.whole is None or each.lora.scale == 0:
+                continue
+            if each.lora.scale != 1:
                 raise ValueError(
-                    f"{lora.label} has {bias}, which PEFT scales as its matrices, and no alpha is stated; "
-                    "put the adapter_config.json of the adapter beside it"
+                    f"{each.lora.path} holds {target} whole, which has no scale, and is given at "
+                    f"{each.lora.scale:g}; give it at 1, or at 0 to leave it out"
                 )
-        scales[target] = first
-    _warn_of_unstated(unstated, len(scales), layers, lora)
-    return scales
+            other = taken.setdefault(target, each.lora)
+            if other is not each.lora:
+                raise ValueError(
+                    f"{other.path} and {each.lora.path} both hold {target} whole; give one of them"
+                )
 
 
-def _warn_of_unstated(
-    unstated: Sequence[str], pairs: int, layers: Mapping[str, LoraNames], lora: LoraFile
-) -> None:
-    if unstated:
-        logger.warning(
-            "%s: no alpha is stated for %d of %d pairs, which are merged at scale 1; if they were trained at "
-            "another, put an adapter_config.json with r and lora_alpha beside the file",
-            lora.label, len(unstated), pairs,
-        )  # fmt: skip
-    adapted = [names.layers for names in layers.values() if names.down is not None]
-    for each in lora.statements:
-        if unused := each.unused_patterns(adapted):
-            logger.warning("%s: no adapted layer has the name %s", each.source, list_names(unused))
+def changes_by_tensor(loras: Sequence[LoadedLora]) -> ChangesByTensor:
+    """The LoRAs that change each tensor. They come in the order of their sha256, so that the order in which
+    they were given changes no bit of the sum; one at scale 0 changes nothing."""
+    found: dict[str, list[LoadedLora]] = {}
+    for each in sorted(loras, key=lambda each: each.sha256):
+        if each.lora.scale != 0:
+            for target in each.changes:
+                found.setdefault(target, []).append(each)
+    return {target: tuple(each) for target, each in found.items()}
 
 
-def _read_alpha(lora: LoraFile, name: str) -> float:
-    stored = lora.tensors[name]
-    if math.prod(stored.shape) != 1 or stored.dtype in _NO_NUMBERS:
-        raise ValueError(
-            f"{name} in {lora.label} is {stored.dtype} {stored.shape}; an alpha is one number, so get the "
-            "file again"
-        )
-    return check_alpha(stored.read().double().item(), f"{name} in {lora.label}")
+def with_loras(weight: Tensor, target: str, loras: Sequence[LoadedLora]) -> Tensor:
+    """The tensor `target` of the transformer with what `loras` do to it, in float32."""
+    return merged(weight, _at_scales(target, loras))
 
 
-def _merged(weight: StoredTensor, names: LoraNames, lora: LoraFile, scale: float) -> StoredTensor:
-    def values(name: str) -> Tensor:
-        tensor = lora.tensors[name].read().float()
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} in {lora.label} has values that are not finite; get the file again")
-        return tensor
-
-    def read() -> Tensor:
-        if names.whole is not None:
-            return values(names.whole)
-        value = weight.read().float()
-        if names.down is not None and names.up is not None:
-            value = merge_lora(value, values(names.down), values(names.up), scale)
-        if names.up_bias is not None:
-            value = value + scale * values(names.up_bias)
-        return value if names.diff is None else value + values(names.diff)
-
-    return replace(weight, dtype=torch.float32, read=read)
+def add_loras(transformer: dict[str, StoredTensor], loras: Sequence[LoadedLora]) -> None:
+    """Replace the changed tensors in `transformer` by merged ones, which are computed when they are read."""
+    changing = changes_by_tensor(loras)
+    add_changes(transformer, {target: _at_scales(target, each) for target, each in changing.items()})
 
 
-def merge_lora(weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
-    """weight + scale * up @ down in float32, whatever the dtypes given.
-
-    weight: [out, in]; down: [rank, in]; up: [out, rank]. Those of a convolution have more axes, which are
-    flattened behind the first.
-    """
-    with torch.autocast(weight.device.type, enabled=False):  # a caller's would round to 16 bits
-        flat, inner, outer = (tensor.float().flatten(1) for tensor in (weight, down, up))
-        return torch.addmm(flat, outer, inner, alpha=scale).reshape(weight.shape)
+def _at_scales(target: str, loras: Sequence[LoadedLora]) -> list[tuple[float, LoraChange]]:
+    return [(each.lora.scale, each.changes[target]) for each in loras]

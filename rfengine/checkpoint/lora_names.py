@@ -1,14 +1,14 @@
 """Names in the LoRA files that people have, and the transformer's tensors they mean; pure functions of names.
 
 Layers have the names of Wan2.1 or of Diffusers, behind the prefixes of PEFT, ComfyUI, Diffusers, DiffSynth or
-a training wrapper, or kohya's lora_unet_ with underscores for dots. The two matrices are lora_A and lora_B,
-lora_down and lora_up, or the older lora.down and lora.up, with or without the name of an adapter. lightx2v
-adds .diff to a weight, .diff_b to a bias and .diff_m to a modulation; LyCORIS .w_norm and .b_norm to a norm.
+a training wrapper, or kohya's lora_unet_ with underscores for dots (VideoX-Fun writes lora_unet__). The two
+matrices are lora_A and lora_B, lora_down and lora_up, or the older lora.down and lora.up, with or without the
+name of an adapter. lightx2v adds .diff to a weight, .diff_b to a bias and .diff_m to a modulation; LyCORIS
+.w_norm and .b_norm to a norm.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
@@ -20,12 +20,10 @@ from rfengine.checkpoint.layouts import (
     list_names,
 )
 
-logger = logging.getLogger(__name__)
-
 _PREFIXES = (
     "base_model.model.", "base_model.", "diffusion_model.", "model.", "module.", "net.", "transformer.",
     "unet.", "pipe.", "pipeline.", "dit.", "generator.", "student.",
-    "lora_unet_", "lora_transformer_", "lycoris_",
+    "lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_",
 )  # fmt: skip
 _MOST_PREFIXES = 4  # of one name, as in base_model.model.model.diffusion_model.
 _TEXT_ENCODER = re.compile(r"lora_te\d*_|(text_encoders?(_\d)?|cond_stage_model|conditioner|te\d?)\.")
@@ -66,6 +64,7 @@ _FIELDS = {
     "weight": ("whole", ("weight",)),
     "bias": ("whole", ("bias",)),
 }
+_EXPECTED = "give lora_A and lora_B of PEFT, lora_down and lora_up of kohya, or diff of lightx2v"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,14 @@ class LoraNames:
 
 
 @dataclass(frozen=True, slots=True)
+class Unmatched:
+    """Names in a LoRA file that stand for nothing in the transformer, and why, in half a sentence."""
+
+    names: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class _Found:
     """One name of the file, taken apart."""
 
@@ -92,26 +99,31 @@ class _Found:
     adapter: str = ""
 
 
-def parse_lora(names: Iterable[str], known: Collection[str], label: str = "the LoRA") -> dict[str, LoraNames]:
-    """The tensors that a LoRA changes, by the engine's names.
+def parse_lora(
+    names: Iterable[str], known: Collection[str], label: str = "the LoRA"
+) -> tuple[dict[str, LoraNames], Unmatched]:
+    """The tensors that a LoRA changes, by the engine's names, and what of it matches nothing.
 
     known: the transformer's tensors by the engine's names. label: what the LoRA is called in errors.
-    What adapts the text encoder is left out, with a warning. Raises ValueError for names of another form, of
-    another method or of layers that the transformer lacks, for several adapters in one file, for two names
-    of one tensor, and for a layer that has only one of the two matrices.
+    Raises ValueError for names of another method, for several adapters in one file, for two names of one
+    tensor, for a layer that has only one of the two matrices, and for whole weights alone.
     """
-    found = [_take_apart(name) for name in _without_text_encoder(list(names), label)]
-    _check_forms(found, label)
+    names = list(names)
+    text = dict.fromkeys(name for name in names if any(map(_TEXT_ENCODER.match, _stripped(name))))
+    found = [_take_apart(name) for name in names if name not in text]
+    _check_forms(found, bool(text), label)
+    foreign = [each for each in found if not each.kind]
+    found = [each for each in found if each.kind]
     adapters = {each.adapter for each in found if each.adapter}
     if len(adapters) > 1:
         raise ValueError(f"{label} holds the adapters {list_names(adapters)}; keep one of them in the file")
     spellings = _spellings(known)
     targets = [_target(each, spellings) for each in found]
     lacking = [each for each, target in zip(found, targets, strict=True) if target is None]
-    if lacking:
-        raise ValueError(_describe_lacking(lacking, len(lacking) < len(found), spellings, label))
     parts: dict[str, dict[str, _Found]] = {}
     for each, target in zip(found, targets, strict=True):
+        if target is None:
+            continue
         other = parts.setdefault(target, {}).setdefault(each.kind, each)
         if other is not each:
             raise ValueError(
@@ -120,25 +132,11 @@ def parse_lora(names: Iterable[str], known: Collection[str], label: str = "the L
             )
     layers = {}
     for target, kinds in parts.items():
-        names = {kind: each.name for kind, each in kinds.items()}
-        layers[target] = LoraNames(**names, layers=_stripped(next(iter(kinds.values())).layer))
+        fields = {kind: each.name for kind, each in kinds.items()}
+        layers[target] = LoraNames(**fields, layers=_stripped(next(iter(kinds.values())).layer))
     _check_complete(layers, label)
-    return layers
-
-
-def _without_text_encoder(names: list[str], label: str) -> list[str]:
-    text = [name for name in names if any(map(_TEXT_ENCODER.match, _stripped(name)))]
-    if text and len(text) == len(names):
-        raise ValueError(
-            f"{label} adapts the text encoder alone ({list_names(text)}), which the engine keeps as it is; "
-            "give a LoRA of the transformer"
-        )
-    if text:
-        logger.warning(
-            "%s: %d of %d tensors adapt the text encoder (%s) and are left out; the engine adapts the "
-            "transformer alone", label, len(text), len(names), list_names(text),
-        )  # fmt: skip
-    return [name for name in names if name not in set(text)]
+    unmatched = (*text, *(each.name for each in (*foreign, *lacking)))
+    return layers, Unmatched(unmatched, _reason(bool(text), foreign, lacking, spellings))
 
 
 def _take_apart(name: str) -> _Found:
@@ -152,7 +150,7 @@ def _take_apart(name: str) -> _Found:
     return _Found(name, match["layer"], kind, leaves, match["adapter"] or "")
 
 
-def _check_forms(found: list[_Found], label: str) -> None:
+def _check_forms(found: list[_Found], has_text: bool, label: str) -> None:
     for parts, method in _OTHER_METHODS.items():
         names = [each.name for each in found if re.search(rf"[._](?:{parts})(?:\.|$)", each.name)]
         if names:
@@ -160,13 +158,9 @@ def _check_forms(found: list[_Found], label: str) -> None:
                 f"{label} is no plain LoRA: {list_names(names)} are of {method}, which the engine does not "
                 "merge; merge it with the program that trained it and convert the merged model"
             )
-    foreign = [each.name for each in found if not each.kind]
-    if foreign or not found:
-        raise ValueError(
-            f"{label} has {list_names(foreign) or 'no tensor'} where lora_A and lora_B of PEFT, lora_down "
-            "and lora_up of kohya, or diff of lightx2v are expected; give a file of those alone"
-        )
-    if all(each.kind == "whole" for each in found):
+    if not found and not has_text:
+        raise ValueError(f"{label} has no tensor; {_EXPECTED}")
+    if found and all(each.kind == "whole" for each in found):
         names = [each.name for each in found]
         raise ValueError(
             f"{label} holds whole weights ({list_names(names)}), not a LoRA; give a model as the source"
@@ -208,25 +202,22 @@ def _target(found: _Found, spellings: dict[str, str]) -> str | None:
     return None
 
 
-def _describe_lacking(lacking: list[_Found], others_fit: bool, spellings: dict[str, str], label: str) -> str:
-    names = [f"{each.layer}.{each.leaves[0]}" for each in lacking]
-    problem = f"{label} adapts {list_names(set(names))}, which the transformer lacks"
-    images = [name for name in names if IMAGE_NAMES.search(name)]
-    if images:
-        return (
-            f"{label} adapts {list_names(set(images))}, which image-to-video models alone have; give a LoRA "
-            "of a text-to-video model"
-        )
+def _reason(has_text: bool, foreign: list[_Found], lacking: list[_Found], spellings: dict[str, str]) -> str:
+    """Why names match nothing, in half a sentence."""
+    if any(IMAGE_NAMES.search(each.layer) for each in lacking):
+        return "image-to-video models alone have such layers, so give a LoRA of a text-to-video model"
     in_first_block = [
         replace(each, layer=re.sub(r"(^|[._])blocks([._])\d+", r"\1blocks\g<2>0", each.layer))
         for each in lacking
     ]
-    if all(_target(each, spellings) for each in in_first_block):
+    if lacking and all(_target(each, spellings) for each in in_first_block):
         blocks = {match[1] for name in spellings if (match := re.match(r"blocks\.(\d+)\.", name))}
-        return f"{problem}; it has {len(blocks)} layers, so the LoRA is for a transformer of another size"
-    if others_fit:
-        return f"{problem}, and the rest fits; give a LoRA that adapts this transformer alone"
-    return f"{problem}; it is for another model"
+        return f"the transformer has {len(blocks)} layers, so give a LoRA of a transformer of its size"
+    if lacking:
+        return "give a LoRA that adapts this transformer alone"
+    if foreign:
+        return _EXPECTED
+    return "they adapt the text encoder, which the engine keeps as it is" if has_text else ""
 
 
 def _check_complete(layers: dict[str, LoraNames], label: str) -> None:

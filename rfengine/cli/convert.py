@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from rfengine.checkpoint.convert import Kind, convert
+from rfengine.cli.lora_options import LoraOptions
 from rfengine.config import DTypeName
 
 
@@ -21,9 +22,7 @@ class ConvertOptions:
     """The directory to make."""
     base: Path | None = None
     """A directory that gives the VAE, the text encoder and the tokenizer where SOURCE lacks them."""
-    lora: Path | None = None
-    """A LoRA to merge into the transformer: a file, or the directory that PEFT or Diffusers saved it in. Its
-    scale is what its alphas, adapter_config.json or its header state, else 1."""
+    loras: OmitArgPrefixes[LoraOptions] = LoraOptions()
     dtype: DTypeName = "bfloat16"
     """Precision of the weights written."""
     use_ema: bool = True
@@ -38,7 +37,7 @@ def run(options: ConvertOptions) -> int:
         options.source,
         options.destination,
         base=options.base,
-        lora=options.lora,
+        loras=options.loras.loras(),
         dtype=options.dtype,
         use_ema=options.use_ema,
         kind=options.kind,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from tyro.conf import OmitArgPrefixes
+
 from rfengine.cli.exit_status import OTHER_ERROR
+from rfengine.cli.lora_options import LoraOptions
 from rfengine.config import DTypeName
 
 
@@ -24,6 +27,7 @@ class DoctorOptions:
     """Pixels."""
     dtype: DTypeName | None = None
     """bfloat16 on CUDA, float32 on the CPU where nothing is given."""
+    loras: OmitArgPrefixes[LoraOptions] = LoraOptions()
     renew: bool = False
     """First write the manifest of the checkpoint directory again, after an intended change."""
 
@@ -37,6 +41,6 @@ def run(options: DoctorOptions) -> int:
         directory = checkpoint_directory(options.model)
         CheckpointDirectory.of(directory)  # refuses a directory that is no checkpoint
         write_manifest(directory)
-    report = examine(options.model, options.height, options.width, options.dtype)
+    report = examine(options.model, options.height, options.width, options.dtype, options.loras.loras())
     print(json.dumps(report, indent=2) if options.json else render(report))
     return OTHER_ERROR if report["files"] and any(report["files"].values()) else 0

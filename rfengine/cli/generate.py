@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.systems import SystemName, configured
+from rfengine.cli.lora_options import LoraOptions
 from rfengine.cli.start import StartOptions, check_start, start_frames, start_mode
 from rfengine.cli.terminal import find_device, interrupt_waits
 from rfengine.config import Backend, DTypeName, EngineConfig, RuntimeConfig
@@ -67,6 +68,7 @@ class GenerateOptions:
     """Precision of the weights; bfloat16 on CUDA, float32 on the CPU."""
     backend: Backend | None = None
     """What runs the ops; auto, the default, takes what is fastest here."""
+    loras: OmitArgPrefixes[LoraOptions] = LoraOptions()
     runtime: OmitArgPrefixes[RuntimeConfig] = RuntimeConfig()
     verify: bool = False
     """Read every file of the checkpoint first and refuse to start where one differs from its manifest."""
@@ -78,9 +80,14 @@ def run(options: GenerateOptions) -> int:
     device = find_device(options.device)
     find_device(options.runtime.decode_device, "--decode-device")
     pipeline = Pipeline.from_pretrained(
-        checkpoint, device, options.dtype, system=options.system, backend=options.backend,
+        checkpoint,
+        device,
+        options.dtype,
+        system=options.system,
+        backend=options.backend,
         runtime=options.runtime,
-    )  # fmt: skip
+        loras=options.loras.loras(),
+    )
     for done, (prompt, path) in enumerate(jobs):
         try:
             _write_video(pipeline, prompt, path, options)

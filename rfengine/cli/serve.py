@@ -15,6 +15,7 @@ import torch
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from rfengine.checkpoint.systems import SystemName
+from rfengine.cli.lora_options import LoraOptions
 from rfengine.cli.terminal import find_device
 from rfengine.config import Backend, DTypeName, RuntimeConfig
 from rfengine.limits import Range, check_options
@@ -59,6 +60,7 @@ class ServeOptions:
     """Precision of the weights; bfloat16 on CUDA, float32 on the CPU."""
     backend: Backend | None = None
     """What runs the ops; auto, the default, takes what is fastest here."""
+    loras: OmitArgPrefixes[LoraOptions] = LoraOptions()
     runtime: OmitArgPrefixes[RuntimeConfig] = RuntimeConfig()
     log_json: bool = False
     """Write the log as one JSON object a line."""
@@ -102,6 +104,7 @@ def run(options: ServeOptions) -> int:
         system=options.system,
         backend=options.backend,
         runtime=options.runtime,
+        loras=options.loras.loras(),
     )
     name = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{'localhost' if options.host in ('127.0.0.1', '0.0.0.0') else name}:{options.port}/"

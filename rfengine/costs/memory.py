@@ -1,15 +1,16 @@
 """Memory of one stream: weights, cache, and the state and buffers of the decoder, in bytes, and
-whether they fit."""
+whether they fit; that of LoRAs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache, arena_shape
+from rfengine.checkpoint.lora import LoadedLora, changes_by_tensor
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
 from rfengine.grid import LatentGrid
@@ -17,6 +18,9 @@ from rfengine.memory import require_memory
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
+
+_BYTES_OF_FRAMES = 2  # for each value of a video: the chunks, and their concatenation
+_BYTES_OF_FLOATS = 6  # where frames are returned as float32: those, and both of the above
 
 
 def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> dict[str, int]:
@@ -56,6 +60,17 @@ def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> 
     return needs | {"total": sum(needs.values())}
 
 
+def lora_bytes(loras: Sequence[LoadedLora], config: WanConfig, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of host memory that LoRAs take in a pipeline whose weights are in `dtype`.
+
+    lora_values: their own, in the dtypes of their files. lora_originals: the weights of what they change, as
+    they are without them; those at scale 0 change nothing.
+    """
+    shapes = expected_shapes(config)
+    values = sum(torch.Size(shapes[name]).numel() for name in changes_by_tensor(loras))
+    return {"lora_values": sum(each.nbytes for each in loras), "lora_originals": values * dtype.itemsize}
+
+
 def stream_bytes(needs: dict[str, int]) -> int:
     """Of memory_needs, what each stream has of its own."""
     shared = {"transformer", "vae", "text_encoder", "vae_buffers", "total"}
@@ -79,6 +94,15 @@ def require_stream_fits(
     for device, size in needs.items():
         what = f"a stream of {grid.height} x {grid.width} pixels"
         require_memory(size, device, what, "choose a smaller height and width, or a smaller window")
+
+
+def require_frames_fit(count: int, grid: LatentGrid, as_floats: bool = False) -> None:
+    """Raises RuntimeError where host memory cannot hold `count` frames; as_floats: they are returned as
+    float32."""
+    size = count * grid.height * grid.width * 3 * (_BYTES_OF_FLOATS if as_floats else _BYTES_OF_FRAMES)
+    what = f"holding {count} frames of {grid.height} x {grid.width} pixels"
+    way_out = "ask for fewer, or take the chunks of stream() one by one"
+    require_memory(size, torch.device("cpu"), what, way_out)
 
 
 def parameter_count(config: WanConfig | VAEConfig | TextConfig) -> int:

@@ -76,6 +76,7 @@ class ChunkRunner:
         self.model = model
         self.schedule = schedule
         self.graphs = graphs
+        self._modulations: dict[tuple[float, ...], Modulation] = {}
         steady = Steps(schedule.denoising_timesteps, schedule.denoising_sigmas)
         self._steps_by_levels = {steady: self._steps(steady)}
         self.steps = self._steps_by_levels[steady]
@@ -98,9 +99,23 @@ class ChunkRunner:
             for timestep, own, following in zip(steps.timesteps, sigmas, [*sigmas[1:], None], strict=True)
         )
 
-    @torch.no_grad()
     def _modulation(self, timesteps: list[float]) -> Modulation:
+        """That of a chunk whose frames are at these timesteps, computed once."""
+        key = tuple(timesteps)
+        if key not in self._modulations:
+            self._modulations[key] = self._computed_modulation(key)
+        return self._modulations[key]
+
+    @torch.no_grad()
+    def _computed_modulation(self, timesteps: Sequence[float]) -> Modulation:
         return self.model.modulation(torch.tensor([timesteps], dtype=torch.float32, device=self.model.device))
+
+    def refresh_modulations(self) -> None:
+        """Compute them again once the weights are others, in the memory that graphs read."""
+        for timesteps, kept in self._modulations.items():
+            fresh = self._computed_modulation(timesteps)
+            kept.layers.copy_(fresh.layers)
+            kept.head.copy_(fresh.head)
 
     def steps_of(self, chunk: int) -> tuple[DenoisingStep, ...]:
         """The denoising steps of chunk `chunk` of a video."""

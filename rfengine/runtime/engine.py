@@ -15,6 +15,7 @@ from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompt_blend import weighted_mean
 from rfengine.prompts import Prompt, warn_of_unknown_words, weighted_texts
+from rfengine.runtime.adapted_weights import AdaptedWeights
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
 from rfengine.runtime.decoders import OpenDecoder
@@ -33,8 +34,8 @@ class Engine:
     open_decoder returns the decoder of one size; vae encodes; both are on the queue's device. queue.overlap:
     streams compute one chunk ahead. compute_stream: the CUDA stream of all denoising then, of a higher
     priority than the queue's. turns: held by the one stream that uses the engine; graphs, halos and the queue
-    serve one at a time. Nothing here may refer to the pipeline: a circle would keep the models until Python's
-    collector runs.
+    serve one at a time. adapted: the LoRAs in the transformer's weights. Nothing here may refer to the
+    pipeline: a circle would keep the models until Python's collector runs.
     """
 
     config: EngineConfig
@@ -46,6 +47,7 @@ class Engine:
     queue: DecodeQueue
     runner: ChunkRunner
     turns: Turns
+    adapted: AdaptedWeights
     compute_stream: torch.cuda.Stream | None = None
 
     @classmethod
@@ -65,8 +67,9 @@ class Engine:
         runner = runner_of(model, config.schedule, graphs)
         beside = overlap and model.device.type == "cuda"
         stream = torch.cuda.Stream(model.device, priority=-1) if beside else None
+        adapted = AdaptedWeights(runner, turns := Turns(), stream)
         return cls(
-            config, model, vae, text_encoder, fingerprint, open_decoder, queue, runner, Turns(), stream
+            config, model, vae, text_encoder, fingerprint, open_decoder, queue, runner, turns, adapted, stream
         )
 
     def encode_text(self, prompt: Prompt) -> Tensor:
@@ -87,4 +90,5 @@ class Engine:
             "denoising_timesteps": list(self.runner.schedule.denoising_timesteps),
             "first_timesteps": list(self.runner.schedule.first_timesteps),
             "rolling": self.config.schedule.rolling,
+            **({"loras": loras} if (loras := self.adapted.settings()) else {}),
         }

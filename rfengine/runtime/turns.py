@@ -19,6 +19,12 @@ class Turns:
         self._queue: deque[int] = deque()  # threads by number; the first one has its turn
         self._depth = 0
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the calling thread has its turn."""
+        with self._changed:
+            return bool(self._depth) and self._queue[0] == get_ident()
+
     def __enter__(self) -> Turns:
         own = get_ident()
         with self._changed:

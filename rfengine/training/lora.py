@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rfengine.checkpoint.lora import merge_lora
+from rfengine.checkpoint.lora_change import merge_lora
 from rfengine.models.dit import WanDiT
 
 _ORIGINAL = ".parametrizations.weight.original"

@@ -32,9 +32,11 @@ from torch.nn import functional
 
 from rfengine.checkpoint.layouts import list_names
 from rfengine.checkpoint.loader import assign, open_weights
-from rfengine.checkpoint.lora import LoraFile, add_lora
+from rfengine.checkpoint.lora_change import add_changes
+from rfengine.checkpoint.lora_file import LoraFile, lora_changes
 from rfengine.checkpoint.lora_scale import MAX_ALPHA, MAX_RANK, ScaleStatement
 from rfengine.checkpoint.pickle_file import open_pickle
+from rfengine.checkpoint.shapes import shapes_of
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
 from rfengine.files import read_text, strict_json
 from rfengine.limits import Range, check_value
@@ -293,7 +295,8 @@ def read_weights(directory: Path, base: Path, settings: VideoRewardSettings) -> 
         raise ValueError(f"{folder} has LoRA pairs and model_config.json no lora_alpha and r; add them there")
     if pairs:
         scale = ScaleStatement("model_config.json", settings.lora_rank, settings.lora_alpha)
-        add_lora(stored, LoraFile(str(folder), pairs, (scale,)))
+        changes = lora_changes(LoraFile(str(folder), pairs, (scale,)), shapes_of(stored))
+        add_changes(stored, {name: [(1.0, change)] for name, change in changes.items()})
     return stored
 
 

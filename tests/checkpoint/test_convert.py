@@ -200,19 +200,19 @@ def test_lora_is_merged_in_float32_before_the_cast_at_its_stated_scale(
     base, adapter = tmp_path / "longlive_base.pt", tmp_path / "lora.pt"
     torch.save({"generator": prefixed(transformer)}, base)
     torch.save({"generator_lora": lora, "critic_lora": {}, "step": 3}, adapter)
-    convert(base, tmp_path / "out", base=wan_directory, lora=adapter, dtype="float32")
+    convert(base, tmp_path / "out", base=wan_directory, loras=[adapter], dtype="float32")
     found = load_file(tmp_path / "out" / "transformer.safetensors")
     assert found.keys() == merged.keys()
     for name, tensor in merged.items():
-        tolerance = 1e-5 if tensor is not transformer[name] else 0.0  # test_lora.py has the exact bound
+        tolerance = 1e-5 if tensor is not transformer[name] else 0.0  # test_lora_file.py has the exact bound
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance)
     torch.save(lora, adapter)
-    convert(base, tmp_path / "bare", base=wan_directory, lora=adapter)
+    convert(base, tmp_path / "bare", base=wan_directory, loras=[adapter])
     assert_holds(tmp_path / "bare", {"transformer": found})
     write_file(tmp_path / "peft" / "adapter_model.safetensors", lora)
     stated = {"peft_type": "LORA", "r": 4, "lora_alpha": 16}
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(stated))
-    convert(base, tmp_path / "scaled", base=wan_directory, lora=tmp_path / "peft", dtype="float32")
+    convert(base, tmp_path / "scaled", base=wan_directory, loras=[tmp_path / "peft"], dtype="float32")
     scaled = load_file(tmp_path / "scaled" / "transformer.safetensors")
     for name, tensor in merged.items():
         quadruple = transformer[name] + 4 * (tensor - transformer[name])
@@ -482,7 +482,7 @@ def test_a_tiny_decoder_of_other_latents_with_a_lora_or_incomplete_is_refused(
     with refused("z_dim of the tiny decoder is 12 and that of the VAE 16"):
         convert(source, out, base=wan_directory)
     with refused("which takes no LoRA"):
-        convert(source, out, lora=tmp_path / "lora.pt")
+        convert(source, out, loras=[tmp_path / "lora.pt"])
     published_tiny_file(source, without="decoder.16.conv.2.bias")
     with refused("the tiny_vae is not that of Wan2.1: 1 missing: decoder.16.conv.2.bias"):
         convert(source, out)

@@ -1,414 +1,201 @@
+"""LoRAs chosen and loaded: the forms of their files, several at once, what is refused."""
+
 from __future__ import annotations
 
-import json
-import logging
+import itertools
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.lora import LoraFile, add_lora, merge_lora, open_lora
-from rfengine.checkpoint.lora_names import parse_lora
-from rfengine.checkpoint.lora_scale import ScaleStatement
+from rfengine.checkpoint import lora as module
+from rfengine.checkpoint.loader import save_weights
+from rfengine.checkpoint.lora import LoadedLora, Lora, add_loras, changes_by_tensor, load_loras, with_loras
 from rfengine.checkpoint.shapes import expected_shapes
-from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
-from rfengine.config import PRESETS, WanConfig
+from rfengine.checkpoint.tensor_file import StoredTensor
+from support.checkpoints import random_tensors
+from support.loras import ALPHA, LAYERS, RANK, pairs, write_lora, write_peft
+from support.models import SMALL
 
-ADAPTED = [
-    *(f"{kind}_attn.{letter}" for kind in ("self", "cross") for letter in "qkvo"),
-    "ffn.0",
-    "ffn.2",
-]
+SHAPES = expected_shapes(SMALL)
 
 
-def lora_shapes(config: WanConfig, rank: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of a LongLive LoRA."""
-    weights = expected_shapes(config)
-    shapes = {}
-    for layer in (f"blocks.{i}.{name}" for i in range(config.num_layers) for name in ADAPTED):
-        outputs, inputs = weights[f"{layer}.weight"]
-        shapes[f"base_model.model.{layer}.lora_A.weight"] = (rank, inputs)
-        shapes[f"base_model.model.{layer}.lora_B.weight"] = (outputs, rank)
-    return shapes
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return random_tensors(SHAPES)
 
 
-def stored(tensors: dict[str, Tensor]) -> dict[str, StoredTensor]:
-    return {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
+def merged_by(loras: tuple[LoadedLora, ...], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor that the LoRAs change."""
+    return {
+        name: with_loras(weights[name], name, changing) for name, changing in changes_by_tensor(loras).items()
+    }
 
 
-def add(
-    transformer: dict[str, StoredTensor],
-    tensors: dict[str, StoredTensor],
-    statements: Sequence[ScaleStatement] = (),
+@pytest.mark.parametrize("form", ["kohya", "fun", "comfyui", "diffusers", "peft"])
+def test_every_form_is_the_same_lora(tmp_path: Path, weights: dict[str, Tensor], form: str) -> None:
+    values = pairs(SMALL)
+    (found,) = load_loras([write_lora(tmp_path / "a.safetensors", values, form)], SHAPES)
+    (kohya,) = load_loras([write_lora(tmp_path / "kohya.safetensors", values)], SHAPES)
+    assert found.sha256 == kohya.sha256 and found.nbytes == kohya.nbytes > 0
+    merged = merged_by((found,), weights)
+    assert merged.keys() == {f"{layer}.weight" for layer in LAYERS}
+    for layer, (down, up) in values.items():
+        weight = weights[f"{layer}.weight"]
+        exact = weight.double() + ALPHA / RANK * (up.double() @ down.double()).reshape(weight.shape)
+        torch.testing.assert_close(merged[f"{layer}.weight"].double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_ranks_and_alphas_of_patterns_give_the_factor_of_each_layer(
+    tmp_path: Path, weights: dict[str, Tensor]
 ) -> None:
-    add_lora(transformer, LoraFile("lora.pt", tensors, tuple(statements)))
-
-
-def test_published_lora_has_300_pairs_of_the_published_size() -> None:
-    shapes = lora_shapes(PRESETS["wan-1.3b"].model, rank=256)
-    assert (len(shapes), sum(map(math.prod, shapes.values()))) == (600, 349_962_240)
-    known = expected_shapes(PRESETS["wan-1.3b"].model).keys()
-    layers = parse_lora(shapes, known)
-    assert len(layers) == 300 and layers.keys() <= known
-
-
-@pytest.mark.parametrize("alpha", [None, 12.0])
-def test_300_pairs_are_merged_in_float32(alpha: float | None) -> None:
-    rank, config = 8, WanConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=30)
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(shape, generator=generator).to(torch.bfloat16)
-        for name, shape in expected_shapes(config).items()
-    }
-    pairs = {
-        name: torch.randn(shape, generator=generator).to(torch.bfloat16)
-        for name, shape in lora_shapes(config, rank).items()
-    }
-    if alpha is not None:
-        pairs |= {
-            name.replace("lora_A.weight", "alpha"): torch.tensor(alpha)
-            for name in list(pairs)
-            if "_A" in name
-        }
-    merged = stored(weights)
-    add(merged, stored(pairs))
-    scale, changed = 1.0 if alpha is None else alpha / rank, 0
-    for name, weight in weights.items():
-        layer = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{layer}.lora_A.weight" not in pairs:
-            assert torch.equal(merged[name].read(), weight)
-            continue
-        changed += 1
-        up, down = pairs[f"{layer}.lora_B.weight"].double(), pairs[f"{layer}.lora_A.weight"].double()
-        exact = weight.double() + scale * up @ down
-        # each of the rank + 2 float32 roundings is at most 2**-24 of the sum of magnitudes
-        bound = (rank + 2) * 2.0**-24 * (weight.double().abs() + scale * up.abs() @ down.abs())
-        assert merged[name].dtype == torch.float32 and merged[name].shape == weight.shape
-        assert ((merged[name].read().double() - exact).abs() <= bound).all()
-    assert changed == 300
-
-
-def test_scale_is_that_of_the_product() -> None:
-    weight, down, up = torch.zeros(3, 2), torch.ones(4, 2), torch.ones(3, 4)
-    assert torch.equal(merge_lora(weight, down, up), torch.full((3, 2), 4.0))
-    assert torch.equal(merge_lora(weight, down, up, scale=0.5), torch.full((3, 2), 2.0))
-
-
-def test_lora_of_another_model_is_refused() -> None:
-    transformer = stored({"blocks.0.ffn.0.weight": torch.zeros(6, 4)})
-
-    def pair(layer: str, outputs: int, inputs: int) -> dict[str, StoredTensor]:
-        sides = {
-            f"{layer}.lora_A.weight": torch.zeros(2, inputs),
-            f"{layer}.lora_B.weight": torch.zeros(outputs, 2),
-        }
-        return stored(sides)
-
-    with pytest.raises(
-        ValueError, match=r"lora.pt adapts blocks.9.ffn.0.weight, which the transformer lacks"
-    ):
-        add(transformer, pair("blocks.9.ffn.0", 6, 4))
-    with pytest.raises(
-        ValueError, match=r"does not fit blocks.0.ffn.0.weight \(6, 4\) by \(6, 2\) x \(2, 5\)"
-    ):
-        add(transformer, pair("blocks.0.ffn.0", 6, 5))
-    assert torch.equal(transformer["blocks.0.ffn.0.weight"].read(), torch.zeros(6, 4))
-
-
-CONFIG = WanConfig(dim=16, ffn_dim=24, num_heads=2, num_layers=2, text_dim=8, freq_dim=8)
-LAYER = "blocks.0.self_attn.q"
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    values = pairs(SMALL, LAYERS[:4])
+    down, up = values["blocks.0.self_attn.v"]
+    values["blocks.0.self_attn.v"] = (torch.cat((down, down)), torch.cat((up, up), dim=1))  # rank 4
+    patterns = {"rank_pattern": {"self_attn.v": 4}, "alpha_pattern": {"cross_attn.k": 1}}
+    write_peft(tmp_path, values, {"r": RANK, "lora_alpha": ALPHA, **patterns})
+    (found,) = load_loras([tmp_path], SHAPES)
+    factors = {name: change.factor for name, change in found.changes.items()}
+    assert factors == {
+        "blocks.0.self_attn.q.weight": 2.0, "blocks.0.self_attn.v.weight": 1.0,
+        "blocks.1.self_attn.k.weight": 2.0, "blocks.0.cross_attn.k.weight": 0.5,
+    }  # fmt: skip
 
 
 @pytest.fixture
-def transformer() -> dict[str, StoredTensor]:
-    shapes = expected_shapes(CONFIG)
-    return stored({name: drawn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())})
+def three(tmp_path: Path) -> list[Lora]:
+    paths = [write_lora(tmp_path / f"{seed}.safetensors", pairs(SMALL, seed=seed)) for seed in range(3)]
+    return [Lora(path, scale) for path, scale in zip(paths, (0.7, -1.3, 2.0), strict=True)]
 
 
-def pair(layer: str = LAYER, rank: int = 2, outputs: int = 16, inputs: int = 16) -> dict[str, Tensor]:
-    return {
-        f"{layer}.lora_A.weight": drawn(rank, inputs, seed=1),
-        f"{layer}.lora_B.weight": drawn(outputs, rank, seed=2),
-    }
+def test_order_of_several_changes_no_bit(three: list[Lora], weights: dict[str, Tensor]) -> None:
+    results = [merged_by(load_loras(order, SHAPES), weights) for order in itertools.permutations(three)]
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        assert all(torch.equal(value, results[0][name]) for name, value in other.items())
+    values = [pairs(SMALL, seed=seed) for seed in range(3)]
+    for layer in LAYERS:
+        weight = weights[f"{layer}.weight"]
+        exact = weight.double()
+        for lora, each in zip(three, values, strict=True):
+            down, up = each[layer]
+            exact = exact + lora.scale * ALPHA / RANK * (up.double() @ down.double())
+        torch.testing.assert_close(results[0][f"{layer}.weight"].double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def change(
-    transformer: dict[str, StoredTensor], lora: dict[str, Tensor], name: str, *statements: ScaleStatement
-) -> Tensor:
-    """What the LoRA adds to the tensor `name`."""
-    before = transformer[name].read()
-    add(transformer, stored(lora), statements)
-    return transformer[name].read() - before
+def test_a_scale_of_zero_changes_nothing(three: list[Lora]) -> None:
+    loaded = load_loras([Lora(lora.path, 0.0) for lora in three], SHAPES)
+    assert len(loaded) == 3 and changes_by_tensor(loaded) == {}
 
 
-def product(lora: dict[str, Tensor]) -> Tensor:
-    down, up = lora.values()
-    return up @ down
+def test_what_is_loaded_is_not_read_again(three: list[Lora], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_loras(three[:2], SHAPES)
+    opened = []
+    read = module.open_lora
+    monkeypatch.setattr(module, "open_lora", lambda path, *rest: opened.append(path) or read(path, *rest))
+    second = load_loras([Lora(three[1].path, 0.1), three[2]], SHAPES, loaded=first)
+    assert opened == [three[2].path]
+    assert second[0].changes is first[1].changes and second[0].lora.scale == 0.1
+    load_loras([Lora(three[1].path, 0.1, allow_unmatched=True)], SHAPES, loaded=second)
+    assert opened == [three[2].path, three[1].path]  # under another rule it may be another LoRA
 
 
-def test_stated_alpha_over_rank_is_the_scale(transformer: dict[str, StoredTensor]) -> None:
-    added = change(transformer, pair(), f"{LAYER}.weight", ScaleStatement("a.json", rank=2, alpha=8.0))
-    torch.testing.assert_close(added, 4 * product(pair()))
-
-
-def test_rslora_divides_by_the_root_of_the_rank(transformer: dict[str, StoredTensor]) -> None:
-    statement = ScaleStatement("a.json", alpha=8.0, is_rslora=True)
-    added = change(transformer, pair(rank=4), f"{LAYER}.weight", statement)
-    torch.testing.assert_close(added, 4 * product(pair(rank=4)))
-
-
-def test_scale_that_nothing_states_is_one_and_is_reported(
-    transformer: dict[str, StoredTensor], caplog: pytest.LogCaptureFixture
-) -> None:
-    lora = {**pair(), **pair("blocks.1.self_attn.q"), f"{LAYER}.alpha": torch.tensor(8)}
-    add(transformer, stored(lora))
-    assert "lora.pt: no alpha is stated for 1 of 2 pairs, which are merged at scale 1" in caplog.text
-
-
-def test_alphas_of_two_places_have_to_agree(transformer: dict[str, StoredTensor]) -> None:
-    lora = {**pair(), f"{LAYER}.alpha": torch.tensor(0.3, dtype=torch.bfloat16)}
-    add(dict(transformer), stored(lora), [ScaleStatement("a.json", alpha=0.3)])
+def test_a_lora_given_twice_is_refused(three: list[Lora], tmp_path: Path) -> None:
+    copy = write_lora(tmp_path / "copy" / "a.safetensors", pairs(SMALL, seed=1), "peft")
     with pytest.raises(
-        ValueError, match=r"scale of blocks.0.self_attn.q.weight in lora.pt is contradictory: "
+        ValueError, match=r"1.safetensors and .*copy.* are the same LoRA; give it once, at the"
     ):
-        add(transformer, stored(lora), [ScaleStatement("a.json", alpha=2.0)])
+        load_loras([*three, copy], SHAPES)
 
 
-def test_rank_of_other_tensors_is_refused(transformer: dict[str, StoredTensor]) -> None:
-    with pytest.raises(ValueError, match=r"a.json states rank 16 for blocks.0.self_attn.q and its tensors"):
-        add(transformer, stored(pair()), [ScaleStatement("a.json", rank=16, alpha=16.0)])
+def test_whole_tensors_have_no_scale_and_one_owner(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    paths = []
+    for seed in range(2):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        write_peft(
+            folder, pairs(SMALL, LAYERS[:2], seed), {"lora_alpha": 1, "modules_to_save": ["head.head"]}
+        )
+        file = folder / "adapter_model.safetensors"
+        tensors = {name: stored.read() for name, stored in module.open_lora(folder).tensors.items()}
+        tensors["base_model.model.head.head.weight"] = torch.full(SHAPES["head.head.weight"], float(seed + 1))
+        save_weights(file, tensors)
+        paths.append(folder)
+    merged = merged_by(load_loras([paths[0], Lora(paths[1], 0)], SHAPES), weights)
+    assert torch.equal(merged["head.head.weight"], torch.ones(SHAPES["head.head.weight"]))
+    with pytest.raises(
+        ValueError, match=r"0 holds head.head.weight whole, which has no scale, and is .* 0.5;"
+    ):
+        load_loras([Lora(paths[0], 0.5)], SHAPES)
+    with pytest.raises(ValueError, match=r"0 and .*1 both hold head.head.weight whole; give one of them"):
+        load_loras(paths, SHAPES)
+
+
+def test_values_that_are_not_finite_are_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    values = pairs(SMALL, LAYERS[:1])
+    values[LAYERS[0]][1][3, 1] = math.inf
+    path = write_lora(tmp_path / "a.safetensors", values)
+    with pytest.raises(ValueError, match="self_attn_q.lora_up.weight in .* has values that are not finite"):
+        load_loras([path], SHAPES)
+
+
+def test_merging_for_a_file_is_the_merge_in_memory(three: list[Lora], weights: dict[str, Tensor]) -> None:
+    loaded = load_loras(three, SHAPES)
+    transformer = {name: StoredTensor.of(tensor) for name, tensor in weights.items()}
+    add_loras(transformer, loaded)
+    expected = weights | merged_by(loaded, weights)
+    assert transformer.keys() == expected.keys()
+    for name, stored in transformer.items():
+        assert stored.dtype == torch.float32 and torch.equal(stored.read(), expected[name])
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e4, "1", True, None])
+def test_impossible_scale_is_refused(scale: object) -> None:
+    with pytest.raises(ValueError, match=r"^the scale of a.safetensors is .*; it must be"):
+        Lora("a.safetensors", scale)
+
+
+@pytest.mark.parametrize("path", ["", None, 3])
+def test_lora_without_a_path_is_refused(path: object) -> None:
+    with pytest.raises(ValueError, match="names no file; give a path"):
+        Lora(path)
+
+
+def test_a_list_is_asked_for_and_not_too_long(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="loras is 'a.safetensors'; give a list of LoRAs"):
+        load_loras("a.safetensors", SHAPES)
+    with pytest.raises(ValueError, match="65 LoRAs are given; give at most 64"):
+        load_loras(["a.safetensors"] * 65, SHAPES)
 
 
 @pytest.mark.parametrize(
-    "alpha",
+    ("text", "path", "scale"),
     [
-        torch.tensor(0.0),
-        torch.tensor(-4.0),
-        torch.tensor(math.nan),
-        torch.tensor(math.inf),
-        torch.tensor(True),
-        torch.tensor(4j),
-        torch.ones(2),
-        torch.ones(0),
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("a:-2", "a", -2.0),
+        ("a:.5", "a", 0.5),
+        ("a:1e-1", "a", 0.1),
+        ("C:\\styles\\a.safetensors", "C:\\styles\\a.safetensors", 1.0),
+        ("C:\\styles\\a.safetensors:0.25", "C:\\styles\\a.safetensors", 0.25),
+        ("12:30/a.safetensors", "12:30/a.safetensors", 1.0),
+        ("style:2:1", "style:2", 1.0),
+        ("a:nan", "a:nan", 1.0),
+        ("a:0,8", "a:0,8", 1.0),
+        ("a:", "a:", 1.0),
+        (":2", ":2", 1.0),
     ],
 )
-def test_alpha_tensor_that_is_no_alpha_is_refused(
-    transformer: dict[str, StoredTensor], alpha: Tensor
+def test_what_is_behind_the_last_colon_is_the_scale_where_it_is_a_number(
+    text: str, path: str, scale: float
 ) -> None:
-    with pytest.raises(ValueError, match=r"blocks.0.self_attn.q.alpha in lora.pt is "):
-        add(transformer, stored({**pair(), f"{LAYER}.alpha": alpha}))
+    assert Lora.parse(text, allow_unmatched=True) == Lora(path, scale, True)
 
 
-def test_pair_of_a_convolution_is_merged(transformer: dict[str, StoredTensor]) -> None:
-    name = "patch_embedding.weight"
-    shape = transformer[name].shape
-    up, down = drawn(16, 3, 1, 1, 1), drawn(3, *shape[1:])
-    lora = {"patch_embedding.lora_up.weight": up, "patch_embedding.lora_down.weight": down}
-    exact = torch.einsum("or,ritxy->oitxy", up[..., 0, 0, 0].double(), down.double())
-    flat = {name: value.flatten(1) for name, value in lora.items()}
-    for each in (lora, flat):
-        torch.testing.assert_close(change(dict(transformer), each, name), exact.float(), rtol=1e-4, atol=1e-5)
-
-
-def test_merge_is_in_float32_under_autocast(transformer: dict[str, StoredTensor]) -> None:
-    expected = change(dict(transformer), pair(), f"{LAYER}.weight")
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(change(transformer, pair(), f"{LAYER}.weight"), expected)
-
-
-def test_differences_are_added_to_weight_bias_and_modulation(transformer: dict[str, StoredTensor]) -> None:
-    added = {
-        "norm3.diff": "blocks.0.norm3.weight",
-        "norm3.diff_b": "blocks.0.norm3.bias",
-        "self_attn.q.diff_b": "blocks.0.self_attn.q.bias",
-        "self_attn.norm_k.w_norm": "blocks.0.self_attn.norm_k.weight",
-        "diff_m": "blocks.0.modulation",
-    }
-    lora = {
-        f"diffusion_model.blocks.0.{name}": drawn(*transformer[target].shape)
-        for name, target in added.items()
-    }
-    lora["diffusion_model.head.diff_m"] = drawn(*transformer["head.modulation"].shape)
-    before = {name: each.read() for name, each in transformer.items()}
-    add(transformer, stored(lora))
-    for value, target in zip(lora.values(), [*added.values(), "head.modulation"], strict=True):
-        assert torch.equal(transformer[target].read(), before[target] + value)
-    changed = {name for name, each in transformer.items() if not torch.equal(each.read(), before[name])}
-    assert changed == {*added.values(), "head.modulation"}
-
-
-def test_pair_and_difference_of_one_weight_are_both_added(transformer: dict[str, StoredTensor]) -> None:
-    lora = {**pair(), f"{LAYER}.diff": drawn(16, 16, seed=9), f"{LAYER}.alpha": torch.tensor(8.0)}
-    added = change(transformer, lora, f"{LAYER}.weight")
-    torch.testing.assert_close(added, 4 * product(pair()) + drawn(16, 16, seed=9))
-
-
-def test_bias_of_lora_b_is_scaled_as_its_matrices(transformer: dict[str, StoredTensor]) -> None:
-    lora = {**pair(), f"{LAYER}.lora_B.bias": drawn(16)}
-    with pytest.raises(ValueError, match=r"lora_B.bias, which PEFT scales .* and no alpha is stated"):
-        add(dict(transformer), stored(lora))
-    statement = ScaleStatement("a.json", alpha=8.0, has_lora_bias=True)
-    torch.testing.assert_close(change(transformer, lora, f"{LAYER}.bias", statement), 4 * drawn(16))
-
-
-def test_stated_lora_bias_has_to_be_there(transformer: dict[str, StoredTensor]) -> None:
-    statement = ScaleStatement("a.json", alpha=8.0, has_lora_bias=True)
-    with pytest.raises(ValueError, match=r"a.json has lora_bias true and lora.pt is otherwise"):
-        add(transformer, stored(pair()), [statement])
-
-
-def test_modules_to_save_take_the_place_of_the_base(transformer: dict[str, StoredTensor]) -> None:
-    shape = transformer["head.head.weight"].shape
-    lora = {**pair(), "base_model.model.head.head.weight": drawn(*shape, seed=5)}
-    with pytest.raises(
-        ValueError, match=r"lora.pt holds base_model.model.head.head.weight whole, and no mod"
-    ):
-        add(dict(transformer), stored(lora), [ScaleStatement("a.json", alpha=2.0)])
-    statement = ScaleStatement("a.json", alpha=2.0, saved_modules=("head.head",))
-    with pytest.raises(ValueError, match=r"lora.pt lacks the modules_to_save head.head"):
-        add(dict(transformer), stored(pair()), [statement])
-    add(transformer, stored(lora), [statement])
-    assert torch.equal(transformer["head.head.weight"].read(), drawn(*shape, seed=5))
-
-
-def test_trained_biases_take_the_place_of_the_base(transformer: dict[str, StoredTensor]) -> None:
-    lora = {**pair(), f"{LAYER}.bias": drawn(16, seed=5)}
-    statement = ScaleStatement("a.json", alpha=2.0, has_biases=True)
-    with pytest.raises(ValueError, match=r"lora.pt lacks the biases"):
-        add(dict(transformer), stored(pair()), [statement])
-    add(transformer, stored(lora), [statement])
-    assert torch.equal(transformer[f"{LAYER}.bias"].read(), drawn(16, seed=5))
-
-
-def test_rank_of_zero_is_refused(transformer: dict[str, StoredTensor]) -> None:
-    with pytest.raises(ValueError, match=r"rank 0 or without values for blocks.0.self_attn.q.weight by"):
-        add(transformer, stored(pair(rank=0)))
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
-def test_matrices_of_integers_are_refused(transformer: dict[str, StoredTensor], dtype: torch.dtype) -> None:
-    lora = {name: value.to(dtype) for name, value in pair().items()}
-    with pytest.raises(ValueError, match=r"lora.pt holds blocks.0.self_attn.q.lora_A.weight torch"):
-        add(transformer, stored(lora))
-
-
-def test_matrices_of_float8_are_merged(transformer: dict[str, StoredTensor]) -> None:
-    lora = {name: value.to(torch.float8_e4m3fn) for name, value in pair().items()}
-    exact = product({name: value.float() for name, value in lora.items()})
-    torch.testing.assert_close(change(transformer, lora, f"{LAYER}.weight"), exact, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_value_that_is_not_finite_is_named(transformer: dict[str, StoredTensor], value: float) -> None:
-    lora = pair()
-    lora[f"{LAYER}.lora_B.weight"][3, 1] = value
-    add(transformer, stored(lora))
-    with pytest.raises(ValueError, match=r"q.lora_B.weight in lora.pt has values that are not finite"):
-        transformer[f"{LAYER}.weight"].read()
-
-
-def test_difference_of_another_shape_is_refused(transformer: dict[str, StoredTensor]) -> None:
-    with pytest.raises(ValueError, match=r"does not fit blocks.0.modulation \(1, 6, 16\) by .* \(6, 16\)"):
-        add(transformer, stored({"blocks.0.diff_m": drawn(6, 16)}))
-
-
-def test_pattern_of_no_layer_is_reported(
-    transformer: dict[str, StoredTensor], caplog: pytest.LogCaptureFixture
-) -> None:
-    statement = ScaleStatement("a.json", alpha=2.0, alpha_pattern=((re.compile("ffn.9$"), 4.0),))
-    with caplog.at_level(logging.WARNING):
-        add(transformer, stored(pair()), [statement])
-    assert "a.json: no adapted layer has the name ffn.9" in caplog.text
-
-
-def test_nothing_is_read_before_the_merged_weight_is(transformer: dict[str, StoredTensor]) -> None:
-    def refuse() -> Tensor:
-        raise AssertionError("read too early")
-
-    lora = {name: replace(each, read=refuse) for name, each in stored(pair()).items()}
-    add(transformer, lora)
-    with pytest.raises(AssertionError, match="read too early"):
-        transformer[f"{LAYER}.weight"].read()
-
-
-NAMES = [f"base_model.model.blocks.0.ffn.0.lora_{side}.weight" for side in "AB"]
-TENSORS = {name: torch.ones(2, 2) for name in NAMES}
-ADAPTER_CONFIG = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 8})
-
-
-def write(path: Path, metadata: dict[str, str] | None = None) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path, {name: StoredTensor.of(tensor) for name, tensor in TENSORS.items()}, metadata)
-    return path
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
-def test_directory_and_file_are_the_same_adapter(tmp_path: Path, name: str) -> None:
-    write(tmp_path / name)
-    (tmp_path / "adapter_config.json").write_text(ADAPTER_CONFIG)
-    for path in (tmp_path, tmp_path / name):
-        opened = open_lora(path)
-        assert opened.label == str(tmp_path / name) and opened.tensors.keys() == TENSORS.keys()
-        assert [each.scale(("blocks.0.ffn.0",), 2) for each in opened.statements] == [4.0]
-
-
-def test_pickle_in_a_directory_is_read_with_its_config(tmp_path: Path) -> None:
-    torch.save(TENSORS, tmp_path / "adapter_model.bin")
-    (tmp_path / "adapter_config.json").write_text(ADAPTER_CONFIG)
-    opened = open_lora(tmp_path)
-    assert opened.tensors.keys() == TENSORS.keys() and opened.statements[0].alpha == 8.0
-
-
-def test_config_and_header_are_both_stated(tmp_path: Path) -> None:
-    write(tmp_path / "adapter_model.safetensors", {"lora_alpha": "16"})
-    (tmp_path / "adapter_config.json").write_text(ADAPTER_CONFIG)
-    assert [each.alpha for each in open_lora(tmp_path).statements] == [8.0, 16.0]
-
-
-def test_links_of_a_cache_go_by_the_name_as_given(tmp_path: Path) -> None:
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "5e9f"
-    write(blobs / "aaaa")
-    (blobs / "bbbb").write_text(ADAPTER_CONFIG)
-    snapshot.mkdir(parents=True)
-    (snapshot / "adapter_model.safetensors").symlink_to(blobs / "aaaa")
-    (snapshot / "adapter_config.json").symlink_to(blobs / "bbbb")
-    for path in (snapshot, snapshot / "adapter_model.safetensors"):
-        assert open_lora(path).statements[0].alpha == 8.0
-    (blobs / "bbbb").unlink()
-    with pytest.raises(ValueError, match=r"adapter_config.json is a link to a file that is not there"):
-        open_lora(snapshot)
-
-
-def test_content_and_not_the_suffix_says_the_format(tmp_path: Path) -> None:
-    torch.save({"generator_lora": TENSORS}, tmp_path / "lora.safetensors")
-    assert open_lora(tmp_path / "lora.safetensors").tensors.keys() == TENSORS.keys()
-    write(tmp_path / "lora.pt", {"lora_alpha": "16"})
-    assert open_lora(tmp_path / "lora.pt").statements[0].alpha == 16.0
-
-
-def test_directory_without_or_with_two_adapters_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no adapter_model.safetensors .* \(it holds nothing\)"):
-        open_lora(tmp_path)
-    write(tmp_path / "style.safetensors")
-    with pytest.raises(ValueError, match=r"\(it holds style.safetensors\); give the file of the LoRA itself"):
-        open_lora(tmp_path)
-    write(tmp_path / "adapter_model.safetensors")
-    write(tmp_path / "pytorch_lora_weights.safetensors")
-    with pytest.raises(
-        ValueError, match=r"adapter_model.safetensors and pytorch_lora_weights.safetensors; gi"
-    ):
-        open_lora(tmp_path)
-
-
-def test_absent_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no.safetensors does not exist"):
-        open_lora(tmp_path / "no.safetensors")
+def test_a_file_whose_name_ends_as_a_scale_says_how_it_is_given(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "style:2", pairs(SMALL, LAYERS[:1]))
+    with pytest.raises(ValueError, match=r"style:2 is a file, and .* is read as a scale; give .*style:2:1"):
+        Lora.parse(str(path))
+    assert load_loras([Lora.parse(f"{path}:0.5")], SHAPES)[0].lora == Lora(str(path), 0.5)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from rfengine import cli
+from support.loras import LAYERS, RANK, pairs, write_lora
+from support.models import SMALL
 from support.outcome import fails
 
 
@@ -17,6 +19,20 @@ def test_doctor_prints_text_and_json(capsys: pytest.CaptureFixture[str]) -> None
     assert "backends on" in capsys.readouterr().out
     assert cli.main(["doctor", "--json", "--model", "wan-1.3b", "--dtype", "bfloat16"]) == 0
     assert json.loads(capsys.readouterr().out)["memory"]["model"] == "wan-1.3b"
+
+
+def test_doctor_reports_the_memory_of_loras_or_refuses_them(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lora(tmp_path / "a.safetensors", pairs(SMALL, LAYERS[:1]))
+    doctor = ["doctor", "--model", str(model), "--dtype", "float32", "--lora", f"{path}:0.5"]
+    assert cli.main([*doctor, "--json"]) == 0
+    host = json.loads(capsys.readouterr().out)["memory"]["host"]
+    assert host == {"lora_values": 2 * RANK * 48 * 4, "lora_originals": 48 * 48 * 4}
+    assert cli.main(doctor) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert {f"{name} 0.0 MiB, in host memory" for name in ("lora values", "lora originals")} <= set(lines)
+    assert "does not fit: blocks" in fails(capsys, 2, "doctor", "--lora", path)
 
 
 def test_doctor_refuses_a_wrong_size_and_an_unknown_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,8 @@ from rfengine.config import RuntimeConfig
 from rfengine.stream import FrameChunk
 from rfengine.video import VideoWriter
 from support.command_forks import CommandForks
+from support.loras import pairs, write_lora
+from support.models import SMALL
 from support.outcome import fails, frame_count
 
 
@@ -534,3 +536,32 @@ def test_interrupted_process_exits_with_130_and_its_file_plays(
     assert last.startswith(f"rfengine: error: interrupted; {path} holds the first ")
     assert f"({frame_count(path)} frames)" in last
     assert list(videos.iterdir()) == [path]
+
+
+def test_loras_are_merged_at_their_scales_and_a_wrong_one_is_one_sentence(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = (write_lora(tmp_path / f"{seed}:30", pairs(SMALL, seed=seed)) for seed in range(2))
+    path, merged = tmp_path / "a.mp4", tmp_path / "merged"
+    request = ["generate", "a circle", "-o", str(path), "--seconds", "0.6", "--model"]
+    loras = ["--lora", f"{one}:-0.5", "--lora", f"{other}:1"]
+
+    def made(*arguments: str) -> bytes:
+        assert cli.main([*request, *arguments]) == 0
+        return path.read_bytes()
+
+    found = made(str(model), *loras)
+    assert cli.main(["convert", str(model), str(merged), "--dtype", "float32", *loras]) == 0
+    assert made(str(merged)) == found and made(str(model)) != found
+
+    path.unlink()
+    wrong = [*request, model, "--lora"]
+    assert "30 is a file, and what stands behind its last colon" in fails(capsys, 2, *wrong, one)
+    assert "no.safetensors does not exist" in fails(capsys, 2, *wrong, tmp_path / "no.safetensors:0.5")
+    strange = pairs(SMALL) | {"blocks.7.ffn.0": pairs(SMALL)["blocks.1.ffn.0"]}
+    part = write_lora(tmp_path / "part.safetensors", strange)
+    assert "--allow-unmatched-lora" in fails(capsys, 2, *wrong, part)
+    assert not path.exists()
+    first = made(str(model), "--lora", str(part), "--allow-unmatched-lora")
+    assert "lora_unet_blocks_7_ffn_0.alpha" in capsys.readouterr().err  # the warning
+    assert made(str(model), "--lora", f"{one}:1") == first

@@ -15,23 +15,24 @@ RUNTIME = [
     "graphs", "overlap", "decode_device", "autotune", "vae", "vae_precision",
     "tensorrt_directory",
 ]  # fmt: skip
+LORAS = ["lora", "allow_unmatched_lora"]
 OPTIONS = {
     "generate": [
         "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
-        "backend", *RUNTIME, "verify",
+        "backend", *LORAS, *RUNTIME, "verify",
     ],
     "serve": [
         "model", "host", "port", "api_key_file", "insecure", "max_sessions", "memory_gb", "host_memory_gb",
-        "data_directory", "disk_gb", "allow_origin", "allow_host", "device", "dtype", "backend", *RUNTIME,
-        "log_json", "open_browser",
+        "data_directory", "disk_gb", "allow_origin", "allow_host", "device", "dtype", "backend",
+        *LORAS, *RUNTIME, "log_json", "open_browser",
     ],
     "client": [
         "url", "prompt", "output", "seconds", "seed", "height", "width", "switch", "mode", "pace", "hls",
         "api_key_file",
     ],
-    "convert": ["source", "destination", "base", "lora", "dtype", "use_ema", "kind"],
+    "convert": ["source", "destination", "base", *LORAS, "dtype", "use_ema", "kind"],
     "parity": ["files", "backend", "device", "dtype"],
-    "doctor": ["json", "model", "height", "width", "dtype", "renew"],
+    "doctor": ["json", "model", "height", "width", "dtype", *LORAS, "renew"],
     "bench": [
         "model", "height", "width", "chunks", "device", "dtype", "backend", *RUNTIME, "decode", "compare",
         "threads", "json", "plot",

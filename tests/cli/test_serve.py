@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from rfengine import Lora, cli
 from rfengine.cli import serve
 from support.outcome import fails
 
@@ -58,6 +59,21 @@ def test_without_its_packages_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     error = fails(capsys, 1, "serve")
     assert "uvicorn" in error and "rfengine[serve]" in error
+
+
+def test_loras_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = []
+
+    def load(*arguments: object, loras: tuple[Lora, ...], **options: object) -> None:
+        given.extend(loras)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(serve.Pipeline, "from_pretrained", load)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = ["serve", "--port", port, "--data-directory", str(tmp_path), "--lora", "a:0.5", "--lora", "b"]
+    assert cli.main([*command, "--allow-unmatched-lora"]) == 2
+    assert given == [Lora("a", 0.5, True), Lora("b", 1.0, True)]
 
 
 def test_serve_opens_the_page_and_ends_at_a_signal(model: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rfengine.checkpoint.lora import merge_lora
+from rfengine.checkpoint.lora_change import merge_lora
 from rfengine.checkpoint.lora_names import parse_lora
 from rfengine.models.dit import WanDiT
 from rfengine.training.lora import add_adapters, lora_weights, merged_weights
@@ -66,7 +66,8 @@ def test_merged_weights_load_into_a_plain_model_and_compute_the_same(adapted):
 
 def test_exported_lora_is_read_and_merged_as_any_other(adapted):
     base, lora = small_model().state_dict(), lora_weights(adapted.state_dict())
-    layers = parse_lora(lora, base.keys())
+    layers, unmatched = parse_lora(lora, base.keys())
+    assert not unmatched.names
     assert len(layers) == 10 * SMALL.num_layers and layers.keys() <= base.keys()
     merged = merged_weights(adapted.state_dict())
     for weight, names in layers.items():
