@@ -21,8 +21,8 @@ PACKAGE = ROOT / "rfengine"
 LAYERS = [
     {"files", "limits", "stop_signals"},
     {
-        "accuracy", "config", "config_json", "cuda_graph", "host_state", "memory", "nvtx_ranges", "prompt_blend", "prompts",
-        "rotary", "video",
+        "accuracy", "config", "config_json", "cuda_graph", "host_state", "memory", "nvtx_ranges",
+        "prompt_blend", "prompts", "rotary", "video",
     },
     {"grid", "older_snapshot", "schedule"},
     {"kernels"},

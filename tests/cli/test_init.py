@@ -18,11 +18,11 @@ RUNTIME = [
 LORAS = ["lora", "allow_unmatched_lora"]
 OPTIONS = {
     "generate": [
-        "prompt", "output", "prompts", "seconds", "seed", "model", "height", "width", "device", "dtype",
-        "backend", *LORAS, *RUNTIME, "verify",
+        "prompt", "output", "prompts", "script", "seconds", "seed", "image", "video", "start_mode", "resize",
+        "model", "system", "height", "width", "device", "dtype", "backend", *LORAS, *RUNTIME, "verify",
     ],
     "serve": [
-        "model", "host", "port", "api_key_file", "insecure", "max_sessions", "memory_gb", "host_memory_gb",
+        "model", "system", "host", "port", "api_key_file", "insecure", "max_sessions", "memory_gb", "host_memory_gb",
         "data_directory", "disk_gb", "allow_origin", "allow_host", "device", "dtype", "backend",
         *LORAS, *RUNTIME, "log_json", "open_browser",
     ],
