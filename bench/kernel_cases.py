@@ -206,6 +206,13 @@ CASES: tuple[KernelCase, ...] = (
         for name, split in (("evict_and_rephase", True), ("evict_and_rephase_plain", False))
     ),
     KernelCase("flow_step", inputs.flow_step, BYTES["flow_step"]),
+    *(  # the same kernels, with a noise level for every latent frame
+        KernelCase(f"{op}_by_frame", partial(drawn, by_frame=True), BYTES[op], op=op, is_row=is_row)
+        for op, drawn, is_row in (
+            ("flow_step", inputs.flow_step, False), ("adaptive_layer_norm", inputs.adaptive, True),
+            ("gated_residual_adaptive_norm", inputs.gated_adaptive, True),
+        )
+    ),
     KernelCase("frame_pack", inputs.pixels, BYTES["frame_pack"], results=_as_numbers),
     *(
         KernelCase(name, partial(inputs.linear, outputs=outputs), product_bytes(outputs),

@@ -17,13 +17,14 @@ from rfengine.costs.shapes import Shapes, VaeLevel
 Arguments = tuple[Tensor | float | int | bool | str | None, ...]
 
 
-def _modulated(shapes: Shapes, draw: Draw) -> tuple[Tensor, ...]:
-    """Gate, shift and scale [1, 1, D]: strided rows of the model's table, one timestep for the chunk."""
-    return draw.table(1, 1, 6, shapes.dim).unbind(2)[2:5]
+def _modulated(shapes: Shapes, draw: Draw, by_frame: bool = False) -> tuple[Tensor, ...]:
+    """Gate, shift and scale [1, 1, D]: strided rows of the model's table, one timestep for the chunk, or by
+    frame [1, F, D]."""
+    return draw.table(1, shapes.frames if by_frame else 1, 6, shapes.dim).unbind(2)[2:5]
 
 
-def adaptive(shapes: Shapes, draw: Draw) -> Arguments:
-    _, shift, scale = _modulated(shapes, draw)
+def adaptive(shapes: Shapes, draw: Draw, by_frame: bool = False) -> Arguments:
+    _, shift, scale = _modulated(shapes, draw, by_frame)
     return draw.rows(1, shapes.tokens, shapes.dim), shift, scale, shapes.eps
 
 
@@ -36,8 +37,8 @@ def _branches(shapes: Shapes, draw: Draw) -> tuple[Tensor, Tensor]:
     return draw.rows(1, shapes.tokens, shapes.dim), draw.rows(1, shapes.tokens, shapes.dim)
 
 
-def gated_adaptive(shapes: Shapes, draw: Draw) -> Arguments:
-    return *_branches(shapes, draw), *_modulated(shapes, draw), shapes.eps
+def gated_adaptive(shapes: Shapes, draw: Draw, by_frame: bool = False) -> Arguments:
+    return *_branches(shapes, draw), *_modulated(shapes, draw, by_frame), shapes.eps
 
 
 def gated_affine(shapes: Shapes, draw: Draw) -> Arguments:
@@ -140,15 +141,17 @@ def evict_and_rephase(shapes: Shapes, draw: Draw, split: bool) -> Arguments:
     return *arenas, *low, rotation, shapes.sink_tokens, leaving, shapes.config.cache.alpha
 
 
-def flow_step(shapes: Shapes, draw: Draw) -> Arguments:
+def flow_step(shapes: Shapes, draw: Draw, by_frame: bool = False) -> Arguments:
     model, grid = shapes.config.model, shapes.grid
     tokens = draw.rows(1, shapes.tokens, model.out_dim * grid.patch**2)
     x, noise = (
         draw.rows(1, model.out_dim, shapes.frames, grid.latent_height, grid.latent_width) for _ in range(2)
     )
-    levels = (torch.tensor([level], dtype=torch.float64, device=draw.device) for level in (0.9375, 0.8333))
-    sigma, next_sigma = levels
-    return tokens, x, sigma, noise, next_sigma
+    frames = shapes.frames if by_frame else 1
+    sigmas, next_sigmas = (
+        torch.full((frames,), level, dtype=torch.float64, device=draw.device) for level in (0.9375, 0.8333)
+    )
+    return tokens, x, sigmas, noise, next_sigmas
 
 
 def pixels(shapes: Shapes, draw: Draw) -> Arguments:

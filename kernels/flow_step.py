@@ -24,7 +24,7 @@ from torch import Tensor
 from rfengine.kernels.device import contiguous_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sigmas_f", "next_sigmas_f"])
 def _flow_step_kernel(
     tokens, x, noise, out, sigmas, next_sigmas,
     tokens_b, tokens_t,

@@ -24,7 +24,9 @@ CASES = (  # every kernel, and of the linears and convolutions a form of each ki
     "rms_norm_backward", "qk_norm_rope_write_raw", "qk_norm_rope_backward", "ema_evict", "rephase_keys",
     "evict_and_rephase", "flow_step", "frame_pack", "linear_gelu", "gated_linear_ffn",
     "channel_norm_silu_fp8", "causal_conv3d_level_1", "causal_conv3d_level_3", "causal_conv3d_fp8_level_3",
-    "phase_conv_to_level_2", "frame_attention", "conv_frame_pack",
+    "phase_conv_to_level_2", "frame_attention", "conv_frame_pack", "adaptive_layer_norm", *(
+        f"{op}_by_frame" for op in ("flow_step", "adaptive_layer_norm", "gated_residual_adaptive_norm")
+    ),
 )  # fmt: skip
 REPORT_AND_FILL = """
 import json, sys, warnings
@@ -75,6 +77,16 @@ def result(printed: str, first_key: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def launches(printed: str) -> list[dict[str, Any]]:
     return result(printed, "triton")["launches"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["flow_step", "adaptive_layer_norm", "gated_residual_adaptive_norm"])
+def test_a_level_for_every_frame_is_the_same_kernel(launches: list[dict[str, Any]], op: str) -> None:
+    shared, by_frame = (
+        [{**launch, "case": op} for launch in launches if launch["case"] == case]
+        for case in (op, f"{op}_by_frame")
+    )
+    assert len(shared) == 1 and shared == by_frame
 
 
 @pytest.mark.slow
