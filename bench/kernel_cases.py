@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -141,7 +141,17 @@ def _conv_fp8_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) 
     return result if is_truth else result.to(torch.bfloat16)
 
 
-CASES: tuple[KernelCase, ...] = (
+def _of_one_frame(case: KernelCase) -> KernelCase:
+    """The case in a chunk of one latent frame, whose tiles may be others."""
+    flops = case.floor_flops
+    return replace(
+        case, name=f"{case.name}_one_frame", inputs=lambda s, draw: case.inputs(s.with_chunk(1), draw),
+        floor_bytes=lambda s: case.floor_bytes(s.with_chunk(1)),
+        floor_flops=None if flops is None else lambda s: flops(s.with_chunk(1)),
+    )  # fmt: skip
+
+
+_CHUNK_CASES: tuple[KernelCase, ...] = (
     *(
         KernelCase(
             f"sink_window_attention{form.replace('-', '_')}", inputs.attention, attention_bytes,
@@ -274,6 +284,11 @@ CASES: tuple[KernelCase, ...] = (
         for level in (1, 2, 3)
     ),
 )  # fmt: skip
+_ONE_FRAME = (
+    "sink_window_attention", "sink_window_attention_pointer", "linear_qkv", "linear_out", "linear_gelu",
+    "gated_linear_out", "gated_linear_ffn",
+)  # fmt: skip
+CASES = (*_CHUNK_CASES, *(_of_one_frame(case) for case in _CHUNK_CASES if case.name in _ONE_FRAME))
 CASES_BY_NAME = {case.name: case for case in CASES}
 
 

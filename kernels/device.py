@@ -20,6 +20,14 @@ def count_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def fill(wanted: int, programs: int, size: int, processors: int) -> float:
+    """Share of the work that whole waves of programs of `size` could do which is wanted, by count alone.
+
+    A multiprocessor is counted as doing one program at a time; wanted and size: results of all, and of one.
+    """
+    return wanted / (triton.cdiv(programs, processors) * processors * size)
+
+
 def fits_descriptor(tensor: Tensor) -> bool:
     """Whether TMA can read a tensor: its start and every stride but the last are multiples of 16 bytes, and
     its last axis is contiguous."""

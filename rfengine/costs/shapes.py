@@ -92,3 +92,8 @@ class Shapes:
 
     def with_layers(self, layers: int) -> Shapes:
         return Shapes(replace(self.config, model=replace(self.config.model, num_layers=layers)))
+
+    def with_chunk(self, frames: int) -> Shapes:
+        """Those of chunks, and a sink, of so many latent frames in the same window."""
+        cache = replace(self.config.cache, chunk_frames=frames, sink_frames=frames)
+        return Shapes(replace(self.config, cache=cache))

@@ -24,9 +24,9 @@ CASES = (  # every kernel, and of the linears and convolutions a form of each ki
     "rms_norm_backward", "qk_norm_rope_write_raw", "qk_norm_rope_backward", "ema_evict", "rephase_keys",
     "evict_and_rephase", "flow_step", "frame_pack", "linear_gelu", "gated_linear_ffn",
     "channel_norm_silu_fp8", "causal_conv3d_level_1", "causal_conv3d_level_3", "causal_conv3d_fp8_level_3",
-    "phase_conv_to_level_2", "frame_attention", "conv_frame_pack", "adaptive_layer_norm", *(
-        f"{op}_by_frame" for op in ("flow_step", "adaptive_layer_norm", "gated_residual_adaptive_norm")
-    ),
+    "phase_conv_to_level_2", "frame_attention", "conv_frame_pack", "linear_out_one_frame",
+    "gated_linear_ffn_one_frame", "sink_window_attention_pointer_one_frame", "adaptive_layer_norm",
+    *(f"{op}_by_frame" for op in ("flow_step", "adaptive_layer_norm", "gated_residual_adaptive_norm")),
 )  # fmt: skip
 REPORT_AND_FILL = """
 import json, sys, warnings
@@ -120,7 +120,7 @@ def test_no_forward_kernel_spills(launches: list[dict[str, Any]]) -> None:
 @pytest.mark.slow
 def test_both_products_of_the_attention_run_on_warp_groups(launches: list[dict[str, Any]]) -> None:
     attention = [launch for launch in launches if launch["kernel"].startswith("_sink_window_attention")]
-    assert {launch["case"] for launch in attention} == set(CASES[:2])
+    assert {launch["case"] for launch in attention} == {*CASES[:2], CASES[-1]}
     for launch in attention:
         assert min(launch["products"]) > 0, launch["case"]
         assert not launch["other_products"], launch["case"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rfengine.accuracy import relative_error
 from rfengine.config import WanConfig
 from rfengine.kernels import linear as kernels
-from rfengine.kernels.linear_tile import TILES, Device, choose_tile
+from rfengine.kernels.linear_tile import TILES, Device, choose_tile, tile_fill
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.ops import choose_ops, reference
 from support.models import noise_of, small_model, text_states
@@ -74,6 +74,14 @@ def test_every_tile_agrees_by_pointers_and_by_descriptors(name, tile, monkeypatc
         if device is not None:
             monkeypatch.setattr(kernels, "describe_device", lambda _, device=device: device)
         assert_matches(name, case)
+
+
+def test_rows_of_one_latent_frame_agree_with_the_reference(hopper):
+    """1561 rows, one more than at 832 x 480, in the tile that 1536 outputs get, and two columns of tiles."""
+    case = inputs("gated_linear", (1, 1561), inputs=24, outputs=176, dtype=torch.float16, gate=(1, 1))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernels, "choose_tile", lambda rows, _, *rest: choose_tile(rows, 1536, *rest))
+        assert_matches("gated_linear", case)
 
 
 @pytest.mark.parametrize("gate", [None, (1, 1), (2, 1), (1, 3), (2, 3), (1, 12)])
@@ -152,19 +160,36 @@ def test_what_a_kernel_cannot_read_is_refused(change, message):
         kernels.linear(*change(*inputs("linear")))
 
 
-def test_the_tile_follows_the_waves_that_its_shape_makes():
-    half, rows = torch.bfloat16, 4680
+@pytest.mark.parametrize(
+    ("rows", "outputs", "size", "filled"),
+    [  # of 132 multiprocessors, by hand: rows * outputs / (programs in whole waves * 132 * size of a tile)
+        (4680, 1536, (128, 256), 4680 * 1536 / (2 * 132 * 128 * 256)),  # 222 programs
+        (4680, 4608, (128, 192), 4680 * 4608 / (7 * 132 * 128 * 192)),  # 888
+        (4680, 8960, (128, 256), 4680 * 8960 / (10 * 132 * 128 * 256)),  # 1295
+        (1560, 1536, (128, 160), 1560 * 1536 / (1 * 132 * 128 * 160)),  # 130
+        (1560, 4608, (128, 256), 1560 * 4608 / (2 * 132 * 128 * 256)),  # 234
+        (1560, 8960, (128, 128), 1560 * 8960 / (7 * 132 * 128 * 128)),  # 910
+    ],
+)
+def test_the_tile_fills_the_waves_that_its_shape_makes(rows, outputs, size, filled):
+    tile = choose_tile(rows, outputs, torch.bfloat16, HOPPER)
+    assert (tile.rows, tile.columns + tile.tail) == size
+    assert tile_fill(tile, rows, outputs, 132) == pytest.approx(filled)
+    assert filled > 0.83
 
-    def width(outputs, device=HOPPER):
-        tile = choose_tile(rows, outputs, half, device)
-        return tile.rows, tile.columns + tile.tail
 
-    assert width(4608) == (128, 192)
-    assert width(1536) == width(8960) == (128, 256)
+@pytest.mark.parametrize(("processors", "outputs"), [(108, 4608), (114, 1536), (128, 1536), (170, 4608)])
+def test_a_chunk_of_three_frames_has_no_tile_of_160_columns_on_any_gpu(processors, outputs):
+    tile = choose_tile(4680, outputs, torch.bfloat16, Device(processors, 163 * 1024, (8, 0)))
+    assert tile.tail != 32
+
+
+def test_the_tile_fits_few_rows_and_little_shared_memory():
+    half = torch.bfloat16
     assert choose_tile(64, 1536, half, HOPPER).rows == 64
     assert all(tile.stages * tile.stage_bytes <= HOPPER.shared_bytes for tile in TILES)
     small = Device(188, 99 * 1024, (12, 0))
-    tile = choose_tile(rows, 8960, half, small)
+    tile = choose_tile(4680, 8960, half, small)
     assert tile.stages * tile.stage_bytes <= small.shared_bytes
 
 

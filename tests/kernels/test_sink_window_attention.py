@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rfengine.kernels import sink_window_attention as attention
 from rfengine.kernels import sink_window_attention_descriptor as descriptor
+from rfengine.kernels.device import fill
 from rfengine.kernels.sink_window_attention import (
     choose_form,
+    pointer_launch,
     sink_window_attention,
     sink_window_attention_slot,
 )
@@ -95,6 +98,29 @@ def test_split_covers_every_tile_once_and_does_not_add_a_wave(tiles):
 def test_last_wave_of_the_shipped_shape_takes_four_tenths_of_a_tile():
     split = descriptor.split_tiles(37 * 12, 132, 8)
     assert (split.whole, split.cut, split.parts) == (396, 48, 5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "rows"),
+    [(4680, 12, 128), (1560, 12, 64), (4680, 40, 128), (1560, 40, 128), (63, 12, 64)],
+)
+def test_the_pointer_form_takes_small_tiles_where_they_fill_the_waves_better(tokens, heads, rows):
+    launch = pointer_launch((9, 0), torch.bfloat16, 128, tokens, heads, 132)
+    assert launch == ((64, 64, 4, 3) if rows == 64 else (128, 64, 8, 3))
+    assert pointer_launch((8, 0), torch.bfloat16, 128, tokens, heads, 108) == (128, 32, 8, 3)
+
+
+def test_fills_of_the_pointer_form_at_one_latent_frame():
+    whole, half = (fill(1560 * 12, -(-1560 // rows) * 12, rows, 132) for rows in (128, 64))
+    assert (whole, half) == pytest.approx((1560 * 12 / (264 * 128), 1560 * 12 / (396 * 64)))
+
+
+def test_the_small_tiles_of_a_gpu_match_the_reference(monkeypatch):
+    monkeypatch.setattr(attention, "pointer_launch", lambda *_: (64, 64, 4, 3))
+    q, keys, values, length = arena(1, 63, 200, 3, 64, torch.float16, 171)
+    assert_like_reference(sink_window_attention(q, keys, values, length, "pointer"), q, keys, values, length)
+    q, keys, values, length = arena(1, 1561, 100, 1, 128, torch.float16, 81)  # one frame, and a row more
+    assert_like_reference(sink_window_attention(q, keys, values, length, "pointer"), q, keys, values, length)
 
 
 @settings(deadline=None, max_examples=4)
