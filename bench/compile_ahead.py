@@ -28,6 +28,7 @@ from rfengine.ops import Ops, backends
 from rfengine.ops.table import OPS, has_backend
 from rfengine.parity.replay import replay
 from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.runtime.decoder_precision import plan_precision
 from rfengine.schedule import FlowSchedule
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -44,7 +45,8 @@ def fill_cache(
         variants = list(engine_ops(architecture))
         for ops in variants:
             run_chunks(config, dtype, ops)
-        run_decoders(config, dtype, variants[0])  # the others differ in ops of the transformer alone
+        decoding = plan_precision(config.runtime, "cuda", dtype).dtype
+        run_decoders(config, decoding, variants[0])  # the others differ in ops of the transformer alone
         # Triton counts as a backend of the CPU, where its launches are not run
         with mock.patch.object(backends, "_triton_absence", lambda on_cuda: ""):
             for path in golden:

@@ -157,8 +157,9 @@ def fill(archs: tuple[ArchitectureName, ...], cache: Path) -> None:
         made, seconds = fill_cache(cache, arch, PRESETS[MODEL], torch.bfloat16, golden)
         size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
         print(
-            f"{arch}, Triton {triton.__version__}: {made} kernels of {MODEL} in bfloat16 and of "
-            f"{len(golden)} golden files compiled in {seconds:.1f} s; {cache} holds {size / 1e6:.1f} MB"
+            f"{arch}, Triton {triton.__version__}: {made} kernels of {MODEL} in bfloat16, its decoder "
+            f"in float16, and of {len(golden)} golden files compiled in {seconds:.1f} s; {cache} holds "
+            f"{size / 1e6:.1f} MB"
         )
 
 

@@ -6,6 +6,7 @@ to chunk, which is how the published demos stream with it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
+from rfengine.runtime.decoder_precision import dtype_name
 from rfengine.runtime.decoders import FP8_TIER, TIERS, decoder_ops
 
 Decode = Callable[[Tensor], Tensor]
@@ -31,10 +33,12 @@ SEED = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """What is decoded, where, with which weights. vae: in dtype, on the device."""
+    """What is decoded, where, with which weights. vae: its decoder in dtype, on the device; exact: all of it
+    in float32."""
 
     checkpoint: Checkpoint
     grid: LatentGrid
+    exact: WanVAE
     vae: WanVAE
     dtype: torch.dtype
     device: torch.device
@@ -45,8 +49,14 @@ class Setting:
         cls, checkpoint: Checkpoint, grid: LatentGrid, dtype: torch.dtype, device: torch.device,
         backend: Backend = "auto",
     ) -> Setting:  # fmt: skip
-        vae = checkpoint.load(lambda: WanVAE(checkpoint.config.vae), "vae", dtype, device)
-        return cls(checkpoint, grid, vae.requires_grad_(False).eval(), dtype, device, backend)
+        exact = checkpoint.load(lambda: WanVAE(checkpoint.config.vae), "vae", torch.float32, device)
+        exact.requires_grad_(False).eval()
+        return cls(checkpoint, grid, exact, exact, torch.float32, device, backend).in_dtype(dtype)
+
+    def in_dtype(self, dtype: torch.dtype) -> Setting:
+        vae = copy.deepcopy(self.exact)
+        vae.set_decoder_dtype(dtype)
+        return replace(self, vae=vae, dtype=dtype)
 
     @property
     def config(self) -> EngineConfig:
@@ -88,15 +98,17 @@ class Candidate:
 
 
 def our_candidates(setting: Setting, fp8: bool) -> Iterator[Candidate]:
-    """The streaming decoder and its FP8 form, each in a CUDA graph as well; the plain one; the tiny one."""
-    for precision in ("default", "fp8") if fp8 else ("default",):
-        decoder = StreamingDecoder(setting.vae, setting.ops(precision), precision)
-        row = (OURS, "lossless") if precision == "default" else (FP8_ROW, FP8_TIER)
-        candidate = Candidate(*row, _streams(decoder, setting))
+    """The streaming decoder, its form in the other 16-bit dtype and in FP8, each in a CUDA graph as well; the
+    plain one; the tiny one."""
+    ours = [(OURS, "lossless", setting, "default")]
+    ours += [(name, "lossless", setting.in_dtype(dtype), "default") for name, dtype in _other_halves(setting)]
+    ours += [(FP8_ROW, FP8_TIER, setting, "fp8")] if fp8 else []
+    for name, tier, own, precision in ours:
+        decoder = StreamingDecoder(own.vae, own.ops(precision), precision)
+        candidate = Candidate(name, tier, _streams(decoder, own))
         yield candidate
         if setting.device.type == "cuda":
-            graphed = _graphed(decoder, setting)
-            yield replace(candidate, name=f"{candidate.name}, CUDA graph", open=graphed)
+            yield replace(candidate, name=f"{name}, CUDA graph", open=_graphed(decoder, own))
     plain = Candidate(PLAIN, "lossless", _streams(setting.vae, setting))
     yield plain
     yield replace(plain, name=BY_LATENT, open=_by_latent(plain))
@@ -105,6 +117,13 @@ def our_candidates(setting: Setting, fp8: bool) -> Iterator[Candidate]:
         checkpoint = Checkpoint.random(config)
     tiny = checkpoint.load(lambda: TinyVAE(config.tiny_vae, ops), "tiny_vae", setting.dtype, setting.device)
     yield Candidate(TINY_ROW, TIERS["tiny"], _streams(tiny.requires_grad_(False).eval(), setting))
+
+
+def _other_halves(setting: Setting) -> Iterator[tuple[str, torch.dtype]]:
+    """The 16-bit dtype that a setting in 16 bits does not have, after the name of its row."""
+    for dtype in (torch.float16, torch.bfloat16) if setting.dtype.itemsize == 2 else ():
+        if dtype != setting.dtype:
+            yield f"{OURS}, {dtype_name(dtype)}", dtype
 
 
 def _streams(decoder: FrameDecoder, setting: Setting) -> Callable[[bool], Decode]:

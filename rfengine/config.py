@@ -22,7 +22,7 @@ Rolling = Literal["none", "joint", "causal"]
 Backend = Literal["auto", "reference", "triton", "native", "cudnn", "flash"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 DecoderKind = Literal["full", "tensorrt", "tiny"]
-VAEPrecision = Literal["default", "fp8"]
+VAEPrecision = Literal["default", "fp16", "bf16", "fp8"]
 
 # Far above every published model, and low enough that nothing of that size takes long to describe. What a
 # checkpoint really has is compared with its tensors (checkpoint/checkpoint.py).
@@ -349,7 +349,9 @@ class RuntimeConfig:
     """What makes the frames: full and tensorrt (an engine of rfengine export-vae) are lossless, tiny is
     faster and of lower quality."""
     vae_precision: VAEPrecision = "default"
-    """fp8 runs the large convolutions of the full decoder in FP8, where that is within 45 dB of float32."""
+    """Of the full decoder; the encoder is always in float32. default: on CUDA fp16 where the weights pass its
+    check, else bf16; on a CPU the model's dtype. fp16: the same check, and an error where they fail. fp8: its
+    large convolutions in FP8, where that is within 45 dB of float32, the rest as by default."""
     tensorrt_directory: Annotated[str, Text(1, 4096)] | None = None
     """Where export-vae wrote the engine, if not beside the checkpoint or in the user's cache directory."""
 
@@ -360,8 +362,12 @@ class RuntimeConfig:
                 f"tensorrt_directory is {self.tensorrt_directory!r} and vae is {self.vae!r}; it is for "
                 "vae='tensorrt'"
             )
-        if self.vae_precision == "fp8" and self.vae != "full":
-            raise ValueError(f"vae_precision is 'fp8' and vae is {self.vae!r}; FP8 is for vae='full'")
+        if self.vae_precision != "default" and self.vae != "full":
+            ways = {"tensorrt": "an engine has that of `rfengine export-vae --precision`"}
+            raise ValueError(
+                f"vae_precision is {self.vae_precision!r} and vae is {self.vae!r}; it is for vae='full', "
+                f"{ways.get(self.vae, 'leave it out')}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from rfengine.grid import LatentGrid
 from rfengine.memory import free_memory
 from rfengine.ops import choose_ops
 from rfengine.ops.backends import backend_reasons
+from rfengine.runtime.decoder_precision import plan_precision
 from rfengine.runtime.decoders import TIERS, absences
 from rfengine.runtime.options import runtime_switches
 from rfengine.tuning.autotune import cached_decisions
@@ -68,9 +69,10 @@ def examine(
     grid = LatentGrid.of(config, height, width)
     on_cuda = torch.cuda.is_available()
     name = dtype or ("bfloat16" if on_cuda else "float32")
-    needs = memory_needs(config, grid, getattr(torch, name))
     loaded = load_loras(loras, expected_shapes(config.model))
     device = "cuda" if on_cuda else "cpu"
+    precision = plan_precision(config.runtime, device, getattr(torch, name))
+    needs = memory_needs(config, grid, getattr(torch, name), precision.dtype)
     return {
         "rfengine": rfengine.__version__,
         "python": platform.python_version(),
@@ -90,6 +92,7 @@ def examine(
             "decoders": {
                 kind: {"tier": TIERS[kind], "reason": reason} for kind, reason in absences(checkpoint).items()
             },
+            "vae_precision": str(precision),
             "autotuned": [str(decision) for decision in cached_decisions(device)],
         },
         "memory": {
@@ -254,7 +257,8 @@ def _runtime_lines(report: dict[str, Any]) -> list[str]:
     }
     return [
         f"runtime on {runtime['device']}, where nothing else is asked for", *_rows(switches),
-        *(f"  autotuned: {decision}" for decision in runtime["autotuned"]), "decoders", *_rows(decoders),
+        *(f"  autotuned: {decision}" for decision in runtime["autotuned"]), "decoders",
+        *_rows(decoders | {"precision": runtime["vae_precision"]}),
     ]  # fmt: skip
 
 

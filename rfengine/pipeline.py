@@ -51,7 +51,8 @@ class Pipeline:
     """The loaded models of one checkpoint, which make videos and streams.
 
     All streams share the models; each stream has its own cache, decoder state and noise. open_decoder returns
-    the decoder of config.runtime.vae for one size; without it the full one is used.
+    the decoder of config.runtime.vae for one size; without it the full one is used, in the dtype that the
+    decoder of `vae` has. Clips are encoded in its encoder's dtype: float32 from from_pretrained.
 
     Several threads may use a pipeline: calls take turns, a chunk of a stream each (VideoStream). On CUDA
     without overlap all of them must have the same current stream, as threads have by default. The models are
@@ -72,7 +73,7 @@ class Pipeline:
         self.vae = vae
         with own_state():
             place = next(vae.parameters()).device
-            open_decoder = open_decoder or full_opener(config, vae, model.dtype, place)
+            open_decoder = open_decoder or full_opener(config, vae, place)
             self._engine = Engine.of(config, model, vae, text_encoder, fingerprint, open_decoder)
 
     @classmethod
@@ -94,10 +95,11 @@ class Pipeline:
         """Load "tiny", which comes with the package, a checkpoint directory (README, published weights) or
         an open Checkpoint.
 
-        device: "cuda" where there is one, else "cpu". dtype: bfloat16 on CUDA, else float32. text_device:
-        of the text encoder; "cpu" keeps it off the GPU. text_cache: directory that keeps text states by
-        prompt. system: the cache and the denoising steps of a published system, in place of the
-        checkpoint's; cache, backend, runtime: replace its own. loras: see set_loras.
+        device: "cuda" where there is one, else "cpu". dtype: bfloat16 on CUDA, else float32; that of the
+        VAE's decoder follows runtime.vae_precision, and its encoder is in float32. text_device: of the text
+        encoder; "cpu" keeps it off the GPU. text_cache: directory that keeps text states by prompt. system:
+        the cache and the denoising steps of a published system, in place of the checkpoint's; cache, backend,
+        runtime: replace its own. loras: see set_loras.
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs,
         RuntimeError when the backend or a part of the runtime cannot run on the device.
         """
@@ -118,7 +120,7 @@ class Pipeline:
         model = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", number, target)
         if target.type == "cuda":  # on a CPU one product is no faster than three
             pack_weights(model)
-        vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", number, decoding)
+        vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, decoding)
         encoder = checkpoint.text_encoder(torch.device(text_device or target), number, text_cache)
         open_decoder = opener(checkpoint, config, vae.eval(), number, decoding)
         pipeline = cls(config, model.eval(), vae, encoder, checkpoint.fingerprint(), open_decoder)
@@ -144,6 +146,11 @@ class Pipeline:
         """Quality of the frames: "lossless" with the full decoder (in TensorRT too), "near-lossless" with
         its FP8 convolutions, "reduced" with tiny."""
         return tier_of(self.config.runtime)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The dtype of the decoder's weights and states; an engine of TensorRT has its own."""
+        return self._engine.decoder_dtype
 
     @property
     def loras(self) -> tuple[Lora, ...]:
@@ -208,7 +215,7 @@ class Pipeline:
     def stream_bytes(self, height: int | None = None, width: int | None = None) -> int:
         """Bytes that one more stream of that size keeps; nothing is allocated."""
         grid = LatentGrid.of(self.config, height, width)
-        return stream_bytes(memory_needs(self.config, grid, self.model.dtype))
+        return stream_bytes(memory_needs(self.config, grid, self.model.dtype, self.vae_dtype))
 
     def chunk_count(self, num_frames: int) -> int:
         """Chunks from the start of a video that have at least `num_frames` pixel frames."""

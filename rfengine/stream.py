@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
-from rfengine.clip import ClipMode, clip_pixels, split_clip
+from rfengine.clip import ClipMode, clip_latents, split_clip
 from rfengine.cuda_graph import launching_on
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
@@ -100,7 +100,8 @@ class VideoStream:
             self._cache = StreamingKVCache(
                 model.config, engine.config.cache, grid, dtype=model.dtype, device=model.device, ops=model.ops
             )
-        self._decoder_state = self._worker.new_state(1, grid.latent_height, grid.latent_width, model.dtype)
+        size = grid.latent_height, grid.latent_width
+        self._decoder_state = self._worker.new_state(1, *size, engine.decoder_dtype)
         self._window_latents: dict[int, Tensor] = {}  # clean, by frame: a switch may recompute the window
         self._given: Tensor | None = None  # latents with which the next chunk begins as they are
         self._ahead: _Computed | None = None
@@ -337,14 +338,14 @@ class VideoStream:
         Raises ValueError for a clip that is too short or of another size, RuntimeError when the stream has
         begun.
         """
-        engine, size = self._engine, self._cache.config.chunk_frames
+        engine = self._engine
         with self._turn():
             if self._cache.next_chunk or self._given is not None:
                 raise RuntimeError(
                     f"the stream is at chunk {self._cache.next_chunk}; continue a clip with a new stream"
                 )
-            pixels = clip_pixels(frames, self.grid, self._cache.config, mode)
-            latents = engine.vae.encode_in_groups(pixels, size).to(engine.model.device)
+            latents = clip_latents(engine.vae, frames, self.grid, self._cache.config, mode)
+            latents = latents.to(engine.model.device, engine.model.dtype)
             pieces, given = split_clip(latents, mode, engine.config)
             with self._closed_on_error(), self._computing():
                 self._given = given

@@ -271,8 +271,15 @@ def test_only_a_tiny_decoder_that_is_used_must_fit_the_vae() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"vae_precision": "int8"}, "vae_precision is 'int8'; use 'default' or 'fp8'"),
-        ({"vae_precision": "fp8", "vae": "tiny"}, "vae_precision is 'fp8' and vae is 'tiny'; FP8 is for"),
+        ({"vae_precision": "int8"}, "vae_precision is 'int8'; use 'default', 'fp16', 'bf16' or 'fp8'"),
+        (
+            {"vae_precision": "fp8", "vae": "tiny"},
+            "vae_precision is 'fp8' and vae is 'tiny'; it is for vae='full', leave it out",
+        ),
+        (
+            {"vae_precision": "fp16", "vae": "tensorrt"},
+            "it is for vae='full', an engine has that of `rfengine export-vae --precision`",
+        ),
     ],
 )
 def test_fp8_is_for_the_full_decoder(given, message):

@@ -1,7 +1,7 @@
 """Refuses to time a wrong engine: its first chunks are compared with the reference, evictions included.
 
-The truth is the reference in twice the precision, which is TF32 for 16 bits. The engine may be as far from it
-as the tolerance of parity/replay.py for its dtype, or twice as far as the reference in the engine's own
+The truth is the reference in twice the precision, which is TF32 for bfloat16. The engine may be as far from
+it as the tolerance of parity/replay.py for its dtype, or twice as far as the reference in the engine's own
 dtype, whichever is more, since rounding grows with the depth of the model; but never twenty times that
 tolerance, for a reference so far off would be wrong itself.
 """
@@ -36,9 +36,10 @@ MOST_TOLERANCES = 20.0
 
 @contextmanager
 def truth_precision(dtype: torch.dtype) -> Iterator[None]:
-    """How float32 is multiplied while the truth of an engine in `dtype` is computed: in TF32 for one of 16
-    bits, whose own rounding is ten times as coarse, exactly for float32. Put back afterwards."""
-    is_coarse = dtype.itemsize == 2
+    """How float32 is multiplied while the truth of an engine in `dtype` is computed: in TF32 for bfloat16,
+    whose own rounding is eight times as coarse, exactly for float16, whose rounding is TF32's, and for
+    float32. Put back afterwards."""
+    is_coarse = dtype == torch.bfloat16
     products = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = is_coarse
     try:
@@ -145,7 +146,7 @@ def _frames_agreement(
 
     What rounding the true pixels to bytes does is allowed on top.
     """
-    dtype = pipeline.model.dtype
+    dtype = pipeline.vae_dtype
     stream = pipeline.stream(PROMPT, seed=SEED, height=grid.height, width=grid.width)
     found = [torch.from_numpy(stream.advance().frames.copy()) for _ in latents]
     with truth_precision(dtype):

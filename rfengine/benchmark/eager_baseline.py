@@ -220,7 +220,7 @@ class EagerStream:
         self.buffers = transformer.new_buffers(grid)
         weight = transformer.weights["patch_embedding.weight"]
         self.decoder_state = vae.decoder_state(
-            1, grid.latent_height, grid.latent_width, weight.dtype, weight.device
+            1, grid.latent_height, grid.latent_width, vae.decoder_dtype, weight.device
         )
         self.chunk = 0
 

@@ -16,7 +16,7 @@ def render(figures: dict[str, Any]) -> str:
 
 def _head(figures: dict[str, Any]) -> list[str]:
     versions = figures["versions"]
-    tier = f" ({figures['vae_tier']})" if figures.get("vae_tier") else ""
+    tier = f" in {figures['vae_dtype']} ({figures['vae_tier']})" if figures.get("vae_tier") else ""
     packages = ("torch", "triton", "cuda", "cudnn", "driver")
     known = ", ".join(f"{name} {versions[name]}" for name in packages if versions[name] is not None)
     switches = (f"{name} {'on' if figures[name] else 'off'}" for name in ("graphs", "overlap", "autotune"))

@@ -65,7 +65,7 @@ def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
     engine = MeasuredEngine.load(options)
     device = engine.device
     # FP8 frames are held to a PSNR when the decoder is opened
-    held = engine.decoder if options.runtime.vae_precision == "default" else None
+    held = engine.decoder if options.runtime.vae_precision != "fp8" else None
     agreements = check_agreement(engine.pipeline, engine.grid, held)
     gpu = rates_of(device, engine.pipeline.model.dtype)
     before = state(device)
@@ -111,6 +111,7 @@ def _setting(engine: MeasuredEngine, options: ThroughputOptions) -> dict[str, An
         "ops": model.ops.choice,
         "vae": options.runtime.vae if options.decode else "none",
         "vae_precision": options.runtime.vae_precision,
+        "vae_dtype": str(engine.pipeline.vae_dtype).removeprefix("torch."),
         "vae_tier": engine.pipeline.vae_tier if engine.decodes else None,
         **{name: switches[name].on for name in ("graphs", "overlap", "autotune")},
         "device": device_name(engine.device),

@@ -23,32 +23,37 @@ _BYTES_OF_FRAMES = 2  # for each value of a video: the chunks, and their concate
 _BYTES_OF_FLOATS = 6  # where frames are returned as float32: those, and both of the above
 
 
-def memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> dict[str, int]:
+def memory_needs(
+    config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, decoder_dtype: torch.dtype | None = None
+) -> dict[str, int]:
     """Bytes that one stream of `config` at `grid` needs, without activations, with weights and state in
-    `dtype`; allocates nothing.
+    `dtype`, but for the VAE: its encoder in float32, its decoder in decoder_dtype or else `dtype`; allocates
+    nothing.
 
     keys_values, raw_keys: the arenas of the cache; raw keys are kept with relative positions.
     sink_remainder: the low part of an averaged sink. cross_attention: keys and values of the text.
     vae_buffers: of the lossless decoder, shared by all streams. total: their sum.
     """
     model, size = config.model, dtype.itemsize
+    decoding = decoder_dtype or dtype
     cache = StreamingKVCache(model, config.cache, grid, dtype=dtype, device="meta").tensors()
     arenas = {name: cache.pop(name).nbytes for name in ("keys", "values", "raw_keys") if name in cache}
     with torch.device("meta"):
-        vae = WanVAE(config.vae).to(dtype)
+        vae = WanVAE(config.vae).float()
+        vae.set_decoder_dtype(decoding)
         latents = torch.empty(
             1, config.vae.z_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width,
             dtype=dtype, device="meta",
         )  # fmt: skip
     decoder = StreamingDecoder(vae, REFERENCE_OPS)
-    state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta")
+    state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, decoding, "meta")
     with torch.no_grad():
         for _ in range(2):  # the first chunk, then any other
             decoder.run(latents, state, packed=False)
             state.frames += config.cache.chunk_frames
     needs = {
         "transformer": parameter_count(model) * size,
-        "vae": parameter_count(config.vae) * size,
+        "vae": _nbytes(vae.parameters()),
         "text_encoder": parameter_count(config.text) * size,
         "keys_values": arenas["keys"] + arenas["values"],
         "raw_keys": arenas.get("raw_keys", 0),

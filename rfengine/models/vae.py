@@ -224,7 +224,7 @@ class WanVAE(nn.Module):
 
     Without a state the input is a whole clip from its start, nothing is kept and gradients flow. With a state
     the input continues the video that it has seen, and the state is updated in place, outside the autograd
-    graph. Inputs are cast to the dtype of the weights.
+    graph. The encoder and the decoder may differ in dtype; inputs are cast to that of the half they enter.
     """
 
     def __init__(self, config: VAEConfig) -> None:
@@ -239,6 +239,16 @@ class WanVAE(nn.Module):
                 if isinstance(module, CausalConv | StridedTimeConv):
                     module.slot = name
         self._statistics_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """The dtype of the decoder's weights and of its states."""
+        return self.conv2.weight.dtype
+
+    def set_decoder_dtype(self, dtype: torch.dtype) -> None:
+        """Cast the weights of the decoder alone, in place."""
+        for half in (self.conv2, self.decoder):
+            half.to(dtype)
 
     def encode(self, pixels: Tensor, state: EncoderState | None = None) -> Tensor:
         """Normalised latent means [B, z, F, h, w] of pixels [B, 3, T, H, W] in [-1, 1].

@@ -18,6 +18,7 @@ from rfengine.prompts import Prompt, warn_of_unknown_words, weighted_texts
 from rfengine.runtime.adapted_weights import AdaptedWeights
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
+from rfengine.runtime.decoder_precision import decoder_name
 from rfengine.runtime.decoders import OpenDecoder
 from rfengine.runtime.options import runtime_switches
 from rfengine.runtime.rolling_runner import runner_of
@@ -80,12 +81,17 @@ class Engine:
         states = self.text_encoder.encode([each.text for each in texts], self.model.device, self.model.dtype)
         return weighted_mean(states, [each.weight for each in texts])
 
+    @property
+    def decoder_dtype(self) -> torch.dtype:
+        """Of the decoder's state; an engine of TensorRT has its own."""
+        return self.vae.decoder_dtype if self.config.runtime.vae == "full" else self.model.dtype
+
     def settings(self) -> dict[str, Any]:
         """What a snapshot and the engine that restores it must agree on, as JSON values."""
         return {
             "fingerprint": self.fingerprint,
             "dtype": str(self.model.dtype),
-            "decoder": self.config.runtime.vae,
+            "decoder": decoder_name(self.config.runtime.vae, self.decoder_dtype, self.model.dtype),
             "cache": json.loads(json.dumps(to_dict(self.config.cache))),
             "denoising_timesteps": list(self.runner.schedule.denoising_timesteps),
             "first_timesteps": list(self.runner.schedule.first_timesteps),

@@ -227,7 +227,7 @@ def test_engine_agrees_with_a_truth_that_for_sixteen_bits_alone_is_multiplied_in
 
 
 def test_tf32_is_put_back_after_an_error() -> None:
-    with pytest.raises(ZeroDivisionError), agreement.truth_precision(torch.float16):
+    with pytest.raises(ZeroDivisionError), agreement.truth_precision(torch.bfloat16):
         assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
         _ = 1 / 0
     assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
@@ -244,12 +244,12 @@ def test_without_a_vae_only_latents_are_measured() -> None:
 
 
 def test_the_quality_of_the_frames_is_named(figures: dict[str, Any]) -> None:
-    assert "VAE full (lossless); weights" in render(figures)
+    assert "VAE full in float32 (lossless); weights" in render(figures)
     options = replace(SMALLEST, runtime=RuntimeConfig(vae="tiny"), chunks=1)
     reduced = next(throughput.stages(options)) | {"parts": figures["parts"]}
-    assert "VAE tiny (reduced); weights" in render(reduced)
+    assert "VAE tiny in float32 (reduced); weights" in render(reduced)
     eights = {**figures, "vae_tier": "near-lossless"}
-    assert "VAE full (near-lossless); weights" in render(eights)
+    assert "VAE full in float32 (near-lossless); weights" in render(eights)
 
 
 def test_a_preset_runs_with_random_weights_and_says_so() -> None:
