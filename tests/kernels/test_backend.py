@@ -126,6 +126,22 @@ def test_the_streaming_decoder_on_triton_equals_the_plain_one_chunk_by_chunk():
 
 @pytest.mark.slow
 @torch.no_grad()
+def test_the_streaming_decoder_in_float16_on_triton_is_as_near_as_the_reference():
+    vae, latents = one_level_vae()
+    exact = vae.decode(latents)
+    vae.set_decoder_dtype(torch.float16)
+    errors = []
+    for ops in (REFERENCE_OPS, choose_ops("triton", DEVICE)):
+        decoder = StreamingDecoder(vae, ops)
+        state = decoder.decoder_state(1, 1, 2, torch.float16, DEVICE)
+        parts = [decoder.decode(part, state) for part in latents.split(1, dim=2)]
+        errors.append(relative_error(torch.cat(parts, dim=2), exact))
+    usual, found = errors
+    assert 1e-5 < usual < 5e-3 and found <= 2 * usual
+
+
+@pytest.mark.slow
+@torch.no_grad()
 def test_frames_of_the_streaming_decoder_on_triton_are_the_bytes_of_the_plain_one():
     vae, latents = one_level_vae()
     decoder = StreamingDecoder(vae, choose_ops("triton", DEVICE))

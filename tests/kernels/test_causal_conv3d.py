@@ -131,6 +131,10 @@ def test_fp8_multiplies_exactly_and_scales_by_channel(form, channels, monkeypatc
     assert out.dtype == torch.bfloat16
     truth = expected(torch.float64)
     assert_within_reference_error("out", out, expected(torch.float32).to(torch.bfloat16), truth)
+    half = torch.empty(out.shape, dtype=torch.float16, device=DEVICE)
+    causal_conv3d_fp8(x, weight, scale, bias.half(), half, form)
+    sums = reference.causal_conv3d(x.double(), weight.double(), None) * scale.double() + bias.half().double()
+    assert_within_reference_error("half", half, sums.float().half(), sums)
 
 
 @pytest.mark.parametrize(

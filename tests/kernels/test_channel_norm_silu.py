@@ -107,11 +107,12 @@ def test_any_shape_matches_the_reference(frames, height, width, channels):
         assert_draws_within_reference_error(name, tensors)
 
 
-def test_fp8_output_is_scaled_rounded_and_saturated():
-    x, bias, residual, gamma = inputs(1, 4, 5, 32, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fp8_output_is_scaled_rounded_and_saturated(dtype):
+    x, bias, residual, gamma = inputs(1, 4, 5, 32, dtype)
     gamma[0] = 1e4
     out = torch.zeros(x.shape, device=DEVICE).to(torch.float8_e4m3fn)
-    expected = torch.empty_like(x)
+    expected = torch.empty(x.shape, device=DEVICE)
     reference.channel_norm_silu(x.clone(), bias, residual, gamma, expected)
     channel_norm_silu(x, bias, residual, gamma, out, 0.25)
     scaled = (expected / 0.25).clamp(-448, 448).to(torch.float8_e4m3fn)
