@@ -40,9 +40,10 @@ class StreamingDecoder:
     do the same work at the same addresses, so after one such call it can be captured in a CUDA graph.
     capturable_frames: the latents of the last call.
 
-    precision "fp8": the large residual convolutions multiply in e4m3: those of 3x3x3 after the first doubling
-    of the size with as many output as input channels, 17 in the published decoder. The norm before them
-    writes e4m3 into the halo, in a fixed unit (activation_unit); weights have a scale by channel.
+    It runs in the dtype of those weights. precision "fp8": the large residual convolutions multiply in e4m3:
+    those of 3x3x3 after the first doubling of the size with as many output as input channels, 17 in the
+    published decoder. The norm before them writes e4m3 into the halo, in a fixed unit (activation_unit);
+    weights have a scale by channel.
     """
 
     def __init__(self, vae: WanVAE, ops: Ops, precision: VAEPrecision = "default") -> None:

@@ -83,8 +83,8 @@ def activation_unit(gamma: Tensor) -> float:
 
     A channel over the L2 norm is at most 1, so its norm is at most sqrt(C) * max |gamma| and its SiLU is no
     larger. e4m3 is a floating-point format, so unused range costs no precision, only the smallest values. A
-    power of two, so that its product with e4m3 values is exact in bfloat16 and a slot returns the values that
-    were kept. 1 on the meta device, which has no values.
+    power of two, so that its product with e4m3 values is exact in 16 bits (in float16 from 2^-15 on) and a
+    slot returns the values that were kept. 1 on the meta device, which has no values.
     """
     if gamma.is_meta:
         return 1.0
