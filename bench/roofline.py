@@ -74,7 +74,8 @@ def roofline(options: Options) -> dict[str, Any]:
     }
     return {
         "model": config.name, "height": grid.height, "width": grid.width, "chunk": work.index,
-        "is_steady": work.evicts, "precision": options.precision, "gpu": asdict(gpu), "passes": work.passes,
+        "is_steady": work.evicts, "precision": options.precision, "gpu": asdict(gpu), 
+        "passes": sum(runs.count for runs in work.runs),
         "pixel_frames": work.pixel_frames, "pass_weights": work.pass_weights,
         "parts": [_row(*name, members, gpu) for name, members in named.items()],
         "groups": [_row(name, "", [each for each in parts if each.group == name], gpu) for name in GROUPS],

@@ -55,6 +55,19 @@ class EagerTransformer:
     ) -> None:
         if cache.positions != "relative":
             raise ValueError(f"positions is {cache.positions!r}; the baseline knows 'relative' alone")
+        plain = CacheConfig(
+            cache.chunk_frames, cache.window_frames, cache.sink, cache.sink_frames, cache.alpha,
+            sink_precision=cache.sink_precision,
+        )  # fmt: skip
+        if (
+            cache != plain
+            or cache.window_frames % cache.chunk_frames
+            or cache.sink_frames % cache.chunk_frames
+        ):
+            raise ValueError(
+                "the baseline knows a sink and a window of whole chunks, all of one length; compare a model "
+                "with such a cache"
+            )
         self.config, self.cache, self.weights, self.attend = config, cache, weights, attend
         device = weights["patch_embedding.weight"].device
         side = 2 * (config.head_dim // 6)

@@ -45,6 +45,15 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Runs:
+    """`count` runs of the transformer over `frames` latent frames, each of which sees `seen`."""
+
+    count: int
+    frames: int
+    seen: int
+
+
+@dataclass(frozen=True)
 class ChunkWork:
     """One chunk of one configuration. index counts chunks from 0; steady ones are alike from first_steady on.
 
@@ -65,20 +74,30 @@ class ChunkWork:
         return cls(shapes, shapes.config.cache.filling_chunks, precision)
 
     @property
-    def passes(self) -> int:
-        """Runs of the transformer: every denoising step and the context pass."""
-        return len(self.shapes.config.schedule.denoising_steps) + 1
+    def runs(self) -> tuple[Runs, ...]:
+        """Runs of the transformer: every denoising step and the context pass; in a rolling schedule one over
+        all chunks in flight, and the context pass."""
+        cache, schedule = self.shapes.config.cache, self.shapes.config.schedule
+        seen = min(cache.frames_before(self.index + 1), cache.resident_frames)
+        if schedule.rolling == "none":
+            return (Runs(len(schedule.denoising_steps) + 1, cache.chunk_frames, seen),)
+        past = min(cache.frames_before(self.index), cache.resident_frames)
+        return Runs(1, cache.joint_frames, past + cache.joint_frames), Runs(1, cache.chunk_frames, seen)
+
+    @property
+    def chunk_runs(self) -> int:
+        """Rows of a chunk that the runs take, in chunks."""
+        return sum(runs.count * runs.frames for runs in self.runs) // self.shapes.frames
 
     @property
     def layer_calls(self) -> int:
-        return self.passes * self.shapes.layers
+        """Calls of a layer with the rows of one chunk."""
+        return self.chunk_runs * self.shapes.layers
 
     @property
     def visible_tokens(self) -> int:
-        """Keys that a query of this chunk sees."""
-        cache = self.shapes.config.cache
-        frames = min(cache.frames_before(self.index + 1), cache.window_frames)
-        return frames * self.shapes.grid.frame_tokens
+        """Keys that a query of this chunk sees in its last run."""
+        return self.runs[-1].seen * self.shapes.grid.frame_tokens
 
     @property
     def evicts(self) -> bool:
@@ -112,31 +131,39 @@ class ChunkWork:
         return self.shapes.layers * sum(inputs * outputs for inputs, outputs in linears)
 
     def _linears(self) -> Iterator[Part]:
-        model, tokens, dim = self.shapes.config.model, self.shapes.tokens, self.shapes.dim
+        model, dim, layers = self.shapes.config.model, self.shapes.dim, self.shapes.layers
         patch = model.patch_size[1] * model.patch_size[2]
-        for name, (inputs, outputs) in block_linears(model).items():
-            size = (tokens, inputs, outputs)
-            yield _linear("linears", name, size, self.layer_calls, self.linear_bytes)
-        yield _linear("linears", "patch embedding", (tokens, patch * model.in_dim, dim), self.passes)
-        yield _linear("linears", "head", (tokens, dim, patch * model.out_dim), self.passes)
+        for runs in self.runs:
+            tokens = runs.frames * self.shapes.grid.frame_tokens
+            for name, (inputs, outputs) in block_linears(model).items():
+                size = (tokens, inputs, outputs)
+                yield _linear("linears", name, size, runs.count * layers, self.linear_bytes)
+            yield _linear("linears", "patch embedding", (tokens, patch * model.in_dim, dim), runs.count)
+            yield _linear("linears", "head", (tokens, dim, patch * model.out_dim), runs.count)
 
     def _attention(self) -> Iterator[Part]:
-        text = self.shapes.config.model.text_len
-        pairs = (
-            ("self-attention", "sink_window_attention", self.visible_tokens),
-            ("cross-attention", "clip_attention", text),
-        )
-        for group, name, keys in pairs:
-            dim, tokens, calls = self.shapes.dim, self.shapes.tokens, self.layer_calls
-            moved = (HALF * (tokens + 2 * keys) + self.linear_bytes * tokens) * dim
-            yield Part(group, name, 4 * tokens * keys * dim * calls, moved * calls, self.precision == "fp8")
+        text, frame_tokens = self.shapes.config.model.text_len, self.shapes.grid.frame_tokens
+        for group, name in (
+            ("self-attention", "sink_window_attention"), ("cross-attention", "clip_attention"),
+        ):  # fmt: skip
+            for runs in self.runs:
+                keys = text if group == "cross-attention" else runs.seen * frame_tokens
+                dim, tokens, calls = (
+                    self.shapes.dim,
+                    runs.frames * frame_tokens,
+                    runs.count * self.shapes.layers,
+                )
+                moved = (HALF * (tokens + 2 * keys) + self.linear_bytes * tokens) * dim
+                yield Part(
+                    group, name, 4 * tokens * keys * dim * calls, moved * calls, self.precision == "fp8"
+                )
 
     def _row_kernels(self) -> Iterator[Part]:
         shapes, calls = self.shapes, self.layer_calls
         fp8 = "" if self.precision == "bf16" else "_fp8"
         keeps_raw = shapes.layers if shapes.config.cache.positions == "relative" else 0
         for name, case, count in (
-            ("adaptive_layer_norm", f"adaptive_layer_norm{fp8}", self.passes),
+            ("adaptive_layer_norm", f"adaptive_layer_norm{fp8}", self.chunk_runs),
             ("qk_norm_rope_write", "qk_norm_rope_write", calls - keeps_raw),
             ("qk_norm_rope_write, raw keys too", "qk_norm_rope_write_raw", keeps_raw),
             # the FP8 forms of the gated norms move the same, adaptive or affine
@@ -163,7 +190,7 @@ class ChunkWork:
         work = decode_work(shapes.config.vae, shapes.grid, shapes.frames, self.index == 0)
         yield from _vae_parts(work, fp8)
         flow = BYTES["flow_step"](shapes)
-        yield Part("copies", "flow_step", bytes=flow * (self.passes - 1))
+        yield Part("copies", "flow_step", bytes=flow * (self.chunk_runs - 1))
         copied = HALF * work.copied_elements
         yield Part("copies", "VAE history and upsampling", bytes=copied, decodes=True)
         pixels = self.pixel_frames * shapes.grid.height * shapes.grid.width

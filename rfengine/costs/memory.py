@@ -31,13 +31,15 @@ def memory_needs(
     nothing.
 
     keys_values, raw_keys: the arenas of the cache; raw keys are kept with relative positions.
-    sink_remainder: the low part of an averaged sink. cross_attention: keys and values of the text.
-    vae_buffers: of the lossless decoder, shared by all streams. total: their sum.
+    sink_remainder: the low part of averages. in_flight: latents of a rolling schedule, and numbers of frames
+    that the device keeps. cross_attention: keys and values of the text. vae_buffers: of the lossless decoder,
+    shared by all streams. total: their sum.
     """
     model, size = config.model, dtype.itemsize
     decoding = decoder_dtype or dtype
     cache = StreamingKVCache(model, config.cache, grid, dtype=dtype, device="meta").tensors()
-    arenas = {name: cache.pop(name).nbytes for name in ("keys", "values", "raw_keys") if name in cache}
+    apart = ("keys", "values", "raw_keys", "joint_latents", "device_held")
+    arenas = {name: cache.pop(name).nbytes for name in apart if name in cache}
     with torch.device("meta"):
         vae = WanVAE(config.vae).float()
         vae.set_decoder_dtype(decoding)
@@ -58,6 +60,7 @@ def memory_needs(
         "keys_values": arenas["keys"] + arenas["values"],
         "raw_keys": arenas.get("raw_keys", 0),
         "sink_remainder": _nbytes(cache.values()),
+        "in_flight": arenas.get("joint_latents", 0) + arenas.get("device_held", 0),
         "cross_attention": 2 * model.num_layers * model.text_len * model.dim * size,
         "vae_state": _nbytes(state.tensors().values()),
         "vae_buffers": decoder.halo_bytes,

@@ -135,7 +135,8 @@ def transformer_cases(shapes: TuningShapes) -> Iterator[Case]:
         ("linear", model.dim, model.ffn_dim),
     ):
         yield _product(shapes, op, outputs, inputs)
-    if shapes.config.cache.sink == "ema":
+    cache = shapes.config.cache
+    if cache.sink == "ema" and 2 * cache.sink_frames <= cache.window_frames:
         yield _eviction(shapes)
     yield partial(gate_case, shapes)
 
@@ -218,7 +219,7 @@ def _eviction(shapes: TuningShapes) -> TuningCase:
     sink = cache.sink_frames * shapes.grid.frame_tokens
     layer_bytes = 3 * window * model.dim * shapes.dtype.itemsize
     layers = min(model.num_layers, max(1, ARENA_BYTES // layer_bytes))
-    heads, leaving = (model.num_heads, model.head_dim), window - shapes.tokens
+    heads, leaving = (model.num_heads, model.head_dim), window - sink
     is_split = cache.sink_precision == "split"
 
     def make_inputs(generator: torch.Generator) -> Arguments:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from rfengine.config import PRESETS
 from rfengine.costs.memory import memory_needs
 from rfengine.grid import LatentGrid
 from support.models import small_pipeline
+from support.systems import SYSTEMS
 
 MIB = 2**20
 
@@ -25,8 +27,10 @@ def test_memory_of_the_published_models_at_their_size() -> None:
     assert needs["total"] == sum(size for name, size in needs.items() if name != "total")
 
 
-def test_memory_is_that_of_a_real_stream() -> None:
-    pipeline = small_pipeline()
+@pytest.mark.parametrize("name", ["ema", "memory", "rolling", "similarity", "frozen absolute"])
+def test_memory_is_that_of_a_real_stream(name: str) -> None:
+    cache_config, schedule = SYSTEMS[name]
+    pipeline = small_pipeline(cache_config, schedule=schedule)
     stream = pipeline.stream("a circle")
     needs = memory_needs(pipeline.config, stream.grid, torch.float32)
     weights = {"transformer": pipeline.model, "vae": pipeline.vae}
@@ -35,7 +39,8 @@ def test_memory_is_that_of_a_real_stream() -> None:
     tensors = stream.snapshot().tensors
     cache = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("cache."))
     state = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("decoder."))
-    assert needs["keys_values"] + needs["raw_keys"] + needs["sink_remainder"] == cache
+    parts = ("keys_values", "raw_keys", "sink_remainder", "in_flight")
+    assert sum(needs[part] for part in parts) == cache
     assert needs["vae_state"] == state
     list(stream.take(2))
     assert needs["vae_buffers"] == stream._worker.decoder.halo_bytes > 0
