@@ -404,6 +404,11 @@ class EngineConfig:
             raise ValueError(
                 f"text_dim of the model is {self.model.text_dim}, the text encoder gives {self.text.dim}"
             )
+        if self.runtime.vae == "tensorrt" and self.cache.first_chunk != self.cache.chunk_frames:
+            raise ValueError(
+                f"first_chunk_frames is {self.cache.first_chunk} and chunk_frames {self.cache.chunk_frames}; "
+                "an engine of TensorRT decodes chunks of one length, use vae='full'"
+            )
         if self.runtime.vae == "tiny":
             require_same_latents(self.tiny_vae, self.vae)
 

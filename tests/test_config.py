@@ -179,6 +179,10 @@ def test_text_encoder_with_uneven_heads_is_refused() -> None:
         ({"text": PRESETS["tiny"].text}, "text_dim of the model is 4096, the text encoder gives 96"),
         ({"fps": 0}, "fps is 0"),
         (
+            {"cache": CacheConfig(first_chunk_frames=1), "runtime": RuntimeConfig(vae="tensorrt")},
+            "first_chunk_frames is 1 and chunk_frames 3; an engine of TensorRT decodes chunks of one length",
+        ),
+        (
             {"schedule": ScheduleConfig(rolling="joint")},
             "joint_frames is 0 and rolling is 'joint'; it must be 12",
         ),

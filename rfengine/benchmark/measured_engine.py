@@ -41,8 +41,9 @@ class MeasuredEngine:
         dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         checkpoint = _checkpoint(model, options)
         pipeline = Pipeline.from_pretrained(
-            checkpoint, device, dtype, backend=options.backend, runtime=options.runtime
-        )
+            checkpoint, device, dtype, system=options.system, backend=options.backend,
+            runtime=options.runtime,
+        )  # fmt: skip
         grid = LatentGrid.of(pipeline.config, options.height, options.width)
         decoder = _plain_decoder(pipeline, checkpoint) if options.decode else None
         states = pipeline.text_encoder.encode([PROMPT], device, pipeline.model.dtype)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes
 
+from rfengine.checkpoint.systems import SystemName
 from rfengine.config import Backend, DTypeName, RuntimeConfig
 from rfengine.limits import Range
 
@@ -19,6 +20,8 @@ class ThroughputOptions:
     model: str | None = None
     """tiny, a checkpoint directory, or wan-1.3b or wan-14b with seeded random weights; wan-1.3b on CUDA and
     tiny on a CPU where nothing is given."""
+    system: SystemName | None = None
+    """The cache and the denoising steps of a published system, in place of the model's own."""
     height: int | None = None
     """Pixels; the model's own size where nothing is given."""
     width: int | None = None

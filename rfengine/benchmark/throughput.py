@@ -101,6 +101,7 @@ def _setting(engine: MeasuredEngine, options: ThroughputOptions) -> dict[str, An
     switches = runtime_switches(config.runtime, engine.device)
     return {
         "model": config.name,
+        "system": options.system,
         "weights": engine.weights,
         "height": engine.grid.height,
         "width": engine.grid.width,

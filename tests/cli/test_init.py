@@ -34,7 +34,8 @@ OPTIONS = {
     "parity": ["files", "backend", "device", "dtype"],
     "doctor": ["json", "model", "height", "width", "dtype", *LORAS, "renew"],
     "bench": [
-        "model", "height", "width", "chunks", "device", "dtype", "backend", *RUNTIME, "decode", "compare",
+        "model", "system", "height", "width", "chunks", "device", "dtype", "backend", *RUNTIME, "decode",
+        "compare",
         "threads", "json", "plot",
     ],
     "export-vae": ["directory", "out", "height", "width", "latents", "precision", "onnx_only", "force"],
