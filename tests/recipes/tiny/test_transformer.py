@@ -84,7 +84,8 @@ def streamed_flow(
         model.forward_chunk(latents, model.modulation(torch.zeros(1, 1)), earlier, cache, plan, keep_raw=True)
         cache.commit(plan)
     if recached:
-        model.recache(dict(enumerate(chunks)), model.modulation(torch.zeros(1, 1)), keys_values, cache)
+        frames = dict(enumerate(torch.cat(chunks, dim=2).split(1, dim=2)))
+        model.recache(frames, model.modulation(torch.zeros(1, 1)), keys_values, cache)
     plan = cache.plan_chunk()
     cache.begin_chunk(plan)
     tokens = model.forward_chunk(
