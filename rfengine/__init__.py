@@ -10,13 +10,20 @@ if TYPE_CHECKING:
 
     from rfengine.checkpoint.lora import Lora
     from rfengine.config import EngineConfig, RuntimeConfig
+    from rfengine.diffusion_forcing.options import DiffusionForcingOptions
+    from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
     from rfengine.pipeline import Pipeline
     from rfengine.stream import VideoStream
 
-__all__ = ["EngineConfig", "Lora", "Pipeline", "RuntimeConfig", "VideoStream", "__version__"]
+__all__ = [
+    "DiffusionForcingOptions", "DiffusionForcingPipeline", "EngineConfig", "Lora", "Pipeline",
+    "RuntimeConfig", "VideoStream", "__version__",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _HOMES = {
+    "DiffusionForcingOptions": "rfengine.diffusion_forcing.options",
+    "DiffusionForcingPipeline": "rfengine.diffusion_forcing.pipeline",
     "EngineConfig": "rfengine.config",
     "Lora": "rfengine.checkpoint.lora",
     "Pipeline": "rfengine.pipeline",

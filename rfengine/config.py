@@ -7,12 +7,14 @@ one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
+from rfengine.diffusion_forcing_config import DiffusionForcingConfig, check_diffusion_forcing
 from rfengine.limits import DeviceName, Entries, Range, Text, check_fields, shown
 
 BYTE_TOKENS = 256 + 3  # one for each byte, above those for padding, end and unknown
+FPS_ROWS = 2  # of fps_embedding
 
 Positions = Literal["relative", "absolute"]
 SinkKind = Literal["ema", "frozen", "none"]
@@ -51,6 +53,7 @@ class WanConfig:
     out_dim: Channels = 16
     patch_size: Annotated[tuple[int, int, int], Range(1, 16)] = (1, 2, 2)
     eps: Epsilon = 1e-6
+    fps_embedding: bool = False  # SkyReels-V2 tells its 1.3B diffusion forcing model the frame rate
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -386,9 +389,12 @@ class EngineConfig:
     backend: Backend = "auto"
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tiny_vae: TinyVAEConfig = field(default_factory=TinyVAEConfig)
+    # of a diffusion forcing model, which makes whole videos in many steps; None for a model that streams
+    diffusion_forcing: DiffusionForcingConfig | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_diffusion_forcing(self.diffusion_forcing, self.model.fps_embedding, self.vae.temporal_stride)
         if self.model.in_dim != self.vae.z_dim or self.model.out_dim != self.vae.z_dim:
             raise ValueError(
                 f"the model maps {self.model.in_dim} to {self.model.out_dim} latent channels "
@@ -438,4 +444,8 @@ PRESETS: dict[str, EngineConfig] = {
     ),
     "wan-1.3b": EngineConfig(name="wan-1.3b", model=_WAN_1_3B),
     "wan-14b": EngineConfig(name="wan-14b", model=_WAN_14B),
+    "skyreels-df-1.3b": EngineConfig(
+        name="skyreels-df-1.3b", model=replace(_WAN_1_3B, fps_embedding=True), height=544, width=960, fps=24,
+        diffusion_forcing=DiffusionForcingConfig(),
+    ),
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from rfengine.limits import check_value, field_hints, shown
 
@@ -45,8 +45,11 @@ def from_dict(kind: type[Config], values: Any, path: str | None = None) -> Confi
 
 
 def _field_value(path: str, value: Any, hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, path)
+    tables = [
+        each for each in (hint, *get_args(hint)) if isinstance(each, type) and dataclasses.is_dataclass(each)
+    ]
+    if tables and (value is not None or tables[0] is hint):
+        return from_dict(tables[0], value, path)
     value = tuple(value) if isinstance(value, list) else value
     check_value(path, value, hint)
     return value

@@ -25,6 +25,7 @@ from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import PRESETS, DTypeName, RuntimeConfig
 from rfengine.costs.memory import lora_bytes, memory_needs
+from rfengine.costs.window import window_needs
 from rfengine.grid import LatentGrid
 from rfengine.memory import free_memory
 from rfengine.ops import choose_ops
@@ -72,7 +73,8 @@ def examine(
     loaded = load_loras(loras, expected_shapes(config.model))
     device = "cuda" if on_cuda else "cpu"
     precision = plan_precision(config.runtime, device, getattr(torch, name))
-    needs = memory_needs(config, grid, getattr(torch, name), precision.dtype)
+    needs_of = memory_needs if config.diffusion_forcing is None else window_needs
+    needs = needs_of(config, grid, getattr(torch, name), precision.dtype)
     return {
         "rfengine": rfengine.__version__,
         "python": platform.python_version(),
@@ -268,7 +270,8 @@ def _memory_lines(report: dict[str, Any]) -> list[str]:
     size = f"{memory['height']} x {memory['width']} pixels"
     shown = {name.replace("_", " "): _mib(needed) for name, needed in needs.items()}
     shown[f"free on {memory['device']}"] = "unknown" if free is None else _mib(free)
-    lines = [f"memory of {memory['model']} at {size} in {memory['dtype']}, without activations"]
+    without = "" if "activations" in needs else ", without activations"
+    lines = [f"memory of {memory['model']} at {size} in {memory['dtype']}{without}"]
     host = {name.replace("_", " "): _mib(size) for name, size in memory["host"].items()}
     lines += [f"  {name:<16} {amount:>12}" for name, amount in shown.items()]
     lines += [f"  {name:<16} {amount:>12}, in host memory" for name, amount in host.items()]

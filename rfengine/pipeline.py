@@ -18,6 +18,7 @@ from rfengine.checkpoint.systems import SystemName, configured
 from rfengine.clip import ClipMode
 from rfengine.config import Backend, CacheConfig, DTypeName, EngineConfig, RuntimeConfig
 from rfengine.costs.memory import memory_needs, require_frames_fit, require_stream_fits, stream_bytes
+from rfengine.costs.shapes import require_stream
 from rfengine.diffusers_call import (
     Generators,
     OutputType,
@@ -100,12 +101,14 @@ class Pipeline:
         encoder; "cpu" keeps it off the GPU. text_cache: directory that keeps text states by prompt. system:
         the cache and the denoising steps of a published system, in place of the checkpoint's; cache, backend,
         runtime: replace its own. loras: see set_loras.
-        Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs,
-        RuntimeError when the backend or a part of the runtime cannot run on the device.
+        Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs, and
+        for a diffusion forcing model, RuntimeError when the backend or a part of the runtime cannot run on
+        the device.
         """
         target = present_device(device)
         number = dtype_of(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+        require_stream(checkpoint.config)
         config = checkpoint.config if system is None else configured(checkpoint.config, system)
         if cache is not None:
             config = replace(config, cache=cache)

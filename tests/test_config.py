@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 
 import pytest
 
 from rfengine.config import (
     PRESETS,
     CacheConfig,
-    EngineConfig,
     RuntimeConfig,
     ScheduleConfig,
     TextConfig,
@@ -17,20 +14,14 @@ from rfengine.config import (
     VAEConfig,
     WanConfig,
 )
-from rfengine.config_json import from_dict, to_dict
+from rfengine.diffusion_forcing_config import DiffusionForcingConfig
 
 SMALL = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 1}
 
 
 def test_presets_carry_their_own_names() -> None:
     assert {name: config.name for name, config in PRESETS.items()} == {name: name for name in PRESETS}
-    assert set(PRESETS) == {"tiny", "wan-1.3b", "wan-14b"}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_preset_survives_json(name: str) -> None:
-    stored = json.dumps(to_dict(PRESETS[name]))
-    assert from_dict(EngineConfig, json.loads(stored)) == PRESETS[name]
+    assert set(PRESETS) == {"tiny", "wan-1.3b", "wan-14b", "skyreels-df-1.3b"}
 
 
 def test_published_models_have_heads_of_128_and_the_published_vae_strides() -> None:
@@ -197,49 +188,6 @@ def test_parts_that_do_not_fit_each_other_are_refused(change: dict[str, object],
         dataclasses.replace(PRESETS["wan-1.3b"], **change)
 
 
-def test_unknown_field_is_named_and_refused() -> None:
-    with pytest.raises(ValueError, match="CacheConfig has no field 'windw'; it has chunk_frames"):
-        from_dict(CacheConfig, {"windw": 9})
-    with pytest.raises(ValueError, match="EngineConfig.model has no field 'depth'; it has dim"):
-        from_dict(EngineConfig, {"name": "mine", "model": {**SMALL, "depth": 2}})
-
-
-def test_missing_field_is_named_and_refused() -> None:
-    with pytest.raises(ValueError, match="WanConfig needs num_heads, num_layers; add it"):
-        from_dict(WanConfig, {"dim": 24, "ffn_dim": 48})
-
-
-def test_lists_of_json_become_tuples() -> None:
-    assert from_dict(ScheduleConfig, {"denoising_steps": [1000, 500]}) == ScheduleConfig(
-        denoising_steps=(1000, 500)
-    )
-
-
-def test_number_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(ValueError, match="ScheduleConfig.shift is inf; it must be a finite number"):
-        from_dict(ScheduleConfig, {"shift": float("inf")})
-
-
-@pytest.mark.parametrize(
-    ("kind", "values", "message"),
-    [
-        (ScheduleConfig, {"shift": "5"}, "ScheduleConfig.shift is '5'; it must be a finite number"),
-        (ScheduleConfig, {"denoising_steps": [1000, 2.5]}, "ScheduleConfig.denoising_steps is"),
-        (CacheConfig, {"window_frames": 9.0}, "CacheConfig.window_frames is 9.0; it must be an integer"),
-        (CacheConfig, {"chunk_frames": True}, "CacheConfig.chunk_frames is True; it must be an integer"),
-        (CacheConfig, {"sink": "melted"}, "CacheConfig.sink is 'melted'; use 'ema', 'frozen' or 'none'"),
-        (
-            WanConfig,
-            {"dim": 8, "ffn_dim": 8, "num_heads": 0, "num_layers": 1},
-            "num_heads is 0; it must be at",
-        ),
-    ],
-)
-def test_a_value_of_another_type_is_refused(kind, values, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        from_dict(kind, values)
-
-
 def test_a_tiny_decoder_has_the_strides_of_its_vae_in_every_preset() -> None:
     for config in PRESETS.values():
         tiny, vae = config.tiny_vae, config.vae
@@ -290,3 +238,13 @@ def test_fp8_is_for_the_full_decoder(given, message):
     assert RuntimeConfig(vae_precision="fp8").vae == "full"
     with pytest.raises(ValueError, match=message):
         RuntimeConfig(**given)
+
+
+def test_only_a_diffusion_forcing_model_is_told_its_frame_rate() -> None:
+    preset = PRESETS["skyreels-df-1.3b"]
+    assert (preset.height, preset.width, preset.fps) == (544, 960, 24)
+    assert preset.diffusion_forcing.base_frames == 97
+    with pytest.raises(ValueError, match="model.fps_embedding is true and diffusion_forcing is null"):
+        dataclasses.replace(preset, diffusion_forcing=None)
+    with pytest.raises(ValueError, match="is 96; whole latent frames are 1"):
+        dataclasses.replace(preset, diffusion_forcing=DiffusionForcingConfig(base_frames=96))

@@ -54,6 +54,15 @@ def test_checkpoint_directory_is_reckoned_too(tmp_path: Path) -> None:
     assert (memory["model"], memory["height"], memory["width"]) == ("small", 32, 48)
 
 
+def test_memory_of_a_diffusion_forcing_model_is_that_of_a_window() -> None:
+    report = examine("skyreels-df-1.3b", dtype="bfloat16")
+    memory = report["memory"]
+    assert (memory["height"], memory["width"]) == (544, 960)
+    assert "keys_values" not in memory["needs"] and memory["needs"]["activations"] > 2**30
+    assert "memory of skyreels-df-1.3b at 544 x 960 pixels in bfloat16\n" in text_of(report)
+    assert "without activations" in text_of(examine("wan-1.3b", dtype="bfloat16"))
+
+
 def test_text_says_what_is_on_what_is_absent_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     version = importlib.metadata.version
 

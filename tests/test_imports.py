@@ -21,8 +21,8 @@ PACKAGE = ROOT / "rfengine"
 LAYERS = [
     {"files", "limits", "stop_signals"},
     {
-        "accuracy", "config", "config_json", "cuda_graph", "host_state", "memory", "nvtx_ranges",
-        "prompt_blend", "prompts", "rotary", "video",
+        "accuracy", "config", "config_json", "cuda_graph", "diffusion_forcing_config", "host_state", "memory",
+        "nvtx_ranges", "prompt_blend", "prompts", "rotary", "video",
     },
     {"grid", "older_snapshot", "schedule"},
     {"kernels"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"tuning", "export"},
     {"runtime"},
     {"clip", "diffusers_call", "prompt_script", "snapshot", "stream"},
-    {"pipeline"},
+    {"diffusion_forcing", "pipeline"},
     {"rfengine"},  # the names in rfengine/__init__.py
     {"doctor", "evaluation", "parity", "serving"},
     {"benchmark", "training"},

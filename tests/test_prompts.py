@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from rfengine import prompts
 from rfengine.prompts import (
     MOST_CHARACTERS,
     MOST_PROMPTS,
+    WAN_NEGATIVE_PROMPT,
     WeightedText,
     check_prompt,
     parse_prompt,
@@ -179,3 +181,9 @@ def test_a_line_shows_the_weights_as_they_are_given() -> None:
 def test_a_line_with_an_empty_text_or_a_wrong_weight_is_refused(line: str) -> None:
     with pytest.raises(ValueError, match="the prompt's (text|weight) [12]"):
         parse_prompt(line)
+
+
+def test_negative_prompt_is_the_published_one() -> None:
+    text = WAN_NEGATIVE_PROMPT
+    digest = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+    assert len(text) == 137 and hashlib.sha256(text.encode()).hexdigest() == digest

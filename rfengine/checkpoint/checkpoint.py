@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rfengine.checkpoint.directories import (
     CONFIG_FILE,
     PARTS,
+    SKYREELS_STEM,
     CheckpointDirectory,
     checkpoint_directory,
     read_json,
@@ -194,18 +195,42 @@ def write_config(directory: Path, config: EngineConfig) -> None:
     write_text(directory / CONFIG_FILE, text + "\n")
 
 
-def engine_config(configs: Mapping[Part, PartConfig], name: str = "") -> EngineConfig:
+def engine_config(
+    configs: Mapping[Part, PartConfig], name: str = "", diffusion_forcing: bool = False
+) -> EngineConfig:
     """The EngineConfig of inferred parts; the published VAEs and text encoder stand in for absent ones.
 
-    name: how the checkpoint is called; its size is appended. Raises ValueError when parts do not fit.
+    name: how the checkpoint is called; its size is appended. diffusion_forcing: whether it is such a model,
+    whose size, rate and length are those of SkyReels-V2 at 540P. Raises ValueError when parts do not fit.
     """
     model = configs["transformer"]
     assert isinstance(model, WanConfig)
-    published = {preset.model: key.removeprefix("wan-") for key, preset in PRESETS.items()}
+    published = {preset.model: key.rpartition("-")[2] for key, preset in PRESETS.items()}
     size = published.get(model, f"dim{model.dim}-layers{model.num_layers}")
     vae, text = configs.get("vae", VAEConfig()), configs.get("text_encoder", TextConfig())
     tiny_vae = configs.get("tiny_vae", TinyVAEConfig())
-    return EngineConfig(name=f"{name or 'wan'}-{size}", model=model, vae=vae, tiny_vae=tiny_vae, text=text)
+    parts = {"model": model, "vae": vae, "tiny_vae": tiny_vae, "text": text}
+    if diffusion_forcing:
+        return replace(PRESETS["skyreels-df-1.3b"], name=f"skyreels-df-{size}", **parts)
+    return EngineConfig(name=f"{name or 'wan'}-{size}", **parts)
+
+
+def is_diffusion_forcing(directory: CheckpointDirectory, model: WanConfig) -> bool:
+    """Whether a directory of another layout holds a diffusion forcing model, by its tensors or its files.
+
+    Raises ValueError where they are of SkyReels-V2, or of its names, and neither says it.
+    """
+    names = directory.class_names()
+    if model.fps_embedding or any("DiffusionForcing" in name for name in names):
+        return True
+    files = directory.files("transformer")
+    named_so = directory.layout == "wan" and files and files[0].name.startswith(f"{SKYREELS_STEM}.")
+    if named_so or (names and all(name.startswith("SkyReelsV2Transformer") for name in names)):
+        raise ValueError(
+            f"{directory.path} has the files of SkyReels-V2 and no table of frame rates, and nothing says "
+            "whether it is a diffusion forcing model; run `rfengine convert` with --kind skyreels or another"
+        )
+    return False
 
 
 def _without_retired(engine: Any) -> Any:
@@ -274,6 +299,8 @@ def _infer_config(directory: CheckpointDirectory) -> EngineConfig:
         if files and not directory.pickle(part):
             shapes = shapes_of(directory.open(part))
             configs[part] = infer_config(part, shapes, directory.settings(part), files[0].parent)
+    if is_diffusion_forcing(directory, configs["transformer"]):
+        return engine_config(configs, diffusion_forcing=True)
     logger.warning(
         "%s names no cache; EMA-Sink is taken, and the model is treated as a teacher, which a few steps do "
         "not suit",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,13 @@ from typing import Literal, get_args
 
 import torch
 
-from rfengine.checkpoint.checkpoint import engine_config, open_tokenizer, read_config, write_config
+from rfengine.checkpoint.checkpoint import (
+    engine_config,
+    is_diffusion_forcing,
+    open_tokenizer,
+    read_config,
+    write_config,
+)
 from rfengine.checkpoint.directories import (
     MODEL_PARTS,
     PARTS,
@@ -44,13 +51,17 @@ from rfengine.config import (
     DTypeName,
     EngineConfig,
     VAEConfig,
+    WanConfig,
     require_same_latents,
 )
 from rfengine.files import absence, new_directory, reserved
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["auto"] | SystemName
+SKYREELS = "skyreels"  # the diffusion forcing models, which are no causal system
+Kind = Literal["auto", "skyreels"] | SystemName
+_KINDS = (*SYSTEMS, SKYREELS)
+_SKYREELS_NAME = "skyreelsv2df"  # in the names of their files, without marks
 
 
 @dataclass(slots=True)
@@ -85,7 +96,8 @@ def convert(
     dtype: of every floating-point tensor written; none is kept wider.
     use_ema: take generator_ema where a pickle has it.
     kind: the system that the checkpoint was trained for, with its cache and its denoising steps
-    (systems.SYSTEMS); auto goes by the name of the source.
+    (systems.SYSTEMS), or skyreels for a diffusion forcing model; auto goes by the tensors of that one, and by
+    the name of the source.
     Raises ValueError for a source that is damaged, unknown or does not fit its base, and for a destination
     that is in use; RuntimeError while another conversion writes it, when it cannot be written, or when torch
     is too old to read a pickle.
@@ -96,7 +108,7 @@ def convert(
     with reserved(destination, f"converting into {destination}"):
         checkpoint = _open_source(source, Path(base) if base is not None else None, use_ema)
         complete = "transformer" in checkpoint.tensors
-        kind = _resolve_kind(kind, checkpoint.generator) if complete else ""
+        kind = _kind_of(kind, checkpoint) if complete else ""
         if loras:
             if not complete:
                 raise ValueError(
@@ -190,18 +202,40 @@ def _base_heads(base: Path | None, shapes: Mapping[str, tuple[int, ...]]) -> dic
     return {"num_heads": heads[dim]} if dim in heads else {}
 
 
+def _kind_of(kind: Kind, checkpoint: _Checkpoint) -> str:
+    """One of _KINDS, or an empty string to keep the configuration of an rfengine directory."""
+    source, model = checkpoint.generator, checkpoint.configs["transformer"]
+    if kind in SYSTEMS and model.fps_embedding:
+        raise ValueError(
+            f"kind is {kind!r} and {source} has a table of frame rates, as SkyReels-V2's diffusion forcing "
+            f"models alone have; use {SKYREELS}"
+        )
+    if kind == SKYREELS or (kind == "auto" and _is_skyreels(source, model)):
+        return SKYREELS
+    return _resolve_kind(kind, source)
+
+
+def _is_skyreels(source: Path, model: WanConfig) -> bool:
+    """Whether the tensors, the name or the files of a source tell a diffusion forcing model."""
+    directory = CheckpointDirectory.of(inner_directory(source)) if source.is_dir() else None
+    if directory is not None and directory.layout == "rfengine":
+        return False
+    name = _given_path(source).name
+    if model.fps_embedding or _SKYREELS_NAME in re.sub(r"[-_]", "", name.lower()):
+        return True
+    return directory is not None and not named_system(name) and is_diffusion_forcing(directory, model)
+
+
 def _resolve_kind(kind: Kind, source: Path) -> str:
     """The key of SYSTEMS to use, or an empty string to keep the configuration of an rfengine directory."""
     if kind in SYSTEMS:
         return kind
     if kind != "auto":
-        raise ValueError(f"kind is {kind!r}; use one of auto, {', '.join(SYSTEMS)}")
+        raise ValueError(f"kind is {kind!r}; use one of auto, {', '.join(_KINDS)}")
     layout = CheckpointDirectory.of(inner_directory(source)).layout if source.is_dir() else ""
     if layout == "rfengine":
         return ""
-    path = Path(os.path.abspath(source))  # as given: in a cache links lead to files named by their hashes
-    # a snapshot, named by a hash too, is in the folder of its repository
-    given = path.parent.parent if path.parent.name == "snapshots" else path
+    given = _given_path(source)
     folders = "/".join(given.parts[-3:]) if source.is_file() else ""  # as in framewise/causal_forcing.pt
     if named := named_system(given.name) or named_system(folders):
         return named
@@ -209,8 +243,15 @@ def _resolve_kind(kind: Kind, source: Path) -> str:
         return "wan"
     raise ValueError(
         f"the name {source.name} does not tell which system the checkpoint was trained for; "
-        f"give kind, one of {', '.join(SYSTEMS)}"
+        f"give kind, one of {', '.join(_KINDS)}"
     )
+
+
+def _given_path(source: Path) -> Path:
+    """The path whose last name people chose: in a cache links lead to files named by their hashes, and a
+    snapshot, named by one too, is in the folder of its repository."""
+    path = Path(os.path.abspath(source))
+    return path.parent.parent if path.parent.name == "snapshots" else path
 
 
 def _check_tensors(checkpoint: _Checkpoint) -> None:
@@ -229,12 +270,15 @@ def _target_config(checkpoint: _Checkpoint, kind: str) -> EngineConfig:
         require_same_latents(configs["tiny_vae"], configs.get("vae", VAEConfig()))
     model = configs["transformer"]
     try:
-        inferred = engine_config(configs, kind)
+        forcing = kind == SKYREELS or (not kind and own.diffusion_forcing is not None)
+        inferred = engine_config(configs, kind, forcing)
     except ValueError as error:
         raise ValueError(
             f"{error}; give a base whose VAE and text encoder belong to this transformer"
         ) from error
-    if own is None:
+    if kind == SKYREELS:
+        return inferred
+    if own is None or (kind and own.diffusion_forcing is not None):
         return configured(inferred, kind)
     kept = replace(own, model=model, vae=inferred.vae, tiny_vae=inferred.tiny_vae, text=inferred.text)
     return configured(replace(kept, name=inferred.name), kind) if kind else kept

@@ -32,11 +32,13 @@ MODEL_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder")  # what a
 PARTS: tuple[Part, ...] = (*MODEL_PARTS, "tiny_vae")
 _MOST_REFERENCE_BYTES = 1024  # of refs/main in a cache: a hash
 
+SKYREELS_STEM = "model"  # of the transformer of SkyReels-V2, whose directory is otherwise one of Wan2.1
+
 # Folder and stem of the files of each part.
 _FILES: dict[DirectoryLayout, dict[Part, tuple[tuple[str, str], ...]]] = {
     "rfengine": {part: (("", part),) for part in PARTS},
     "wan": {
-        "transformer": (("", "diffusion_pytorch_model"),),
+        "transformer": (("", "diffusion_pytorch_model"), ("", SKYREELS_STEM)),
         "vae": (("", "Wan2.1_VAE"),),
         "text_encoder": (("", "models_t5_umt5-xxl-enc-bf16"),),
         "tiny_vae": (("", "taew2_1"),),
@@ -164,6 +166,12 @@ class CheckpointDirectory:
             return read_json(self.path / part / "config.json")
         alone = self.layout == "wan" and part == "transformer"
         return read_json(self.path / "config.json") if alone else {}
+
+    def class_names(self) -> tuple[str, ...]:
+        """What model_index.json and the transformer's config.json call the pipeline and the model."""
+        index = read_json(self.path / "model_index.json") if self.layout == "diffusers" else {}
+        names = (values.get("_class_name") for values in (index, self.settings("transformer")))
+        return tuple(name for name in names if isinstance(name, str))
 
     def tokenizer(self) -> Path | None:
         """The folder of the SentencePiece tokenizer, or None when there is none."""

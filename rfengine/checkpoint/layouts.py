@@ -62,6 +62,10 @@ _TRANSFORMER_ENDS = {
     "time_projection.1": "condition_embedder.time_proj",
     "head.modulation": "scale_shift_table",
     "head.head": "proj_out",
+    # of SkyReels-V2's diffusion forcing model alone
+    "fps_embedding": "fps_embedding",
+    "fps_projection.0": "fps_projection.net.0.proj",
+    "fps_projection.2": "fps_projection.net.2",
 }
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 _TRANSFORMER_BLOCK = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from rfengine.checkpoint.layouts import Part, list_names
 from rfengine.checkpoint.tensor_file import StoredTensor
-from rfengine.config import EngineConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig, Width
+from rfengine.config import FPS_ROWS, EngineConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig, Width
 from rfengine.limits import check_value, field_hints
 
 Shape = tuple[int, ...]
@@ -21,7 +21,12 @@ PUBLISHED_HEAD_DIM = 128  # of every published Wan2.1 transformer
 
 # What a config.json of Diffusers or transformers calls a field, where that is not the field's own name.
 _SETTINGS: Mapping[type[PartConfig], Mapping[str, str]] = {
-    WanConfig: {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"},
+    WanConfig: {
+        "num_heads": "num_attention_heads",
+        "in_dim": "in_channels",
+        "out_dim": "out_channels",
+        "fps_embedding": "inject_sample_info",  # in the files of SkyReels-V2
+    },
     VAEConfig: {"temporal_downsample": "temperal_downsample"},  # Diffusers spells it so
     TextConfig: {
         "dim": "d_model",
@@ -89,6 +94,7 @@ def _infer_transformer(shapes: Shapes, settings: Mapping[str, Any]) -> WanConfig
         "text_dim": text_dim,
         "freq_dim": freq_dim,
         "patch_size": tuple(patch_size),
+        "fps_embedding": "fps_embedding.weight" in shapes,
     }
     sizes = _completed(sizes, stated_fields(WanConfig, settings))
     if "num_heads" not in sizes:
@@ -239,6 +245,11 @@ def _count_layers(shapes: Shapes, prefix: str) -> int:
 def _transformer_shapes(config: WanConfig) -> dict[str, Shape]:
     """Every tensor of the transformer by its original name."""
     dim, ffn_dim = config.dim, config.ffn_dim
+    fps = {
+        "fps_embedding.weight": (FPS_ROWS, dim),
+        **_conv("fps_projection.0", dim, dim),
+        **_conv("fps_projection.2", 6 * dim, dim),
+    }
     block = {
         "modulation": (1, 6, dim),
         **{f"norm3.{leaf}": (dim,) for leaf in ("weight", "bias")},
@@ -259,6 +270,7 @@ def _transformer_shapes(config: WanConfig) -> dict[str, Shape]:
         "head.modulation": (1, 2, dim),
         **_conv("head.head", math.prod(config.patch_size) * config.out_dim, dim),
         **_repeated("blocks", config.num_layers, block),
+        **(fps if config.fps_embedding else {}),
     }
 
 

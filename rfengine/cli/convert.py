@@ -14,7 +14,8 @@ from rfengine.config import DTypeName
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Convert a checkpoint of Wan2.1, or of a system that was distilled from it, for the engine."""
+    """Convert a checkpoint of Wan2.1, of a system that was distilled from it, or of SkyReels-V2-DF, for the
+    engine."""
 
     source: Positional[Path]
     """A checkpoint directory, of ComfyUI or in a cache too, or one file of a generator, of either format."""
@@ -28,8 +29,8 @@ class ConvertOptions:
     use_ema: bool = True
     """Take the averaged weights where a file has both."""
     kind: Kind = "auto"
-    """The system the model was trained for: its cache and its denoising steps; auto goes by the name of the
-    source."""
+    """The system the model was trained for: its cache and its denoising steps; or skyreels, for diffusion
+    forcing. auto goes by the name of the source, and by the tensors of skyreels."""
 
 
 def run(options: ConvertOptions) -> int:

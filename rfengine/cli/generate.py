@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
-import time
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,25 +14,29 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.systems import SystemName, configured
+from rfengine.cli.forcing import ForcingArguments, ForcingVideo, refuse_forcing, refuse_options_of_streams
 from rfengine.cli.lora_options import LoraOptions
 from rfengine.cli.start import StartOptions, check_start, start_frames, start_mode
-from rfengine.cli.terminal import find_device, interrupt_waits
+from rfengine.cli.terminal import find_device
+from rfengine.cli.written_video import Piece, progress_bar, write_pieces
 from rfengine.config import Backend, DTypeName, EngineConfig, RuntimeConfig
+from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 from rfengine.grid import LatentGrid
 from rfengine.pipeline import Pipeline
 from rfengine.prompt_script import PlannedScene, PromptScript, Scene, ScriptPlan, play
 from rfengine.prompts import check_prompt, prompt_line, read_prompts, weighted_texts
 from rfengine.schedule import as_seed
-from rfengine.video import VideoWriter, check_video_path, frame_count
+from rfengine.stream import VideoStream
+from rfengine.video import check_video_path, frame_count
 
 if TYPE_CHECKING:
+    import torch
     from tqdm import tqdm as ProgressBar
 
 _SECONDS = 5.0
 _SLUG_LENGTH = 48
 _SHOWN_TEXT = 40  # characters of a scene in the progress bar
 _PLAIN_WORDS = re.compile(r"[ !-%'-~]*[A-Za-z0-9][ !-%'-~]*")  # printable ASCII without &
-_QUIET_INTERVAL = 15.0  # seconds between two lines of progress where no terminal shows them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +53,8 @@ class GenerateOptions:
     """A text file with one scene per line, instead of PROMPT: its seconds, how it begins (start, cut, soft,
     soft:CHUNKS or recache) and its text, such as '4 soft:3 a red circle'; they are the MP4's chapters."""
     seconds: float | None = None
-    """Length of each video, 5 where nothing is given; a script has its own."""
+    """Length of each video, 5 where nothing is given, and with diffusion forcing what the model was trained
+    at; a script has its own."""
     seed: int = 0
     """The same seed, model and prompt give the same video."""
     start: OmitArgPrefixes[StartOptions] = StartOptions()
@@ -72,13 +76,38 @@ class GenerateOptions:
     runtime: OmitArgPrefixes[RuntimeConfig] = RuntimeConfig()
     verify: bool = False
     """Read every file of the checkpoint first and refuse to start where one differs from its manifest."""
+    forcing: OmitArgPrefixes[ForcingArguments] = ForcingArguments()
 
 
 def run(options: GenerateOptions) -> int:
     jobs = _jobs(options)
-    checkpoint = _open_checkpoint(options, jobs[0][0])
+    checkpoint = _open_checkpoint(options)
     device = find_device(options.device)
     find_device(options.runtime.decode_device, "--decode-device")
+    if checkpoint.config.diffusion_forcing is not None:
+        write = _forcing_writer(checkpoint, device, options)
+    else:
+        write = _stream_writer(checkpoint, device, options, jobs[0][0])
+    for done, (prompt, path) in enumerate(jobs):
+        try:
+            write(prompt, path)
+        except KeyboardInterrupt as error:
+            if not done:
+                raise
+            begun = str(error) or f"{path} was not begun"
+            raise KeyboardInterrupt(f"{begun}; {done} of {len(jobs)} videos are whole") from None
+    return 0
+
+
+def _stream_writer(
+    checkpoint: Checkpoint, device: torch.device | None, options: GenerateOptions, prompt: str | PromptScript
+) -> Callable[[str | PromptScript, Path], None]:
+    """What writes a video to a file, with a model that streams. prompt: one of those to come; what cannot be
+    made of it is refused before loading, which can take minutes."""
+    refuse_forcing(options.forcing, checkpoint.config)
+    config = _config(checkpoint.config, options)
+    _plan(prompt, options.seconds, config)
+    start_frames(options.start, config, LatentGrid.of(config, options.height, options.width))
     pipeline = Pipeline.from_pretrained(
         checkpoint,
         device,
@@ -88,15 +117,24 @@ def run(options: GenerateOptions) -> int:
         runtime=options.runtime,
         loras=options.loras.loras(),
     )
-    for done, (prompt, path) in enumerate(jobs):
-        try:
-            _write_video(pipeline, prompt, path, options)
-        except KeyboardInterrupt as error:
-            if not done:
-                raise
-            begun = str(error) or f"{path} was not begun"
-            raise KeyboardInterrupt(f"{begun}; {done} of {len(jobs)} videos are whole") from None
-    return 0
+    return lambda prompt, path: _write_video(pipeline, prompt, path, options)
+
+
+def _forcing_writer(
+    checkpoint: Checkpoint, device: torch.device | None, options: GenerateOptions
+) -> Callable[[str, Path], None]:
+    """What writes the video of a prompt to a file, with a diffusion forcing model."""
+    given = {
+        "script": options.script, "system": options.system, "start-mode": options.start.start_mode,
+        "lora": options.loras.lora,
+    }  # fmt: skip
+    refuse_options_of_streams(given, checkpoint.config)
+    size = (options.height, options.width)
+    video = ForcingVideo.of(options.forcing, checkpoint.config, options.start, options.seconds, size)
+    pipeline = DiffusionForcingPipeline.from_pretrained(
+        checkpoint, device, options.dtype, backend=options.backend, runtime=options.runtime
+    )
+    return lambda prompt, path: video.write(pipeline, prompt, path, options.seed)
 
 
 def _jobs(options: GenerateOptions) -> list[tuple[str | PromptScript, Path]]:
@@ -154,19 +192,16 @@ def _file_name(number: int, prompt: str) -> str:
     return f"{number:04}-{slug or 'prompt'}.mp4"
 
 
-def _open_checkpoint(options: GenerateOptions, prompt: str | PromptScript) -> Checkpoint:
-    """The checkpoint, unless it has no such video: refused before loading, which can take minutes."""
+def _open_checkpoint(options: GenerateOptions) -> Checkpoint:
+    """The checkpoint, none of whose tensors is read yet."""
     from rfengine.checkpoint.manifest import verify
 
     as_seed(options.seed)
     if options.verify:
         verify(checkpoint_directory(options.model))
-    checkpoint = Checkpoint.open(options.model)
-    config = _config(checkpoint.config, options)
-    _plan(prompt, options.seconds, config)
-    check_start(options.start)
-    start_frames(options.start, config, LatentGrid.of(config, options.height, options.width))
-    return checkpoint
+    resize = options.start.resize and options.forcing.end_image is None  # which it may be for as well
+    check_start(replace(options.start, resize=resize))
+    return Checkpoint.open(options.model)
 
 
 def _config(config: EngineConfig, options: GenerateOptions) -> EngineConfig:
@@ -185,49 +220,34 @@ def _plan(prompt: str | PromptScript, seconds: float | None, config: EngineConfi
 def _write_video(
     pipeline: Pipeline, prompt: str | PromptScript, path: Path, options: GenerateOptions
 ) -> None:
-    from tqdm import tqdm
-
     fps, plan = pipeline.config.fps, _plan(prompt, options.seconds, pipeline.config)
-    count, num_chunks = plan.num_frames, plan.num_chunks
+    count = plan.num_frames
     grid = LatentGrid.of(pipeline.config, options.height, options.width)
     stream = pipeline.stream(
         plan.scenes[0].scene.prompt, seed=options.seed, height=grid.height, width=grid.width,
         start_frames=start_frames(options.start, pipeline.config, grid),
         start_mode=start_mode(options.start, pipeline.config),
     )  # fmt: skip
-    chunks, made, busy, scene = play(stream, plan), 0, 0.0, None
-    interval = 0.1 if sys.stderr.isatty() else _QUIET_INTERVAL
-    with (
-        VideoWriter(path, fps, stream.grid.height, stream.grid.width) as writer,
-        tqdm(total=num_chunks, desc=path.name, unit="chunk", mininterval=interval, file=sys.stderr) as bar,
-    ):
-        try:
-            for _ in range(num_chunks):
-                started, before = time.perf_counter(), scene
-                scene, chunk = next(chunks)
-                busy += time.perf_counter() - started
-                made += len(chunk.frames)
-                if scene is not before and isinstance(prompt, PromptScript):
-                    writer.begin_chapter(prompt_line(scene.scene.prompt))
-                    _show_scene(bar, scene, plan)
-                with interrupt_waits():
-                    writer.write(chunk.frames[: count - writer.frames_written])
-                bar.update()
-        except KeyboardInterrupt:
-            if not writer.frames_written:
-                raise
-            with interrupt_waits(then_raise=False):  # impatience must not cost the end of the file
-                writer.close()
-            written = writer.frames_written
-            raise KeyboardInterrupt(
-                f"{path} holds the first {written / fps:.1f} of {count / fps:.1f} seconds ({written} frames)"
-            ) from None
-    rate = made / busy
+    with progress_bar(path, plan.num_chunks, "chunk") as bar:
+        pieces = _pieces(stream, plan, bar, has_chapters=isinstance(prompt, PromptScript))
+        made = write_pieces(path, fps, grid, count, pieces)
+    rate = made.frames / made.seconds
     scenes = f" in {len(plan.scenes)} scenes" if isinstance(prompt, PromptScript) else ""
     print(
         f"{path}: {count} frames, {count / fps:.1f} s of video{scenes}; streams at {rate:.1f} frames/s, "
         f"{rate / fps:.1f} times as fast as it plays; {options.runtime.vae} decoder, {pipeline.vae_tier}"
     )
+
+
+def _pieces(stream: VideoStream, plan: ScriptPlan, bar: ProgressBar, has_chapters: bool) -> Iterator[Piece]:
+    """The chunks of a video, of which the first of a scene begins a chapter."""
+    scene = None
+    for planned, chunk in play(stream, plan):
+        is_new, scene = planned is not scene, planned
+        if has_chapters and is_new:
+            _show_scene(bar, scene, plan)
+        yield Piece(chunk.frames, prompt_line(scene.scene.prompt) if has_chapters and is_new else None)
+        bar.update()
 
 
 def _show_scene(bar: ProgressBar, scene: PlannedScene, plan: ScriptPlan) -> None:

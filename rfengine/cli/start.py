@@ -56,15 +56,26 @@ def start_frames(options: StartOptions, config: EngineConfig, grid: LatentGrid) 
 
     Raises ValueError for a file that is none, and for one of another size without resize.
     """
+    if options.image is not None:
+        return picture_of_size(options.image, grid, options.resize)[None]
+    if options.video is None:
+        return None
+    return _of_size(options.video, _read_clip(options.video, config.fps), grid, options.resize)
+
+
+def picture_of_size(path: Path, grid: LatentGrid, resize: bool) -> ndarray:
+    """The picture of a file, uint8 [H, W, 3] at the size of `grid`. Raises ValueError as start_frames
+    does."""
+    return _of_size(path, [_read_picture(path)], grid, resize)[0]
+
+
+def _of_size(path: Path, frames: list[ndarray], grid: LatentGrid, resize: bool) -> ndarray:
+    """The frames, uint8 [T, H, W, 3], at the size of `grid`. Raises ValueError for others without resize."""
     import numpy
 
-    path = options.image or options.video
-    if path is None:
-        return None
-    frames = [_read_picture(path)] if options.image is not None else _read_clip(path, config.fps)
     size = frames[0].shape[:2]
     if size != (grid.height, grid.width):
-        if not options.resize:
+        if not resize:
             raise ValueError(
                 f"{path} is {size[1]} x {size[0]} pixels and the video {grid.width} x {grid.height}; give "
                 "--resize to scale and cut it, or another --width and --height"

@@ -13,6 +13,7 @@ from rfengine.cache.kv_cache import StreamingKVCache, arena_shape
 from rfengine.checkpoint.lora import LoadedLora, changes_by_tensor
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
+from rfengine.costs.shapes import require_stream
 from rfengine.grid import LatentGrid
 from rfengine.memory import require_memory
 from rfengine.models.streaming_decoder import StreamingDecoder
@@ -33,13 +34,37 @@ def memory_needs(
     keys_values, raw_keys: the arenas of the cache; raw keys are kept with relative positions.
     sink_remainder: the low part of averages. in_flight: latents of a rolling schedule, and numbers of frames
     that the device keeps. cross_attention: keys and values of the text. vae_buffers: of the lossless decoder,
-    shared by all streams. total: their sum.
+    shared by all streams. total: their sum. Raises ValueError for a diffusion forcing model, of which
+    costs/window.py speaks.
     """
+    require_stream(config)
     model, size = config.model, dtype.itemsize
     decoding = decoder_dtype or dtype
     cache = StreamingKVCache(model, config.cache, grid, dtype=dtype, device="meta").tensors()
     apart = ("keys", "values", "raw_keys", "joint_latents", "device_held")
     arenas = {name: cache.pop(name).nbytes for name in apart if name in cache}
+    decoder = decoder_bytes(config, grid, dtype, decoding)
+    needs = {
+        "transformer": parameter_count(model) * size,
+        "vae": decoder.pop("vae"),
+        "text_encoder": parameter_count(config.text) * size,
+        "keys_values": arenas["keys"] + arenas["values"],
+        "raw_keys": arenas.get("raw_keys", 0),
+        "sink_remainder": _nbytes(cache.values()),
+        "in_flight": arenas.get("joint_latents", 0) + arenas.get("device_held", 0),
+        "cross_attention": 2 * model.num_layers * model.text_len * model.dim * size,
+        **decoder,
+    }
+    return needs | {"total": sum(needs.values())}
+
+
+def decoder_bytes(
+    config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, decoding: torch.dtype
+) -> dict[str, int]:
+    """Bytes of the VAE, and of the state and the buffers of its lossless decoder; nothing is allocated.
+
+    dtype: of the latents. decoding: of the decoder; the encoder is in float32.
+    """
     with torch.device("meta"):
         vae = WanVAE(config.vae).float()
         vae.set_decoder_dtype(decoding)
@@ -53,19 +78,11 @@ def memory_needs(
         for _ in range(2):  # the first chunk, then any other
             decoder.run(latents, state, packed=False)
             state.frames += config.cache.chunk_frames
-    needs = {
-        "transformer": parameter_count(model) * size,
+    return {
         "vae": _nbytes(vae.parameters()),
-        "text_encoder": parameter_count(config.text) * size,
-        "keys_values": arenas["keys"] + arenas["values"],
-        "raw_keys": arenas.get("raw_keys", 0),
-        "sink_remainder": _nbytes(cache.values()),
-        "in_flight": arenas.get("joint_latents", 0) + arenas.get("device_held", 0),
-        "cross_attention": 2 * model.num_layers * model.text_len * model.dim * size,
         "vae_state": _nbytes(state.tensors().values()),
         "vae_buffers": decoder.halo_bytes,
     }
-    return needs | {"total": sum(needs.values())}
 
 
 def lora_bytes(loras: Sequence[LoadedLora], config: WanConfig, dtype: torch.dtype) -> dict[str, int]:

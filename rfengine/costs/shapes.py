@@ -8,6 +8,15 @@ from rfengine.config import PRESETS, EngineConfig
 from rfengine.grid import LatentGrid
 
 
+def require_stream(config: EngineConfig) -> None:
+    """Raises ValueError for a diffusion forcing model, which has no chunks and streams nothing."""
+    if config.diffusion_forcing is not None:
+        raise ValueError(
+            f"{config.name} is a diffusion forcing model, which makes whole videos and streams none; use "
+            "`rfengine generate` or rfengine.DiffusionForcingPipeline"
+        )
+
+
 @dataclass(frozen=True)
 class VaeLevel:
     """Sizes of a chunk in the residual blocks of one level of the VAE's decoder; 0 is that of the latents."""
@@ -24,9 +33,15 @@ class VaeLevel:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes of a chunk in the steady state, at the resolution of the preset."""
+    """Sizes of a chunk in the steady state, at the resolution of the preset.
+
+    Raises ValueError for a diffusion forcing model, which has no chunks.
+    """
 
     config: EngineConfig = field(default_factory=lambda: PRESETS["wan-1.3b"])
+
+    def __post_init__(self) -> None:
+        require_stream(self.config)
 
     @property
     def grid(self) -> LatentGrid:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rfengine.cache.kv_cache import LayerCache, StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
-from rfengine.config import WanConfig
+from rfengine.config import FPS_ROWS, WanConfig
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
 
@@ -254,6 +254,9 @@ class WanDiT(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if config.fps_embedding:
+            self.fps_embedding = nn.Embedding(FPS_ROWS, dim)
+            self.fps_projection = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.num_layers))
         self.head = Head(config)
 
@@ -265,11 +268,21 @@ class WanDiT(nn.Module):
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
 
-    def modulation(self, timesteps: Tensor) -> Modulation:
-        """Modulation for timesteps [B, F] or [1, 1], floats from 0 to 1000, never rounded."""
+    def modulation(self, timesteps: Tensor, fps: int | None = None) -> Modulation:
+        """Modulation for timesteps [B, F] or [1, 1], floats from 0 to 1000, never rounded.
+
+        fps: frames per second, for a model with fps_embedding (SkyReels-V2): its row 0 is for 16, row 1 for
+        any other rate. The layers get it and the head does not. Raises ValueError where it is absent.
+        """
+        # rounded to the dtype of the weights, as in SkyReels-V2; Wan2.1 keeps float32
         sinusoid = timestep_sinusoid(timesteps, self.config.freq_dim).to(self.dtype)
         embedded = self.time_embedding(sinusoid)
         rows = self.time_projection(embedded).unflatten(-1, (6, -1)).float()
+        if self.config.fps_embedding:
+            if fps is None:
+                raise ValueError("fps is None and the model is told its frame rate; give it, such as 24")
+            row = self.fps_embedding.weight[0 if fps == 16 else 1]
+            rows = rows + self.fps_projection(row).unflatten(-1, (6, -1)).float()
         layers = torch.stack([block.modulation.float() + rows for block in self.blocks])
         return Modulation(layers, self.head.modulation.float() + embedded.float().unsqueeze(-2))
 
@@ -304,7 +317,7 @@ class WanDiT(nn.Module):
         stores the raw keys as well, as the context pass does.
         """
         attend = _over_cache(cache, plan, keep_raw)
-        _, normed = self._run_blocks(latents, modulation, text, attend, len(self.blocks))
+        _, normed = self.run_blocks(latents, modulation, text, attend, len(self.blocks))
         return self.head.head(normed)
 
     def context_pass(
@@ -322,7 +335,7 @@ class WanDiT(nn.Module):
         """
         last = len(self.blocks) - 1
         attend = _over_cache(cache, plan, keep_raw=True)
-        _, normed = self._run_blocks(latents, modulation, text, attend, last)
+        _, normed = self.run_blocks(latents, modulation, text, attend, last)
         view = cache.layer(last, plan, keep_raw=True)
         self.blocks[last].self_attn.write_cache(normed, cache.query_rotation, view)
 
@@ -364,7 +377,7 @@ class WanDiT(nn.Module):
             time_indices = torch.arange(frames, dtype=torch.int64, device=latents.device)
         rotation = rotary_table(self.config.head_dim, time_indices, height // patch, width // patch)
         per_frame = timesteps if timesteps.ndim == 2 else timesteps.reshape(batch, 1)
-        _, normed = self._run_blocks(
+        _, normed = self.run_blocks(
             latents,
             self.modulation(per_frame),
             self.text_keys_values(text_states),
@@ -373,7 +386,7 @@ class WanDiT(nn.Module):
         )
         return self.ops.unpatchify(self.head.head(normed), latents)
 
-    def _run_blocks(
+    def run_blocks(
         self,
         latents: Tensor,
         modulation: Modulation,
@@ -381,7 +394,7 @@ class WanDiT(nn.Module):
         attend: Callable[[int], Callable[[SelfAttention, Tensor], Tensor]],
         count: int,
     ) -> tuple[Tensor, Tensor]:
-        """The first `count` blocks: the residual stream [B, T, D] and its norm for what comes next."""
+        """Run the first `count` blocks: the residual stream [B, T, D] and its norm for what comes next."""
         patches = patchify(latents.to(self.dtype), self.config.patch_size[1])
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         rows = modulation.layers

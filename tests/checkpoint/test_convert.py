@@ -487,3 +487,113 @@ def test_a_tiny_decoder_of_other_latents_with_a_lora_or_incomplete_is_refused(
     with refused("the tiny_vae is not that of Wan2.1: 1 missing: decoder.16.conv.2.bias"):
         convert(source, out)
     assert not out.exists()
+
+
+FORCING = WanConfig(128, 64, 1, 2, text_dim=32, freq_dim=32, fps_embedding=True)
+FORCING_CONFIG = PRESETS["skyreels-df-1.3b"].diffusion_forcing
+
+
+def skyreels_tensors(parts: Parts) -> Tensors:
+    return random_tensors(expected_shapes(FORCING)) | parts["transformer"]
+
+
+def skyreels_directory(path: Path, tensors: Tensors, wan_directory: Path, write_file: WriteFile) -> Path:
+    """The published directory: that of Wan2.1 with another file of the transformer."""
+    shutil.copytree(wan_directory, path)
+    (path / "diffusion_pytorch_model.safetensors").unlink()
+    settings = json.loads((path / "config.json").read_text()) | {
+        "inject_sample_info": "fps_embedding.weight" in tensors
+    }
+    (path / "config.json").write_text(json.dumps(settings))
+    write_file(path / "model.safetensors", tensors)
+    return path
+
+
+def assert_forces(directory: Path, tensors: Tensors) -> None:
+    assert_holds(directory, {"transformer": tensors})
+    config = config_of(directory)
+    assert config.diffusion_forcing == FORCING_CONFIG and config.name.startswith("skyreels-df-")
+    assert (config.height, config.width, config.fps) == (544, 960, 24)
+
+
+@pytest.mark.parametrize("kind", ["auto", "skyreels"])
+def test_skyreels_is_known_by_its_tensors(
+    kind: str, parts: Parts, wan_directory: Path, write_file: WriteFile, tmp_path: Path, caplog: Log
+) -> None:
+    tensors = skyreels_tensors(parts)
+    source = skyreels_directory(tmp_path / "anything", tensors, wan_directory, write_file)
+    with caplog.at_level(logging.WARNING):
+        convert(source, tmp_path / "out", kind=kind)
+    assert_forces(tmp_path / "out", tensors)
+    assert config_of(tmp_path / "out").model == FORCING and "teacher" not in caplog.text
+    assert names_in(tmp_path / "out") == FILES
+    convert(tmp_path / "out", tmp_path / "again")  # its own configuration is kept
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "out")
+    convert(source / "model.safetensors", tmp_path / "alone", base=wan_directory)
+    assert_forces(tmp_path / "alone", tensors)
+
+
+def test_skyreels_of_diffusers_is_converted_and_opened(
+    parts: Parts, diffusers_directory: Path, write_file: WriteFile, tmp_path: Path, caplog: Log
+) -> None:
+    tensors, source = skyreels_tensors(parts), tmp_path / "diffusers"
+    shutil.copytree(diffusers_directory, source)
+    for path in (source / "transformer").glob("*.safetensors*"):
+        path.unlink()
+    theirs = {diffusers_transformer_from_wan(name): tensor for name, tensor in tensors.items()}
+    assert {name for name in theirs if name.startswith("fps")} == {
+        "fps_embedding.weight", "fps_projection.net.0.proj.weight", "fps_projection.net.0.proj.bias",
+        "fps_projection.net.2.weight", "fps_projection.net.2.bias",
+    }  # fmt: skip
+    write_file(source / "transformer" / "diffusion_pytorch_model.safetensors", theirs)
+    convert(source, tmp_path / "out")
+    assert_forces(tmp_path / "out", tensors)
+    with caplog.at_level(logging.WARNING):
+        opened = config_of(source)
+    assert opened.diffusion_forcing == FORCING_CONFIG and "names no cache" not in caplog.text
+    for wrong in ("wan", "reward-forcing"):
+        with refused(f"kind is '{wrong}' and .* has a table of frame rates"):
+            convert(source, tmp_path / "no", kind=wrong)
+
+
+def test_skyreels_without_a_table_of_frame_rates_is_told_by_its_files_or_by_kind(
+    parts: Parts, wan_directory: Path, diffusers_directory: Path, write_file: WriteFile, tmp_path: Path
+) -> None:
+    tensors = parts["transformer"]
+    unclear = skyreels_directory(tmp_path / "14B", tensors, wan_directory, write_file)
+    for unsaid in (lambda: convert(unclear, tmp_path / "no"), lambda: config_of(unclear)):
+        with refused("has the files of SkyReels-V2 and no table of frame rates, and nothing says whether it"):
+            unsaid()
+    assert not (tmp_path / "no").exists()
+    convert(unclear, tmp_path / "said", kind="skyreels")
+    assert_forces(tmp_path / "said", tensors)
+    convert(unclear, tmp_path / "wan", kind="wan")
+    assert config_of(tmp_path / "wan").diffusion_forcing is None
+    named = unclear.rename(tmp_path / "SkyReels-V2-DF-14B-540P")
+    convert(named, tmp_path / "named")
+    assert_forces(tmp_path / "named", tensors)
+    indexed = tmp_path / "indexed"
+    shutil.copytree(diffusers_directory, indexed)
+    (indexed / "model_index.json").write_text('{"_class_name": "SkyReelsV2DiffusionForcingPipeline"}')
+    convert(indexed, tmp_path / "index")
+    assert_forces(tmp_path / "index", tensors)
+    (indexed / "model_index.json").write_text('{"_class_name": "SkyReelsV2Pipeline"}')
+    assert config_of(indexed).diffusion_forcing is None
+    (indexed / "model_index.json").unlink()
+    settings = json.loads((indexed / "transformer" / "config.json").read_text())
+    settings["_class_name"] = "SkyReelsV2Transformer3DModel"
+    (indexed / "transformer" / "config.json").write_text(json.dumps(settings))
+    with refused("nothing says whether it is a diffusion forcing model"):
+        config_of(indexed)
+
+
+def test_a_causal_model_with_the_base_of_skyreels_streams(
+    parts: Parts, wan_directory: Path, write_file: WriteFile, tmp_path: Path
+) -> None:
+    source = skyreels_directory(tmp_path / "source", skyreels_tensors(parts), wan_directory, write_file)
+    convert(source, tmp_path / "forcing")
+    torch.save({"generator": prefixed(parts["transformer"])}, tmp_path / "self_forcing_dmd.pt")
+    convert(tmp_path / "self_forcing_dmd.pt", tmp_path / "out", base=tmp_path / "forcing")
+    config = config_of(tmp_path / "out")
+    assert config.diffusion_forcing is None and config.cache == SYSTEMS["self-forcing"].cache
+    assert (config.height, config.width, config.fps) == (480, 832, 16)

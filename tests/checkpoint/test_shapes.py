@@ -25,6 +25,7 @@ def test_published_tensor_and_parameter_counts() -> None:
     """Counted in the published files."""
     assert count(expected_shapes(PRESETS["wan-1.3b"].model)) == (825, 1_418_996_800)
     assert count(expected_shapes(PRESETS["wan-14b"].model)) == (1095, 14_288_491_584)
+    assert len(expected_shapes(PRESETS["skyreels-df-1.3b"].model)) == 825 + 5
     assert count(expected_shapes(VAEConfig())) == (194, 126_892_531)
     assert count(expected_shapes(TextConfig())) == (242, 5_680_910_336)
     assert count(expected_shapes(TinyVAEConfig())) == (64, 9_844_611)
@@ -58,7 +59,7 @@ def test_configuration_is_inferred_from_its_own_shapes(name: str) -> None:
 
 
 def test_published_head_count_needs_no_settings() -> None:
-    for name in ("wan-1.3b", "wan-14b"):
+    for name in ("wan-1.3b", "wan-14b", "skyreels-df-1.3b"):
         config = PRESETS[name]
         assert infer_config("transformer", expected_shapes(config.model)) == config.model
         assert infer_config("vae", expected_shapes(config.vae)) == config.vae
@@ -75,6 +76,16 @@ def test_settings_of_both_layouts_are_read() -> None:
         )
         == config
     )
+
+
+def test_stated_sample_information_must_be_that_of_the_tensors() -> None:
+    shapes = expected_shapes(PRESETS["skyreels-df-1.3b"].model)
+    assert infer_config("transformer", shapes, {"inject_sample_info": True}).fps_embedding
+    with pytest.raises(ValueError, match="states fps_embedding False and the tensors have True"):
+        infer_config("transformer", shapes, {"inject_sample_info": False})
+    assert shapes["fps_embedding.weight"] == (2, 1536)
+    assert shapes["fps_projection.0.weight"] == (1536, 1536) and shapes["fps_projection.0.bias"] == (1536,)
+    assert shapes["fps_projection.2.weight"] == (9216, 1536) and shapes["fps_projection.2.bias"] == (9216,)
 
 
 def test_text_settings_are_read() -> None:

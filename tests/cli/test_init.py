@@ -16,10 +16,16 @@ RUNTIME = [
     "tensorrt_directory",
 ]  # fmt: skip
 LORAS = ["lora", "allow_unmatched_lora"]
+FORCING = [
+    "num_frames", "negative_prompt", "fps", "guidance_scale", "steps", "shift", "ar_step",
+    "causal_block_size", "causal_attention", "end_image", "overlap_history", "overlap_latents",
+    "addnoise_condition",
+]  # fmt: skip
 OPTIONS = {
     "generate": [
         "prompt", "output", "prompts", "script", "seconds", "seed", "image", "video", "start_mode", "resize",
         "model", "system", "height", "width", "device", "dtype", "backend", *LORAS, *RUNTIME, "verify",
+        *FORCING,
     ],
     "serve": [
         "model", "system", "host", "port", "api_key_file", "insecure", "max_sessions", "memory_gb",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import pytest
 
 from rfengine.training import recipes
@@ -30,12 +28,6 @@ def test_wan_recipe_has_the_published_numbers():
     assert config.optimizer.betas == config.critic_optimizer.betas == (0.0, 0.999)
     assert config.rollout.max_chunks * config.engine.cache.chunk_frames == config.clip_frames == 21
     assert config.teacher_model.num_layers == 40 and config.critic_model.num_layers == 30
-
-
-def test_negative_prompt_is_the_published_one():
-    text = recipes.WAN_NEGATIVE_PROMPT
-    digest = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
-    assert len(text) == 137 and hashlib.sha256(text.encode()).hexdigest() == digest
 
 
 @pytest.mark.parametrize("recipe", [recipes.toy_teacher, recipes.toy_ode_init])

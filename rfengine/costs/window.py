@@ -1,0 +1,64 @@
+"""Memory of one video of a diffusion forcing model: weights, its latents, and the activations of a pass over
+its window, in bytes, and whether they fit."""
+
+from __future__ import annotations
+
+import torch
+
+from rfengine.config import EngineConfig
+from rfengine.costs.memory import decoder_bytes, parameter_count
+from rfengine.grid import LatentGrid
+from rfengine.memory import require_memory
+
+_LATENTS = 4  # tensors of the size of the latents: these, and three of the solver
+_ATTENTION_ROWS = 6  # of the width of the model: q, k and v, q and k rotated, what comes of them
+_WIDE = 4  # bytes of float32
+
+
+def window_needs(
+    config: EngineConfig,
+    grid: LatentGrid,
+    dtype: torch.dtype,
+    decoder_dtype: torch.dtype | None = None,
+    latent_frames: int | None = None,
+) -> dict[str, int]:
+    """Bytes that one video of `config` at `grid` needs, with weights in `dtype`, but for the VAE: its encoder
+    in float32, its decoder in decoder_dtype or else `dtype`; allocates nothing.
+
+    latent_frames: of the window; those the model was trained at where nothing is given. cross_attention: of
+    the prompt and the negative one. latents: with those of the solver. activations: of one pass at its peak.
+    total: their sum.
+    """
+    assert config.diffusion_forcing is not None
+    model, size = config.model, dtype.itemsize
+    frames = latent_frames or grid.latent_frames(config.diffusion_forcing.base_frames)
+    decoder = decoder_bytes(config, grid, dtype, decoder_dtype or dtype)
+    latent_values = model.in_dim * frames * grid.latent_height * grid.latent_width
+    needs = {
+        "transformer": parameter_count(model) * size,
+        "vae": decoder.pop("vae"),
+        "text_encoder": parameter_count(config.text) * size,
+        "cross_attention": 2 * 2 * model.num_layers * model.text_len * model.dim * size,
+        "latents": _LATENTS * latent_values * _WIDE,
+        "activations": _activation_bytes(config, grid, frames, size),
+        **decoder,
+    }
+    return needs | {"total": sum(needs.values())}
+
+
+def require_window_fits(
+    config: EngineConfig, grid: LatentGrid, latent_frames: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raises RuntimeError where the activations of a pass over `latent_frames` cannot fit on the device."""
+    size = _activation_bytes(config, grid, latent_frames, dtype.itemsize)
+    what = f"a pass over {latent_frames} latent frames of {grid.height} x {grid.width} pixels"
+    require_memory(size, device, what, "choose a smaller height and width, or fewer frames")
+
+
+def _activation_bytes(config: EngineConfig, grid: LatentGrid, frames: int, size: int) -> int:
+    """The residual stream and its norm, the larger one of attention and feed-forward part, and the
+    modulation, which has a row for each latent frame and none for each token."""
+    model = config.model
+    widest = max(_ATTENTION_ROWS * model.dim, model.ffn_dim + model.dim)
+    tokens = frames * grid.frame_tokens
+    return tokens * (2 * model.dim + widest) * size + model.num_layers * frames * 6 * model.dim * _WIDE

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from rfengine.config import PRESETS
+from rfengine.costs.memory import memory_needs
+from rfengine.costs.shapes import Shapes
+from rfengine.costs.window import require_window_fits, window_needs
+from rfengine.grid import LatentGrid
+
+PRESET = PRESETS["skyreels-df-1.3b"]
+GRID = LatentGrid.of(PRESET)
+
+
+def test_memory_of_the_preset_is_weights_latents_and_one_pass() -> None:
+    needs = window_needs(PRESET, GRID, torch.bfloat16)
+    parameters = 1_418_996_800 + 2 * 1536 + 1536 * 1537 + 9216 * 1537
+    assert needs["transformer"] == 2 * parameters
+    assert 2 * 126_892_531 < needs["vae"] < 4 * 126_892_531  # it encodes in float32
+    assert needs["latents"] == 4 * 4 * 16 * 25 * 68 * 120
+    assert needs["cross_attention"] == 2 * 2 * 30 * 512 * 1536 * 2
+    tokens = 25 * 2040
+    # a row of modulation for each latent frame, in float32; one for each token would be 1.9 GB
+    modulation = 30 * 25 * 6 * 1536 * 4
+    assert needs["activations"] == tokens * (2 * 1536 + 8960 + 1536) * 2 + modulation
+    assert needs["total"] == sum(needs.values()) - needs["total"] and "keys_values" not in needs
+
+
+def test_a_shorter_window_needs_less_and_float32_one_vae() -> None:
+    whole, short = (window_needs(PRESET, GRID, torch.float32, latent_frames=frames) for frames in (None, 5))
+    assert short["latents"] * 5 == whole["latents"] and short["activations"] < whole["activations"]
+    assert whole["vae"] == 4 * 126_892_531
+
+
+def test_a_pass_that_does_not_fit_is_refused() -> None:
+    large = LatentGrid.of(PRESET, 8192, 8192)
+    with pytest.raises(RuntimeError, match="a pass over 400 latent frames of 8192 x 8192 pixels needs"):
+        require_window_fits(PRESET, large, 400, torch.float32, torch.device("cpu"))
+    require_window_fits(PRESET, LatentGrid.of(PRESET, 16, 16), 1, torch.float32, torch.device("cpu"))
+
+
+def test_costs_of_a_chunk_are_refused() -> None:
+    for reckon in (Shapes, lambda config: memory_needs(config, GRID, torch.bfloat16)):
+        with pytest.raises(ValueError, match="skyreels-df-1.3b is a diffusion forcing model"):
+            reckon(PRESET)
+    with pytest.raises(ValueError, match="streams none"):
+        dataclasses.replace(Shapes(), config=PRESET)
