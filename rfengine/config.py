@@ -14,7 +14,6 @@ from rfengine.diffusion_forcing_config import DiffusionForcingConfig, check_diff
 from rfengine.limits import DeviceName, Entries, Range, Text, check_fields, shown
 
 BYTE_TOKENS = 256 + 3  # one for each byte, above those for padding, end and unknown
-FPS_ROWS = 2  # of fps_embedding
 
 Positions = Literal["relative", "absolute"]
 SinkKind = Literal["ema", "frozen", "none"]
@@ -389,8 +388,7 @@ class EngineConfig:
     backend: Backend = "auto"
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tiny_vae: TinyVAEConfig = field(default_factory=TinyVAEConfig)
-    # of a diffusion forcing model, which makes whole videos in many steps; None for a model that streams
-    diffusion_forcing: DiffusionForcingConfig | None = None
+    diffusion_forcing: DiffusionForcingConfig | None = None  # of such a model alone, which streams nothing
 
     def __post_init__(self) -> None:
         check_fields(self)

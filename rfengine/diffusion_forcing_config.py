@@ -8,6 +8,8 @@ from typing import Annotated
 from rfengine.limits import Range, Text, check_fields
 from rfengine.prompts import WAN_NEGATIVE_PROMPT
 
+FPS_ROWS = 2  # of the table of frame rates (WanConfig.fps_embedding)
+
 
 @dataclass(frozen=True, slots=True)
 class DiffusionForcingConfig:

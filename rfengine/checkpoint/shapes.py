@@ -10,7 +10,8 @@ from typing import Any
 
 from rfengine.checkpoint.layouts import Part, list_names
 from rfengine.checkpoint.tensor_file import StoredTensor
-from rfengine.config import FPS_ROWS, EngineConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig, Width
+from rfengine.config import EngineConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig, Width
+from rfengine.diffusion_forcing_config import FPS_ROWS
 from rfengine.limits import check_value, field_hints
 
 Shape = tuple[int, ...]

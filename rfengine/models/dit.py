@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from rfengine.cache.kv_cache import LayerCache, StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
-from rfengine.config import FPS_ROWS, WanConfig
+from rfengine.config import WanConfig
+from rfengine.diffusion_forcing_config import FPS_ROWS
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
 
