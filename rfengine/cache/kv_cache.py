@@ -105,6 +105,8 @@ class StreamingKVCache:
         self._filled: dict[int, Tensor] = {}
         self._written: dict[int, tuple[Tensor, Tensor]] = {}
         self._reads: tuple[Read, ...] = ()
+        self._view: tuple[int, ...] = ()  # what the layers' views depend on
+        self._layers: dict[tuple[int, bool], LayerCache] = {}
         self.write_slots, self.query_rotation = self._written_to(config.chunk_frames)
         self._stand_before(0, 0, [EMPTY] * config.window_frames, 0)
 
@@ -188,12 +190,8 @@ class StreamingKVCache:
             self.next_chunk, self.next_frame, frames, slots, False, (), start, filled + frames,
             tuple(range(first, first + frames)),
         )  # fmt: skip
-        parts = [size * (number + 1) for number in range(count)] if causal else [frames]
-        lengths = [part - before for part, before in zip(parts, [0, *parts], strict=False)]
-        self._reads = tuple(
-            self._read(length, filled + part) for length, part in zip(lengths, parts, strict=True)
-        )
-        self.write_slots, self.query_rotation = self._written_to(frames)
+        parts = range(size, frames + 1, size) if causal else (frames,)
+        self._look(plan, tuple(filled + part for part in parts))
         self.write_slots.copy_(self._row(slots))
         if self._place_rotation is None:
             self.query_rotation.copy_(self._rotation_of(plan.times))
@@ -204,11 +202,23 @@ class StreamingKVCache:
     def show(self, plan: CachePlan) -> None:
         """Bring what the device reads, the fill, the slots and the rotations, to the view of `plan`; keys
         stay as they are, and so do slots that the device chooses."""
-        self._reads = (self._read(plan.frames, plan.filled),)
-        self.write_slots, self.query_rotation = self._written_to(plan.frames)
+        self._look(plan, (plan.filled,))
         if len(plan.slots) == plan.frames:
             self._show_times(plan.start, plan.times)
             self._show_slots(self._row(plan.slots))
+
+    def _look(self, plan: CachePlan, seen: tuple[int, ...]) -> None:
+        """The layers' views become those of `plan`, whose frames, in equal parts, see the first `seen`
+        slots."""
+        if self._view == (view := (plan.start, plan.frames, *seen)):
+            return
+        self._view, tokens = view, self.grid.frame_tokens
+        self._reads = tuple(
+            Read(plan.frames // len(seen) * tokens, slots * tokens, self._filled_tokens(slots))
+            for slots in seen
+        )
+        self.write_slots, self.query_rotation = self._written_to(plan.frames)
+        self._layers = {}
 
     def _show_slots(self, slots: Tensor) -> None:
         self.write_slots.copy_(slots)
@@ -247,13 +257,11 @@ class StreamingKVCache:
             self.device_held.copy_(self._row(tuple(self.held)))
         return self.device_held
 
-    def _read(self, frames: int, filled: int) -> Read:
-        tokens = self.grid.frame_tokens
-        if filled not in self._filled:
-            self._filled[filled] = torch.full(
-                (1,), filled * tokens, dtype=torch.int32, device=self.keys.device
-            )
-        return Read(frames * tokens, filled * tokens, self._filled[filled])
+    def _filled_tokens(self, slots: int) -> Tensor:
+        if slots not in self._filled:
+            tokens = slots * self.grid.frame_tokens
+            self._filled[slots] = torch.full((1,), tokens, dtype=torch.int32, device=self.keys.device)
+        return self._filled[slots]
 
     def _row(self, numbers: tuple[int, ...]) -> Tensor:
         """The integers on the device, copied there once: a stream has few different rows."""
@@ -282,11 +290,13 @@ class StreamingKVCache:
 
     def layer(self, index: int, plan: CachePlan, keep_raw: bool) -> LayerCache:
         """The views of one layer for the planned chunk; keep_raw adds the arena of the raw keys."""
-        keys, values, start = self.keys[index], self.values[index], plan.start * self.grid.frame_tokens
-        raw = self.raw_keys[index] if keep_raw and self.raw_keys is not None else None
-        return LayerCache(
-            keys[:, start:], values[:, start:], self._reads, keys, values, raw, self.write_slots
-        )
+        if (index, keep_raw) not in self._layers:
+            keys, values, start = self.keys[index], self.values[index], plan.start * self.grid.frame_tokens
+            raw = self.raw_keys[index] if keep_raw and self.raw_keys is not None else None
+            self._layers[index, keep_raw] = LayerCache(
+                keys[:, start:], values[:, start:], self._reads, keys, values, raw, self.write_slots
+            )
+        return self._layers[index, keep_raw]
 
     def chronological(self, arena: Tensor) -> Tensor:
         """The valid tokens of an arena [L, B, S, H, E] in the order sink, memory, oldest to newest; a

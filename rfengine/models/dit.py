@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfengine.cache.kv_cache import LayerCache, StreamingKVCache
+from rfengine.cache.kv_cache import LayerCache, Read, StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
 from rfengine.config import WanConfig
 from rfengine.diffusion_forcing_config import FPS_ROWS
@@ -125,12 +125,14 @@ class SelfAttention(Projections):
             self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
             cache.own_keys, cache.own_values, cache.own_raw_keys, cache.slots,
         )  # fmt: skip
-        parts = q.split([read.tokens for read in cache.reads], dim=1) if len(cache.reads) > 1 else (q,)
-        seen = [
-            self.ops.sink_window_attention(part, cache.keys, cache.values, read.kv_len, read.filled_tokens)
-            for part, read in zip(parts, cache.reads, strict=True)
-        ]
-        return (seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)).flatten(2)
+        if len(cache.reads) == 1:
+            return self._attend(q, cache, cache.reads[0]).flatten(2)
+        parts = q.split([read.tokens for read in cache.reads], dim=1)
+        seen = [self._attend(part, cache, read) for part, read in zip(parts, cache.reads, strict=True)]
+        return torch.cat(seen, dim=1).flatten(2)
+
+    def _attend(self, q: Tensor, cache: LayerCache, read: Read) -> Tensor:
+        return self.ops.sink_window_attention(q, cache.keys, cache.values, read.kv_len, read.filled_tokens)
 
     def over_clip(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """Attend among all tokens of x [B, T, D] where mask [T, T] allows it."""

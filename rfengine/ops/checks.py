@@ -6,38 +6,49 @@ is not repeated here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: bool, message: Callable[[], str]) -> None:
+    """message: made only where it is needed; every call of an op passes here."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def _same(name: str, x: Tensor, other_name: str, y: Tensor) -> None:
     require(
         x.shape == y.shape,
-        f"{name} is {tuple(x.shape)} but {other_name} is {tuple(y.shape)}; they must be equal",
+        lambda: f"{name} is {tuple(x.shape)} but {other_name} is {tuple(y.shape)}; they must be equal",
     )
 
 
 def _modulation(x: Tensor, *tables: Tensor | None) -> None:
-    require(x.ndim == 3, f"x is {tuple(x.shape)}; it must be [B, T, D]")
+    require(x.ndim == 3, lambda: f"x is {tuple(x.shape)}; it must be [B, T, D]")
     for table in tables:
-        if table is None:
-            continue
-        fits = table.ndim == 3 and table.shape[0] in (1, x.shape[0]) and table.shape[2] == x.shape[2]
-        require(
-            fits and x.shape[1] % table.shape[1] == 0,
+        if table is not None:
+            _modulates(x, table)
+
+
+def _modulates(x: Tensor, table: Tensor) -> None:
+    fits = table.ndim == 3 and table.shape[0] in (1, x.shape[0]) and table.shape[2] == x.shape[2]
+    require(
+        fits and x.shape[1] % table.shape[1] == 0,
+        lambda: (
             f"a modulation of {tuple(table.shape)} does not fit x of {tuple(x.shape)}; "
-            "it must be [B or 1, F or 1, D]",
-        )
+            "it must be [B or 1, F or 1, D]"
+        ),
+    )
 
 
 def _rotation(rotation: Tensor, tokens: int, head_dim: int) -> None:
     expected = (2, tokens, head_dim // 2)
-    require(tuple(rotation.shape) == expected, f"rotation is {tuple(rotation.shape)}; it must be {expected}")
+    require(
+        tuple(rotation.shape) == expected,
+        lambda: f"rotation is {tuple(rotation.shape)}; it must be {expected}",
+    )
 
 
 def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> None:
@@ -60,15 +71,17 @@ def gated_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tenso
     _modulation(x, gate)
     require(
         x.shape == (*y.shape[:2], weight.shape[0]),
-        f"x is {tuple(x.shape)} for y of {tuple(y.shape)} and a weight of {tuple(weight.shape)}; "
-        "it must be [B, T, N]",
+        lambda: (
+            f"x is {tuple(x.shape)} for y of {tuple(y.shape)} and a weight of {tuple(weight.shape)}; "
+            "it must be [B, T, N]"
+        ),
     )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     require(
         weight.shape == x.shape[-1:],
-        f"weight is {tuple(weight.shape)} for x of {tuple(x.shape)}; it must cover the last axis",
+        lambda: f"weight is {tuple(weight.shape)} for x of {tuple(x.shape)}; it must cover the last axis",
     )
 
 
@@ -87,22 +100,27 @@ def qk_norm_rope_write(
     frames = slots.shape[0] if slots.ndim == 1 else 0
     require(
         slots.dtype == torch.int64 and frames > 0 and tokens % frames == 0,
-        f"slots are {tuple(slots.shape)} in {slots.dtype} for a chunk of {tuple(q.shape)}; "
-        "they must be int64 [F], one for each of its frames",
+        lambda: (
+            f"slots are {tuple(slots.shape)} in {slots.dtype} for a chunk of {tuple(q.shape)}; "
+            "they must be int64 [F], one for each of its frames"
+        ),
     )
     frame_tokens = tokens // frames
     require(
         keys.shape == values.shape and (keys.shape[0], keys.shape[2] * keys.shape[3]) == (batch, dim)
         and tokens <= keys.shape[1] and keys.shape[1] % frame_tokens == 0,
-        f"the arena is {tuple(keys.shape)} for a chunk of {tuple(q.shape)}; it must be [B, S, H, E] of whole "
-        f"frames of {frame_tokens} tokens, and hold the chunk",
+        lambda: f"the arena is {tuple(keys.shape)} for a chunk of {tuple(q.shape)}; it must be [B, S, H, E] "
+        f"of whole frames of {frame_tokens} tokens, and hold the chunk",
     )  # fmt: skip
     _rotation(rotation, tokens, keys.shape[3])
 
 
 def sink_window_attention(q: Tensor, keys: Tensor, values: Tensor, kv_len: int, *_: object) -> None:
     _same("keys", keys, "values", values)
-    require(0 < kv_len <= keys.shape[1], f"kv_len is {kv_len}; the arena holds 1 to {keys.shape[1]} tokens")
+    require(
+        0 < kv_len <= keys.shape[1],
+        lambda: f"kv_len is {kv_len}; the arena holds 1 to {keys.shape[1]} tokens",
+    )
 
 
 def clip_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -131,7 +149,7 @@ def evict_and_rephase(
     last = raw.shape[2] - sink_tokens
     require(
         0 < sink_tokens <= leaving <= last,
-        f"the chunk that leaves starts at token {leaving}; it lies from {sink_tokens} to {last}",
+        lambda: f"the chunk that leaves starts at token {leaving}; it lies from {sink_tokens} to {last}",
     )
 
 
@@ -142,13 +160,18 @@ def flow_step(
         _same("x", x, "noise", noise)
     require(
         (noise is None) == (next_sigmas is None),
-        "noise and next_sigmas are given one without the other; give both or neither",
+        lambda: "noise and next_sigmas are given one without the other; give both or neither",
     )
-    for name, levels in (("sigmas", sigmas), ("next_sigmas", next_sigmas)):
-        require(
-            levels is None or (levels.dtype == torch.float64 and levels.shape in ((1,), (x.shape[2],))),
-            f"{name} do not fit x of {tuple(x.shape)}; they must be float64 [F] or [1]",
-        )
+    _levels("sigmas", sigmas, x)
+    if next_sigmas is not None:
+        _levels("next_sigmas", next_sigmas, x)
+
+
+def _levels(name: str, levels: Tensor, x: Tensor) -> None:
+    require(
+        levels.dtype == torch.float64 and levels.shape in ((1,), (x.shape[2],)),
+        lambda: f"{name} do not fit x of {tuple(x.shape)}; they must be float64 [F] or [1]",
+    )
 
 
 def channel_norm_silu(
@@ -158,12 +181,17 @@ def channel_norm_silu(
     _same("x", x, "out", out)
     if residual is not None:
         _same("x", x, "the residual", residual)
-    for name, vector in (("bias", bias), ("gamma", gamma)):
-        require(
-            vector is None or vector.shape == x.shape[-1:],
-            f"{name} does not fit x of {tuple(x.shape)}; it must have one value for each channel",
-        )
-    require(out_scale > 0, f"out_scale is {out_scale}; it must be positive")
+    _per_channel("gamma", gamma, x)
+    if bias is not None:
+        _per_channel("bias", bias, x)
+    require(out_scale > 0, lambda: f"out_scale is {out_scale}; it must be positive")
+
+
+def _per_channel(name: str, vector: Tensor, x: Tensor) -> None:
+    require(
+        vector.shape == x.shape[-1:],
+        lambda: f"{name} does not fit x of {tuple(x.shape)}; it must have one value for each channel",
+    )
 
 
 def _convolution(x: Tensor, weight: Tensor) -> None:
@@ -173,8 +201,10 @@ def _convolution(x: Tensor, weight: Tensor) -> None:
         and weight.shape[1] == x.shape[3]
         and x.shape[0] >= weight.shape[2]
         and all(size % 2 for size in weight.shape[2:]),
-        f"a weight of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}; "
-        "it must be [Cout, Cin, kt, kh, kw] of odd sizes for x [T + kt - 1, H, W, Cin]",
+        lambda: (
+            f"a weight of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}; "
+            "it must be [Cout, Cin, kt, kh, kw] of odd sizes for x [T + kt - 1, H, W, Cin]"
+        ),
     )
 
 
@@ -183,7 +213,7 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | 
     expected = (x.shape[0] - weight.shape[2] + 1, *x.shape[1:3], weight.shape[0])
     require(
         out is None or tuple(out.shape) == expected,
-        f"out does not fit x of {tuple(x.shape)} under {tuple(weight.shape)}; it must be {expected}",
+        lambda: f"out does not fit x of {tuple(x.shape)} under {tuple(weight.shape)}; it must be {expected}",
     )
 
 
@@ -193,11 +223,13 @@ def causal_conv3d_fp8(
     causal_conv3d(x, weight, bias, out)
     require(
         x.dtype == weight.dtype == torch.float8_e4m3fn,
-        f"x is {x.dtype} and the weight {weight.dtype}; both must be torch.float8_e4m3fn",
+        lambda: f"x is {x.dtype} and the weight {weight.dtype}; both must be torch.float8_e4m3fn",
     )
     require(
         tuple(scale.shape) == (weight.shape[0],),
-        f"scale is {tuple(scale.shape)}; it must have one value for each of {weight.shape[0]} channels",
+        lambda: (
+            f"scale is {tuple(scale.shape)}; it must have one value for each of {weight.shape[0]} channels"
+        ),
     )
 
 
@@ -205,22 +237,24 @@ def phase_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     shape = tuple(weight.shape)
     require(
         x.ndim == 4 and len(shape) == 6 and (*shape[:2], *shape[3:]) == (2, 2, x.shape[3], 2, 2),
-        f"a phase weight of {shape} does not fit x of {tuple(x.shape)}; "
-        "it must be [2, 2, Cout, Cin, 2, 2] for x [T, H, W, Cin]",
+        lambda: (
+            f"a phase weight of {shape} does not fit x of {tuple(x.shape)}; "
+            "it must be [2, 2, Cout, Cin, 2, 2] for x [T, H, W, Cin]"
+        ),
     )
 
 
 def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     _same("q", q, "k", k)
     _same("k", k, "v", v)
-    require(q.ndim == 3, f"q is {tuple(q.shape)}; it must be [frames, positions, channels]")
+    require(q.ndim == 3, lambda: f"q is {tuple(q.shape)}; it must be [frames, positions, channels]")
 
 
 def conv_frame_pack(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _convolution(x, weight)
-    require(weight.shape[0] == 3, f"the weight gives {weight.shape[0]} channels; a frame has 3")
+    require(weight.shape[0] == 3, lambda: f"the weight gives {weight.shape[0]} channels; a frame has 3")
 
 
 def frame_pack(pixels: Tensor) -> None:
     fits = pixels.ndim == 4 and pixels.shape[0] == 3
-    require(fits, f"pixels are {tuple(pixels.shape)}; they must be [3, T, H, W]")
+    require(fits, lambda: f"pixels are {tuple(pixels.shape)}; they must be [3, T, H, W]")

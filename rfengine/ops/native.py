@@ -202,13 +202,15 @@ def evict_and_rephase(
         _check_alike("raw", raw, name, arena)
     require(
         0 < sink_tokens <= leaving <= tokens - sink_tokens,
-        f"the chunk that leaves starts at token {leaving}; it lies from {sink_tokens} to "
-        f"{tokens - sink_tokens}",
+        lambda: (
+            f"the chunk that leaves starts at token {leaving}; it lies from {sink_tokens} to "
+            f"{tokens - sink_tokens}"
+        ),
     )
     expected = (2, tokens, head_dim // 2)
     require(
         rotation.shape == expected and rotation.dtype == torch.float32 and rotation.is_contiguous(),
-        f"rotation is {_layout(rotation)}; it must be contiguous float32 {expected}",
+        lambda: f"rotation is {_layout(rotation)}; it must be contiguous float32 {expected}",
     )
     low_strides = (0, 0)
     if low_keys is not None and low_values is not None:
@@ -216,11 +218,11 @@ def evict_and_rephase(
         expected = (layers, batch, sink_tokens, heads, head_dim)
         require(
             _arena("low_keys", low_keys) == expected and low_keys.dtype == raw.dtype,
-            f"low_keys is {_layout(low_keys)}; it must be {raw.dtype} {expected}",
+            lambda: f"low_keys is {_layout(low_keys)}; it must be {raw.dtype} {expected}",
         )
         low_strides = low_keys.stride()[:2]
     else:
-        require(low_keys is low_values, "low_keys and low_values must both be given, or both be None")
+        require(low_keys is low_values, lambda: "low_keys and low_values must both be given, or both be None")
     tensors = (raw, rotated, values, low_keys, low_values, rotation)
     _check_addresses(driver, tensors)
     sizes = (layers, batch, tokens, heads, head_dim, sink_tokens, leaving)
@@ -259,27 +261,32 @@ def _layout(tensor: Tensor) -> str:
 
 def _check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     alike = (tensor.shape, tensor.dtype, tensor.stride()) == (other.shape, other.dtype, other.stride())
-    require(alike, f"{other_name} is {_layout(other)} and {name} {_layout(tensor)}; they must be alike")
+    require(
+        alike, lambda: f"{other_name} is {_layout(other)} and {name} {_layout(tensor)}; they must be alike"
+    )
 
 
 def _suffix(tensor: Tensor) -> str:
     require(
         tensor.dtype in _SUFFIXES,
-        f"the native kernels serve bfloat16, float16 and float32, not {tensor.dtype}",
+        lambda: f"the native kernels serve bfloat16, float16 and float32, not {tensor.dtype}",
     )
     return _SUFFIXES[tensor.dtype]
 
 
 def _arena(name: str, arena: Tensor) -> torch.Size:
-    require(arena.ndim == 5, f"{name} is {tuple(arena.shape)}; it must be [L, B, S, H, E]")
+    require(arena.ndim == 5, lambda: f"{name} is {tuple(arena.shape)}; it must be [L, B, S, H, E]")
     heads, head_dim = arena.shape[3:]
     dense = arena.stride()[2:] == (heads * head_dim, head_dim, 1)
-    require(dense, f"{name} is {_layout(arena)}; its last three axes must be contiguous")
+    require(dense, lambda: f"{name} is {_layout(arena)}; its last three axes must be contiguous")
     lanes = VECTOR_BYTES // arena.element_size()
     whole = head_dim % lanes == 0 and all(stride % lanes == 0 for stride in arena.stride()[:2])
     require(
         whole,
-        f"{name} is {_layout(arena)}; head dim and strides must be multiples of {lanes} for 16-byte accesses",
+        lambda: (
+            f"{name} is {_layout(arena)}; head dim and strides must be multiples of {lanes}, for 16-byte "
+            "accesses"
+        ),
     )
     return arena.shape
 
