@@ -34,6 +34,26 @@ def command_forks() -> Iterator[CommandForks]:
         yield forks
 
 
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bytes]:
+    """Calling it gives the pixels that were written since the last call. The encoder's bytes may differ from
+    run to run: the sums of its frame tree depend on where memory lies."""
+    pieces, write = [], VideoWriter.write
+
+    def watched(self: VideoWriter, frames: numpy.ndarray) -> None:
+        pieces.append(frames.tobytes())
+        write(self, frames)
+
+    def taken() -> bytes:
+        found = b"".join(pieces)
+        pieces.clear()
+        assert found
+        return found
+
+    monkeypatch.setattr(VideoWriter, "write", watched)
+    return taken
+
+
 def test_generate_writes_the_length_asked_for(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,12 +68,14 @@ def test_generate_writes_the_length_asked_for(
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.mp4"]
 
 
-def test_same_seed_gives_the_same_file_and_another_seed_another(model: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_frames_and_another_seed_others(
+    model: Path, tmp_path: Path, written: Callable[[], bytes]
+) -> None:
     def run(name: str, seed: int) -> bytes:
         path = tmp_path / name
         arguments = ["--seconds", "0.5", "--seed", str(seed), "--model", str(model), "-o", str(path)]
         assert cli.main(["generate", "a circle", *arguments]) == 0
-        return path.read_bytes()
+        return written()
 
     first = run("a.mp4", 1)
     assert run("b.mp4", 1) == first and run("c.mp4", 2) != first
@@ -80,7 +102,7 @@ def test_size_and_dtype_are_those_asked_for(
 
 
 def test_runtime_options_reach_the_pipeline(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: Callable[[], bytes]
 ) -> None:
     load, runtimes = Pipeline.from_pretrained, []
 
@@ -91,13 +113,14 @@ def test_runtime_options_reach_the_pipeline(
     monkeypatch.setattr(Pipeline, "from_pretrained", watched)
     base = ["generate", "a circle", "--model", str(model), "--seconds", "0.6", "--device", "cpu"]
     assert cli.main([*base, "-o", str(tmp_path / "a.mp4")]) == 0
+    plain = written()
     options = ["--no-graphs", "--overlap", "--no-autotune", "--decode-device", "cpu", "--vae", "full"]
     assert cli.main([*base, "-o", str(tmp_path / "b.mp4"), *options]) == 0
     assert runtimes == [
         RuntimeConfig(),
         RuntimeConfig(graphs=False, overlap=True, autotune=False, decode_device="cpu"),
     ]
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    assert written() == plain
 
 
 def test_verification_refuses_a_changed_checkpoint_before_anything_is_made(
@@ -333,16 +356,17 @@ def test_script_gives_one_video_with_a_chapter_for_each_scene(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["story.mp4", "story.txt"]
 
 
-def test_script_of_one_scene_is_the_video_of_its_prompt(model: Path, tmp_path: Path) -> None:
+def test_script_of_one_scene_is_the_video_of_its_prompt(
+    model: Path, tmp_path: Path, written: Callable[[], bytes]
+) -> None:
     (tmp_path / "one.txt").write_text("1.2 start a circle")
     common = ["--model", str(model), "--seed", "5"]
     script = ["--script", str(tmp_path / "one.txt"), "-o", str(tmp_path / "a.mp4")]
     assert cli.main(["generate", *script, *common]) == 0
+    scene = written()
     plain = ["a circle", "--seconds", "1.2", "-o", str(tmp_path / "b.mp4")]
     assert cli.main(["generate", *plain, *common]) == 0
-    with av.open(str(tmp_path / "a.mp4")) as one, av.open(str(tmp_path / "b.mp4")) as other:
-        packets = [[bytes(each) for each in file.demux(video=0)] for file in (one, other)]
-    assert packets[0] == packets[1]
+    assert written() == scene
     assert chapters(tmp_path / "a.mp4") == [(0, 19, "a circle")] and chapters(tmp_path / "b.mp4") == []
 
 
@@ -539,7 +563,7 @@ def test_interrupted_process_exits_with_130_and_its_file_plays(
 
 
 def test_loras_are_merged_at_their_scales_and_a_wrong_one_is_one_sentence(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], written: Callable[[], bytes]
 ) -> None:
     one, other = (write_lora(tmp_path / f"{seed}:30", pairs(SMALL, seed=seed)) for seed in range(2))
     path, merged = tmp_path / "a.mp4", tmp_path / "merged"
@@ -548,7 +572,7 @@ def test_loras_are_merged_at_their_scales_and_a_wrong_one_is_one_sentence(
 
     def made(*arguments: str) -> bytes:
         assert cli.main([*request, *arguments]) == 0
-        return path.read_bytes()
+        return written()
 
     found = made(str(model), *loras)
     assert cli.main(["convert", str(model), str(merged), "--dtype", "float32", *loras]) == 0
