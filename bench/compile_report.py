@@ -35,8 +35,8 @@ from bench.absent_gpu import ARCHITECTURES, KILO, Architecture, ArchitectureName
 from bench.kernel_cases import KernelCase, chosen_cases
 from bench.kernel_inputs import Draw
 from rfengine.cli.process import run_script
-from rfengine.config import PRESETS
 from rfengine.costs.shapes import Shapes
+from rfengine.presets import PRESETS
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

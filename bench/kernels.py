@@ -30,10 +30,10 @@ from rfengine.accuracy import wrong_result
 from rfengine.benchmark.attention_libraries import libraries
 from rfengine.benchmark.conditions import device_name, state, versions
 from rfengine.cli.process import run_script
-from rfengine.config import PRESETS
 from rfengine.costs.shapes import Shapes
 from rfengine.files import write_text
 from rfengine.ops import native
+from rfengine.presets import PRESETS
 from rfengine.tuning.timing import capture_calls, count_cold_sets
 
 RUNS, LEAST_RUNS = 60, 3

@@ -21,11 +21,11 @@ if __name__ == "__main__":  # a checkout that need not be installed
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.process import run_script
-from rfengine.config import PRESETS
 from rfengine.costs.chunk import GROUPS, PRODUCTS, ChunkWork, Part, Precision, prompt_parts
 from rfengine.costs.rates import GPU, GPUS, GPUName, arithmetic_ms, floor_ms, memory_ms
 from rfengine.costs.shapes import Shapes
 from rfengine.grid import LatentGrid
+from rfengine.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ from rfengine.benchmark.timing import synchronize
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.process import run_script
 from rfengine.cli.terminal import find_device
-from rfengine.config import PRESETS, Backend, DTypeName
+from rfengine.config import Backend, DTypeName
 from rfengine.costs.chunk import Part
 from rfengine.costs.rates import GPU, floor_ms, rates_of
 from rfengine.costs.vae import decode_work
@@ -56,6 +56,7 @@ from rfengine.grid import LatentGrid
 from rfengine.limits import Range, check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import Upsample
+from rfengine.presets import PRESETS
 from rfengine.runtime.decoder_precision import drawn_clip
 from rfengine.runtime.decoders import FP8_CAPABILITY, FP8_TIER
 

@@ -23,13 +23,14 @@ from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.lora import Lora, load_loras
 from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
 from rfengine.checkpoint.shapes import expected_shapes
-from rfengine.config import PRESETS, DTypeName, RuntimeConfig
+from rfengine.config import DTypeName, RuntimeConfig
 from rfengine.costs.memory import lora_bytes, memory_needs
 from rfengine.costs.window import window_needs
 from rfengine.grid import LatentGrid
 from rfengine.memory import free_memory
 from rfengine.ops import choose_ops
 from rfengine.ops.backends import backend_reasons
+from rfengine.presets import PRESETS
 from rfengine.runtime.decoder_precision import plan_precision
 from rfengine.runtime.decoders import TIERS, absences
 from rfengine.runtime.options import runtime_switches

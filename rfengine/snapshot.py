@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.cache.sink_policy import CachePosition
+from rfengine.cache.position import CachePosition
 from rfengine.checkpoint.layouts import list_names
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.config_json import from_dict

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from rfengine.config import (
-    PRESETS,
     CacheConfig,
     RuntimeConfig,
     ScheduleConfig,
@@ -15,6 +14,7 @@ from rfengine.config import (
     WanConfig,
 )
 from rfengine.diffusion_forcing_config import DiffusionForcingConfig
+from rfengine.presets import PRESETS
 
 SMALL = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 1}
 

@@ -5,15 +5,10 @@ import re
 
 import pytest
 
-from rfengine.config import (
-    PRESETS,
-    CacheConfig,
-    EngineConfig,
-    ScheduleConfig,
-    WanConfig,
-)
+from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, WanConfig
 from rfengine.config_json import from_dict, to_dict
 from rfengine.diffusion_forcing_config import DiffusionForcingConfig
+from rfengine.presets import PRESETS
 
 SMALL = {"dim": 24, "ffn_dim": 48, "num_heads": 2, "num_layers": 1}
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
+from rfengine.presets import PRESETS
 
 WAN = PRESETS["wan-1.3b"]
 

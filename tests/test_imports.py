@@ -24,7 +24,7 @@ LAYERS = [
         "accuracy", "config", "config_json", "cuda_graph", "diffusion_forcing_config", "host_state", "memory",
         "nvtx_ranges", "prompt_blend", "prompts", "rotary", "video",
     },
-    {"grid", "older_snapshot", "schedule"},
+    {"grid", "older_snapshot", "presets", "schedule"},
     {"kernels"},
     {"ops"},
     {"cache"},

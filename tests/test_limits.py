@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 
-from rfengine.config import PRESETS, EngineConfig
+from rfengine.config import EngineConfig
 from rfengine.config_json import from_dict, to_dict
 from rfengine.limits import (
     DeviceName,
@@ -21,6 +21,7 @@ from rfengine.limits import (
     check_options,
     shown,
 )
+from rfengine.presets import PRESETS
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from rfengine.checkpoint.checkpoint import Checkpoint, write_config
 from rfengine.checkpoint.directories import CONFIG_FILE
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import save_weights
-from rfengine.config import PRESETS, EngineConfig, TinyVAEConfig, VAEConfig
+from rfengine.config import EngineConfig, TinyVAEConfig, VAEConfig
 from rfengine.limits import check_fields
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, Ops
+from rfengine.presets import PRESETS
 from rfengine.toy.captions import caption, known_words
 from rfengine.toy.world import Scene, as_clips
 from rfengine.training.build import load_transformer, load_vae, text_states_of

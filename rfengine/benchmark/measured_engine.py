@@ -9,11 +9,11 @@ from torch import nn
 
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.checkpoint.checkpoint import Checkpoint, GivenTextStates
-from rfengine.config import PRESETS
 from rfengine.costs.shapes import Shapes
 from rfengine.grid import LatentGrid
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.pipeline import Pipeline
+from rfengine.presets import PRESETS
 from rfengine.stream import VideoStream
 
 PROMPT = "a red circle moves right"

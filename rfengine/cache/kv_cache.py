@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.eviction import Evictor, least_similar
-from rfengine.cache.sink_policy import (
-    EMPTY,
-    CachePlan,
-    CachePosition,
-    frames_after,
-    plan_frames,
-    rewrite_plans,
-    time_indices,
-)
+from rfengine.cache.position import CachePosition, rewrite_plans
+from rfengine.cache.sink_policy import EMPTY, CachePlan, frames_after, plan_frames, time_indices
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops

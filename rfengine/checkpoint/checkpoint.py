@@ -34,7 +34,7 @@ from rfengine.checkpoint.shapes import (
 )
 from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.checkpoint.text_states import TextStateFiles
-from rfengine.config import PRESETS, EngineConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig
+from rfengine.config import EngineConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.config_json import from_dict, to_dict
 from rfengine.files import write_text
 from rfengine.grid import LatentGrid
@@ -46,6 +46,7 @@ from rfengine.models.text_encoder import (
     Tokenizer,
     build_umt5,
 )
+from rfengine.presets import PRESETS
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from rfengine.config import PRESETS, EngineConfig
+from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
+from rfengine.presets import PRESETS
 
 
 def require_stream(config: EngineConfig) -> None:

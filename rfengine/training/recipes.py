@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from rfengine.config import PRESETS, EngineConfig
+from rfengine.config import EngineConfig
+from rfengine.presets import PRESETS
 from rfengine.prompts import WAN_NEGATIVE_PROMPT
 from rfengine.training.config import AdamConfig, DistillationConfig, RolloutConfig, TrainConfig
 

@@ -35,7 +35,8 @@ from pathlib import Path
 import torch
 from bench import compile_ahead
 from bench.compile_report import Options, run
-from rfengine.config import PRESETS, ScheduleConfig, VAEConfig
+from rfengine.config import (ScheduleConfig, VAEConfig)
+from rfengine.presets import PRESETS
 warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION", UserWarning)
 cache, *cases = sys.argv[1:]
 assert run(Options(arch=("sm_90",), case=tuple(cases), json=True)) == 0

@@ -14,9 +14,9 @@ import torch
 from bench import kernels
 from bench.kernel_cases import CASES_BY_NAME, KernelCase
 from bench.kernels import ABSENT, Options, fault_of, run, seeded_draw
-from rfengine.config import PRESETS
 from rfengine.costs.shapes import Shapes
 from rfengine.ops import reference
+from rfengine.presets import PRESETS
 
 
 @pytest.fixture

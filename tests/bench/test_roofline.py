@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.roofline import Options, render, roofline, run
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cli.process import run_script
-from rfengine.config import PRESETS, EngineConfig
+from rfengine.config import EngineConfig
 from rfengine.costs.chunk import ChunkWork, prompt_parts
 from rfengine.costs.shapes import Shapes
 from rfengine.costs.vae import VAEWork, decode_work
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
+from rfengine.presets import PRESETS
 
 SHIPPED = Shapes()
 

@@ -15,9 +15,10 @@ from bench.vae import REST, Options, WrongDecoderError, layer_parts, layer_paths
 from bench.vae_decoders import BY_LATENT, FP8_ROW, OURS, PLAIN, TINY_ROW, Setting, diffusers_candidates
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.process import run_script
-from rfengine.config import PRESETS, VAEConfig
+from rfengine.config import VAEConfig
 from rfengine.costs.vae import decode_work
 from rfengine.grid import LatentGrid
+from rfengine.presets import PRESETS
 
 SMALLEST = Options(
     device="cpu", model="tiny", height=32, width=32, chunks=2, fp8=True, diffusers=False, threads=1

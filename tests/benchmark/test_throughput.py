@@ -24,7 +24,6 @@ from rfengine.benchmark.parts import PARTS, UNASSIGNED
 from rfengine.benchmark.report import check_plot, draw, render
 from rfengine.benchmark.timing import ChunkTimes, time_chunks, time_flow
 from rfengine.config import (
-    PRESETS,
     EngineConfig,
     RuntimeConfig,
     ScheduleConfig,
@@ -34,6 +33,7 @@ from rfengine.config import (
     WanConfig,
 )
 from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.presets import PRESETS
 from rfengine.runtime.options import Switch
 
 ROOT = Path(__file__).resolve().parents[2]

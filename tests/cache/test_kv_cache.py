@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.cache.sink_policy import EMPTY, CachePlan, CachePosition
+from rfengine.cache.position import CachePosition
+from rfengine.cache.sink_policy import EMPTY, CachePlan
 from rfengine.config import CacheConfig
 from rfengine.rotary import rotary_table
 from support.models import GRID, SMALL, small_cache
@@ -173,8 +174,8 @@ def test_bf16_sink_precision_has_no_second_tensor():
 
 
 def test_memory_of_the_shipped_setting_is_two_and_a_half_gigabytes():
-    from rfengine.config import PRESETS
     from rfengine.grid import LatentGrid
+    from rfengine.presets import PRESETS
 
     config = PRESETS["wan-1.3b"]
     cache = StreamingKVCache(

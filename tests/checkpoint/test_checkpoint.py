@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from rfengine.checkpoint.checkpoint import Checkpoint, open_tokenizer, write_config
 from rfengine.checkpoint.directories import CheckpointDirectory, checkpoint_directory, read_json
 from rfengine.checkpoint.loader import save_weights
-from rfengine.config import PRESETS, TextConfig, TinyVAEConfig
+from rfengine.config import TextConfig, TinyVAEConfig
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
+from rfengine.presets import PRESETS
 
 MODEL_DIM = 128  # of the transformer in conftest.py
 Parts = dict[str, dict[str, Tensor]]

@@ -22,10 +22,11 @@ from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import read_manifest, verify
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.checkpoint.systems import SYSTEMS
-from rfengine.config import PRESETS, CacheConfig, EngineConfig, TinyVAEConfig, VAEConfig, WanConfig
+from rfengine.config import CacheConfig, EngineConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.files import reserved
 from rfengine.models.dit import WanDiT
 from rfengine.models.tiny_vae import TinyVAE
+from rfengine.presets import PRESETS
 from support.checkpoints import random_tensors
 
 Tensors = dict[str, Tensor]

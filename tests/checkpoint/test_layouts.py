@@ -18,7 +18,8 @@ from rfengine.checkpoint.layouts import (
     wan_vae_from_diffusers,
 )
 from rfengine.checkpoint.shapes import expected_shapes
-from rfengine.config import PRESETS, VAEConfig, WanConfig
+from rfengine.config import VAEConfig, WanConfig
+from rfengine.presets import PRESETS
 from support.checkpoints import diffusers_vae_names, original_text_names
 
 CONFIG = WanConfig(dim=128, ffn_dim=64, num_heads=1, num_layers=2)

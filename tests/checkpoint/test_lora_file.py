@@ -17,7 +17,8 @@ from rfengine.checkpoint.lora_names import parse_lora
 from rfengine.checkpoint.lora_scale import ScaleStatement
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.checkpoint.tensor_file import StoredTensor, write_safetensors
-from rfengine.config import PRESETS, WanConfig
+from rfengine.config import WanConfig
+from rfengine.presets import PRESETS
 
 ADAPTED = [
     *(f"{kind}_attn.{letter}" for kind in ("self", "cross") for letter in "qkvo"),

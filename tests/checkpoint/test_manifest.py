@@ -16,7 +16,7 @@ from rfengine.checkpoint.convert import convert
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import check_sizes, differences, read_manifest, verify, write_manifest
-from rfengine.config import PRESETS
+from rfengine.presets import PRESETS
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from rfengine.checkpoint.shapes import (
     infer_config,
     stated_heads,
 )
-from rfengine.config import PRESETS, TextConfig, TinyVAEConfig, VAEConfig, WanConfig
+from rfengine.config import TextConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.models.dit import WanDiT
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
+from rfengine.presets import PRESETS
 
 
 def count(shapes: dict[str, tuple[int, ...]]) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 
 from rfengine.checkpoint.systems import SYSTEMS, SystemName, configured
-from rfengine.config import PRESETS, CacheConfig, ScheduleConfig
+from rfengine.config import CacheConfig, ScheduleConfig
+from rfengine.presets import PRESETS
 
 
 def test_every_name_has_a_row() -> None:

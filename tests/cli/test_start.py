@@ -12,8 +12,8 @@ from PIL import Image
 from rfengine.checkpoint.systems import configured
 from rfengine.cli.generate import GenerateOptions, run
 from rfengine.cli.start import StartOptions, start_frames, start_mode
-from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
+from rfengine.presets import PRESETS
 from rfengine.video import Video
 
 TINY = PRESETS["tiny"]

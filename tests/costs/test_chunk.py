@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from rfengine.checkpoint.systems import SYSTEMS, configured
-from rfengine.config import PRESETS
 from rfengine.costs.chunk import ChunkWork, Runs
 from rfengine.costs.shapes import Shapes
+from rfengine.presets import PRESETS
 
 
 def steady(name: str) -> ChunkWork:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rfengine.config import PRESETS
 from rfengine.costs.memory import memory_needs
 from rfengine.grid import LatentGrid
+from rfengine.presets import PRESETS
 from support.models import small_pipeline
 from support.systems import SYSTEMS
 

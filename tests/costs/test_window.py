@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from rfengine.config import PRESETS
 from rfengine.costs.memory import memory_needs
 from rfengine.costs.shapes import Shapes
 from rfengine.costs.window import require_window_fits, window_needs
 from rfengine.grid import LatentGrid
+from rfengine.presets import PRESETS
 
 PRESET = PRESETS["skyreels-df-1.3b"]
 GRID = LatentGrid.of(PRESET)

@@ -12,10 +12,11 @@ import torch
 
 import rfengine
 from rfengine.checkpoint.checkpoint import Checkpoint
-from rfengine.config import PRESETS, RuntimeConfig
+from rfengine.config import RuntimeConfig
 from rfengine.diffusion_forcing.options import DiffusionForcingOptions
 from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 from rfengine.models import vae as vae_module
+from rfengine.presets import PRESETS
 from rfengine.video import Video, pixels_from_frames
 from support.diffusion_forcing import forcing_config, forcing_pipeline, write_forcing_pipeline
 

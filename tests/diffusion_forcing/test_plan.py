@@ -8,9 +8,9 @@ from typing import Any
 import numpy
 import pytest
 
-from rfengine.config import PRESETS
 from rfengine.diffusion_forcing.options import DiffusionForcingOptions
 from rfengine.diffusion_forcing.plan import VideoPlan, check_given, piece_count, plan_video
+from rfengine.presets import PRESETS
 from support.diffusion_forcing import forcing_config
 
 PRESET = PRESETS["skyreels-df-1.3b"]

@@ -7,10 +7,11 @@ import torch
 
 from rfengine.accuracy import relative_error
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.config import PRESETS, CacheConfig, WanConfig
+from rfengine.config import CacheConfig, WanConfig
 from rfengine.models.dit import WanDiT, joined_view, pack_weights
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.ops.reference import unpatchify
+from rfengine.presets import PRESETS
 from support.models import GRID, SMALL, noise_of, small_cache, small_model, small_runner, text_states
 
 

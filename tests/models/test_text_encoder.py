@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rfengine.accuracy import relative_error
 from rfengine.checkpoint.layouts import transformers_text_from_wan
-from rfengine.config import PRESETS, TextConfig
+from rfengine.config import TextConfig
 from rfengine.models.text_encoder import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -27,6 +27,7 @@ from rfengine.models.text_encoder import (
     build_umt5,
     clean_text,
 )
+from rfengine.presets import PRESETS
 
 # torch lists what torch.device("meta") redirects at its first use; that must come before the fixture replaces
 # torch.empty, or a model asked for on meta is allocated in full

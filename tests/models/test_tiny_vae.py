@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfengine.config import PRESETS, TinyVAEConfig
+from rfengine.config import TinyVAEConfig
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import reference
+from rfengine.presets import PRESETS
 
 CONFIG = TinyVAEConfig(z_dim=4, widths=(12, 8, 6, 5), memory_blocks=2)
 PLANS = [(1, 2, 3, 3), (9,), (1,) * 9, (3, 3, 3), (2, 4, 3)]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rfengine.benchmark.timing import recorded_chunks
 from rfengine.checkpoint.checkpoint import Checkpoint
-from rfengine.config import PRESETS, RuntimeConfig, WanConfig
+from rfengine.config import RuntimeConfig, WanConfig
 from rfengine.pipeline import Pipeline
+from rfengine.presets import PRESETS
 from rfengine.stream import VideoStream
 from support.models import small_pipeline
 

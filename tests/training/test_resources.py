@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.roofline import Options, roofline
-from rfengine.config import PRESETS
 from rfengine.costs.memory import parameter_count
 from rfengine.costs.training import adapter_parameters, clip_flops, decode_flops, pass_flops
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
+from rfengine.presets import PRESETS
 from rfengine.training import recipes
 from rfengine.training.lora import add_adapters, lora_weights
 from rfengine.training.resources import _block_activations, plan_resources

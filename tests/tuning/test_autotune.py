@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from rfengine import ops
-from rfengine.config import PRESETS
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops, choose_ops
 from rfengine.ops.table import OPS
+from rfengine.presets import PRESETS
 from rfengine.tuning import autotune
 from rfengine.tuning import candidates as tuning_candidates
 from rfengine.tuning import record as tuning_cache

@@ -10,10 +10,11 @@ from functools import cache
 import pytest
 import torch
 
-from rfengine.config import PRESETS, RuntimeConfig
+from rfengine.config import RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import choose_ops
 from rfengine.ops.table import implementation
+from rfengine.presets import PRESETS
 from rfengine.tuning import candidates as tuning_candidates
 from rfengine.tuning import convolutions
 from rfengine.tuning.autotune import tune

@@ -8,7 +8,7 @@ from recipes.tiny.distillation import distill_student
 from recipes.tiny.training import StageConfig
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import read_safetensors
-from rfengine.config import PRESETS
+from rfengine.presets import PRESETS
 from rfengine.training.parallel import Ranks
 
 

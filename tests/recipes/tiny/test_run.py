@@ -9,10 +9,10 @@ from recipes.tiny.stages import CHECKPOINT
 from recipes.tiny.training import TINY, ToyModel, save_part, stored_engine
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.manifest import verify
-from rfengine.config import PRESETS
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import build_umt5
 from rfengine.models.vae import WanVAE
+from rfengine.presets import PRESETS
 
 
 @pytest.fixture

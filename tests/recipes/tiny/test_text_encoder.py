@@ -2,8 +2,8 @@ import torch
 
 from recipes.tiny.text_encoder import LABELS, TextStage, scene_labels
 from recipes.tiny.training import StageConfig
-from rfengine.config import PRESETS
 from rfengine.models.text_encoder import ByteTokenizer, TextEncoder
+from rfengine.presets import PRESETS
 from rfengine.toy.captions import caption, sample_scenes
 from rfengine.toy.world import PANNING, Scene, SceneObject, WorldConfig
 from rfengine.training.parallel import Ranks

@@ -25,10 +25,11 @@ from recipes.tiny.transformer import (
     noise_levels,
 )
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.config import PRESETS, CacheConfig, EngineConfig, WanConfig
+from rfengine.config import CacheConfig, EngineConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.ops import REFERENCE_OPS
+from rfengine.presets import PRESETS
 from rfengine.toy.data import LatentDataset
 from rfengine.training.parallel import Ranks
 

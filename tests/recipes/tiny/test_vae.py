@@ -15,8 +15,8 @@ from recipes.tiny.vae import (
     with_first_channels,
     with_ordered_latents,
 )
-from rfengine.config import PRESETS
 from rfengine.models.vae import WanVAE
+from rfengine.presets import PRESETS
 from rfengine.training.parallel import Ranks
 
 CONFIG = dataclasses.replace(PRESETS["tiny"].vae, base_dim=4, dim_mult=(1, 1, 1, 1))

@@ -8,8 +8,8 @@ import torch
 
 from recipes.tiny.noise import VALUES, places
 from recipes.tiny.videos import TRAINED_WORLD, encode_dataset, foreground_cells, video_parts
-from rfengine.config import PRESETS
 from rfengine.models.vae import WanVAE
+from rfengine.presets import PRESETS
 from rfengine.toy.captions import sample_scenes
 from rfengine.toy.data import load_dataset, save_dataset
 from rfengine.toy.world import Scene, SceneObject, render

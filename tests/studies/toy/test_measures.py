@@ -10,7 +10,7 @@ import torch
 from recipes.tiny.stages import CHECKPOINT
 from recipes.tiny.training import TINY
 from rfengine.checkpoint.checkpoint import write_config
-from rfengine.config import PRESETS
+from rfengine.presets import PRESETS
 from rfengine.toy.data import LatentDataset
 from studies.toy.clips import energy_distance
 from studies.toy.record import unit
