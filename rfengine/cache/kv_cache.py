@@ -223,7 +223,9 @@ class StreamingKVCache:
         changed = [slot for slot, time in enumerate(times, start) if time != self._shown[slot]]
         if not changed:
             return
-        if self._place_rotation is not None:
+        if self._place_rotation is not None and len(times) == self.config.resident_frames:
+            torch.index_select(self._place_rotation, 1, self._row(times), out=self._rotation)
+        elif self._place_rotation is not None:  # while the window fills
             self._rotation[:, start:end] = self._place_rotation.index_select(1, self._row(times))
         else:
             table = self._rotation_of([times[slot - start] for slot in changed])
@@ -240,7 +242,7 @@ class StreamingKVCache:
         numbers = torch.arange(plan.frames, dtype=torch.int64, device=slots.device) + plan.first_frame
         self.device_held.index_copy_(0, slots, numbers)
         times = self.device_held.argsort().argsort()
-        self._rotation.copy_(self._place_rotation.index_select(1, times))
+        torch.index_select(self._place_rotation, 1, times, out=self._rotation)
         self._shown = (EMPTY,) * self.config.resident_frames
         self._show_slots(slots)
 
