@@ -69,8 +69,6 @@ def test_a_form_of_the_attention_is_taken_by_its_name(monkeypatch, backend, form
         (TWO_HEADS, CacheConfig(2, 6, "ema", 2, 0.9), (1000,)),
         (ONE_HEAD, CacheConfig(1, 2, "frozen", 1, positions="absolute"), (1000,)),
         (ONE_HEAD, CacheConfig(1, 2, "none", 0), (1000, 500)),
-        (ONE_HEAD, CacheConfig(2, 7, "ema", 2, 0.9), (1000,)),  # the chunk wraps around the ring's end
-        (ONE_HEAD, CacheConfig(1, 4, "none", 0, memory_rates=(0.2,)), (1000,)),
     ],
 )
 def test_a_stream_on_triton_equals_the_reference(config, cache_config, steps):
