@@ -165,8 +165,8 @@ class Pipeline:
 
         Streams take them from their next chunk on, or the one after a chunk that is ahead; the window keeps
         its keys and values, unless set_prompt(stream.prompt, "recache") recomputes them. A weight depends on
-        the list alone (AdaptedWeights). A LoRA that stays is not read again, whatever its scale. After an
-        error, ValueError or RuntimeError, all is as it was.
+        the list alone (AdaptedWeights). A LoRA that stays is not read again, whatever its scale, unless its
+        files are others now. After an error, ValueError or RuntimeError, all is as it was.
         """
         self._engine.adapted.apply(self._engine.adapted.load(loras))
 
@@ -207,13 +207,17 @@ class Pipeline:
                 stream.continue_from(start_frames, start_mode)
         return stream
 
-    def restore(self, snapshot: Snapshot) -> VideoStream:
+    def restore(self, snapshot: Snapshot, any_loras: bool = False) -> VideoStream:
         """The stream of `snapshot`, at the moment it was taken; several streams may continue one snapshot.
-        Raises ValueError where it is damaged, or of another model or setting."""
+
+        any_loras: where the LoRAs are others now, go on under those, as a stream does that runs while they
+        are set. Raises ValueError where it is damaged, of another model or setting, or without any_loras
+        taken under other LoRAs.
+        """
         info = snapshot.stream_info()
         grid = LatentGrid.of(self.config, info.height, info.width)
         with self._engine.turns, own_state():
-            return VideoStream.from_snapshot(self._engine, grid, snapshot)
+            return VideoStream.from_snapshot(self._engine, grid, snapshot, any_loras)
 
     def stream_bytes(self, height: int | None = None, width: int | None = None) -> int:
         """Bytes that one more stream of that size keeps; nothing is allocated."""

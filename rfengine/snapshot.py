@@ -193,11 +193,11 @@ class Snapshot:
             raise ValueError(f"the snapshot is damaged: {error}; take it again") from error
         return info
 
-    def check(self, expected: dict[str, Any]) -> None:
+    def check(self, expected: dict[str, Any], any_loras: bool = False) -> None:
         """Raises ValueError unless info, which stream_info has checked, holds what the pipeline that restores
-        it has."""
+        it has; with any_loras, its LoRAs may be others."""
         taken_with, own = (_loras(info.get("loras", ())) for info in (self.info, expected))
-        if taken_with.keys() != own.keys():
+        if taken_with.keys() != own.keys() and not any_loras:
             stated, present = (list_names(each.values()) or "none" for each in (taken_with, own))
             raise ValueError(
                 f"the LoRAs of the snapshot are {stated}, those of this pipeline are {present}; restore it "
@@ -211,14 +211,20 @@ class Snapshot:
                 )
 
     def checked(
-        self, settings: dict[str, Any], model: WanConfig, grid: LatentGrid, dtype: torch.dtype
+        self,
+        settings: dict[str, Any],
+        model: WanConfig,
+        grid: LatentGrid,
+        dtype: torch.dtype,
+        any_loras: bool = False,
     ) -> StreamInfo:
         """What the snapshot says, once all but its decoder's tensors is known to fit a stream of `grid`.
 
-        settings: what the pipeline that restores it has. Raises ValueError.
+        settings: what the pipeline that restores it has; its LoRAs count without any_loras. Raises
+        ValueError.
         """
         info = self.stream_info()
-        self.check(settings)
+        self.check(settings, any_loras)
         if (info.height, info.width) != (grid.height, grid.width):
             raise ValueError(
                 f"the snapshot is of {info.height} x {info.width} pixels and the stream of {grid.height} x "

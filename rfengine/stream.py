@@ -402,25 +402,29 @@ class VideoStream:
             return Snapshot(copies, info)
 
     @classmethod
-    def from_snapshot(cls, engine: Engine, grid: LatentGrid, snapshot: Snapshot) -> VideoStream:
+    def from_snapshot(
+        cls, engine: Engine, grid: LatentGrid, snapshot: Snapshot, any_loras: bool = False
+    ) -> VideoStream:
         """The stream a snapshot was taken of. Raises ValueError when it is of another model, decoder, format
         or setting, or damaged: before anything is taken over, and mostly before anything is allocated."""
-        info = snapshot.checked(engine.settings(), engine.model.config, grid, engine.model.dtype)
+        info = snapshot.checked(engine.settings(), engine.model.config, grid, engine.model.dtype, any_loras)
         stream = cls(engine, grid, info.prompt, snapshot.tensors["text_states"], info.seed)
         with stream._closed_on_error(), stream._computing():
             check_tensors(snapshot.group("decoder"), stream._decoder_state.tensors())
             stream._load(snapshot, info)
         return stream
 
-    def rewind(self, snapshot: Snapshot) -> None:
+    def rewind(self, snapshot: Snapshot, any_loras: bool = False) -> None:
         """Become the stream of `snapshot`, in the memory and with the graphs that are there.
 
-        Raises ValueError as Pipeline.restore does, and for a snapshot of another size; then the stream is as
-        it was.
+        any_loras: as in Pipeline.restore. Raises ValueError as that does, and for a snapshot of another size;
+        then the stream is as it was.
         """
         with self._turn():
             engine, grid = self._engine, self.grid
-            info = snapshot.checked(engine.settings(), engine.model.config, grid, engine.model.dtype)
+            info = snapshot.checked(
+                engine.settings(), engine.model.config, grid, engine.model.dtype, any_loras
+            )
             check_tensors(snapshot.group("decoder"), self._decoder_state.tensors())
             with self._closed_on_error(), self._computing():
                 self._restart()

@@ -328,3 +328,17 @@ def test_loras_change_from_a_callback_between_two_chunks_of_generate(files: list
         reference.set_loras(files[:count])
         frames.append(next(stream).frames)
     assert numpy.array_equal(video.frames, numpy.concatenate(frames))
+
+
+def test_with_any_loras_a_snapshot_goes_on_as_the_stream_does_under_which_they_change(
+    files: list[Path],
+) -> None:
+    pipe = small_pipeline()
+    stream, other = pipe.stream("a circle", seed=4), pipe.stream("a square", seed=4)
+    frames_of(stream, BEFORE)
+    snapshot = stream.snapshot()
+    pipe.set_loras([Lora(files[0], SCALE)])
+    expected = frames_of(stream, AFTER)
+    other.rewind(snapshot, any_loras=True)
+    for continued in (pipe.restore(snapshot, any_loras=True), other):
+        assert numpy.array_equal(frames_of(continued, AFTER), expected)

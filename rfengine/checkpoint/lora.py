@@ -8,6 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from rfengine.checkpoint.lora_change import LoraChange, add_changes, merged
 from rfengine.checkpoint.lora_file import lora_changes, open_lora
+from rfengine.checkpoint.lora_scale import CONFIG_FILE
 from rfengine.checkpoint.tensor_file import StoredTensor
-from rfengine.limits import Range, as_number, shown
+from rfengine.limits import Range, as_number, check_value, shown
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ MAX_SCALE = 1000.0
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 Shapes = Mapping[str, tuple[int, ...]]
+FileState = tuple[str, int, int, int]
 # What changes each tensor, in the order in which it is added up.
 ChangesByTensor = dict[str, tuple["LoadedLora", ...]]
 
@@ -44,8 +47,9 @@ class Lora:
     allow_unmatched: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, str | Path) or not str(self.path):
+        if not isinstance(self.path, str | Path) or not str(self.path) or "\0" in str(self.path):
             raise ValueError(f"the LoRA {shown(self.path)} names no file; give a path")
+        check_value(f"allow_unmatched of {self.path}", self.allow_unmatched, bool)
         number = as_number(f"the scale of {self.path}", self.scale, Range(-MAX_SCALE, MAX_SCALE))
         object.__setattr__(self, "scale", number + 0.0)  # minus zero is zero
 
@@ -78,20 +82,30 @@ class Lora:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedLora:
-    """A LoRA in memory. sha256: of what it changes and by which values, however its file writes that."""
+    """A LoRA in memory.
+
+    sha256: of what it changes and by which values, however its file writes that. changes: by the tensor of
+    the transformer. path, files: the absolute path it was read from, and what tells the files there from
+    others (_files_at).
+    """
 
     lora: Lora
     sha256: str
-    changes: dict[str, LoraChange]  # by the tensor of the transformer
+    changes: dict[str, LoraChange]
+    path: str
+    files: tuple[FileState, ...]
 
     @property
     def nbytes(self) -> int:
         return sum(change.nbytes for change in self.changes.values())
 
     def is_of(self, lora: Lora) -> bool:
-        """Whether it was read from the path of `lora`, under the same rule for keys that match nothing."""
-        own = (os.path.abspath(self.lora.path), self.lora.allow_unmatched)
-        return own == (os.path.abspath(lora.path), lora.allow_unmatched)
+        """Whether it was read from the path of `lora`, where nothing is now or the same files are, under the
+        same rule for keys that match nothing."""
+        path = os.path.abspath(lora.path)
+        if (path, lora.allow_unmatched) != (self.path, self.lora.allow_unmatched):
+            return False
+        return not os.path.lexists(path) or _files_at(path) == self.files
 
 
 def load_loras(
@@ -107,7 +121,7 @@ def load_loras(
     as open_lora and lora_changes do, for more than 64, for one that is given twice, and for whole tensors
     (modules_to_save) at another scale than 1 or 0 or in two LoRAs.
     """
-    if isinstance(sources, str | Path | Lora):
+    if isinstance(sources, str | Path | Lora) or not isinstance(sources, Iterable):
         raise ValueError(f"loras is {shown(sources)}; give a list of LoRAs")
     wanted = [Lora.of(source) for source in sources]
     if len(wanted) > MOST_LORAS:
@@ -126,13 +140,29 @@ def load_loras(
     return tuple(loras)
 
 
+def _files_at(path: str) -> tuple[FileState, ...]:
+    """Name, size, time of the last change and number of the file at `path` and of the adapter_config.json
+    beside it, or of what is in that directory."""
+    names, found = [path, os.path.join(os.path.dirname(path), CONFIG_FILE)], []
+    if os.path.isdir(path):
+        with suppress(OSError):  # which opening the LoRA says
+            names = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+    for name in names:
+        with suppress(OSError):
+            state = os.stat(name)
+            found.append((name, state.st_size, state.st_mtime_ns, state.st_ino))
+    return tuple(found)
+
+
 def _load(lora: Lora, shapes: Shapes, pickles: bool) -> LoadedLora:
+    path = os.path.abspath(lora.path)
+    files = _files_at(path)
     file = open_lora(Path(lora.path), pickles)
     changes = {
         name: change.in_memory() for name, change in lora_changes(file, shapes, lora.allow_unmatched).items()
     }
     logger.info("%s: changes %d tensors at scale %g", file.label, len(changes), lora.scale)
-    return LoadedLora(lora, _digest(changes), changes)
+    return LoadedLora(lora, _digest(changes), changes, path, files)
 
 
 def _digest(changes: Mapping[str, LoraChange]) -> str:

@@ -54,7 +54,7 @@ def open_lora(path: Path, pickles: bool = True) -> LoraFile:
     Raises ValueError where there is none or several, for a damaged file, for a pickle without `pickles`, and
     for a statement about it that is damaged or that the engine does not follow.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # where Path.is_dir raises for too long a name
         path = _file_in(path)
     if not pickles and os.path.lexists(path) and weights_format(path) == "pickle":
         raise ValueError(

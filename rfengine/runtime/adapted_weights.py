@@ -3,9 +3,10 @@
 A tensor W that LoRAs change is always computed anew from its original: W in float32 plus scale times change
 of each LoRA, in float32 and in an order of the LoRAs' own (changes_by_tensor), rounded once to the model's
 dtype. So what it holds depends on the set of LoRAs and scales alone, and without any it has its own bits
-again. The originals of what is changed are kept in host memory, pinned for a model on CUDA: as many bytes as
-those tensors have in the model. The parameters stay where they are in memory, packed or not, so recorded CUDA
-graphs read the new values.
+again. The originals of what is changed are kept in host memory: as many bytes as those tensors have in the
+model. They are not pinned, since torch takes up to twice the bytes for pinned memory and does not give it
+back. The parameters stay where they are in memory, packed or not, so recorded CUDA graphs read the new
+values.
 """
 
 from __future__ import annotations
@@ -52,11 +53,6 @@ class AdaptedWeights:
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self._runner.model.named_parameters())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory that the LoRAs take: their values, and the originals of what they change."""
-        return sum(each.nbytes for each in (*self.loras, *self._originals.values()))
-
     def settings(self) -> list[str]:
         """The LoRAs that have an effect, for a snapshot: sha256, scale and name of each."""
         active = [each for each in self.loras if each.lora.scale != 0]
@@ -79,35 +75,44 @@ class AdaptedWeights:
             raise RuntimeError("a chunk is being made; set the LoRAs once its on_step has returned")
         model = self._runner.model
         with self._turns, own_state(), launching_on(self._compute_stream, model.device):
+            wanted = changes_by_tensor(loras)
+            self._require_room(wanted)
             try:
-                self._write(changes_by_tensor(loras))
+                self._write(wanted)
                 self.loras = tuple(loras)
             except BaseException:
                 self._write(changes_by_tensor(self.loras))
                 raise
+            finally:
+                self._drop_originals()
 
-    def _write(self, wanted: ChangesByTensor) -> None:
-        self.version += 1
+    def _require_room(self, wanted: ChangesByTensor) -> None:
+        """For the originals of `wanted`, beside those that are kept until the change is done."""
         parameters = self._parameters
         needed = sum(parameters[name].nbytes for name in wanted.keys() - self._originals.keys())
         what = "keeping the original weights of what the LoRAs change"
         require_memory(needed, torch.device("cpu"), what, "merge them for good by `rfengine convert --lora`")
+
+    def _write(self, wanted: ChangesByTensor) -> None:
+        self.version += 1
+        parameters = self._parameters
         for name in sorted(self._originals.keys() | wanted.keys()):
             loras = wanted.get(name, ())
             changes = tuple((each.sha256, each.lora.scale) for each in loras)
             if self._written.get(name, ()) != changes:
                 self._write_tensor(name, parameters[name], loras)
                 self._written[name] = changes
-            if not changes:
-                del self._originals[name]
-                self._written.pop(name, None)
         self._runner.refresh_modulations()
+
+    def _drop_originals(self) -> None:
+        """Those of tensors that hold no change."""
+        for name in [name for name in self._originals if self._written.get(name, ()) == ()]:
+            del self._originals[name]
+            self._written.pop(name, None)
 
     def _write_tensor(self, name: str, parameter: Tensor, loras: Sequence[LoadedLora]) -> None:
         if name not in self._originals:
-            original = torch.empty(
-                parameter.shape, dtype=parameter.dtype, device="cpu", pin_memory=parameter.is_cuda
-            )
+            original = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
             self._originals[name] = original.copy_(parameter)
         value = self._originals[name].to(parameter.device)
         if loras:

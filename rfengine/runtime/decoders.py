@@ -94,17 +94,17 @@ def full_opener(
 ) -> Callable[[LatentGrid], StreamingDecoder]:
     """The function that opens the full decoder for a size; its backends are chosen at a size's first use.
 
-    It runs in the dtype that the decoder of `vae` has. fingerprint: what distinguishes the weights from
-    others; without it they are checked at every load. The decoders of the last _KEPT_SIZES sizes are kept,
-    with their buffers; an older one lives while a stream has it. Raises ValueError where config asks for
-    another dtype, RuntimeError where FP8 convolutions do not reach LEAST_PSNR_DB with these weights: here on
+    It runs in the dtype that the decoder of `vae` has; whether its range is wide enough `opener` checks, and
+    nothing here. fingerprint: what distinguishes the weights from others; without it they are checked at
+    every load. The decoders of the last _KEPT_SIZES sizes are kept, with their buffers; an older one lives
+    while a stream has it. Raises ValueError where config asks for another dtype, RuntimeError where FP8 convolutions do not reach LEAST_PSNR_DB with these weights: here on
     small frames, later at the size that is opened; decoder_ops raises for a size.
     """
     precision, dtype, chunk = config.runtime.vae_precision, vae.decoder_dtype, config.cache.chunk_frames
     if PRECISION_DTYPES.get(precision, dtype) != dtype:
         raise ValueError(
-            f"vae_precision is {precision!r} and the decoder of this VAE is in {dtype}; cast it with "
-            "WanVAE.set_decoder_dtype, or load it with Pipeline.from_pretrained"
+            f"vae_precision is {precision!r} and the decoder of this VAE is in {dtype}; load it with "
+            "Pipeline.from_pretrained, which checks the weights and casts them"
         )
     ops = choose_ops(config.backend, device, _fp8_override(config, device))
     decoder = StreamingDecoder(vae, ops, precision)

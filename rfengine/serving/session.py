@@ -193,7 +193,8 @@ class Session:
         if self._stream is not None:
             return
         if self._parked is not None:
-            self._stream, self._parked = self._pipeline.restore(self._parked), None
+            # the LoRAs may have been swapped meanwhile, as under a stream that is not parked
+            self._stream, self._parked = self._pipeline.restore(self._parked, any_loras=True), None
             return
         request = self.request
         self._stream = self._pipeline.stream(
@@ -263,7 +264,7 @@ class Session:
             snapshot = replace(snapshot, info=snapshot.info | {"seed": command.seed})
         if branch and command.prompt is not None:  # before anything moves: it may be no prompt
             check_prompt(command.prompt)
-        self._stream.rewind(snapshot)
+        self._stream.rewind(snapshot, any_loras=True)
         self._clock_start, self._seconds = time.monotonic(), 0.0  # what was ahead is not watched any more
         kept, parent = self.points.move_to(command.snapshot_id, branch)
         still = {change.event_id for change in point.changes}

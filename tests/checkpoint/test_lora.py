@@ -102,6 +102,25 @@ def test_what_is_loaded_is_not_read_again(three: list[Lora], monkeypatch: pytest
     assert opened == [three[2].path, three[1].path]  # under another rule it may be another LoRA
 
 
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_other_files_at_a_path_are_read_and_a_relative_path_is_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_folder: bool
+) -> None:
+    path = Path("adapter_model.safetensors")
+    given = Path("." if in_folder else path)
+    for folder in ("here", "there"):
+        write_lora(tmp_path / folder / path, pairs(SMALL, seed=len(folder)))
+    monkeypatch.chdir(tmp_path / "here")
+    here = load_loras([given], SHAPES)
+    assert load_loras([given], SHAPES, loaded=here)[0].changes is here[0].changes
+    monkeypatch.chdir(tmp_path / "there")
+    there = load_loras([given], SHAPES, loaded=here)
+    assert there[0].sha256 == load_loras([given], SHAPES)[0].sha256 != here[0].sha256
+    write_lora(path, pairs(SMALL, seed=9))
+    newer = load_loras([given], SHAPES, loaded=there)
+    assert newer[0].sha256 == load_loras([given], SHAPES)[0].sha256 != there[0].sha256
+
+
 def test_a_lora_given_twice_is_refused(three: list[Lora], tmp_path: Path) -> None:
     copy = write_lora(tmp_path / "copy" / "a.safetensors", pairs(SMALL, seed=1), "peft")
     with pytest.raises(
@@ -157,15 +176,29 @@ def test_impossible_scale_is_refused(scale: object) -> None:
         Lora("a.safetensors", scale)
 
 
-@pytest.mark.parametrize("path", ["", None, 3])
+@pytest.mark.parametrize("path", ["", None, 3, "a\0b"])
 def test_lora_without_a_path_is_refused(path: object) -> None:
     with pytest.raises(ValueError, match="names no file; give a path"):
         Lora(path)
 
 
-def test_a_list_is_asked_for_and_not_too_long(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="loras is 'a.safetensors'; give a list of LoRAs"):
-        load_loras("a.safetensors", SHAPES)
+def test_an_allowance_that_is_no_truth_value_is_refused() -> None:
+    with pytest.raises(ValueError, match="allow_unmatched of a is 'no'; it must be true or false"):
+        Lora("a", allow_unmatched="no")
+
+
+def test_too_long_a_path_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="cannot be read .File name too long.; make it readable"):
+        load_loras(["a" * 300], SHAPES)
+
+
+@pytest.mark.parametrize("given", ["a.safetensors", None, 3])
+def test_a_list_is_asked_for(given: object) -> None:
+    with pytest.raises(ValueError, match=f"loras is {given!r}; give a list of LoRAs"):
+        load_loras(given, SHAPES)
+
+
+def test_a_list_is_not_too_long() -> None:
     with pytest.raises(ValueError, match="65 LoRAs are given; give at most 64"):
         load_loras(["a.safetensors"] * 65, SHAPES)
 

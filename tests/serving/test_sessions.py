@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import numpy
 import pytest
 
-from rfengine import Pipeline
+from rfengine import Lora, Pipeline
 from rfengine.prompts import WeightedText
 from rfengine.serving.errors import ServiceError
 from rfengine.serving.events import (
@@ -29,7 +30,8 @@ from rfengine.serving.events import (
 )
 from rfengine.serving.options import ServiceOptions
 from rfengine.serving.sessions import SessionService
-from support.models import small_pipeline
+from support.loras import pairs, write_lora
+from support.models import SMALL, small_pipeline
 from support.sessions import Collected, eventually, opened, running_service
 
 
@@ -347,6 +349,32 @@ def test_a_paused_session_is_parked_after_a_while_and_can_still_be_steered(pipe:
     frames = [next(stream).frames, next(stream).frames]
     stream.set_prompt("a square")
     frames += [next(stream).frames, next(stream).frames]
+    assert numpy.array_equal(consumer.frames(), numpy.concatenate(frames))
+
+
+def test_loras_that_are_swapped_while_a_session_is_parked_are_taken_by_it(tmp_path: Path) -> None:
+    loras = [Lora(write_lora(tmp_path / "a.safetensors", pairs(SMALL)), 0.8)]
+    consumer, pipe = Collected(room=2), small_pipeline()
+    with running_service(pipe, park_s=0.05) as service:
+        session = opened(service, request(), consumer)
+        consumer.wait(SessionChunk, 2)
+        service.submit(session, KeepPoint("keep"))
+        service.pause(session)
+        consumer.wait(PointKept)
+        eventually(lambda: not session.resident)
+        pipe.set_loras(loras)
+        consumer.room = 4
+        service.resume(session)
+        consumer.wait(SessionChunk, 4)
+        service.submit(session, Seek("back", consumer.wait(PointKept)[0].snapshot_id))
+        consumer.room = 5
+        consumer.wait(SessionChunk, 5)
+    alone = small_pipeline()
+    stream = alone.stream("a circle")
+    frames = [next(stream).frames, next(stream).frames]
+    alone.set_loras(loras)
+    frames += [next(stream).frames, next(stream).frames]
+    frames += [frames[2]]
     assert numpy.array_equal(consumer.frames(), numpy.concatenate(frames))
 
 
