@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from rfengine.config import CacheConfig, EngineConfig
@@ -22,13 +21,8 @@ ClipMode = Literal["chunks", "frames", "clamped"]
 def clip_latents(
     vae: WanVAE, frames: ndarray, grid: LatentGrid, cache: CacheConfig, mode: ClipMode
 ) -> Tensor:
-    """Normalised latents [1, z, F, h, w] of clip_pixels, on the device and in the dtype of the encoder.
-
-    An encoder in float32 multiplies in float32, not in TF32: what is lost here is lost in all that follows.
-    """
-    pixels = clip_pixels(frames, grid, cache, mode)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        return vae.encode_in_groups(pixels, cache.chunk_frames)
+    """Normalised latents [1, z, F, h, w] of clip_pixels, on the device and in the dtype of the encoder."""
+    return vae.encode_in_groups(clip_pixels(frames, grid, cache, mode), cache.chunk_frames)
 
 
 def clip_pixels(frames: ndarray, grid: LatentGrid, cache: CacheConfig, mode: ClipMode) -> Tensor:

@@ -31,6 +31,7 @@ from rfengine.checkpoint.shapes import (
     infer_config,
     part_configs,
     shapes_of,
+    tells_frame_rate,
 )
 from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.checkpoint.text_states import TextStateFiles
@@ -282,8 +283,13 @@ def _require_agreement(directory: CheckpointDirectory, config: EngineConfig) -> 
         files = directory.files(part)
         if not files or directory.pickle(part):
             continue
-        problem = describe_mismatch(expected_shapes(stated), shapes_of(directory.open(part)))
-        if problem:
+        expected, found = expected_shapes(stated), shapes_of(directory.open(part))
+        if (is_told := tells_frame_rate(found)) != tells_frame_rate(expected):
+            raise ValueError(
+                f"{files[0]} has {'the' if is_told else 'no'} tensors of the frame rate that SkyReels-V2's "
+                f"diffusion forcing models have, and {CONFIG_FILE} says otherwise; convert its source again"
+            )
+        if problem := describe_mismatch(expected, found):
             raise ValueError(
                 f"{files[0]} does not fit the model of {CONFIG_FILE}: {problem}; get both from one place"
             )

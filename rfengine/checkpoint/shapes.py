@@ -95,7 +95,7 @@ def _infer_transformer(shapes: Shapes, settings: Mapping[str, Any]) -> WanConfig
         "text_dim": text_dim,
         "freq_dim": freq_dim,
         "patch_size": tuple(patch_size),
-        "fps_embedding": "fps_embedding.weight" in shapes,
+        "fps_embedding": tells_frame_rate(shapes),
     }
     sizes = _completed(sizes, stated_fields(WanConfig, settings))
     if "num_heads" not in sizes:
@@ -373,6 +373,11 @@ def _middle_and_head(half: str, channels: int, head_channels: int, outputs: int)
         f"{half}.head.0.gamma": (head_channels, 1, 1, 1),
         **_conv(f"{half}.head.2", outputs, head_channels, 3, 3, 3),
     }
+
+
+def tells_frame_rate(shapes: Shapes) -> bool:
+    """Whether the tensors are those of a transformer that is told its frame rate."""
+    return "fps_embedding.weight" in shapes
 
 
 def describe_mismatch(expected: Shapes, found: Shapes) -> str:

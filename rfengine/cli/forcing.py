@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rfengine.cli.cleaned_prompt import check_cleaned
 from rfengine.cli.start import StartOptions, picture_of_size, start_frames
 from rfengine.cli.written_video import Piece, progress_bar, write_pieces
 from rfengine.config import EngineConfig
@@ -80,7 +81,9 @@ class ForcingVideo:
         begin = start_frames(start, replace(config, fps=fps), grid)
         path = arguments.end_image
         end = None if path is None else picture_of_size(path, grid, start.resize)
-        plan_video(config, options, 0 if begin is None else len(begin), end is not None)
+        plan = plan_video(config, options, 0 if begin is None else len(begin), end is not None)
+        if plan.guidance_scale > 1:
+            check_cleaned(plan.negative_prompt, "the negative prompt")
         return cls(options, begin, end)
 
     def write(self, pipeline: DiffusionForcingPipeline, prompt: str, path: Path, seed: int) -> None:

@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional, arg
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.systems import SystemName, configured
+from rfengine.cli.cleaned_prompt import check_cleaned
 from rfengine.cli.forcing import ForcingArguments, ForcingVideo, refuse_forcing, refuse_options_of_streams
 from rfengine.cli.lora_options import LoraOptions
 from rfengine.cli.start import StartOptions, check_start, start_frames, start_mode
@@ -24,7 +25,7 @@ from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 from rfengine.grid import LatentGrid
 from rfengine.pipeline import Pipeline
 from rfengine.prompt_script import PlannedScene, PromptScript, Scene, ScriptPlan, play
-from rfengine.prompts import check_prompt, prompt_line, read_prompts, weighted_texts
+from rfengine.prompts import prompt_line, read_prompts, weighted_texts
 from rfengine.schedule import as_seed
 from rfengine.stream import VideoStream
 from rfengine.video import check_video_path, frame_count
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 _SECONDS = 5.0
 _SLUG_LENGTH = 48
 _SHOWN_TEXT = 40  # characters of a scene in the progress bar
-_PLAIN_WORDS = re.compile(r"[ !-%'-~]*[A-Za-z0-9][ !-%'-~]*")  # printable ASCII without &
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def _forcing_writer(
     """What writes the video of a prompt to a file, with a diffusion forcing model."""
     given = {
         "script": options.script, "system": options.system, "start-mode": options.start.start_mode,
-        "lora": options.loras.lora,
+        "lora": options.loras.lora, "allow-unmatched-lora": options.loras.allow_unmatched_lora,
     }  # fmt: skip
     refuse_options_of_streams(given, checkpoint.config)
     size = (options.height, options.width)
@@ -143,17 +143,16 @@ def _jobs(options: GenerateOptions) -> list[tuple[str | PromptScript, Path]]:
     if options.script is not None:
         script = PromptScript.read(options.script)
         for each in (text for scene in script.scenes for text in weighted_texts(scene.prompt)):
-            _check_cleaned(each.text)
+            check_cleaned(each.text)
         check_video_path(options.output)
         return [(script, options.output)]
     if options.prompt is not None:
-        check_prompt(options.prompt)
-        _check_cleaned(options.prompt)
+        check_cleaned(options.prompt)
         check_video_path(options.output)
         return [(options.prompt, options.output)]
     prompts = read_prompts(options.prompts, skip_empty_lines=True)
     for prompt in prompts:
-        _check_cleaned(prompt)
+        check_cleaned(prompt)
     if not options.output.is_dir():
         raise ValueError(
             f"{options.output} is no directory; create it first, --prompts writes its videos there"
@@ -173,16 +172,6 @@ def _check_one_source(options: GenerateOptions) -> None:
         raise ValueError(f"{' and '.join(given)} are given; give one of them")
     if options.script is not None and options.seconds is not None:
         raise ValueError(f"--seconds is {options.seconds} beside --script, whose scenes have their own")
-
-
-def _check_cleaned(prompt: str) -> None:
-    """Raises ValueError for a prompt of which the encoder's cleaning leaves nothing."""
-    from rfengine.models.text_encoder import clean_text
-
-    if _PLAIN_WORDS.fullmatch(prompt):  # of which cleaning leaves every word, and it takes 0.3 ms
-        return
-    if not clean_text(prompt):
-        raise ValueError(f"the prompt {prompt[:40]!r} is empty; give it at least one word")
 
 
 def _file_name(number: int, prompt: str) -> str:

@@ -33,13 +33,12 @@ def window_needs(
     model, size = config.model, dtype.itemsize
     frames = latent_frames or grid.latent_frames(config.diffusion_forcing.base_frames)
     decoder = decoder_bytes(config, grid, dtype, decoder_dtype or dtype)
-    latent_values = model.in_dim * frames * grid.latent_height * grid.latent_width
     needs = {
         "transformer": parameter_count(model) * size,
         "vae": decoder.pop("vae"),
         "text_encoder": parameter_count(config.text) * size,
         "cross_attention": 2 * 2 * model.num_layers * model.text_len * model.dim * size,
-        "latents": _LATENTS * latent_values * _WIDE,
+        "latents": _latent_bytes(config, grid, frames),
         "activations": _activation_bytes(config, grid, frames, size),
         **decoder,
     }
@@ -47,12 +46,23 @@ def window_needs(
 
 
 def require_window_fits(
-    config: EngineConfig, grid: LatentGrid, latent_frames: int, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    grid: LatentGrid,
+    latent_frames: int,
+    window: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
-    """Raises RuntimeError where the activations of a pass over `latent_frames` cannot fit on the device."""
-    size = _activation_bytes(config, grid, latent_frames, dtype.itemsize)
-    what = f"a pass over {latent_frames} latent frames of {grid.height} x {grid.width} pixels"
+    """Raises RuntimeError where the latents of a piece of `latent_frames` and the activations of a pass over
+    `window` of them cannot fit on the device."""
+    size = _latent_bytes(config, grid, latent_frames)
+    size += _activation_bytes(config, grid, window, dtype.itemsize)
+    what = f"a piece of {latent_frames} latent frames of {grid.height} x {grid.width} pixels"
     require_memory(size, device, what, "choose a smaller height and width, or fewer frames")
+
+
+def _latent_bytes(config: EngineConfig, grid: LatentGrid, frames: int) -> int:
+    return _LATENTS * config.model.in_dim * frames * grid.latent_height * grid.latent_width * _WIDE
 
 
 def _activation_bytes(config: EngineConfig, grid: LatentGrid, frames: int, size: int) -> int:

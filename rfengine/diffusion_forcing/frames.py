@@ -51,7 +51,7 @@ class PieceDecoder:
         """
         import numpy
 
-        count = clean - self._next
+        count = max(0, clean - self._next)  # what is made anew of an overlap was decoded before
         if not is_whole:
             count -= count % self._group
         waiting = latents[:, :, self._next : self._next + count]

@@ -51,3 +51,8 @@ class DiffusionForcingOptions:
                 f"causal_block_size is {self.causal_block_size} and ar_step is 0, which denoises all frames "
                 "together; use causal_block_size 1, or ar_step 5"
             )
+        if self.overlap_latents and self.overlap_history is None:
+            raise ValueError(
+                "overlap_latents is on and overlap_history, which says how much is taken over, is not given; "
+                "give it, such as 17, or leave both out"
+            )

@@ -174,8 +174,11 @@ class DiffusionForcingPipeline:
         plan = self.plan(options, start_frames, end_frame)
         if plan.guidance_scale > 1:
             check_prompt(plan.negative_prompt, "the negative prompt")
-        window = max(piece.sizes.base_frames for piece in plan.pieces) + (end_frame is not None)
-        require_window_fits(self.config, plan.grid, window, self.model.dtype, self.model.device)
+        longest, window = (
+            max(counts) + (end_frame is not None)
+            for counts in zip(*((piece.sizes.frames, piece.window) for piece in plan.pieces), strict=True)
+        )
+        require_window_fits(self.config, plan.grid, longest, window, self.model.dtype, self.model.device)
         warn_of_unknown_words(prompt, self.config.text.known_words)
         return self._in_own_state(self._rows(prompt, options, plan, start_frames, end_frame))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rfengine.config import EngineConfig
 from rfengine.diffusion_forcing.options import DiffusionForcingOptions
@@ -29,6 +29,11 @@ class Piece:
     sizes: BlockSizes
     repeated: int
     rows: tuple[Row, ...]
+
+    @property
+    def window(self) -> int:
+        """Latent frames of a row."""
+        return self.rows[0].end - self.rows[0].start
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,11 @@ def plan_video(
     _check_block(options, base, has_end)
     start = _latents_of("the start", start_frames, grid)
     overlap = _latents_of("overlap_history", options.overlap_history or 0, grid)
+    if overlap >= base:
+        raise ValueError(
+            f"overlap_history is {options.overlap_history} and a piece has {forcing.base_frames} frames; use "
+            f"at most {grid.pixel_frames(base - 1)}"
+        )
     total = grid.latent_frames(count)
     if total > base:
         _check_long(options, grid, count, base, has_end, steps)
@@ -86,10 +96,7 @@ def plan_video(
     if len(sizes) > 1:
         ready += [_ready("overlap_history", overlap, options)] * (len(sizes) - 1)
     if ready[0] >= sizes[0]:
-        raise ValueError(
-            f"the start has {start_frames} frames and num_frames is {count}, with those of the start; ask "
-            "for more, or give a shorter start"
-        )
+        _refuse_start(start_frames, grid.pixel_frames(sizes[0]), count, len(sizes))
     rows_of = cache(partial(schedule_rows, timesteps_of(table.sigmas), ar_step=options.ar_step))
     pieces = []
     for index, (frames, clean) in enumerate(zip(sizes, ready, strict=True)):
@@ -144,15 +151,23 @@ def _check_block(options: DiffusionForcingOptions, base: int, has_end: bool) -> 
         )
 
 
+def _refuse_start(start: int, piece: int, count: int, pieces: int) -> NoReturn:
+    if pieces > 1:
+        raise ValueError(
+            f"the start has {start} frames and the first piece of this video has {piece}; give a shorter "
+            "start, such as the last frames of it, or an ar_step in place of overlap_history"
+        )
+    raise ValueError(
+        f"the start has {start} frames and num_frames is {count}, with those of the start; ask for more, or "
+        "give a shorter start"
+    )
+
+
 def _check_long(
     options: DiffusionForcingOptions, grid: LatentGrid, count: int, base: int, has_end: bool, steps: int
 ) -> None:
     """Raises ValueError unless a video that is longer than the window can be made."""
     if options.overlap_history is not None:
-        if options.overlap_history >= (most := grid.pixel_frames(base)):
-            raise ValueError(
-                f"overlap_history is {options.overlap_history} and a piece has {most} frames; use 17 or 37"
-            )
         return
     least = least_ar_step(steps, BlockSizes(base, 0, options.causal_block_size, base))
     if has_end or options.ar_step < least:

@@ -74,7 +74,8 @@ def schedule_rows(timesteps: Sequence[int], sizes: BlockSizes, ar_step: int) -> 
     shown = (PURE_NOISE_TIMESTEP, *timesteps, 0)
     ready = sizes.ready_frames // size
     progress = [steps + 1] * ready + [0] * (blocks - ready)
-    rows, end, first = [], base, ready  # first: the first block that is not clean
+    # end: of the window; first: the first block that is not clean
+    rows, end, first = [], max(base, ready), ready
     while first < blocks:
         moving = _advance(progress, first, steps, ar_step)
         if end < blocks and end in moving:

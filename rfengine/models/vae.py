@@ -265,7 +265,8 @@ class WanVAE(nn.Module):
     def encode_in_groups(self, pixels: Tensor, latent_frames: int = 3) -> Tensor:
         """encode of a whole clip, `latent_frames` at a time, with the memory of one group and no gradients.
 
-        pixels: as at the start of a video, on any device; each group is moved to the weights' device.
+        pixels: as at the start of a video, on any device; each group is moved to the weights' device. Weights
+        in float32 multiply in float32, not in TF32: what is lost here is lost in all that follows.
         """
         if latent_frames < 1:
             raise ValueError(f"latent_frames is {latent_frames}; a group has at least one latent frame")
@@ -275,7 +276,8 @@ class WanVAE(nn.Module):
         state = self.encoder_state(pixels.shape[0], *sizes, weight.dtype, weight.device)
         start = group - self.config.temporal_stride + 1  # the first latent frame is one pixel frame
         groups = [pixels[:, :, :start], *pixels[:, :, start:].split(group, dim=2)]
-        latents = [self.encode(part.to(weight), state) for part in groups if part.shape[2]]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            latents = [self.encode(part.to(weight), state) for part in groups if part.shape[2]]
         return torch.cat(latents, dim=2)
 
     def encode_moments(self, pixels: Tensor, state: EncoderState | None = None) -> tuple[Tensor, Tensor]:

@@ -97,8 +97,9 @@ def full_opener(
     It runs in the dtype that the decoder of `vae` has; whether its range is wide enough `opener` checks, and
     nothing here. fingerprint: what distinguishes the weights from others; without it they are checked at
     every load. The decoders of the last _KEPT_SIZES sizes are kept, with their buffers; an older one lives
-    while a stream has it. Raises ValueError where config asks for another dtype, RuntimeError where FP8 convolutions do not reach LEAST_PSNR_DB with these weights: here on
-    small frames, later at the size that is opened; decoder_ops raises for a size.
+    while a stream has it. Raises ValueError where config asks for another dtype, RuntimeError where FP8
+    convolutions do not reach LEAST_PSNR_DB with these weights: here on small frames, later at the size that
+    is opened; decoder_ops raises for a size.
     """
     precision, dtype, chunk = config.runtime.vae_precision, vae.decoder_dtype, config.cache.chunk_frames
     if PRECISION_DTYPES.get(precision, dtype) != dtype:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from rfengine import cli
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.diffusion_forcing.pipeline import DenoisedRow, DiffusionForcingPipeline
 from rfengine.video import Video
 from support.diffusion_forcing import forcing_pipeline, write_forcing_pipeline
@@ -114,6 +115,9 @@ def test_a_file_of_prompts_gives_a_video_each(forcing: Path, tmp_path: Path) -> 
         (["--height", "70"], "height is 70 pixels; it must be a multiple of 16"),
         (["--seed", "-1"], "seed is -1; use an integer from 0"),
         (["--negative-prompt", " "], "the negative prompt ' ' is empty"),
+        (["--negative-prompt", "&nbsp;"], "the negative prompt '&nbsp;' is empty"),
+        (["--overlap-latents", "--num-frames", "9"], "overlap_latents is on and overlap_history, which says"),
+        (["--allow-unmatched-lora"], "--allow-unmatched-lora is for models that stream"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_leaves_nothing(
@@ -123,7 +127,9 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     given: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: 1 / 0)  # before the model is loaded
     filled = [option.format(dir=tmp_path, **given) for option in options]
     arguments = ["a circle", "-o", tmp_path / "a.mp4", "--model", forcing, *filled]
     assert message in fails(capsys, cli.CALLER_ERROR, "generate", *arguments)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from rfengine import memory
 from rfengine.costs.memory import memory_needs
 from rfengine.costs.shapes import Shapes
 from rfengine.costs.window import require_window_fits, window_needs
@@ -35,11 +36,20 @@ def test_a_shorter_window_needs_less_and_float32_one_vae() -> None:
     assert whole["vae"] == 4 * 126_892_531
 
 
-def test_a_pass_that_does_not_fit_is_refused() -> None:
-    large = LatentGrid.of(PRESET, 8192, 8192)
-    with pytest.raises(RuntimeError, match="a pass over 400 latent frames of 8192 x 8192 pixels needs"):
-        require_window_fits(PRESET, large, 400, torch.float32, torch.device("cpu"))
-    require_window_fits(PRESET, LatentGrid.of(PRESET, 16, 16), 1, torch.float32, torch.device("cpu"))
+def test_a_pass_and_a_piece_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    large, small, place = (
+        LatentGrid.of(PRESET, 8192, 8192),
+        LatentGrid.of(PRESET, 16, 16),
+        torch.device("cpu"),
+    )
+    with pytest.raises(RuntimeError, match="a piece of 400 latent frames of 8192 x 8192 pixels needs"):
+        require_window_fits(PRESET, large, 400, 400, torch.float32, place)
+    require_window_fits(PRESET, small, 1, 1, torch.float32, place)
+    # an hour in one piece: 45 GB of latents, and a pass over 25 of them
+    monkeypatch.setattr(memory, "free_memory", lambda device: 40 * 10**9)
+    with pytest.raises(RuntimeError, match="a piece of 21601 latent frames of 544 x 960 pixels needs"):
+        require_window_fits(PRESET, GRID, 21_601, 25, torch.bfloat16, place)
+    require_window_fits(PRESET, GRID, 1_801, 25, torch.bfloat16, place)
 
 
 def test_costs_of_a_chunk_are_refused() -> None:

@@ -11,14 +11,20 @@ import pytest
 import torch
 
 import rfengine
-from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.checkpoint.checkpoint import Checkpoint, write_config
+from rfengine.checkpoint.loader import save_weights
 from rfengine.config import RuntimeConfig
 from rfengine.diffusion_forcing.options import DiffusionForcingOptions
 from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 from rfengine.models import vae as vae_module
 from rfengine.presets import PRESETS
 from rfengine.video import Video, pixels_from_frames
-from support.diffusion_forcing import forcing_config, forcing_pipeline, write_forcing_pipeline
+from support.diffusion_forcing import (
+    forcing_config,
+    forcing_model,
+    forcing_pipeline,
+    write_forcing_pipeline,
+)
 
 Options = DiffusionForcingOptions
 
@@ -87,6 +93,48 @@ def test_long_videos_go_on_from_piece_to_piece(
     assert numpy.array_equal(noised[:21], long[:21]) and not numpy.array_equal(noised[21:], long[21:])
 
 
+def test_an_overlap_in_latents_that_is_no_whole_blocks_is_made_anew_and_shown_once(
+    pipeline: DiffusionForcingPipeline,
+) -> None:
+    """Three latent frames, of which two fill a block."""
+    options = {"overlap_history": 9, "ar_step": 2, "causal_block_size": 2}
+    long = made(pipeline, num_frames=37, overlap_latents=True, **options)
+    assert numpy.array_equal(long[:21], made(pipeline, num_frames=21, ar_step=2, causal_block_size=2))
+    assert not numpy.array_equal(long[21:], made(pipeline, num_frames=37, **options)[21:])
+
+
+def test_a_clip_that_is_longer_than_the_window_is_continued(pipeline: DiffusionForcingPipeline) -> None:
+    clip = numpy.stack([picture(seed) for seed in range(29)])
+    video = made(pipeline, start_frames=clip, num_frames=61, ar_step=2)
+    latents = pipeline.vae.encode(pixels_from_frames(clip))
+    assert abs(video[:29].astype(int) - pipeline.vae.decode_frames(latents).numpy()).max() <= 1
+    assert not numpy.array_equal(video[29:], made(pipeline, num_frames=61, ar_step=2)[29:])
+
+
+def test_every_piece_and_row_has_noise_of_its_own(pipeline: DiffusionForcingPipeline) -> None:
+    draw = pipeline._draw(3, pipeline.plan(Options()))
+    places = ((0, 0), (0, 1), (1, 0), (1, 1))
+    drawn = [draw(*place, 4) for place in places]
+    assert torch.equal(draw(1, 0, 6)[:, :, :4], drawn[2])
+    others = [pipeline._draw(4, pipeline.plan(Options()))(0, 0, 4), *drawn]
+    assert all(not torch.equal(one, other) for number, one in enumerate(others) for other in others[:number])
+
+
+def test_given_frames_are_not_encoded_in_tf32(
+    pipeline: DiffusionForcingPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, seen = vae_module.WanVAE.encode, []
+
+    def watched(*given: Any) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return encode(*given)
+
+    monkeypatch.setattr(vae_module.WanVAE, "encode", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    made(pipeline, start_frames=picture()[None], num_frames=40, overlap_history=9)
+    assert seen and not any(seen)
+
+
 def test_the_overlap_is_decoded_and_encoded_again(
     pipeline: DiffusionForcingPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +190,24 @@ def test_a_directory_is_loaded_and_makes_the_same_latents(
     assert made(half, start_frames=picture()[None]).std() > 0
 
 
+@pytest.mark.parametrize("in_weights", [True, False])
+def test_a_directory_whose_weights_are_of_another_kind_is_refused(
+    pipeline: DiffusionForcingPipeline, tmp_path: Path, in_weights: bool
+) -> None:
+    write_forcing_pipeline(tmp_path, pipeline)
+    model = dataclasses.replace(pipeline.config.model, fps_embedding=not in_weights)
+    config = dataclasses.replace(pipeline.config, model=model)
+    if in_weights:
+        config = dataclasses.replace(config, diffusion_forcing=None)
+    else:
+        tensors = forcing_model(dataclasses.replace(model, fps_embedding=False)).state_dict()
+        save_weights(tmp_path / "transformer.safetensors", tensors)
+    write_config(tmp_path, config)
+    has = "the" if in_weights else "no"
+    with pytest.raises(ValueError, match=f"safetensors has {has} tensors of the frame rate that SkyReels-V2"):
+        Checkpoint.open(tmp_path)
+
+
 def test_random_weights_of_the_preset_are_no_stream(directory: Path) -> None:
     checkpoint = Checkpoint.random(PRESETS["skyreels-df-1.3b"])
     for source in (directory, checkpoint):
@@ -194,7 +260,7 @@ def test_without_guidance_the_negative_prompt_is_not_looked_at(pipeline: Diffusi
 
 
 def test_a_window_that_no_memory_holds_is_refused(pipeline: DiffusionForcingPipeline) -> None:
-    with pytest.raises(RuntimeError, match="a pass over 6 latent frames of 8192 x 8192 pixels needs"):
+    with pytest.raises(RuntimeError, match="a piece of 6 latent frames of 8192 x 8192 pixels needs"):
         large = dataclasses.replace(Options(), height=8192, width=8192)
         config = dataclasses.replace(pipeline.config.model, dim=12288, num_heads=2)
         engine = dataclasses.replace(pipeline.config, model=config)

@@ -115,7 +115,15 @@ def test_an_hour_is_planned_in_a_moment() -> None:
         ({"num_frames": 257, "ar_step": 1}, "an ar_step of at least 2"),
         ({"num_frames": 257, "ar_step": 5, "causal_block_size": 5}, "an ar_step of at least 6"),
         ({"num_frames": 257, "ar_step": 6, "causal_block_size": 5, "end": True}, "give an overlap_history"),
-        ({"num_frames": 257, "overlap_history": 97}, "overlap_history is 97 and a piece has 97 frames"),
+        (
+            {"num_frames": 257, "overlap_history": 97},
+            "overlap_history is 97 and a piece has 97 frames; use at most 93",
+        ),
+        ({"num_frames": 10, "overlap_history": 401}, "overlap_history is 401 and a piece has 97 frames"),
+        (
+            {"start": 101, "num_frames": 257, "overlap_history": 17},
+            "the start has 101 frames and the first piece of this video has 97; give a shorter start",
+        ),
         (
             {"num_frames": 257, "overlap_history": 18},
             "overlap_history has 18 frames; whole latent frames are 1",
@@ -138,6 +146,12 @@ def test_an_hour_is_planned_in_a_moment() -> None:
 def test_a_video_that_cannot_be_made_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         planned(**options)
+
+
+def test_a_start_may_be_longer_than_a_window_that_moves_along() -> None:
+    (piece,) = planned(start=121, num_frames=257, ar_step=2).pieces
+    assert (piece.sizes.ready_frames, piece.sizes.frames, piece.window) == (31, 65, 25)
+    assert (piece.rows[0].start, piece.rows[0].end) == (7, 32)
 
 
 def test_a_model_that_streams_is_refused() -> None:

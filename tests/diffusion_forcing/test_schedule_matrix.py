@@ -97,6 +97,23 @@ def test_window_grows_by_a_block_when_it_first_moves() -> None:
     assert all(row.start <= row.moving[0] and row.moving[-1] < row.end for row in rows)
 
 
+def test_every_frame_takes_every_step_inside_the_window() -> None:
+    """A start that is longer than the window too."""
+    timesteps = (900, 600, 300)
+    for frames, ready, base, ar_step in product((4, 7, 12), range(9), (3, 5), (1, 2, 4)):
+        sizes = BlockSizes(2 * frames, 2 * ready, 2, 2 * base) if ready < frames else None
+        if sizes is None or (frames > base and ar_step < least_ar_step(3, sizes)):
+            continue
+        rows = schedule_rows(timesteps, sizes, ar_step)
+        taken = [[] for _ in range(2 * frames)]
+        for row in rows:
+            assert row.end - row.start == 2 * min(frames, base) == len(row.timesteps)
+            assert row.start <= row.moving[0] and row.moving[-1] < row.end <= 2 * frames
+            for frame, step in zip(row.moving, row.steps, strict=True):
+                taken[frame].append(step)
+        assert taken == [[]] * (2 * ready) + [[0, 1, 2]] * 2 * (frames - ready)
+
+
 def test_a_step_between_blocks_that_is_too_small_for_the_window_is_refused() -> None:
     message = (
         "ar_step is 5 and 50 latent frames are more than the 25 of a window; with 30 steps use at least 6"
