@@ -121,13 +121,14 @@ def require_stream_fits(
         require_memory(size, device, what, "choose a smaller height and width, or a smaller window")
 
 
-def require_frames_fit(count: int, grid: LatentGrid, as_floats: bool = False) -> None:
+def require_frames_fit(
+    count: int, grid: LatentGrid, as_floats: bool = False, instead: str = "take the chunks of stream()"
+) -> None:
     """Raises RuntimeError where host memory cannot hold `count` frames; as_floats: they are returned as
-    float32."""
+    float32. instead: what the error offers, one by one."""
     size = count * grid.height * grid.width * 3 * (_BYTES_OF_FLOATS if as_floats else _BYTES_OF_FRAMES)
     what = f"holding {count} frames of {grid.height} x {grid.width} pixels"
-    way_out = "ask for fewer, or take the chunks of stream() one by one"
-    require_memory(size, torch.device("cpu"), what, way_out)
+    require_memory(size, torch.device("cpu"), what, f"ask for fewer, or {instead} one by one")
 
 
 def parameter_count(config: WanConfig | VAEConfig | TextConfig) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import Backend, DTypeName, EngineConfig, RuntimeConfig
+from rfengine.costs.memory import require_frames_fit
 from rfengine.costs.window import require_window_fits
 from rfengine.cuda_graph import made_current
 from rfengine.diffusion_forcing.denoise import Conditions, Draw, GuidedFlow, denoise_video
@@ -19,7 +20,6 @@ from rfengine.diffusion_forcing.frames import PieceDecoder
 from rfengine.diffusion_forcing.options import DiffusionForcingOptions
 from rfengine.diffusion_forcing.plan import VideoPlan, check_given, plan_video, require_diffusion_forcing
 from rfengine.host_state import own_state
-from rfengine.memory import require_memory
 from rfengine.models.dit import TextKeysValues, WanDiT, pack_weights
 from rfengine.models.vae import WanVAE
 from rfengine.ops import choose_ops
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from rfengine.models.text_encoder import TextEncoder
 
 _DEFAULTS = DiffusionForcingOptions()
-_BYTES_OF_FRAMES = 2  # for each value of a video: the parts, and their concatenation
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +130,7 @@ class DiffusionForcingPipeline:
         import numpy
 
         plan = self.plan(options, start_frames, end_frame)
-        size = _BYTES_OF_FRAMES * plan.num_frames * plan.grid.height * plan.grid.width * 3
-        require_memory(
-            size, torch.device("cpu"), f"holding {plan.num_frames} frames", "ask for fewer, or use rows()"
-        )
+        require_frames_fit(plan.num_frames, plan.grid, instead="take those of rows()")
         rows = self.rows(prompt, options, start_frames=start_frames, end_frame=end_frame)
         return Video(numpy.concatenate([row.frames for row in rows]), plan.fps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from PIL import Image
 
 from rfengine import cli
 from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.cli.forcing import ForcingArguments, ForcingVideo
+from rfengine.cli.start import StartOptions
+from rfengine.diffusion_forcing.options import DiffusionForcingOptions
 from rfengine.diffusion_forcing.pipeline import DenoisedRow, DiffusionForcingPipeline
 from rfengine.video import Video
 from support.diffusion_forcing import forcing_pipeline, write_forcing_pipeline
@@ -79,6 +83,18 @@ def test_options_reach_the_video(
     filled = [option.format(**given) for option in options]
     assert cli.main(["generate", "a circle", "-o", str(path), "--model", str(forcing), *filled]) == 0
     assert frame_count(path) == frames and f"{rows}/{rows}" in capsys.readouterr().err
+
+
+def test_every_option_of_the_command_is_one_of_the_video(forcing: Path) -> None:
+    given = {
+        "num_frames": 30, "negative_prompt": "blue", "fps": 16, "guidance_scale": 2.5, "steps": 3,
+        "shift": 4.0, "ar_step": 2, "causal_block_size": 2, "causal_attention": True, "overlap_history": 5,
+        "overlap_latents": True, "addnoise_condition": 20,
+    }  # fmt: skip
+    assert given.keys() | {"end_image"} == {entry.name for entry in dataclasses.fields(ForcingArguments)}
+    config = Checkpoint.open(forcing).config
+    video = ForcingVideo.of(ForcingArguments(**given), config, StartOptions(), None, (64, 48))
+    assert video.options == DiffusionForcingOptions(height=64, width=48, **given)
 
 
 def test_a_file_of_prompts_gives_a_video_each(forcing: Path, tmp_path: Path) -> None:

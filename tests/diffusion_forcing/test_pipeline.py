@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import rfengine
+from rfengine import memory
 from rfengine.checkpoint.checkpoint import Checkpoint, write_config
 from rfengine.checkpoint.loader import save_weights
 from rfengine.config import RuntimeConfig
@@ -268,3 +269,12 @@ def test_a_window_that_no_memory_holds_is_refused(pipeline: DiffusionForcingPipe
             engine, pipeline.model, pipeline.vae, pipeline.text_encoder, lambda grid: pipeline.vae
         )
         other.rows("a circle", large)
+
+
+def test_frames_that_no_memory_holds_are_refused(
+    pipeline: DiffusionForcingPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: 100_000)
+    message = "holding 21 frames of 32 x 48 pixels needs .* ask for fewer, or take those of rows.. one by one"
+    with pytest.raises(RuntimeError, match=message):
+        pipeline.generate("a circle")
