@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor
@@ -18,68 +19,73 @@ if TYPE_CHECKING:
 ClipMode = Literal["chunks", "frames", "clamped"]
 
 
-def clip_latents(
-    vae: WanVAE, frames: ndarray, grid: LatentGrid, cache: CacheConfig, mode: ClipMode
-) -> Tensor:
-    """Normalised latents [1, z, F, h, w] of clip_pixels, on the device and in the dtype of the encoder."""
-    return vae.encode_in_groups(clip_pixels(frames, grid, cache, mode), cache.chunk_frames)
+@dataclass(frozen=True, slots=True)
+class ClipParts:
+    """How a clip is taken, in latent frames, of its end where not all of them are.
+
+    prefilled: those of each context pass, in order. clamped: those with which the first generated chunk
+    begins as they are.
+    """
+
+    prefilled: tuple[int, ...]
+    clamped: int = 0
+
+    @property
+    def latent_frames(self) -> int:
+        return sum(self.prefilled) + self.clamped
 
 
-def clip_pixels(frames: ndarray, grid: LatentGrid, cache: CacheConfig, mode: ClipMode) -> Tensor:
-    """The pixels [1, 3, T, H, W] of a clip, uint8 [T, H, W, 3], that are used: those of its end that fill
-    whole chunks, or latents where `mode` takes single ones.
+def clip_parts(frames: int, mode: ClipMode, config: EngineConfig) -> ClipParts:
+    """The parts of a clip of `frames` pixel frames.
 
-    Raises ValueError for a mode that is none, for a clip of another size than the grid's, and for one without
-    a whole chunk.
+    Raises ValueError for a mode that is none, for a clip that is too short for it, and for one that the
+    model's schedule or decoder cannot begin with.
     """
     if mode not in get_args(ClipMode):
         raise ValueError(f"mode is {mode!r}; use {', '.join(get_args(ClipMode))}")
+    grid, cache = LatentGrid.of(config), config.cache
+    if not frames:
+        raise ValueError("the clip has 0 frames; give at least one")
+    count = (frames - 1) // grid.temporal_stride + 1
+    if mode == "frames":
+        if config.runtime.vae == "tensorrt" and cache.chunk_frames != 1:
+            raise ValueError(
+                f"the TensorRT decoder takes {cache.chunk_frames} latents at a time; use mode 'chunks' or "
+                "'clamped'"
+            )
+        return ClipParts((1,) * count)
+    chunks = _whole_chunks(count, cache)
+    if mode == "chunks":
+        if not chunks:
+            raise ValueError(
+                f"the clip has {frames} frames; at least {grid.pixel_frames(cache.first_chunk)} are needed, "
+                "one whole chunk; mode 'frames' or 'clamped' takes a shorter one"
+            )
+        return ClipParts(chunks)
+    rest = count - sum(chunks)
+    if rest and config.schedule.rolling != "none":
+        raise ValueError("a rolling schedule has no chunk of its own to clamp frames in; use mode 'frames'")
+    return ClipParts(chunks, rest)
+
+
+def clip_latents(vae: WanVAE, frames: ndarray, grid: LatentGrid, latent_frames: int, group: int) -> Tensor:
+    """Normalised latents [1, z, F, h, w] of the last `latent_frames` of a clip, uint8 [T, H, W, 3], on the
+    device and in the dtype of the encoder, which takes `group` of them at a time.
+
+    Raises ValueError for a clip of another size than the grid's.
+    """
     pixels = pixels_from_frames(frames)
     size = (grid.height, grid.width)
     if tuple(pixels.shape[-2:]) != size:
         raise ValueError(
             f"the clip is {tuple(pixels.shape[-2:])} pixels and the stream is {size}; resize the clip"
         )
-    shortest = grid.pixel_frames(cache.first_chunk if mode == "chunks" else 1)
-    if pixels.shape[2] < shortest:
-        raise ValueError(
-            f"the clip has {pixels.shape[2]} frames; at least {shortest} are needed, one whole chunk; mode "
-            "'frames' or 'clamped' takes a shorter one"
-        )
-    latent_frames = (pixels.shape[2] - 1) // grid.temporal_stride + 1
-    if mode == "chunks":
-        latent_frames = sum(_whole_chunks(latent_frames, cache))
-    return pixels[:, :, -grid.pixel_frames(latent_frames) :]
+    return vae.encode_in_groups(pixels[:, :, -grid.pixel_frames(latent_frames) :], group)
 
 
-def split_clip(
-    latents: Tensor, mode: ClipMode, config: EngineConfig
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """The pieces of latents [1, C, F, h, w] that are prefilled, and what the first generated chunk begins
-    with as it is.
-
-    Raises ValueError for a mode that the model's schedule or decoder cannot begin with.
-    """
-    count, size = latents.shape[2], config.cache.chunk_frames
-    if mode == "frames":
-        if config.runtime.vae == "tensorrt" and size != 1:
-            raise ValueError(
-                f"the TensorRT decoder takes {size} latents at a time; use mode 'chunks' or 'clamped'"
-            )
-        return latents.split(1, dim=2), None
-    chunks = _whole_chunks(count, config.cache)
-    *pieces, rest = latents.split([*chunks, count - sum(chunks)], dim=2)
-    if not rest.shape[2]:
-        return tuple(pieces), None
-    if config.schedule.rolling != "none":
-        raise ValueError("a rolling schedule has no chunk of its own to clamp frames in; use mode 'frames'")
-    return tuple(pieces), rest
-
-
-def _whole_chunks(latent_frames: int, cache: CacheConfig) -> list[int]:
+def _whole_chunks(latent_frames: int, cache: CacheConfig) -> tuple[int, ...]:
     """The lengths of the chunks that so many latents from the start of a video fill."""
     if latent_frames < cache.first_chunk:
-        return []
-    return [cache.first_chunk] + [cache.chunk_frames] * (
-        (latent_frames - cache.first_chunk) // cache.chunk_frames
-    )
+        return ()
+    later = (latent_frames - cache.first_chunk) // cache.chunk_frames
+    return (cache.first_chunk, *(cache.chunk_frames,) * later)

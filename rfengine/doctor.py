@@ -37,7 +37,9 @@ from rfengine.runtime.options import runtime_switches
 from rfengine.tuning.autotune import cached_decisions
 
 MIB = 2**20
-_REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "tqdm", "tyro", "ftfy")
+_REQUIRED = (
+    "torch", "numpy", "safetensors", "transformers", "tokenizers", "av", "pillow", "tqdm", "tyro", "ftfy",
+)  # fmt: skip
 _OPTIONAL = (
     "triton", "flash-attn", "pycuda", "cuda-core", "nvtx", "tensorrt", "onnx", "onnxruntime",
     "tensorboard", "matplotlib",

@@ -14,9 +14,8 @@ The rest of the line is the text, or several between `|`, each after its weight 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, zip_longest
@@ -28,11 +27,13 @@ from rfengine.files import read_text, text_lines
 from rfengine.grid import LatentGrid
 from rfengine.limits import Range, as_number, shown
 from rfengine.prompt_blend import Interpolation, checked_chunks
-from rfengine.prompts import Prompt, PromptMode, parse_prompt, prompt_line, weighted_texts
-from rfengine.video import MOST_SECONDS, frame_count
+from rfengine.prompts import Prompt, PromptMode, check_prompt, parse_prompt, prompt_line, weighted_texts
+from rfengine.video import MOST_SECONDS, frame_count, nearest_frame
 
 if TYPE_CHECKING:
     from rfengine.stream import FrameChunk, VideoStream
+
+CheckText = Callable[[str], None]
 
 MOST_SCENES = 10_000
 _MOST_BYTES = 64 * 2**20  # of a file
@@ -85,10 +86,14 @@ class PlannedScene:
 
 @dataclass(frozen=True, slots=True)
 class ScriptPlan:
-    """The scenes of a video of `num_frames` frames at the chunks of one model; the last one may go beyond."""
+    """The scenes of a video of `num_frames` frames at the chunks of one model; the last one may go beyond.
+
+    is_begun: chunks are before it, so that its first one is like any other.
+    """
 
     scenes: tuple[PlannedScene, ...]
     num_frames: int
+    is_begun: bool = False
 
     @property
     def num_chunks(self) -> int:
@@ -118,19 +123,26 @@ class PromptScript:
                 )
 
     @classmethod
-    def read(cls, path: str | Path) -> PromptScript:
+    def read(cls, path: str | Path, check_text: CheckText = check_prompt) -> PromptScript:
         """The script of a UTF-8 file. Raises ValueError as parse does, and for a file that cannot be read."""
-        return cls.parse(read_text(Path(path), _MOST_BYTES), str(path))
+        return cls.parse(read_text(Path(path), _MOST_BYTES), str(path), check_text)
 
     @classmethod
-    def parse(cls, text: str, source: str = "the script") -> PromptScript:
-        """The script that a text is; source: what errors call it. Raises ValueError with number and text of
-        the first line that is wrong, and for what PromptScript refuses."""
+    def parse(
+        cls, text: str, source: str = "the script", check_text: CheckText = check_prompt
+    ) -> PromptScript:
+        """The script that a text is.
+
+        source: what errors call it. check_text: raises ValueError for a text that no scene can have. Raises
+        ValueError with number and text of the first line that is wrong, and for what PromptScript refuses.
+        """
         scenes = []
         for number, line in enumerate(map(str.strip, text_lines(text)), 1):
             if line and not line.startswith("#"):
                 try:
                     scenes.append(_scene(line))
+                    for each in weighted_texts(scenes[-1].prompt):
+                        check_text(each.text)
                 except ValueError as error:
                     raise ValueError(f"line {number} of {source}, {shown(line)}: {error}") from error
         try:
@@ -152,12 +164,13 @@ class PromptScript:
             lines.append(f"{seconds} {scene.transition} {prompt_line(scene.prompt)}\n")
         return "".join(lines)
 
-    def plan(self, config: EngineConfig) -> ScriptPlan:
-        """Where the scenes begin in a video of the model: each at the first chunk boundary at or after its
-        time, which is the sum of the seconds before it.
+    def plan(self, config: EngineConfig, is_begun: bool = False) -> ScriptPlan:
+        """Where the scenes begin in a video of the model: each at the first chunk boundary at or after the
+        frame of its time, which is the sum of the seconds before it.
 
-        After a cut chunks are counted from a new start, whose first is of another length. Raises ValueError
-        where all scenes are too long, a scene gets no chunk, or one has fewer than its transition.
+        is_begun: the stream is not at the start of its video, so that all chunks have one length. After a cut
+        they are counted from a new start, whose first is of another. Raises ValueError where all scenes are
+        too long, a scene gets no chunk, or one has fewer than its transition.
         """
         grid, cache = LatentGrid.of(config), config.cache
         ends = list(accumulate(Fraction(repr(float(scene.seconds))) for scene in self.scenes))
@@ -166,26 +179,29 @@ class PromptScript:
                 f"the script lasts {float(ends[-1]):g} seconds; a video has at most {MOST_SECONDS}, a day"
             )
         num_frames = frame_count(config.fps, float(ends[-1]))
-        times = [0, *(math.ceil(end * config.fps) for end in ends[:-1]), num_frames]  # in frames
+        times = [0, *(nearest_frame(end, config.fps) for end in ends[:-1]), num_frames]  # in frames
         begins: list[tuple[int, int]] = []  # of each scene and of the end: frame and chunk
+        later_chunk = cache.chunk_frames * grid.temporal_stride
+        first_chunk = later_chunk if is_begun else grid.pixel_frames(cache.first_chunk)
         cut_frame = cut_chunk = 0
         for time, scene in zip_longest(times, self.scenes):
-            later = grid.latent_frames(time - cut_frame) - cache.first_chunk
-            chunks = 0 if time <= cut_frame else 1 + max(0, -(-later // cache.chunk_frames))
-            frame = cut_frame + grid.pixel_frames(cache.frames_before(chunks))
+            later = max(0, -(-(time - cut_frame - first_chunk) // later_chunk))
+            chunks = 0 if time <= cut_frame else 1 + later
+            frame = cut_frame + (first_chunk + later * later_chunk if chunks else 0)
             begins.append((frame, cut_chunk + chunks))
             if scene is not None and scene.mode == "hard":
                 cut_frame, cut_chunk = begins[-1]
+                first_chunk = grid.pixel_frames(cache.first_chunk)
         planned = tuple(
             PlannedScene(scene, number, frame, end - chunk)
             for number, (scene, (frame, chunk), (_, end)) in enumerate(
                 zip(self.scenes, begins, begins[1:], strict=False), 1
             )
         )
-        longest = max(grid.pixel_frames(cache.first_chunk), cache.chunk_frames * grid.temporal_stride)
+        longest = max(grid.pixel_frames(cache.first_chunk), later_chunk)
         for each in planned:
             _check_length(each, longest / config.fps)
-        return ScriptPlan(planned, num_frames)
+        return ScriptPlan(planned, num_frames, is_begun)
 
 
 def _scene(line: str) -> Scene:
@@ -222,15 +238,15 @@ def _check_length(planned: PlannedScene, chunk_seconds: float) -> None:
 def play(stream: VideoStream, plan: ScriptPlan) -> Iterator[tuple[PlannedScene, FrameChunk]]:
     """The chunks of a script, each with its scene; frames beyond plan.num_frames are the last chunk's.
 
-    stream: a new one of the first scene's prompt; it is ahead inside a scene alone, so that a scene begins
-    where it is planned with overlap too. Raises RuntimeError for a stream that has begun or has another
-    prompt, and as VideoStream does.
+    stream: of the first scene's prompt, at the start of its video unless plan.is_begun, as with a clip before
+    it; it is ahead inside a scene alone, so that a scene begins where it is planned with overlap too. Raises
+    RuntimeError for a stream that is elsewhere or has another prompt, and as VideoStream does.
     """
     first = prompt_line(plan.scenes[0].scene.prompt)
-    if stream.latents is not None or stream.prompt != first:
+    if stream.prompt != first or stream.is_ahead or stream.is_at_start == plan.is_begun:
         raise RuntimeError(
             f"the stream is at chunk {stream.index} of {shown(stream.prompt)}; play the script on a new one "
-            f"of {shown(first)}"
+            f"of {shown(first)}, or with chunks before it on a plan that is_begun"
         )
     for planned in plan.scenes:
         scene = planned.scene

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
-from rfengine.clip import ClipMode, clip_latents, split_clip
+from rfengine.clip import ClipMode, clip_latents, clip_parts
 from rfengine.cuda_graph import launching_on
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
@@ -27,6 +27,7 @@ from rfengine.runtime.decode_worker import DecodedFrames, DecodeWorker, StreamFr
 from rfengine.runtime.engine import Engine
 from rfengine.schedule import chunk_noise
 from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
+from rfengine.video import check_frames
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -171,6 +172,11 @@ class VideoStream:
     def index(self) -> int:
         """The index of the next chunk."""
         return self._index
+
+    @property
+    def is_at_start(self) -> bool:
+        """Whether the next chunk to be made is the first of a video, which may be of another length."""
+        return self._cache.next_chunk == 0
 
     @property
     def is_ahead(self) -> bool:
@@ -344,11 +350,13 @@ class VideoStream:
                 raise RuntimeError(
                     f"the stream is at chunk {self._cache.next_chunk}; continue a clip with a new stream"
                 )
-            latents = clip_latents(engine.vae, frames, self.grid, self._cache.config, mode)
+            check_frames(frames)
+            parts, group = clip_parts(len(frames), mode, engine.config), self._cache.config.chunk_frames
+            latents = clip_latents(engine.vae, frames, self.grid, parts.latent_frames, group)
             latents = latents.to(engine.model.device, engine.model.dtype)
-            pieces, given = split_clip(latents, mode, engine.config)
+            *pieces, rest = latents.split([*parts.prefilled, parts.clamped], dim=2)
             with self._closed_on_error(), self._computing():
-                self._given = given
+                self._given = rest if parts.clamped else None
                 self._take_weights()
                 for piece in pieces:
                     plan = self._cache.plan_chunk(piece.shape[2])

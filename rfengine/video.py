@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -76,7 +77,12 @@ def frame_count(fps: int, seconds: float | None = None, num_frames: int | None =
         raise ValueError(
             f"seconds is {length}; a video has at most {MOST_SECONDS}, a day, and a stream has no end"
         )
-    return max(1, round(length * fps))
+    return max(1, nearest_frame(Fraction(repr(float(length))), fps))
+
+
+def nearest_frame(seconds: Fraction, fps: int) -> int:
+    """The frame at a time; of two that are as near, the later one."""
+    return math.floor(seconds * fps + Fraction(1, 2))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 
 import numpy
@@ -11,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfengine import Pipeline
+from rfengine.clip import clip_parts
 from rfengine.config import CacheConfig, RuntimeConfig
 from rfengine.limits import shown
 from rfengine.prompt_script import MOST_SCENES, PromptScript, Scene, ScriptPlan, play
 from rfengine.prompts import WeightedText
-from rfengine.video import MOST_SECONDS
+from rfengine.video import MOST_SECONDS, nearest_frame
 from support.models import small_config, small_pipeline
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "story.txt"
@@ -159,10 +161,11 @@ def places(plan: ScriptPlan) -> list[tuple[int, int]]:
         (0.5625, 9),
         (0.6, 21),  # frame 9.6
         (1.3125, 21),
-        (1.32, 33),
+        (1.34, 21),  # frame 21.44, which is nearest to 21
+        (1.35, 33),
     ],
 )
-def test_scene_begins_at_the_first_chunk_at_or_after_its_time(seconds: float, begins: int) -> None:
+def test_scene_begins_at_the_first_chunk_at_or_after_its_frame(seconds: float, begins: int) -> None:
     for transition in ("soft", "cut", "recache"):
         plan = plan_of(f"{seconds} start a", f"2 {transition} b")
         assert plan.scenes[1].first_frame == begins
@@ -220,14 +223,31 @@ def test_plan_that_cannot_be_is_one_sentence(lines: list[str], message: str) -> 
         plan_of(*lines)
 
 
-@given(st.lists(st.tuples(st.floats(0.75, 9), st.sampled_from(["hard", "soft", "recache"])), max_size=8))
-def test_scene_as_long_as_a_chunk_has_one_and_begins_within_a_chunk_of_its_time(scenes: list) -> None:
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0.75, 0.76, 0.8, 1.0, 2.3]) | st.floats(0.75, 9),
+            st.sampled_from(["hard", "soft", "recache"]),
+        ),
+        max_size=8,
+    ),
+    st.booleans(),
+)
+def test_scene_as_long_as_a_chunk_has_one_and_begins_within_a_chunk_of_its_time(
+    scenes: list, is_begun: bool
+) -> None:
     script = PromptScript((Scene(0.75, "a"), *(Scene(seconds, "b", mode) for seconds, mode in scenes)))
-    plan, time = script.plan(small_config()), 0.0
+    plan, time = script.plan(small_config(), is_begun), Fraction(0)
     for planned in plan.scenes:
         assert planned.num_chunks >= 1
-        assert -1e-6 <= planned.first_frame - time * 16 < 12
-        time += planned.scene.seconds
+        assert 0 <= planned.first_frame - nearest_frame(time, 16) < 12
+        time += Fraction(repr(planned.scene.seconds))
+
+
+def test_after_chunks_all_are_of_one_length_until_a_cut() -> None:
+    script = PromptScript.parse("0.75 start a\n0.75 soft b\n2 cut c\n2 recache d")
+    assert places(script.plan(small_config())) == [(0, 2), (21, 1), (33, 3), (66, 2)]
+    assert places(script.plan(small_config(), is_begun=True)) == [(0, 1), (12, 1), (24, 3), (57, 3)]
 
 
 # Playing
@@ -262,6 +282,34 @@ def test_script_is_played_where_it_is_planned(pipe: Pipeline) -> None:
     firsts = numpy.cumsum([0, *(len(frames) for _, frames in played)])
     assert [int(firsts[index]) for index in (0, 2, 4, 6)] == [scene.first_frame for scene in plan.scenes]
     assert firsts[-2] < plan.num_frames <= firsts[-1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "count"), [("chunks", 9), ("chunks", 33), ("frames", 1), ("clamped", 14), ("clamped", 5)]
+)
+def test_scenes_after_a_clip_begin_where_they_are_planned(pipe: Pipeline, mode: str, count: int) -> None:
+    clip = numpy.random.default_rng(1).integers(0, 256, (count, 32, 48, 3), dtype=numpy.uint8)
+    is_begun = bool(clip_parts(count, mode, pipe.config).prefilled)
+    script = PromptScript.parse("0.75 start a circle\n0.75 soft a star\n0.75 cut a square\n1 recache a cat")
+    plan, frames = script.plan(pipe.config, is_begun), {}
+    stream = pipe.stream("a circle", start_frames=clip, start_mode=mode)
+    made = 0
+    for scene, chunk in play(stream, plan):
+        assert frames.setdefault(scene.number, made) <= made
+        made += len(chunk.frames)
+    assert frames == {scene.number: scene.first_frame for scene in plan.scenes}
+    assert is_begun == (count != 5) and made - 12 < plan.num_frames <= made
+
+
+def test_a_script_is_played_on_a_stream_that_was_restored(pipe: Pipeline) -> None:
+    stream = pipe.stream("a circle")
+    next(stream)
+    restored = pipe.restore(stream.snapshot())
+    script = PromptScript.parse("0.75 start a circle\n0.75 soft a star")
+    with pytest.raises(RuntimeError, match="is at chunk 1 of 'a circle'; play the script on a new one of 'a"):
+        next(play(restored, script.plan(pipe.config)))
+    lengths = [len(chunk.frames) for _, chunk in play(restored, script.plan(pipe.config, is_begun=True))]
+    assert lengths == [12, 12]
 
 
 def test_script_is_played_on_a_new_stream_of_its_first_prompt_alone(pipe: Pipeline) -> None:

@@ -25,7 +25,8 @@ _FRAMEWISE = replace(_CLIP, chunk_frames=1)
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One published system. steps: nominal, of every chunk; empty where the checkpoint's own stay.
+    """One published system. steps: nominal, of every chunk; empty where the checkpoint's own stay, and its
+    chunks with them.
     first_steps: of the first chunk, where they differ. names: parts of file names that tell the system,
     without marks."""
 
@@ -48,11 +49,18 @@ SYSTEMS: dict[SystemName, System] = {
     # arXiv 2602.02214; the two- and one-step models are those of Causal Forcing++, arXiv 2605.15141
     "causal-forcing": System(_CLIP, _FOUR, names=(("causalforcing", "chunkwise"),)),
     "causal-forcing-framewise": System(_FRAMEWISE, _FOUR, names=(("causalforcing", "framewise"),)),
-    "causal-forcing-2-step": System(_FRAMEWISE, (1000, 500), _FOUR, names=(("framewise2step",),)),
-    "causal-forcing-1-step": System(_FRAMEWISE, (1000,), _FOUR, names=(("framewise1step",),)),
+    "causal-forcing-2-step": System(
+        _FRAMEWISE, (1000, 500), _FOUR,
+        names=(("framewise", "2step"), ("causalforcing", "framewise", "2step")),
+    ),
+    "causal-forcing-1-step": System(
+        _FRAMEWISE, (1000,), _FOUR,
+        names=(("framewise", "1step"), ("causalforcing", "framewise", "1step")),
+    ),
     # its long video model, on the schedule of Rolling Forcing
     "causal-forcing-long": System(
-        CacheConfig(3, 21, "frozen", 3, joint_frames=12), _FOUR, rolling="joint", names=(("longvideo",),)
+        CacheConfig(3, 21, "frozen", 3, joint_frames=12), _FOUR, rolling="joint",
+        names=(("longvideo",), ("causalforcing", "chunkwise", "longvideo")),
     ),
     # arXiv 2605.23458
     "one-forcing": System(_FRAMEWISE, (1000,), _FOUR, names=(("oneforcing",),)),
@@ -79,18 +87,29 @@ SYSTEMS: dict[SystemName, System] = {
 def configured(config: EngineConfig, name: str) -> EngineConfig:
     """`config` with the cache and the denoising steps of a system; the shift of its schedule stays.
 
-    Raises ValueError for a name that is none.
+    Raises ValueError for a name that is none, and where a system that is a cache alone does not fit the
+    schedule.
     """
     if name not in SYSTEMS:
         raise ValueError(f"system is {name!r}; use one of {', '.join(get_args(SystemName))}")
-    system = SYSTEMS[name]
-    schedule = config.schedule
-    if system.steps:
-        schedule = ScheduleConfig(
-            schedule.shift, schedule.num_train_timesteps, system.steps, system.first_steps,
-            rolling=system.rolling,
-        )  # fmt: skip
+    system, schedule = SYSTEMS[name], config.schedule
+    if not system.steps:
+        return replace(config, cache=_of_chunks(name, system.cache, config))
+    schedule = ScheduleConfig(
+        schedule.shift, schedule.num_train_timesteps, system.steps, system.first_steps, rolling=system.rolling
+    )
     return replace(config, cache=system.cache, schedule=schedule)
+
+
+def _of_chunks(name: str, cache: CacheConfig, config: EngineConfig) -> CacheConfig:
+    """The cache of a system without steps of its own, for the chunks of the checkpoint."""
+    if config.schedule.rolling != "none":
+        raise ValueError(
+            f"system {name} is a cache for checkpoints whose chunks are denoised one after another, and the "
+            f"schedule of {config.name} is rolling; use it with one of Self-Forcing or LongLive"
+        )
+    own = config.cache
+    return replace(cache, chunk_frames=own.chunk_frames, first_chunk_frames=own.first_chunk_frames)
 
 
 def named_system(name: str) -> SystemName | None:

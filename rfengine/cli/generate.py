@@ -17,7 +17,7 @@ from rfengine.checkpoint.systems import SystemName, configured
 from rfengine.cli.cleaned_prompt import check_cleaned
 from rfengine.cli.forcing import ForcingArguments, ForcingVideo, refuse_forcing, refuse_options_of_streams
 from rfengine.cli.lora_options import LoraOptions
-from rfengine.cli.start import StartOptions, check_start, start_frames, start_mode
+from rfengine.cli.start import StartOptions, check_start, start_frames, start_mode, start_parts
 from rfengine.cli.terminal import find_device
 from rfengine.cli.written_video import Piece, progress_bar, write_pieces
 from rfengine.config import Backend, DTypeName, EngineConfig, RuntimeConfig
@@ -25,13 +25,14 @@ from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 from rfengine.grid import LatentGrid
 from rfengine.pipeline import Pipeline
 from rfengine.prompt_script import PlannedScene, PromptScript, Scene, ScriptPlan, play
-from rfengine.prompts import prompt_line, read_prompts, weighted_texts
+from rfengine.prompts import prompt_line, read_prompts
 from rfengine.schedule import as_seed
 from rfengine.stream import VideoStream
 from rfengine.video import check_video_path, frame_count
 
 if TYPE_CHECKING:
     import torch
+    from numpy import ndarray
     from tqdm import tqdm as ProgressBar
 
 _SECONDS = 5.0
@@ -106,8 +107,9 @@ def _stream_writer(
     made of it is refused before loading, which can take minutes."""
     refuse_forcing(options.forcing, checkpoint.config)
     config = _config(checkpoint.config, options)
-    _plan(prompt, options.seconds, config)
-    start_frames(options.start, config, LatentGrid.of(config, options.height, options.width))
+    frames = start_frames(options.start, config, LatentGrid.of(config, options.height, options.width))
+    is_begun = frames is not None and bool(start_parts(options.start, frames, config).prefilled)
+    _plan(prompt, options.seconds, config, is_begun)
     pipeline = Pipeline.from_pretrained(
         checkpoint,
         device,
@@ -117,7 +119,12 @@ def _stream_writer(
         runtime=options.runtime,
         loras=options.loras.loras(),
     )
-    return lambda prompt, path: _write_video(pipeline, prompt, path, options)
+
+    def write(prompt: str | PromptScript, path: Path) -> None:
+        plan = _plan(prompt, options.seconds, config, is_begun)
+        _write_video(pipeline, plan, path, options, frames, has_chapters=isinstance(prompt, PromptScript))
+
+    return write
 
 
 def _forcing_writer(
@@ -141,9 +148,7 @@ def _jobs(options: GenerateOptions) -> list[tuple[str | PromptScript, Path]]:
     """Every prompt, or the script, and the file its video goes to."""
     _check_one_source(options)
     if options.script is not None:
-        script = PromptScript.read(options.script)
-        for each in (text for scene in script.scenes for text in weighted_texts(scene.prompt)):
-            check_cleaned(each.text)
+        script = PromptScript.read(options.script, check_cleaned)
         check_video_path(options.output)
         return [(script, options.output)]
     if options.prompt is not None:
@@ -197,31 +202,37 @@ def _config(config: EngineConfig, options: GenerateOptions) -> EngineConfig:
     return config if options.system is None else configured(config, options.system)
 
 
-def _plan(prompt: str | PromptScript, seconds: float | None, config: EngineConfig) -> ScriptPlan:
+def _plan(
+    prompt: str | PromptScript, seconds: float | None, config: EngineConfig, is_begun: bool
+) -> ScriptPlan:
     """The scenes of a video; that of one prompt has one. Raises ValueError for a length that cannot be."""
     if isinstance(prompt, PromptScript):
-        return prompt.plan(config)
+        return prompt.plan(config, is_begun)
     seconds = _SECONDS if seconds is None else seconds
     frame_count(config.fps, seconds)
-    return PromptScript((Scene(seconds, prompt),)).plan(config)
+    return PromptScript((Scene(seconds, prompt),)).plan(config, is_begun)
 
 
 def _write_video(
-    pipeline: Pipeline, prompt: str | PromptScript, path: Path, options: GenerateOptions
+    pipeline: Pipeline,
+    plan: ScriptPlan,
+    path: Path,
+    options: GenerateOptions,
+    start: ndarray | None,
+    has_chapters: bool,
 ) -> None:
-    fps, plan = pipeline.config.fps, _plan(prompt, options.seconds, pipeline.config)
-    count = plan.num_frames
+    """start: the frames that the video begins with or continues."""
+    fps, count = pipeline.config.fps, plan.num_frames
     grid = LatentGrid.of(pipeline.config, options.height, options.width)
     stream = pipeline.stream(
         plan.scenes[0].scene.prompt, seed=options.seed, height=grid.height, width=grid.width,
-        start_frames=start_frames(options.start, pipeline.config, grid),
-        start_mode=start_mode(options.start, pipeline.config),
+        start_frames=start, start_mode=start_mode(options.start, pipeline.config),
     )  # fmt: skip
     with progress_bar(path, plan.num_chunks, "chunk") as bar:
-        pieces = _pieces(stream, plan, bar, has_chapters=isinstance(prompt, PromptScript))
+        pieces = _pieces(stream, plan, bar, has_chapters)
         made = write_pieces(path, fps, grid, count, pieces)
     rate = made.frames / made.seconds
-    scenes = f" in {len(plan.scenes)} scenes" if isinstance(prompt, PromptScript) else ""
+    scenes = f" in {len(plan.scenes)} scenes" if has_chapters else ""
     print(
         f"{path}: {count} frames, {count / fps:.1f} s of video{scenes}; streams at {rate:.1f} frames/s, "
         f"{rate / fps:.1f} times as fast as it plays; {options.runtime.vae} decoder, {pipeline.vae_tier}"

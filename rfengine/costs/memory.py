@@ -122,13 +122,16 @@ def require_stream_fits(
 
 
 def require_frames_fit(
-    count: int, grid: LatentGrid, as_floats: bool = False, instead: str = "take the chunks of stream()"
+    count: int,
+    grid: LatentGrid,
+    as_floats: bool = False,
+    instead: str = "take the chunks of stream() one by one",
 ) -> None:
     """Raises RuntimeError where host memory cannot hold `count` frames; as_floats: they are returned as
-    float32. instead: what the error offers, one by one."""
+    float32. instead: what the error offers beside fewer frames."""
     size = count * grid.height * grid.width * 3 * (_BYTES_OF_FLOATS if as_floats else _BYTES_OF_FRAMES)
     what = f"holding {count} frames of {grid.height} x {grid.width} pixels"
-    require_memory(size, torch.device("cpu"), what, f"ask for fewer, or {instead} one by one")
+    require_memory(size, torch.device("cpu"), what, f"ask for fewer, or {instead}")
 
 
 def parameter_count(config: WanConfig | VAEConfig | TextConfig) -> int:

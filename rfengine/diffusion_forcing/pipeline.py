@@ -130,7 +130,7 @@ class DiffusionForcingPipeline:
         import numpy
 
         plan = self.plan(options, start_frames, end_frame)
-        require_frames_fit(plan.num_frames, plan.grid, instead="take those of rows()")
+        require_frames_fit(plan.num_frames, plan.grid, instead="take those of rows() one by one")
         rows = self.rows(prompt, options, start_frames=start_frames, end_frame=end_frame)
         return Video(numpy.concatenate([row.frames for row in rows]), plan.fps)
 

@@ -57,7 +57,7 @@ def open_video(path: Path) -> Frames:
     has pixels that are not square or see-through, or is larger than MOST_SIDE, MOST_PIXELS or MOST_FRAMES,
     and for anything that is no ordinary file.
     """
-    count, size, rotation, turn = 0, (0, 0), 0, _UPRIGHT
+    count, size, rotation, turn, times = 0, (0, 0), 0, _UPRIGHT, []
     with _opened(path) as file:
         for frame in _decoded(path, file):
             if count == 0:
@@ -70,13 +70,17 @@ def open_video(path: Path) -> Frames:
             if frame.rotation != rotation:
                 raise ValueError(f"{path} is turned at frame {count}; give videos that stay as they are")
             count += 1
+            times += [] if frame.time is None else [frame.time]
             if count > MOST_FRAMES:
-                raise ValueError(f"{path} has more than {MOST_FRAMES} frames; measure it in parts")
+                raise ValueError(f"{path} has more than {MOST_FRAMES} frames; give it in parts")
         if not count:
             raise ValueError(f"{path} has 0 frames; give a video with some")
         height, width = size if turn.across[0] else size[::-1]
         stamp = _stamp(file)
-    return Frames(count, height, width, lambda: _batches(path, turn, stamp, frames_at_once(height, width)))
+    return Frames(
+        count, height, width, lambda: _batches(path, turn, stamp, frames_at_once(height, width)),
+        tuple(times) if len(times) == count else (),
+    )  # fmt: skip
 
 
 def _batches(path: Path, turn: _Turn, stamp: tuple[int, ...], at_once: int) -> Iterator[Tensor]:
@@ -86,7 +90,7 @@ def _batches(path: Path, turn: _Turn, stamp: tuple[int, ...], at_once: int) -> I
     reformatter, held = VideoReformatter(), []
     with _opened(path) as file:
         if _stamp(file) != stamp:
-            raise ValueError(f"{path} has changed while it was measured; measure it again")
+            raise ValueError(f"{path} has changed while it was read; give it again")
         for frame in _decoded(path, file):
             picture = reformatter.reformat(frame, format="rgb24").to_ndarray()
             held.append(_turned(torch.from_numpy(picture), turn))

@@ -62,12 +62,14 @@ class Frames:
     """The frames of one video, all of one size, which a metric goes through in order as often as it needs.
 
     batches: all frames from the first on, uint8 [B, H, W, 3], at most `frames_at_once` of them together.
+    times: when each is shown, in seconds; empty where the video does not say it of all.
     """
 
     count: int
     height: int
     width: int
     batches: Callable[[], Iterator[Tensor]]
+    times: tuple[float, ...] = ()
 
 
 FrameSource: TypeAlias = "Tensor | ndarray | Frames"

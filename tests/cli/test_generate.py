@@ -185,7 +185,9 @@ def test_line_of_a_prompt_file_ends_where_editors_end_it(
 ) -> None:
     made = []
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: None)
-    monkeypatch.setattr(generate, "_write_video", lambda _, prompt, path, options: made.append(prompt))
+    monkeypatch.setattr(
+        generate, "_write_video", lambda _, plan, *rest, **named: made.append(plan.scenes[0].scene.prompt)
+    )
     (tmp_path / "p.txt").write_bytes("a\u2028b\nc \x0b d\ne\x85 f\r\ng\x1ch\n".encode())
     request = ["generate", "--prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path), "--model", str(model)]
     assert cli.main(request) == 0
@@ -198,7 +200,9 @@ def test_prompt_may_begin_with_a_dash_after_two(
 ) -> None:
     made = []
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: None)
-    monkeypatch.setattr(generate, "_write_video", lambda _, prompt, path, options: made.append(prompt))
+    monkeypatch.setattr(
+        generate, "_write_video", lambda _, plan, *rest, **named: made.append(plan.scenes[0].scene.prompt)
+    )
     request = ["generate", "-o", str(tmp_path / "a.mp4"), "--model", str(model)]
     assert cli.main([*request, "--", prompt]) == 0
     assert made == [prompt]
@@ -280,7 +284,7 @@ def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
             "line 1 of {dir}/good.txt, 'a circle': it has 2",
         ),
         (["--script", "{dir}/story.txt", "-o", "{dir}"], "does not end in .mp4"),
-        (["--script", "{dir}/blank.txt", "-o", "{dir}/a.mp4"], "the prompt '&nbsp;' is empty"),
+        (["--script", "{dir}/blank.txt", "-o", "{dir}/a.mp4"], "'1 cut &nbsp; | a': the prompt '&nbsp;' is"),
         (
             ["--script", "{dir}/short.txt", "-o", "{dir}/a.mp4"],
             "scene 2, 'b', lasts 0.05 seconds and no chunk",
