@@ -28,6 +28,7 @@ from rfengine.diffusers_call import (
     refuse_guidance,
     requested_videos,
 )
+from rfengine.frame_chunk import FrameChunk
 from rfengine.grid import LatentGrid
 from rfengine.host_state import own_state
 from rfengine.limits import as_integer, shown
@@ -39,7 +40,7 @@ from rfengine.runtime.engine import Engine
 from rfengine.runtime.options import decode_device, dtype_of, present_device, tuned_ops
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
-from rfengine.stream import FrameChunk, VideoStream
+from rfengine.stream import VideoStream
 from rfengine.video import DEFAULT_NUM_FRAMES, Video, frame_count
 
 if TYPE_CHECKING:
@@ -210,9 +211,8 @@ class Pipeline:
     def restore(self, snapshot: Snapshot, any_loras: bool = False) -> VideoStream:
         """The stream of `snapshot`, at the moment it was taken; several streams may continue one snapshot.
 
-        any_loras: where the LoRAs are others now, go on under those, as a stream does that runs while they
-        are set. Raises ValueError where it is damaged, of another model or setting, or without any_loras
-        taken under other LoRAs.
+        any_loras: where they are others now, go on under those, as a running stream does. Raises ValueError
+        where it is damaged, or of another model or setting, which without any_loras the LoRAs are too.
         """
         info = snapshot.stream_info()
         grid = LatentGrid.of(self.config, info.height, info.width)

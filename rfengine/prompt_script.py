@@ -31,7 +31,8 @@ from rfengine.prompts import Prompt, PromptMode, check_prompt, parse_prompt, pro
 from rfengine.video import MOST_SECONDS, frame_count, nearest_frame
 
 if TYPE_CHECKING:
-    from rfengine.stream import FrameChunk, VideoStream
+    from rfengine.frame_chunk import FrameChunk
+    from rfengine.stream import VideoStream
 
 CheckText = Callable[[str], None]
 

@@ -17,6 +17,7 @@ from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
 from rfengine.clip import ClipMode, clip_latents, clip_parts
 from rfengine.cuda_graph import launching_on
+from rfengine.frame_chunk import ChunkTimings, FrameChunk
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary, own_state
 from rfengine.models.decoder import reset_state
@@ -31,29 +32,6 @@ from rfengine.video import check_frames
 
 if TYPE_CHECKING:
     from numpy import ndarray
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkTimings:
-    """Milliseconds of one chunk.
-
-    denoise_ms: the host in the chunk's denoising; CUDA runs behind it. decode_ms: the decoding where it ran;
-    without overlap it includes the wait for the denoising. call_ms: the whole call that returned the chunk;
-    with overlap this is what a chunk costs the caller, and part of the other two is in the call before it.
-    """
-
-    denoise_ms: float
-    decode_ms: float
-    call_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class FrameChunk:
-    """Frames of one chunk: uint8 [T, H, W, 3], RGB; index counts the chunks of the stream from 0."""
-
-    frames: ndarray
-    index: int
-    timings: ChunkTimings
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +221,8 @@ class VideoStream:
         return chunk
 
     def _no_frames(self) -> DecodedFrames:
-        empty = torch.zeros(0, self.grid.height, self.grid.width, 3, dtype=torch.uint8, device="cpu")
-        return DecodedFrames(empty.numpy(), 0.0)
+        size = (0, self.grid.height, self.grid.width, 3)
+        return DecodedFrames(torch.zeros(size, dtype=torch.uint8, device="cpu").numpy(), 0.0)
 
     def _compute(self, on_step: StepCallback | None, decode: bool) -> _Computed:
         """Denoise the next chunk and submit its latents to the decoder."""
@@ -429,10 +407,8 @@ class VideoStream:
         then the stream is as it was.
         """
         with self._turn():
-            engine, grid = self._engine, self.grid
-            info = snapshot.checked(
-                engine.settings(), engine.model.config, grid, engine.model.dtype, any_loras
-            )
+            settings, model = self._engine.settings(), self._engine.model
+            info = snapshot.checked(settings, model.config, self.grid, model.dtype, any_loras)
             check_tensors(snapshot.group("decoder"), self._decoder_state.tensors())
             with self._closed_on_error(), self._computing():
                 self._restart()

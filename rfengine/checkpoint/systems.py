@@ -25,10 +25,12 @@ _FRAMEWISE = replace(_CLIP, chunk_frames=1)
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One published system. steps: nominal, of every chunk; empty where the checkpoint's own stay, and its
-    chunks with them.
-    first_steps: of the first chunk, where they differ. names: parts of file names that tell the system,
-    without marks."""
+    """One published system.
+
+    steps: nominal, of every chunk; empty where the checkpoint's own stay, and with them the length of its
+    chunks. first_steps: of the first chunk, where they differ. names: parts of file names that tell the
+    system, without marks.
+    """
 
     cache: CacheConfig
     steps: tuple[int, ...] = ()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from rfengine.frame_chunk import ChunkTimings, FrameChunk
 from rfengine.pipeline import Pipeline
 from rfengine.prompts import check_prompt
 from rfengine.serving.delivery import Lane
@@ -40,7 +41,7 @@ from rfengine.serving.events import (
 )
 from rfengine.serving.points import AppliedChange, KeptPoints
 from rfengine.snapshot import Snapshot
-from rfengine.stream import ChunkTimings, FrameChunk, VideoStream
+from rfengine.stream import VideoStream
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,11 +1,14 @@
-"""A checkpoint directory that the commands are run on."""
+"""A checkpoint directory that the commands are run on, and what they write."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 
+from rfengine.video import VideoWriter
 from support.models import small_pipeline, write_pipeline
 
 
@@ -13,3 +16,23 @@ from support.models import small_pipeline, write_pipeline
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint directory of random weights that makes videos of 32 x 48 pixels."""
     return write_pipeline(tmp_path_factory.mktemp("model"), small_pipeline())
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bytes]:
+    """Calling it gives the pixels that were written since the last call. The encoder's bytes may differ from
+    run to run: the sums of its frame tree depend on where memory lies."""
+    pieces, write = [], VideoWriter.write
+
+    def watched(self: VideoWriter, frames: numpy.ndarray) -> None:
+        pieces.append(frames.tobytes())
+        write(self, frames)
+
+    def taken() -> bytes:
+        found = b"".join(pieces)
+        pieces.clear()
+        assert found
+        return found
+
+    monkeypatch.setattr(VideoWriter, "write", watched)
+    return taken

@@ -20,7 +20,7 @@ from rfengine import Pipeline, VideoStream, cli
 from rfengine.checkpoint.manifest import write_manifest
 from rfengine.cli import generate
 from rfengine.config import RuntimeConfig
-from rfengine.stream import FrameChunk
+from rfengine.frame_chunk import FrameChunk
 from rfengine.video import VideoWriter
 from support.command_forks import CommandForks
 from support.loras import pairs, write_lora
@@ -32,26 +32,6 @@ from support.outcome import fails, frame_count
 def command_forks() -> Iterator[CommandForks]:
     with CommandForks() as forks:
         yield forks
-
-
-@pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bytes]:
-    """Calling it gives the pixels that were written since the last call. The encoder's bytes may differ from
-    run to run: the sums of its frame tree depend on where memory lies."""
-    pieces, write = [], VideoWriter.write
-
-    def watched(self: VideoWriter, frames: numpy.ndarray) -> None:
-        pieces.append(frames.tobytes())
-        write(self, frames)
-
-    def taken() -> bytes:
-        found = b"".join(pieces)
-        pieces.clear()
-        assert found
-        return found
-
-    monkeypatch.setattr(VideoWriter, "write", watched)
-    return taken
 
 
 def test_generate_writes_the_length_asked_for(

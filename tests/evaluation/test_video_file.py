@@ -200,7 +200,7 @@ def test_a_file_that_changes_between_two_passes_is_refused(tmp_path: Path) -> No
     path = encode(tmp_path / "a.mp4", corner_clip())
     video = open_video(path)
     encode(path, corner_clip(20))
-    with pytest.raises(ValueError, match="has changed while it was measured"):
+    with pytest.raises(ValueError, match="has changed while it was read"):
         list(video.batches())
 
 

@@ -67,7 +67,7 @@ def test_a_given_vae_must_have_the_dtype_that_is_asked_for():
     pipeline = small_pipeline()
     config = dataclasses.replace(pipeline.config, runtime=RuntimeConfig(vae_precision="bf16"))
     with pytest.raises(
-        ValueError, match="is 'bf16' and the decoder of this VAE is in torch.float32; cast it"
+        ValueError, match="is 'bf16' and the decoder of this VAE is in torch.float32; load it"
     ):
         full_opener(config, pipeline.vae, CPU)
     pipeline.vae.set_decoder_dtype(torch.bfloat16)
