@@ -34,7 +34,6 @@ from rfengine.costs.ops import (
     product_bytes,
     product_flops,
     row_bytes,
-    slot_bytes,
     time_conv_bytes,
 )
 from rfengine.costs.shapes import Shapes
@@ -203,9 +202,8 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
     ),
     KernelCase("qk_norm_rope_backward", inputs.qk_norm_rope_backward, row_bytes(12), file="qk_norm_rope"),
     *(
-        KernelCase(f"ema_evict{name}", partial(inputs.evict, split=split), slot_bytes(moved),
-                   op="ema_evict", results=_sinks)
-        for name, split, moved in (("", True, 2 * 10), ("_plain", False, 2 * 6))
+        KernelCase(name, partial(inputs.evict, split=split), BYTES[name], op="ema_evict", results=_sinks)
+        for name, split in (("ema_evict", True), ("ema_evict_plain", False))
     ),
     KernelCase(
         "rephase_keys", inputs.rephase, BYTES["rephase_keys"], results=lambda arguments, _: (arguments[1],)

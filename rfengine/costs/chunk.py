@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rfengine.config import WanConfig
-from rfengine.costs.ops import BYTES, HALF
+from rfengine.costs.ops import BYTES, HALF, resident_bytes
 from rfengine.costs.shapes import Shapes
 from rfengine.costs.vae import VAEWork, decode_work
 
@@ -180,10 +180,15 @@ class ChunkWork:
         cache = self.shapes.config.cache
         if not self.evicts or cache.positions == "absolute":
             return
-        name = "rephase_keys"
-        if cache.sink == "ema":
-            name = "evict_and_rephase" + ("" if cache.sink_precision == "split" else "_plain")
-        yield Part("eviction", name, bytes=BYTES[name](self.shapes))
+        form = "" if cache.sink_precision == "split" else "_plain"
+        if cache.sink == "ema" and cache.sink_frames == cache.chunk_frames:
+            yield Part("eviction", "evict_and_rephase", bytes=BYTES[f"evict_and_rephase{form}"](self.shapes))
+            return
+        if averages := 1 if cache.sink == "ema" else len(cache.memory_rates):
+            yield Part("eviction", "ema_evict", bytes=averages * BYTES[f"ema_evict{form}"](self.shapes))
+        if cache.eviction == "similarity":
+            yield Part("eviction", "frame scores", bytes=resident_bytes(self.shapes))
+        yield Part("eviction", "rephase_keys", bytes=BYTES["rephase_keys"](self.shapes))
 
     def _decoding(self) -> Iterator[Part]:
         shapes, fp8 = self.shapes, self.precision == "fp8"

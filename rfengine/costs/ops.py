@@ -21,9 +21,13 @@ def row_bytes(bytes_for_element: int) -> Callable[[Shapes], int]:
     return lambda s: s.chunk * bytes_for_element
 
 
+def resident_bytes(shapes: Shapes) -> int:
+    """Of the keys that stay from chunk to chunk, of all layers."""
+    return shapes.layers * shapes.resident_tokens * shapes.dim * HALF
+
+
 def rephase_bytes(shapes: Shapes) -> int:
-    rotation = shapes.window_tokens * shapes.head_dim * SINGLE
-    return shapes.layers * shapes.window_tokens * shapes.dim * 2 * HALF + rotation
+    return 2 * resident_bytes(shapes) + shapes.resident_tokens * shapes.head_dim * SINGLE
 
 
 def attention_flops(shapes: Shapes) -> int:
@@ -109,6 +113,8 @@ BYTES: dict[str, Callable[[Shapes], int]] = {
     "rms_norm": row_bytes(4),
     "qk_norm_rope_write": row_bytes(12),
     "qk_norm_rope_write_raw": row_bytes(14),
+    "ema_evict": slot_bytes(2 * 10),
+    "ema_evict_plain": slot_bytes(2 * 6),
     "rephase_keys": rephase_bytes,
     # rotating costs 4 bytes an element of the window, less reading the sink's new keys: they are in registers
     "evict_and_rephase": lambda s: slot_bytes(2 * 10 - HALF)(s) + rephase_bytes(s),

@@ -61,6 +61,11 @@ class Shapes:
         return self.config.cache.window_frames * self.grid.frame_tokens
 
     @property
+    def resident_tokens(self) -> int:
+        """Of the window, without what a rolling schedule has in flight."""
+        return self.config.cache.resident_frames * self.grid.frame_tokens
+
+    @property
     def sink_tokens(self) -> int:
         return self.config.cache.sink_frames * self.grid.frame_tokens
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from rfengine.checkpoint.systems import SYSTEMS, configured
+from rfengine.config import CacheConfig
 from rfengine.costs.chunk import ChunkWork, Runs
 from rfengine.costs.shapes import Shapes
 from rfengine.presets import PRESETS
@@ -47,3 +50,34 @@ def test_passes_of_a_rolling_schedule_take_the_rows_of_all_chunks_in_flight() ->
     assert wave.chunk_runs == plain.chunk_runs == 5
     assert flops(wave) < flops(plain)  # the context pass sees less
     assert set(SYSTEMS) >= {"wave-forcing-4-step"}
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("reward-forcing", {"evict_and_rephase": (9 * 2, 3 * 9)}),
+        ("longlive", {}),
+        ("memrope", {"ema_evict": (0, 2 * 3 * 10), "rephase_keys": (12 * 2, 0)}),  # two rates, three frames
+        ("deep-sink", {"rephase_keys": (21 * 2, 0)}),
+        ("rolling-forcing", {"rephase_keys": (6 * 2, 0)}),
+    ],
+)
+def test_eviction_moves_what_its_policy_says(name: str, moved: dict[str, tuple[int, int]]) -> None:
+    """moved: times that 16 bits for each element of a frame are moved: for all phases, and for averages."""
+    work = steady(name)
+    frame = work.shapes.layers * 1560 * 1536 * 2
+    found = {part.name: part.bytes for part in work.parts() if part.group == "eviction"}
+    assert found.keys() == moved.keys()
+    for part, (phases, averages) in moved.items():
+        rotation = phases // 2 * 1560 * 128 * 4
+        assert found[part] == (phases + averages) * frame + rotation
+
+
+def test_a_score_reads_the_keys_once() -> None:
+    cache = CacheConfig(3, 12, "frozen", 3, eviction="similarity")
+    config = dataclasses.replace(PRESETS["wan-1.3b"], cache=cache)
+    found = {part.name: part.bytes for part in ChunkWork.steady(Shapes(config)).parts()}
+    assert found["frame scores"] == 30 * 12 * 1560 * 1536 * 2
+    long_sink = dataclasses.replace(config, cache=CacheConfig(3, 15, "ema", 6))
+    names = {part.name for part in ChunkWork.steady(Shapes(long_sink)).parts() if part.group == "eviction"}
+    assert names == {"ema_evict", "rephase_keys"}
