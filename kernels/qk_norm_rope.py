@@ -240,7 +240,7 @@ def qk_norm_rope_write(
     heads, head_dim = keys.shape[2:]
     _check(
         rotation, head_dim, q=q, k=k, v=v, weight_q=weight_q, weight_k=weight_k,
-        keys=keys, values=values, raw_keys=raw_keys,
+        keys=keys, values=values, raw_keys=raw_keys, slots=slots,
     )  # fmt: skip
     out_q = q.new_empty(batch, tokens, heads, head_dim)
     raw = keys if raw_keys is None else raw_keys

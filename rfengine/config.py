@@ -33,6 +33,7 @@ Width = Annotated[int, Range(1, 65536)]
 HiddenWidth = Annotated[int, Range(1, 262144)]
 Channels = Annotated[int, Range(1, 1024)]
 Epsilon = Annotated[float, Range(1e-12, 1.0)]
+MOST_WINDOW = 512  # latent frames
 MAX_PIXELS = 8192  # along one side of a frame
 Pixels = Annotated[int, Range(1, MAX_PIXELS)]
 
@@ -198,7 +199,7 @@ class CacheConfig:
     being denoised (arXiv 2512.04678; memory frames: 2603.12513)."""
 
     chunk_frames: Annotated[int, Range(1, 64)] = 3
-    window_frames: Annotated[int, Range(1, 512)] = 9  # sink, memory and what is being denoised included
+    window_frames: Annotated[int, Range(1, MOST_WINDOW)] = 9  # with sink, memory and what is denoised
     sink: SinkKind = "ema"
     sink_frames: Annotated[int, Range(0, 512)] = 3
     # weight of the sink in the EMA; 0.999 in the published code, 0.99 in its description
@@ -213,7 +214,6 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._check_lengths()
         if self.sink == "ema":
             self._check_average()
         elif self.memory_rates and self.positions == "absolute":
@@ -222,6 +222,7 @@ class CacheConfig:
             )
         if self.eviction == "similarity":
             self._check_similarity()
+        self._check_lengths()
 
     def _check_lengths(self) -> None:
         chunk, window, sink = self.chunk_frames, self.window_frames, self.sink_frames
@@ -233,18 +234,20 @@ class CacheConfig:
             raise ValueError(
                 f"joint_frames is {self.joint_frames}; use a multiple of chunk_frames, which is {chunk}"
             )
-        if self.past_frames < chunk:
-            kept = "".join(
-                f", {count} {what}"
-                for count, what in (
-                    (len(self.memory_rates), "of memory"),
-                    (self.joint_frames, "denoised jointly"),
-                )
-                if count
-            )
+        if self.joint_frames and self.first_chunk != chunk:
             raise ValueError(
-                f"window_frames is {window}; a sink of {sink} frames{kept} and a chunk of {chunk} do not fit "
-                f"into it, use at least {window - self.past_frames + chunk}"
+                f"first_chunk_frames is {self.first_chunk} and joint_frames {self.joint_frames}; chunks that "
+                f"are denoised beside each other all have chunk_frames, {chunk}"
+            )
+        needed = 2 * chunk if self.sink == "ema" or self.eviction == "similarity" else chunk
+        if self.past_frames < needed:
+            others = ((len(self.memory_rates), "of memory"), (self.joint_frames, "denoised jointly"))
+            kept = "".join(f", {count} {what}" for count, what in others if count)
+            chunks = f"a chunk of {chunk}" if needed == chunk else f"two chunks of {chunk}, past and present,"
+            least = window - self.past_frames + needed
+            raise ValueError(
+                f"window_frames is {window}; a sink of {sink} frames{kept} and {chunks} do not fit into it, "
+                f"use {f'at least {least}' if least <= MOST_WINDOW else 'a smaller sink or chunk'}"
             )
         if self.first_chunk > sink + self.past_frames:
             raise ValueError(
@@ -258,11 +261,6 @@ class CacheConfig:
             )
         if self.memory_rates:
             raise ValueError("memory_rates are given with sink='ema', which averages too; use sink='frozen'")
-        if self.past_frames < 2 * self.chunk_frames:
-            raise ValueError(
-                f"window_frames is {self.window_frames}; EMA-Sink needs the sink, one past chunk and the "
-                f"current one ({self.window_frames - self.past_frames + 2 * self.chunk_frames})"
-            )
 
     def _check_similarity(self) -> None:
         if self.sink == "ema" or self.memory_rates or self.positions == "absolute" or self.joint_frames:
@@ -270,11 +268,13 @@ class CacheConfig:
                 "eviction by similarity decides on the device which frame leaves; use it with relative "
                 "positions, a frozen sink or none, no memory_rates and one chunk at a time"
             )
-        if self.past_frames < 2 * self.chunk_frames:
+
+    def check_recache(self) -> None:
+        """Raises ValueError where the window cannot be recomputed under another prompt."""
+        if self.eviction == "similarity":
             raise ValueError(
-                f"window_frames is {self.window_frames}; eviction by similarity keeps the last chunk and "
-                f"chooses among the frames before it, so use at least "
-                f"{self.sink_frames + 2 * self.chunk_frames}"
+                "the window cannot be recomputed where eviction is by similarity: the device alone knows its "
+                "frames; switch with mode 'soft' or 'hard'"
             )
 
     @property

@@ -171,9 +171,11 @@ class PromptScript:
 
         is_begun: the stream is not at the start of its video, so that all chunks have one length. After a cut
         they are counted from a new start, whose first is of another. Raises ValueError where all scenes are
-        too long, a scene gets no chunk, or one has fewer than its transition.
+        too long, a scene gets no chunk, or one has fewer than its transition, and as check_recache does.
         """
         grid, cache = LatentGrid.of(config), config.cache
+        if any(scene.mode == "recache" for scene in self.scenes):
+            cache.check_recache()
         ends = list(accumulate(Fraction(repr(float(scene.seconds))) for scene in self.scenes))
         if ends[-1] > MOST_SECONDS:
             raise ValueError(

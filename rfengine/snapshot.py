@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.cache.position import CachePosition
+from rfengine.cache.position import CachePosition, check_device_held
 from rfengine.checkpoint.layouts import list_names
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.config_json import from_dict
@@ -102,8 +102,12 @@ class StreamInfo:
                 f"a chunk is ahead, but next_chunk is {self.position.chunk}, next_frame {frames} and "
                 f"decoded_frames {self.decoded_frames}"
             )
-        if self.given_frames >= max(self.cache.chunk_frames, self.cache.first_chunk):
-            raise ValueError(f"given_frames is {self.given_frames} of a chunk of {self.cache.chunk_frames}")
+        following = self.cache.chunk_frames if frames else self.cache.first_chunk
+        if self.given_frames >= following or (self.given_frames and self.cache.joint_frames):
+            raise ValueError(
+                f"given_frames is {self.given_frames} of a chunk of {following}, which is begun with fewer, "
+                "and in a rolling schedule with none"
+            )
         if self.index < begun:
             raise ValueError(f"index is {self.index} and {begun} chunks were handed out")
         if self.transition_step >= max(self.transition_chunks, 1):
@@ -232,6 +236,8 @@ class Snapshot:
             )
         others = {name: each for name, each in self.tensors.items() if not name.startswith("decoder.")}
         check_tensors(others, expected_tensors(info, model, grid, dtype))
+        if (held := others.get("cache.device_held")) is not None:
+            check_device_held(info.cache, held.tolist(), info.position.frame)
         return info
 
     def group(self, name: str) -> dict[str, Tensor]:

@@ -289,6 +289,8 @@ class VideoStream:
         many steps, one before each of the next chunks, by `interpolation` at k/n of the way; 1 is at once.
         """
         chunks = checked_chunks(mode, transition_chunks, interpolation)
+        if mode == "recache":
+            self._cache.config.check_recache()
         with self._turn():
             line, text_states = prompt_line(prompt), ordinary(self._engine.encode_text(prompt))
             with self._closed_on_error(), self._computing():

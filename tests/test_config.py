@@ -78,9 +78,18 @@ def test_model_of_impossible_shape_is_refused(change: dict[str, object], message
             {"sink": "frozen", "memory_rates": (0.1, 0.5), "sink_frames": 5},
             "a sink of 5 frames, 2 of memory and a chunk of 3 do not fit into it, use at least 10",
         ),
-        ({"sink_frames": 4}, "window_frames is 9; EMA-Sink needs .* the current one \\(10\\)"),
+        (
+            {"sink_frames": 4},
+            "window_frames is 9; a sink of 4 frames and two chunks of 3, past and present, do",
+        ),
+        ({"sink_frames": 4}, "use at least 10"),
         ({"positions": "absolute"}, "no absolute time"),
-        ({"window_frames": 6}, "window_frames is 6; EMA-Sink needs"),
+        ({"window_frames": 5}, "a sink of 3 frames and two chunks of 3, past and present, .* at least 9"),
+        ({"sink_frames": 512, "window_frames": 512}, "do not fit into it, use a smaller sink or chunk"),
+        (
+            {"sink": "frozen", "window_frames": 12, "joint_frames": 6, "first_chunk_frames": 1},
+            "first_chunk_frames is 1 and joint_frames 6; chunks that are denoised beside each other all have",
+        ),
         ({"memory_rates": (0.1,)}, "memory_rates are given with sink='ema'"),
         (
             {"sink": "frozen", "memory_rates": (1.5,)},
@@ -91,7 +100,7 @@ def test_model_of_impossible_shape_is_refused(change: dict[str, object], message
         ({"joint_frames": 4}, "joint_frames is 4; use a multiple of chunk_frames, which is 3"),
         ({"sink": "frozen", "joint_frames": 6}, "3 frames, 6 denoised jointly and a chunk of 3 do not fit"),
         ({"eviction": "similarity"}, "eviction by similarity decides on the device"),
-        ({"eviction": "similarity", "sink": "frozen", "sink_frames": 4}, "so use at least 10"),
+        ({"eviction": "similarity", "sink": "frozen", "sink_frames": 4}, "use at least 10"),
         ({"eviction": "score"}, "eviction is 'score'"),
     ],
 )

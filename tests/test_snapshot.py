@@ -212,7 +212,7 @@ def test_a_wrong_value_of_any_field_is_refused(pipe: Pipeline, snapshot: Snapsho
         ({"held": [0, 1, 2, 9]}, "has 4 slots; this stream has 9"),
         ({"joint_chunks": 1}, "1 chunks are in flight, of 0 joint frames"),
         ({"decoded_frames": 15}, "decoded_frames is 15 after 12 latent frames"),
-        ({"given_frames": 3}, "given_frames is 3 of a chunk of 3"),
+        ({"given_frames": 3}, "given_frames is 3 of a chunk of 3, which is begun with fewer"),
         ({"given_frames": 1}, "the snapshot lacks given_latents"),
         ({"index": 3}, "index is 3 and 4 chunks were handed out"),
         ({"height": 48}, r"cache.keys of the snapshot is .*; this stream needs"),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from rfengine import Pipeline
-from rfengine.config import CacheConfig, RuntimeConfig
+from rfengine.config import CacheConfig, RuntimeConfig, ScheduleConfig
+from rfengine.prompt_script import PromptScript
 from rfengine.stream import Snapshot
 from support.models import GRID, small_pipeline
 from support.systems import SYSTEMS
@@ -87,10 +88,51 @@ def test_a_recache_changes_what_follows_and_is_in_a_snapshot(name: str) -> None:
 
 
 def test_a_window_whose_frames_the_device_alone_knows_is_not_recached() -> None:
-    stream = pipeline_of("similarity").stream("a circle")
-    next(stream)
-    with pytest.raises(ValueError, match="cannot be recomputed where eviction is by similarity"):
+    """And the stream goes on under its prompt."""
+    pipe = pipeline_of("similarity")
+    stream, other = pipe.stream("a circle"), pipe.stream("a circle")
+    next(stream), next(other)
+    message = "cannot be recomputed where eviction is by similarity"
+    with pytest.raises(ValueError, match=message):
         stream.set_prompt("a red square", "recache")
+    assert stream.prompt == "a circle" and numpy.array_equal(next(stream).frames, next(other).frames)
+    with pytest.raises(ValueError, match=message):
+        PromptScript.parse("2 start a\n2 recache b").plan(pipe.config)
+
+
+@pytest.mark.parametrize("held", [[-1] * 12, [0, 1, 2, *range(3, 12)], [1, 0, 2, *range(9, 18)]])
+def test_frames_that_no_device_can_have_chosen_are_refused(held: list[int]) -> None:
+    pipe = pipeline_of("similarity")
+    stream = pipe.stream("a circle")
+    for _ in range(6):
+        next(stream)
+    snapshot = stream.snapshot()
+    own = snapshot.tensors["cache.device_held"]
+    pipe.restore(snapshot)
+    snapshot.tensors["cache.device_held"] = torch.tensor(held[: len(own)], dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match="device_held of the saved cache is .*, which cannot be before frame 18"
+    ):
+        pipe.restore(snapshot)
+
+
+@pytest.mark.parametrize("rolling", ["joint", "causal"])
+def test_what_a_pass_shows_stays_as_it_was(rolling: str) -> None:
+    schedule = ScheduleConfig(denoising_steps=(1000, 750, 500), rolling=rolling)
+    pipe = small_pipeline(CacheConfig(3, 15, "frozen", 3, joint_frames=9), schedule=schedule)
+    stream, plain, kept = pipe.stream("a circle"), pipe.stream("a circle"), []
+    stream.advance(
+        on_step=lambda number, timestep, latents: kept.append((timestep, latents, latents.clone()))
+    )
+    plain.advance()
+    assert all(torch.equal(latents, copy) for _, latents, copy in kept)
+    assert torch.equal(kept[-1][1], stream.latents) and torch.equal(stream.latents, plain.latents)
+    assert [timestep for timestep, _, _ in kept] == sorted(
+        (timestep for timestep, _, _ in kept), reverse=True
+    )
+    changed = pipe.stream("a circle")
+    changed.advance(on_step=lambda number, timestep, latents: torch.zeros_like(latents))
+    assert not changed.latents.any()
 
 
 PICTURE = numpy.random.default_rng(0).integers(0, 256, (1, GRID.height, GRID.width, 3), numpy.uint8)

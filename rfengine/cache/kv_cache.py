@@ -151,11 +151,7 @@ class StreamingKVCache:
     def rewrite_plans(self) -> list[CachePlan]:
         """The plans that write the past once more, in order of time; begin_rewrite begins the first of
         them, and then the others."""
-        if self.config.eviction == "similarity":
-            raise ValueError(
-                "the window cannot be recomputed where eviction is by similarity: the device alone knows its "
-                "frames; switch with mode 'soft' or 'hard'"
-            )
+        self.config.check_recache()
         return rewrite_plans(self.config, self.held, self.config.chunk_frames)[1]
 
     def begin_rewrite(self, plan: CachePlan) -> None:

@@ -50,6 +50,23 @@ def check_frames(config: CacheConfig, held: Sequence[int], next_frame: int) -> N
         )
 
 
+def check_device_held(config: CacheConfig, held: Sequence[int], next_frame: int) -> None:
+    """Raises ValueError unless the slots of a device that chooses them can hold the frames `held`: the sink
+    the first ones, and the others different ones with the last chunk among them."""
+    sink = config.sink_frames
+    if next_frame <= config.resident_frames:
+        return  # the host still knows them
+    last = range(next_frame - config.chunk_frames, next_frame)
+    others = set(held[sink:])
+    if (
+        list(held[:sink]) != list(range(sink)) or len(others) < len(held) - sink
+        or not others.issuperset(last) or min(others) < sink or max(others) >= next_frame
+    ):  # fmt: skip
+        raise ValueError(
+            f"device_held of the saved cache is {list(held)}, which cannot be before frame {next_frame}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class CachePosition:
     """Where a cache stands between two chunks: the numbers of the next chunk and of its first latent frame,
@@ -65,7 +82,8 @@ class CachePosition:
         check_frames(config, self.held, self.frame)
         if not self.chunk <= self.frame <= self.chunk * max(config.chunk_frames, config.first_chunk):
             raise ValueError(f"{self.frame} latent frames cannot be in {self.chunk} chunks")
-        if self.joint_chunks not in (0, max(0, config.joint_frames // config.chunk_frames - 1)):
+        in_flight = max(0, config.joint_frames // config.chunk_frames - 1) if self.chunk else 0
+        if self.joint_chunks not in (0, in_flight):
             raise ValueError(
                 f"{self.joint_chunks} chunks are in flight, of {config.joint_frames} joint frames"
             )

@@ -33,9 +33,8 @@ StepCallback = Callable[[int, float, Tensor], Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class DenoisingStep:
-    """One denoising step: its timestep, that of the noisiest frame where frames differ, its modulation, and
-    the levels before and after it, float64 [1] or one for each latent frame; next_sigmas is None after the
-    last."""
+    """One denoising step: its timestep, that of the frames which on_step gets, its modulation, and the levels
+    before and after it, float64 [1] or one for each latent frame; next_sigmas is None after the last."""
 
     timestep: float
     modulation: Modulation
@@ -154,8 +153,8 @@ class ChunkRunner:
         later step. on_step(step, timestep, latents) is called after each denoising step with what the next
         one starts from; a tensor it returns takes their place. Such a chunk is not replayed from a graph.
         clean: [B, C, N, h, w], the first N latent frames as they are: they stay at level 0 in every step.
-        A call that fails before commit can be repeated with the same plan: nothing is folded into the sink
-        twice.
+        A call that fails in a step or in the context pass can be repeated with the same plan: nothing is
+        folded into the sink twice.
         """
         steps = self.steps_of(plan.chunk)
         if noise.shape[0] != len(steps):

@@ -62,7 +62,7 @@ class RollingRunner(ChunkRunner):
         """Finish the planned chunk, write its clean keys and values, commit it. Returns x0 [B, C, F, h, w].
 
         noise: [draws, B, C, F, h, w], in the order of `draws`. on_step(pass, timestep, latents) is called
-        after each pass with the oldest chunk. A call that fails leaves what is in flight half-way.
+        after each pass with a copy of the oldest chunk. A call that fails leaves what is in flight half-way.
         """
         if clean is not None:
             raise ValueError("a rolling schedule begins with whole chunks; no frame of one can be given")
@@ -71,10 +71,9 @@ class RollingRunner(ChunkRunner):
             with nvtx_range(f"pass {number}"):
                 self._pass(cache, drawn, text)
             if on_step is not None:
-                oldest = cache.joint_latents[:, :, :size]
+                oldest = cache.joint_latents[:, :, :size].clone()
                 replaced = on_step(number, self._step(cache.joint_chunks, size).timestep, oldest)
-                if replaced is not None:
-                    oldest.copy_(ordinary(replaced))
+                cache.joint_latents[:, :, :size] = oldest if replaced is None else ordinary(replaced)
         x0 = cache.joint_latents[:, :, :size].clone()
         cache.joint_latents[:, :, :-size] = cache.joint_latents[:, :, size:].clone()
         cache.joint_chunks -= 1

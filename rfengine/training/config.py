@@ -172,6 +172,8 @@ class TrainConfig:
                 f"first_chunk_frames is {self.engine.cache.first_chunk}; in a rollout all chunks have "
                 f"chunk_frames, {self.engine.cache.chunk_frames}"
             )
+        if distils and self.rollout.switch_share and self.rollout.recache_share:
+            self.engine.cache.check_recache()
         needed = -(-self.distillation.clip_frames // self.engine.cache.chunk_frames) if distils else 0
         if distils and self.rollout.gradient_chunks > needed:
             raise ValueError(
