@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,7 @@ class Evictor:
             return
         low_keys, low_values = self.low if self.low is not None else (None, None)
         tokens, sink = self.frame_tokens, self.config.sink_frames
-        if self.config.sink == "ema" and len(folds) == 1 and folds[0].count == sink:
+        if is_fused(self.config, folds):
             self.ops.evict_and_rephase(
                 raw, rotated, values, low_keys, low_values, rotation, sink * tokens,
                 folds[0].source * tokens, folds[0].keep,
@@ -55,6 +57,11 @@ class Evictor:
     def tensors(self) -> dict[str, Tensor]:
         """State beside the arenas, for snapshots."""
         return {} if self.low is None else {"sink_low_keys": self.low[0], "sink_low_values": self.low[1]}
+
+
+def is_fused(config: CacheConfig, folds: Sequence[Fold]) -> bool:
+    """Whether averages and phases are one op, which takes a whole sink from frames that follow each other."""
+    return config.sink == "ema" and len(folds) == 1 and folds[0].count == config.sink_frames
 
 
 def least_similar(raw: Tensor, held: Tensor, config: CacheConfig, count: int) -> Tensor:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from rfengine.cache.eviction import is_fused
+from rfengine.cache.sink_policy import EMPTY, CachePlan, frames_after, plan_frames
 from rfengine.config import WanConfig
 from rfengine.costs.ops import BYTES, HALF, resident_bytes
 from rfengine.costs.shapes import Shapes
@@ -55,9 +57,11 @@ class Runs:
 
 @dataclass(frozen=True)
 class ChunkWork:
-    """One chunk of one configuration. index counts chunks from 0; steady ones are alike from first_steady on.
+    """One chunk of one configuration. index counts chunks from 0; from the first that evicts on they are
+    alike, but for folds that wrap around the sink or the window.
 
-    shapes.config holds the size in pixels.
+    A first chunk is taken as one of chunk_frames in the steps of the others. shapes.config holds the size in
+    pixels.
     """
 
     shapes: Shapes
@@ -83,6 +87,28 @@ class ChunkWork:
             return (Runs(len(schedule.denoising_steps) + 1, cache.chunk_frames, seen),)
         past = min(cache.frames_before(self.index), cache.resident_frames)
         return Runs(1, cache.joint_frames, past + cache.joint_frames), Runs(1, cache.chunk_frames, seen)
+
+    @property
+    def reads(self) -> tuple[Runs, ...]:
+        """The runs as self-attention reads the window: in a causal schedule each chunk in flight sees those
+        before it alone."""
+        if self.shapes.config.schedule.rolling != "causal":
+            return self.runs
+        joint, context = self.runs
+        size, past = context.frames, joint.seen - joint.frames
+        ends = range(size, joint.frames + 1, size)
+        return *(Runs(joint.count, size, past + end) for end in ends), context
+
+    @property
+    def plan(self) -> CachePlan:
+        """What the cache does for it."""
+        cache = self.shapes.config.cache
+        held, first = [EMPTY] * cache.window_frames, 0
+        for chunk in range(self.index + 1):
+            frames = cache.chunk_frames if chunk else cache.first_chunk
+            plan = plan_frames(cache, held, chunk, first, frames)
+            held, first = frames_after(cache, held, plan.slots, first), first + frames
+        return plan
 
     @property
     def chunk_runs(self) -> int:
@@ -142,21 +168,18 @@ class ChunkWork:
             yield _linear("linears", "head", (tokens, dim, patch * model.out_dim), runs.count)
 
     def _attention(self) -> Iterator[Part]:
-        text, frame_tokens = self.shapes.config.model.text_len, self.shapes.grid.frame_tokens
-        for group, name in (
-            ("self-attention", "sink_window_attention"), ("cross-attention", "clip_attention"),
-        ):  # fmt: skip
-            for runs in self.runs:
-                keys = text if group == "cross-attention" else runs.seen * frame_tokens
-                dim, tokens, calls = (
-                    self.shapes.dim,
-                    runs.frames * frame_tokens,
-                    runs.count * self.shapes.layers,
-                )
-                moved = (HALF * (tokens + 2 * keys) + self.linear_bytes * tokens) * dim
-                yield Part(
-                    group, name, 4 * tokens * keys * dim * calls, moved * calls, self.precision == "fp8"
-                )
+        frame_tokens = self.shapes.grid.frame_tokens
+        for runs in self.reads:
+            yield self._attended("self-attention", "sink_window_attention", runs, runs.seen * frame_tokens)
+        for runs in self.runs:
+            text = self.shapes.config.model.text_len
+            yield self._attended("cross-attention", "clip_attention", runs, text)
+
+    def _attended(self, group: str, name: str, runs: Runs, keys: int) -> Part:
+        dim, tokens = self.shapes.dim, runs.frames * self.shapes.grid.frame_tokens
+        calls = runs.count * self.shapes.layers
+        moved = (HALF * (tokens + 2 * keys) + self.linear_bytes * tokens) * dim
+        return Part(group, name, 4 * tokens * keys * dim * calls, moved * calls, self.precision == "fp8")
 
     def _row_kernels(self) -> Iterator[Part]:
         shapes, calls = self.shapes, self.layer_calls
@@ -180,12 +203,13 @@ class ChunkWork:
         cache = self.shapes.config.cache
         if not self.evicts or cache.positions == "absolute":
             return
-        form = "" if cache.sink_precision == "split" else "_plain"
-        if cache.sink == "ema" and cache.sink_frames == cache.chunk_frames:
+        form, folds = "" if cache.sink_precision == "split" else "_plain", self.plan.folds
+        if is_fused(cache, folds):
             yield Part("eviction", "evict_and_rephase", bytes=BYTES[f"evict_and_rephase{form}"](self.shapes))
             return
-        if averages := 1 if cache.sink == "ema" else len(cache.memory_rates):
-            yield Part("eviction", "ema_evict", bytes=averages * BYTES[f"ema_evict{form}"](self.shapes))
+        if folded := sum(fold.count for fold in folds):
+            moved = BYTES[f"ema_evict{form}"](self.shapes) * folded // cache.chunk_frames
+            yield Part("eviction", "ema_evict", bytes=moved)
         if cache.eviction == "similarity":
             yield Part("eviction", "frame scores", bytes=resident_bytes(self.shapes))
         yield Part("eviction", "rephase_keys", bytes=BYTES["rephase_keys"](self.shapes))

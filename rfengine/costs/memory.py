@@ -68,16 +68,19 @@ def decoder_bytes(
     with torch.device("meta"):
         vae = WanVAE(config.vae).float()
         vae.set_decoder_dtype(decoding)
-        latents = torch.empty(
-            1, config.vae.z_dim, config.cache.chunk_frames, grid.latent_height, grid.latent_width,
-            dtype=dtype, device="meta",
-        )  # fmt: skip
+        chunks = [
+            torch.empty(
+                1, config.vae.z_dim, frames, grid.latent_height, grid.latent_width, dtype=dtype,
+                device="meta",
+            )
+            for frames in (config.cache.first_chunk, config.cache.chunk_frames)
+        ]  # fmt: skip
     decoder = StreamingDecoder(vae, REFERENCE_OPS)
     state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, decoding, "meta")
     with torch.no_grad():
-        for _ in range(2):  # the first chunk, then any other
+        for latents in chunks:  # the first one, then any other
             decoder.run(latents, state, packed=False)
-            state.frames += config.cache.chunk_frames
+            state.frames += latents.shape[2]
     return {
         "vae": _nbytes(vae.parameters()),
         "vae_state": _nbytes(state.tensors().values()),
@@ -113,7 +116,7 @@ def require_stream_fits(
     arenas = 3 if config.cache.positions == "relative" else 2
     needs = {place: arenas * dtype.itemsize * math.prod(arena_shape(config.model, config.cache, grid))}
     if config.runtime.vae == "full":
-        frames = config.cache.chunk_frames * grid.temporal_stride
+        frames = max(config.cache.first_chunk, config.cache.chunk_frames) * grid.temporal_stride
         values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]
         needs[decoding] = needs.get(decoding, 0) + 2 * values * dtype.itemsize  # the layer's input and output
     for device, size in needs.items():

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
-from rfengine.checkpoint.systems import SYSTEMS, configured
+from rfengine.cache.kv_cache import LayerCache, Read
+from rfengine.checkpoint.systems import configured
 from rfengine.config import CacheConfig
 from rfengine.costs.chunk import ChunkWork, Runs
 from rfengine.costs.shapes import Shapes
+from rfengine.models.dit import SelfAttention
 from rfengine.presets import PRESETS
+from support.models import GRID, small_config, small_pipeline
 
 
 def steady(name: str) -> ChunkWork:
@@ -48,8 +52,37 @@ def test_a_chunk_of_two_steps_and_one_frame_costs_what_is_published() -> None:
 def test_passes_of_a_rolling_schedule_take_the_rows_of_all_chunks_in_flight() -> None:
     wave, plain = steady("wave-forcing-4-step"), steady("causal-forcing")
     assert wave.chunk_runs == plain.chunk_runs == 5
-    assert flops(wave) < flops(plain)  # the context pass sees less
-    assert set(SYSTEMS) >= {"wave-forcing-4-step"}
+    assert wave.reads == (Runs(1, 3, 12), Runs(1, 3, 15), Runs(1, 3, 18), Runs(1, 3, 21), Runs(1, 3, 9))
+    attended = [
+        sum(part.flops for part in work.parts() if part.group == "self-attention") for work in (wave, plain)
+    ]
+    assert attended[0] / attended[1] == pytest.approx((12 + 15 + 18 + 21 + 9) / (5 * 21))
+    assert flops(plain) - flops(wave) == attended[1] - attended[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["wave-forcing-4-step", "rolling-forcing", "causal-forcing-2-step", "memrope"]
+)
+def test_reads_are_those_of_a_stream(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every layer of a steady chunk, as attention is called."""
+    config, seen = configured(small_config(), name), []
+    attend = SelfAttention._attend
+
+    def watched(self: SelfAttention, q: torch.Tensor, cache: LayerCache, read: Read) -> torch.Tensor:
+        seen.append((q.shape[1] // GRID.frame_tokens, read.kv_len // GRID.frame_tokens))
+        return attend(self, q, cache, read)
+
+    pipe = small_pipeline(config.cache, schedule=config.schedule)
+    stream, work = pipe.stream("a circle"), ChunkWork.steady(Shapes(config))
+    for _ in range(config.cache.filling_chunks):
+        stream.advance(decode=False)
+    monkeypatch.setattr(SelfAttention, "_attend", watched)
+    stream.advance(decode=False)
+    passes = [(runs.frames, runs.seen) for runs in work.reads for _ in range(runs.count)]
+    context = work.runs[-1]  # its last layer attends to nothing
+    expected = sorted(passes * config.model.num_layers)
+    expected.remove((context.frames, context.seen))
+    assert sorted(seen) == expected
 
 
 @pytest.mark.parametrize(
@@ -78,6 +111,8 @@ def test_a_score_reads_the_keys_once() -> None:
     config = dataclasses.replace(PRESETS["wan-1.3b"], cache=cache)
     found = {part.name: part.bytes for part in ChunkWork.steady(Shapes(config)).parts()}
     assert found["frame scores"] == 30 * 12 * 1560 * 1536 * 2
-    long_sink = dataclasses.replace(config, cache=CacheConfig(3, 15, "ema", 6))
-    names = {part.name for part in ChunkWork.steady(Shapes(long_sink)).parts() if part.group == "eviction"}
-    assert names == {"ema_evict", "rephase_keys"}
+    for cache in (CacheConfig(3, 15, "ema", 6), CacheConfig(3, 10, "ema", 3), CacheConfig(1, 9, "ema", 3)):
+        work = ChunkWork.steady(Shapes(dataclasses.replace(config, cache=cache)))
+        found = {part.name: part.bytes for part in work.parts() if part.group == "eviction"}
+        assert found.keys() == {"ema_evict", "rephase_keys"}
+        assert found["ema_evict"] == work.plan.frames * 2 * 10 * 30 * 1560 * 1536

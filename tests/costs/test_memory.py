@@ -27,7 +27,18 @@ def test_memory_of_the_published_models_at_their_size() -> None:
     assert needs["total"] == sum(size for name, size in needs.items() if name != "total")
 
 
-@pytest.mark.parametrize("name", ["ema", "memory", "rolling", "similarity", "frozen absolute"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ema",
+        "memory",
+        "rolling",
+        "similarity",
+        "frozen absolute",
+        "first chunk of one frame",
+        "first chunk of four frames",
+    ],
+)
 def test_memory_is_that_of_a_real_stream(name: str) -> None:
     cache_config, schedule = SYSTEMS[name]
     pipeline = small_pipeline(cache_config, schedule=schedule)
