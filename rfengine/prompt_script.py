@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -51,7 +51,8 @@ class Scene:
     """A part of a video with a prompt of its own.
 
     seconds: its length. mode, transition_chunks, interpolation: how it begins, as VideoStream.set_prompt has
-    them; the first scene of a script has no mode. Raises ValueError for a value that cannot be.
+    them; the first scene of a script has no mode. line: the line of its file, from 1, or None without a file;
+    errors name it and no comparison counts it. Raises ValueError for a value that cannot be.
     """
 
     seconds: float
@@ -59,6 +60,7 @@ class Scene:
     mode: PromptMode | None = None
     transition_chunks: int = 1
     interpolation: Interpolation = "linear"
+    line: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if as_number("seconds", self.seconds, Range(high=MOST_SECONDS)) <= 0:
@@ -116,11 +118,13 @@ class PromptScript:
         for number, scene in enumerate(self.scenes, 1):
             if number == 1 and scene.mode is not None:
                 raise ValueError(
-                    f"the first scene begins with {scene.transition}, and nothing is before it; write start"
+                    f"{_name(scene, number)}, begins with {scene.transition}, and nothing is before it; "
+                    "write start"
                 )
             if number > 1 and scene.mode is None:
                 raise ValueError(
-                    f"scene {number} begins with start, as only the first does; write cut, soft or recache"
+                    f"{_name(scene, number)}, begins with start, as only the first does; write cut, soft or "
+                    "recache"
                 )
 
     @classmethod
@@ -141,7 +145,7 @@ class PromptScript:
         for number, line in enumerate(map(str.strip, text_lines(text)), 1):
             if line and not line.startswith("#"):
                 try:
-                    scenes.append(_scene(line))
+                    scenes.append(_scene(line, number))
                     for each in weighted_texts(scenes[-1].prompt):
                         check_text(each.text)
                 except ValueError as error:
@@ -207,7 +211,7 @@ class PromptScript:
         return ScriptPlan(planned, num_frames, is_begun)
 
 
-def _scene(line: str) -> Scene:
+def _scene(line: str, number: int) -> Scene:
     columns = line.split(maxsplit=2)
     if len(columns) < 3:
         raise ValueError(f"it has {len(columns)} of 3 columns; {_EXPECTED}")
@@ -220,13 +224,20 @@ def _scene(line: str) -> Scene:
     if match is None:
         raise ValueError(f"no scene begins with {shown(transition)}; {_EXPECTED}")
     interpolation = "spherical" if match[3] else "linear"
-    return Scene(seconds, parse_prompt(text), _MODES[match[1] or "soft"], int(match[2] or 1), interpolation)
+    mode, chunks = _MODES[match[1] or "soft"], int(match[2] or 1)
+    return Scene(seconds, parse_prompt(text), mode, chunks, interpolation, number)
+
+
+def _name(scene: Scene, number: int) -> str:
+    """What errors call a scene: its number, its line and its text."""
+    line = "" if scene.line is None else f" on line {scene.line}"
+    return f"scene {number}{line}, {shown(prompt_line(scene.prompt))}"
 
 
 def _check_length(planned: PlannedScene, chunk_seconds: float) -> None:
     """Raises ValueError where a scene has no chunk, or fewer than its transition."""
     scene, chunks = planned.scene, planned.num_chunks
-    name = f"scene {planned.number}, {shown(prompt_line(scene.prompt))}, lasts {scene.seconds:g} seconds"
+    name = f"{_name(scene, planned.number)}, lasts {scene.seconds:g} seconds"
     if not chunks:
         raise ValueError(
             f"{name} and no chunk begins in it; give it {chunk_seconds:g} seconds, which a chunk has"

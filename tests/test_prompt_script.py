@@ -86,12 +86,13 @@ def test_wrong_line_is_named_with_its_number_and_text(line: str, reason: str) ->
         ("\n# 3 start a circle\n", "story.txt: the script has 0 scenes"),
         (
             "3 soft:2 a circle",
-            "story.txt: the first scene begins with soft:2, and nothing is before it; write start",
+            "story.txt: scene 1 on line 1, 'a circle', begins with soft:2, and nothing is before it; "
+            "write start",
         ),
-        ("3 cut a circle\n3 cut a square", "story.txt: the first scene begins with cut"),
+        ("3 cut a circle\n3 cut a square", "story.txt: scene 1 on line 1, 'a circle', begins with cut"),
         (
             "3 start a circle\n3 start a square",
-            "story.txt: scene 2 begins with start, as only the first does",
+            "story.txt: scene 2 on line 2, 'a square', begins with start, as only the first does",
         ),
         ("1 start a circle\n" + MOST_SCENES * "1 cut a\n", "the script has 10001 scenes"),
     ],
@@ -206,14 +207,20 @@ def test_first_chunk_of_another_length_is_that_after_a_cut_too() -> None:
     [
         (
             ["2 start a", "0.05 cut b", "2 cut c"],
-            "scene 2, 'b', lasts 0.05 seconds and no chunk begins in it; give it 0.75 seconds",
+            "scene 2 on line 2, 'b', lasts 0.05 seconds and no chunk begins in it; give it 0.75 seconds",
         ),
-        (["0.5 start a", "0.05 soft b"], "scene 2, 'b', lasts 0.05 seconds and no chunk begins in it"),
-        (["0.5 start a", "0.05 cut b"], "scene 2, 'b', lasts 0.05 seconds and no chunk begins in it"),
+        (
+            ["0.5 start a", "0.05 soft b"],
+            "scene 2 on line 2, 'b', lasts 0.05 seconds and no chunk",
+        ),
+        (
+            ["0.5 start a", "0.05 cut b"],
+            "scene 2 on line 2, 'b', lasts 0.05 seconds and no chunk",
+        ),
         (
             ["2 start a", "1.5 soft:3 b", "2 cut c"],
-            "scene 2, 'b', lasts 1.5 seconds, which is 2 chunks, and its transition takes 3; give it more "
-            "seconds, or soft:2",
+            "scene 2 on line 2, 'b', lasts 1.5 seconds, which is 2 chunks, and its transition takes 3; give "
+            "it more seconds, or soft:2",
         ),
         (["80000 start a", "6400.5 cut b"], "the script lasts 86400.5 seconds; a video has at most 86400"),
     ],

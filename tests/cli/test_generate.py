@@ -267,7 +267,7 @@ def test_prompt_that_is_too_long_is_cut_with_one_warning_that_says_where(
         (["--script", "{dir}/blank.txt", "-o", "{dir}/a.mp4"], "'1 cut &nbsp; | a': the prompt '&nbsp;' is"),
         (
             ["--script", "{dir}/short.txt", "-o", "{dir}/a.mp4"],
-            "scene 2, 'b', lasts 0.05 seconds and no chunk",
+            "scene 2 on line 2, 'b', lasts 0.05 seconds and no chunk",
         ),
         (["--prompts", "{dir}/p", "-o", "{dir}"], "p does not exist; give a text file"),
         (["--prompts", "{dir}/empty.txt", "-o", "{dir}"], "has 0 prompts; write one per line"),
@@ -366,7 +366,7 @@ def test_wrong_script_is_refused_before_the_model_is_loaded(
         ),
         (
             "2 soft:9 a square",
-            "scene 2, 'a square', lasts 2 seconds, which is 3 chunks, and its transition takes 9",
+            "scene 2 on line 2, 'a square', lasts 2 seconds, which is 3 chunks, and its transition takes 9",
         ),
         ("86400 cut a square", "the script lasts 86401 seconds; a video has at most 86400, a day"),
     ):
