@@ -52,15 +52,8 @@ FLOAT32_TILE = Tile(64, 64, 0, 32, 4, 2, 1.0)  # without tensor cores: registers
 
 
 def choose_tile(rows: int, columns: int, dtype: torch.dtype, device: Device) -> Tile:
-    """The tile that keeps the multiprocessors busiest by count, its rate included; unmeasured.
-
-    On 132 multiprocessors, the tile and its fill (tile_fill):
-
-        outputs    4680 rows, three latent frames    1560 rows, one latent frame
-        1536       128 x 256, 83 %                   128 x 160, 89 % (128 x 128 would have 55 %)
-        4608       128 x 192, 95 %                   128 x 256, 83 %
-        8960       128 x 256, 97 %                   128 x 128, 92 %
-    """
+    """The tile that keeps the multiprocessors busiest by count (tile_fill), its rate included; unmeasured.
+    docs/kernels.md has what it chooses for the published sizes."""
     if dtype == torch.float32:
         return FLOAT32_TILE
     widest = 256 if device.capability[0] in (9, 10) else 192  # sums of 256 columns fit registers beside WGMMA

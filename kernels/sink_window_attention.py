@@ -103,9 +103,7 @@ def pointer_launch(
     Float32 multiplies in registers: 16 keys. Ampere and consumer Blackwell hold both products' operands in
     registers: 32 keys for a head of 128, and 128 queries whatever their number (64 spill on 4 warps). Hopper
     and data centre Blackwell read them from shared memory: 64 queries in place of 128 where that fills the
-    waves of programs better by more than HALF_TILE_RATE takes, which at 12 heads and 132 multiprocessors it
-    does for the 1560 queries of one latent frame (156 programs of 128 fill 55 % of two waves, 300 of 64 fill
-    74 % of three) and not for 4680. heads: of all samples.
+    waves of programs better by more than HALF_TILE_RATE takes (docs/kernels.md). heads: of all samples.
     """
     if dtype == torch.float32:
         return 64, 16, 8, 2

@@ -283,6 +283,11 @@ class CacheConfig:
         return self.chunk_frames if self.first_chunk_frames is None else self.first_chunk_frames
 
     @property
+    def longest_chunk(self) -> int:
+        """Latent frames of the longest chunk of a video."""
+        return max(self.first_chunk, self.chunk_frames)
+
+    @property
     def resident_frames(self) -> int:
         """Latent frames whose keys stay from chunk to chunk: memory, sink and past."""
         return self.window_frames - self.joint_frames
@@ -295,7 +300,11 @@ class CacheConfig:
     @property
     def filling_chunks(self) -> int:
         """Chunks of a video until sink and past are full; the last of them evicts where it does not fit."""
-        return 1 + max(0, -(-(self.sink_frames + self.past_frames - self.first_chunk) // self.chunk_frames))
+        return self.chunk_count(self.sink_frames + self.past_frames)
+
+    def chunk_count(self, frames: int) -> int:
+        """Chunks from the start of a video that have at least `frames` latent frames."""
+        return 0 if frames <= 0 else 1 + max(0, -(-(frames - self.first_chunk) // self.chunk_frames))
 
     def frames_before(self, chunk: int) -> int:
         """Latent frames of a generated video before its chunk `chunk`."""
@@ -310,9 +319,7 @@ class ScheduleConfig:
     num_train_timesteps: Annotated[int, Range(1, 100000)] = 1000
     # nominal, before the shift warps them
     denoising_steps: Annotated[tuple[int, ...], Entries(1, 1000)] = (1000, 750, 500, 250)
-    first_steps: Annotated[
-        tuple[int, ...], Entries(0, 1000)
-    ] = ()  # of the first chunks; as the others if empty
+    first_steps: Annotated[tuple[int, ...], Entries(0, 1000)] = ()  # of the first chunks; empty: as others
     first_chunks: Annotated[int, Range(1, 1000)] = 1  # that have first_steps
     rolling: Rolling = "none"
     """joint, causal: chunks at all steps are denoised beside each other, and each pass finishes one (Rolling

@@ -32,11 +32,12 @@ from rfengine.frame_chunk import FrameChunk
 from rfengine.grid import LatentGrid
 from rfengine.host_state import own_state
 from rfengine.limits import as_integer, shown
-from rfengine.models.dit import WanDiT, pack_weights
+from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import Prompt, prompt_line
-from rfengine.runtime.decoders import OpenDecoder, full_opener, opener, require_decoder, tier_of
+from rfengine.runtime.decoders import OpenDecoder, full_opener, require_decoder, tier_of
 from rfengine.runtime.engine import Engine
+from rfengine.runtime.loaded_models import load_models
 from rfengine.runtime.options import decode_device, dtype_of, present_device, tuned_ops
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
@@ -107,7 +108,7 @@ class Pipeline:
         the device.
         """
         target = present_device(device)
-        number = dtype_of(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
+        number = dtype_of(dtype, target)
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         require_stream(checkpoint.config)
         config = checkpoint.config if system is None else configured(checkpoint.config, system)
@@ -121,13 +122,9 @@ class Pipeline:
         require_decoder(config.runtime, decoding)  # before the weights are read, which can take minutes
         loaded = load_loras(loras, expected_shapes(config.model))
         ops = tuned_ops(config, number, target)
-        model = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", number, target)
-        if target.type == "cuda":  # on a CPU one product is no faster than three
-            pack_weights(model)
-        vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, decoding)
-        encoder = checkpoint.text_encoder(torch.device(text_device or target), number, text_cache)
-        open_decoder = opener(checkpoint, config, vae.eval(), number, decoding)
-        pipeline = cls(config, model.eval(), vae, encoder, checkpoint.fingerprint(), open_decoder)
+        models = load_models(checkpoint, config, ops, number, target, decoding, text_device, text_cache)
+        parts = models.transformer, models.vae, models.text_encoder
+        pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
         pipeline._engine.adapted.apply(loaded)
         return pipeline
 
@@ -226,9 +223,8 @@ class Pipeline:
 
     def chunk_count(self, num_frames: int) -> int:
         """Chunks from the start of a video that have at least `num_frames` pixel frames."""
-        count, cache = as_integer("num_frames", num_frames), self.config.cache
-        latents = LatentGrid.of(self.config).latent_frames(count)
-        return 0 if latents <= 0 else 1 + max(0, -(-(latents - cache.first_chunk) // cache.chunk_frames))
+        count = as_integer("num_frames", num_frames)
+        return self.config.cache.chunk_count(LatentGrid.of(self.config).latent_frames(count))
 
     def generate(
         self,

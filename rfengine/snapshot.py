@@ -144,15 +144,15 @@ class Snapshot:
             )
         text = metadata["snapshot"]
         try:
-            info, now = strict_json(text), tensors
-            if isinstance(info, dict) and info.get("format") in OLDER_FORMATS:
-                info, now = upgraded(info, tensors, SNAPSHOT_FORMAT)
-            snapshot = cls(now, info)
+            info = strict_json(text)
+            number = info.get("format") if isinstance(info, dict) else None
+            present = upgraded(info, tensors, SNAPSHOT_FORMAT) if number in OLDER_FORMATS else (info, tensors)
+            snapshot = cls(present[1], present[0])
             snapshot.stream_info()
         except ValueError as error:
             raise ValueError(f"{path} cannot be restored: {error}") from error
         plain = {"format": "pt", "snapshot": text}
-        if strict_json(text)["format"] == _WITHOUT_CHECKSUM and metadata == plain:
+        if number == _WITHOUT_CHECKSUM and metadata == plain:
             logger.warning(
                 "%s has no checksum, since an older rfengine wrote it: damage may go unseen; save it again",
                 path,

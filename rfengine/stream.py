@@ -125,14 +125,11 @@ class VideoStream:
         text = self._engine.model.text_keys_values(text_states)
         self.prompt, self._text_states, self._text = prompt, text_states, text
         self._weights_version = self._engine.adapted.version
-        self._transition = None
 
     def _take_weights(self) -> None:
         """Bring the keys and values of the text up to date with weights that were changed."""
         if self._weights_version != self._engine.adapted.version:
-            transition = self._transition
             self._set_text(self.prompt, self._text_states)
-            self._transition = transition
 
     def _continue_transition(self) -> None:
         """Take one of the steps of the text states to those of a new prompt, which the last step reaches."""
@@ -301,6 +298,7 @@ class VideoStream:
                     self.prompt, self._transition = line, way
                     return
                 self._set_text(line, text_states)
+                self._transition = None
                 if mode == "recache":
                     self._engine.runner.recache(self._cache, self._window_latents, self._text)
 

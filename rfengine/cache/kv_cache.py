@@ -149,14 +149,14 @@ class StreamingKVCache:
         self.begun_chunk = plan.chunk
 
     def rewrite_plans(self) -> list[CachePlan]:
-        """The plans that write the past once more, in order of time; begin_rewrite begins the first of
-        them, and then the others."""
+        """The plans that write the past once more, in order of time; begin_rewrite begins each of them."""
         self.config.check_recache()
-        return rewrite_plans(self.config, self.held, self.config.chunk_frames)[1]
+        return rewrite_plans(self.config, self.held, self.config.chunk_frames)
 
     def begin_rewrite(self, plan: CachePlan) -> None:
         """Make ready to write frames of the past once more; they see the slots up to and with their own."""
-        self.held = rewrite_plans(self.config, self.held, self.config.chunk_frames)[0]
+        for frame, slot in enumerate(plan.slots, plan.first_frame):
+            self.held[slot] = frame
         self.show(plan)
 
     def commit(self, plan: CachePlan) -> None:
@@ -272,7 +272,7 @@ class StreamingKVCache:
         return self._written[frames]
 
     def _rotation_of(self, frames: Sequence[int]) -> Tensor:
-        device, run = self._rotation.device, range(frames[0], frames[-1] + 1) if frames else range(0)
+        device, run = self._rotation.device, range(frames[0], frames[-1] + 1)
         if tuple(frames) == tuple(run):  # made on the device: nothing waits
             indices = torch.arange(run.start, run.stop, dtype=torch.int64, device=device)
         else:

@@ -9,21 +9,19 @@ from rfengine.cache.sink_policy import EMPTY, CachePlan, time_indices
 from rfengine.config import CacheConfig
 
 
-def rewrite_plans(config: CacheConfig, held: Sequence[int], frames: int) -> tuple[list[int], list[CachePlan]]:
-    """What the slots hold with the past put in order of time, and the plans that write it once more, in
-    chunks of `frames` counted from the newest: each sees the sink, the memory and the frames up to its
-    own."""
+def rewrite_plans(config: CacheConfig, held: Sequence[int], frames: int) -> list[CachePlan]:
+    """The plans that write the past once more, put in order of time, in chunks of `frames` counted from the
+    newest: each sees the sink, the memory and the frames up to its own."""
     first = len(config.memory_rates) + config.sink_frames
     past = sorted(frame for frame in held[first : config.resident_frames] if frame != EMPTY)
-    ordered = [*held[:first], *past, *[EMPTY] * (config.window_frames - first - len(past))]
     plans, lead = [], len(past) % frames
     bounds = [0] * bool(lead) + list(range(lead, len(past) + 1, frames))
     for low, high in zip(bounds, bounds[1:], strict=False):
-        seen = ordered[: first + high] + [EMPTY] * (config.window_frames - first - high)
+        seen = [*held[:first], *past[:high], *[EMPTY] * (config.window_frames - first - high)]
         start, times = time_indices(config, seen)
         slots = tuple(range(first + low, first + high))
         plans.append(CachePlan(-1, past[low], high - low, slots, False, (), start, len(times), times))
-    return ordered, plans
+    return plans
 
 
 def check_frames(config: CacheConfig, held: Sequence[int], next_frame: int) -> None:
@@ -80,7 +78,7 @@ class CachePosition:
     def check(self, config: CacheConfig) -> None:
         """Raises ValueError unless a cache of `config` can stand there."""
         check_frames(config, self.held, self.frame)
-        if not self.chunk <= self.frame <= self.chunk * max(config.chunk_frames, config.first_chunk):
+        if not self.chunk <= self.frame <= self.chunk * config.longest_chunk:
             raise ValueError(f"{self.frame} latent frames cannot be in {self.chunk} chunks")
         in_flight = max(0, config.joint_frames // config.chunk_frames - 1) if self.chunk else 0
         if self.joint_chunks not in (0, in_flight):

@@ -106,7 +106,7 @@ def _stream_writer(
     """What writes a video to a file, with a model that streams. prompt: one of those to come; what cannot be
     made of it is refused before loading, which can take minutes."""
     refuse_forcing(options.forcing, checkpoint.config)
-    config = _config(checkpoint.config, options)
+    config = checkpoint.config if options.system is None else configured(checkpoint.config, options.system)
     frames = start_frames(options.start, config, LatentGrid.of(config, options.height, options.width))
     is_begun = frames is not None and bool(start_parts(options.start, frames, config).prefilled)
     _plan(prompt, options.seconds, config, is_begun)
@@ -196,10 +196,6 @@ def _open_checkpoint(options: GenerateOptions) -> Checkpoint:
     resize = options.start.resize and options.forcing.end_image is None  # which it may be for as well
     check_start(replace(options.start, resize=resize))
     return Checkpoint.open(options.model)
-
-
-def _config(config: EngineConfig, options: GenerateOptions) -> EngineConfig:
-    return config if options.system is None else configured(config, options.system)
 
 
 def _plan(

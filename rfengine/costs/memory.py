@@ -38,54 +38,56 @@ def memory_needs(
     costs/window.py speaks.
     """
     require_stream(config)
-    model, size = config.model, dtype.itemsize
-    decoding = decoder_dtype or dtype
+    model = config.model
     cache = StreamingKVCache(model, config.cache, grid, dtype=dtype, device="meta").tensors()
     apart = ("keys", "values", "raw_keys", "joint_latents", "device_held")
     arenas = {name: cache.pop(name).nbytes for name in apart if name in cache}
-    decoder = decoder_bytes(config, grid, dtype, decoding)
+    vae = described_vae(config, decoder_dtype or dtype)
     needs = {
-        "transformer": parameter_count(model) * size,
-        "vae": decoder.pop("vae"),
-        "text_encoder": parameter_count(config.text) * size,
+        **weight_bytes(config, dtype, vae),
         "keys_values": arenas["keys"] + arenas["values"],
         "raw_keys": arenas.get("raw_keys", 0),
         "sink_remainder": _nbytes(cache.values()),
         "in_flight": arenas.get("joint_latents", 0) + arenas.get("device_held", 0),
-        "cross_attention": 2 * model.num_layers * model.text_len * model.dim * size,
-        **decoder,
+        "cross_attention": text_bytes(model, dtype),
+        **decoder_bytes(config, grid, dtype, vae),
     }
     return needs | {"total": sum(needs.values())}
 
 
-def decoder_bytes(
-    config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, decoding: torch.dtype
-) -> dict[str, int]:
-    """Bytes of the VAE, and of the state and the buffers of its lossless decoder; nothing is allocated.
-
-    dtype: of the latents. decoding: of the decoder; the encoder is in float32.
-    """
+def described_vae(config: EngineConfig, decoding: torch.dtype) -> WanVAE:
+    """The VAE on the meta device, its decoder in `decoding` and its encoder in float32."""
     with torch.device("meta"):
         vae = WanVAE(config.vae).float()
-        vae.set_decoder_dtype(decoding)
-        chunks = [
-            torch.empty(
-                1, config.vae.z_dim, frames, grid.latent_height, grid.latent_width, dtype=dtype,
-                device="meta",
-            )
-            for frames in (config.cache.first_chunk, config.cache.chunk_frames)
-        ]  # fmt: skip
-    decoder = StreamingDecoder(vae, REFERENCE_OPS)
-    state = decoder.decoder_state(1, grid.latent_height, grid.latent_width, decoding, "meta")
-    with torch.no_grad():
-        for latents in chunks:  # the first one, then any other
-            decoder.run(latents, state, packed=False)
-            state.frames += latents.shape[2]
+    vae.set_decoder_dtype(decoding)
+    return vae
+
+
+def weight_bytes(config: EngineConfig, dtype: torch.dtype, vae: WanVAE) -> dict[str, int]:
+    """Bytes of the weights of each part, in `dtype` but for the VAE."""
     return {
+        "transformer": parameter_count(config.model) * dtype.itemsize,
         "vae": _nbytes(vae.parameters()),
-        "vae_state": _nbytes(state.tensors().values()),
-        "vae_buffers": decoder.halo_bytes,
+        "text_encoder": parameter_count(config.text) * dtype.itemsize,
     }
+
+
+def text_bytes(model: WanConfig, dtype: torch.dtype) -> int:
+    """Of the keys and values of one prompt, for all layers."""
+    return 2 * model.num_layers * model.text_len * model.dim * dtype.itemsize
+
+
+def decoder_bytes(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, vae: WanVAE) -> dict[str, int]:
+    """Bytes of the state and the buffers of the lossless decoder of a described_vae. dtype: of the
+    latents."""
+    decoder, size = StreamingDecoder(vae, REFERENCE_OPS), (grid.latent_height, grid.latent_width)
+    state = decoder.decoder_state(1, *size, vae.decoder_dtype, "meta")
+    with torch.no_grad():
+        for frames in (config.cache.first_chunk, config.cache.chunk_frames):  # the first, then any other
+            latents = torch.empty(1, config.vae.z_dim, frames, *size, dtype=dtype, device="meta")
+            decoder.run(latents, state, packed=False)
+            state.frames += frames
+    return {"vae_state": _nbytes(state.tensors().values()), "vae_buffers": decoder.halo_bytes}
 
 
 def lora_bytes(loras: Sequence[LoadedLora], config: WanConfig, dtype: torch.dtype) -> dict[str, int]:
@@ -116,7 +118,7 @@ def require_stream_fits(
     arenas = 3 if config.cache.positions == "relative" else 2
     needs = {place: arenas * dtype.itemsize * math.prod(arena_shape(config.model, config.cache, grid))}
     if config.runtime.vae == "full":
-        frames = max(config.cache.first_chunk, config.cache.chunk_frames) * grid.temporal_stride
+        frames = config.cache.longest_chunk * grid.temporal_stride
         values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]
         needs[decoding] = needs.get(decoding, 0) + 2 * values * dtype.itemsize  # the layer's input and output
     for device, size in needs.items():

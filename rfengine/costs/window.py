@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from rfengine.config import EngineConfig
-from rfengine.costs.memory import decoder_bytes, parameter_count
+from rfengine.costs.memory import decoder_bytes, described_vae, text_bytes, weight_bytes
 from rfengine.grid import LatentGrid
 from rfengine.memory import require_memory
 
@@ -30,17 +30,14 @@ def window_needs(
     total: their sum.
     """
     assert config.diffusion_forcing is not None
-    model, size = config.model, dtype.itemsize
     frames = latent_frames or grid.latent_frames(config.diffusion_forcing.base_frames)
-    decoder = decoder_bytes(config, grid, dtype, decoder_dtype or dtype)
+    vae = described_vae(config, decoder_dtype or dtype)
     needs = {
-        "transformer": parameter_count(model) * size,
-        "vae": decoder.pop("vae"),
-        "text_encoder": parameter_count(config.text) * size,
-        "cross_attention": 2 * 2 * model.num_layers * model.text_len * model.dim * size,
+        **weight_bytes(config, dtype, vae),
+        "cross_attention": 2 * text_bytes(config.model, dtype),
         "latents": _latent_bytes(config, grid, frames),
-        "activations": _activation_bytes(config, grid, frames, size),
-        **decoder,
+        "activations": _activation_bytes(config, grid, frames, dtype.itemsize),
+        **decoder_bytes(config, grid, dtype, vae),
     }
     return needs | {"total": sum(needs.values())}
 

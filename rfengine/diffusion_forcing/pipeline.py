@@ -20,11 +20,13 @@ from rfengine.diffusion_forcing.frames import PieceDecoder
 from rfengine.diffusion_forcing.options import DiffusionForcingOptions
 from rfengine.diffusion_forcing.plan import VideoPlan, check_given, plan_video, require_diffusion_forcing
 from rfengine.host_state import own_state
-from rfengine.models.dit import TextKeysValues, WanDiT, pack_weights
+from rfengine.models.dit import TextKeysValues, WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.ops import choose_ops
 from rfengine.prompts import check_prompt, warn_of_unknown_words
-from rfengine.runtime.decoders import OpenDecoder, opener, require_decoder, tier_of
+from rfengine.runtime.decoder_precision import state_dtype
+from rfengine.runtime.decoders import OpenDecoder, require_decoder, tier_of
+from rfengine.runtime.loaded_models import load_models
 from rfengine.runtime.options import decode_device, dtype_of, present_device
 from rfengine.schedule import chunk_noise
 from rfengine.video import Video, check_frames, pixels_from_frames
@@ -85,12 +87,11 @@ class DiffusionForcingPipeline:
     ) -> DiffusionForcingPipeline:
         """Load a checkpoint directory or an open Checkpoint; the arguments are those of Pipeline.
 
-        Raises ValueError for a model that streams, and where a
-        file, a tensor or a setting is not what the engine needs; RuntimeError when the backend or the decoder
-        cannot run on the device.
+        Raises ValueError for a model that streams, and where a file, a tensor or a setting is not what the
+        engine needs; RuntimeError when the backend or the decoder cannot run on the device.
         """
         target = present_device(device)
-        number = dtype_of(dtype) or (torch.bfloat16 if target.type == "cuda" else torch.float32)
+        number = dtype_of(dtype, target)
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         config = checkpoint.config
         require_diffusion_forcing(config)
@@ -99,13 +100,8 @@ class DiffusionForcingPipeline:
         decoding = present_device(decode_device(config.runtime, target))
         require_decoder(config.runtime, decoding)
         ops = choose_ops(config.backend, target, dtype=number)
-        model = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", number, target)
-        if target.type == "cuda":  # on a CPU one product is no faster than three
-            pack_weights(model)
-        vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, decoding).eval()
-        encoder = checkpoint.text_encoder(torch.device(text_device or target), number, text_cache)
-        open_decoder = opener(checkpoint, config, vae, number, decoding)
-        return cls(config, model.eval(), vae, encoder, open_decoder)
+        models = load_models(checkpoint, config, ops, number, target, decoding, text_device, text_cache)
+        return cls(config, models.transformer, models.vae, models.text_encoder, models.open_decoder)
 
     @property
     def backend(self) -> str:
@@ -202,7 +198,7 @@ class DiffusionForcingPipeline:
             options.addnoise_condition,
         )
         reencodes = len(plan.pieces) > 1 and not options.overlap_latents
-        number = self.vae.decoder_dtype if self.config.runtime.vae == "full" else self.model.dtype
+        number = state_dtype(self.config.runtime, self.vae, self.model.dtype)
         place = torch.empty(0, dtype=number, device=next(self.vae.parameters()).device)
         decoder = PieceDecoder(
             self._open_decoder(plan.grid), plan.grid, place, self.config.cache.chunk_frames,

@@ -136,11 +136,14 @@ class SelfAttention(Projections):
 
     def over_clip(self, x: Tensor, rotation: Tensor, mask: Tensor | None) -> Tensor:
         """Attend among all tokens of x [B, T, D] where mask [T, T] allows it."""
+        return self.ops.clip_attention(*self.rotated(x, rotation), mask).flatten(2)
+
+    def rotated(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of x [B, T, D], each [B, T, H, E]; q and k normed and rotated."""
         q, k, v = self.project(x, self.q, self.k, self.v)
-        q, k = self.ops.qk_norm_rope(
-            q, k, self.norm_q.weight, self.norm_k.weight, rotation, self.num_heads, self.eps
-        )
-        return self.ops.clip_attention(q, k, v.unflatten(-1, (self.num_heads, -1)), mask).flatten(2)
+        weights = self.norm_q.weight, self.norm_k.weight
+        q, k = self.ops.qk_norm_rope(q, k, *weights, rotation, self.num_heads, self.eps)
+        return q, k, v.unflatten(-1, (self.num_heads, -1))
 
     def write_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> None:
         """Write this chunk's slots of one layer and attend to nothing: the same keys and values as

@@ -46,10 +46,7 @@ def over_blocks(attention: SelfAttention, x: Tensor, rotation: Tensor, block_tok
     Keys are cut where a mask would hide them: no mask of T x T is made, and what it would hide is not
     computed.
     """
-    q, k, v = attention.project(x, attention.q, attention.k, attention.v)
-    norm_q, norm_k = attention.norm_q.weight, attention.norm_k.weight
-    q, k = attention.ops.qk_norm_rope(q, k, norm_q, norm_k, rotation, attention.num_heads, attention.eps)
-    v = v.unflatten(-1, (attention.num_heads, -1))
+    q, k, v = attention.rotated(x, rotation)
     parts = []
     for start in range(0, x.shape[1], block_tokens):
         end = min(start + block_tokens, x.shape[1])

@@ -227,6 +227,12 @@ def drawn_clip(frames: int, height: int, width: int) -> Tensor:
     return torch.where(is_disc, 0.9 - 0.8 * colour, waves).clamp(-1, 1).unsqueeze(0)
 
 
+def state_dtype(runtime: RuntimeConfig, vae: WanVAE, dtype: torch.dtype) -> torch.dtype:
+    """Of the state of the decoder in `runtime`, beside a model in `dtype`; an engine of TensorRT has its
+    own."""
+    return vae.decoder_dtype if runtime.vae == "full" else dtype
+
+
 def decoder_name(kind: DecoderKind, dtype: torch.dtype, model_dtype: torch.dtype) -> str:
     """A decoder as a snapshot names it: with the dtype of its state where that is not the model's."""
     return kind if dtype == model_dtype else f"{kind} in {dtype_name(dtype)}"

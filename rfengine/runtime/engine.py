@@ -18,7 +18,7 @@ from rfengine.prompts import Prompt, warn_of_unknown_words, weighted_texts
 from rfengine.runtime.adapted_weights import AdaptedWeights
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
-from rfengine.runtime.decoder_precision import decoder_name
+from rfengine.runtime.decoder_precision import decoder_name, state_dtype
 from rfengine.runtime.decoders import OpenDecoder
 from rfengine.runtime.options import runtime_switches
 from rfengine.runtime.rolling_runner import runner_of
@@ -84,7 +84,7 @@ class Engine:
     @property
     def decoder_dtype(self) -> torch.dtype:
         """Of the decoder's state; an engine of TensorRT has its own."""
-        return self.vae.decoder_dtype if self.config.runtime.vae == "full" else self.model.dtype
+        return state_dtype(self.config.runtime, self.vae, self.model.dtype)
 
     def settings(self) -> dict[str, Any]:
         """What a snapshot and the engine that restores it must agree on, as JSON values."""

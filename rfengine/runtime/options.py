@@ -95,9 +95,12 @@ def tuned_ops(config: EngineConfig, dtype: torch.dtype, device: torch.device) ->
     return choose_ops(requested, device, choice.overrides, choice.folds_gate, dtype)
 
 
-def dtype_of(name: DTypeName | torch.dtype | None) -> torch.dtype | None:
-    """The dtype of that name. Raises ValueError for a name that is none of the engine's."""
-    if name is None or isinstance(name, torch.dtype):
+def dtype_of(name: DTypeName | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype of that name; where it is None, bfloat16 on CUDA and else float32. Raises ValueError for a
+    name that is none of the engine's."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(name, torch.dtype):
         return name
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in known:

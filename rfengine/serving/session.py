@@ -290,8 +290,7 @@ class Session:
         stream = self._stream
         kept = self._keep(automatic=True) if self.points.wants(stream.index) else None
         left = None if self.request.num_frames is None else self.request.num_frames - self.frames
-        cache = self._pipeline.config.cache
-        most = max(cache.chunk_frames, cache.first_chunk) * stream.grid.temporal_stride
+        most = self._pipeline.config.cache.longest_chunk * stream.grid.temporal_stride
         last = left is not None and left <= most
         on_step = self._stop_where_cancelled if stream.runs_op_by_op else None
         chunk = stream.advance(on_step, ahead=not last)

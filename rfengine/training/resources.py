@@ -195,7 +195,7 @@ def _rollout_flops(config: TrainConfig, chunks: int, gradient: bool) -> float:
     total = text_flops(shape) * (3 if gradient else 1)
     for chunk in range(chunks):
         learns = gradient and chunk >= chunks - config.rollout.gradient_chunks
-        seen = min((chunk + 1) * cache.chunk_frames, cache.window_frames)
+        seen = min(cache.frames_before(chunk + 1), cache.resident_frames)
         one = pass_flops(shape, tokens, seen * frame_tokens)
         total += one * (steps + 1 + (backward if learns else 0))
     return total

@@ -245,10 +245,8 @@ class _Connection:
         path, recording = None, None
         if start.record:
             path, recording = library.new_recording(self._request_id, encoder.init_segment)
-        cache = self._service.pipeline.config.cache
-        longest = (
-            max(cache.chunk_frames, cache.first_chunk) * self._service.pipeline.config.vae.temporal_stride
-        )
+        config = self._service.pipeline.config
+        longest = config.cache.longest_chunk * config.vae.temporal_stride
         hls = HlsPlaylist(encoder.fps, longest_frames=longest) if start.hls else None
         observe = self._endpoint.metrics.chunk_seconds["encode"].observe
         video = LiveVideo(
