@@ -35,10 +35,10 @@ from rfengine.limits import as_integer, shown
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import Prompt, prompt_line
-from rfengine.runtime.decoders import OpenDecoder, full_opener, require_decoder, tier_of
+from rfengine.runtime.decoders import OpenDecoder, full_opener, tier_of
 from rfengine.runtime.engine import Engine
-from rfengine.runtime.loaded_models import load_models
-from rfengine.runtime.options import decode_device, dtype_of, present_device, tuned_ops
+from rfengine.runtime.loaded_models import Placement, load_models
+from rfengine.runtime.options import tuned_ops
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
 from rfengine.stream import VideoStream
@@ -107,8 +107,6 @@ class Pipeline:
         for a diffusion forcing model, RuntimeError when the backend or a part of the runtime cannot run on
         the device.
         """
-        target = present_device(device)
-        number = dtype_of(dtype, target)
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         require_stream(checkpoint.config)
         config = checkpoint.config if system is None else configured(checkpoint.config, system)
@@ -118,11 +116,10 @@ class Pipeline:
             config = replace(config, runtime=runtime)
         if backend is not None:
             config = replace(config, backend=backend)
-        decoding = present_device(decode_device(config.runtime, target))
-        require_decoder(config.runtime, decoding)  # before the weights are read, which can take minutes
+        place = Placement.of(config.runtime, device, dtype, text_device)
         loaded = load_loras(loras, expected_shapes(config.model))
-        ops = tuned_ops(config, number, target)
-        models = load_models(checkpoint, config, ops, number, target, decoding, text_device, text_cache)
+        ops = tuned_ops(config, place.dtype, place.device)
+        models = load_models(checkpoint, config, ops, place, text_cache)
         parts = models.transformer, models.vae, models.text_encoder
         pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
         pipeline._engine.adapted.apply(loaded)
@@ -162,9 +159,9 @@ class Pipeline:
         """Merge these LoRAs into the transformer's weights, in place of those before; () removes all.
 
         Streams take them from their next chunk on, or the one after a chunk that is ahead; the window keeps
-        its keys and values, unless set_prompt(stream.prompt, "recache") recomputes them. A weight depends on
-        the list alone (AdaptedWeights). A LoRA that stays is not read again, whatever its scale, unless its
-        files are others now. After an error, ValueError or RuntimeError, all is as it was.
+        its keys and values, unless set_prompt with the same prompt and "recache" recomputes them. A weight
+        depends on the list alone (AdaptedWeights). A LoRA that stays is not read again, whatever its scale,
+        unless its files are others now. After an error, ValueError or RuntimeError, all is as it was.
         """
         self._engine.adapted.apply(self._engine.adapted.load(loras))
 

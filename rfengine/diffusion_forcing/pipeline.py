@@ -25,9 +25,8 @@ from rfengine.models.vae import WanVAE
 from rfengine.ops import choose_ops
 from rfengine.prompts import check_prompt, warn_of_unknown_words
 from rfengine.runtime.decoder_precision import state_dtype
-from rfengine.runtime.decoders import OpenDecoder, require_decoder, tier_of
-from rfengine.runtime.loaded_models import load_models
-from rfengine.runtime.options import decode_device, dtype_of, present_device
+from rfengine.runtime.decoders import OpenDecoder, tier_of
+from rfengine.runtime.loaded_models import Placement, load_models
 from rfengine.schedule import chunk_noise
 from rfengine.video import Video, check_frames, pixels_from_frames
 
@@ -90,17 +89,14 @@ class DiffusionForcingPipeline:
         Raises ValueError for a model that streams, and where a file, a tensor or a setting is not what the
         engine needs; RuntimeError when the backend or the decoder cannot run on the device.
         """
-        target = present_device(device)
-        number = dtype_of(dtype, target)
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         config = checkpoint.config
         require_diffusion_forcing(config)
         config = replace(config, runtime=runtime or config.runtime, backend=backend or config.backend)
         _refuse_options_of_streams(config.runtime)
-        decoding = present_device(decode_device(config.runtime, target))
-        require_decoder(config.runtime, decoding)
-        ops = choose_ops(config.backend, target, dtype=number)
-        models = load_models(checkpoint, config, ops, number, target, decoding, text_device, text_cache)
+        place = Placement.of(config.runtime, device, dtype, text_device)
+        ops = choose_ops(config.backend, place.device, dtype=place.dtype)
+        models = load_models(checkpoint, config, ops, place, text_cache)
         return cls(config, models.transformer, models.vae, models.text_encoder, models.open_decoder)
 
     @property

@@ -9,14 +9,45 @@ from typing import TYPE_CHECKING
 import torch
 
 from rfengine.checkpoint.checkpoint import Checkpoint
-from rfengine.config import EngineConfig
+from rfengine.config import DTypeName, EngineConfig, RuntimeConfig
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
-from rfengine.runtime.decoders import OpenDecoder, opener
+from rfengine.runtime.decoders import OpenDecoder, opener, require_decoder
+from rfengine.runtime.options import decode_device, dtype_of, present_device
 
 if TYPE_CHECKING:
     from rfengine.models.text_encoder import TextEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the models of a pipeline are: the transformer on `device`, the VAE on `decoding`. dtype: of the
+    transformer and the text encoder."""
+
+    device: torch.device
+    decoding: torch.device
+    text_device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        runtime: RuntimeConfig,
+        device: str | torch.device | None,
+        dtype: DTypeName | torch.dtype | None,
+        text_device: str | torch.device | None,
+    ) -> Placement:
+        """What a pipeline is asked for, with the defaults of present_device and dtype_of; the text encoder is
+        on `device` where nothing else is said. No weights are needed.
+
+        Raises ValueError for a dtype that is none, RuntimeError for a device that is absent or on which the
+        decoder in `runtime` cannot run.
+        """
+        target = present_device(device)
+        decoding = present_device(decode_device(runtime, target))
+        require_decoder(runtime, decoding)
+        return cls(target, decoding, torch.device(text_device or target), dtype_of(dtype, target))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +65,18 @@ def load_models(
     checkpoint: Checkpoint,
     config: EngineConfig,
     ops: Ops,
-    dtype: torch.dtype,
-    device: torch.device,
-    decoding: torch.device,
-    text_device: str | torch.device | None = None,
+    place: Placement,
     text_cache: str | Path | None = None,
 ) -> LoadedModels:
     """Read the weights of `checkpoint`, which can take minutes. config: the checkpoint's, its settings
     perhaps replaced. ops: of the transformer.
 
-    device, decoding: of the transformer, and of the VAE. text_device: of the text encoder, else `device`;
     text_cache: as Checkpoint.text_encoder takes it. Raises as Checkpoint.load and opener do.
     """
+    dtype, device = place.dtype, place.device
     transformer = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", dtype, device).eval()
     if device.type == "cuda":  # on a CPU one product is no faster than three
         pack_weights(transformer)
-    vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, decoding).eval()
-    encoder = checkpoint.text_encoder(torch.device(text_device or device), dtype, text_cache)
-    return LoadedModels(transformer, vae, encoder, opener(checkpoint, config, vae, dtype, decoding))
+    vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, place.decoding).eval()
+    encoder = checkpoint.text_encoder(place.text_device, dtype, text_cache)
+    return LoadedModels(transformer, vae, encoder, opener(checkpoint, config, vae, dtype, place.decoding))
