@@ -358,9 +358,9 @@ class RuntimeConfig:
     """What makes the frames: full and tensorrt (an engine of rfengine export-vae) are lossless, tiny is
     faster and of lower quality."""
     vae_precision: VAEPrecision = "default"
-    """Of the full decoder; the encoder is always in float32. default: on CUDA fp16 where the weights pass its
-    check, else bf16; on a CPU the model's dtype. fp16: the same check, and an error where they fail. fp8: its
-    large convolutions in FP8, where that is within 45 dB of float32, the rest as by default."""
+    """Of the full decoder; the encoder is in float32. default: for a 16-bit model on CUDA fp16 where the
+    weights pass a check, else bf16; anywhere else the model's dtype. fp16: an error where they fail. fp8:
+    large convolutions in FP8, if its frames have 45 dB (PSNR) against float32; the rest as by default."""
     tensorrt_directory: Annotated[str, Text(1, 4096)] | None = None
     """Where export-vae wrote the engine, if not beside the checkpoint or in the user's cache directory."""
 

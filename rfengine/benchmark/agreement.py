@@ -90,7 +90,7 @@ def check_agreement(pipeline: Pipeline, grid: LatentGrid, decoder: nn.Module | N
 
 
 def checked_chunks(pipeline: Pipeline) -> int:
-    """As many chunks as show an eviction and, where graphs are on, a replay of each."""
+    """As many chunks as show an eviction and, where graphs are on, a replay of the graph."""
     cache = pipeline.config.cache
     graphs = runtime_switches(pipeline.config.runtime, pipeline.model.device)["graphs"]
     return recorded_chunks(cache) if graphs.on else cache.filling_chunks + 1

@@ -63,7 +63,8 @@ class StreamingKVCache:
     sines [2, S, E / 2] of the present time index of every resident slot; query_rotation: [2, T, E / 2], those
     of the chunk that has begun; write_slots: int64 [F], where its frames go. held: on the host, the number of
     the frame in every slot. joint_latents: [B, C, F, h, w], what a rolling schedule has in flight, of which
-    joint_chunks chunks are there. Memory is fixed from the start, but for rows of integers.
+    joint_chunks chunks are there. Memory is fixed from the start, but for rows of integers and, once for each
+    length of a chunk or a pass, write_slots and query_rotation.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class DoctorOptions:
     json: bool = False
     """Print JSON instead of text."""
     model: str = "tiny"
-    """Whose memory is computed: tiny, wan-1.3b, wan-14b or a checkpoint directory."""
+    """Whose memory is computed: tiny, wan-1.3b, wan-14b, skyreels-df-1.3b or a checkpoint directory."""
     height: int | None = None
     """Pixels; the model's own size where nothing is given."""
     width: int | None = None

@@ -33,7 +33,7 @@ class ForcingArguments:
     fps: int | None = None
     """Frames per second of the file; the model is told whether they are 16 or not."""
     guidance_scale: float | None = None
-    """How strongly; 1 is without, and half the work."""
+    """How strongly the prompt leads, away from the negative one; 1 is without, and half the work."""
     steps: int | None = None
     """Denoising steps of each frame."""
     shift: float | None = None

@@ -52,7 +52,8 @@ class GenerateOptions:
     """A text file with one prompt per line, instead of PROMPT; empty lines are skipped."""
     script: Path | None = None
     """A text file with one scene per line, instead of PROMPT: its seconds, how it begins (start, cut, soft,
-    soft:CHUNKS or recache) and its text, such as '4 soft:3 a red circle'; they are the MP4's chapters."""
+    soft:CHUNKS, soft:CHUNKS:spherical or recache) and its text, such as '4 soft:3 a red circle'; they are the
+    MP4's chapters."""
     seconds: float | None = None
     """Length of each video, 5 where nothing is given, and with diffusion forcing what the model was trained
     at; a script has its own."""

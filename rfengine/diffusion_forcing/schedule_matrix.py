@@ -1,5 +1,5 @@
-"""ScheduleMatrix: which step every latent frame of a video is at in each row, a row being one pass of the
-model (diffusion forcing: arXiv 2407.01392, and arXiv 2504.13074 for SkyReels-V2).
+"""The schedule of diffusion forcing: which step every latent frame of a video is at in each row, a row being
+one pass of the model (diffusion forcing: arXiv 2407.01392, and arXiv 2504.13074 for SkyReels-V2).
 
 Blocks of latent frames follow one another, each `ar_step` rows behind the one before it, or all together.
 """
