@@ -243,7 +243,7 @@ def test_only_a_tiny_decoder_that_is_used_must_fit_the_vae() -> None:
         ),
     ],
 )
-def test_fp8_is_for_the_full_decoder(given, message):
+def test_a_precision_is_for_the_full_decoder(given, message):
     assert RuntimeConfig(vae_precision="fp8").vae == "full"
     with pytest.raises(ValueError, match=message):
         RuntimeConfig(**given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, cycle, repeat
@@ -14,7 +13,7 @@ import torch
 from rfengine import Pipeline
 from rfengine.config import RuntimeConfig
 from rfengine.host_state import ordinary, own_state
-from support.models import small_pipeline
+from support.models import small_pipeline, with_runtime
 
 Setting = Callable[[], AbstractContextManager[object]]
 
@@ -94,11 +93,7 @@ def session(pipe: Pipeline, settings: Iterator[Setting]) -> list[numpy.ndarray]:
 
 @pytest.fixture(scope="module", params=["plain", "overlapped"])
 def pipe(request: pytest.FixtureRequest) -> Pipeline:
-    made = small_pipeline()
-    if request.param == "plain":
-        return made
-    config = dataclasses.replace(made.config, runtime=RuntimeConfig(overlap=True))
-    return Pipeline(config, made.model, made.vae, made.text_encoder, "small-0")
+    return with_runtime(small_pipeline(), RuntimeConfig(overlap=request.param == "overlapped"))
 
 
 @pytest.fixture(scope="module")

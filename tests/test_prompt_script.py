@@ -18,7 +18,7 @@ from rfengine.limits import shown
 from rfengine.prompt_script import MOST_SCENES, PromptScript, Scene, ScriptPlan, play
 from rfengine.prompts import WeightedText
 from rfengine.video import MOST_SECONDS, nearest_frame
-from support.models import small_config, small_pipeline
+from support.models import small_config, small_pipeline, with_runtime
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "story.txt"
 
@@ -137,10 +137,18 @@ def test_text_that_no_line_can_hold_is_not_written(text: str) -> None:
         script.text()
 
 
-@pytest.mark.parametrize("path", ["{dir}/none.txt", "{dir}", "/dev/zero", "{dir}/latin.txt"])
-def test_file_that_cannot_be_read_is_one_sentence(path: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{dir}/none.txt", "does not exist"),
+        ("{dir}", "is a directory"),
+        ("/dev/zero", "is a device"),
+        ("{dir}/latin.txt", "is not UTF-8"),
+    ],
+)
+def test_file_that_cannot_be_read_is_one_sentence(path: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"1 start n\xe9")
-    with pytest.raises(ValueError, match="does not exist|is a directory|is a device|is not UTF-8"):
+    with pytest.raises(ValueError, match=message):
         PromptScript.read(path.format(dir=tmp_path))
 
 
@@ -262,9 +270,7 @@ def test_after_chunks_all_are_of_one_length_until_a_cut() -> None:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "overlap"])
 def pipe(request: pytest.FixtureRequest) -> Pipeline:
-    pipe = small_pipeline()
-    config = dataclasses.replace(pipe.config, runtime=RuntimeConfig(overlap=request.param))
-    return Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, "small")
+    return with_runtime(small_pipeline(), RuntimeConfig(overlap=request.param))
 
 
 def test_script_is_played_where_it_is_planned(pipe: Pipeline) -> None:

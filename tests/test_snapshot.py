@@ -172,8 +172,8 @@ WRONG = {
     "list of null": [None], "list of texts": ["a"], "object": {}, "object of null": {"alpha": None},
     "list of truth": [True, False, True], "numpy": numpy.int64(3),
 }  # fmt: skip
-# what only the caller can know: any text is a prompt, any seed a seed, and how many chunks came before the
-# last hard switch is stated by index alone
+# values that are not wrong: any text is a prompt and any seed a seed, this schedule has no first timesteps,
+# and a decoder may be behind
 FREE = {
     ("prompt", "text"),
     ("prompt", "empty text"),

@@ -9,8 +9,8 @@ import torch
 
 from rfengine import Pipeline
 from rfengine.config import CacheConfig, RuntimeConfig
-from rfengine.stream import Snapshot, VideoStream
-from support.models import GRID, small_pipeline
+from rfengine.stream import Snapshot
+from support.models import GRID, frames_of, small_pipeline, with_runtime
 
 WAIT = 60.0  # seconds that a test waits for another thread at most
 
@@ -18,10 +18,6 @@ WAIT = 60.0  # seconds that a test waits for another thread at most
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     return small_pipeline()
-
-
-def frames_of(stream: VideoStream, chunks: int) -> numpy.ndarray:
-    return numpy.concatenate([chunk.frames for chunk in itertools.islice(stream, chunks)])
 
 
 def test_the_first_chunk_has_nine_frames_and_every_later_one_twelve(pipe):
@@ -281,8 +277,7 @@ def in_threads(*calls) -> list:
 def test_streams_of_one_pipeline_in_several_threads_are_what_they_are_alone(pipe):
     alone = [frames_of(pipe.stream("a circle", seed=seed), 5) for seed in range(3)]
     for overlap in (False, True):
-        config = dataclasses.replace(pipe.config, runtime=RuntimeConfig(overlap=overlap))
-        shared = Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, "small-0")
+        shared = with_runtime(pipe, RuntimeConfig(overlap=overlap))
 
         def stream(seed: int, of: Pipeline = shared) -> numpy.ndarray:
             return frames_of(of.stream("a circle", seed=seed), 5)

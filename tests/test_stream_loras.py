@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +13,13 @@ import torch
 
 from rfengine import Lora, Pipeline, VideoStream
 from rfengine.config import CacheConfig, RuntimeConfig, ScheduleConfig
-from rfengine.runtime import chunk_runner
 from rfengine.runtime.adapted_weights import AdaptedWeights
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.rolling_runner import runner_of
 from rfengine.snapshot import Snapshot
 from support.loras import ALPHA, LAYERS, RANK, pairs, write_lora
-from support.models import SMALL, small_pipeline
-from support.tape import TapedCall
+from support.models import SMALL, frames_of, small_pipeline, with_runtime
+from support.tape import taped_programs
 
 BEFORE, AFTER = 4, 3  # chunks around the change; after four the window is full
 SCALE = 0.8
@@ -33,10 +31,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_lora(folder / f"{seed}.safetensors", pairs(SMALL, seed=seed)) for seed in range(2)]
 
 
-def frames_of(stream: VideoStream, chunks: int) -> numpy.ndarray:
-    return numpy.concatenate([chunk.frames for chunk in itertools.islice(stream, chunks)])
-
-
 def changed_by_hand(pipe: Pipeline, stream: VideoStream, layers: Sequence[str]) -> None:
     """Set the weights of the model, and make anew all that was computed of those before."""
     for layer, (down, up) in pairs(SMALL, layers).items():
@@ -44,9 +38,7 @@ def changed_by_hand(pipe: Pipeline, stream: VideoStream, layers: Sequence[str]) 
         weight.copy_(torch.addmm(weight, up, down, alpha=SCALE * ALPHA / RANK))
     runner = runner_of(pipe.model, pipe.config.schedule, graphs=False)
     stream._engine = dataclasses.replace(stream._engine, runner=runner)
-    transition = stream._transition
     stream._set_text(stream.prompt, stream._text_states)
-    stream._transition = transition
 
 
 @pytest.mark.parametrize(
@@ -92,11 +84,7 @@ def test_after_a_swap_a_stream_is_what_it_is_with_weights_set_by_hand(
 def test_after_a_swap_other_schedules_are_what_they_are_with_weights_set_by_hand(
     files: list[Path], schedule: ScheduleConfig, cache: CacheConfig
 ) -> None:
-    pipes = []
-    for _ in range(2):
-        models = small_pipeline()
-        config = dataclasses.replace(models.config, schedule=schedule, cache=cache)
-        pipes.append(Pipeline(config, models.model, models.vae, models.text_encoder, "small-0"))
+    pipes = [small_pipeline(cache, schedule=schedule) for _ in range(2)]
     streams = [pipe.stream("a circle", seed=3) for pipe in pipes]
     assert numpy.array_equal(*(frames_of(stream, BEFORE) for stream in streams))
     with torch.no_grad():
@@ -161,10 +149,7 @@ def test_a_clip_is_continued_under_the_loras_of_now(files: list[Path]) -> None:
 
 
 def test_with_overlap_a_swap_shows_one_chunk_later(files: list[Path]) -> None:
-    plain = small_pipeline()
-    config = dataclasses.replace(plain.config, runtime=RuntimeConfig(overlap=True))
-    models = small_pipeline()
-    overlapped = Pipeline(config, models.model, models.vae, models.text_encoder, "small-0")
+    plain, overlapped = small_pipeline(), with_runtime(small_pipeline(), RuntimeConfig(overlap=True))
     streams = [pipe.stream("a circle", seed=3) for pipe in (plain, overlapped)]
     expected = [frames_of(streams[0], BEFORE + 1)]
     found = [frames_of(streams[1], BEFORE)]
@@ -178,14 +163,7 @@ def test_with_overlap_a_swap_shows_one_chunk_later(files: list[Path]) -> None:
 
 def test_recorded_programs_read_the_new_weights(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """With tapes of ops in place of CUDA graphs, which play back without any Python of the model."""
-    tapes: list[TapedCall] = []
-
-    def record(*rest: object) -> TapedCall:
-        tapes.append(TapedCall(*rest))
-        return tapes[-1]
-
-    monkeypatch.setattr(chunk_runner, "CapturedCall", record)
-    monkeypatch.setattr(chunk_runner, "graph_pool", object)
+    tapes = taped_programs(monkeypatch)
     results, recorded = [], []
     for graphs in (False, True):
         pipe = small_pipeline()

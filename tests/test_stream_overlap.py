@@ -20,7 +20,7 @@ from rfengine.config import RuntimeConfig, ScheduleConfig
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import chunk_noise
-from support.models import small_pipeline
+from support.models import frames_of, small_pipeline, with_runtime
 
 WAIT = 20.0  # seconds that a test waits for another thread at most
 
@@ -33,16 +33,6 @@ def plain() -> Pipeline:
 @pytest.fixture(scope="module")
 def overlapped(plain: Pipeline) -> Pipeline:
     return with_runtime(plain, RuntimeConfig(overlap=True))
-
-
-def with_runtime(pipe: Pipeline, runtime: RuntimeConfig) -> Pipeline:
-    """The same models under another runtime."""
-    config = dataclasses.replace(pipe.config, runtime=runtime)
-    return Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, "small-0")
-
-
-def frames_of(stream: VideoStream, chunks: int) -> numpy.ndarray:
-    return numpy.concatenate([chunk.frames for chunk in itertools.islice(stream, chunks)])
 
 
 @pytest.mark.slow

@@ -16,8 +16,7 @@ from rfengine.config import RuntimeConfig
 from rfengine.prompt_blend import interpolated
 from rfengine.prompts import WeightedText
 from rfengine.snapshot import Snapshot
-from rfengine.stream import VideoStream
-from support.models import small_pipeline
+from support.models import frames_of, small_pipeline, with_runtime
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +26,7 @@ def pipe() -> Pipeline:
 
 @pytest.fixture(scope="module")
 def overlapped() -> Pipeline:
-    pipe = small_pipeline()
-    config = dataclasses.replace(pipe.config, runtime=RuntimeConfig(overlap=True))
-    return Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, "small")
-
-
-def frames_of(stream: VideoStream, chunks: int) -> numpy.ndarray:
-    return numpy.concatenate([next(stream).frames for _ in range(chunks)])
+    return with_runtime(small_pipeline(), RuntimeConfig(overlap=True))
 
 
 @pytest.mark.parametrize("back_to", [0, 1, 4])
@@ -41,7 +34,8 @@ def frames_of(stream: VideoStream, chunks: int) -> numpy.ndarray:
 def test_a_rewound_stream_goes_on_as_from_the_snapshot(kind: str, back_to: int, request) -> None:
     pipe = request.getfixturevalue(kind)
     stream = pipe.stream("a circle", seed=3)
-    frames_of(stream, back_to) if back_to else None
+    for _ in range(back_to):
+        next(stream)
     saved = stream.snapshot()
     after = frames_of(stream, 4)
     stream.set_prompt("a square", "recache")
@@ -184,7 +178,8 @@ def test_a_snapshot_inside_a_transition_continues_bit_for_bit(
     stream = pipe.stream("a circle", seed=3)
     next(stream)
     stream.set_prompt(MIX, "soft", 4, interpolation)
-    frames_of(stream, taken_after) if taken_after else None
+    for _ in range(taken_after):
+        next(stream)
     saved = stream.snapshot()
     saved.save(tmp_path / "stream.safetensors")
     read = type(saved).load(tmp_path / "stream.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 import numpy
@@ -13,17 +12,14 @@ from rfengine import Pipeline
 from rfengine.config import CacheConfig, RuntimeConfig, ScheduleConfig
 from rfengine.prompt_script import PromptScript
 from rfengine.stream import Snapshot
-from support.models import GRID, small_pipeline
+from rfengine.video import pixels_from_frames
+from support.models import GRID, small_pipeline, with_runtime
 from support.systems import SYSTEMS
 
 
-def pipeline_of(name: str, **runtime: object) -> Pipeline:
+def pipeline_of(name: str, overlap: bool = False) -> Pipeline:
     cache, schedule = SYSTEMS[name]
-    pipe = small_pipeline(cache, schedule=schedule)
-    if not runtime:
-        return pipe
-    config = dataclasses.replace(pipe.config, runtime=RuntimeConfig(**runtime))
-    return Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, "small-0")
+    return with_runtime(small_pipeline(cache, schedule=schedule), RuntimeConfig(overlap=overlap))
 
 
 def switch(stream, chunk: int) -> None:
@@ -44,7 +40,7 @@ def frames_of(stream, start: int, end: int) -> list[numpy.ndarray]:
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_snapshot_at_any_chunk_continues_bit_for_bit(name: str, overlap: bool, tmp_path) -> None:
-    pipe = pipeline_of(name, overlap=True) if overlap else pipeline_of(name)
+    pipe = pipeline_of(name, overlap)
     end = pipe.config.cache.filling_chunks + 5
     expected = frames_of(pipe.stream("a circle", seed=5), 0, end)
     stream = pipe.stream("a circle", seed=5)
@@ -160,8 +156,7 @@ def test_a_clamped_picture_is_shown_as_the_vae_keeps_it() -> None:
     pipe = pipeline_of("ema")
     stream = pipe.stream("a circle", start_frames=PICTURE, start_mode="clamped")
     frames = next(stream).frames
-    pixels = torch.from_numpy(PICTURE).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    latents = pipe.vae.encode(pixels)
+    latents = pipe.vae.encode(pixels_from_frames(PICTURE))
     assert torch.allclose(stream.latents[:, :, :1], latents, atol=1e-5)
     kept = pipe.vae.decode(latents)[0].clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 3, 0)
     assert abs(frames[:1].astype(int) - kept.numpy().astype(int)).max() <= 1

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import av
 import numpy
 import pytest
 import torch
@@ -17,6 +16,7 @@ from rfengine.schedule import FlowSchedule, chunk_noise
 from rfengine.toy.captions import caption, sample_scenes
 from rfengine.toy.detector import detect, score
 from rfengine.toy.world import Scene, WorldConfig
+from support.video_files import chapters, decoded
 
 BATCH = 4
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -26,11 +26,6 @@ MOVING = WorldConfig(motion_weights=(1.0, 0.0, 0.0, 0.0), pair_share=0.0)
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     return Pipeline.from_pretrained("tiny", device="cpu")
-
-
-def frames_of_file(path: Path) -> numpy.ndarray:
-    with av.open(str(path)) as container:
-        return numpy.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def scores_of(scene: Scene, frames: numpy.ndarray) -> dict[str, bool]:
@@ -47,7 +42,7 @@ def test_held_out_prompts_give_their_colour_direction_and_shape_in_the_file(pipe
     right = []
     for seed, scene in enumerate(scenes):
         pipe.generate(caption(scene), seconds=2.5, seed=seed).save(tmp_path / "out.mp4")
-        right.append(scores_of(scene, frames_of_file(tmp_path / "out.mp4")))
+        right.append(scores_of(scene, decoded(tmp_path / "out.mp4")))
     for attribute, least in {"colour": 10, "direction": 9, "shape": 8}.items():
         assert sum(entry[attribute] for entry in right) >= least, attribute
 
@@ -132,9 +127,8 @@ def test_the_example_script_shows_its_scenes(tmp_path):
     assert (
         cli.main(["generate", "--script", str(EXAMPLES / "story.txt"), "-o", str(path), "--seed", "3"]) == 0
     )
-    with av.open(str(path)) as container:
-        ends = [round(each["end"] * each["time_base"] * 16) for each in container.chapters()]
-    video = frames_of_file(path)
+    ends = [round(16 * end) for _, end, _ in chapters(path)]
+    video = decoded(path)
     # chunks begin at 0, 9, ..., 33 for frame 32; at 33, 42, 54, 66 for 64; then every 12 up to 114 for 112
     assert ends == [33, 66, 114, 144] and len(video) == 144
     shown = [detect(torch.from_numpy(video[end - 16 : end])).objects[0] for end in ends]

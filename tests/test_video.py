@@ -15,7 +15,7 @@ import torch
 from rfengine.ops.reference import frame_pack
 from rfengine.video import Video, VideoWriter, frame_rate, pixels_from_frames
 from support.small_disk import small_files
-from support.video_files import boxes
+from support.video_files import boxes, chapters, decoded
 
 HEIGHT, WIDTH = 32, 48
 
@@ -28,11 +28,6 @@ def some_frames(count: int) -> numpy.ndarray:
 
 def noisy_frames(count: int) -> numpy.ndarray:
     return numpy.random.default_rng(0).integers(0, 256, (count, HEIGHT, WIDTH, 3), dtype=numpy.uint8)
-
-
-def decoded(path: Path) -> numpy.ndarray:
-    with av.open(str(path)) as container:
-        return numpy.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def shown_by_bt709(path: Path) -> numpy.ndarray:
@@ -91,19 +86,6 @@ def test_file_says_which_colours_it_has_in_its_stream_and_in_its_index(tmp_path:
     coder.extradata = head
     (frame,) = coder.decode(av.Packet(packets[0])) or coder.decode(None)[:1]
     assert (frame.color_range, frame.color_primaries, frame.color_trc, frame.colorspace) == (1, 1, 1, 1)
-
-
-def chapters(path: Path) -> list[tuple[float, float, str]]:
-    """Seconds from, seconds to, and title."""
-    with av.open(str(path)) as container:
-        return [
-            (
-                float(each["start"] * each["time_base"]),
-                float(each["end"] * each["time_base"]),
-                each["metadata"]["title"],
-            )
-            for each in container.chapters()
-        ]
 
 
 @pytest.mark.parametrize("fps", [16, Fraction(30000, 1001)])

@@ -398,10 +398,10 @@ def test_what_nvidia_smi_does_not_report_is_unknown() -> None:
     assert set(conditions.read_state("").values()) == {"unknown"}
 
 
-def test_every_graph_is_replayed_before_the_clock_starts_and_while_it_is_checked(
+def test_the_graph_is_replayed_before_the_clock_starts_and_while_it_is_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three fill the window; its two slots are each written op by op, then recorded and replayed."""
+    """Three chunks fill the window; the next runs op by op, and the one after it is recorded and replayed."""
     engine = throughput.MeasuredEngine.load(SMALLEST)
     assert chunk_times.recorded_chunks(engine.pipeline.config.cache) == 5
     assert agreement.checked_chunks(engine.pipeline) == 4

@@ -11,9 +11,9 @@ from support.models import GRID, SMALL, small_cache
 FRAMES = GRID.frame_tokens
 
 
-def advance_with_frame_numbers(cache: StreamingKVCache, frames: int | None = None) -> CachePlan:
+def advance_with_frame_numbers(cache: StreamingKVCache) -> CachePlan:
     """One chunk whose raw keys and values are the numbers of its latent frames; returns the plan."""
-    plan = cache.plan_chunk(frames)
+    plan = cache.plan_chunk()
     cache.begin_chunk(plan)
     numbers = torch.arange(plan.first_frame, plan.first_frame + plan.frames).float()
     for arena in (cache.keys, cache.values, cache.raw_keys):

@@ -48,9 +48,7 @@ def test_every_form_is_the_same_lora(tmp_path: Path, weights: dict[str, Tensor],
         torch.testing.assert_close(merged[f"{layer}.weight"].double(), exact, rtol=1e-6, atol=1e-6)
 
 
-def test_ranks_and_alphas_of_patterns_give_the_factor_of_each_layer(
-    tmp_path: Path, weights: dict[str, Tensor]
-) -> None:
+def test_ranks_and_alphas_of_patterns_give_the_factor_of_each_layer(tmp_path: Path) -> None:
     values = pairs(SMALL, LAYERS[:4])
     down, up = values["blocks.0.self_attn.v"]
     values["blocks.0.self_attn.v"] = (torch.cat((down, down)), torch.cat((up, up), dim=1))  # rank 4

@@ -20,8 +20,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bytes]:
-    """Calling it gives the pixels that were written since the last call. The encoder's bytes may differ from
-    run to run: the sums of its frame tree depend on where memory lies."""
+    """Calling it gives the pixels that were written since the last call. The bytes of a file may differ from
+    run to run, as assert_same_video says of x264."""
     pieces, write = [], VideoWriter.write
 
     def watched(self: VideoWriter, frames: numpy.ndarray) -> None:

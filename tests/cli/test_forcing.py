@@ -18,14 +18,15 @@ from rfengine.cli.start import StartOptions
 from rfengine.diffusion_forcing.options import DiffusionForcingOptions
 from rfengine.diffusion_forcing.pipeline import DenoisedRow, DiffusionForcingPipeline
 from rfengine.video import Video
-from support.diffusion_forcing import forcing_pipeline, write_forcing_pipeline
+from support.diffusion_forcing import forcing_pipeline
+from support.models import write_pipeline
 from support.outcome import fails, frame_count
 
 
 @pytest.fixture(scope="module")
 def forcing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint directory of random weights: 32 x 48 pixels, 21 frames at once, four steps."""
-    return write_forcing_pipeline(tmp_path_factory.mktemp("forcing"), forcing_pipeline())
+    return write_pipeline(tmp_path_factory.mktemp("forcing"), forcing_pipeline())
 
 
 @pytest.fixture(scope="module")

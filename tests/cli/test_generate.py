@@ -26,6 +26,7 @@ from support.command_forks import CommandForks
 from support.loras import pairs, write_lora
 from support.models import SMALL
 from support.outcome import fails, frame_count
+from support.video_files import chapters
 
 
 @pytest.fixture(scope="module")
@@ -310,16 +311,9 @@ STORY = """\
 """
 
 
-def chapters(path: Path) -> list[tuple[int, int, str]]:
+def chapter_frames(path: Path) -> list[tuple[int, int, str]]:
     """First frame, the frame after the last, and title."""
-    with av.open(str(path)) as container:
-        return [
-            (
-                *(round(each[end] * each["time_base"] * 16) for end in ("start", "end")),
-                each["metadata"]["title"],
-            )
-            for each in container.chapters()
-        ]
+    return [(round(16 * start), round(16 * end), title) for start, end, title in chapters(path)]
 
 
 def test_script_gives_one_video_with_a_chapter_for_each_scene(
@@ -332,7 +326,7 @@ def test_script_gives_one_video_with_a_chapter_for_each_scene(
     assert frame_count(path) == 72
     texts = ["a circle", "a square", "2 * a star | 1 * a much longer text of a dog"]
     # chunks begin at 0, 9, 21 for the cut, then at 30, 42 for frame 40
-    assert chapters(path) == [(0, 21, texts[0]), (21, 42, texts[1]), (42, 72, texts[2])]
+    assert chapter_frames(path) == [(0, 21, texts[0]), (21, 42, texts[1]), (42, 72, texts[2])]
     shown = capsys.readouterr()
     assert f"{path}: 72 frames, 4.5 s of video in 3 scenes; streams at " in shown.out
     for number, text in enumerate((*texts[:2], f"{texts[2][:40]} ..."), 1):
@@ -351,7 +345,8 @@ def test_script_of_one_scene_is_the_video_of_its_prompt(
     plain = ["a circle", "--seconds", "1.2", "-o", str(tmp_path / "b.mp4")]
     assert cli.main(["generate", *plain, *common]) == 0
     assert written() == scene
-    assert chapters(tmp_path / "a.mp4") == [(0, 19, "a circle")] and chapters(tmp_path / "b.mp4") == []
+    assert chapter_frames(tmp_path / "a.mp4") == [(0, 19, "a circle")]
+    assert chapter_frames(tmp_path / "b.mp4") == []
 
 
 def test_wrong_script_is_refused_before_the_model_is_loaded(
@@ -395,7 +390,7 @@ def test_interrupted_script_keeps_the_chapters_of_what_was_written(
     message = fails(capsys, cli.INTERRUPTED, "generate", "--script", script, "-o", path, "--model", model)
     assert message == f"interrupted; {path} holds the first 1.9 of 4.5 seconds (30 frames)"
     assert frame_count(path) == 30
-    assert chapters(path) == [(0, 21, "a circle"), (21, 30, "a square")]
+    assert chapter_frames(path) == [(0, 21, "a circle"), (21, 30, "a square")]
 
 
 def test_wrong_size_is_refused_before_the_model_is_loaded(

@@ -42,8 +42,8 @@ def test_runs_of_a_steady_chunk(name: str, runs: tuple[Runs, ...]) -> None:
     assert steady(name).runs == runs
 
 
-def test_a_chunk_of_two_steps_and_one_frame_costs_what_is_published() -> None:
-    """105 frames per second at 989 TFLOP/s with a window of 9, 73 with four steps: in TFLOP for 12 frames."""
+def test_a_chunk_costs_what_docs_systems_says_of_it() -> None:
+    """Of the transformer, for 12 pixel frames: a chunk of three latent frames, or three chunks of one."""
     assert flops(steady("reward-forcing")) == pytest.approx(121.3e12, rel=0.01)
     assert 3 * flops(steady("causal-forcing-2-step")) == pytest.approx(121e12, rel=0.01)
     assert 3 * flops(steady("one-forcing")) == pytest.approx(81e12, rel=0.01)
@@ -96,7 +96,8 @@ def test_reads_are_those_of_a_stream(name: str, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_eviction_moves_what_its_policy_says(name: str, moved: dict[str, tuple[int, int]]) -> None:
-    """moved: times that 16 bits for each element of a frame are moved: for all phases, and for averages."""
+    """moved: how many times the keys (or values) of a latent frame are read or written, in 16 bits: for new
+    phases, and for averages."""
     work = steady(name)
     frame = work.shapes.layers * 1560 * 1536 * 2
     found = {part.name: part.bytes for part in work.parts() if part.group == "eviction"}

@@ -73,12 +73,11 @@ def diffusers_latents(name: str, shift: float, **options: Any) -> Tensor:
     ).frames  # fmt: skip
 
 
-def planned(**options: Any) -> VideoPlan:
-    chosen = Options(
-        steps=STEPS, guidance_scale=SCALE, sigmas="diffusers", overlap_latents="overlap_history" in options,
-        **options,
-    )  # fmt: skip
-    return plan_video(forcing_config(), chosen)
+def planned(start_frames: int = 0, has_end: bool = False, **options: Any) -> VideoPlan:
+    """As Diffusers plans it, but for `options`."""
+    own = {"steps": STEPS, "guidance_scale": SCALE, "sigmas": "diffusers"}
+    chosen = Options(**own | {"overlap_latents": "overlap_history" in options} | options)
+    return plan_video(forcing_config(), chosen, start_frames, has_end)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -128,8 +127,7 @@ def block_causal() -> Tensor:
     ids=str,
 )
 def test_another_setting_is_seen(block_causal: Tensor, change: dict[str, Any]) -> None:
-    options = {"steps": STEPS, "guidance_scale": SCALE, "sigmas": "diffusers"} | CASES["block-causal"]
-    other = plan_video(forcing_config(), Options(**options | change))
+    other = planned(**CASES["block-causal"] | change)
     assert relative_error(own_latents(other, same_draws()), block_causal) > 1e-3
 
 
@@ -158,8 +156,7 @@ def test_given_pictures_agree_with_diffusers(
         {wan_vae_from_diffusers(name, 1): value for name, value in parts["vae"].state_dict().items()}
     )
     start, end = (vae.encode(2 * picture.unsqueeze(2) - 1) for picture in pictures)
-    chosen = Options(steps=STEPS, guidance_scale=SCALE, sigmas="diffusers", **options)
-    plan = plan_video(forcing_config(), chosen, 1, has_end)
+    plan = planned(1, has_end, **options)
     found = own_latents(plan, same_draws(), Conditions(start, end if has_end else None, addnoise))
     assert torch.allclose(found[:, :, :1], start, atol=1e-5)
     assert relative_error(found, expected) <= 1e-5 and found.shape == expected.shape

@@ -24,8 +24,8 @@ def latents_of(frames: int, seed: int = 0) -> Tensor:
     return torch.randn(1, 4, frames, GRID.latent_height, GRID.latent_width, generator=generator)
 
 
-def opened(vae: WanVAE, kept: int = 0, group: int = 3) -> PieceDecoder:
-    return PieceDecoder(vae, GRID, torch.empty(0), group, kept)
+def opened(vae: WanVAE, kept: int = 0) -> PieceDecoder:
+    return PieceDecoder(vae, GRID, torch.empty(0), 3, kept)
 
 
 @torch.no_grad()

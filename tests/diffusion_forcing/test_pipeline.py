@@ -20,12 +20,8 @@ from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 from rfengine.models import vae as vae_module
 from rfengine.presets import PRESETS
 from rfengine.video import Video, pixels_from_frames
-from support.diffusion_forcing import (
-    forcing_config,
-    forcing_model,
-    forcing_pipeline,
-    write_forcing_pipeline,
-)
+from support.diffusion_forcing import forcing_config, forcing_model, forcing_pipeline
+from support.models import write_pipeline
 
 Options = DiffusionForcingOptions
 
@@ -37,7 +33,7 @@ def pipeline() -> DiffusionForcingPipeline:
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory, pipeline: DiffusionForcingPipeline) -> Path:
-    return write_forcing_pipeline(tmp_path_factory.mktemp("forcing"), pipeline)
+    return write_pipeline(tmp_path_factory.mktemp("forcing"), pipeline)
 
 
 def picture(seed: int = 0) -> numpy.ndarray:
@@ -195,7 +191,7 @@ def test_a_directory_is_loaded_and_makes_the_same_latents(
 def test_a_directory_whose_weights_are_of_another_kind_is_refused(
     pipeline: DiffusionForcingPipeline, tmp_path: Path, in_weights: bool
 ) -> None:
-    write_forcing_pipeline(tmp_path, pipeline)
+    write_pipeline(tmp_path, pipeline)
     model = dataclasses.replace(pipeline.config.model, fps_embedding=not in_weights)
     config = dataclasses.replace(pipeline.config, model=model)
     if in_weights:
@@ -261,14 +257,13 @@ def test_without_guidance_the_negative_prompt_is_not_looked_at(pipeline: Diffusi
 
 
 def test_a_window_that_no_memory_holds_is_refused(pipeline: DiffusionForcingPipeline) -> None:
+    model = dataclasses.replace(pipeline.config.model, dim=12288, num_heads=2)
+    config = dataclasses.replace(pipeline.config, model=model)
+    other = DiffusionForcingPipeline(
+        config, pipeline.model, pipeline.vae, pipeline.text_encoder, lambda grid: pipeline.vae
+    )
     with pytest.raises(RuntimeError, match="a piece of 6 latent frames of 8192 x 8192 pixels needs"):
-        large = dataclasses.replace(Options(), height=8192, width=8192)
-        config = dataclasses.replace(pipeline.config.model, dim=12288, num_heads=2)
-        engine = dataclasses.replace(pipeline.config, model=config)
-        other = DiffusionForcingPipeline(
-            engine, pipeline.model, pipeline.vae, pipeline.text_encoder, lambda grid: pipeline.vae
-        )
-        other.rows("a circle", large)
+        other.rows("a circle", Options(height=8192, width=8192))
 
 
 def test_frames_that_no_memory_holds_are_refused(

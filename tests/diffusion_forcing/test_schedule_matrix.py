@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from rfengine.diffusion_forcing.schedule_matrix import BlockSizes, Row, least_ar_step, schedule_rows
+from rfengine.diffusion_forcing.schedule_matrix import BlockSizes, least_ar_step, schedule_rows
 from rfengine.diffusion_forcing.unipc import sigma_table, timesteps_of
 
 STEPS_30 = timesteps_of(sigma_table(30, 8.0))
@@ -122,16 +122,21 @@ def test_a_step_between_blocks_that_is_too_small_for_the_window_is_refused() -> 
         schedule_rows(STEPS_30, BlockSizes(50, 0, 5, 25), 5)
 
 
+def of_diffusers(frames: int, ready: int, block: int, base: int, ar_step: int) -> tuple:
+    """Timesteps, steps, masks and windows of all rows, in Diffusers."""
+    from diffusers import SkyReelsV2DiffusionForcingPipeline
+
+    return SkyReelsV2DiffusionForcingPipeline.generate_timestep_matrix(
+        None, frames, torch.tensor(STEPS_30), base, ar_step, ready, block
+    )
+
+
 @pytest.mark.parametrize(
     ("frames", "ready", "block", "base", "ar_step"),
     [(25, 0, 1, 25, 0), (25, 5, 5, 25, 5), (50, 0, 5, 25, 6), (12, 0, 2, 6, 10), (30, 10, 5, 25, 7)],
 )
 def test_rows_agree_with_diffusers(frames: int, ready: int, block: int, base: int, ar_step: int) -> None:
-    from diffusers import SkyReelsV2DiffusionForcingPipeline
-
-    matrix, index, mask, windows = SkyReelsV2DiffusionForcingPipeline.generate_timestep_matrix(
-        None, frames, torch.tensor(STEPS_30), base, ar_step, ready, block
-    )
+    matrix, index, mask, windows = of_diffusers(frames, ready, block, base, ar_step)
     rows = schedule_rows(STEPS_30, BlockSizes(frames, ready, block, base), ar_step)
     assert [(row.start, row.end) for row in rows] == windows
     for number, row in enumerate(rows):
@@ -141,10 +146,11 @@ def test_rows_agree_with_diffusers(frames: int, ready: int, block: int, base: in
 
 
 def test_a_schedule_that_is_a_row_late_differs_from_diffusers() -> None:
-    rows = schedule_rows(STEPS_30, BlockSizes(25, 0, 5, 25), 5)
-    late: tuple[Row, ...] = schedule_rows(STEPS_30, BlockSizes(25, 0, 5, 25), 6)
-    assert [row.timesteps for row in rows[:6]] == [row.timesteps for row in late[:6]]
-    assert rows[5].moving != late[5].moving and len(late) == 54
+    _, _, mask, _ = of_diffusers(25, 0, 5, 25, 5)
+    late = schedule_rows(STEPS_30, BlockSizes(25, 0, 5, 25), 6)
+    moving = [tuple(row.nonzero().flatten().tolist()) for row in mask]
+    assert [row.moving for row in late[:5]] == moving[:5] and late[5].moving != moving[5]
+    assert len(mask) == 50 and len(late) == 54
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ def flow_of(sample: Tensor) -> Tensor:
     return torch.einsum("ij,bjfhw->bifhw", MIX.to(sample.dtype), sample).tanh() + 0.3 * sample
 
 
-def noise(dtype: torch.dtype, frames: int = 3) -> Tensor:
+def noise(dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(1, 2, frames, 4, 5, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(1, 2, 3, 4, 5, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def diffusers_samples(sigmas: tuple[float, ...], sample: Tensor) -> list[Tensor]:

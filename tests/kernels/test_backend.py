@@ -16,19 +16,13 @@ from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS, choose_ops
 from rfengine.ops.reference import frame_pack
 from rfengine.ops.table import implementation
+from support.bits import DEVICE
 from support.interpreter_rounding import round_to_nearest_even
 from support.models import noise_of, small_model, small_runner, text_states
+from support.on_triton import ONE_HEAD, on_triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ONE_HEAD = WanConfig(64, 64, 1, 1, text_dim=16, text_len=8, freq_dim=16, in_dim=4, out_dim=4)
 TWO_HEADS = WanConfig(128, 96, 2, 1, text_dim=16, text_len=8, freq_dim=32, in_dim=4, out_dim=4)
 GRID = LatentGrid(32, 16)  # 2 x 1 tokens in a frame: a program of the interpreter costs a millisecond
-
-
-def on_triton(model: WanDiT) -> WanDiT:
-    copied = WanDiT(model.config, choose_ops("triton", DEVICE)).to(DEVICE).eval()
-    copied.load_state_dict(model.state_dict())
-    return copied
 
 
 def noise(chunk: int, frames: int) -> torch.Tensor:

@@ -7,17 +7,14 @@ import torch
 
 from rfengine.accuracy import relative_error
 from rfengine.cache.kv_cache import StreamingKVCache
-from rfengine.config import CacheConfig, ScheduleConfig, WanConfig
-from rfengine.models.dit import WanDiT
-from rfengine.ops import choose_ops
+from rfengine.config import CacheConfig, ScheduleConfig
 from rfengine.runtime.rolling_runner import runner_of
 from support.bits import DEVICE
 from support.models import GRID, small_model, text_states
-from support.plain_stream import PlainStream
+from support.on_triton import ONE_HEAD, on_triton
+from support.plain_stream import PlainStream, noise
 from support.systems import ONE, SYSTEMS
 
-# the attention kernel has a head dim of 64 or 128
-ONE_HEAD = WanConfig(64, 64, 1, 1, text_dim=16, text_len=8, freq_dim=16, in_dim=4, out_dim=4)
 SHORT = {
     "ema over a wrap": (CacheConfig(2, 7, "ema", 2, alpha=0.8), ONE),
     "memory": (CacheConfig(1, 4, "none", 0, memory_rates=(0.2,)), ONE),
@@ -29,17 +26,10 @@ SHORT = {
 }
 
 
-def noise(chunk: int, step: int, frames: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 * chunk + step)
-    size = (1, ONE_HEAD.in_dim, frames, GRID.latent_height, GRID.latent_width)
-    return torch.randn(size, generator=generator)
-
-
 @torch.no_grad()
 def compare(cache_config: CacheConfig, schedule: ScheduleConfig, chunks: int, graphs: bool) -> None:
     plain_model = small_model(ONE_HEAD)
-    model = WanDiT(ONE_HEAD, choose_ops("triton", DEVICE)).to(DEVICE).eval()
-    model.load_state_dict(plain_model.state_dict())
+    model = on_triton(plain_model)
     plain = PlainStream(plain_model, cache_config, schedule, noise)
     text, plain_text = (each.text_keys_values(text_states().to(each.device)) for each in (model, plain_model))
     cache = StreamingKVCache(ONE_HEAD, cache_config, GRID, device=DEVICE, ops=model.ops)

@@ -104,15 +104,10 @@ def test_recorded_functions_stay_on_the_device(config, monkeypatch):
     model = WanDiT(one_block).to("meta").eval()
     cache = StreamingKVCache(one_block, config, GRID, device="meta")
     text = model.text_keys_values(torch.empty(1, 8, one_block.text_dim, device="meta"))
-    functions = recorded_functions(monkeypatch, model, cache, text, "meta")
-    assert len(functions) == 1
-    ran = []
-    for function in functions:
-        with Watch("meta") as watch:
-            function()
-        ran.append(watch.ran)
-    assert all(ops == ran[0] for ops in ran)
-    assert len(ran[0]) > 100
+    (function,) = recorded_functions(monkeypatch, model, cache, text, "meta")
+    with Watch("meta") as watch:
+        function()
+    assert len(watch.ran) > 100
 
 
 def live_memory() -> set[int]:

@@ -15,7 +15,7 @@ from rfengine.runtime import chunk_runner
 from rfengine.runtime.chunk_runner import ChunkRunner
 from support.models import GRID, SMALL, noise_of, small_model, small_runner, text_states
 from support.streams import Stream, assert_same
-from support.tape import TapedCall
+from support.tape import TapedCall, taped_programs
 
 FOR_KERNELS = replace(SMALL, dim=128)  # the attention kernel has a head dim of 64 or 128
 CHUNKS = 12
@@ -35,17 +35,7 @@ SETTINGS = [
 @pytest.fixture(autouse=True)
 def tapes(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[TapedCall]:
     """Every program that is recorded in the test; a GPU test records real graphs."""
-    made = []
-    if "gpu" in request.keywords:
-        return made
-
-    def record(*args: object) -> TapedCall:
-        made.append(TapedCall(*args))
-        return made[-1]
-
-    monkeypatch.setattr(chunk_runner, "CapturedCall", record)
-    monkeypatch.setattr(chunk_runner, "graph_pool", object)
-    return made
+    return [] if "gpu" in request.keywords else taped_programs(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,10 @@ from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig, ScheduleConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.runtime.rolling_runner import runner_of
-from support.models import GRID, SMALL, small_cache, small_model, text_states
-from support.plain_stream import PlainStream
-from support.systems import MEMORY, SYSTEMS, TWO
+from support.models import SMALL, TWO_STEPS, small_cache, small_model, text_states
+from support.plain_stream import PlainStream, noise
+from support.systems import MEMORY, SYSTEMS
 from support.work import Work, live_tensor_bytes
-
-
-def noise(chunk: int, step: int, frames: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 * chunk + step)
-    return torch.randn(1, SMALL.in_dim, frames, GRID.latent_height, GRID.latent_width, generator=generator)
 
 
 class EngineStream:
@@ -88,7 +83,7 @@ def test_given_frames_stay_as_they_are_inside_the_first_chunk(model, name: str, 
 def disagreement(model, cache: CacheConfig, other: CacheConfig) -> float:
     """The largest error of an engine with `cache` against the description with `other`."""
     text = model.text_keys_values(text_states())
-    plain, engine = PlainStream(model, other, TWO, noise), EngineStream(model, cache, TWO)
+    plain, engine = PlainStream(model, other, TWO_STEPS, noise), EngineStream(model, cache, TWO_STEPS)
     chunks = range(2 * cache.filling_chunks)
     return max(relative_error(engine.advance(text), plain.advance(text)) for _ in chunks)
 
@@ -180,11 +175,10 @@ def test_2000_chunks_cost_the_same_each_and_keep_no_memory(name: str) -> None:
     period = math.lcm(cache_config.past_frames, cache_config.chunk_frames) // cache_config.chunk_frames
     early = cache_config.filling_chunks + 2 * period
     late = early + (1990 - early) // period * period
-    shape, work, sizes = (1, 4, cache_config.chunk_frames, 2, 2), {}, []
+    work, sizes = {}, []
     for chunk in range(2000):
         plan = cache.plan_chunk()
-        draws = runner.draws(cache, chunk)
-        drawn = torch.randn(len(draws), *shape[:2], plan.frames, *shape[3:])
+        drawn = torch.randn(len(runner.draws(cache, chunk)), 1, 4, plan.frames, 2, 2)
         with Work() if chunk in (early, late) else nullcontext() as counted:
             latents = runner.advance(cache, plan, drawn, text)
         if counted:

@@ -33,7 +33,7 @@ from rfengine.serving.events import (
 from rfengine.serving.session import Session
 from rfengine.serving.sessions import SessionService
 from rfengine.snapshot import Snapshot
-from support.models import small_pipeline
+from support.models import small_pipeline, with_runtime
 from support.sessions import Collected, eventually, opened, running_service
 
 FIRST_PROMPT = "a circle"
@@ -50,10 +50,7 @@ def plain() -> Pipeline:
 @pytest.fixture(scope="module", params=[False, True], ids=["in turn", "ahead"])
 def service(plain: Pipeline, request: pytest.FixtureRequest) -> Iterator[SessionService]:
     """Of the same model, as it is, and with the next chunk begun before one is handed out."""
-    pipeline = plain
-    if request.param:
-        config = dataclasses.replace(plain.config, runtime=RuntimeConfig(overlap=True))
-        pipeline = Pipeline(config, plain.model, plain.vae, plain.text_encoder, "small")
+    pipeline = with_runtime(plain, RuntimeConfig(overlap=request.param))
     with running_service(pipeline, park_s=0.0) as running:
         yield running
 

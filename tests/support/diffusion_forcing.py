@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rfengine.checkpoint.checkpoint import write_config
 from rfengine.checkpoint.layouts import diffusers_transformer_from_wan
-from rfengine.checkpoint.loader import save_weights
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 from rfengine.diffusion_forcing_config import DiffusionForcingConfig
 from rfengine.models.dit import WanDiT
-from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
-from rfengine.models.vae import WanVAE
-from support.models import SMALL, SMALL_VAE, small_config, small_model
+from support.models import SMALL, SMALL_VAE, small_config, small_model, vae_and_text_encoder
 
 if TYPE_CHECKING:
     from diffusers import SkyReelsV2Transformer3DModel
@@ -27,11 +22,11 @@ FORCING = dataclasses.replace(SMALL, fps_embedding=True)
 BASE_FRAMES = 21  # six latent frames
 
 
-def forcing_config(model: WanConfig = FORCING) -> EngineConfig:
+def forcing_config() -> EngineConfig:
     """Videos of 32 x 48 pixels, six latent frames at once, four steps."""
     plain = small_config()
     return dataclasses.replace(
-        plain, name="small-df", model=dataclasses.replace(model, text_len=plain.model.text_len), fps=24,
+        plain, name="small-df", model=dataclasses.replace(plain.model, fps_embedding=True), fps=24,
         diffusion_forcing=DiffusionForcingConfig(base_frames=BASE_FRAMES, steps=4, negative_prompt="ugly"),
     )  # fmt: skip
 
@@ -45,27 +40,10 @@ def forcing_model(config: WanConfig = FORCING, seed: int = 0) -> WanDiT:
     return model
 
 
-def forcing_pipeline(seed: int = 0) -> DiffusionForcingPipeline:
+def forcing_pipeline() -> DiffusionForcingPipeline:
     config = forcing_config()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vae = WanVAE(config.vae).eval().requires_grad_(False)
-        encoder = TextEncoder(build_umt5(config.text), ByteTokenizer(), config.model.text_len)
-    return DiffusionForcingPipeline(config, forcing_model(config.model, seed), vae, encoder, lambda grid: vae)
-
-
-def write_forcing_pipeline(directory: Path, pipeline: DiffusionForcingPipeline) -> Path:
-    """Make `directory` a checkpoint of the pipeline, with another text encoder of its shape."""
-    write_config(directory, pipeline.config)
-    parts = {
-        "transformer": pipeline.model,
-        "vae": pipeline.vae,
-        "text_encoder": build_umt5(pipeline.config.text),
-    }
-    for name, module in parts.items():
-        tensors = {key: value for key, value in module.state_dict().items() if "embed_tokens" not in key}
-        save_weights(directory / f"{name}.safetensors", tensors)
-    return directory
+    vae, encoder = vae_and_text_encoder(config, 0)
+    return DiffusionForcingPipeline(config, forcing_model(config.model), vae, encoder, lambda grid: vae)
 
 
 def diffusers_transformer(model: WanDiT, block_frames: int = 1) -> SkyReelsV2Transformer3DModel:

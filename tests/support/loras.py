@@ -24,13 +24,13 @@ LAYERS = (
 
 
 def pairs(
-    config: WanConfig, layers: Sequence[str] = LAYERS, seed: int = 0, size: float = 0.3
+    config: WanConfig, layers: Sequence[str] = LAYERS, seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Down [RANK, in] and up [out, RANK] of each layer; at `size` the change moves frames."""
+    """Down [RANK, in] and up [out, RANK] of each layer, large enough to change the frames of a stream."""
     shapes, generator = expected_shapes(config), torch.Generator().manual_seed(100 + seed)
 
     def drawn(*shape: int) -> Tensor:
-        return size * torch.randn(shape, generator=generator)
+        return 0.3 * torch.randn(shape, generator=generator)
 
     found = {}
     for layer in layers:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy
 import torch
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.checkpoint.checkpoint import write_config
 from rfengine.checkpoint.loader import save_weights
-from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig, VAEConfig, WanConfig
+from rfengine.config import (
+    CacheConfig,
+    EngineConfig,
+    RuntimeConfig,
+    ScheduleConfig,
+    TextConfig,
+    VAEConfig,
+    WanConfig,
+)
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
@@ -18,6 +29,10 @@ from rfengine.models.vae import WanVAE
 from rfengine.pipeline import Pipeline
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.schedule import FlowSchedule
+from rfengine.stream import VideoStream
+
+if TYPE_CHECKING:
+    from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 
 SMALL = WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, text_dim=16, text_len=8, in_dim=4, out_dim=4)
 SMALL_VAE = VAEConfig(
@@ -84,17 +99,33 @@ def small_pipeline(
     vae_config: VAEConfig = SMALL_VAE,
     schedule: ScheduleConfig = TWO_STEPS,
 ) -> Pipeline:
-    """A whole pipeline with random weights, two denoising steps, a byte tokenizer and 2 x 3 tokens a frame,
-    32 x 48 pixels of the usual VAE."""
+    """A whole pipeline with random weights, two denoising steps unless a schedule is given, a byte tokenizer
+    and 2 x 3 tokens a frame, 32 x 48 pixels of the usual VAE."""
     config = small_config(cache, vae_config, schedule)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        vae = WanVAE(vae_config).eval().requires_grad_(False)
-        encoder = TextEncoder(build_umt5(config.text), ByteTokenizer(), config.model.text_len)
+    vae, encoder = vae_and_text_encoder(config, seed)
     return Pipeline(config, small_model(config.model, seed), vae, encoder, f"small-{seed}")
 
 
-def write_pipeline(directory: Path, pipeline: Pipeline) -> Path:
+def vae_and_text_encoder(config: EngineConfig, seed: int) -> tuple[WanVAE, TextEncoder]:
+    """Those of a pipeline of `config`, with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = WanVAE(config.vae).eval().requires_grad_(False)
+        return vae, TextEncoder(build_umt5(config.text), ByteTokenizer(), config.model.text_len)
+
+
+def with_runtime(pipe: Pipeline, runtime: RuntimeConfig) -> Pipeline:
+    """The same models under another runtime."""
+    config = dataclasses.replace(pipe.config, runtime=runtime)
+    return Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, pipe._engine.fingerprint)
+
+
+def frames_of(stream: VideoStream, chunks: int) -> numpy.ndarray:
+    """The frames of the next chunks of a stream, uint8 [T, H, W, 3]."""
+    return numpy.concatenate([chunk.frames for chunk in itertools.islice(stream, chunks)])
+
+
+def write_pipeline(directory: Path, pipeline: Pipeline | DiffusionForcingPipeline) -> Path:
     """Make `directory` a checkpoint of the pipeline, with another text encoder of its shape."""
     write_config(directory, pipeline.config)
     parts = {

@@ -17,6 +17,13 @@ from rfengine.models.dit import TextKeysValues, WanDiT, patchify
 from rfengine.ops.reference import rms_norm, rotate, unpatchify
 from rfengine.rotary import rotary_table
 from rfengine.schedule import FlowSchedule
+from support.models import GRID, SMALL
+
+
+def noise(chunk: int, step: int, frames: int) -> Tensor:
+    """[1, C, frames, h, w] of a draw for a small model, the same for every call."""
+    generator = torch.Generator().manual_seed(1000 * chunk + step)
+    return torch.randn(1, SMALL.in_dim, frames, GRID.latent_height, GRID.latent_width, generator=generator)
 
 
 @dataclass

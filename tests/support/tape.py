@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from rfengine.runtime import chunk_runner
 
 
 class Tape(TorchDispatchMode):
@@ -84,3 +87,16 @@ class TapedCall:
     def replay(self) -> Tensor:
         self.tape.play()
         return self.result
+
+
+def taped_programs(monkeypatch: pytest.MonkeyPatch) -> list[TapedCall]:
+    """Tapes in place of the CUDA graphs of chunks; the list grows by every one that is made."""
+    made: list[TapedCall] = []
+
+    def record(*args: object) -> TapedCall:
+        made.append(TapedCall(*args))
+        return made[-1]
+
+    monkeypatch.setattr(chunk_runner, "CapturedCall", record)
+    monkeypatch.setattr(chunk_runner, "graph_pool", object)
+    return made

@@ -58,6 +58,21 @@ def encode_sound(path: Path) -> Path:
     return path
 
 
+def decoded(path: Path) -> numpy.ndarray:
+    """The frames of a video file, uint8 [T, H, W, 3]."""
+    with av.open(str(path)) as container:
+        return numpy.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def chapters(path: Path) -> list[tuple[float, float, str]]:
+    """Seconds from, seconds to, and title of each chapter."""
+    with av.open(str(path)) as container:
+        return [
+            (*(float(each[end] * each["time_base"]) for end in ("start", "end")), each["metadata"]["title"])
+            for each in container.chapters()
+        ]
+
+
 def boxes(path: Path) -> list[str]:
     """The names of the outermost boxes of an MP4."""
     data, names, at = path.read_bytes(), [], 0
