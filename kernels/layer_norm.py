@@ -44,6 +44,17 @@ class Branch:
 
 
 @triton.jit
+def row_fp8_of(rows, AXIS: tl.constexpr):
+    """float32 rows along AXIS in e4m3 and their scales, as reference.row_fp8 has them."""
+    # correctly rounded divisions: the plain one differs from torch's in the last bit
+    scale = tl.div_rn(tl.max(tl.abs(rows), AXIS), 448.0)
+    scale = tl.where(scale > 0.0, scale, 1.0)
+    # at most 448 (1 + 2^-23) in magnitude, which rounds to 448: nothing is left to saturate
+    values = tl.div_rn(rows, scale if AXIS == 0 else scale[:, None])
+    return values.to(tl.float8e4nv), scale
+
+
+@triton.jit
 def _layer_norm_kernel(
     x, y, gate, factor, offset, total, normed, row_scale,
     x_stride_b, x_stride_t, y_stride_b, y_stride_t, total_stride_b, total_stride_t,
@@ -82,13 +93,9 @@ def _layer_norm_kernel(
     out = batch * tokens + token
     rounded = result.to(x.dtype.element_ty)
     if row_scale is not None:
-        result = rounded.to(tl.float32)
-        # correctly rounded divisions: the plain one differs from torch's in the last bit
-        scale = tl.div_rn(tl.max(tl.abs(result), 0), 448.0)
-        scale = tl.where(scale > 0.0, scale, 1.0)
+        values, scale = row_fp8_of(rounded.to(tl.float32), 0)
         tl.store(row_scale + out, scale)
-        # at most 448 (1 + 2^-23) in magnitude, which rounds to 448: nothing is left to saturate
-        tl.store(normed + out * dim + column, tl.div_rn(result, scale).to(tl.float8e4nv), mask=inside)
+        tl.store(normed + out * dim + column, values, mask=inside)
     else:
         tl.store(normed + out * dim + column, rounded, mask=inside)
 

@@ -38,6 +38,7 @@ from rfengine.prompts import Prompt, prompt_line
 from rfengine.runtime.decoders import OpenDecoder, full_opener, tier_of
 from rfengine.runtime.engine import Engine
 from rfengine.runtime.loaded_models import Placement, load_models
+from rfengine.runtime.model_precision import products_left_out
 from rfengine.runtime.options import tuned_ops
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
@@ -117,9 +118,10 @@ class Pipeline:
         if backend is not None:
             config = replace(config, backend=backend)
         place = Placement.of(config.runtime, device, dtype, text_device)
+        left_out = products_left_out(checkpoint, config.runtime)
         loaded = load_loras(loras, expected_shapes(config.model))
         ops = tuned_ops(config, place.dtype, place.device)
-        models = load_models(checkpoint, config, ops, place, text_cache)
+        models = load_models(checkpoint, config, ops, place, text_cache, left_out)
         parts = models.transformer, models.vae, models.text_encoder
         pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
         pipeline._engine.adapted.apply(loaded)

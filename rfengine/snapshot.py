@@ -46,13 +46,14 @@ _FIELDS = {
     "decoded_frames": _Count,
     "transition_chunks": Annotated[int, Range(1, MOST_TRANSITION_CHUNKS)],
     "transition_step": Annotated[int, Range(0, MOST_TRANSITION_CHUNKS - 1)], "interpolation": Interpolation,
-    "given_frames": Annotated[int, Range(1, 64)], "loras": tuple[str, ...],
+    "given_frames": Annotated[int, Range(1, 64)], "loras": tuple[str, ...], "precision": str,
 }  # fmt: skip
-# there while the text states go to those of a new prompt, while the next chunk begins with given frames, and
-# with LoRAs in the weights (sha256, scale and name of each), and what stands for them elsewhere; older
-# formats count in transition_chunks those that are left
+# there while the text states go to those of a new prompt, while the next chunk begins with given frames, with
+# LoRAs in the weights (sha256, scale and name of each), and with products in FP8, and what stands for them
+# elsewhere; older formats count in transition_chunks those that are left
 _OPTIONAL = {
     "transition_chunks": 0, "transition_step": 0, "interpolation": "linear", "given_frames": 0, "loras": (),
+    "precision": "",
 }  # fmt: skip
 
 
@@ -207,10 +208,11 @@ class Snapshot:
                 f"the LoRAs of the snapshot are {stated}, those of this pipeline are {present}; restore it "
                 "with the same LoRAs at the same scales"
             )
-        for name, value in expected.items():
-            if name != "loras" and self.info[name] != value:
+        for name, value in ({"precision": _OPTIONAL["precision"]} | expected).items():
+            stated = self.info.get(name, _OPTIONAL.get(name))
+            if name != "loras" and stated != value:
                 raise ValueError(
-                    f"the snapshot's {name} is {shown(self.info[name])}, this pipeline's is {shown(value)}; "
+                    f"the snapshot's {name} is {shown(stated)}, this pipeline's is {shown(value)}; "
                     "restore it with the model and settings it was taken with"
                 )
 

@@ -27,6 +27,7 @@ from rfengine.prompts import check_prompt, warn_of_unknown_words
 from rfengine.runtime.decoder_precision import state_dtype
 from rfengine.runtime.decoders import OpenDecoder, tier_of
 from rfengine.runtime.loaded_models import Placement, load_models
+from rfengine.runtime.model_precision import products_left_out
 from rfengine.schedule import chunk_noise
 from rfengine.video import Video, check_frames, pixels_from_frames
 
@@ -95,8 +96,9 @@ class DiffusionForcingPipeline:
         config = replace(config, runtime=runtime or config.runtime, backend=backend or config.backend)
         _refuse_options_of_streams(config.runtime)
         place = Placement.of(config.runtime, device, dtype, text_device)
+        left_out = products_left_out(checkpoint, config.runtime)
         ops = choose_ops(config.backend, place.device, dtype=place.dtype)
-        models = load_models(checkpoint, config, ops, place, text_cache)
+        models = load_models(checkpoint, config, ops, place, text_cache, left_out)
         return cls(config, models.transformer, models.vae, models.text_encoder, models.open_decoder)
 
     @property
@@ -253,6 +255,8 @@ def _refuse_options_of_streams(runtime: RuntimeConfig) -> None:
     for name in ("graphs", "overlap"):
         if getattr(runtime, name):
             raise ValueError(f"{name} is asked for and is for streams alone; leave it out")
+    if runtime.precision == "fp8-attention":
+        raise ValueError("precision is 'fp8-attention', which is for the window of a stream; use 'fp8'")
     if runtime.vae == "tensorrt":
         raise ValueError(
             "vae is 'tensorrt', whose engines decode the chunks of a stream; use 'full' or 'tiny'"

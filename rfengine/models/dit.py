@@ -6,7 +6,7 @@ dim, H heads, E head dim, L layers, C latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,6 +18,7 @@ from rfengine.cache.kv_cache import LayerCache, Read, StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
 from rfengine.config import WanConfig
 from rfengine.diffusion_forcing_config import FPS_ROWS
+from rfengine.models.linear import Linear, LinearGELU, Projections, Rows, RowsFP8
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
 
@@ -43,73 +44,6 @@ class TextKeysValues:
     values: Tensor
 
 
-class Linear(nn.Linear):
-    """y = x W^T + b on the model's ops."""
-
-    def __init__(self, in_features: int, out_features: int, ops: Ops) -> None:
-        super().__init__(in_features, out_features)
-        self.ops = ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self.weight, self.bias)
-
-
-class LinearGELU(Linear):
-    """GELU (tanh form) of x W^T + b."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear_gelu(x, self.weight, self.bias)
-
-
-class Projections(nn.Module):
-    """Queries, keys and values of x: one product where pack_weights joined the weights, else one for each.
-
-    The weights remain parameters of their own names in either case. What moves them apart again (`.to()`,
-    copying the model, state loaded with assign=True) is seen at the next call, as is a recorded gradient: the
-    layers are then called one by one.
-    """
-
-    def __init__(self, config: WanConfig, ops: Ops) -> None:
-        super().__init__()
-        self.ops, self.num_heads, self.eps = ops, config.num_heads, config.eps
-        self.q, self.k, self.v, self.o = (Linear(config.dim, config.dim, ops) for _ in range(4))
-        self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
-        self.is_packed = False
-
-    @torch.no_grad()
-    def pack(self, *layers: nn.Linear) -> None:
-        """Place the weights of `layers` one after another in one tensor's memory, and their biases."""
-        for name in ("weight", "bias"):
-            parts = [getattr(layer, name) for layer in layers]
-            joined = torch.cat([part.data for part in parts])
-            for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
-                part.data = piece
-        self.is_packed = True
-
-    def project(self, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-        """Every layer of x [B, T, D]: [B, T, D] each, views of one [B, T, len(layers) * D] where packed."""
-        if self.is_packed and not torch.is_grad_enabled():
-            weight = joined_view([layer.weight for layer in layers])
-            bias = joined_view([layer.bias for layer in layers])
-            if weight is not None and bias is not None:
-                return self.ops.linear(x, weight, bias).chunk(len(layers), dim=-1)
-        return tuple(layer(x) for layer in layers)
-
-
-def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
-    """One view, without gradient, of tensors that follow each other in one storage; None for any others."""
-    first = parts[0].detach()
-    place = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != place or not part.is_contiguous() or part.dtype != first.dtype:
-            return None
-        place += part.nbytes
-    storage = first.untyped_storage()
-    if place > storage.data_ptr() + storage.nbytes():  # neighbours by chance, in memory of their own
-        return None
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
-
-
 class SelfAttention(Projections):
     """over_cache and over_clip return the attention [B, T, D] before its output projection `o`, which the
     block applies."""
@@ -117,7 +51,7 @@ class SelfAttention(Projections):
     def pack_weights(self) -> None:
         self.pack(self.q, self.k, self.v)
 
-    def over_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> Tensor:
+    def over_cache(self, x: Rows, rotation: Tensor, cache: LayerCache) -> Tensor:
         """Write this chunk's slots of one layer and attend to the window; x [B, T, D], rotation [2, T, E /
         2]."""
         q = self.ops.qk_norm_rope_write(
@@ -145,7 +79,7 @@ class SelfAttention(Projections):
         q, k = self.ops.qk_norm_rope(q, k, *weights, rotation, self.num_heads, self.eps)
         return q, k, v.unflatten(-1, (self.num_heads, -1))
 
-    def write_cache(self, x: Tensor, rotation: Tensor, cache: LayerCache) -> None:
+    def write_cache(self, x: Rows, rotation: Tensor, cache: LayerCache) -> None:
         """Write this chunk's slots of one layer and attend to nothing: the same keys and values as
         over_cache."""
         k, v = self.project(x, self.k, self.v)
@@ -167,24 +101,16 @@ class CrossAttention(Projections):
         keys = self.ops.rms_norm(keys, self.norm_k.weight, self.eps)
         return keys.unflatten(-1, (self.num_heads, -1)), values.unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(self, x: Rows, keys: Tensor, values: Tensor) -> Tensor:
         """The attention [B, T, D] before its output projection `o`, which the block applies."""
         q = self.ops.rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
         return self.ops.clip_attention(q, keys, values, None).flatten(2)
 
 
-class Scale(nn.Module):
-    """The weight of an RMS norm, kept apart so that the op can fuse it."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-
 class Block(nn.Module):
     """One transformer block. It takes and returns the residual stream and its norm for the next reader, so
     that every residual addition is fused: with the norm that follows it, or (ops.folds_gate) with the product
-    before it."""
+    before it. A norm whose reader multiplies in FP8 returns FP8."""
 
     def __init__(self, config: WanConfig, ops: Ops) -> None:
         super().__init__()
@@ -200,38 +126,60 @@ class Block(nn.Module):
         # in place: any other division of a meta tensor imports torch._dynamo, which takes seconds
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim).div_(config.dim**0.5))
 
+    @property
+    def reads_fp8(self) -> bool:
+        """Whether `normed` is to be in FP8."""
+        return self.self_attn.fp8 is not None
+
     def forward(
         self,
         x: Tensor,
-        normed: Tensor,
+        normed: Rows,
         rows: Tensor,
         following: Tensor,
         text: tuple[Tensor, Tensor],
-        attend: Callable[[SelfAttention, Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor]:
+        attend: Callable[[SelfAttention, Rows], Tensor],
+        next_reads_fp8: bool = False,
+    ) -> tuple[Tensor, Rows]:
         """x, normed: [B, T, D]; rows: [B, F, 6, D] of this block; following: [B, F, 2, D], shift and scale
         of the next one. attend returns the self-attention before its output projection."""
         _, _, gate, shift, scale, gate_ffn = rows.unbind(2)
+        expand, _, contract = self.ffn
         x, normed = self._add_affine(x, attend(self.self_attn, normed), gate)
         x, normed = self._add_adaptive(
-            x, self.cross_attn(normed, *text), self.cross_attn.o, None, shift, scale
+            x, self.cross_attn(normed, *text), self.cross_attn.o, None, shift, scale, expand.fp8 is not None
         )
-        expand, _, contract = self.ffn
-        return self._add_adaptive(x, expand(normed), contract, gate_ffn, *following.unbind(2))
+        hidden = expand(normed) if contract.fp8 is None else expand.rows_fp8(normed)
+        return self._add_adaptive(x, hidden, contract, gate_ffn, *following.unbind(2), next_reads_fp8)
 
-    def _add_affine(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    def _add_affine(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Rows]:
         """(x + gate * projection of y, its norm3). x may be overwritten; do not use it afterwards."""
-        projection, weight, bias = self.self_attn.o, self.norm3.weight, self.norm3.bias
-        if self.ops.folds_gate:
+        projection, norm = self.self_attn.o, (self.norm3.weight, self.norm3.bias, self.eps)
+        if self.cross_attn.q.fp8 is not None:
+            x, *rows = self.ops.gated_residual_affine_norm_fp8(x, projection(y), gate, *norm)
+            return x, RowsFP8(*rows)
+        if self.ops.folds_gate and projection.fp8 is None:
             x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
-            return x, self.ops.affine_layer_norm(x, weight, bias, self.eps)
-        return self.ops.gated_residual_affine_norm(x, projection(y), gate, weight, bias, self.eps)
+            return x, self.ops.affine_layer_norm(x, *norm)
+        return self.ops.gated_residual_affine_norm(x, projection(y), gate, *norm)
 
     def _add_adaptive(
-        self, x: Tensor, y: Tensor, projection: Linear, gate: Tensor | None, shift: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        y: Rows,
+        projection: Linear,
+        gate: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
+        reads_fp8: bool,
+    ) -> tuple[Tensor, Rows]:
         """(x + gate * projection of y, its modulated norm). x may be overwritten, as in _add_affine."""
-        if self.ops.folds_gate:
+        if reads_fp8:
+            x, *rows = self.ops.gated_residual_adaptive_norm_fp8(
+                x, projection(y), gate, shift, scale, self.eps
+            )
+            return x, RowsFP8(*rows)
+        if self.ops.folds_gate and projection.fp8 is None:
             x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
             return x, self.ops.adaptive_layer_norm(x, shift, scale, self.eps)
         return self.ops.gated_residual_adaptive_norm(x, projection(y), gate, shift, scale, self.eps)
@@ -247,12 +195,14 @@ class Head(nn.Module):
 
 class WanDiT(nn.Module):
     """The transformer of one WanConfig. Latents are [B, C, F, height, width]; the output is the flow, noise -
-    x0."""
+    x0. left_out_of_fp8: the products of the blocks that are not in FP8; None where none is
+    (fp8_products.quantise)."""
 
     def __init__(self, config: WanConfig, ops: Ops = REFERENCE_OPS) -> None:
         super().__init__()
         self.config = config
         self.ops = ops
+        self.left_out_of_fp8: frozenset[str] | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -397,25 +347,29 @@ class WanDiT(nn.Module):
         latents: Tensor,
         modulation: Modulation,
         text: TextKeysValues,
-        attend: Callable[[int], Callable[[SelfAttention, Tensor], Tensor]],
+        attend: Callable[[int], Callable[[SelfAttention, Rows], Tensor]],
         count: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Rows]:
         """Run the first `count` blocks: the residual stream [B, T, D] and its norm for what comes next."""
         patches = patchify(latents.to(self.dtype), self.config.patch_size[1])
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
         rows = modulation.layers
         following = [*rows[1:, :, :, :2], modulation.head]
-        shift, scale = rows[0, :, :, :2].unbind(2)
-        normed = self.ops.adaptive_layer_norm(x, shift, scale, self.config.eps)
+        first = (x, *rows[0, :, :, :2].unbind(2), self.config.eps)
+        reads_fp8 = [*(block.reads_fp8 for block in self.blocks), False]  # the head is in the model's dtype
+        if reads_fp8[0]:
+            normed: Rows = RowsFP8(*self.ops.adaptive_layer_norm_fp8(*first))
+        else:
+            normed = self.ops.adaptive_layer_norm(*first)
         for layer, block in enumerate(islice(self.blocks, count)):
-            keys_values = (text.keys[layer], text.values[layer])
-            x, normed = block(x, normed, rows[layer], following[layer], keys_values, attend(layer))
+            texts, seen = (text.keys[layer], text.values[layer]), attend(layer)
+            x, normed = block(x, normed, rows[layer], following[layer], texts, seen, reads_fp8[layer + 1])
         return x, normed
 
 
 def _over_cache(
     cache: StreamingKVCache, plan: CachePlan, keep_raw: bool
-) -> Callable[[int], Callable[[SelfAttention, Tensor], Tensor]]:
+) -> Callable[[int], Callable[[SelfAttention, Rows], Tensor]]:
     """For every layer, attention over the cache as the planned chunk sees it."""
     return lambda layer: (
         lambda attention, x: attention.over_cache(x, cache.query_rotation, cache.layer(layer, plan, keep_raw))

@@ -35,6 +35,14 @@ def is_hopper(device: torch.device | str) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
+def fp8_absence(device: torch.device) -> str:
+    """Why `device` has no FP8 products, or ""; a CPU computes what they would give."""
+    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= (8, 9):
+        return ""
+    name = torch.cuda.get_device_name(device)
+    return f"{name} is sm_{capability[0]}{capability[1]}, and FP8 products need sm_89 or later"
+
+
 def family(backend: str) -> str:
     """The backend that this is a form of: "triton" for "triton-pointer"; any other is its own."""
     return backend.partition("-")[0]

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from rfengine.ops import backends, checks, native, reference
+from rfengine.ops import backends, checks, checks_fp8, library_fp8, native, reference, reference_fp8
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,11 @@ def _product_sizes(x: Tensor, weight: Tensor, *_: object) -> tuple[int, ...]:
     return tuple(weight.shape)
 
 
+def _fp8_product_sizes(x: Tensor, row_scale: Tensor, weight: Tensor, *_: object) -> tuple[int, ...]:
+    """Those of the weight, then the scales of a row."""
+    return *weight.shape, row_scale.shape[-1]
+
+
 def _gated_product_sizes(x: Tensor, y: Tensor, weight: Tensor, *_: object) -> tuple[int, ...]:
     return tuple(weight.shape)
 
@@ -59,6 +64,23 @@ OPS: dict[str, Op] = {
     "gated_linear": Op(
         reference.gated_linear, "linears", checks.gated_linear, by_shape=_gated_product_sizes,
         backends={"triton": "linear:gated_linear"},
+    ),
+    "linear_fp8": Op(
+        reference_fp8.linear_fp8, "linears", checks_fp8.linear_fp8, by_shape=_fp8_product_sizes,
+        backends={"cublaslt": library_fp8.linear_fp8, "triton": "linear_fp8:linear_fp8"},
+    ),
+    "linear_gelu_fp8": Op(
+        reference_fp8.linear_gelu_fp8, "linears", checks_fp8.linear_fp8, by_shape=_fp8_product_sizes,
+        backends={"cublaslt": library_fp8.linear_gelu_fp8, "triton": "linear_fp8:linear_gelu_fp8"},
+    ),
+    "linear_gelu_rows_fp8": Op(
+        reference_fp8.linear_gelu_rows_fp8, "linears", checks_fp8.linear_gelu_rows_fp8,
+        by_shape=_fp8_product_sizes,
+        backends={"cublaslt": library_fp8.linear_gelu_rows_fp8, "triton": "linear_fp8:linear_gelu_rows_fp8"},
+    ),
+    "linear_heads_fp8": Op(
+        reference_fp8.linear_heads_fp8, "linears", checks_fp8.linear_heads_fp8,
+        backends={"triton": "linear_fp8:linear_heads_fp8"},
     ),
     "sink_window_attention": Op(
         reference.sink_window_attention, "self-attention", checks.sink_window_attention,
@@ -93,6 +115,18 @@ OPS: dict[str, Op] = {
     "gated_residual_affine_norm": Op(
         reference.gated_residual_affine_norm, "row kernels", checks.gated_residual_affine_norm,
         backends={"triton": "gated_residual_norm:gated_residual_affine_norm"},
+    ),
+    "adaptive_layer_norm_fp8": Op(
+        reference_fp8.adaptive_layer_norm_fp8, "row kernels", checks.adaptive_layer_norm,
+        backends={"triton": "layer_norm:adaptive_layer_norm_fp8"},
+    ),
+    "gated_residual_adaptive_norm_fp8": Op(
+        reference_fp8.gated_residual_adaptive_norm_fp8, "row kernels", checks.gated_residual_adaptive_norm,
+        backends={"triton": "gated_residual_norm:gated_residual_adaptive_norm_fp8"},
+    ),
+    "gated_residual_affine_norm_fp8": Op(
+        reference_fp8.gated_residual_affine_norm_fp8, "row kernels", checks.gated_residual_affine_norm,
+        backends={"triton": "gated_residual_norm:gated_residual_affine_norm_fp8"},
     ),
     "rms_norm": Op(
         reference.rms_norm, "row kernels", checks.rms_norm, backends={"triton": "rms_norm:rms_norm"}

@@ -28,6 +28,7 @@ from rfengine.checkpoint.lora import (
 from rfengine.cuda_graph import launching_on
 from rfengine.host_state import own_state
 from rfengine.memory import require_memory
+from rfengine.models.fp8_products import refresh
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.turns import Turns
 
@@ -102,6 +103,7 @@ class AdaptedWeights:
             if self._written.get(name, ()) != changes:
                 self._write_tensor(name, parameters[name], loras)
                 self._written[name] = changes
+        refresh(self._runner.model)
         self._runner.refresh_modulations()
 
     def _drop_originals(self) -> None:

@@ -20,6 +20,7 @@ from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
 from rfengine.runtime.decoder_precision import decoder_name, state_dtype
 from rfengine.runtime.decoders import OpenDecoder
+from rfengine.runtime.model_precision import precision_setting, settle_precision
 from rfengine.runtime.options import runtime_switches
 from rfengine.runtime.rolling_runner import runner_of
 from rfengine.runtime.turns import Turns
@@ -63,6 +64,7 @@ class Engine:
     ) -> Engine:
         """The engine of loaded models, with the runtime options of `config` resolved for their devices."""
         switches = runtime_switches(config.runtime, model.device)
+        settle_precision(config.runtime, model)
         overlap, graphs = switches["overlap"].on, switches["graphs"].on
         queue = DecodeQueue(next(vae.parameters()).device, overlap, graphs)
         runner = runner_of(model, config.schedule, graphs)
@@ -88,6 +90,7 @@ class Engine:
 
     def settings(self) -> dict[str, Any]:
         """What a snapshot and the engine that restores it must agree on, as JSON values."""
+        precision = precision_setting(self.config.runtime, self.model)
         return {
             "fingerprint": self.fingerprint,
             "dtype": str(self.model.dtype),
@@ -96,5 +99,6 @@ class Engine:
             "denoising_timesteps": list(self.runner.schedule.denoising_timesteps),
             "first_timesteps": list(self.runner.schedule.first_timesteps),
             "rolling": self.config.schedule.rolling,
+            **({"precision": precision} if precision else {}),
             **({"loras": loras} if (loras := self.adapted.settings()) else {}),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,12 @@ import torch
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import DTypeName, EngineConfig, RuntimeConfig
 from rfengine.models.dit import WanDiT, pack_weights
+from rfengine.models.fp8_products import quantise
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
 from rfengine.runtime.decoders import OpenDecoder, opener, require_decoder
-from rfengine.runtime.options import decode_device, dtype_of, present_device
+from rfengine.runtime.model_precision import require_precision
+from rfengine.runtime.options import decode_device, model_dtype, present_device
 
 if TYPE_CHECKING:
     from rfengine.models.text_encoder import TextEncoder
@@ -38,16 +41,17 @@ class Placement:
         dtype: DTypeName | torch.dtype | None,
         text_device: str | torch.device | None,
     ) -> Placement:
-        """What a pipeline is asked for, with the defaults of present_device and dtype_of; the text encoder is
-        on `device` where nothing else is said. No weights are needed.
+        """What a pipeline is asked for, with the defaults of present_device and model_dtype; the text encoder
+        is on `device` where nothing else is said. No weights are needed.
 
         Raises ValueError for a dtype that is none, RuntimeError for a device that is absent or on which the
-        decoder in `runtime` cannot run.
+        decoder or the precision in `runtime` cannot run.
         """
         target = present_device(device)
         decoding = present_device(decode_device(runtime, target))
         require_decoder(runtime, decoding)
-        return cls(target, decoding, torch.device(text_device or target), dtype_of(dtype, target))
+        require_precision(runtime, target)
+        return cls(target, decoding, torch.device(text_device or target), model_dtype(runtime, dtype, target))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,10 @@ def load_models(
     ops: Ops,
     place: Placement,
     text_cache: str | Path | None = None,
+    left_out: Collection[str] = (),
 ) -> LoadedModels:
     """Read the weights of `checkpoint`, which can take minutes. config: the checkpoint's, its settings
-    perhaps replaced. ops: of the transformer.
+    perhaps replaced. ops: of the transformer. left_out: products that stay out of FP8.
 
     text_cache: as Checkpoint.text_encoder takes it. Raises as Checkpoint.load and opener do.
     """
@@ -77,6 +82,8 @@ def load_models(
     transformer = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", dtype, device).eval()
     if device.type == "cuda":  # on a CPU one product is no faster than three
         pack_weights(transformer)
+    if config.runtime.multiplies_fp8:
+        quantise(transformer, left_out)
     vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, place.decoding).eval()
     encoder = checkpoint.text_encoder(place.text_device, dtype, text_cache)
     return LoadedModels(transformer, vae, encoder, opener(checkpoint, config, vae, dtype, place.decoding))

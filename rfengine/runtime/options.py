@@ -95,6 +95,20 @@ def tuned_ops(config: EngineConfig, dtype: torch.dtype, device: torch.device) ->
     return choose_ops(requested, device, choice.overrides, choice.folds_gate, dtype)
 
 
+def model_dtype(
+    runtime: RuntimeConfig, name: DTypeName | torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """dtype_of with the precision of `runtime`. Raises ValueError where the two contradict each other."""
+    if runtime.precision != "bf16":
+        return dtype_of(name, device)
+    dtype = dtype_of(name or "bfloat16", device)
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"precision is 'bf16' and dtype is {str(dtype).removeprefix('torch.')}; give one of them"
+        )
+    return dtype
+
+
 def dtype_of(name: DTypeName | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype of that name; where it is None, bfloat16 on CUDA and else float32. Raises ValueError for a
     name that is none of the engine's."""

@@ -12,8 +12,8 @@ from rfengine import cli
 from rfengine.cli.commands import Options
 
 RUNTIME = [
-    "graphs", "overlap", "decode_device", "autotune", "vae", "vae_precision",
-    "tensorrt_directory",
+    "graphs", "overlap", "decode_device", "autotune", "vae", "vae_precision", "precision",
+    "sixteen_bit_passes", "fp8_table", "tensorrt_directory",
 ]  # fmt: skip
 LORAS = ["lora", "allow_unmatched_lora"]
 FORCING = [

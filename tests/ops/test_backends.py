@@ -17,8 +17,10 @@ def layer(dtype, device):
     return [tensor.to(device, dtype) for tensor in (x, weight / 8, bias)]
 
 
-def test_cublaslt_runs_the_two_products_that_end_in_a_bias_and_nothing_else():
-    assert {op for op in OPS if has_backend(op, "cublaslt")} == {"linear", "linear_gelu"}
+def test_cublaslt_runs_the_products_that_end_in_a_bias_and_nothing_else():
+    assert {op for op in OPS if has_backend(op, "cublaslt")} == {
+        "linear", "linear_gelu", "linear_fp8", "linear_gelu_fp8", "linear_gelu_rows_fp8",
+    }  # fmt: skip
     assert "needs a CUDA device" in backend_reasons("cpu")["cublaslt"]
 
 

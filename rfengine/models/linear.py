@@ -1,0 +1,161 @@
+"""The linear layers of the transformer: in the dtype of the model, or in FP8 beside it.
+
+B batch, T tokens, D model dim, H heads, K inputs and N outputs of a layer, G scales of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rfengine.config import WanConfig
+from rfengine.ops import Ops
+from rfengine.ops.reference import channel_fp8
+from rfengine.ops.reference_fp8 import product_reach
+
+
+class RowsFP8(NamedTuple):
+    """Rows in e4m3: values [B, T, K] and float32 scales [B, T, G], one for each of G equal parts of a
+    row."""
+
+    values: Tensor
+    scale: Tensor
+
+
+Rows = Tensor | RowsFP8  # what a linear layer reads: in the dtype of the model, or in FP8
+
+
+class WeightFP8(NamedTuple):
+    """The weights of one or more layers as one in e4m3: values [N, K], scale [N] in float32; bias [N] in
+    the dtype of the model; reach [2], from product_reach."""
+
+    values: Tensor
+    scale: Tensor
+    bias: Tensor
+    reach: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, layers: Sequence[nn.Linear]) -> WeightFP8:
+        """Those of `layers`, one after another."""
+        values, scale = channel_fp8(torch.cat([layer.weight.detach() for layer in layers]))
+        bias = torch.cat([layer.bias.detach() for layer in layers])
+        return cls(values, scale, bias, product_reach(values, scale, bias))
+
+    @torch.no_grad()
+    def refresh(self, layers: Sequence[nn.Linear]) -> None:
+        """The same once the weights of `layers` are others, in the memory that graphs read."""
+        for kept, fresh in zip(self, WeightFP8.of(layers), strict=True):
+            kept.copy_(fresh)
+
+    def last(self, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, scale and bias of the last outputs, as linear_fp8 takes them."""
+        return self.values[-outputs:], self.scale[-outputs:], self.bias[-outputs:]
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b on the model's ops. fp8: the weight in FP8, for rows in FP8; None where it has none."""
+
+    def __init__(self, in_features: int, out_features: int, ops: Ops) -> None:
+        super().__init__(in_features, out_features)
+        self.ops = ops
+        self.fp8: WeightFP8 | None = None
+
+    def forward(self, x: Rows) -> Tensor:
+        if isinstance(x, RowsFP8):
+            return self.ops.linear_fp8(*x, *self.fp8[:3])
+        return self.ops.linear(x, self.weight, self.bias)
+
+
+class LinearGELU(Linear):
+    """GELU (tanh form) of x W^T + b."""
+
+    def forward(self, x: Rows) -> Tensor:
+        if isinstance(x, RowsFP8):
+            return self.ops.linear_gelu_fp8(*x, *self.fp8[:3])
+        return self.ops.linear_gelu(x, self.weight, self.bias)
+
+    def rows_fp8(self, x: RowsFP8) -> RowsFP8:
+        """forward, in FP8."""
+        return RowsFP8(*self.ops.linear_gelu_rows_fp8(*x, *self.fp8))
+
+
+class LinearOfHeads(Linear):
+    """y = x W^T + b of the heads of an attention, which in FP8 are rounded as they are read, if they are
+    not in FP8 already."""
+
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
+        super().__init__(config.dim, config.dim, ops)
+        self.num_heads = config.num_heads
+
+    def forward(self, x: Rows) -> Tensor:
+        if self.fp8 is not None and isinstance(x, Tensor):
+            return self.ops.linear_heads_fp8(x, *self.fp8[:3], self.num_heads)
+        return super().forward(x)
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of x: one product in FP8 and where pack_weights joined the weights, else one
+    for each. fp8: the weights of q, k and v in FP8, one after another.
+
+    The weights remain parameters of their own names in either case. What moves them apart again (`.to()`,
+    copying the model, state loaded with assign=True) is seen at the next call, as is a recorded gradient:
+    the layers are then called one by one.
+    """
+
+    def __init__(self, config: WanConfig, ops: Ops) -> None:
+        super().__init__()
+        self.ops, self.num_heads, self.eps = ops, config.num_heads, config.eps
+        self.q, self.k, self.v = (Linear(config.dim, config.dim, ops) for _ in range(3))
+        self.o = LinearOfHeads(config, ops)
+        self.fp8: WeightFP8 | None = None
+        self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
+        self.is_packed = False
+
+    @torch.no_grad()
+    def pack(self, *layers: nn.Linear) -> None:
+        """Place the weights of `layers` one after another in one tensor's memory, and their biases."""
+        for name in ("weight", "bias"):
+            parts = [getattr(layer, name) for layer in layers]
+            joined = torch.cat([part.data for part in parts])
+            for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+                part.data = piece
+        self.is_packed = True
+
+    def project(self, x: Rows, *layers: nn.Linear) -> tuple[Tensor, ...]:
+        """Every layer of x [B, T, D]: [B, T, D] each, views of one [B, T, len(layers) * D] where packed. In
+        FP8 the layers are the last ones of q, k and v."""
+        if isinstance(x, RowsFP8):
+            outputs = sum(layer.out_features for layer in layers)
+            return self.ops.linear_fp8(*x, *self.fp8.last(outputs)).chunk(len(layers), dim=-1)
+        if self.is_packed and not torch.is_grad_enabled():
+            weight = joined_view([layer.weight for layer in layers])
+            bias = joined_view([layer.bias for layer in layers])
+            if weight is not None and bias is not None:
+                return self.ops.linear(x, weight, bias).chunk(len(layers), dim=-1)
+        return tuple(layer(x) for layer in layers)
+
+
+def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
+    """One view, without gradient, of tensors that follow each other in one storage; None for any others."""
+    first = parts[0].detach()
+    place = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != place or not part.is_contiguous() or part.dtype != first.dtype:
+            return None
+        place += part.nbytes
+    storage = first.untyped_storage()
+    if place > storage.data_ptr() + storage.nbytes():  # neighbours by chance, in memory of their own
+        return None
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
+
+
+class Scale(nn.Module):
+    """The weight of an RMS norm, kept apart so that the op can fuse it."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))

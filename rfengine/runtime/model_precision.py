@@ -1,0 +1,76 @@
+"""The precision of the transformer's products: what a device must have, and which products are left out of
+FP8."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import torch
+
+from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
+from rfengine.config import RuntimeConfig
+from rfengine.models.dit import WanDiT
+from rfengine.models.fp8_products import quantise
+from rfengine.ops.backends import fp8_absence
+
+logger = logging.getLogger(__name__)
+
+
+def require_precision(runtime: RuntimeConfig, device: torch.device) -> None:
+    """Raises RuntimeError where `device` cannot multiply as `runtime` asks; no weights are needed."""
+    if not runtime.multiplies_fp8:
+        return
+    if absence := fp8_absence(device):
+        raise RuntimeError(f"precision is {runtime.precision!r} and {absence}; use 'bf16'")
+    if device.type == "cpu":
+        logger.warning("precision is %r: on a CPU FP8 is emulated, which is slower", runtime.precision)
+
+
+def products_left_out(checkpoint: Checkpoint, runtime: RuntimeConfig) -> tuple[str, ...]:
+    """The products that the table of `runtime`, or else that of the checkpoint, leaves out of FP8.
+
+    Raises ValueError for a table that cannot be read or was measured on other weights.
+    """
+    if not runtime.multiplies_fp8:
+        return ()
+    own = None if checkpoint.directory is None else checkpoint.directory.path / TABLE_FILE
+    if runtime.fp8_table is not None:
+        path = Path(runtime.fp8_table)
+    elif own is not None and own.is_file():
+        path = own
+    else:
+        return ()
+    table = FP8Table.read(path)
+    table.require_weights(path, checkpoint.fingerprint())
+    return table.left_out
+
+
+def settle_precision(runtime: RuntimeConfig, model: WanDiT) -> None:
+    """Put the products of `model` into FP8 where `runtime` asks for it and they are not yet, in place.
+
+    Raises ValueError for a model in FP8 where it does not.
+    """
+    in_fp8 = model.left_out_of_fp8 is not None
+    if runtime.multiplies_fp8 and not in_fp8:
+        quantise(model)
+    elif in_fp8 and not runtime.multiplies_fp8:
+        raise ValueError(
+            f"the products of the model are in FP8 and precision is {runtime.precision!r}; use 'fp8', or a "
+            "model of its own"
+        )
+
+
+def precision_setting(runtime: RuntimeConfig, model: WanDiT) -> str:
+    """The precision as a snapshot names it: "" without FP8."""
+    if not runtime.multiplies_fp8:
+        return ""
+    words = [runtime.precision]
+    if left_out := sorted(model.left_out_of_fp8 or ()):
+        digest = hashlib.sha256(" ".join(left_out).encode()).hexdigest()
+        words.append(f"without {len(left_out)} products ({digest[:8]})")
+    if runtime.precision == "fp8-attention":
+        words.append(f"attention in 16 bits in passes {', '.join(map(str, runtime.sixteen_bit_passes))}")
+    return ", ".join(words)
