@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from rfengine.benchmark.options import ThroughputOptions
-from rfengine.cli import bench, client, convert, doctor, export_vae, generate, parity, serve, train
+from rfengine.cli import bench, calibrate, client, convert, doctor, export_vae, generate, parity, serve, train
 from rfengine.cli import eval as evaluate
 from rfengine.cli.terminal import exit_status_of, stops_as_interrupt
 
@@ -22,6 +22,7 @@ Options = (
     | Annotated[parity.ParityOptions, tyro.conf.subcommand("parity")]
     | Annotated[doctor.DoctorOptions, tyro.conf.subcommand("doctor")]
     | Annotated[ThroughputOptions, tyro.conf.subcommand("bench")]
+    | Annotated[calibrate.CalibrateOptions, tyro.conf.subcommand("calibrate")]
     | Annotated[export_vae.ExportVAEOptions, tyro.conf.subcommand("export-vae")]
     | Annotated[train.TrainOptions, tyro.conf.subcommand("train")]
     | Annotated[evaluate.EvalOptions, tyro.conf.subcommand("eval")]
@@ -36,6 +37,7 @@ _RUN: dict[type, Callable[[Any], int]] = {
     parity.ParityOptions: parity.run,
     doctor.DoctorOptions: doctor.run,
     ThroughputOptions: bench.run,
+    calibrate.CalibrateOptions: calibrate.run,
     export_vae.ExportVAEOptions: export_vae.run,
     train.TrainOptions: train.run,
     evaluate.EvalOptions: evaluate.run,
