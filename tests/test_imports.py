@@ -22,7 +22,7 @@ LAYERS = [
     {"files", "limits", "stop_signals"},
     {
         "accuracy", "config", "config_json", "cuda_graph", "diffusion_forcing_config", "host_state", "memory",
-        "nvtx_ranges", "prompt_blend", "prompts", "rotary", "video",
+        "nvtx_ranges", "prompt_blend", "prompts", "rotary", "runtime_config", "video",
     },
     {"grid", "older_snapshot", "presets", "schedule"},
     {"kernels"},
@@ -36,7 +36,7 @@ LAYERS = [
     {"clip", "diffusers_call", "frame_chunk", "prompt_script", "snapshot", "stream"},
     {"diffusion_forcing", "pipeline"},
     {"rfengine"},  # the names in rfengine/__init__.py
-    {"doctor", "evaluation", "parity", "serving"},
+    {"calibration", "doctor", "evaluation", "parity", "serving"},
     {"benchmark", "training"},
     {"cli"},
 ]  # fmt: skip

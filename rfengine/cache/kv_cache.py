@@ -122,6 +122,12 @@ class StreamingKVCache:
     def rotation(self) -> Tensor:
         return self._rotation.flatten(1, 2)
 
+    @property
+    def full_read(self) -> tuple[int, Tensor]:
+        """Tokens of the whole arena, and the same number on the device."""
+        slots = self.config.window_frames
+        return slots * self.grid.frame_tokens, self._filled_tokens(slots)
+
     def plan_chunk(self, frames: int | None = None) -> CachePlan:
         """Decide, without changing anything, what the next chunk does to the cache. frames: its latent
         frames; None: those of a first chunk at the start of a video, and of any other after it."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rfengine.cache.kv_cache import LayerCache, Read, StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
+from rfengine.cache.window_fp8 import LayerFP8, WindowFP8
 from rfengine.config import WanConfig
 from rfengine.diffusion_forcing_config import FPS_ROWS
 from rfengine.models.linear import Linear, LinearGELU, Projections, Rows, RowsFP8
@@ -64,6 +65,25 @@ class SelfAttention(Projections):
         parts = q.split([read.tokens for read in cache.reads], dim=1)
         seen = [self._attend(part, cache, read) for part, read in zip(parts, cache.reads, strict=True)]
         return torch.cat(seen, dim=1).flatten(2)
+
+    def over_window_fp8(
+        self, x: Rows, rotation: Tensor, cache: LayerCache, copies: LayerFP8, keeps: bool
+    ) -> Rows:
+        """over_cache over the e4m3 copies of a full window; keeps: write the chunk's slots of the arena
+        too."""
+        *units, keys, values, logit_scale = copies
+        arenas = (cache.own_keys, cache.own_values, cache.own_raw_keys) if keeps else (None, None, None)
+        q = self.ops.qk_norm_rope_write_fp8(
+            *self.project(x, self.q, self.k, self.v),
+            self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
+            *units, keys, values, cache.slots, *arenas,
+        )  # fmt: skip
+        read, in_rows = cache.reads[0], self.o.fp8 is not None
+        attended = self.ops.sink_window_attention_fp8(
+            q, keys, values, logit_scale, copies.value_unit, read.kv_len, read.filled_tokens,
+            self.o.bias.dtype, in_rows,
+        )  # fmt: skip
+        return RowsFP8(attended[0].flatten(2), attended[1]) if in_rows else attended.flatten(2)
 
     def _attend(self, q: Tensor, cache: LayerCache, read: Read) -> Tensor:
         return self.ops.sink_window_attention(q, cache.keys, cache.values, read.kv_len, read.filled_tokens)
@@ -138,7 +158,7 @@ class Block(nn.Module):
         rows: Tensor,
         following: Tensor,
         text: tuple[Tensor, Tensor],
-        attend: Callable[[SelfAttention, Rows], Tensor],
+        attend: Callable[[SelfAttention, Rows], Rows],
         next_reads_fp8: bool = False,
     ) -> tuple[Tensor, Rows]:
         """x, normed: [B, T, D]; rows: [B, F, 6, D] of this block; following: [B, F, 2, D], shift and scale
@@ -152,7 +172,7 @@ class Block(nn.Module):
         hidden = expand(normed) if contract.fp8 is None else expand.rows_fp8(normed)
         return self._add_adaptive(x, hidden, contract, gate_ffn, *following.unbind(2), next_reads_fp8)
 
-    def _add_affine(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Rows]:
+    def _add_affine(self, x: Tensor, y: Rows, gate: Tensor) -> tuple[Tensor, Rows]:
         """(x + gate * projection of y, its norm3). x may be overwritten; do not use it afterwards."""
         projection, norm = self.self_attn.o, (self.norm3.weight, self.norm3.bias, self.eps)
         if self.cross_attn.q.fp8 is not None:
@@ -265,14 +285,16 @@ class WanDiT(nn.Module):
         cache: StreamingKVCache,
         plan: CachePlan,
         keep_raw: bool = False,
+        window: WindowFP8 | None = None,
     ) -> Tensor:
         """Causal pass of one chunk over the cache; overwrites the chunk's slots. Returns tokens [B, T, P * P
         * C].
 
         latents: [B, C, F, h, w]; modulation: of one timestep, or of one for each of the F frames. keep_raw
-        stores the raw keys as well, as the context pass does.
+        stores the raw keys as well, as the context pass does. window: attention reads these copies of a full
+        window instead, and without keep_raw the slots of the arena stay as they are.
         """
-        attend = _over_cache(cache, plan, keep_raw)
+        attend = _over_cache(cache, plan, keep_raw, window)
         _, normed = self.run_blocks(latents, modulation, text, attend, len(self.blocks))
         return self.head.head(normed)
 
@@ -283,6 +305,7 @@ class WanDiT(nn.Module):
         text: TextKeysValues,
         cache: StreamingKVCache,
         plan: CachePlan,
+        window: WindowFP8 | None = None,
     ) -> None:
         """Leave the keys and values that forward_chunk with keep_raw leaves; the last layer stops after its
         own.
@@ -290,7 +313,7 @@ class WanDiT(nn.Module):
         latents: [B, C, F, h, w], clean.
         """
         last = len(self.blocks) - 1
-        attend = _over_cache(cache, plan, keep_raw=True)
+        attend = _over_cache(cache, plan, True, window)
         _, normed = self.run_blocks(latents, modulation, text, attend, last)
         view = cache.layer(last, plan, keep_raw=True)
         self.blocks[last].self_attn.write_cache(normed, cache.query_rotation, view)
@@ -347,7 +370,7 @@ class WanDiT(nn.Module):
         latents: Tensor,
         modulation: Modulation,
         text: TextKeysValues,
-        attend: Callable[[int], Callable[[SelfAttention, Rows], Tensor]],
+        attend: Callable[[int], Callable[[SelfAttention, Rows], Rows]],
         count: int,
     ) -> tuple[Tensor, Rows]:
         """Run the first `count` blocks: the residual stream [B, T, D] and its norm for what comes next."""
@@ -368,12 +391,18 @@ class WanDiT(nn.Module):
 
 
 def _over_cache(
-    cache: StreamingKVCache, plan: CachePlan, keep_raw: bool
-) -> Callable[[int], Callable[[SelfAttention, Rows], Tensor]]:
-    """For every layer, attention over the cache as the planned chunk sees it."""
-    return lambda layer: (
-        lambda attention, x: attention.over_cache(x, cache.query_rotation, cache.layer(layer, plan, keep_raw))
-    )
+    cache: StreamingKVCache, plan: CachePlan, keep_raw: bool, window: WindowFP8 | None
+) -> Callable[[int], Callable[[SelfAttention, Rows], Rows]]:
+    """For every layer, attention over the cache as the planned chunk sees it, or over copies of it."""
+
+    def attend(layer: int) -> Callable[[SelfAttention, Rows], Rows]:
+        rotation, own = cache.query_rotation, cache.layer(layer, plan, keep_raw)
+        if window is None:
+            return lambda attention, x: attention.over_cache(x, rotation, own)
+        copies = window.layer(layer)
+        return lambda attention, x: attention.over_window_fp8(x, rotation, own, copies, keep_raw)
+
+    return attend
 
 
 def timestep_sinusoid(timesteps: Tensor, dim: int) -> Tensor:

@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from rfengine.cache.window_fp8 import AttentionUnits
 from rfengine.config import WanConfig
 from rfengine.models.dit import SelfAttention, WanDiT
 from rfengine.models.linear import Linear, WeightFP8
 
+ROUNDING = 1.02  # what three roundings to 16 bits may add to a row
 # of one block, named as in the checkpoints; q, k and v are one product
 PRODUCTS = ("self_attn.qkv", "self_attn.o", "cross_attn.q", "cross_attn.o", "ffn.0", "ffn.2")
 
@@ -67,6 +72,24 @@ def quantise(model: WanDiT, left_out: Collection[str] = ()) -> None:
     model.left_out_of_fp8 = kept = with_dependents(left_out)
     for name, product in found.items():
         product.owner.fp8 = None if name in kept else WeightFP8.of(product.layers)
+
+
+@torch.no_grad()
+def attention_units(model: WanDiT) -> AttentionUnits:
+    """Powers of two in which no query and no key of any input saturates: a row of the norm is no longer than
+    sqrt(D), the weights of the norm stretch it by their largest, a rotation not at all, and a mean of keys is
+    no longer than a key."""
+    dim, head_dim = model.config.dim, model.config.head_dim
+    attentions = [block.self_attn for block in model.blocks]
+
+    def units(norms: list[Tensor], times: float) -> Tensor:
+        largest = torch.stack([weight.float().abs().amax() for weight in norms])
+        bound = largest * (times * dim**0.5 * ROUNDING)
+        return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(bound / 448))), 1.0)
+
+    query = units([each.norm_q.weight for each in attentions], 1)
+    key = units([each.norm_k.weight for each in attentions], 2)
+    return AttentionUnits(query, key, query * key / head_dim**0.5)
 
 
 def refresh(model: WanDiT) -> None:

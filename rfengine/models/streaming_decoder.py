@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfengine.config import VAEPrecision
 from rfengine.models.decoder import check_state
 from rfengine.models.streaming_layers import (
     HISTORY,
@@ -24,6 +23,7 @@ from rfengine.models.streaming_layers import (
 )
 from rfengine.models.vae import DecoderState, FrameAttention, ResidualBlock, Upsample, WanVAE, slot_shapes
 from rfengine.ops import Ops
+from rfengine.runtime_config import VAEPrecision
 
 
 class StreamingDecoder:

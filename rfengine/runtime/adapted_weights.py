@@ -104,7 +104,7 @@ class AdaptedWeights:
                 self._write_tensor(name, parameters[name], loras)
                 self._written[name] = changes
         refresh(self._runner.model)
-        self._runner.refresh_modulations()
+        self._runner.refresh()
 
     def _drop_originals(self) -> None:
         """Those of tensors that hold no change."""

@@ -13,7 +13,7 @@ the launches it could save, and the first frame would wait for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -22,9 +22,11 @@ from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
+from rfengine.cache.window_fp8 import WindowFP8
 from rfengine.cuda_graph import CapturedCall, GraphPool, graph_pool
 from rfengine.host_state import ordinary
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
+from rfengine.models.fp8_products import attention_units
 from rfengine.nvtx_ranges import nvtx_range
 from rfengine.schedule import FlowSchedule, Steps
 
@@ -68,13 +70,24 @@ class ChunkRunner:
     is its graph, as long as the cache lives.
 
     graphs: record and replay, on a CUDA device. All graphs share one memory pool, so the chunks of a runner
-    must not run at the same time: call it on one CUDA stream.
+    must not run at the same time: call it on one CUDA stream. fp8_passes: those of a chunk in the steady
+    state whose attention is in FP8; the denoising steps count from 0, and the context pass is the next.
     """
 
-    def __init__(self, model: WanDiT, schedule: FlowSchedule, graphs: bool = False) -> None:
+    def __init__(
+        self,
+        model: WanDiT,
+        schedule: FlowSchedule,
+        graphs: bool = False,
+        fp8_passes: Collection[int] = (),
+    ) -> None:
         self.model = model
         self.schedule = schedule
         self.graphs = graphs
+        self.fp8_passes = frozenset(fp8_passes)
+        self._units = attention_units(model) if self.fp8_passes else None
+        self._window_by_cache: WeakKeyDictionary[StreamingKVCache, WindowFP8] = WeakKeyDictionary()
+        self._copied_chunk: WeakKeyDictionary[StreamingKVCache, int] = WeakKeyDictionary()
         self._modulations: dict[tuple[float, ...], Modulation] = {}
         steady = Steps(schedule.denoising_timesteps, schedule.denoising_sigmas)
         self._steps_by_levels = {steady: self._steps(steady)}
@@ -109,8 +122,11 @@ class ChunkRunner:
     def _computed_modulation(self, timesteps: Sequence[float]) -> Modulation:
         return self.model.modulation(torch.tensor([timesteps], dtype=torch.float32, device=self.model.device))
 
-    def refresh_modulations(self) -> None:
-        """Compute them again once the weights are others, in the memory that graphs read."""
+    def refresh(self) -> None:
+        """Compute what comes of the weights again once they are others, in the memory that graphs read."""
+        if self._units is not None:
+            for kept, fresh in zip(self._units, attention_units(self.model), strict=True):
+                kept.copy_(fresh)
         for timesteps, kept in self._modulations.items():
             fresh = self._computed_modulation(timesteps)
             kept.layers.copy_(fresh.layers)
@@ -165,13 +181,43 @@ class ChunkRunner:
             noise = torch.cat([torch.cat([clean, noise[0, :, :, count:]], dim=2)[None], noise[1:]])
         with nvtx_range("chunk"):
             # a chunk that is repeated may have failed before its kernels were built
-            eager = on_step is not None or clean is not None or cache.begun_chunk == plan.chunk
-            graph = None if eager else self._graph(cache, plan, noise, text)
+            is_repeated = cache.begun_chunk == plan.chunk
+            eager = on_step is not None or clean is not None or is_repeated
+            window = self._window(cache, plan)
+            graph = None if eager else self._graph(cache, plan, noise, text, window)
             with nvtx_range("evict"):
                 cache.begin_chunk(plan)
-            x0 = graph.replay().clone() if graph else self._chunk(cache, plan, noise, text, steps, on_step)
+                self._copy_window(cache, plan, window, is_repeated)
+            if graph is not None:
+                x0 = graph.replay().clone()
+            else:
+                x0 = self._chunk(cache, plan, noise, text, steps, window, on_step)
         cache.commit(plan)
         return x0
+
+    def _window(self, cache: StreamingKVCache, plan: CachePlan) -> WindowFP8 | None:
+        """The copies of `cache` for the planned chunk, made with the first chunk of a cache; None where the
+        chunk has none."""
+        if self._units is None:
+            return None
+        if cache not in self._window_by_cache:
+            self._window_by_cache[cache] = WindowFP8.of(cache.keys, self._units)
+        return self._window_by_cache[cache] if self._is_steady(cache, plan) else None
+
+    def _copy_window(
+        self, cache: StreamingKVCache, plan: CachePlan, window: WindowFP8 | None, is_repeated: bool
+    ) -> None:
+        """Once for each chunk: a pass that failed may have written to the slots that the copies come from."""
+        if window is None or (is_repeated and self._copied_chunk.get(cache) == plan.chunk):
+            return
+        self._copied_chunk.pop(cache, None)
+        window.begin(cache, self.model.ops)
+        self._copied_chunk[cache] = plan.chunk
+
+    @staticmethod
+    def _is_steady(cache: StreamingKVCache, plan: CachePlan) -> bool:
+        """Whether the window is full and the chunk as long as all later ones."""
+        return plan.evicts and plan.frames == cache.config.chunk_frames
 
     def _chunk(
         self,
@@ -180,28 +226,37 @@ class ChunkRunner:
         noise: Tensor,
         text: TextKeysValues,
         steps: Sequence[DenoisingStep],
+        window: WindowFP8 | None = None,
         on_step: StepCallback | None = None,
     ) -> Tensor:
         """The work of a begun chunk on the device: what a graph records. Returns x0."""
         x = noise[0]
+        windows = [window if number in self.fp8_passes else None for number in range(len(steps) + 1)]
         for number, step in enumerate(steps):
             with nvtx_range(f"step {number}"):
-                tokens = self.model.forward_chunk(x, step.modulation, text, cache, plan)
+                tokens = self.model.forward_chunk(
+                    x, step.modulation, text, cache, plan, window=windows[number]
+                )
                 fresh = None if step.next_sigmas is None else noise[number + 1]
                 x = self.model.ops.flow_step(tokens, x, step.sigmas, fresh, step.next_sigmas)
             if on_step is not None:
                 replaced = on_step(number, step.timestep, x)
                 x = x if replaced is None else ordinary(replaced)
-        self._context_pass(cache, plan, x, text)
+        self._context_pass(cache, plan, x, text, windows[-1])
         return x
 
     def _graph(
-        self, cache: StreamingKVCache, plan: CachePlan, noise: Tensor, text: TextKeysValues
+        self,
+        cache: StreamingKVCache,
+        plan: CachePlan,
+        noise: Tensor,
+        text: TextKeysValues,
+        window: WindowFP8 | None,
     ) -> CapturedCall[Tensor] | None:
         """The recorded program for these inputs, which are then in its static tensors; None for one that is
         to run op by op."""
-        steady = plan.evicts and plan.frames == cache.config.chunk_frames
-        if not self.graphs or not steady or self.steps_of(plan.chunk) is not self.steps:
+        is_steady = self._is_steady(cache, plan)
+        if not self.graphs or not is_steady or self.steps_of(plan.chunk) is not self.steps:
             return None
         graph = self._graph_by_cache.get(cache)
         if graph is None:
@@ -210,7 +265,7 @@ class ChunkRunner:
         graph.fill(noise, text)
         if graph.call is None:
             cache.show(plan)  # what is recorded reads where it puts the integers
-            static = (cache, plan, graph.noise, graph.text, self.steps)
+            static = (cache, plan, graph.noise, graph.text, self.steps, window)
             pool = self._shared_pool()
             graph.call = CapturedCall(lambda: self._chunk(*static), None, self.model.device, pool)
         return graph.call
@@ -236,7 +291,12 @@ class ChunkRunner:
         self.model.recache(frames, self.context_modulation, text, cache)
 
     def _context_pass(
-        self, cache: StreamingKVCache, plan: CachePlan, x0: Tensor, text: TextKeysValues
+        self,
+        cache: StreamingKVCache,
+        plan: CachePlan,
+        x0: Tensor,
+        text: TextKeysValues,
+        window: WindowFP8 | None = None,
     ) -> None:
         with nvtx_range("context pass"):
-            self.model.context_pass(x0, self.context_modulation, text, cache, plan)
+            self.model.context_pass(x0, self.context_modulation, text, cache, plan, window)

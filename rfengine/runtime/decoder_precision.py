@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from rfengine.accuracy import psnr_db
-from rfengine.config import DecoderKind, RuntimeConfig, VAEPrecision
+from rfengine.config import RuntimeConfig
 from rfengine.cuda_graph import made_current
 from rfengine.memory import free_memory
 from rfengine.models.decoder import FrameDecoder
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import RGB_CHANNELS, WanVAE
 from rfengine.ops import REFERENCE_OPS
+from rfengine.runtime_config import DecoderKind, VAEPrecision
 from rfengine.tuning.record import CaseKey, Decision, TuningCache, default_cache_path, describe_machine
 
 logger = logging.getLogger(__name__)

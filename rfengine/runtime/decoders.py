@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from rfengine.checkpoint.checkpoint import Checkpoint
-from rfengine.config import DecoderKind, EngineConfig, RuntimeConfig
+from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.export.tensorrt_api import import_tensorrt
 from rfengine.export.tensorrt_decoder import TensorRTDecoder
 from rfengine.grid import LatentGrid
@@ -29,6 +29,7 @@ from rfengine.runtime.decoder_precision import (
     settle_decoder_dtype,
 )
 from rfengine.runtime.options import runtime_switches
+from rfengine.runtime_config import DecoderKind
 
 OpenDecoder = Callable[[LatentGrid], FrameDecoder]
 TIERS: dict[DecoderKind, str] = {"full": "lossless", "tiny": "reduced", "tensorrt": "lossless"}

@@ -11,7 +11,7 @@ import torch
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
-from rfengine.config import RuntimeConfig
+from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.models.dit import WanDiT
 from rfengine.models.fp8_products import quantise
 from rfengine.ops.backends import fp8_absence
@@ -61,6 +61,15 @@ def settle_precision(runtime: RuntimeConfig, model: WanDiT) -> None:
             f"the products of the model are in FP8 and precision is {runtime.precision!r}; use 'fp8', or a "
             "model of its own"
         )
+
+
+def passes_in_fp8(config: EngineConfig) -> tuple[int, ...]:
+    """The passes of a chunk whose attention is in FP8: denoising steps from 0, then the context pass."""
+    if config.runtime.precision != "fp8-attention":
+        return ()
+    count = len(config.schedule.denoising_steps) + 1
+    kept = {number % count for number in config.runtime.sixteen_bit_passes}
+    return tuple(number for number in range(count) if number not in kept)
 
 
 def precision_setting(runtime: RuntimeConfig, model: WanDiT) -> str:

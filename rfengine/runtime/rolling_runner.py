@@ -8,7 +8,7 @@ the context pass of the finished chunk leaves its keys and values there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -109,8 +109,10 @@ class RollingRunner(ChunkRunner):
         return self._passes[count, size]
 
 
-def runner_of(model: WanDiT, config: ScheduleConfig, graphs: bool) -> ChunkRunner:
-    """What runs the chunks of a schedule; a rolling one records no graphs."""
+def runner_of(
+    model: WanDiT, config: ScheduleConfig, graphs: bool, fp8_passes: Collection[int] = ()
+) -> ChunkRunner:
+    """What runs the chunks of a schedule; a rolling one records no graphs and has no passes in FP8."""
     if config.rolling == "none":
-        return ChunkRunner(model, FlowSchedule(config), graphs)
+        return ChunkRunner(model, FlowSchedule(config), graphs, fp8_passes)
     return RollingRunner(model, FlowSchedule(config), config.rolling == "causal")
