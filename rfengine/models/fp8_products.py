@@ -36,6 +36,16 @@ def product_names(config: WanConfig) -> tuple[str, ...]:
     return tuple(f"blocks.{layer}.{name}" for layer in range(config.num_layers) for name in PRODUCTS)
 
 
+def require_products(names: Collection[str], config: WanConfig) -> None:
+    """Raises ValueError for a name that no product of this model has."""
+    own = product_names(config)
+    if unknown := sorted(set(names) - set(own)):
+        raise ValueError(
+            f"{unknown[0]} is left out of FP8 and is no product of this model; its {len(own)} are named such "
+            f"as {own[0]}"
+        )
+
+
 def products(model: WanDiT) -> dict[str, Product]:
     """The products of every block by name."""
     found = {}
@@ -63,14 +73,9 @@ def quantise(model: WanDiT, left_out: Collection[str] = ()) -> None:
     Call it when the weights are loaded, on their device and in their dtype. Raises ValueError for a name
     that no product of this model has.
     """
-    found = products(model)
-    if unknown := sorted(set(left_out) - found.keys()):
-        raise ValueError(
-            f"{unknown[0]} is left out of FP8 and is no product of this model; its {len(found)} are named "
-            f"such as {next(iter(found))}"
-        )
+    require_products(left_out, model.config)
     model.left_out_of_fp8 = kept = with_dependents(left_out)
-    for name, product in found.items():
+    for name, product in products(model).items():
         product.owner.fp8 = None if name in kept else WeightFP8.of(product.layers)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from rfengine.ops import native, reference
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+FP8_CAPABILITY = (8, 9)
 
 
 def backend_reasons(device: torch.device | str) -> dict[str, str]:
@@ -37,10 +38,10 @@ def is_hopper(device: torch.device | str) -> bool:
 
 def fp8_absence(device: torch.device) -> str:
     """Why `device` has no FP8 products, or ""; a CPU computes what they would give."""
-    if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) >= (8, 9):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY:
         return ""
     name = torch.cuda.get_device_name(device)
-    return f"{name} is sm_{capability[0]}{capability[1]}, and FP8 products need sm_89 or later"
+    return f"{name} has no FP8 products, which come with compute capability 8.9"
 
 
 def family(backend: str) -> str:

@@ -21,6 +21,7 @@ from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops
+from rfengine.ops.backends import fp8_absence
 from rfengine.runtime.decoder_precision import (
     CHUNK,
     PRECISION_DTYPES,
@@ -34,7 +35,6 @@ from rfengine.runtime_config import DecoderKind
 OpenDecoder = Callable[[LatentGrid], FrameDecoder]
 TIERS: dict[DecoderKind, str] = {"full": "lossless", "tiny": "reduced", "tensorrt": "lossless"}
 FP8_TIER = "near-lossless"  # of the full decoder with FP8 convolutions
-FP8_CAPABILITY = (8, 9)
 _KEPT_SIZES = 2  # a decoder's buffers are 1.9 GB at 832x480
 
 
@@ -59,12 +59,8 @@ def require_decoder(runtime: RuntimeConfig, device: torch.device) -> None:
     """Raises RuntimeError where the decoder in `runtime` cannot run on `device`; no weights are needed."""
     if runtime.vae == "tensorrt":
         import_tensorrt()
-    fp8 = runtime.vae_precision == "fp8" and device.type == "cuda"
-    if fp8 and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise RuntimeError(
-            f"vae_precision is 'fp8' and {torch.cuda.get_device_name(device)} has no FP8 products, which "
-            "come with compute capability 8.9; use 'default'"
-        )
+    if runtime.vae_precision == "fp8" and (absence := fp8_absence(device)):
+        raise RuntimeError(f"vae_precision is 'fp8' and {absence}; use 'default'")
 
 
 def opener(

@@ -13,7 +13,7 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
 from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.models.dit import WanDiT
-from rfengine.models.fp8_products import quantise
+from rfengine.models.fp8_products import quantise, require_products
 from rfengine.ops.backends import fp8_absence
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def require_precision(runtime: RuntimeConfig, device: torch.device) -> None:
     if not runtime.multiplies_fp8:
         return
     if absence := fp8_absence(device):
-        raise RuntimeError(f"precision is {runtime.precision!r} and {absence}; use 'bf16'")
+        raise RuntimeError(f"precision is {runtime.precision!r} and {absence}; use 'default'")
     if device.type == "cpu":
         logger.warning("precision is %r: on a CPU FP8 is emulated, which is slower", runtime.precision)
 
@@ -32,7 +32,7 @@ def require_precision(runtime: RuntimeConfig, device: torch.device) -> None:
 def products_left_out(checkpoint: Checkpoint, runtime: RuntimeConfig) -> tuple[str, ...]:
     """The products that the table of `runtime`, or else that of the checkpoint, leaves out of FP8.
 
-    Raises ValueError for a table that cannot be read or was measured on other weights.
+    Raises ValueError for a table that cannot be read, was measured on other weights or names no product.
     """
     if not runtime.multiplies_fp8:
         return ()
@@ -45,6 +45,7 @@ def products_left_out(checkpoint: Checkpoint, runtime: RuntimeConfig) -> tuple[s
         return ()
     table = FP8Table.read(path)
     table.require_weights(path, checkpoint.fingerprint())
+    require_products(table.left_out, checkpoint.config.model)
     return table.left_out
 
 

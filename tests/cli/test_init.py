@@ -44,6 +44,9 @@ OPTIONS = {
         "compare",
         "threads", "json", "plot",
     ],
+    "calibrate": [
+        "directory", "out", "limit", "prompt", "chunks", "height", "width", "device", "dtype",
+    ],
     "export-vae": ["directory", "out", "height", "width", "latents", "precision", "onnx_only", "force"],
     "eval": [
         "paths", "out", "captions", "baseline", "first_chunk_frames", "chunk_frames", "flow_pairs", "plots",

@@ -15,6 +15,7 @@ from rfengine.config import RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
+from rfengine.ops.backends import FP8_CAPABILITY
 from rfengine.pipeline import Pipeline
 from rfengine.runtime import decoders
 from rfengine.runtime.decoder_precision import LEAST_PSNR_DB, decoded_psnr
@@ -126,7 +127,7 @@ def test_backends_are_chosen_on_cuda_and_a_requested_cudnn_is_always_checked(
 
 @pytest.mark.gpu
 def test_a_gpu_holds_the_psnr_in_fp8(tiny, monkeypatch, tmp_path):
-    if torch.cuda.get_device_capability() < decoders.FP8_CAPABILITY:
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
         pytest.skip("FP8 needs sm_89")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config, vae = tiny
