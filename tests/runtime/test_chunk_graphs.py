@@ -10,10 +10,12 @@ import torch
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig
 from rfengine.models.dit import WanDiT
+from rfengine.models.fp8_products import quantise, refresh
 from rfengine.ops import choose_ops
 from rfengine.runtime import chunk_runner
 from rfengine.runtime.chunk_runner import ChunkRunner
-from support.models import GRID, SMALL, noise_of, small_model, small_runner, text_states
+from rfengine.schedule import FlowSchedule
+from support.models import GRID, SMALL, TWO_STEPS, noise_of, small_model, small_runner, text_states
 from support.streams import Stream, assert_same
 from support.tape import TapedCall, taped_programs
 
@@ -253,3 +255,25 @@ def test_cuda_graphs_can_be_recorded_again_after_all_were_freed():
         assert latents.isfinite().all()
         del cache
         gc.collect()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [CacheConfig(alpha=0.5), CacheConfig(sink="frozen", positions="absolute")])
+@pytest.mark.parametrize("passes", [(), (1,), (0, 1, 2)], ids=["linears", "one pass", "every pass"])
+def test_chunks_in_fp8_are_replayed_too(config, passes, tapes):
+    """Products in FP8, and attention over copies of the window; a weight that changes reaches the graph."""
+    states = []
+    for graphs in (False, True):
+        model = small_model()
+        quantise(model)
+        stream = Stream(ChunkRunner(model, FlowSchedule(TWO_STEPS), graphs, passes), config)
+        stream.advance(config.filling_chunks + 4)
+        for block in model.blocks:
+            block.ffn[0].weight.mul_(1.1)
+            block.self_attn.norm_k.weight.mul_(3.0)
+        refresh(model)
+        stream.runner.refresh()
+        stream.advance(4)
+        states.append(stream.state())
+    assert_same(*states)
+    assert len(tapes) == 1
