@@ -32,10 +32,10 @@ import contextlib, json, os, runpy, sys
 from pathlib import Path
 from bench import gpu_gate
 os.environ.update(gpu_gate.SMALL_ENVIRONMENT)
-from rfengine.benchmark import agreement, comparison, throughput
+from rfengine.benchmark import agreement, comparison, steady, throughput
 agreement.checked_chunks = lambda pipeline: 1
-comparison.recorded_chunks = throughput.recorded_chunks = lambda cache: 1
-comparison.ROUNDS = throughput.SETTLED_CHUNKS = throughput.PROFILED_CHUNKS = 1
+comparison.recorded_chunks = steady.recorded_chunks = lambda cache: 1
+comparison.ROUNDS = steady.SETTLED_CHUNKS = throughput.PROFILED_CHUNKS = 1
 commands, folder = json.loads(sys.argv[1]), sys.argv[2]
 for place, (first, *rest) in enumerate(commands):
     sys.argv = [first, *rest] if first != "-m" else rest
