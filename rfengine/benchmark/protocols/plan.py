@@ -16,7 +16,7 @@ from rfengine.benchmark.protocols.table import PROTOCOLS
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.systems import configured
 from rfengine.config import EngineConfig
-from rfengine.costs.memory import memory_needs
+from rfengine.costs.memory import memory_needs, stream_bytes
 from rfengine.costs.shapes import require_stream
 from rfengine.files import partial_path
 from rfengine.grid import LatentGrid
@@ -140,11 +140,17 @@ def _require_fits(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Raises RuntimeError where the engine does not fit beside the transformer and the cache of the reference
-    in twice the precision, with which it is compared first."""
+    """Raises RuntimeError where memory cannot hold the weights and, beside them, one after another: the text
+    encoder, the transformer and cache of the reference in twice the precision, with which the engine is
+    compared first, and the engine's stream."""
     needs, truth = memory_needs(config, grid, dtype), memory_needs(config, grid, twice(dtype))
-    needed = needs["total"] - (needs["text_encoder"] if checkpoint.directory is None else 0)
-    needed += truth["transformer"] + truth["keys_values"] + truth["raw_keys"]
+    weights, text = needs["transformer"] + needs["vae"], needs["text_encoder"]
+    if checkpoint.directory is None:  # random weights have none
+        text = 0
+    elif protocol.encodes_text:
+        weights, text = weights + text, 0
+    reference = truth["transformer"] + stream_bytes(truth) - truth["vae_state"]
+    needed = weights + max(text, reference, stream_bytes(needs) + needs["vae_buffers"])
     require_memory(
         needed, device,
         f"the protocol {protocol.name}, {grid.height} x {grid.width} pixels with a window of "

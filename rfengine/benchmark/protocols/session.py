@@ -94,7 +94,7 @@ def _setting(engine: MeasuredEngine, options: ThroughputOptions) -> Record:
     return described | {
         "preset": next((name for name, preset in PRESETS.items() if preset.model == model), None),
         "text": "encoded" if engine.encodes_text else "states given",
-        "runtime": asdict(options.runtime) | {"graphs": None},
+        "runtime": {name: value for name, value in asdict(options.runtime).items() if name != "graphs"},
         "versions": versions(engine.device),
     }
 
