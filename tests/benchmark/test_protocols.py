@@ -199,11 +199,13 @@ def test_a_table_with_and_without_graphs_has_both_ratios(records: dict[str, Any]
         for on in (True, False)
     ]
     rivals = [rival | {"differences": [], "ratios": [1.25, 1.125]} for rival in record["rivals"]]
-    lines = render(record | {"runs": runs, "rivals": rivals}).splitlines()
+    made = {"runs": runs, "rivals": rivals, "runtime": record["runtime"] | {"precision": "fp8"}}
+    lines = render(record | made).splitlines()
     assert any(line.split() == ["graphs", "on", "graphs", "off"] for line in lines)
     assert any(line.split() == ["clock", "afterwards,", "MHz", "1980", "1980"] for line in lines)
     words = " ".join(" ".join(lines).split())
     assert "344 ms a chunk on H100: 1.25 times as fast (graphs on), 1.12 times as fast (graphs off)" in words
+    assert "window 21, float32 (fp8); weights" in words
 
 
 def test_both_are_measured_where_graphs_are_on_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +220,20 @@ def test_both_are_measured_where_graphs_are_on_by_default(monkeypatch: pytest.Mo
     assert graphs(RuntimeConfig()) == [True, False]
     assert graphs(RuntimeConfig(graphs=True)) == [True]
     assert graphs(RuntimeConfig(graphs=False)) == [False]
+
+
+def test_an_engine_is_compared_once_for_both_runs_of_a_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr(
+        session, "check_agreement", lambda *given: compared.append(given) or check_agreement(*given)
+    )
+    protocol = replace(PROTOCOLS["dit-context"], measure=lambda trial: {"chunks": len(compared)})
+    ((setting,),) = (made.settings for made in planned(replace(SMALLEST, protocol=("dit-context",))))
+    runtime = replace(setting.options.runtime, graphs=None)  # which is the same on a CPU
+    other = replace(setting, options=replace(setting.options, runtime=runtime))
+    (record,) = session.measured([plan.Plan(protocol, (setting, other))])
+    assert [run["figures"] for run in record["runs"]] == [{"chunks": 1}] * 2 and len(compared) == 1
+    assert record["window_frames"] == 21 and "setting" not in record["runs"][1]
 
 
 def test_options_of_the_user_stay() -> None:
@@ -287,6 +303,8 @@ def test_every_bit_counts_where_runs_are_compared() -> None:
     other = one | {"latents 0": torch.tensor([-0.0, 1.0, float("nan")])}
     found = repetition.first_difference(one, other)
     assert (found.what, found.chunk, found.values, found.of_values) == ("latents", 0, 1, 3)
+    broken = one | {"latents 0": torch.tensor([0.0, float("nan"), float("nan")])}
+    assert repetition.first_difference(one, broken).largest is None
     last = one | {"frames 0": torch.tensor([0, 7], dtype=torch.uint8)}
     assert repetition.first_difference(one, last) == repetition.Difference("frames", 0, 1, 2, 7.0)
 
@@ -301,6 +319,10 @@ def test_a_difference_is_shown_in_words(records: dict[str, Any]) -> None:
     assert "in one process, graphs off: equal, bit for bit" in words
     assert "in two processes, graphs off: DIFFERS from chunk 3 on, 17 of 512 values of its latents" in words
     assert "by up to 0.25; other backends run linear" in words
+    difference["largest"] = None
+    assert "latents, some of them no numbers" in " ".join(
+        render(record | {"runs": [run | {"figures": figures}]}).split()
+    )
 
 
 @pytest.mark.parametrize(

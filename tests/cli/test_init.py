@@ -40,9 +40,8 @@ OPTIONS = {
     "parity": ["files", "backend", "device", "dtype"],
     "doctor": ["json", "model", "height", "width", "dtype", *LORAS, "renew"],
     "bench": [
-        "model", "system", "height", "width", "chunks", "device", "dtype", "backend", *RUNTIME, "decode",
-        "compare",
-        "threads", "json", "plot",
+        "protocol", "model", "system", "height", "width", "chunks", "device", "dtype", "backend", *RUNTIME,
+        "decode", "compare", "threads", "json", "plot",
     ],
     "export-vae": ["directory", "out", "height", "width", "latents", "precision", "onnx_only", "force"],
     "eval": [

@@ -20,13 +20,13 @@ REPLAYED_CHUNKS = 2  # beyond the first replay of a graph
 @dataclass(frozen=True, slots=True)
 class Difference:
     """Where two runs first differ: what ("latents" or "frames"), in which chunk, how many of its values, and
-    by how much at most (infinity where one is not a number)."""
+    by how much at most; None where one of them is not a number."""
 
     what: str
     chunk: int
     values: int
     of_values: int
-    largest: float
+    largest: float | None
 
 
 def first_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Difference | None:
@@ -36,8 +36,9 @@ def first_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
         theirs, (what, chunk) = other[name], name.split()
         differs = (_bits(ours) != _bits(theirs)).reshape(ours.numel(), -1).any(dim=1)
         if count := int(differs.sum()):
-            apart = (ours.double() - theirs.double()).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-            return Difference(what, int(chunk), count, ours.numel(), float(apart.max()))
+            apart = (ours.double() - theirs.double()).abs().max()
+            largest = float(apart) if apart.isfinite() else None
+            return Difference(what, int(chunk), count, ours.numel(), largest)
     return None
 
 

@@ -49,7 +49,9 @@ def render(record: dict[str, Any]) -> str:
     lines = [record["protocol"], *textwrap.wrap(record["summary"], width - 2)]
     lines[1:] = [f"  {line}" for line in lines[1:]]
     agreement = record["runs"][0]["agreement"]
-    errors = ", ".join(f"{each['what']} {each['error']:.1e} of {each['allowed']:.1e}" for each in agreement)
+    errors = ", ".join(
+        f"{each['what']} {each['error']:.1e} (allowed {each['allowed']:.1e})" for each in agreement
+    )
     for label, words in (
         ("inside", ", ".join(record["inside"])),
         ("outside", ", ".join(record["outside"])),
@@ -79,10 +81,11 @@ def _model(record: dict[str, Any]) -> str:
     if record["vae_tier"]:
         decoder = f", {record['vae']} decoder in {record['vae_dtype']} ({record['vae_tier']})"
     system = f", system {record['system']}" if record["system"] else ""
+    precision = f" ({each})" if (each := record["runtime"].get("precision")) else ""
     return (
         f"{record['model']} at {record['width']} x {record['height']}{system}, {record['denoising_steps']} "
-        f"steps, window {record['window_frames']}, {record['dtype']}{decoder}; weights: {record['weights']}; "
-        f"text {record['text']}"
+        f"steps, window {record['window_frames']}, {record['dtype']}{precision}{decoder}; weights: "
+        f"{record['weights']}; text {record['text']}"
     )
 
 
@@ -130,9 +133,11 @@ def _equality(found: dict[str, Any], other_ops: list[str]) -> str:
         return "equal, bit for bit"
     difference = found["difference"]
     ops = f"; other backends run {', '.join(other_ops)}" if other_ops else ""
+    largest = difference["largest"]
+    size = "some of them no numbers" if largest is None else f"by up to {largest:.3g}"
     return (
         f"DIFFERS from chunk {difference['chunk']} on, {difference['values']} of {difference['of_values']} "
-        f"values of its {difference['what']}, by up to {difference['largest']:.3g}{ops}"
+        f"values of its {difference['what']}, {size}{ops}"
     )
 
 

@@ -14,7 +14,7 @@ from rfengine.benchmark.conditions import peak_memory, reset_peak_memory, state,
 from rfengine.benchmark.measured_engine import MeasuredEngine, setting_of
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.benchmark.protocols.plan import Plan, planned
-from rfengine.benchmark.protocols.protocol import Protocol, Setting, Trial
+from rfengine.benchmark.protocols.protocol import Protocol, Rival, Setting, Trial
 from rfengine.benchmark.protocols.report import render, render_machine
 from rfengine.files import write_text
 from rfengine.presets import PRESETS
@@ -99,7 +99,7 @@ def _setting(engine: MeasuredEngine, options: ThroughputOptions) -> Record:
     }
 
 
-def _beside(rival: Any, setting: Record, runs: list[Record]) -> Record:
+def _beside(rival: Rival, setting: Record, runs: list[Record]) -> Record:
     differences = rival.differences(setting)
     return asdict(rival) | {
         "differences": differences,
