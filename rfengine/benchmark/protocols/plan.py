@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from rfengine.benchmark.protocols.protocol import Protocol, Setting
 from rfengine.benchmark.protocols.table import PROTOCOLS
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.systems import configured
-from rfengine.config import EngineConfig
+from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.costs.memory import memory_needs, stream_bytes
 from rfengine.costs.shapes import require_stream
 from rfengine.files import partial_path
@@ -143,7 +144,8 @@ def _require_fits(
     """Raises RuntimeError where memory cannot hold the weights and, beside them, one after another: the text
     encoder, the transformer and cache of the reference in twice the precision, with which the engine is
     compared first, and the engine's stream."""
-    needs, truth = memory_needs(config, grid, dtype), memory_needs(config, grid, twice(dtype))
+    config = replace(config, runtime=RuntimeConfig())  # on which none of it depends
+    needs, truth = _memory_needs(config, grid, dtype), _memory_needs(config, grid, twice(dtype))
     weights, text = needs["transformer"] + needs["vae"], needs["text_encoder"]
     if checkpoint.directory is None:  # random weights have none
         text = 0
@@ -157,6 +159,11 @@ def _require_fits(
         f"{config.cache.window_frames} latent frames and a reference in {twice(dtype)} to compare with,",
         "choose a smaller --height and --width, or protocols with a smaller window",
     )  # fmt: skip
+
+
+@functools.cache
+def _memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> dict[str, int]:
+    return memory_needs(config, grid, dtype)
 
 
 def _require_writable(path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from rfengine.benchmark.agreement import check_agreement
 from rfengine.benchmark.conditions import peak_memory, reset_peak_memory, state, versions
-from rfengine.benchmark.measured_engine import MeasuredEngine, setting_of
+from rfengine.benchmark.measured_engine import MeasuredEngine, device_of, setting_of
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.benchmark.protocols.plan import Plan, planned
 from rfengine.benchmark.protocols.protocol import Protocol, Rival, Setting, Trial
@@ -47,7 +47,7 @@ def run(options: ThroughputOptions) -> int:
 
 def measured(plans: list[Plan]) -> Iterator[Record]:
     """The record of each protocol as it ends. Raises WrongEngineError for an engine that is wrong."""
-    engines = ComparedEngines()
+    engines, known = ComparedEngines(), versions(device_of(plans[0].settings[0].options.device))
     for plan in plans:
         protocol = plan.protocol
         runs = [_measured_run(protocol, setting, engines) for setting in plan.settings]
@@ -64,6 +64,7 @@ def measured(plans: list[Plan]) -> Iterator[Record]:
                 "frames": protocol.frames,
             },
             **setting,
+            "versions": known,
             "runs": runs,
             "rivals": [_beside(rival, setting, runs) for rival in protocol.rivals],
         }  # fmt: skip
@@ -95,7 +96,6 @@ def _setting(engine: MeasuredEngine, options: ThroughputOptions) -> Record:
         "preset": next((name for name, preset in PRESETS.items() if preset.model == model), None),
         "text": "encoded" if engine.encodes_text else "states given",
         "runtime": {name: value for name, value in asdict(options.runtime).items() if name != "graphs"},
-        "versions": versions(engine.device),
     }
 
 
