@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from rfengine.benchmark.protocols.protocol import Setting, Trial
 from rfengine.benchmark.protocols.report import render
 from rfengine.benchmark.protocols.table import PROTOCOLS
 from rfengine.config import RuntimeConfig
+from rfengine.presets import PRESETS
 from rfengine.runtime.options import Switch
 from support.outcome import fails
 
@@ -265,6 +267,17 @@ def test_chunks_without_their_context_pass_have_four_passes_and_are_compared_as_
         check_agreement(engine.pipeline, engine.grid, None)
 
 
+def test_random_weights_begin_with_given_text_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "wan-1.3b", replace(PRESETS["tiny"], name="small"))
+    options = replace(SMALLEST, model="wan-1.3b", protocol=("first-frame",))
+    (record,) = session.measured(planned(options))
+    assert record["weights"].startswith("random, seed 0") and record["text"] == "states given"
+    figures = figures_of({"first-frame": record}, "first-frame")
+    assert figures["given_ms"] > 0 and figures["encoded_ms"] is figures["encoded_ms_most"] is None
+    shown = render(record)
+    assert "text given, median, ms" in shown and "text encoded, median" not in shown
+
+
 def test_a_stream_that_differs_is_noticed_and_what_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another seed the second time, and other frames in another process."""
     engine, streams_made = Setting(SMALLEST).load(), []
@@ -436,6 +449,27 @@ def test_a_video_is_not_promised_where_nothing_can_write_it(monkeypatch: pytest.
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="the protocol file writes a video and PyAV is not installed"):
         planned(replace(SMALLEST, protocol=("file",)))
+
+
+def test_a_video_is_not_promised_where_the_disk_cannot_hold_it(
+    nothing_is_loaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(SMALLEST, protocol=("file",))
+    bytes_of_video = LENGTHS["file"] * 32 * 32 * 3 // 2
+    for free, refused in ((bytes_of_video, False), (bytes_of_video - 1, True)):
+        monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        if refused:
+            with pytest.raises(RuntimeError, match="GiB are free; name a folder with more in TMPDIR"):
+                planned(options)
+        else:
+            assert len(planned(options)) == 1
+
+    def absent() -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(plan.tempfile, "gettempdir", absent)
+    with pytest.raises(RuntimeError, match="no temporary folder can be written; name one in TMPDIR"):
+        planned(options)
 
 
 def test_last_words_of_a_process_that_failed_are_the_error(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from rfengine.runtime.options import decode_device, dtype_of, runtime_switches
 from rfengine.video import check_size
 
 ALL = "all"
+GIB = 2**30
+_FILE_BYTES = 1.5  # of a pixel as it enters the encoder (4:2:0), which noise hardly shrinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +44,11 @@ class Plan:
 
 
 def planned(options: ThroughputOptions) -> list[Plan]:
-    """The protocols of `options`, each once. Nothing is loaded, allocated or written.
+    """The protocols of `options`, each once. No weights are loaded; of what is written, only the directories
+    for --json are made.
 
-    Raises ValueError for a protocol that is none or does not go with another option, RuntimeError where a
-    device, a package, memory or the file of the figures is not there.
+    Raises ValueError for a protocol that is none, for an option that does not go with it and for a --json
+    that cannot be written, RuntimeError where the device, a package, memory or the disk does not do.
     """
     check_options(options)
     protocols = [PROTOCOLS[name] for name in protocol_names(options.protocol)]
@@ -124,13 +129,31 @@ def _require_possible(plan: Plan, checkpoint: Checkpoint, device: torch.device) 
             "measured with; put it there, or choose other protocols"
         )
     if protocol.writes:
-        check_size(grid.height, grid.width)
-        if importlib.util.find_spec("av") is None:
-            raise RuntimeError(
-                f"the protocol {protocol.name} writes a video and PyAV is not installed; pip install av, or "
-                "choose other protocols"
-            )
+        _require_video_file(protocol, grid)
     _require_fits(protocol, checkpoint, config, grid, dtype_of(options.dtype, device), device)
+
+
+def _require_video_file(protocol: Protocol, grid: LatentGrid) -> None:
+    """Raises ValueError for a size that no MP4 has, RuntimeError where none can be written."""
+    check_size(grid.height, grid.width)
+    if importlib.util.find_spec("av") is None:
+        raise RuntimeError(
+            f"the protocol {protocol.name} writes a video and PyAV is not installed; pip install av, or choose "
+            "other protocols"
+        )
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise RuntimeError(
+            f"the protocol {protocol.name} writes a video and no temporary folder can be written; name one in "
+            "TMPDIR"
+        ) from error
+    needed, free = protocol.frames * grid.height * grid.width * _FILE_BYTES, shutil.disk_usage(folder).free
+    if needed > free:
+        raise RuntimeError(
+            f"the protocol {protocol.name} writes a video of up to {needed / GIB:.1f} GiB to {folder}, where "
+            f"{free / GIB:.1f} GiB are free; name a folder with more in TMPDIR"
+        )
 
 
 def _require_fits(
