@@ -138,15 +138,15 @@ def _require_video_file(protocol: Protocol, grid: LatentGrid) -> None:
     check_size(grid.height, grid.width)
     if importlib.util.find_spec("av") is None:
         raise RuntimeError(
-            f"the protocol {protocol.name} writes a video and PyAV is not installed; pip install av, or choose "
-            "other protocols"
+            f"the protocol {protocol.name} writes a video and PyAV is not installed; pip install av, or "
+            "choose other protocols"
         )
     try:
         folder = tempfile.gettempdir()
     except FileNotFoundError as error:
         raise RuntimeError(
-            f"the protocol {protocol.name} writes a video and no temporary folder can be written; name one in "
-            "TMPDIR"
+            f"the protocol {protocol.name} writes a video and no temporary folder can be written; name one "
+            "in TMPDIR"
         ) from error
     needed, free = protocol.frames * grid.height * grid.width * _FILE_BYTES, shutil.disk_usage(folder).free
     if needed > free:
