@@ -4,16 +4,17 @@
 
 A list of commands in parts: facts of the device and a first start, the tests of the kernels and those marked
 gpu, the golden files through every backend, CUDA graphs beside eager launches, throughput with its baseline,
-every kernel and the VAE. Each command is a process group of its own that is killed at the limit of its part,
-so a hang or a crash costs one command; time that a part leaves goes to the next. The record is written after
-every command, and what each printed stays in the folder of the same name beside it. Exit status 1: something
-failed or a goal was missed. Running out of time is no failure.
+every kernel and the VAE, and the protocols where they are asked for. Each command is a process group of its
+own that is killed at the limit of its part, so a hang or a crash costs one command; time that a part leaves
+goes to the next. The record is written after every command, and what each printed stays in the folder of the
+same name beside it. Exit status 1: something failed or a goal was missed. Running out of time is no failure.
 
 Needs torch, triton, numpy, safetensors, transformers, tqdm and pytest. Bring as wheels, all pure Python:
 tyro, typeguard, docstring-parser, typing-extensions 4.14 or newer; without hypothesis the tests that draw
 their inputs are skipped. 8 minutes are enough with a warm Triton cache (bench/compile_report.py --cache),
 named in TRITON_CACHE_DIR.
-The thousand chunks of the goals are --parts bench --chunks 1000 --minutes 9.
+The thousand chunks of the goals are --parts bench --chunks 1000 --minutes 9. The named protocols of `rfengine
+bench` (docs/benchmarks.md) take minutes of their own: --parts protocols --minutes 10.
 
 Without a GPU, or with --self-check, every part runs in miniature on the CPU, to show what is broken before a
 GPU is there; none of its figures counts.
@@ -36,7 +37,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ NO_TIME = "no time was left"
 NO_TESTS = 5  # exit status of pytest for a file whose tests are all left out
 GRAPH_TESTS = "runtime/test_gpu_stream"  # the part "graphs"
 SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
+PROTOCOL_CHUNKS = 30  # that a protocol measures of a steady stream
+# which run together, with options of their own; the most wanted first
+PROTOCOL_COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "transformer": (("dit-4-passes", "dit-context", "dit-window-9"), ()),
+    "decoders": (("full-decoder", "tiny-decoder", "latency", "first-frame"), ()),
+    "repetition": (("repeat",), ()),
+    "clips": (("clip-warm", "clip-cold"), ("--graphs",)),
+    "file": (("file",), ("--graphs",)),
+}
 BACKENDS = ("reference", "triton", "native", "cudnn", "flash")
 SIXTEEN_BIT = ("cudnn", "flash")  # attention of the libraries is for 16 bits only
 SMALL_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -192,6 +202,19 @@ def bench_commands(setting: Setting) -> list[Command]:
     return [measuring("bench", setting, *call)]
 
 
+def protocol_commands(setting: Setting) -> list[Command]:
+    """Named protocols of `rfengine bench`; the figures of those that ended before a limit are in the file."""
+    commands = []
+    for name, (protocols, options) in PROTOCOL_COMMANDS.items():
+        if setting.small and name != "decoders":
+            continue
+        absence = "" if "file" not in protocols or importlib.util.find_spec("av") else "PyAV is not installed"
+        size = (*SMALLEST, "--chunks", "1") if setting.small else ("--chunks", str(PROTOCOL_CHUNKS), *options)
+        call = rfengine("bench", "--device", setting.device, "--protocol", ",".join(protocols), *size)
+        commands.append(replace(measuring(name, setting, *call), absence=absence))
+    return commands
+
+
 def kernel_commands(setting: Setting) -> list[Command]:
     case = ("--check", "--case", "rms_norm") if setting.small else ("--no-compile",)
     return [measuring("kernels", setting, *python("bench/kernels.py", *case))]
@@ -214,7 +237,9 @@ PARTS = {
     "bench": Part(175, bench_commands),
     "kernels": Part(40, kernel_commands),
     "vae": Part(45, vae_commands),
+    "protocols": Part(60, protocol_commands),  # in a self-check; on a GPU it has minutes of its own
 }
+GATE_PARTS = [name for name in PARTS if name != "protocols"]
 
 
 def read_json(text: str) -> Any:
@@ -345,12 +370,18 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = made.add_argument
     add("--out", type=Path, help="JSON file of the results; a self-check needs none")
     add("--minutes", type=float, help=f"time for all; {MINUTES:g}, {SMALL_MINUTES:g} for a self-check")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="these alone")
+    add(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help="these alone; without it all but protocols, in a self-check all",
+    )
     add("--chunks", type=int, default=100, help="chunks that part bench measures")
     add("--self-check", action="store_true", help="in miniature on the CPU, whatever is here")
     add("--commit", help="the commit that is measured, where there is no git")
     options = made.parse_args(arguments)
     options.small = options.self_check or not torch.cuda.is_available()
+    options.parts = options.parts or (list(PARTS) if options.small else GATE_PARTS)
     if options.minutes is None:
         options.minutes = SMALL_MINUTES if options.small else MINUTES
     if not 0 < options.minutes <= MOST_MINUTES:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rfengine.accuracy import relative_error
+from rfengine.benchmark.measured_engine import leave_out_context_pass
 from rfengine.benchmark.timing import recorded_chunks
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.grid import LatentGrid
@@ -72,14 +73,17 @@ class Agreement:
         return self.error <= self.allowed
 
 
-def check_agreement(pipeline: Pipeline, grid: LatentGrid, decoder: nn.Module | None) -> list[Agreement]:
+def check_agreement(
+    pipeline: Pipeline, grid: LatentGrid, decoder: nn.Module | None, context_pass: bool = True
+) -> list[Agreement]:
     """Agreement of latents and, where a decoder is given, of frames. Raises WrongEngineError.
 
-    decoder: the plain module whose weights the pipeline decodes with, such as its VAE.
+    decoder: the plain module whose weights the pipeline decodes with, such as its VAE. context_pass: False
+    where the pipeline makes its chunks without it (measured_engine.py).
     """
     chunks = checked_chunks(pipeline)
     found = engine_latents(pipeline, grid, chunks)
-    results = [_latents_agreement(pipeline, grid, found)]
+    results = [_latents_agreement(pipeline, grid, found, context_pass)]
     if decoder is not None:
         results.append(_frames_agreement(pipeline, grid, decoder, found))
     for result in results:
@@ -111,7 +115,12 @@ def engine_latents(pipeline: Pipeline, grid: LatentGrid, chunks: int) -> list[Te
 
 
 def reference_latents(
-    pipeline: Pipeline, grid: LatentGrid, chunks: int, dtype: torch.dtype, in_fp8: bool = False
+    pipeline: Pipeline,
+    grid: LatentGrid,
+    chunks: int,
+    context_pass: bool,
+    dtype: torch.dtype,
+    in_fp8: bool = False,
 ) -> list[Tensor]:
     """The same chunks by the reference ops, without graphs, with the pipeline's weights in `dtype`. in_fp8:
     what the pipeline has in FP8 is in FP8."""
@@ -123,6 +132,8 @@ def reference_latents(
     twin.requires_grad_(False)
     if in_fp8 and model.left_out_of_fp8 is not None:
         quantise(twin, model.left_out_of_fp8)
+    if not context_pass:
+        leave_out_context_pass(twin)
     runner = runner_of(twin, config.schedule, False, passes_in_fp8(config) if in_fp8 else ())
     cache = StreamingKVCache(config.model, config.cache, grid, dtype=dtype, device=model.device)
     states = pipeline.text_encoder.encode([PROMPT], model.device, model.dtype).to(dtype)
@@ -138,12 +149,14 @@ def reference_latents(
     return latents
 
 
-def _latents_agreement(pipeline: Pipeline, grid: LatentGrid, found: list[Tensor]) -> Agreement:
-    dtype = pipeline.model.dtype
+def _latents_agreement(
+    pipeline: Pipeline, grid: LatentGrid, found: list[Tensor], context_pass: bool
+) -> Agreement:
+    dtype, given = pipeline.model.dtype, (pipeline, grid, len(found), context_pass)
     with truth_precision(dtype):
-        truth = reference_latents(pipeline, grid, len(found), _twice(dtype))
+        truth = reference_latents(*given, twice(dtype))
     in_fp8 = pipeline.config.runtime.multiplies_fp8
-    reference = reference_latents(pipeline, grid, len(found), dtype, in_fp8)
+    reference = reference_latents(*given, dtype, in_fp8)
     own = max(relative_error(ours, true.cpu()) for ours, true in zip(reference, truth, strict=True))
     error = max(relative_error(ours, true.cpu()) for ours, true in zip(found, truth, strict=True))
     judged = _judged("latents", len(found), error, own, "causal", dtype)
@@ -161,7 +174,7 @@ def _frames_agreement(
     stream = pipeline.stream(PROMPT, seed=SEED, height=grid.height, width=grid.width)
     found = [torch.from_numpy(stream.advance().frames.copy()) for _ in latents]
     with truth_precision(dtype):
-        truth = _decoded(decoder, grid, latents, _twice(dtype))
+        truth = _decoded(decoder, grid, latents, twice(dtype))
         reference = _decoded(decoder, grid, latents, dtype)
     rounding = max(relative_error(pixels.round(), pixels) for pixels in truth)
     own = max(relative_error(ours, true) for ours, true in zip(reference, truth, strict=True))
@@ -186,5 +199,5 @@ def _judged(what: str, chunks: int, error: float, own: float, kind: str, dtype: 
     return Agreement(what, chunks, error if math.isfinite(error) else math.inf, own, allowed)
 
 
-def _twice(dtype: torch.dtype) -> torch.dtype:
+def twice(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, UseAppendAction
 
 from rfengine.checkpoint.systems import SystemName
 from rfengine.config import Backend, DTypeName, RuntimeConfig
@@ -17,6 +17,9 @@ from rfengine.limits import Range
 class ThroughputOptions:
     """Measure frames per second, each part's time against its floor, and how evenly chunks come."""
 
+    protocol: UseAppendAction[tuple[str, ...]] = ()
+    """A named way to measure, several with commas between them, or all; may be given several times. What is
+    inside of each one's time, and whose published figures it stands beside: docs/benchmarks.md."""
     model: str | None = None
     """tiny, a checkpoint directory, or wan-1.3b or wan-14b with seeded random weights; wan-1.3b on CUDA and
     tiny on a CPU where nothing is given."""
@@ -27,7 +30,7 @@ class ThroughputOptions:
     width: int | None = None
     """Pixels."""
     chunks: Annotated[int, Range(1, 1_000_000)] = 100
-    """Chunks to measure, after those that warm up."""
+    """Chunks to measure, after those that warm up; a protocol of a whole video has its own length."""
     device: str | None = None
     """cpu, cuda or cuda:N; cuda where there is one."""
     dtype: DTypeName | None = None
@@ -42,6 +45,6 @@ class ThroughputOptions:
     threads: Annotated[int, Range(1, 1024)] | None = None
     """CPU threads of torch; its own choice where nothing is given."""
     json: Path | None = None
-    """Write the figures as JSON; - prints them instead of the table."""
+    """Write the figures as JSON, of protocols a list; - prints them instead of the table."""
     plot: Path | None = None
     """Draw the parts against their floors; needs matplotlib."""

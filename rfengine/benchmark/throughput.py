@@ -11,45 +11,29 @@ the same as the published ones.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from rfengine.benchmark.agreement import check_agreement
 from rfengine.benchmark.comparison import compare
-from rfengine.benchmark.conditions import (
-    device_name,
-    held_memory,
-    peak_memory,
-    reset_peak_memory,
-    state,
-    versions,
-)
-from rfengine.benchmark.measured_engine import MeasuredEngine
+from rfengine.benchmark.conditions import peak_memory, reset_peak_memory, state, versions
+from rfengine.benchmark.measured_engine import MeasuredEngine, setting_of
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.benchmark.parts import measure_parts, part_floors, part_rows, steady_flops
 from rfengine.benchmark.report import check_plot, draw, render
-from rfengine.benchmark.timing import (
-    ChunkTimes,
-    frames_of,
-    latents_of,
-    recorded_chunks,
-    time_chunks,
-    time_flow,
-)
+from rfengine.benchmark.steady import time_frames, time_latents, warm
+from rfengine.benchmark.timing import ChunkTimes, frames_of, latents_of
 from rfengine.costs.rates import GPU, rates_of
 from rfengine.files import write_text
 from rfengine.limits import check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
-from rfengine.runtime.options import runtime_switches
 
 PROFILED_CHUNKS = 3
 CHUNKS_A_ROUND = 3  # a chunk of the baseline takes more than half a second on an H100
 MOST_LATENT_CHUNKS = 100  # their median needs no more
-SETTLED_CHUNKS = 3  # after the warm-up; recording graphs empties torch's cache of free memory
 
 
 def measure(options: ThroughputOptions) -> dict[str, Any]:
@@ -70,11 +54,11 @@ def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
     gpu = rates_of(device, engine.pipeline.model.dtype)
     before = state(device)
     reset_peak_memory(device)
-    whole = _time_whole(engine, options.chunks) if engine.decodes else None
-    latents_only = _time_latents(engine, min(options.chunks, MOST_LATENT_CHUNKS))
+    whole = time_frames(engine, options.chunks) if engine.decodes else None
+    latents_only = time_latents(engine, min(options.chunks, MOST_LATENT_CHUNKS))
     peak, after = peak_memory(device), state(device)
     figures = {
-        **_setting(engine, options),
+        **setting_of(engine, options),
         "versions": versions(device),
         "before": before,
         "after": after,
@@ -96,78 +80,13 @@ def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
         yield figures
 
 
-def _setting(engine: MeasuredEngine, options: ThroughputOptions) -> dict[str, Any]:
-    config, model = engine.pipeline.config, engine.pipeline.model
-    switches = runtime_switches(config.runtime, engine.device)
-    return {
-        "model": config.name,
-        "system": options.system,
-        "weights": engine.weights,
-        "height": engine.grid.height,
-        "width": engine.grid.width,
-        "denoising_steps": len(config.schedule.denoising_steps),
-        "window_frames": config.cache.window_frames,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "backend": engine.pipeline.backend,
-        "ops": model.ops.choice,
-        "vae": options.runtime.vae if options.decode else "none",
-        "vae_precision": options.runtime.vae_precision,
-        "vae_dtype": str(engine.pipeline.vae_dtype).removeprefix("torch."),
-        "vae_tier": engine.pipeline.vae_tier if engine.decodes else None,
-        **{name: switches[name].on for name in ("graphs", "overlap", "autotune")},
-        "device": device_name(engine.device),
-        "threads": torch.get_num_threads(),
-        "chunks": options.chunks,
-    }
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Times of chunks one after another. memory_growth: bytes held after them and not before, where known.
-    first_ms: from the text states to the first frames of a new stream."""
-
-    times: ChunkTimes
-    memory_growth: int | None
-    first_ms: float | None = None
-
-
-def _time_whole(engine: MeasuredEngine, chunks: int) -> _Run:
-    """Chunks as frames in host memory."""
-    _warm(engine, frames_of(engine.stream()), waits=False)
-    started = time.perf_counter()
-    advance = frames_of(engine.stream())
-    advance()
-    first_ms = (time.perf_counter() - started) * 1e3
-    _warm(engine, advance, waits=False)
-    return replace(_timed(engine, lambda count: time_flow(advance, count), chunks), first_ms=first_ms)
-
-
-def _time_latents(engine: MeasuredEngine, chunks: int) -> _Run:
-    advance = latents_of(engine.stream(), engine.pipeline.config.cache.chunk_frames)
-    _warm(engine, advance, waits=True)
-    return _timed(engine, lambda count: time_chunks(advance, count, engine.device, waits=True), chunks)
-
-
-def _timed(engine: MeasuredEngine, time_many: Callable[[int], ChunkTimes], chunks: int) -> _Run:
-    time_many(SETTLED_CHUNKS)
-    held = held_memory(engine.device)
-    times = time_many(chunks)
-    after = held_memory(engine.device)
-    return _Run(times, None if held is None or after is None else after - held)
-
-
-def _warm(engine: MeasuredEngine, advance: Any, waits: bool) -> None:
-    """Until the window is full and all graphs are recorded."""
-    time_chunks(advance, recorded_chunks(engine.pipeline.config.cache), engine.device, waits)
-
-
 def _time_parts(options: ThroughputOptions, gpu: GPU | None) -> list[dict[str, Any]]:
     """Of the same engine without graphs and without overlap, which is what a profiler can see into."""
     runtime = replace(options.runtime, graphs=False, overlap=False)
     engine = MeasuredEngine.load(replace(options, runtime=runtime))
     frames = engine.pipeline.config.cache.chunk_frames
     advance = frames_of(engine.stream()) if engine.decodes else latents_of(engine.stream(), frames)
-    _warm(engine, advance, waits=True)
+    warm(engine, advance, waits=True)
     decoder = StreamingDecoder if runtime.vae == "full" or not options.decode else type(engine.decoder)
     model = engine.pipeline.model
     times = measure_parts(advance, model.ops, decoder, PROFILED_CHUNKS, engine.device)

@@ -17,6 +17,8 @@ import torch
 
 from bench import gpu_gate
 from bench.gpu_gate import Command, Part, Setting, read_json, read_tests, run_gate
+from rfengine.benchmark.protocols.plan import protocol_names
+from rfengine.benchmark.protocols.table import PROTOCOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE_IMAGE = """
@@ -32,10 +34,10 @@ import contextlib, json, os, runpy, sys
 from pathlib import Path
 from bench import gpu_gate
 os.environ.update(gpu_gate.SMALL_ENVIRONMENT)
-from rfengine.benchmark import agreement, comparison, throughput
+from rfengine.benchmark import agreement, comparison, steady, throughput
 agreement.checked_chunks = lambda pipeline: 1
-comparison.recorded_chunks = throughput.recorded_chunks = lambda cache: 1
-comparison.ROUNDS = throughput.SETTLED_CHUNKS = throughput.PROFILED_CHUNKS = 1
+comparison.recorded_chunks = steady.recorded_chunks = lambda cache: 1
+comparison.ROUNDS = steady.SETTLED_CHUNKS = throughput.PROFILED_CHUNKS = 1
 commands, folder = json.loads(sys.argv[1]), sys.argv[2]
 for place, (first, *rest) in enumerate(commands):
     sys.argv = [first, *rest] if first != "-m" else rest
@@ -209,6 +211,11 @@ def test_commands_for_a_gpu_are_made_before_one_is_there(tmp_path, monkeypatch):
     )
     assert len(made["parity"]) == 8 and sum(bool(command.absence) for command in made["parity"]) == 3
     assert made["bench"][0].arguments[-4:-2] == ("--chunks", "30")
+    protocols = [",".join(gpu_gate.PROTOCOL_COMMANDS[command.name][0]) for command in made["protocols"]]
+    assert protocol_names(tuple(protocols)) and set(",".join(protocols).split(",")) == set(PROTOCOLS)
+    assert all(
+        protocol in command.arguments for protocol, command in zip(protocols, made["protocols"], strict=True)
+    )
 
 
 def test_the_parts_fill_the_minutes_and_leave_cores():
@@ -217,7 +224,8 @@ def test_the_parts_fill_the_minutes_and_leave_cores():
         "device": 10 + 45, "tests": 10 + 50, "parity": 10 + 20, "graphs": 10 + 35, "bench": 10 + 20 + 30 + 60,
     }  # fmt: skip
     seconds = 60 * gpu_gate.MINUTES - gpu_gate.LAST_SECONDS
-    assert sum(part.seconds for part in gpu_gate.PARTS.values()) <= seconds
+    assert sum(gpu_gate.PARTS[name].seconds for name in gpu_gate.GATE_PARTS) <= seconds
+    assert [name for name in gpu_gate.PARTS if name != "protocols"] == gpu_gate.GATE_PARTS
     assert all(gpu_gate.PARTS[name].seconds > needed for name, needed in needs.items())
     assert max(1, (os.cpu_count() or 1) - gpu_gate.CORES_LEFT) >= gpu_gate.WORKERS
 
@@ -279,12 +287,15 @@ def test_other_commands_of_the_self_check_pass_with_what_a_bare_cuda_image_has(t
     """In one process, which imports torch once; where a benchmark takes or checks many chunks, one is
     enough."""
     setting = Setting(True, tmp_path)
-    device, parity, graphs, bench, vae = (
-        gpu_gate.PARTS[name].commands(setting) for name in ("device", "parity", "graphs", "bench", "vae")
+    device, parity, graphs, bench, vae, protocols = (
+        gpu_gate.PARTS[name].commands(setting)
+        for name in ("device", "parity", "graphs", "bench", "vae", "protocols")
     )
     assert [command.name for command in device] == ["doctor", "first start", "native build"]
     assert device[2].absence in ("a self-check builds nothing", "it is built already")
-    commands = [command.arguments[1:] for command in (*device[:2], *parity, *graphs, *bench, *vae)]
+    commands = [
+        command.arguments[1:] for command in (*device[:2], *parity, *graphs, *bench, *vae, *protocols)
+    ]
     run_in_a_bare_image(tmp_path, "-c", ONE_PROCESS, json.dumps(commands), str(tmp_path))
     doctor, start, replay, stream = ((tmp_path / f"{place}.out").read_text() for place in range(4))
     assert json.loads(doctor)["packages"]["torch"] == importlib.metadata.version("torch")
@@ -293,3 +304,10 @@ def test_other_commands_of_the_self_check_pass_with_what_a_bare_cuda_image_has(t
     figures = json.loads(bench[0].json.read_text())
     assert figures["model"] == "tiny" and "comparison" in figures
     assert json.loads(vae[0].json.read_text())["model"] == "tiny"
+    (measured,) = (json.loads(command.json.read_text()) for command in protocols)
+    assert [record["protocol"] for record in measured] == [
+        "full-decoder",
+        "tiny-decoder",
+        "latency",
+        "first-frame",
+    ]

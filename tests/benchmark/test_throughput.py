@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rfengine import cli
-from rfengine.benchmark import agreement, comparison, conditions, throughput
+from rfengine.benchmark import agreement, comparison, conditions, steady, throughput
 from rfengine.benchmark import timing as chunk_times
 from rfengine.benchmark.agreement import WrongEngineError, check_agreement
 from rfengine.benchmark.options import ThroughputOptions
@@ -61,7 +61,7 @@ def small_preset() -> Iterator[None]:
     """Makes the preset with random weights a model of a few milliseconds a chunk; fewer chunks are enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "wan-1.3b", SMALL)
-        patch.setattr(throughput, "SETTLED_CHUNKS", 1)
+        patch.setattr(steady, "SETTLED_CHUNKS", 1)
         patch.setattr(throughput, "PROFILED_CHUNKS", 1)
         yield
 

@@ -40,9 +40,8 @@ OPTIONS = {
     "parity": ["files", "backend", "device", "dtype"],
     "doctor": ["json", "model", "height", "width", "dtype", *LORAS, "renew"],
     "bench": [
-        "model", "system", "height", "width", "chunks", "device", "dtype", "backend", *RUNTIME, "decode",
-        "compare",
-        "threads", "json", "plot",
+        "protocol", "model", "system", "height", "width", "chunks", "device", "dtype", "backend", *RUNTIME,
+        "decode", "compare", "threads", "json", "plot",
     ],
     "calibrate": [
         "directory", "out", "limit", "prompt", "chunks", "height", "width", "device", "dtype",
