@@ -17,6 +17,7 @@ import torch
 
 from bench import gpu_gate
 from bench.gpu_gate import Command, Part, Setting, read_json, read_tests, run_gate
+from bench.kernel_cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 BARE_IMAGE = """
@@ -209,6 +210,9 @@ def test_commands_for_a_gpu_are_made_before_one_is_there(tmp_path, monkeypatch):
     )
     assert len(made["parity"]) == 8 and sum(bool(command.absence) for command in made["parity"]) == 3
     assert made["bench"][0].arguments[-4:-2] == ("--chunks", "30")
+    attention, kernels = (made[name][0].arguments for name in ("attention", "kernels"))
+    assert "sink_window_attention_descriptor" in attention and "rms_norm" in kernels
+    assert {case.name for case in CASES} <= {*attention} ^ {*kernels}
 
 
 def test_the_parts_fill_the_minutes_and_leave_cores():
@@ -259,7 +263,7 @@ def run_in_a_bare_image(folder: Path, *arguments: str) -> None:
 def test_the_self_check_passes_with_what_a_bare_cuda_image_has(tmp_path):
     """A part with pytest and one with JSON in a file. The others are run below."""
     out = tmp_path / "gate.json"
-    parts = ["tests", "kernels"]
+    parts = ["tests", "attention", "kernels"]
     run_in_a_bare_image(
         tmp_path, "bench/gpu_gate.py", "--self-check", "--out", str(out), "--commit", "abc", "--parts", *parts
     )
@@ -271,7 +275,8 @@ def test_the_self_check_passes_with_what_a_bare_cuda_image_has(tmp_path):
     }
     assert {outcome["state"] for outcome in outcomes.values()} == {"done"}
     assert outcomes["test_flow_step"]["results"]["passed"] == 3
-    assert [case["wrong"] for case in outcomes["kernels"]["results"]["cases"]] == [""]
+    for name in ("attention", "kernels"):
+        assert [case["wrong"] for case in outcomes[name]["results"]["cases"]] == [""]
 
 
 @pytest.mark.slow

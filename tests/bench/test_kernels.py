@@ -38,6 +38,33 @@ def test_a_wrong_kernel_has_a_fault(computes: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would check the kernel on the GPU")
+def test_a_kernel_that_raises_is_a_fault_and_the_next_case_is_checked(
+    computes: Callable[[Any], None], tmp_path: Path
+) -> None:
+    def refuse(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(rest) == 2:  # rms_norm
+            raise AssertionError("strides must be 16-byte aligned")
+        return reference.affine_layer_norm(x, *rest)
+
+    computes(refuse)
+    path = tmp_path / "figures.json"
+    assert run(Options(case=("rms_norm", "affine_layer_norm"), check=True, json=path)) == 1
+    found = {each["case"]: each["wrong"] for each in json.loads(path.read_text())["cases"]}
+    assert found == {
+        "rms_norm": "rms_norm: AssertionError: strides must be 16-byte aligned", "affine_layer_norm": ""
+    }  # fmt: skip
+
+
+def test_an_error_that_breaks_the_device_ends_the_run(computes: Callable[[Any], None]) -> None:
+    def fault(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    computes(fault)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fault_of(CASES_BY_NAME["rms_norm"], Shapes(PRESETS["tiny"]), seeded_draw(1, "cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would check the kernel on the GPU")
 def test_a_wrong_case_is_written_and_makes_the_exit_status_1(
     computes: Callable[[Any], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
