@@ -157,7 +157,8 @@ def fault_of(case: KernelCase, shapes: Shapes, draw: Draw) -> str:
     right. Raises what has broken the device, which does nothing more in this process."""
     arguments = case.inputs(shapes.with_layers(min(CHECKED_LAYERS, shapes.layers)), draw)
     try:
-        problem = wrong_result(case.kernel(), case.meaning(), arguments, arguments, case.checked)
+        part = case.checked_part(arguments)
+        problem = wrong_result(case.kernel(), case.meaning(), arguments, part, case.checked)
     # a launcher or a compiler may raise anything, and the other cases can be measured whatever it is
     except Exception as error:  # noqa: BLE001
         if is_lost(torch.device(draw.device), error):
