@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rfengine.kernels.causal_conv3d import check_layout
+from rfengine.kernels.causal_conv3d import KERNELS, check_layout
 from rfengine.kernels.convolution_tile import KILO, Form, choose_channels, choose_form
 from rfengine.kernels.device import count_processors
 from rfengine.kernels.frame_pack import round_to_byte
@@ -156,8 +156,8 @@ def choose_band(
         stages = max(2, min(6, 225 * KILO // ((ROWS + block_w) * block_k * item)))
         strips = triton.cdiv(frames, together) * triton.cdiv(width, block_w)
         for waves in range(1, 5):
-            across = max(1, waves * processors // strips)
-            bands.append(Band(together, triton.cdiv(height, across), block_w, block_k, stages))
+            down = max(1, waves * processors // strips)
+            bands.append(Band(together, triton.cdiv(height, down), block_w, block_k, stages))
 
     def cost(band: Band) -> int:
         waves = triton.cdiv(band.programs(frames, height, width), processors)
@@ -168,10 +168,11 @@ def choose_band(
 
 def _check(x: Tensor, weight: Tensor) -> None:
     check_layout(x, weight)
-    if weight.ndim != 5 or weight.shape[:2] != (3, x.shape[3]) or x.shape[0] < weight.shape[2]:
+    served = weight.ndim == 5 and weight.shape[:2] == (3, x.shape[3]) and tuple(weight.shape[2:]) in KERNELS
+    if not served or x.shape[0] < weight.shape[2]:
         raise ValueError(
             f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; give x [T + kt - 1, H, W, C] and a "
-            "weight [3, C, kt, kh, kw]"
+            f"weight [3, C, kt, kh, kw] of {', '.join('x'.join(map(str, kernel)) for kernel in KERNELS)} taps"
         )
 
 
@@ -223,7 +224,8 @@ def conv_frame_pack(x: Tensor, weight: Tensor, bias: Tensor | None, form: str | 
     """frame_pack of causal_conv3d, whose float32 sum is not rounded in between: uint8 [T, H, W, 3].
 
     x: [T + kt - 1, H, W, C], contiguous channels (ValueError), normed and activated; weight: [3, C, kt, kh,
-    kw]; bias: [3]. form: "descriptor" or "pointer", chosen when None.
+    kw] of the taps that causal_conv3d has (ValueError); bias: [3]. form: "descriptor" or "pointer", chosen
+    when None.
     """
     _check(x, weight)
     return _conv_frame_pack(x, weight, bias, form)

@@ -80,10 +80,13 @@ def test_bytes_of_any_sums_are_at_most_one_apart():
     assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01
 
 
-def test_a_weight_of_other_channels_is_an_error():
+def test_a_weight_of_other_channels_or_taps_is_an_error():
     x, weight, bias = exact_inputs(1, 4, 4, 8, torch.float32)
-    with pytest.raises(ValueError, match=r"weight \[3, C"):
-        kernels.conv_frame_pack(x, weight[:2], bias)
+    for wrong in (weight[:2], weight[..., :2]):
+        with pytest.raises(
+            ValueError, match=r"weight \[3, C, kt, kh, kw\] of 3x3x3, 1x3x3, 3x1x1, 1x1x1 taps"
+        ):
+            kernels.conv_frame_pack(x, wrong, bias)
 
 
 def test_operator_passes_opcheck():
