@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 KILO = 1024
 # kernels that choose by the device
 CHOOSING = (
-    "convolution_tile", "frame_attention", "linear_tile", "sink_window_attention",
+    "conv_frame_pack", "convolution_tile", "frame_attention", "linear_tile", "sink_window_attention",
     "sink_window_attention_descriptor",
 )  # fmt: skip
 

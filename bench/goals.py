@@ -75,7 +75,8 @@ def results_of(record: Record, part: str, command: str) -> Any:
 
 
 def _kernel_goals(record: Record) -> list[Goal]:
-    cases = (results_of(record, "kernels", "kernels") or {"cases": []})["cases"]
+    found = [results_of(record, name, name) or {"cases": []} for name in ("attention", "kernels")]
+    cases = [case for results in found for case in results["cases"]]
     timed = {(row["case"], row["candidate"]): row for one in cases for row in one["rows"] if row["timing"]}
     ms = {key: row["timing"]["median_ms"] for key, row in timed.items()}
     attention = ms.get(("sink_window_attention", "rfengine"))

@@ -4,10 +4,11 @@
 
 A list of commands in parts: facts of the device and a first start, the tests of the kernels and those marked
 gpu, the golden files through every backend, CUDA graphs beside eager launches, throughput with its baseline,
-every kernel and the VAE, and the protocols where they are asked for. Each command is a process group of its
-own that is killed at the limit of its part, so a hang or a crash costs one command; time that a part leaves
-goes to the next. The record is written after every command, and what each printed stays in the folder of the
-same name beside it. Exit status 1: something failed or a goal was missed. Running out of time is no failure.
+the forms of the attention, every other kernel and the VAE, and the protocols where they are asked for. Each
+command is a process group of its own that is killed at the limit of its part, so a hang or a crash costs one
+command; time that a part leaves goes to the next. The record is written after every command, and what each
+printed stays in the folder of the same name beside it. Exit status 1: something failed or a goal was missed.
+Running out of time is no failure.
 
 Needs torch, triton, numpy, safetensors, transformers, tqdm and pytest. Bring as wheels, all pure Python:
 tyro, typeguard, docstring-parser, typing-extensions 4.14 or newer; without hypothesis the tests that draw
@@ -47,6 +48,7 @@ if __name__ == "__main__":  # a checkout that need not be installed
 import torch
 
 from bench.goals import CUT_SHORT, DONE, FAILED, NOT_RUN, VAE_COMMANDS, counts_of, summarise
+from bench.kernel_cases import CASES
 from rfengine.benchmark.conditions import commit, device_name, state, versions
 from rfengine.cli.process import run_process
 from rfengine.files import write_text
@@ -63,6 +65,7 @@ REASON_CHARACTERS = 400
 NO_TIME = "no time was left"
 NO_TESTS = 5  # exit status of pytest for a file whose tests are all left out
 GRAPH_TESTS = "runtime/test_gpu_stream"  # the part "graphs"
+ATTENTION_CASES = [case.name for case in CASES if case.op == "sink_window_attention"]
 SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
 PROTOCOL_CHUNKS = 30  # that a protocol measures of a steady stream
 # which run together, with options of their own; the most wanted first
@@ -215,9 +218,19 @@ def protocol_commands(setting: Setting) -> list[Command]:
     return commands
 
 
+def attention_commands(setting: Setting) -> list[Command]:
+    """Apart from the other kernels, which one of its forms that hangs would otherwise take along."""
+    return [_kernels("attention", setting, ATTENTION_CASES[:1] if setting.small else ATTENTION_CASES)]
+
+
 def kernel_commands(setting: Setting) -> list[Command]:
-    case = ("--check", "--case", "rms_norm") if setting.small else ("--no-compile",)
-    return [measuring("kernels", setting, *python("bench/kernels.py", *case))]
+    others = [case.name for case in CASES if case.name not in ATTENTION_CASES]
+    return [_kernels("kernels", setting, ["rms_norm"] if setting.small else others)]
+
+
+def _kernels(name: str, setting: Setting, cases: Sequence[str]) -> Command:
+    how = "--check" if setting.small else "--no-compile"
+    return measuring(name, setting, *python("bench/kernels.py", how, "--case", *cases))
 
 
 def vae_commands(setting: Setting) -> list[Command]:
@@ -231,11 +244,12 @@ def vae_commands(setting: Setting) -> list[Command]:
 WORKERS = max(1, min(14, (os.cpu_count() or 1) - CORES_LEFT))
 PARTS = {
     "device": Part(60, device_commands, 3),
-    "tests": Part(70, test_commands, WORKERS),
+    "tests": Part(65, test_commands, WORKERS),
     "parity": Part(35, parity_commands, WORKERS),
     "graphs": Part(50, graph_commands),
-    "bench": Part(175, bench_commands),
-    "kernels": Part(40, kernel_commands),
+    "bench": Part(170, bench_commands),
+    "attention": Part(20, attention_commands),
+    "kernels": Part(30, kernel_commands),
     "vae": Part(45, vae_commands),
     "protocols": Part(60, protocol_commands),  # in a self-check; on a GPU it has minutes of its own
 }

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,8 @@ class KernelCase:
 
     op: the name, unless it says otherwise. file: of kernels/, for what is no op of its own (backward passes).
     floor_bytes, floor_flops: what has to be moved and done. results: the tensors to check, from the arguments
-    after the call and what it returned. rivals: other functions of the same arguments.
+    after the call and what it returned. part: the arguments of what the reference computes in the check, all
+    where it is None. rivals: other functions of the same arguments.
     """
 
     name: str
@@ -61,6 +63,7 @@ class KernelCase:
     backend: str = "triton"
     reference: Callable[..., Result] | None = None
     results: Callable[[Arguments, Result], tuple[Tensor, ...]] | None = None
+    part: Callable[[Arguments], Arguments] | None = None
     rivals: dict[str, Callable[..., Tensor]] = field(default_factory=dict)
     is_row: bool = False  # a row kernel over a chunk, which should reach the rate of a copy
     minimum_capability: int = 80  # 89: the first with FP8; 90: with tensor descriptors
@@ -82,8 +85,23 @@ class KernelCase:
             return self.results(arguments, returned)
         return returned if isinstance(returned, tuple) else (returned,)
 
+    def checked_part(self, arguments: Arguments) -> Arguments:
+        return arguments if self.part is None else self.part(arguments)
+
     def __str__(self) -> str:
         return self.name
+
+
+def _last_frame(arguments: Arguments) -> Arguments:
+    """Those of a convolution for its last frame alone: all of them take seconds in float64."""
+    x, weight, *rest = arguments
+    past = weight.shape[2] - 1 if weight.ndim == 5 else 0
+    outs = (item[-1:] if isinstance(item, Tensor) and item.ndim == 4 else item for item in rest)
+    return x[x.shape[0] - 1 - past :], weight, *outs
+
+
+def _of_last_frame(_: Arguments, returned: Tensor) -> tuple[Tensor, ...]:
+    return (returned[-1:],)
 
 
 def _written_chunk(arguments: Arguments, returned: Result) -> tuple[Tensor, ...]:
@@ -150,6 +168,7 @@ def _of_one_frame(case: KernelCase) -> KernelCase:
     )  # fmt: skip
 
 
+_LAST_FRAME: dict[str, Any] = {"part": _last_frame, "results": _of_last_frame}
 _CHUNK_CASES: tuple[KernelCase, ...] = (
     *(
         KernelCase(
@@ -251,23 +270,23 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
     ),
     *(
         KernelCase(f"causal_conv3d_level_{level}", partial(inputs.causal_conv3d, level=level),
-                   conv_bytes(level), conv_flops(level), op="causal_conv3d")
+                   conv_bytes(level), conv_flops(level), op="causal_conv3d", **_LAST_FRAME)
         for level in range(4)
     ),
     KernelCase(
         "causal_conv3d_pointer", lambda s, draw: (*inputs.causal_conv3d(s, draw, 2), None, "pointer"),
         conv_bytes(2), conv_flops(2), op="causal_conv3d",
-        reference=lambda x, weight, bias, *_: reference.causal_conv3d(x, weight, bias),
+        reference=lambda x, weight, bias, *_: reference.causal_conv3d(x, weight, bias), **_LAST_FRAME,
     ),
     KernelCase(
         "causal_conv3d_time", inputs.time_conv, time_conv_bytes, lambda s: 2 * conv_flops(0)(s) // 9,
-        op="causal_conv3d",
+        op="causal_conv3d", **_LAST_FRAME,
     ),
     *(
         KernelCase(
             f"causal_conv3d_fp8_level_{level}", partial(inputs.causal_conv3d_fp8, level=level),
             conv_bytes(level, 1), conv_flops(level), op="causal_conv3d_fp8",
-            reference=_conv_fp8_reference, minimum_capability=89,
+            reference=_conv_fp8_reference, minimum_capability=89, **_LAST_FRAME,
         )
         for level in (1, 2, 3)
     ),
@@ -275,10 +294,13 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
         "frame_attention", inputs.frame_attention,
         lambda s: 4 * HALF * s.vae_levels[0].channels * s.vae_levels[0].pixels, frame_attention_flops,
     ),
-    KernelCase("conv_frame_pack", inputs.conv_frame_pack, pack_bytes, pack_flops, results=_as_numbers),
+    KernelCase(
+        "conv_frame_pack", inputs.conv_frame_pack, pack_bytes, pack_flops, part=_last_frame,
+        results=lambda _, returned: (returned[-1:].float(),),
+    ),
     *(
         KernelCase(f"phase_conv_to_level_{level}", partial(inputs.phase_conv, level=level),
-                   phase_bytes(level), phase_flops(level), op="phase_conv")
+                   phase_bytes(level), phase_flops(level), op="phase_conv", **_LAST_FRAME)
         for level in (1, 2, 3)
     ),
 )  # fmt: skip

@@ -4,7 +4,8 @@
     TRITON_INTERPRET=1 python bench/kernels.py --check --case rms_norm
 
 A case is one call of an op at the engine's own shapes (kernel_cases.py). The JSON file is written again after
-every case, so that a case that hangs loses itself alone. Exit status 1: a kernel is wrong; it is not timed.
+every case, so that a case that hangs loses itself and those behind it. Exit status 1: a kernel is wrong, or
+raises; it is not timed, and the others are.
 --check needs no GPU: Triton's interpreter runs the kernels at the shapes of a video of 32 x 32 pixels.
 """
 
@@ -35,11 +36,13 @@ from rfengine.files import write_text
 from rfengine.ops import native
 from rfengine.presets import PRESETS
 from rfengine.tuning.timing import capture_calls, count_cold_sets
+from rfengine.tuning.trials import is_lost
 
 RUNS, LEAST_RUNS = 60, 3
 LONGEST_S = 0.3  # that the timed runs of one candidate take together
 CHECKED_LAYERS = 2  # an arena of all layers in float64 would not fit beside its copies
 CHECKED_SIDE = 32  # pixels, where Triton's interpreter runs the kernels
+ERROR_CHARACTERS = 120
 ABSENT = "no CUDA device here: nothing is measured"
 OURS = "rfengine"
 
@@ -150,10 +153,22 @@ def seeded_draw(seed: int, device: str = "cuda", dtype: torch.dtype = torch.bflo
 
 
 def fault_of(case: KernelCase, shapes: Shapes, draw: Draw) -> str:
-    """What is wrong with the kernel of a case (beyond_reference_error); empty where it is right."""
+    """What is wrong with the kernel of a case (beyond_reference_error), or what it raises; empty where it is
+    right. Raises what has broken the device, which does nothing more in this process."""
     arguments = case.inputs(shapes.with_layers(min(CHECKED_LAYERS, shapes.layers)), draw)
-    problem = wrong_result(case.kernel(), case.meaning(), arguments, arguments, case.checked)
+    try:
+        part = case.checked_part(arguments)
+        problem = wrong_result(case.kernel(), case.meaning(), arguments, part, case.checked)
+    # a launcher or a compiler may raise anything, and the other cases can be measured whatever it is
+    except Exception as error:  # noqa: BLE001
+        if is_lost(torch.device(draw.device), error):
+            raise
+        problem = _shown(error)
     return problem and f"{case.name}: {problem}"
+
+
+def _shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:ERROR_CHARACTERS]}"
 
 
 def candidates(case: KernelCase, compiles: bool) -> Iterator[tuple[str, Callable[..., object]]]:
@@ -184,7 +199,7 @@ def measure_case(
         except (RuntimeError, ImportError) as error:  # a library that does not serve this shape or this GPU
             if name == OURS:
                 raise
-            yield Row(case.name, name, error=f"{type(error).__name__}: {str(error)[:120]}")
+            yield Row(case.name, name, error=_shown(error))
         else:
             yield _row(case, name, timing, shapes, ceilings)
         torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.layouts import wan_vae_from_diffusers
 from rfengine.config import Backend, EngineConfig, RuntimeConfig
+from rfengine.cuda_graph import recording
 from rfengine.grid import LatentGrid
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
 from rfengine.models.streaming_decoder import StreamingDecoder
@@ -155,7 +156,7 @@ def _graphed(decoder: StreamingDecoder, setting: Setting) -> Callable[[bool], De
             if not held:
                 held["latents"] = latents.clone()
                 held["graph"] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(held["graph"]):
+                with recording(held["graph"], torch.cuda.Stream()):
                     held["frames"] = decoder.run(held["latents"], state, packed=packs)
             held["latents"].copy_(latents)
             held["graph"].replay()

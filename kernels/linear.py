@@ -13,8 +13,15 @@ so that a group's part of y and W stays in L2.
                made on the host and travel with the launch: nothing is set up in the kernel
   pointer      everywhere else: masked loads
 
+In the descriptor form, where the count of waves says so (count_whole_tiles), the tiles of the last,
+incomplete wave are cut along K: each multiprocessor sums an equal share of their steps, which lie in two
+tiles at most, into float32 parts, and a second kernel adds up the parts of a tile, in the order of K, before
+its epilogue. Without atomics: a run repeats bit for bit.
+
 Bound: tensor cores, 2 M N K FLOPs; y is read N / 256 times and W M / 128 times, mostly from L2. The residual
 and the gate add 2 bytes (x) an element of the output, which is the pass over x that the norm after it saves.
+Parts are written and read once, mostly in L2: 29 MB each way for N = 1536, K = 8960 and 4680 rows, whose 222
+tiles then take 1.68 waves of 132 in place of 2 (computed; unmeasured).
 
 Backward: dy = g W, dW = g^T y, db = sum of g as plain matrix products, after g has gone back through GELU or
 gate with acc formed again. Training runs the reference unless this backend is asked for by name.
@@ -32,10 +39,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rfengine.kernels.device import contiguous_rows, fits_descriptor
-from rfengine.kernels.linear_tile import choose_tile, describe_device
+from rfengine.kernels.linear_tile import Tile, choose_tile, count_whole_tiles, describe_device
 
 # M rows (B batch * T tokens), N outputs, K inputs of a layer; F latent frames. A tile of the output has
-# BLOCK_M rows and BLOCK_N + TAIL columns: 128 + 64 make the 192 that no power of two gives
+# BLOCK_M rows and BLOCK_N + TAIL columns: 128 + 64 make the 192 that no power of two gives. A step of a tile
+# has BLOCK_K of its inputs; a share has the steps of one multiprocessor; a part is its sum of one tile
 
 GELU_SCALE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 
@@ -98,6 +106,17 @@ def _finish(
         tl.store(target, value.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _place_of_tile(tile, rows, columns, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+    """(row, column) of a tile's first element; GROUP tiles of rows run together."""
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    column_tiles = tl.cdiv(columns, WIDTH)
+    group = tile // (GROUP * column_tiles)
+    group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
+    within = tile % (GROUP * column_tiles)
+    return (group * GROUP + within % group_rows) * BLOCK_M, within // group_rows * WIDTH
+
+
 @triton.jit(do_not_specialize=["rows", "tokens", "frame_tokens"])
 def _linear_kernel(
     y, weight, tail_weight, bias, out, residual, gate,
@@ -107,13 +126,7 @@ def _linear_kernel(
     GROUP: tl.constexpr, TMA: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, ONE_GATE: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(rows, BLOCK_M)
-    column_tiles = tl.cdiv(columns, BLOCK_N + TAIL)
-    group = tl.program_id(0) // (GROUP * column_tiles)
-    group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * column_tiles)
-    row = (group * GROUP + within % group_rows) * BLOCK_M
-    column = within // group_rows * (BLOCK_N + TAIL)
+    row, column = _place_of_tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N + TAIL, GROUP)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TAIL:
         tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
@@ -133,6 +146,67 @@ def _linear_kernel(
             tail, bias, out, residual, gate, row, column + BLOCK_N, rows, columns, tokens, frame_tokens,
             residual_b, residual_t, gate_b, gate_f, GELU, RESIDUAL, GATE, ONE_GATE,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "frame_tokens", "tiles", "whole", "shares"])
+def _cut_linear_kernel(
+    y, weight, bias, out, residual, gate, parts,
+    residual_b, residual_t, gate_b, gate_f,
+    rows, columns, tokens, frame_tokens, tiles, whole, shares,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    GELU: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, ONE_GATE: tl.constexpr,
+):  # fmt: skip
+    """A program for each of the first `whole` tiles, then one for each share of the others' steps."""
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    program = tl.program_id(0)
+    share = program - whole
+    cut_steps = (tiles - whole) * STEPS
+    first = tl.where(share < 0, program * STEPS, whole * STEPS + share * cut_steps // shares)
+    stop = tl.where(share < 0, (program + 1) * STEPS, whole * STEPS + (share + 1) * cut_steps // shares)
+    for tile in range(first // STEPS, tl.cdiv(stop, STEPS)):
+        row, column = _place_of_tile(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+        start = tl.maximum(first - tile * STEPS, 0) * BLOCK_K
+        end = tl.minimum(stop - tile * STEPS, STEPS) * BLOCK_K
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for k in range(start, end, BLOCK_K):
+            acc = tl.dot(y.load([row, k]), weight.load([column, k]).T, acc, input_precision="ieee")
+        if share < 0:
+            _finish(
+                acc, bias, out, residual, gate, row, column, rows, columns, tokens, frame_tokens,
+                residual_b, residual_t, gate_b, gate_f, GELU, RESIDUAL, GATE, ONE_GATE,
+            )  # fmt: skip
+        else:
+            part = 2 * share + tile - first // STEPS
+            at = (part * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64) * BLOCK_N
+            tl.store(parts + at[:, None] + tl.arange(0, BLOCK_N)[None, :], acc)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "frame_tokens", "whole", "shares"])
+def _add_linear_parts_kernel(
+    bias, out, residual, gate, parts,
+    residual_b, residual_t, gate_b, gate_f,
+    rows, columns, tokens, frame_tokens, whole, shares,
+    STEPS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    GELU: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, ONE_GATE: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one cut tile: the sum of its parts, then the epilogue."""
+    cut = tl.program_id(1)
+    cut_steps = tl.num_programs(1) * STEPS
+    row, column = _place_of_tile(whole + cut, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    within = tl.program_id(0) * ROWS
+    # share s begins at step s * cut_steps // shares: these hold the first step of the tile and the last
+    first = ((cut * STEPS + 1) * shares - 1) // cut_steps
+    last = ((cut + 1) * STEPS * shares - 1) // cut_steps
+    acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for share in range(first, last + 1):
+        part = 2 * share + cut - share * cut_steps // shares // STEPS
+        at = (part * BLOCK_M + within + tl.arange(0, ROWS)).to(tl.int64) * BLOCK_N
+        acc += tl.load(parts + at[:, None] + tl.arange(0, BLOCK_N)[None, :])
+    _finish(
+        acc, bias, out, residual, gate, row + within, column, rows, columns, tokens, frame_tokens,
+        residual_b, residual_t, gate_b, gate_f, GELU, RESIDUAL, GATE, ONE_GATE,
+    )  # fmt: skip
 
 
 def _check(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor | None, gate: Tensor | None) -> None:
@@ -174,17 +248,47 @@ def _multiply(
         frame_tokens = tokens // gate.shape[1]
         gate_strides = [0 if gate.shape[axis] == 1 else gate.stride(axis) for axis in (0, 1)]
     residual_strides = (0, 0) if x is None else x.stride()[:2]
+    tensors = (bias, out, out if x is None else x, bias if gate is None else gate)
+    numbers = (*residual_strides, *gate_strides, rows, columns, tokens, frame_tokens)
+    options = {
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "GROUP": 8, "GELU": gelu, "RESIDUAL": x is not None,
+        "GATE": gate is not None, "ONE_GATE": gate is not None and not any(gate_strides),
+    }  # fmt: skip
     tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns + tile.tail)
+    whole = count_whole_tiles(tile, tiles, inputs, device) if tma else tiles
+    if whole < tiles:
+        _multiply_cut(tile, sources[:2], tensors, numbers, options, tiles, whole, device.processors)
+        return out
     _linear_kernel[(tiles,)](
-        *sources, bias, out, out if x is None else x, bias if gate is None else gate,
-        left.stride(0), weight.stride(0), *residual_strides, *gate_strides,
-        rows, columns, tokens, frame_tokens,
-        K=inputs, BLOCK_M=tile.rows, BLOCK_N=tile.columns, TAIL=tile.tail, BLOCK_K=tile.depth,
-        GROUP=8, TMA=tma, GELU=gelu, RESIDUAL=x is not None, GATE=gate is not None,
-        ONE_GATE=gate is not None and not any(gate_strides),
+        *sources, *tensors, left.stride(0), weight.stride(0), *numbers,
+        K=inputs, TAIL=tile.tail, BLOCK_K=tile.depth, TMA=tma, **options,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def _multiply_cut(
+    tile: Tile,
+    sources: tuple[TensorDescriptor, TensorDescriptor],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+    options: dict[str, int | bool],
+    tiles: int,
+    whole: int,
+    shares: int,
+) -> None:
+    """_multiply where only the first `whole` tiles have a program each and the others are cut into shares."""
+    inputs = sources[0].shape[1]
+    parts = tensors[0].new_empty((2 * shares, tile.rows, tile.columns), dtype=torch.float32)
+    _cut_linear_kernel[(whole + shares,)](
+        *sources, *tensors, parts, *numbers, tiles, whole, shares, K=inputs, BLOCK_K=tile.depth, **options,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    part_rows = 16
+    _add_linear_parts_kernel[(tile.rows // part_rows, tiles - whole)](
+        *tensors, parts, *numbers, whole, shares,
+        STEPS=triton.cdiv(inputs, tile.depth), ROWS=part_rows, **options, num_warps=4,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("rfengine::linear", mutates_args=())

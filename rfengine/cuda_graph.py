@@ -41,10 +41,12 @@ def recording(
 ) -> Iterator[None]:
     """Record the block on `stream` into `graph`.
 
-    After a failure the stream is the caller's again and a small graph is recorded before the error is raised:
-    a capture that does not end well leaves torch's default generator of the device in its state of capturing,
-    where every later draw raises, and the next capture that ends well puts it back.
+    After a failure the stream is the caller's again. What torch leaves open after a capture that does not end
+    well is closed before the error is raised: its allocator, which would give back no memory that another
+    stream has used, and its default generator of the device, which the next capture that ends well puts back
+    and where every draw before it would raise.
     """
+    pool = pool or graph_pool()
     try:
         with (
             torch.cuda.stream(stream),  # puts the stream back where ending a failed capture raises
@@ -53,8 +55,16 @@ def recording(
             yield
     except BaseException:
         with suppress(RuntimeError):  # of a lost device: the first error says more
+            _close_pool(pool, stream.device)
             _record_an_addition(stream)
         raise
+
+
+def _close_pool(pool: GraphPool, device: torch.device) -> None:
+    """End the recording to `pool` where the end of the capture has raised before it did."""
+    with suppress(RuntimeError):  # it is closed
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 def _record_an_addition(stream: torch.cuda.Stream) -> None:

@@ -11,7 +11,7 @@ from rfengine.cuda_graph import WARM_UP_CALLS, CapturedCall, graph_pool
 
 
 class FakeStream:
-    def __init__(self, events: list, name: str, device: str = "device") -> None:
+    def __init__(self, events: list, name: str, device: object = "device") -> None:
         self.events, self.name, self.device = events, name, device
 
     def wait_stream(self, other: "FakeStream") -> None:
@@ -87,7 +87,7 @@ def test_a_new_function_is_warmed_up_put_back_and_recorded(events):
 
 def test_a_function_that_has_run_before_is_recorded_at_once(events):
     CapturedCall(lambda: events.append("run"), None, torch.device("cuda"))
-    assert events == ["record on side 0 of device, pool None, thread_local", "run", "recorded"]
+    assert events == ["record on side 0 of device, pool (0, 7), thread_local", "run", "recorded"]
 
 
 def test_graphs_of_one_stream_are_recorded_on_one_stream(events):
@@ -123,9 +123,34 @@ def test_after_a_failed_recording_a_small_graph_is_recorded_and_the_error_is_the
 
     own = FakeStream(events, "own", "cpu")
     with torch.cuda.stream(own), pytest.raises(error, match="no such thing"):
-        CapturedCall(fail, None, torch.device("cuda"), (0, 7))
+        CapturedCall(fail, None, torch.device("cuda"), (0, 5))
     healing = ["record on own, pool None, thread_local", "recorded"]
-    assert events == ["record on own, pool (0, 7), thread_local", "run", *([] if healing_fails else healing)]
+    assert events == ["record on own, pool (0, 5), thread_local", "run", *([] if healing_fails else healing)]
+
+
+@pytest.mark.parametrize("given", [None, (0, 5)])
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_after_a_failed_recording_the_allocator_records_to_its_pool_no_more(
+    events, monkeypatch, given, is_closed
+):
+    """torch's allocator keeps what another stream has used until no capture is under way."""
+
+    def end(index: int, pool: tuple[int, int]) -> None:
+        events.append(f"end of pool {pool} on {index}")
+        if is_closed:
+            raise RuntimeError("not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *pool: events.append("release"), raising=False)
+    monkeypatch.setattr(cuda_graph, "_record_an_addition", lambda stream: events.append("heal"))
+    own = FakeStream(events, "own", torch.device("cuda", 1))
+    with torch.cuda.stream(own), pytest.raises(ZeroDivisionError):
+        CapturedCall(lambda: 1 / 0, None, torch.device("cuda"), given)
+    pool = given or (0, 7)
+    assert events == [
+        f"record on own, pool {pool}, thread_local", f"end of pool {pool} on 1",
+        *([] if is_closed else ["release"]), "heal",
+    ]  # fmt: skip
 
 
 def test_a_pool_is_a_new_handle(events):
@@ -171,3 +196,20 @@ def test_a_function_that_reads_on_the_host_is_refused_and_the_stream_goes_on():
     assert torch.cuda.current_stream() == current
     assert (x + 1).tolist() == [2] * 4
     assert torch.randn(4, device="cuda").isfinite().all()  # the default generator is no longer recorded
+
+
+@pytest.mark.gpu
+def test_after_a_failed_recording_memory_that_another_stream_has_used_is_given_back():
+    device, other = torch.device("cuda", torch.cuda.current_device()), torch.cuda.Stream()
+    with pytest.raises(RuntimeError):
+        CapturedCall(lambda: torch.ones(4, device=device).sum().item(), None, device)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    for _ in range(3):
+        used = torch.empty(2**22, device=device)
+        used.record_stream(other)
+        del used
+        torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # looks which events have passed
+    assert torch.cuda.memory_allocated(device) <= before

@@ -57,7 +57,7 @@ BENCH = {
 def test_attention_is_compared_with_the_faster_of_its_rivals(own, met):
     case = "sink_window_attention"
     rivals = [(case, "SDPA cuDNN", 1.5), (case, "FlashAttention-3", 1.0), (case, "SDPA efficient", 0.1)]
-    found = goal("attention", kernels=kernels(*rivals, *([] if own is None else [(case, "rfengine", own)])))
+    found = goal("attention", attention=kernels(*rivals, *([] if own is None else [(case, "rfengine", own)])))
     assert found.met is met and found.note == "FlashAttention-3"
 
 

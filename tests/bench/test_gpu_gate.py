@@ -17,6 +17,7 @@ import torch
 
 from bench import gpu_gate
 from bench.gpu_gate import Command, Part, Setting, read_json, read_tests, run_gate
+from bench.kernel_cases import CASES
 from rfengine.benchmark.protocols.plan import protocol_names
 from rfengine.benchmark.protocols.table import PROTOCOLS
 
@@ -216,6 +217,9 @@ def test_commands_for_a_gpu_are_made_before_one_is_there(tmp_path, monkeypatch):
     assert all(
         protocol in command.arguments for protocol, command in zip(protocols, made["protocols"], strict=True)
     )
+    attention, kernels = (made[name][0].arguments for name in ("attention", "kernels"))
+    assert "sink_window_attention_descriptor" in attention and "rms_norm" in kernels
+    assert {case.name for case in CASES} <= {*attention} ^ {*kernels}
 
 
 def test_the_parts_fill_the_minutes_and_leave_cores():
@@ -267,7 +271,7 @@ def run_in_a_bare_image(folder: Path, *arguments: str) -> None:
 def test_the_self_check_passes_with_what_a_bare_cuda_image_has(tmp_path):
     """A part with pytest and one with JSON in a file. The others are run below."""
     out = tmp_path / "gate.json"
-    parts = ["tests", "kernels"]
+    parts = ["tests", "attention", "kernels"]
     run_in_a_bare_image(
         tmp_path, "bench/gpu_gate.py", "--self-check", "--out", str(out), "--commit", "abc", "--parts", *parts
     )
@@ -279,7 +283,8 @@ def test_the_self_check_passes_with_what_a_bare_cuda_image_has(tmp_path):
     }
     assert {outcome["state"] for outcome in outcomes.values()} == {"done"}
     assert outcomes["test_flow_step"]["results"]["passed"] == 3
-    assert [case["wrong"] for case in outcomes["kernels"]["results"]["cases"]] == [""]
+    for name in ("attention", "kernels"):
+        assert [case["wrong"] for case in outcomes[name]["results"]["cases"]] == [""]
 
 
 @pytest.mark.slow

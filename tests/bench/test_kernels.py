@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from bench import kernels
 from bench.kernel_cases import CASES_BY_NAME, KernelCase
-from bench.kernels import ABSENT, Options, fault_of, run, seeded_draw
+from bench.kernels import ABSENT, CHECKED_SIDE, Options, fault_of, run, seeded_draw
 from rfengine.costs.shapes import Shapes
 from rfengine.ops import reference
 from rfengine.presets import PRESETS
@@ -38,6 +39,33 @@ def test_a_wrong_kernel_has_a_fault(computes: Callable[[Any], None]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would check the kernel on the GPU")
+def test_a_kernel_that_raises_is_a_fault_and_the_next_case_is_checked(
+    computes: Callable[[Any], None], tmp_path: Path
+) -> None:
+    def refuse(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(rest) == 2:  # rms_norm
+            raise AssertionError("strides must be 16-byte aligned")
+        return reference.affine_layer_norm(x, *rest)
+
+    computes(refuse)
+    path = tmp_path / "figures.json"
+    assert run(Options(case=("rms_norm", "affine_layer_norm"), check=True, json=path)) == 1
+    found = {each["case"]: each["wrong"] for each in json.loads(path.read_text())["cases"]}
+    assert found == {
+        "rms_norm": "rms_norm: AssertionError: strides must be 16-byte aligned", "affine_layer_norm": ""
+    }  # fmt: skip
+
+
+def test_an_error_that_breaks_the_device_ends_the_run(computes: Callable[[Any], None]) -> None:
+    def fault(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    computes(fault)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fault_of(CASES_BY_NAME["rms_norm"], Shapes(PRESETS["tiny"]), seeded_draw(1, "cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would check the kernel on the GPU")
 def test_a_wrong_case_is_written_and_makes_the_exit_status_1(
     computes: Callable[[Any], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -50,6 +78,27 @@ def test_a_wrong_case_is_written_and_makes_the_exit_status_1(
     assert "wrong: rms_norm: result 0" in capsys.readouterr().out
     computes(reference.rms_norm)
     assert run(Options(case=("rms_norm",), check=True)) == 0
+
+
+CONVOLUTIONS = [name for name in CASES_BY_NAME if "conv" in name and "pointer" not in name]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_is_checked_on_its_last_frame(computes: Callable[[Any], None], name: str) -> None:
+    """The reference of that frame is the frame of the whole result; and a wrong last frame is a fault."""
+    case, shapes = (
+        CASES_BY_NAME[name],
+        Shapes(replace(PRESETS["tiny"], height=CHECKED_SIDE, width=CHECKED_SIDE)),
+    )
+
+    def wrong(*arguments: Any) -> torch.Tensor:
+        result = case.meaning()(*arguments).clone()
+        result[-1] = result[-1] // 2 if result.dtype == torch.uint8 else result[-1] * 1.05
+        return result
+
+    for stand_in, is_right in ((case.meaning(), True), (wrong, False)):
+        computes(stand_in)
+        assert (fault_of(case, shapes, seeded_draw(1, "cpu", torch.float32)) == "") is is_right
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would time the kernel")

@@ -243,6 +243,20 @@ def test_without_a_vae_only_latents_are_measured() -> None:
     assert figures["vae_tier"] is None and "VAE none; weights" in render(figures)
 
 
+def test_the_comparison_is_there_before_the_parts_which_no_goal_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def cut_short(*_: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(throughput, "compare", lambda *_: {"end_to_end": {}})
+    monkeypatch.setattr(throughput, "_time_parts", cut_short)
+    made: list[set[str]] = []
+    with pytest.raises(TimeoutError):
+        made.extend(set(figures) for figures in throughput.stages(replace(SMALLEST, compare="baseline")))
+    assert "comparison" not in made[0] and "comparison" in made[-1] and "parts" not in made[-1]
+
+
 def test_the_quality_of_the_frames_is_named(figures: dict[str, Any]) -> None:
     assert "VAE full in float32 (lossless); weights" in render(figures)
     options = replace(SMALLEST, runtime=RuntimeConfig(vae="tiny"), chunks=1)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rfengine.accuracy import relative_error
 from rfengine.config import WanConfig
 from rfengine.kernels import linear as kernels
-from rfengine.kernels.linear_tile import TILES, Device, choose_tile, tile_fill
+from rfengine.kernels.linear_tile import TILES, Device, choose_tile, count_whole_tiles, tile_fill
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.ops import choose_ops, reference
 from support.models import noise_of, small_model, text_states
@@ -74,6 +74,47 @@ def test_every_tile_agrees_by_pointers_and_by_descriptors(name, tile, monkeypatc
         if device is not None:
             monkeypatch.setattr(kernels, "describe_device", lambda _, device=device: device)
         assert_matches(name, case)
+
+
+@pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="needs tensor descriptors"
+)
+@pytest.mark.parametrize(
+    ("name", "processors", "inner"),
+    [
+        ("linear", 5, 328),  # 9 tiles of 6 steps: the last 4 in 5 shares, most of them of two tiles
+        ("linear_gelu", 4, 328),  # the last alone in 4
+        ("gated_linear", 16, 328),  # all in 16: a tile has up to three parts
+        ("gated_linear", 7, 40),  # 2 tiles of one step in 7 shares, most of them empty
+        ("linear", 16, 200),
+    ],
+)
+def test_tiles_cut_along_the_inputs_agree_with_the_reference(name, processors, inner, monkeypatch):
+    monkeypatch.setattr(kernels, "describe_device", lambda _: Device(processors, 227 * 1024, (9, 0)))
+    monkeypatch.setattr(kernels, "choose_tile", lambda *_: TILES[-1])
+    monkeypatch.setattr(kernels, "count_whole_tiles", lambda tile, tiles, *_: tiles - tiles % processors)
+    monkeypatch.setattr(kernels, "_linear_kernel", None)  # it has no part in this
+    case = inputs(name, (1, 150), inner, 136, torch.float16, (1, 3))
+    assert_matches(name, case)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inner", "device", "whole"),
+    [
+        (4680, 1536, 8960, HOPPER, 132),  # 222 tiles: by hand, 45,600 cycles saved for 17,800
+        (4680, 1536, 1536, HOPPER, 222),  # 7,800 for 17,800
+        (4680, 8960, 1536, HOPPER, 1295),  # 9.8 waves
+        (4680, 5120, 13824, HOPPER, 660),  # 740 tiles of 14B
+        (4680, 4608, 99999, HOPPER, 888),  # tiles with a tail
+        (4680, 1536, 8960, Device(114, 227 * 1024, (9, 0)), 222),  # 108 of 114 in the last wave
+        (4680, 1536, 8960, Device(111, 227 * 1024, (9, 0)), 222),  # two whole waves
+        (4680, 1536, 8960, Device(132, 227 * 1024, (10, 0)), 222),  # another rate
+    ],
+)
+def test_the_last_wave_is_cut_where_that_saves_twice_its_cost(rows, outputs, inner, device, whole):
+    tile = choose_tile(rows, outputs, torch.bfloat16, device)
+    tiles = -(-rows // tile.rows) * -(-outputs // (tile.columns + tile.tail))
+    assert count_whole_tiles(tile, tiles, inner, device) == whole
 
 
 def test_rows_of_one_latent_frame_agree_with_the_reference(hopper):

@@ -33,6 +33,7 @@ def test_after_a_failed_recording_a_small_graph_is_recorded(monkeypatch: pytest.
     replaced = {
         "Stream": lambda: own, "stream": on_stream, "current_stream": lambda: own,
         "synchronize": lambda: None, "CUDAGraph": object, "graph": recording,
+        "graph_pool_handle": lambda: (0, 1),
     }  # fmt: skip
     for name, fake in replaced.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -66,6 +67,7 @@ def test_calls_are_recorded_on_a_stream_of_the_current_device(monkeypatch: pytes
     replaced = {
         "Stream": new_stream, "stream": on_stream, "current_stream": lambda: new_stream(),
         "synchronize": lambda: None, "CUDAGraph": object, "graph": recording,
+        "graph_pool_handle": lambda: (0, 1),
     }  # fmt: skip
     for name, fake in replaced.items():
         monkeypatch.setattr(torch.cuda, name, fake)
