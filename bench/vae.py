@@ -56,9 +56,10 @@ from rfengine.grid import LatentGrid
 from rfengine.limits import Range, check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import Upsample
+from rfengine.ops.backends import FP8_CAPABILITY
 from rfengine.presets import PRESETS
 from rfengine.runtime.decoder_precision import drawn_clip
-from rfengine.runtime.decoders import FP8_CAPABILITY, FP8_TIER
+from rfengine.runtime.decoders import FP8_TIER
 
 CHECKED_CHUNKS = 3
 WARM_UP_CHUNKS = 3  # the first of a video, one like all others, one that is recorded

@@ -156,7 +156,7 @@ def _latents_agreement(
     with truth_precision(dtype):
         truth = reference_latents(*given, twice(dtype))
     in_fp8 = pipeline.config.runtime.multiplies_fp8
-    reference = reference_latents(*given, dtype, in_fp8)
+    reference = reference_latents(*given, dtype, in_fp8=in_fp8)
     own = max(relative_error(ours, true.cpu()) for ours, true in zip(reference, truth, strict=True))
     error = max(relative_error(ours, true.cpu()) for ours, true in zip(found, truth, strict=True))
     judged = _judged("latents", len(found), error, own, "causal", dtype)

@@ -48,7 +48,7 @@ FIGURES = {
 }
 ON_H100 = {
     "preset": "wan-1.3b", "height": 480, "width": 832, "denoising_steps": 4, "dtype": "bfloat16",
-    "runtime": {}, "device": "NVIDIA H100 80GB HBM3",
+    "runtime": {"precision": "default"}, "device": "NVIDIA H100 80GB HBM3",
 }  # fmt: skip
 
 
@@ -257,7 +257,7 @@ def test_chunks_without_their_context_pass_have_four_passes_and_are_compared_as_
     engine = Setting(replace(SMALLEST, system="self-forcing", decode=False), context_pass=False).load()
     passes = []
     right = engine.pipeline.model.forward_chunk
-    engine.pipeline.model.forward_chunk = lambda *given: passes.append(1) or right(*given)
+    engine.pipeline.model.forward_chunk = lambda *given, **named: passes.append(1) or right(*given, **named)
     stream = engine.stream()
     stream.advance(decode=False)
     assert len(passes) == 4

@@ -209,9 +209,9 @@ def test_engine_agrees_with_a_truth_that_for_sixteen_bits_alone_is_multiplied_in
     def note(name: str) -> None:
         right = getattr(agreement, name)
 
-        def noted(*given: Any) -> Any:
+        def noted(*given: Any, **named: Any) -> Any:
             seen[name, given[-1]] = flags()
-            return right(*given)
+            return right(*given, **named)
 
         monkeypatch.setattr(agreement, name, noted)
 

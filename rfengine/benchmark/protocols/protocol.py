@@ -13,7 +13,7 @@ import torch
 from rfengine.benchmark.measured_engine import MeasuredEngine
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.checkpoint.systems import SystemName
-from rfengine.config import DecoderKind
+from rfengine.runtime_config import DecoderKind
 
 Figures = dict[str, Any]  # by name, with the unit at its end
 UNSTATED = "what is inside of its time"  # for a rival that does not say it
@@ -47,7 +47,7 @@ class Rival:
             "size": (setting["height"], setting["width"]) != (self.height, self.width),
             "number of steps": setting["denoising_steps"] != self.steps,
             "precision": setting["dtype"] not in ("bfloat16", "float16")
-            or setting["runtime"].get("precision", "bf16") != "bf16",
+            or setting["runtime"]["precision"] not in ("default", "bf16"),
             "machine": self.gpu not in setting["device"].split(),
         }
         found = [name for name, is_so in differs.items() if is_so]

@@ -81,7 +81,7 @@ def _model(record: dict[str, Any]) -> str:
     if record["vae_tier"]:
         decoder = f", {record['vae']} decoder in {record['vae_dtype']} ({record['vae_tier']})"
     system = f", system {record['system']}" if record["system"] else ""
-    precision = f" ({each})" if (each := record["runtime"].get("precision")) else ""
+    precision = f" ({each})" if (each := record["runtime"]["precision"]) != "default" else ""
     return (
         f"{record['model']} at {record['width']} x {record['height']}{system}, {record['denoising_steps']} "
         f"steps, window {record['window_frames']}, {record['dtype']}{precision}{decoder}; weights: "
