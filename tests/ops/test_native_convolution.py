@@ -1,8 +1,8 @@
 """The native convolution against the reference: its source on an emulated multiprocessor, and the
 fatbin where there is a GPU that it is made for.
 
-The emulation of support/emulated_hopper.hpp has to notice what would be wrong on the device, so the last tests
-break the machine, piece by piece.
+The emulation of support/emulated_hopper.hpp has to notice what would be wrong on the device, so the last
+tests break the machine, piece by piece.
 """
 
 from __future__ import annotations
