@@ -119,6 +119,24 @@ def most_register(lines: list[str]) -> int:
     return max(int(number) for line in lines for number in re.findall(r"\bR(\d+)\b", line))
 
 
+def test_the_report_has_every_kernel(build: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    from bench import native_report
+
+    assert native_report.run(native_report.Options(fatbin=build[0])) == 0
+    assert re.match(r"sm_90a, nvcc \d+\.\d+\ncase: kernel ", capsys.readouterr().out)
+    kernels = {kernel["kernel"]: kernel for kernel in native_report.describe_fatbin(build[0])}
+    assert kernels.keys() == EVICTIONS | CONVOLUTIONS
+    for name, kernel in kernels.items():
+        assert kernel["spills"] == 0 and kernel["blocks"] == (3 if name in EVICTIONS else 1), name
+        assert kernel["products"] == ((0, 0) if name in EVICTIONS else (24, 0)), name
+        # a slab and the three taps that are multiplied by it; the compiler repeats both
+        assert kernel["tensor_copies"] == 0 if name in EVICTIONS else kernel["tensor_copies"] >= 4, name
+        assert kernel["shared_bytes"] <= 227 * 1024 and bool(kernel["shared_bytes"]) == (name in CONVOLUTIONS)
+    with pytest.raises(RuntimeError, match="there is no absent.fatbin; cmake -S . -B build"):
+        native_report.run(native_report.Options(fatbin=Path("absent.fatbin")))
+
+
 def test_other_gpus_have_what_is_made_for_all(build: tuple[Path, str]) -> None:
     assert set(codes_of(build[0], "sm_80")) == EVICTIONS
 
