@@ -1,5 +1,5 @@
-// Entry points causal_conv3d_96_f16, _96_bf16, _192_f16 and _192_bf16, in the machine code of sm_90a alone: where another
-// GPU loads the fatbin, they are not there. Grid: as many blocks as stay on the GPU at once, or tiles if they are fewer.
+// Entry points causal_conv3d_96_f16, _96_bf16, _192_f16 and _192_bf16, in the machine code of sm_90a alone: another GPU
+// that loads the fatbin does not find them. Grid: one block for each multiprocessor, or for each tile if they are fewer.
 #include "causal_conv3d.cuh"
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -1,32 +1,35 @@
-// A 3x3x3 convolution of channels-last frames, without padding in time, as a product of matrices without im2col, for Hopper:
+// A 3x3x3 convolution of channels-last frames, without padding in time, as a product of matrices without im2col:
 //
 //   out[t, h, w, n] = bias[n] + sum of W[n, i, j, k, c] * x[t + i, h + j - 1, w + k - 1, c] over i, j, k, c
 //
-// Pixels are the rows of the product, since 64 x N instructions take N in multiples of 8: 96 or 192 channels out are its
-// columns, and nothing is padded. A block is 2 frames of HEIGHT x 16 pixels, a frame to each of the two warp groups that
-// multiply; a third warp group has one thread, which copies. Blocks stay and go through all tiles, so that the copies of
-// the next tile run beside the end of the last. Sums are float32 in registers, bias is added to them, one rounding.
+// Pixels are the rows of the product: instructions of 64 x N take N in multiples of 8, so that 96 or 192 channels out
+// are its columns and nothing is padded. A block computes tiles of 2 frames of HEIGHT x 16 pixels; two of its warp
+// groups multiply, a frame each, and of a third one thread copies. Blocks stay and go through all tiles, so that the
+// copies for the next tile run beside the end of the last. Sums are float32 in registers, the bias is added to them,
+// and they are rounded once.
 //
-// Shared memory is two rings. A slab is frame t + i of x for one chunk of channels and one k: (HEIGHT + 2) x 16 pixels,
-// zeros where they lie outside the frame. It serves the three j, which are 16 pixels apart in it, so that a product starts at a
-// whole swizzle pattern, and both frames of out. A tap is the weights of one (i, j, k) and chunk.
+// Shared memory is two rings. A slab is a frame of x for one chunk of channels and one k: (HEIGHT + 2) x 16 pixels,
+// zeros where they lie outside the frame. It serves both frames of out and the three j, which are 16 pixels apart in
+// it, so that every product starts at a whole swizzle pattern. A tap is the weights of one (i, j, k) and chunk.
 //
-// Bound: tensor cores, 64 x N x 16 in N / 2 cycles. By count (unmeasured), at full rate, in bytes a cycle:
+// Bound: tensor cores, N / 2 cycles for 64 x N x 16. At that rate a block asks for, in bytes a cycle (by count,
+// unmeasured; shared memory has 128):
 //
-//   channels out  pixels of a block  from L2: x + weights  shared memory: read by products + written
-//   96            2 x 16 x 16        10.7 + 8              107 + 19 of 128
-//   192           2 x 8 x 16          5.9 + 16              85 + 22 of 128
+//   channels out  pixels of a tile   from L2: x + weights  shared memory: read by products + written
+//   96            2 x 16 x 16        10.7 + 8              107 + 19
+//   192           2 x 8 x 16         5.9 + 16              85 + 22
 //
-// 96 columns read shared memory hardest (64 rows and 96 columns of 32 bytes in 48 cycles); more pixels to a block would take
-// more than the 192 registers of sums that a thread has. Without slabs, a box for each tap, x alone would be 21 and 43.
+// Boxes of one tap, without slabs, would ask L2 for 43 and 21 of x alone. More pixels to a tile would ask for less, but
+// take more than the 192 registers of sums that a thread has. 192 channels as two tiles of 96 columns would ask L2 for
+// 19 and shared memory for 126, and have no advantage.
 #pragma once
 
 #include "hopper.cuh"
 
 namespace rfengine {
 
-// x [frames + 2, height, width, channels] and weight [channels_out, 27 channels] are tensor maps. bias [channels_out]: or
-// null. out [frames, height, width, channels_out], strides in elements, the last 1. tiles: of all blocks together.
+// x [frames + 2, height, width, channels] and weight [channels_out, 27 channels] are tensor maps. bias: [channels_out]
+// or null. out: [frames, height, width, channels_out], strides in elements, the last 1. tiles: of all blocks together.
 struct CausalConv3d {
   const void* bias;
   void* out;
@@ -34,8 +37,8 @@ struct CausalConv3d {
   int frames, height, width, channels, channels_out, tiles;
 };
 
-// COLUMNS: channels out of a block. CHUNK: channels in of a slab and a tap, 32 or 64. PARTS: products of 64 pixels that a
-// warp group has side by side. SLABS, TAPS: of the rings.
+// COLUMNS: channels out of a tile. CHUNK: channels in of a slab and a tap, 32 or 64. PARTS: products of 64 pixels that
+// a warp group has side by side. SLABS, TAPS: of the rings.
 template <int COLUMNS_, int CHUNK_, int PARTS_, int SLABS_, int TAPS_>
 struct ConvolutionTile {
   static constexpr int COLUMNS = COLUMNS_, CHUNK = CHUNK_, PARTS = PARTS_, SLABS = SLABS_, TAPS = TAPS_;
@@ -59,8 +62,8 @@ constexpr int COPY_GROUP = 2;  // the warp group that copies
 // Of a thread that copies and of one that multiplies: together the 64,512 that 384 threads start with.
 constexpr int COPY_REGISTERS = 24, PRODUCT_REGISTERS = 240;
 
-// A ring of SLOTS pieces of shared memory. A slot's `full` barrier ends a phase when its bytes are there, its `free` barrier
-// when all warps that multiply have read them.
+// A ring of SLOTS pieces of shared memory. The `full` barrier of a slot ends a phase when its bytes are there, the
+// `free` barrier when all warps that multiply have read them.
 template <int SLOTS, int BYTES>
 struct Ring {
   uint32_t memory, full, free;
@@ -110,7 +113,7 @@ RF_DEVICE void set_up(Machine machine, const Rings<Tile>& rings) {
   machine.publish_barriers();
 }
 
-// What a block computes at one time: from this channel out, frame, row and column on.
+// A tile begins at this channel out, frame, row and column.
 struct TilePlace {
   int channel, frame, top, left;
 };
@@ -176,7 +179,7 @@ RF_DEVICE void multiply_tap(Machine machine, Sums<Tile>& sums, uint32_t pixels, 
   machine.commit_products();
 }
 
-// Of a whole warp. A lane left behind while another gives the piece back could miss the phase and wait for the next but one.
+// Of a whole warp: a lane left behind, while another gives the piece back, could miss the phase and wait for one more.
 template <class Machine>
 RF_DEVICE void wait_together(Machine machine, uint32_t barrier, uint32_t parity) {
   machine.wait(barrier, parity);
@@ -184,10 +187,11 @@ RF_DEVICE void wait_together(Machine machine, uint32_t barrier, uint32_t parity)
 }
 
 // All taps of one tile for the frame of `group`. One group of products stays under way: a piece is given back when the
-// products after those that read it have been issued. Both groups wait for every slab, also for the one that they do not
-// read: a parity says nothing of a phase that nobody waited for.
+// products after those that read it have been issued. Both warp groups wait for every slab, also for the one that they
+// do not read: a parity does not tell the next phase from one that was not waited for.
 template <class E, class Tile, class Machine>
-RF_DEVICE void accumulate_tile(Machine machine, const CausalConv3d& of, int group, Rings<Tile>& rings, Sums<Tile>& sums) {
+RF_DEVICE void accumulate_tile(Machine machine, const CausalConv3d& of, int group, Rings<Tile>& rings,
+                               Sums<Tile>& sums) {
   const bool arrives = machine.thread() % WARP == 0;
   uint32_t read_slab = 0, read_tap = 0;  // barriers of pieces that products under way read; 0 where there is none
   for (int step = 0; step < of.channels / Tile::CHUNK * 3; ++step) {
@@ -223,7 +227,8 @@ RF_DEVICE void accumulate_tile(Machine machine, const CausalConv3d& of, int grou
 template <class Machine>
 RF_DEVICE void transpose_quad(Machine machine, int lane, uint32_t (&words)[4]) {
   const bool odd = lane & 1, high = lane & 2;
-  uint32_t first = machine.shuffle(odd ? words[0] : words[1], 1), second = machine.shuffle(odd ? words[2] : words[3], 1);
+  uint32_t first = machine.shuffle(odd ? words[0] : words[1], 1);
+  uint32_t second = machine.shuffle(odd ? words[2] : words[3], 1);
   const uint32_t low_row[2] = {odd ? first : words[0], odd ? words[1] : first};
   const uint32_t high_row[2] = {odd ? second : words[2], odd ? words[3] : second};
   first = machine.shuffle(high ? low_row[0] : high_row[0], 2);
@@ -253,8 +258,8 @@ RF_DEVICE bool stores_whole(const CausalConv3d& of) {
   return (reinterpret_cast<uint64_t>(of.out) | strides * sizeof(typename E::Bits)) % sizeof(uint4) == 0;
 }
 
-// Adds the bias, rounds and writes what lies inside the frame. A warp has 16 pixels side by side; 32 channels of a pixel at a
-// time lie in four lanes.
+// Adds the bias, rounds and writes what lies inside the frame. A warp has 16 pixels side by side; four lanes have 32
+// channels of one of them at a time.
 template <class E, class Tile, class Machine>
 RF_DEVICE void store_tile(Machine machine, const CausalConv3d& of, const TilePlace& place, int group,
                           const Sums<Tile>& sums) {

@@ -1,9 +1,10 @@
 // What a kernel asks of a Hopper multiprocessor beyond C++: boxes of tensors copied to shared memory (TMA), barriers
-// that count their bytes (mbarrier), products of a warp group from shared memory (wgmma), registers moved between warps.
+// that count their bytes (mbarrier), products of a warp group from shared memory (wgmma), registers that move from
+// warps to others.
 //
-// A kernel takes the machine as a parameter: Hopper here, in the machine code of sm_90a alone, and an emulation of it in
-// tests/support/emulated_hopper.hpp. Shared memory is named by 32-bit addresses, and only copies and products touch it:
-// both belong to the async proxy, so that barriers order them without a proxy fence, but for the barriers' own setting up.
+// A kernel takes the machine as a parameter: Hopper here, in the machine code of sm_90a alone, or the emulation in
+// tests/support/emulated_hopper.hpp. Shared memory is named by 32-bit addresses. Only copies and products touch it,
+// both through the async proxy, so that barriers order them without a proxy fence, but for setting up the barriers.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +28,9 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-// The descriptor of a factor of a product: rows of ROW_BYTES (64 or 128) bytes that follow each other, swizzled over
-// groups of 8 rows as TMA writes them. address: of the first row's first value, in a row whose index is a multiple of 8.
-// Bits 0-13: address / 16; 16-29: not used with swizzling; 32-45: bytes from 8 rows to the next 8, / 16; 62-63: swizzle.
+// The descriptor of a factor of a product: rows of ROW_BYTES (64 or 128) bytes that follow each other, swizzled in
+// groups of 8 rows as TMA writes them. address: of the first value, in a row that begins such a group.
+// Bits 0-13: address / 16; 16-29: not used where swizzled; 32-45: bytes from 8 rows to the next 8, / 16; 62-63: swizzle.
 template <int ROW_BYTES>
 RF_DEVICE uint64_t product_factor(uint32_t address) {
   static_assert(ROW_BYTES == 128 || ROW_BYTES == 64, "a row is swizzled as a whole");
@@ -102,18 +103,19 @@ struct Hopper {
   // The box of a 4-D tensor that starts at these indices, innermost first; zeros where it lies outside.
   RF_DEVICE void copy_box(uint32_t to, const Map& map, int a, int b, int c, int d, uint32_t barrier) const {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
-            to),
-        "l"(&map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2];"
+        :
+        : "r"(to), "l"(&map), "r"(barrier), "r"(a), "r"(b), "r"(c), "r"(d)
         : "memory");
   }
 
   // The same of a matrix.
   RF_DEVICE void copy_rows(uint32_t to, const Map& map, int column, int row, uint32_t barrier) const {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-            to),
-        "l"(&map), "r"(barrier), "r"(column), "r"(row)
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+        :
+        : "r"(to), "l"(&map), "r"(barrier), "r"(column), "r"(row)
         : "memory");
   }
 
@@ -157,30 +159,31 @@ struct Hopper {
   }
 };
 
-#define RF_SUMS_8(AT)                                                                                          \
-  "+f"(sums[AT]), "+f"(sums[AT + 1]), "+f"(sums[AT + 2]), "+f"(sums[AT + 3]), "+f"(sums[AT + 4]), "+f"(sums[AT + 5]), \
-      "+f"(sums[AT + 6]), "+f"(sums[AT + 7])
+// Operand lists of 48 and 96 sums.
+#define RF_SUMS_8(AT)                                                                                        \
+  "+f"(sums[AT]), "+f"(sums[AT + 1]), "+f"(sums[AT + 2]), "+f"(sums[AT + 3]), "+f"(sums[AT + 4]),           \
+      "+f"(sums[AT + 5]), "+f"(sums[AT + 6]), "+f"(sums[AT + 7])
 #define RF_SUMS_48(AT) \
   RF_SUMS_8(AT), RF_SUMS_8(AT + 8), RF_SUMS_8(AT + 16), RF_SUMS_8(AT + 24), RF_SUMS_8(AT + 32), RF_SUMS_8(AT + 40)
-#define RF_NAMES_48 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define RF_NAMES_48                                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define RF_NAMES_96 \
-  RF_NAMES_48 ", " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+#define RF_NAMES_96                                                                 \
+  RF_NAMES_48                                                                       \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
   "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
-// The sums are always added to, which the instruction takes as a predicate.
-#define RF_MULTIPLY(ELEMENT, TYPE, COLUMNS, COUNT, NAMES, FIRST, SECOND, ...)                                          \
-  template <>                                                                                                         \
-  RF_DEVICE void Hopper::multiply<ELEMENT>(float (&sums)[COUNT], uint64_t first, uint64_t second) const {             \
-    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                                       \
-                 "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" NAMES "}, " FIRST ", " SECOND  \
-                 ", add, 1, 1, 0, 0;\n}\n"                                                                             \
-                 : __VA_ARGS__                                                                                        \
-                 : "l"(first), "l"(second));                                                                          \
+// The instruction takes as a predicate whether it adds to its sums: always.
+#define RF_MULTIPLY(ELEMENT, TYPE, COLUMNS, COUNT, NAMES, FIRST, SECOND, ...)                              \
+  template <>                                                                                             \
+  RF_DEVICE void Hopper::multiply<ELEMENT>(float (&sums)[COUNT], uint64_t first, uint64_t second) const { \
+    asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 0, 0;\n"                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" NAMES "}, "    \
+                 FIRST ", " SECOND ", add, 1, 1, 0, 0;\n}\n"                                              \
+                 : __VA_ARGS__                                                                            \
+                 : "l"(first), "l"(second));                                                              \
   }
 
 RF_MULTIPLY(F16, "f16", "96", 48, RF_NAMES_48, "%48", "%49", RF_SUMS_48(0))

@@ -430,6 +430,14 @@ def test_products_that_nothing_began_are_noticed(tile: Tile, library: Path) -> N
     assert is_wrong(library, tile, Emulation(lost_begins=1)) == "products that nothing began"
 
 
+def test_a_warp_that_does_not_wait_together_is_noticed(library: Path) -> None:
+    """A lane that has not seen a phase when another gives the piece back, in some order of threads; with 192
+    columns, whose taps run out first, a slab is never filled twice in that time."""
+    emulations = [Emulation(late_copies=0, lost_warp_waits=1, seed=seed) for seed in range(4)]
+    problems = {is_wrong(library, TILES[1], emulation) for emulation in emulations}
+    assert "all threads wait and no copy is under way" in problems
+
+
 @both_tiles
 @pytest.mark.parametrize("bytes_", [16, -16])
 def test_a_wrong_count_of_bytes_is_noticed(tile: Tile, bytes_: int, library: Path) -> None:

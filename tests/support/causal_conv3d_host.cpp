@@ -1,5 +1,5 @@
-// The kernels of csrc/causal_conv3d.cuh on an emulated multiprocessor, block after block, with the names and parameters of
-// the fatbin. tests/ops/test_native_convolution.py compares what they compute with the reference.
+// The kernels of csrc/causal_conv3d.cuh on an emulated multiprocessor, block after block, with the names and parameters
+// of the fatbin. tests/ops/test_native_convolution.py compares what they compute with the reference.
 #include <algorithm>
 
 #include "causal_conv3d.cuh"
@@ -14,8 +14,8 @@ constexpr int START_REGISTERS = 168;  // of 384 threads that fill a multiprocess
 std::string error;
 
 template <class E, class Tile>
-const char* run(const Emulation& how, int blocks, const CausalConv3d& of, const EmulatedMap& x, const EmulatedMap& weight,
-                long long* counts) {
+const char* run(const Emulation& how, int blocks, const CausalConv3d& of, const EmulatedMap& x,
+                const EmulatedMap& weight, long long* counts) {
   try {
     for (int block = 0; block < blocks; ++block) {
       Multiprocessor multiprocessor(how, CONVOLUTION_THREADS, Tile::SHARED_BYTES, START_REGISTERS);
@@ -45,7 +45,7 @@ const char* run(const Emulation& how, int blocks, const CausalConv3d& of, const 
   }                                                                                                                   \
   extern "C" void NAME##_tile(int* sizes) {                                                                           \
     const int known[] = {TILE::COLUMNS, TILE::CHUNK, TILE::FRAMES,       TILE::HEIGHT,        TILE::WIDTH,            \
-                         TILE::SLABS,   TILE::TAPS,  TILE::SHARED_BYTES, CONVOLUTION_THREADS, 0};                     \
+                         TILE::SLABS,   TILE::TAPS,  TILE::SHARED_BYTES, CONVOLUTION_THREADS};                        \
     std::copy_n(known, 9, sizes);                                                                                     \
   }
 

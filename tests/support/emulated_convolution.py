@@ -34,6 +34,7 @@ class Emulation:
     lost_arrivals: tuple[int, int] = (0, 0)
     lost_product_waits: int = 0
     lost_begins: int = 0
+    lost_warp_waits: int = 0
     more_bytes: int = 0
 
     def encode(self) -> ctypes.Structure:
@@ -49,7 +50,8 @@ class _Emulation(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("late_copies", "late_products", "seed")),
         *((name, ctypes.c_ulonglong) for name in ("first_xor", "second_xor")),
         *((name, ctypes.c_int * 2) for name in ("lost_waits", "flipped_waits", "lost_arrivals")),
-        *((name, ctypes.c_int) for name in ("lost_product_waits", "lost_begins", "more_bytes")),
+        *((name, ctypes.c_int) for name in ("lost_product_waits", "lost_begins", "lost_warp_waits")),
+        ("more_bytes", ctypes.c_int),
     ]
 
 

@@ -1,10 +1,11 @@
 // The multiprocessor that csrc/hopper.cuh names, emulated on the processor: every thread of a block is a coroutine, and
 // copies and products happen when an Emulation says, late or at once, as both are right on the device.
 //
-// Written from the instruction set's description alone: swizzles permute the bits of shared addresses, products decode
-// their descriptors and spread their sums over threads as on the device, and barriers count arrivals and bytes. What must not
-// be is an error with a sentence: a copy over what products still read, products of what no copy has filled, an arrival too
-// many, threads that all wait. An Emulation can also break the machine, so that tests see that each error is noticed.
+// Written from the description of the instructions alone: swizzles permute the bits of shared addresses, products
+// decode their descriptors and spread their sums over threads as on the device, and barriers count arrivals and bytes.
+// What must not be is an error with a sentence: a copy over what products still read, products of what no copy has
+// filled, an arrival too many, threads that all wait. An Emulation can also break the machine, so that tests see that it
+// is noticed.
 #pragma once
 
 #include <ucontext.h>
@@ -25,10 +26,12 @@ namespace rfengine {
 
 // As in tests/support/native_convolution.py. Ranges are of barriers in the order of their addresses.
 struct Emulation {
-  int late_copies, late_products, seed;  // late: as late as the program allows; else at once; seed: of the order of threads
+  int late_copies, late_products;  // as late as the program allows, else at once
+  int seed;                        // of the order of threads and of late copies
   unsigned long long first_xor, second_xor;  // changes to the descriptors of first and second factors
   int lost_waits[2], flipped_waits[2], lost_arrivals[2];  // of barriers from, up to
-  int lost_product_waits, lost_begins, more_bytes;        // more_bytes: that barriers are told to expect
+  int lost_product_waits, lost_begins, lost_warp_waits;
+  int more_bytes;  // that barriers are told to expect
 };
 
 // A tensor map before it is encoded: rank, address, and by axis, innermost first, its sizes, strides in bytes and box.
@@ -77,7 +80,9 @@ class Multiprocessor {
 
   int thread() const { return current_; }
 
-  void synchronize_warp() { exchange(0, 0); }
+  void synchronize_warp() {
+    if (!how_.lost_warp_waits) exchange(0, 0);
+  }
 
   uint32_t exchange(uint32_t word, int lanes_apart) {
     Warp& warp = warps_[current_ / WARP];
