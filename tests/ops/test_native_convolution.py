@@ -17,7 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfengine.ops import native, reference
+from rfengine.config import VAEConfig
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.vae import WanVAE
+from rfengine.ops import REFERENCE_OPS, Ops, native, reference
+from rfengine.ops.native import convolution
 from rfengine.ops.native.convolution import TILES, Tile, causal_conv3d, tile_of, unserved
 from rfengine.ops.native.tensor_map import TensorMap
 from support.emulated_convolution import EmulatedDriver, Emulation, build_library
@@ -169,6 +173,35 @@ def test_a_result_of_no_pixels_launches_nothing(library: Path) -> None:
     x, weight = torch.zeros(2, 4, 4, 32).half(), weight_of(96, 32, torch.float16, driver.device)
     assert causal_conv3d(x, weight, None, None, driver).shape == (0, 4, 4, 96)
     assert driver.launches == []
+
+
+@torch.no_grad()
+def test_a_decoder_asked_for_native_has_it_where_it_serves(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """192 and 96 channels are the kernel's; the first convolution and that over time are the reference's."""
+    driver = EmulatedDriver(library)
+    monkeypatch.setattr(convolution, "load_driver", lambda device: driver)
+    config = VAEConfig(num_res_blocks=1, dim_mult=(1, 2), temporal_downsample=(True,))
+    vae = WanVAE(config).eval()
+    for index, parameter in enumerate(vae.parameters()):
+        generator = torch.Generator().manual_seed(index)
+        scale = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        parameter.data = (scale * torch.randn(parameter.shape, generator=generator)).half().float()
+    latents = torch.randn(1, config.z_dim, 3, 2, 3, generator=torch.Generator().manual_seed(1)).half()
+    exact, errors = vae.decode(latents.float()), []
+    vae.half()
+    for backend in ("reference", "native"):
+        decoder = StreamingDecoder(vae, Ops({**REFERENCE_OPS.choice, "causal_conv3d": backend}))
+        state = decoder.decoder_state(1, 2, 3, torch.float16, "cpu")
+        video = torch.cat([decoder.decode(part, state) for part in latents.split([1, 2], 2)], 2)
+        errors.append((video - exact).norm())
+    kernels = [launch[0] for launch in driver.launches]
+    assert {name: kernels.count(name) for name in kernels} == {
+        "causal_conv3d_192_f16": 2 * 8, "causal_conv3d_96_f16": 2 * 4,
+    }  # fmt: skip
+    theirs, found = errors
+    assert exact.abs().mean() > 0.05 and 0 < found <= 1.1 * theirs
 
 
 @pytest.mark.gpu
