@@ -128,7 +128,7 @@ def cudnn_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Ten
 
 def native_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """The kernel of csrc/; the reference runs where it does not serve the weight, the dtype or the device."""
-    if native.unserved(tuple(weight.shape), x.dtype, x.device):
+    if native.convolution.unserved(tuple(weight.shape), x.dtype, x.device):
         return reference.causal_conv3d(x, weight, bias, out)
     return native.causal_conv3d(x, weight, bias, out)
 

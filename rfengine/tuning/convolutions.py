@@ -121,7 +121,7 @@ def _case(shapes: TuningShapes, shape: ConvolutionShape, frames: list[int]) -> T
         return x, weight, shapes.rows(generator, channels_out), pairs[:, 0]
 
     able = runnable(shape.op, shapes.device, shapes.dtype)
-    if native.unserved(shape.weight, shapes.dtype, shapes.device):
+    if native.convolution.unserved(shape.weight, shapes.dtype, shapes.device):
         able.pop("native", None)  # the reference would run, which is no candidate
     scale = 4 if shape.op == "phase_conv" else 1
     elements = (frames[-1] + shape.past) * channels + frames[-1] * channels_out * scale

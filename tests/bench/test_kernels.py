@@ -121,4 +121,4 @@ def test_the_convolutions_are_timed_beside_the_native_one_and_cudnn() -> None:
             "eager",
         ]
         x, weight, _ = case.inputs(Shapes(), kernels.Draw("meta", torch.float16))
-        assert native.unserved(tuple(weight.shape), x.dtype, x.device) == ""
+        assert native.convolution.unserved(tuple(weight.shape), x.dtype, x.device) == ""

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EVICTIONS = {f"evict_and_rephase_{suffix}" for suffix in ("bf16", "f16", "f32")}
 CONVOLUTIONS = {f"causal_conv3d_{columns}_{suffix}" for columns in (96, 192) for suffix in ("bf16", "f16")}
 MOST_REGISTERS = 80  # of a thread, with which 3 blocks of 256 threads still share a multiprocessor
-START_REGISTERS = 168  # of a thread, which 384 of a block can have
 COPY_REGISTERS, PRODUCT_REGISTERS = 24, 240  # of a thread that copies, and of one that multiplies
+START_REGISTERS = (COPY_REGISTERS + 2 * PRODUCT_REGISTERS) // 3  # of a thread, whatever it does
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,10 @@ def test_kernels_stay_in_their_registers_without_spills(build: tuple[Path, str])
     assert set(reports) == EVICTIONS | CONVOLUTIONS
     for name, (stack, stores, loads, registers, rest) in reports.items():
         assert (stack, stores, loads) == ("0", "0", "0"), name
-        assert int(registers) <= (MOST_REGISTERS if name in EVICTIONS else START_REGISTERS), name
+        if name in EVICTIONS:
+            assert int(registers) <= MOST_REGISTERS, name
+        else:  # with fewer, the warps that multiply would wait for ever for those they take
+            assert int(registers) == START_REGISTERS, name
         assert "smem" not in rest, name  # that of the convolutions is dynamic
     assert "serialized" not in build[1], "products that wait for each other"
 

@@ -45,7 +45,7 @@ struct EmulatedMap {
 class Multiprocessor {
  public:
   static constexpr uint32_t BASE = 1040;  // of shared memory: a multiple of 16 and of nothing more
-  static constexpr int STACK_BYTES = 1 << 16, POOL = 65536;
+  static constexpr int STACK_BYTES = 1 << 16;
 
   Multiprocessor(const Emulation& how, int threads, int shared_bytes, int start_registers)
       : how_(how),
@@ -53,8 +53,7 @@ class Multiprocessor {
         memory_(shared_bytes),
         threads_(threads),
         warps_(threads / WARP),
-        groups_(threads / GROUP_THREADS),
-        free_registers_(POOL - threads * start_registers) {
+        groups_(threads / GROUP_THREADS) {
     for (size_t at = 0; at + 1 < memory_.size(); at += 2) put<uint16_t>(BASE + at, 0xFFFF);  // NaN in both formats
     for (Thread& thread : threads_) thread.registers = start_registers;
   }
@@ -417,7 +416,7 @@ class Multiprocessor {
   std::function<void()> program_;
   std::string error_;
   ucontext_t scheduler_;
-  int current_ = 0, arrived_ = 0, free_registers_;
+  int current_ = 0, arrived_ = 0, free_registers_ = 0;
   uint32_t turn_ = 0;
 };
 
