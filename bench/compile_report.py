@@ -82,9 +82,21 @@ def describe(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
         binary.write(compiled.asm["cubin"])
         binary.flush()
-        usage = _run("cuobjdump", "-res-usage", binary.name)
-        code = _run("nvdisasm", "-c", "-ndf", binary.name)  # without analysis of the data flow, which is slow
+        usage = run_tool("cuobjdump", "-res-usage", binary.name)
+        code = run_tool(
+            "nvdisasm", "-c", "-ndf", binary.name
+        )  # without analysis of the data flow, which is slow
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    blocks = resident_blocks(architecture, registers, warps, compiled.metadata.shared)
+    return {
+        "arch": arch, "case": case.name, "kernel": kernel, "grid": grid, "warps": warps,
+        "registers": registers, "stack_bytes": stack, "shared_bytes": compiled.metadata.shared,
+        "blocks": blocks, "occupancy": blocks * warps / architecture.warps, **count_instructions(code),
+    }  # fmt: skip
+
+
+def count_instructions(code: str) -> dict[str, Any]:
+    """Spills, products, other products and tensor copies, as `describe` names them, of one machine code."""
     instructions = re.findall(
         r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", code, re.MULTILINE
     )
@@ -94,17 +106,12 @@ def describe(
     ]
     in_shared = sum(factor.startswith("gdesc") for factor in first_factors)
     others = {name for name in names if "MMA" in name and name != "HGMMA"}
-    blocks = resident_blocks(architecture, registers, warps, compiled.metadata.shared)
     return {
-        "arch": arch, "case": case.name, "kernel": kernel, "grid": grid, "warps": warps,
-        "registers": registers, "stack_bytes": stack,
         "spills": sum(name in ("LDL", "STL") for name in names),
-        "shared_bytes": compiled.metadata.shared,
         "products": (in_shared, len(first_factors) - in_shared),
         "other_products": {name: names.count(name) for name in sorted(others)},
         "tensor_copies": sum(name in ("UTMALDG", "UTMASTG", "UTMAREDG") for name in names),
-        "blocks": blocks, "occupancy": blocks * warps / architecture.warps,
-    }  # fmt: skip
+    }
 
 
 def resident_blocks(architecture: Architecture, registers: int, warps: int, shared_bytes: int) -> int:
@@ -116,16 +123,17 @@ def resident_blocks(architecture: Architecture, registers: int, warps: int, shar
     return min(by_registers, by_shared, architecture.warps // warps, architecture.blocks)
 
 
-def _run(program: str, *arguments: str) -> str:
+def run_tool(program: str, *arguments: str) -> str:
+    """What one of the CUDA tools that come with Triton prints."""
     finished = subprocess.run([BINARIES / program, *arguments], capture_output=True, text=True, check=True)
     return finished.stdout
 
 
-def render(launches: list[dict[str, Any]]) -> str:
+def render(launches: list[dict[str, Any]], compiler: str) -> str:
     """One line for each launch, under a heading for each architecture."""
     lines = []
     for arch in dict.fromkeys(launch["arch"] for launch in launches):
-        lines += [f"{arch}, Triton {triton.__version__}", HEADING]
+        lines += [f"{arch}, {compiler}", HEADING]
         lines += [_line(launch) for launch in launches if launch["arch"] == arch]
     return "\n".join(lines)
 
@@ -183,7 +191,7 @@ def run(options: Options) -> int:
     if options.json:
         print(json.dumps({"triton": triton.__version__, "launches": launches, "failures": failures}))
     else:
-        print(render(launches))
+        print(render(launches, f"Triton {triton.__version__}"))
         for failure in failures:
             print("{arch}, {case}: not compiled: {error}".format_map(failure))
     return 1 if failures else 0

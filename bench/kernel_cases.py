@@ -38,7 +38,8 @@ from rfengine.costs.ops import (
     time_conv_bytes,
 )
 from rfengine.costs.shapes import Shapes
-from rfengine.ops import reference
+from rfengine.ops import native, reference
+from rfengine.ops.backends import cudnn_causal_conv3d
 from rfengine.ops.table import implementation
 
 Result = Tensor | tuple[Tensor, ...] | None
@@ -229,7 +230,7 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
     ),
     *(
         KernelCase(name, partial(inputs.evict_and_rephase, split=split), BYTES[name], op="evict_and_rephase",
-                   results=_evicted)
+                   results=_evicted, rivals={"native": native.evict_and_rephase})
         for name, split in (("evict_and_rephase", True), ("evict_and_rephase_plain", False))
     ),
     KernelCase("flow_step", inputs.flow_step, BYTES["flow_step"]),
@@ -270,7 +271,8 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
     ),
     *(
         KernelCase(f"causal_conv3d_level_{level}", partial(inputs.causal_conv3d, level=level),
-                   conv_bytes(level), conv_flops(level), op="causal_conv3d", **_LAST_FRAME)
+                   conv_bytes(level), conv_flops(level), op="causal_conv3d", **_LAST_FRAME,
+                   rivals={"native": native.causal_conv3d, "cuDNN": cudnn_causal_conv3d})
         for level in range(4)
     ),
     KernelCase(

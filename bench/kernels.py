@@ -33,7 +33,6 @@ from rfengine.benchmark.conditions import device_name, state, versions
 from rfengine.cli.process import run_script
 from rfengine.costs.shapes import Shapes
 from rfengine.files import write_text
-from rfengine.ops import native
 from rfengine.presets import PRESETS
 from rfengine.tuning.timing import capture_calls, count_cold_sets
 from rfengine.tuning.trials import is_lost
@@ -44,7 +43,7 @@ CHECKED_LAYERS = 2  # an arena of all layers in float64 would not fit beside its
 CHECKED_SIDE = 32  # pixels, where Triton's interpreter runs the kernels
 ERROR_CHARACTERS = 120
 ABSENT = "no CUDA device here: nothing is measured"
-OURS = "rfengine"
+OURS, NATIVE = "rfengine", "native"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +151,14 @@ def seeded_draw(seed: int, device: str = "cuda", dtype: torch.dtype = torch.bflo
     return Draw(device, dtype, torch.Generator(device).manual_seed(seed))
 
 
-def fault_of(case: KernelCase, shapes: Shapes, draw: Draw) -> str:
-    """What is wrong with the kernel of a case (beyond_reference_error), or what it raises; empty where it is
-    right. Raises what has broken the device, which does nothing more in this process."""
+def fault_of(case: KernelCase, shapes: Shapes, draw: Draw, run: Callable[..., object] | None = None) -> str:
+    """What is wrong with the kernel of a case, or with `run` in its place (beyond_reference_error), or what it
+    raises; empty where it is right. Raises what has broken the device, which does nothing more in this
+    process."""
     arguments = case.inputs(shapes.with_layers(min(CHECKED_LAYERS, shapes.layers)), draw)
     try:
         part = case.checked_part(arguments)
-        problem = wrong_result(case.kernel(), case.meaning(), arguments, part, case.checked)
+        problem = wrong_result(run or case.kernel(), case.meaning(), arguments, part, case.checked)
     # a launcher or a compiler may raise anything, and the other cases can be measured whatever it is
     except Exception as error:  # noqa: BLE001
         if is_lost(torch.device(draw.device), error):
@@ -172,11 +172,9 @@ def _shown(error: Exception) -> str:
 
 
 def candidates(case: KernelCase, compiles: bool) -> Iterator[tuple[str, Callable[..., object]]]:
-    """Functions of the arguments by name: ours first, then those of csrc/, of libraries and of PyTorch."""
+    """Functions of the arguments by name: ours first, then rivals (csrc/, libraries), and PyTorch."""
     yield OURS, case.kernel()
     yield from case.rivals.items()
-    if hasattr(native, case.op):  # where the fatbin cannot run, the row says why
-        yield "native", getattr(native, case.op)
     if case.op != "sink_window_attention":
         yield "eager", case.meaning()
         if compiles:
@@ -189,14 +187,17 @@ def candidates(case: KernelCase, compiles: bool) -> Iterator[tuple[str, Callable
 def measure_case(
     case: KernelCase, shapes: Shapes, ceilings: dict[str, float], compiles: bool = False
 ) -> Iterator[Row]:
-    """Rows of all candidates, ours first."""
+    """Rows of all candidates, ours first; a native kernel that is wrong is not timed."""
     torch.cuda.empty_cache()
     draw = seeded_draw(2)
     sets = input_sets(lambda: case.inputs(shapes, draw), case.floor_bytes(shapes))
     for name, run in candidates(case, compiles):
         try:
+            if name == NATIVE and (fault := fault_of(case, shapes, seeded_draw(1), run)):
+                raise ValueError(f"wrong: {fault}")
             timing = time_calls(run, sets)
-        except (RuntimeError, ImportError) as error:  # a library that does not serve this shape or this GPU
+        # a library, or csrc/, that does not serve this shape or this GPU
+        except (RuntimeError, ImportError, ValueError) as error:
             if name == OURS:
                 raise
             yield Row(case.name, name, error=_shown(error))

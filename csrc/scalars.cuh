@@ -16,7 +16,7 @@
 
 namespace rfengine {
 
-constexpr int THREADS = 256;  // of every block; rfengine/ops/native.py launches with the same number
+constexpr int THREADS = 256;  // of every block; rfengine/ops/native/eviction.py launches with the same number
 
 // Where a thread stands: what the device has in registers, and a host test counts through.
 struct Place {

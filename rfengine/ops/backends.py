@@ -135,6 +135,13 @@ def cudnn_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Ten
     return result if out is None else out.copy_(result)
 
 
+def native_causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """The kernel of csrc/; the reference runs where it does not serve the weight, the dtype or the device."""
+    if native.convolution.unserved(tuple(weight.shape), x.dtype, x.device):
+        return reference.causal_conv3d(x, weight, bias, out)
+    return native.causal_conv3d(x, weight, bias, out)
+
+
 def cublaslt_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
 

@@ -169,7 +169,11 @@ OPS: dict[str, Op] = {
     ),
     "causal_conv3d": Op(
         reference.causal_conv3d, "VAE", checks.causal_conv3d, by_shape=_convolution_sizes,
-        backends={"triton": "causal_conv3d:causal_conv3d", "cudnn": backends.cudnn_causal_conv3d},
+        backends={
+            "triton": "causal_conv3d:causal_conv3d",
+            "cudnn": backends.cudnn_causal_conv3d,
+            "native": backends.native_causal_conv3d,
+        },
     ),
     "causal_conv3d_fp8": Op(
         reference.causal_conv3d_fp8, "VAE", checks.causal_conv3d_fp8,

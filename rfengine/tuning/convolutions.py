@@ -20,7 +20,7 @@ from torch import Tensor
 from rfengine.accuracy import REFERENCE_FACTOR, relative_error
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
-from rfengine.ops import REFERENCE_OPS, Ops
+from rfengine.ops import REFERENCE_OPS, Ops, native
 from rfengine.ops.reference import fold_upsample_weight
 from rfengine.ops.table import implementation, shape_key
 from rfengine.tuning.candidates import TuningCase, TuningShapes, case_key, runnable
@@ -121,6 +121,8 @@ def _case(shapes: TuningShapes, shape: ConvolutionShape, frames: list[int]) -> T
         return x, weight, shapes.rows(generator, channels_out), pairs[:, 0]
 
     able = runnable(shape.op, shapes.device, shapes.dtype)
+    if native.convolution.unserved(shape.weight, shapes.dtype, shapes.device):
+        able.pop("native", None)  # the reference would run, which is no candidate
     scale = 4 if shape.op == "phase_conv" else 1
     elements = (frames[-1] + shape.past) * channels + frames[-1] * channels_out * scale
     first = f"and {frames[0]} frames at the start" if len(frames) > 1 else ""

@@ -16,7 +16,7 @@ from bench import kernels
 from bench.kernel_cases import CASES_BY_NAME, KernelCase
 from bench.kernels import ABSENT, CHECKED_SIDE, Options, fault_of, run, seeded_draw
 from rfengine.costs.shapes import Shapes
-from rfengine.ops import reference
+from rfengine.ops import native, reference
 from rfengine.presets import PRESETS
 
 
@@ -142,3 +142,31 @@ def test_what_is_slow_is_timed_in_fewer_runs_and_says_how_many(
     timing = kernels.time_calls(None, [(), ()])
     assert timing == kernels.Timing(ms / 2, ms / 2, runs)
     assert len(replays) == runs + 2 + (runs > 3)
+
+
+def test_a_native_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, draw = Shapes(PRESETS["tiny"]), seeded_draw(1, "cpu", torch.float32)
+    rivals = {"native": wrong_rms_norm, "other": wrong_rms_norm}
+    case = replace(CASES_BY_NAME["rms_norm"], rivals=rivals, reference=reference.rms_norm)
+    monkeypatch.setattr(KernelCase, "kernel", lambda _: reference.rms_norm)
+    monkeypatch.setattr(kernels, "seeded_draw", lambda seed: draw)
+    monkeypatch.setattr(kernels, "input_sets", lambda make, _: [make()])
+    monkeypatch.setattr(kernels, "time_calls", lambda run, sets: kernels.Timing(1.0, 1.0, 3))
+    rates = {"copy_tb_per_s": 1.0, "chunk_copy_tb_per_s": 1.0}
+    rows = {row.candidate: row for row in kernels.measure_case(case, shapes, rates)}
+    assert rows.keys() == {"rfengine", "native", "other", "eager"}
+    assert rows["native"].timing is None and "wrong: rms_norm: result 0 is " in rows["native"].error
+    assert all(row.timing for name, row in rows.items() if name != "native")
+
+
+def test_the_convolutions_are_timed_beside_the_native_one_and_cudnn() -> None:
+    for level in range(4):
+        case = CASES_BY_NAME[f"causal_conv3d_level_{level}"]
+        assert list(dict(kernels.candidates(case, compiles=False))) == [
+            "rfengine",
+            "native",
+            "cuDNN",
+            "eager",
+        ]
+        x, weight, _ = case.inputs(Shapes(), kernels.Draw("meta", torch.float16))
+        assert native.convolution.unserved(tuple(weight.shape), x.dtype, x.device) == ""

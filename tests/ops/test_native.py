@@ -1,16 +1,13 @@
-"""The native kernels: their arithmetic run on the processor, their launches recorded, their machine code
-inspected.
+"""The native eviction, run on the processor, the loaders of native kernels, and their installation.
 
 Without a GPU the thread functions of csrc/ are compiled for the host and run over the very grid and
-arguments that rfengine/ops/native.py launches with; where there is one, the same tests run the fatbin itself.
+arguments that rfengine/ops/native launches with; where there is one, the same tests run the fatbin itself.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +22,9 @@ import torch
 from torch import Tensor
 
 from rfengine.ops import native, reference
+from rfengine.ops.native import driver as native_driver
+from rfengine.ops.native import eviction, tensor_map
+from rfengine.ops.native.tensor_map import TensorMap
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -34,17 +34,26 @@ C_TYPES = {
     "int32": ctypes.c_int,
     "float32": ctypes.c_float,
 }
-MOST_REGISTERS = 80  # of a thread, with which 3 blocks of 256 threads still share a multiprocessor
 
 
 class RecordingDriver:
     """Records its launches."""
 
+    processors = 1
+
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.launches: list[tuple[str, tuple[int, int], int, list[Any]]] = []
 
-    def launch(self, kernel: str, grid: tuple[int, int], block: int, arguments: tuple[Any, ...]) -> None:
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int],
+        block: int,
+        arguments: tuple[Any, ...],
+        shared_bytes: int = 0,
+    ) -> None:
+        assert shared_bytes == 0
         self.launches.append((kernel, grid, block, list(arguments)))
 
 
@@ -55,9 +64,16 @@ class HostDriver(RecordingDriver):
         super().__init__()
         self._library = ctypes.CDLL(str(library))
 
-    def launch(self, kernel: str, grid: tuple[int, int], block: int, arguments: tuple[Any, ...]) -> None:
-        super().launch(kernel, grid, block, arguments)
-        assert block == native.THREADS
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int],
+        block: int,
+        arguments: tuple[Any, ...],
+        shared_bytes: int = 0,
+    ) -> None:
+        super().launch(kernel, grid, block, arguments, shared_bytes)
+        assert block == eviction.THREADS
         converted = [C_TYPES[argument.dtype.name](argument.item()) for argument in arguments]
         self._library[kernel](*map(ctypes.c_int, grid), *converted)
 
@@ -189,7 +205,7 @@ def test_a_large_window_is_launched_with_fewer_rows_than_layers() -> None:
 
 
 def test_a_grid_with_one_row_does_all_layers(driver: native.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "TARGET_BLOCKS", 1)
+    monkeypatch.setattr(eviction, "TARGET_BLOCKS", 1)
     state = state_of(torch.float32, heads=2, head_dim=8, chunk=2, slots=3)
     expected, actual = on(state, driver.device), on(state, driver.device)
     reference.evict_and_rephase(*expected.values(), 2, 4, 0.999)
@@ -257,17 +273,15 @@ def test_absence_names_the_fatbin_then_the_device_then_the_loaders(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert native.absence("cuda", fatbin) == "torch sees no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in native.LOADERS:
+    for name in native_driver.LOADERS:
         monkeypatch.setitem(sys.modules, name, None)
     assert native.absence("cuda", fatbin).startswith("neither PyCUDA nor cuda.core can be used")
     core = ModuleType("cuda.core")
     core.experimental = ModuleType("cuda.core.experimental")  # an early version has all of it there alone
     monkeypatch.setitem(sys.modules, "cuda.core", core)
-    early = (
-        "cuda.core of this version has no Device, LaunchConfig, ObjectCode, Stream, launch: install a later"
-    )
+    early = "cuda.core of this version has no Device, ObjectCode: install a later"
     assert early in native.absence("cuda", fatbin)
-    for name in native.CudaCoreDriver.NEEDS:
+    for name in native_driver.CudaCoreDriver.NEEDS:
         setattr(core, name, object)
     assert native.absence("cuda", fatbin) == ""
 
@@ -287,22 +301,30 @@ class FakeStream:
         self.log.append(("wait", self.cuda_stream, other.cuda_stream))
 
 
-def fake_torch_streams(monkeypatch: pytest.MonkeyPatch, log: list[Any]) -> list[int]:
-    """torch's current stream is the one whose handle is in the list that this returns."""
+def fake_torch(monkeypatch: pytest.MonkeyPatch, log: list[Any]) -> list[int]:
+    """torch's current stream is the one whose handle is in the list that this returns; the GPU has 132
+    multiprocessors."""
     current = [0]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(log, current[0]))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: FakeStream(log, handle))
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return current
 
 
 def fake_pycuda(monkeypatch: pytest.MonkeyPatch, log: list[Any]) -> None:
     class Function:
+        def set_attribute(self, attribute: str, value: int) -> None:
+            log.append((attribute, value))
+
         def prepare(self, kinds: list[Any]) -> Function:
             log.append(("prepare", [str(kind) for kind in kinds]))
             return self
 
-        def prepared_async_call(self, grid: Any, block: Any, stream: Any, *arguments: Any) -> None:
-            log.append(("launch", grid, block, stream and stream.handle, arguments))
+        def prepared_async_call(
+            self, grid: Any, block: Any, stream: Any, *arguments: Any, shared_size: int
+        ) -> None:
+            log.append(("launch", grid, block, stream and stream.handle, arguments, shared_size))
 
     context = SimpleNamespace(push=lambda: log.append("push"))
     made = iter(range(100, 200))
@@ -311,6 +333,7 @@ def fake_pycuda(monkeypatch: pytest.MonkeyPatch, log: list[Any]) -> None:
     cuda.Device = lambda index: SimpleNamespace(retain_primary_context=lambda: context)
     cuda.Context = SimpleNamespace(pop=lambda: log.append("pop"))
     cuda.Stream = lambda flags: log.append(("stream", flags)) or SimpleNamespace(handle=next(made))
+    cuda.function_attribute = SimpleNamespace(MAX_DYNAMIC_SHARED_SIZE_BYTES="most shared")
     cuda.module_from_buffer = lambda fatbin: (
         log.append(("load", fatbin)) or SimpleNamespace(get_function=lambda name: Function())
     )
@@ -323,21 +346,22 @@ def fake_pycuda(monkeypatch: pytest.MonkeyPatch, log: list[Any]) -> None:
 def test_pycuda_joins_its_own_stream_to_a_side_stream_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[Any] = []
     fake_pycuda(monkeypatch, log)
-    current = fake_torch_streams(monkeypatch, log)
-    driver = native.PyCudaDriver(b"fatbin", torch.device("cuda", 0))
+    current = fake_torch(monkeypatch, log)
+    driver = native_driver.PyCudaDriver(b"fatbin", torch.device("cuda", 0))
     assert log == ["push", ("load", b"fatbin"), "pop"]
+    assert driver.processors == 132
     arguments = (numpy.uint64(5), numpy.float32(0.5))
     driver.launch("kernel", (3, 2), 256, arguments)
     launch = ("launch", (3, 2, 1), (256, 1, 1))
     assert log[3:] == ["push", ("prepare", ["uint64", "float32"]), "pop"] + [
-        "push", (*launch, None, arguments), "pop"
+        "push", (*launch, None, arguments, 0), "pop"
     ]  # fmt: skip
     log.clear()
     current[0] = 7
     for _ in range(2):
         driver.launch("kernel", (3, 2), 256, arguments)
     steps = [entry for entry in log if entry not in ("push", "pop")]
-    joined = [("wait", 100, 7), (*launch, 100, arguments), ("wait", 7, 100)]
+    joined = [("wait", 100, 7), (*launch, 100, arguments, 0), ("wait", 7, 100)]
     assert steps == [("stream", 1), *joined, *joined]
     current[0] = 8
     log.clear()
@@ -346,79 +370,119 @@ def test_pycuda_joins_its_own_stream_to_a_side_stream_of_torch(monkeypatch: pyte
     assert log.count("push") == log.count("pop")
 
 
-def test_cuda_core_launches_on_the_stream_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+MAP = TensorMap(4096, torch.float16, (96, 7, 5), (192, 1344), (32, 4, 2), 64)
+
+
+class FakeLibrary:
+    """libcuda: keeps the calls, encodes a tensor map as 128 times its rank, and names functions 50 more than
+    their kernels. failure: what every call but these returns."""
+
+    def __init__(self, log: list[Any], failure: int = 0) -> None:
+        self.log, self.failure = log, failure
+
+    def cuTensorMapEncodeTiled(self, place: Any, *rest: Any) -> int:  # noqa: N802
+        assert place.value % 64 == 0
+        kind, rank, address, sizes, strides, box, steps, *modes = rest
+        lists = tuple(tuple(each) for each in (sizes, strides, box, steps))
+        self.log.append(("encode", kind, address.value, *lists, tuple(modes)))
+        ctypes.memset(place.value, rank.value, 128)
+        return self.failure
+
+    def cuKernelGetFunction(self, function: Any, kernel: Any) -> int:  # noqa: N802
+        function._obj.value = kernel.value + 50
+        return 0
+
+    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:  # noqa: N802
+        self.log.append(("attribute", function.value, attribute, value))
+        return 0
+
+    def cuLaunchKernel(self, function: Any, *rest: Any) -> int:  # noqa: N802
+        *size, shared_bytes, stream, pointers, extra = rest
+        widths = (128, 4) if len(pointers) == 2 else (4,)
+        values = [ctypes.string_at(at, width) for at, width in zip(pointers, widths, strict=True)]
+        assert extra is None
+        self.log.append(("launch", function.value, tuple(size), shared_bytes, stream.value, values))
+        return self.failure
+
+
+def fake_library(monkeypatch: pytest.MonkeyPatch, log: list[Any], failure: int = 0) -> None:
+    for module in (native_driver, tensor_map):
+        monkeypatch.setattr(module, "driver_library", lambda: FakeLibrary(log, failure))
+
+
+def test_pycuda_passes_tensor_maps_as_bytes_and_raises_the_limit_of_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     log: list[Any] = []
+    fake_pycuda(monkeypatch, log)
+    fake_torch(monkeypatch, log)
+    fake_library(monkeypatch, log)
+    driver = native_driver.PyCudaDriver(b"fatbin", torch.device("cuda", 0))
+    for _ in range(2):
+        driver.launch("kernel", (3, 1), 384, (MAP, numpy.int32(6)), 200_000)
+    steps = [entry for entry in log if entry not in ("push", "pop") and entry[0] not in ("load", "encode")]
+    launch = ("launch", (3, 1, 1), (384, 1, 1), None, (b"\x03" * 128, numpy.int32(6)), 200_000)
+    assert steps == [("most shared", 200_000), ("prepare", ["128s", "int32"]), launch, launch]
+
+
+def fake_cuda_core(monkeypatch: pytest.MonkeyPatch, log: list[Any]) -> None:
     core = ModuleType("cuda.core")
     core.Device = lambda index: SimpleNamespace(set_current=lambda: log.append(("device", index)))
-    core.LaunchConfig = lambda grid, block: (grid, block)
+    handles = {"first": 7, "second": 8}
     core.ObjectCode = SimpleNamespace(
-        from_fatbin=lambda fatbin, name: SimpleNamespace(get_kernel=lambda kernel: (fatbin, kernel))
+        from_fatbin=lambda fatbin, name: SimpleNamespace(
+            get_kernel=lambda kernel: SimpleNamespace(handle=handles[kernel])
+        )
     )
-    core.Stream = SimpleNamespace(from_handle=lambda handle: handle)
-    core.launch = lambda *call: log.append(call)
     package = ModuleType("cuda")
     package.core = core
     monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.core", core)
-    current = fake_torch_streams(monkeypatch, log)
-    driver = native.CudaCoreDriver(b"fatbin", torch.device("cuda", 1))
-    for handle in (0, 7):
+
+
+def test_what_cuda_core_loads_is_launched_on_the_stream_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+    fake_cuda_core(monkeypatch, log)
+    current = fake_torch(monkeypatch, log)
+    fake_library(monkeypatch, log)
+    driver = native_driver.CudaCoreDriver(b"fatbin", torch.device("cuda", 1))
+    assert driver.processors == 132
+    for handle in (0, 9):
         current[0] = handle
-        driver.launch("kernel", (3, 2), 256, (numpy.int32(1),))
-    launches = [entry for entry in log if entry != ("device", 1)]
-    call = (((3, 2), 256), (b"fatbin", "kernel"), numpy.int32(1))
-    assert launches == [(1, *call), (7, *call)]
+        driver.launch("first", (3, 2), 256, (numpy.int32(1),))
+    launch, one = ("launch", 57, (3, 2, 1, 256, 1, 1), 0), numpy.int32(1).tobytes()
+    assert log == [*[("device", 1)] * 2, (*launch, 1, [one]), ("device", 1), (*launch, 9, [one])]
+    log.clear()
+    for _ in range(2):
+        driver.launch("second", (5, 1), 384, (MAP, numpy.int32(1)), 200_000)
+    steps = [entry for entry in log if entry[0] in ("attribute", "launch")]
+    launch = ("launch", 58, (5, 1, 1, 384, 1, 1), 200_000, 9, [b"\x03" * 128, one])
+    assert steps == [("attribute", 58, 8, 200_000), launch, launch]
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The fatbin of one architecture, as CMake builds it, and what the compiler said of it."""
-    missing = [tool for tool in ("cmake", "nvcc") if not shutil.which(tool)]
-    if missing:
-        pytest.skip(f"needs {' and '.join(missing)}")
-    folder = tmp_path_factory.mktemp("build")
-    fatbin = folder / "native.fatbin"
-    options = ["-DRFENGINE_CUDA_ARCHS=90a", f"-DRFENGINE_FATBIN={fatbin}"]
-    subprocess.run(["cmake", "-S", str(ROOT), "-B", str(folder), *options], check=True)
-    built = subprocess.run(["cmake", "--build", str(folder)], check=True, text=True, capture_output=True)
-    return fatbin, built.stdout + built.stderr
+def test_a_launch_that_the_driver_refuses_names_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_cuda_core(monkeypatch, [])
+    fake_torch(monkeypatch, [])
+    fake_library(monkeypatch, [], failure=1)
+    driver = native_driver.CudaCoreDriver(b"fatbin", torch.device("cuda", 1))
+    with pytest.raises(RuntimeError, match="the driver refuses first with CUDA error 1; use another"):
+        driver.launch("first", (3, 2), 256, (numpy.int32(1),))
+    with pytest.raises(RuntimeError, match="the driver refuses TensorMap.* with CUDA error 1; use another"):
+        MAP.encode()
 
 
-def kernel_names() -> set[str]:
-    return {f"evict_and_rephase_{suffix}" for suffix in ("bf16", "f16", "f32")}
-
-
-def test_kernels_stay_in_their_registers_without_spills(build: tuple[Path, str]) -> None:
-    entry = re.compile(
-        r"Compiling entry function '(\w+)' for 'sm_90a'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
-        r"(\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
-        re.DOTALL,
-    )
-    reports = {found[0]: found[1:] for found in entry.findall(build[1])}
-    assert set(reports) == kernel_names()
-    for name, (stack, stores, loads, registers, rest) in reports.items():
-        assert (stack, stores, loads) == ("0", "0", "0"), name
-        assert int(registers) <= MOST_REGISTERS, name
-        assert "smem" not in rest, name
-
-
-def test_machine_code_moves_16_bytes_and_fuses_no_rounding_away(build: tuple[Path, str]) -> None:
-    found = importlib.util.find_spec("triton")
-    places = [
-        Path(place) / "backends/nvidia/bin" for place in (found and found.submodule_search_locations) or ()
-    ]
-    tool = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, places), os.environ["PATH"]]))
-    if tool is None:
-        pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
-    listing = subprocess.run(
-        [tool, "-sass", str(build[0])], check=True, text=True, capture_output=True
-    ).stdout
-    codes = dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", listing, re.DOTALL))
-    assert set(codes) == kernel_names()
-    for name, code in codes.items():
-        assert len(re.findall(r"LDG\.E\.128", code)) >= 4, name
-        assert len(re.findall(r"STG\.E\.128", code)) >= 3, name
-        assert not re.search(r"\b(LDL|STL|FFMA)\b", code), name
+def test_a_tensor_map_is_encoded_from_the_innermost_axis_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+    fake_library(monkeypatch, log)
+    x = torch.zeros(5, 3, 7, 64, dtype=torch.bfloat16)[1::2, :, 1:]
+    mapped = TensorMap.of("x", x, (1, 2, 4, 64))
+    assert mapped.encode() == b"\x04" * 128
+    sizes, strides = (64, 6, 3, 2), (128, 7 * 128, 2 * 21 * 128)
+    # bfloat16; no interleaving, swizzled over 128 bytes, fetched by 128 bytes, zeros outside
+    assert log == [("encode", 9, x.data_ptr(), sizes, strides, (64, 4, 2, 1), (1,) * 4, (0, 3, 2, 0))]
+    one = torch.zeros(4, 1, 1, 32, dtype=torch.float16).as_strided((4, 1, 1, 32), (32, 5, 3, 1))
+    mapped = TensorMap.of("x", one, (1, 2, 4, 32))
+    assert (mapped.strides, mapped.swizzle_bytes) == ((64, 64, 64), 64)
 
 
 def run_setup(folder: Path, choice: str, *commands: str) -> subprocess.CompletedProcess[str]:

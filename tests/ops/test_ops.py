@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rfengine import ops
-from rfengine.ops import REFERENCE_OPS, Ops, choose_ops, reference
+from rfengine.ops import REFERENCE_OPS, Ops, choose_ops, native, reference
 from rfengine.ops.table import OPS
 
 
@@ -186,3 +186,25 @@ def test_the_library_forms_of_the_convolutions_equal_the_reference():
     torch.testing.assert_close(library.causal_conv3d(x, weight, None), expected - bias, rtol=1e-4, atol=1e-4)
     phases = reference.fold_upsample_weight(torch.randn(16, 8, 3, 3))
     torch.testing.assert_close(library.phase_conv(x, phases, bias), REFERENCE_OPS.phase_conv(x, phases, bias))
+
+
+@pytest.mark.parametrize("channels_out", [16, 96])
+def test_the_native_convolution_is_the_reference_where_the_kernel_serves_nothing(channels_out, monkeypatch):
+    called = []
+    monkeypatch.setattr(native, "causal_conv3d", lambda *given: called.append(given) or "the kernel")
+    ops = Ops({"causal_conv3d": "native"})
+    x, weight = torch.randn(4, 3, 5, 32).half(), torch.randn(channels_out, 32, 3, 3, 3).half()
+    bias, out = torch.randn(channels_out).half(), torch.empty(2, 3, 5, channels_out).half()
+    if channels_out == 96:
+        assert ops.causal_conv3d(x, weight, bias, out) == "the kernel"
+        assert [id(tensor) for tensor in called[0]] == [id(tensor) for tensor in (x, weight, bias, out)]
+        return
+    assert ops.causal_conv3d(x, weight, bias, out) is out and called == []
+    assert torch.equal(out, REFERENCE_OPS.causal_conv3d(x, weight, bias))
+
+
+def test_native_ops_are_chosen_on_request_alone(monkeypatch):
+    monkeypatch.setattr(native, "absence", lambda device: "")
+    chosen = {op for op, backend in choose_ops("native", "cpu").choice.items() if backend == "native"}
+    assert chosen == {"evict_and_rephase", "causal_conv3d"}
+    assert "native" not in choose_ops("auto", "cpu").choice.values()

@@ -192,6 +192,31 @@ def test_a_right_backend_that_is_asked_for_is_not_timed(monkeypatch, tmp_path):
     assert all(key in forced or key.startswith("phase") for key in choice.overrides)
 
 
+def test_the_native_convolution_is_a_candidate_where_it_serves_the_shape(monkeypatch):
+    monkeypatch.setattr(
+        convolutions,
+        "runnable",
+        lambda op, *_: dict.fromkeys(("triton", "native"), implementation(op, "cudnn")),
+    )
+
+    def offered(dtype, capability=None, device=CPU):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        cases = decoder_cases(TuningShapes(PRESETS["wan-1.3b"], GRID, dtype, device))
+        return {case.key.name.rpartition("x3x3x3x")[0] for case in cases if "native" in case.candidates}
+
+    served = {
+        "384x384",
+        "384x192",
+        "192x192",
+        "96x96",
+    }  # out and in; not from 16 channels nor over time alone
+    assert offered(torch.float16) == {f"causal_conv3d@{sizes}" for sizes in served}
+    assert offered(torch.float32) == set()
+    cuda = torch.device("cuda", 0)
+    assert offered(torch.float16, (9, 0), cuda) == offered(torch.float16)
+    assert offered(torch.float16, (8, 0), cuda) == offered(torch.float16, (10, 0), cuda) == set()
+
+
 def test_a_cpu_measures_nothing_and_a_device_alone_has_no_case(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # a test of a kernel in the same process has set it
     unread = decoder_cases(TuningShapes(CONFIG, GRID, torch.float32, CPU))
