@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from rfengine.ops import backends, checks, native, reference
+from rfengine.ops import backends, checks, checks_fp8, native, reference, reference_fp8_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,16 @@ OPS: dict[str, Op] = {
     ),
     "frame_pack": Op(
         reference.frame_pack, "VAE", checks.frame_pack, backends={"triton": "frame_pack:frame_pack"}
+    ),
+    "window_fp8": Op(
+        reference_fp8_attention.window_fp8, "eviction", checks_fp8.window_fp8,
+    ),
+    "qk_norm_rope_write_fp8": Op(
+        reference_fp8_attention.qk_norm_rope_write_fp8, "row kernels", checks_fp8.qk_norm_rope_write_fp8,
+    ),
+    "sink_window_attention_fp8": Op(
+        reference_fp8_attention.sink_window_attention_fp8, "self-attention",
+        checks_fp8.sink_window_attention_fp8,
     ),
 }  # fmt: skip
 

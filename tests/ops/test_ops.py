@@ -81,8 +81,8 @@ LEVEL = torch.zeros(1, dtype=torch.float64)
 
 @pytest.mark.parametrize("name", OPS)
 def test_every_check_takes_the_arguments_of_its_op_with_and_without_the_optional_ones(name):
-    assert getattr(Ops, name).__doc__ == getattr(reference, name).__doc__
-    arguments = inspect.signature(getattr(reference, name)).parameters.values()
+    assert getattr(Ops, name).__doc__ == OPS[name].reference.__doc__
+    arguments = inspect.signature(OPS[name].reference).parameters.values()
     required = [argument for argument in arguments if argument.default is argument.empty]
     if OPS[name].check is not None:
         inspect.signature(OPS[name].check).bind(*arguments)
