@@ -131,7 +131,7 @@ def qk_norm_rope_write_fp8(
     _write_values_fp8_kernel[(triton.cdiv(frame_tokens, tile), frames * heads, batch)](
         v, value_unit, slots, values_fp8, values, *v.stride()[:2], *values_fp8.stride()[:3], *strides[2],
         frame_tokens, heads, E=head_dim, WIDTH=triton.next_power_of_2(head_dim), TOKENS=tile,
-        ALIGNMENT=math.gcd(frame_tokens, 16), num_warps=4,
+        ALIGNMENT=math.gcd(frame_tokens, 16), num_warps=8,
     )  # fmt: skip
     return out_q
 

@@ -42,7 +42,7 @@ RESULTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _sink_window_attention_fp8_kernel(
+def _attention_fp8_kernel(
     q_ptr, keys_ptr, values_ptr, kv_len_ptr, logit_scale_ptr, value_unit_ptr, out_ptr, row_scale_ptr,
     q_stride_b, q_stride_t, q_stride_h, keys_stride_b, keys_stride_t, keys_stride_h,
     values_stride_b, values_stride_h, values_stride_d, heads, tokens,
@@ -102,7 +102,7 @@ def _attend_with_pointers(
     batch, tokens, heads, head_dim = q.shape
     # unmeasured: the largest without a spill on sm_89, sm_90, sm_100 and sm_120
     block_m, block_n = 128, 64
-    _sink_window_attention_fp8_kernel[(triton.cdiv(tokens, block_m), heads, batch)](
+    _attention_fp8_kernel[(triton.cdiv(tokens, block_m), heads, batch)](
         q, keys, values, kv_len, logit_scale, value_unit, out, row_scale,
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], heads, tokens,
         HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, DTYPE=RESULTS[dtype],
