@@ -124,13 +124,15 @@ def test_any_shape_agrees_with_the_reference(heads: int, half: int, frames: int,
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_arena_and_its_copies_are_those_of_the_other_kernels_bit_for_bit(dtype: torch.dtype) -> None:
     size = SIZES[0]
-    _, keys8, values8, keys, spare, raw = run(qk_norm_rope_write_fp8, size, dtype, dtype, 3)
+    q8, keys8, values8, keys, spare, raw = run(qk_norm_rope_write_fp8, size, dtype, dtype, 3)
     plain = arenas(size, dtype)[2:]
     inputs = *rows(size, dtype), angles(size[1], size[3]), EPS
-    qk_norm_rope_write(*inputs, *plain, slots_of(size[4]))
+    q = qk_norm_rope_write(*inputs, *plain, slots_of(size[4]))
     for name, own, other in zip(NAMES[3:], (keys, spare, raw), plain, strict=True):
         assert_same_bits(name, own, other)
-    _, key_unit, mean, value_unit = units(size)
+    query_unit, key_unit, mean, value_unit = units(size)
+    exact = q.float() * query_unit.reciprocal()
+    assert_same_bits("q", q8.float(), exact.clamp(-448, 448).to(torch.float8_e4m3fn).float())
     frame_tokens = size[1] // size[4]
     for slot in slots_of(size[4]).tolist():
         part = slice(slot * frame_tokens, (slot + 1) * frame_tokens)

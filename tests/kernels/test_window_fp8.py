@@ -61,6 +61,7 @@ def assert_like_reference(rotated: Tensor, values: Tensor, kv_len: int) -> tuple
         (Size(1, 1, 1, 1, 64), 1),
         (Size(1, 2, 300, 2, 128), 256),
         (Size(2, 1, 131, 1, 24), 131),
+        (Size(1, 1, 140, 1, 8), 127),
     ],
 )
 def test_copies_are_those_of_the_reference(size: Size, kv_len: int, dtype: torch.dtype) -> None:
