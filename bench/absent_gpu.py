@@ -17,7 +17,7 @@ KILO = 1024
 # kernels that choose by the device
 CHOOSING = (
     "conv_frame_pack", "convolution_tile", "frame_attention", "linear_tile", "sink_window_attention",
-    "sink_window_attention_descriptor",
+    "sink_window_attention_descriptor", "sink_window_attention_fp8", "sink_window_attention_fp8_descriptor",
 )  # fmt: skip
 
 

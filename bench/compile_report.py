@@ -6,8 +6,8 @@
 Each op is called as the engine calls it, with tensors on the CPU; its launches are compiled for the
 architecture in question, with the launch parameters the kernel files choose, and not run. Registers are those
 of a thread at launch, spills the local-memory instructions in the machine code, products the matrix
-instructions (on sm_90 HGMMA, by where their first factor lies, shared memory + registers: in attention the
-first product and the second), TMA the loads and stores of the tensor memory accelerator.
+instructions (on sm_90 HGMMA, in FP8 QGMMA, by where their first factor lies, shared memory + registers: in
+attention the first product and the second), TMA the loads and stores of the tensor memory accelerator.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ def describe(
     """Resources and instructions of one compiled kernel.
 
     warps: those of the block, with what warp specialisation adds. products: HGMMA with the first factor in
-    shared memory, in registers. other_products: matrix instructions of other generations. tensor_copies:
-    instructions of the tensor memory accelerator. blocks: resident on one multiprocessor.
+    shared memory, in registers; fp8_products: the same of QGMMA. other_products: matrix instructions of other
+    generations. register_moves: setmaxnreg, by which warps of a specialised kernel hand registers on.
+    tensor_copies: instructions of the tensor memory accelerator. blocks: resident on one multiprocessor.
     """
     architecture = ARCHITECTURES[arch]
     threads = int(re.search(r"\.reqntid\s+(\d+)", compiled.asm["ptx"])[1])
@@ -83,9 +84,8 @@ def describe(
         binary.write(compiled.asm["cubin"])
         binary.flush()
         usage = run_tool("cuobjdump", "-res-usage", binary.name)
-        code = run_tool(
-            "nvdisasm", "-c", "-ndf", binary.name
-        )  # without analysis of the data flow, which is slow
+        # without analysis of the data flow, which is slow
+        code = run_tool("nvdisasm", "-c", "-ndf", binary.name)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     blocks = resident_blocks(architecture, registers, warps, compiled.metadata.shared)
     return {
@@ -96,22 +96,27 @@ def describe(
 
 
 def count_instructions(code: str) -> dict[str, Any]:
-    """Spills, products, other products and tensor copies, as `describe` names them, of one machine code."""
+    """What one machine code has of each kind of instruction, as `describe` names them."""
     instructions = re.findall(
         r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", code, re.MULTILINE
     )
     names = [name.split(".")[0] for name, _ in instructions]
-    first_factors = [
-        operands.split(",")[1].strip() for name, operands in instructions if name.startswith("HGMMA")
-    ]
-    in_shared = sum(factor.startswith("gdesc") for factor in first_factors)
-    others = {name for name in names if "MMA" in name and name != "HGMMA"}
+    others = {name for name in names if "MMA" in name and name not in ("HGMMA", "QGMMA")}
     return {
         "spills": sum(name in ("LDL", "STL") for name in names),
-        "products": (in_shared, len(first_factors) - in_shared),
+        "products": _by_first_factor(instructions, "HGMMA"),
+        "fp8_products": _by_first_factor(instructions, "QGMMA"),
         "other_products": {name: names.count(name) for name in sorted(others)},
+        "register_moves": names.count("USETMAXREG"),
         "tensor_copies": sum(name in ("UTMALDG", "UTMASTG", "UTMAREDG") for name in names),
     }
+
+
+def _by_first_factor(instructions: list[tuple[str, str]], product: str) -> tuple[int, int]:
+    """Of the products of this name, how many have their first factor in shared memory, and in registers."""
+    factors = [text.split(",")[1].strip() for name, text in instructions if name.split(".")[0] == product]
+    in_shared = sum(factor.startswith("gdesc") for factor in factors)
+    return in_shared, len(factors) - in_shared
 
 
 def resident_blocks(architecture: Architecture, registers: int, warps: int, shared_bytes: int) -> int:
@@ -146,6 +151,8 @@ HEADING = (
 
 def _line(launch: dict[str, Any]) -> str:
     products = "+".join(map(str, launch["products"])) if any(launch["products"]) else "-"
+    if any(launch["fp8_products"]):
+        products = "+".join(map(str, launch["fp8_products"])) + " QGMMA"
     for name, count in launch["other_products"].items():
         products = f"{count} {name}"
     return (

@@ -23,6 +23,7 @@ from rfengine.costs.ops import (
     HALF,
     attention_bytes,
     attention_flops,
+    attention_fp8_bytes,
     conv_bytes,
     conv_flops,
     ffn_dim,
@@ -36,9 +37,10 @@ from rfengine.costs.ops import (
     product_flops,
     row_bytes,
     time_conv_bytes,
+    window_fp8_bytes,
 )
 from rfengine.costs.shapes import Shapes
-from rfengine.ops import native, reference
+from rfengine.ops import native, reference, reference_fp8_attention
 from rfengine.ops.backends import cudnn_causal_conv3d
 from rfengine.ops.table import implementation
 
@@ -142,6 +144,34 @@ def _dequantised(_: Arguments, returned: tuple[Tensor, ...]) -> tuple[Tensor, ..
     return (values.to(scale.dtype) * scale,)
 
 
+def _window_copies(arguments: Arguments, _: object) -> tuple[Tensor, ...]:
+    """Means, units and copies; e4m3 as numbers."""
+    mean, unit, *copies = arguments[3:7]
+    return mean, unit, *(copy.double() for copy in copies)
+
+
+def _written_copies(arguments: Arguments, returned: Tensor) -> tuple[Tensor, ...]:
+    """The queries and what is written of a chunk, which is the last of the window."""
+    keys, values, _, *arenas = arguments[11:]
+    tokens, last = arguments[0].shape[1], keys.shape[1]
+    written = keys[:, last - tokens :], values[..., last - tokens : last]
+    return returned.double(), *(copy.double() for copy in written), *(arena[:, -tokens:] for arena in arenas)
+
+
+def _attention_fp8_reference(*arguments: object) -> Tensor | tuple[Tensor, Tensor]:
+    """Without the form; in float64, the truth, whose rows are not rounded."""
+    *given, rows = arguments[:9]
+    if arguments[0].dtype != torch.float64 or not rows:
+        return reference_fp8_attention.sink_window_attention_fp8(*given, rows)
+    result = reference_fp8_attention.sink_window_attention_fp8(*given)
+    return result, result.new_ones(result.shape[:3])
+
+
+def _attended_rows(_: Arguments, returned: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    values, scale = returned
+    return (values.to(scale.dtype) * scale[..., None],)
+
+
 def _as_numbers(_: Arguments, returned: Tensor) -> tuple[Tensor, ...]:
     return (returned.float(),)
 
@@ -177,6 +207,31 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
             attention_flops, op="sink_window_attention", backend=f"triton{form}", minimum_capability=least,
         )
         for form, least in (("", 80), ("-descriptor", 90), ("-pointer", 80))
+    ),
+    *(
+        KernelCase(
+            name, partial(inputs.attention_fp8, rows=rows, form=form), attention_fp8_bytes(rows),
+            attention_flops, op="sink_window_attention_fp8", reference=_attention_fp8_reference,
+            results=_attended_rows if rows else None, minimum_capability=least,
+        )
+        for name, rows, form, least in (
+            ("sink_window_attention_fp8", False, None, 89),
+            ("sink_window_attention_fp8_rows", True, None, 89),
+            ("sink_window_attention_fp8_descriptor", False, "descriptor", 90),
+            ("sink_window_attention_fp8_pointer", False, "pointer", 89),
+        )
+    ),
+    KernelCase(
+        "window_fp8", inputs.window_fp8, window_fp8_bytes, results=_window_copies, minimum_capability=89,
+        reference=reference_fp8_attention.window_fp8,
+    ),
+    *(
+        KernelCase(
+            name, partial(inputs.qk_norm_rope_write_fp8, into_arena=into_arena), BYTES[name],
+            op="qk_norm_rope_write_fp8", results=_written_copies, is_row=True, minimum_capability=89,
+            reference=reference_fp8_attention.qk_norm_rope_write_fp8,
+        )
+        for name, into_arena in (("qk_norm_rope_write_fp8", False), ("qk_norm_rope_write_fp8_raw", True))
     ),
     KernelCase(
         "attention_backward_query", inputs.attention_backward_query, attention_bytes,

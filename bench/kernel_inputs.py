@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rfengine.costs.shapes import Shapes, VaeLevel
+from rfengine.ops.reference_fp8_attention import aligned_tokens
 
-Arguments = tuple[Tensor | float | int | bool | str | None, ...]
+Arguments = tuple[Tensor | float | int | bool | str | torch.dtype | None, ...]
 
 
 def _modulated(shapes: Shapes, draw: Draw, by_frame: bool = False) -> tuple[Tensor, ...]:
@@ -95,6 +96,40 @@ def attention(shapes: Shapes, draw: Draw) -> Arguments:
     q = draw.rows(1, shapes.tokens, shapes.heads, shapes.head_dim)
     keys, values = (_arena(shapes, draw)[0] for _ in range(2))
     return q, keys, values, shapes.window_tokens, _filled(shapes, draw)
+
+
+def _copies(shapes: Shapes, draw: Draw, layers: int) -> tuple[Tensor, ...]:
+    """key_mean, value_unit, keys_fp8 and values_fp8 of that many layers."""
+    size = (layers, 1, shapes.heads, shapes.head_dim)
+    keys = draw.e4m3(layers, 1, shapes.window_tokens, *size[2:], scale=64.0)
+    values = draw.e4m3(*size, aligned_tokens(shapes.window_tokens), scale=8.0)
+    return draw.table(*size), draw.table(*size[:3]).abs_(), keys, values
+
+
+def _unit(draw: Draw, size: float, count: int = 1) -> Tensor:
+    return torch.full((count,), size, dtype=torch.float32, device=draw.device)
+
+
+def window_fp8(shapes: Shapes, draw: Draw) -> Arguments:
+    arenas = (_arena(shapes, draw, shapes.layers) for _ in range(2))
+    copies = _copies(shapes, draw, shapes.layers)
+    unit = _unit(draw, 2.0**-5, shapes.layers)
+    return *arenas, unit, *copies, shapes.window_tokens, _filled(shapes, draw)
+
+
+def qk_norm_rope_write_fp8(shapes: Shapes, draw: Draw, into_arena: bool) -> Arguments:
+    q, k, v, *rest, keys, values, raw, slots = qk_norm_rope_write(shapes, draw, keep_raw=True)
+    copies = (copy[0] for copy in _copies(shapes, draw, 1))
+    units = _unit(draw, 2.0**-5), _unit(draw, 2.0**-5)
+    return q, k, v, *rest, *units, *copies, slots, *((keys, values, raw) if into_arena else ())
+
+
+def attention_fp8(shapes: Shapes, draw: Draw, rows: bool = False, form: str | None = None) -> Arguments:
+    q = draw.e4m3(1, shapes.tokens, shapes.heads, shapes.head_dim, scale=64.0)
+    _, unit, keys, values = (copy[0] for copy in _copies(shapes, draw, 1))
+    scale = _unit(draw, 2.0**-12 * shapes.head_dim**-0.5)
+    given = q, keys, values, scale, unit, shapes.window_tokens, _filled(shapes, draw), torch.bfloat16, rows
+    return given if form is None else (*given, form)
 
 
 def _filled(shapes: Shapes, draw: Draw) -> Tensor:

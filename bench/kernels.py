@@ -152,8 +152,8 @@ def seeded_draw(seed: int, device: str = "cuda", dtype: torch.dtype = torch.bflo
 
 
 def fault_of(case: KernelCase, shapes: Shapes, draw: Draw, run: Callable[..., object] | None = None) -> str:
-    """What is wrong with the kernel of a case, or with `run` in its place (beyond_reference_error), or what it
-    raises; empty where it is right. Raises what has broken the device, which does nothing more in this
+    """What is wrong with the kernel of a case, or with `run` in its place (beyond_reference_error), or what
+    it raises; empty where it is right. Raises what has broken the device, which does nothing more in this
     process."""
     arguments = case.inputs(shapes.with_layers(min(CHECKED_LAYERS, shapes.layers)), draw)
     try:

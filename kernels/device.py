@@ -15,6 +15,18 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+FP8_CAPABILITY = (8, 9)
+
+
+def require_fp8(capability: tuple[int, int] | None) -> None:
+    """RuntimeError for a GPU of a compute capability without FP8; the interpreter, which has none, has it."""
+    if capability is not None and capability < FP8_CAPABILITY:
+        raise RuntimeError(
+            f"this GPU has compute capability {capability[0]}.{capability[1]} and FP8 comes with "
+            f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]}; use 16 bits on it"
+        )
+
+
 def count_processors(device: torch.device) -> int:
     """Multiprocessors; 4 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

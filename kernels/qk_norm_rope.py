@@ -30,14 +30,14 @@ from rfengine.kernels.rephase_keys import check_layout, check_rotation, rotate_p
 
 
 @triton.jit
-def _norm(x, weight, eps, D: tl.constexpr, DTYPE: tl.constexpr):
+def norm_row(x, weight, eps, D: tl.constexpr, DTYPE: tl.constexpr):
     """RMS norm of x [BLOCK] float32 with the two roundings of the op; returns float32."""
     normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
     return (normed.to(DTYPE).to(tl.float32) * weight).to(DTYPE).to(tl.float32)
 
 
 @triton.jit
-def _angles(rotation, token, num_tokens, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
+def row_angles(rotation, token, num_tokens, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr):
     """Cosines and sines [1, BLOCK / 2] of one token, repeated for every head."""
     pair = tl.arange(0, BLOCK // 2)[None, :]
     at = rotation + token * (E // 2) + pair % (E // 2)
@@ -48,7 +48,7 @@ def _angles(rotation, token, num_tokens, D: tl.constexpr, E: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _turn(x, cos, sin, BLOCK: tl.constexpr):
+def turn_row(x, cos, sin, BLOCK: tl.constexpr):
     return tl.reshape(rotate_pairs(tl.reshape(x, (1, BLOCK)), cos, sin, 1, BLOCK), (BLOCK,))
 
 
@@ -75,11 +75,11 @@ def _qk_norm_rope_kernel(
         tl.store(values + b * values_b + place * values_t + head * values_h + inner, row_v, mask=mask)
     scale_q = tl.load(weight_q + column, mask=mask, other=0.0).to(tl.float32)
     scale_k = tl.load(weight_k + column, mask=mask, other=0.0).to(tl.float32)
-    cos, sin = _angles(rotation, token, num_tokens, D, E, BLOCK)
-    turned = _turn(_norm(row_q, scale_q, eps, D, dtype), cos, sin, BLOCK)
+    cos, sin = row_angles(rotation, token, num_tokens, D, E, BLOCK)
+    turned = turn_row(norm_row(row_q, scale_q, eps, D, dtype), cos, sin, BLOCK)
     tl.store(out_q + (b * num_tokens + token) * D + column, turned.to(dtype), mask=mask)
-    raw = _norm(row_k, scale_k, eps, D, dtype)
-    turned = _turn(raw, cos, sin, BLOCK)
+    raw = norm_row(row_k, scale_k, eps, D, dtype)
+    turned = turn_row(raw, cos, sin, BLOCK)
     tl.store(keys + b * keys_b + place * keys_t + head * keys_h + inner, turned.to(dtype), mask=mask)
     if HAS_RAW:
         tl.store(raw_keys + b * raw_b + place * raw_t + head * raw_h + inner, raw.to(dtype), mask=mask)
@@ -88,7 +88,7 @@ def _qk_norm_rope_kernel(
 @triton.jit
 def _row_gradient(x, grad, weight, eps, cos, sin, D: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     """dx and the row's share of dweight, both [BLOCK] float32."""
-    grad = _turn(grad, cos, -sin, BLOCK)
+    grad = turn_row(grad, cos, -sin, BLOCK)
     inverse = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
     normed = x * inverse
     dn = grad * weight
@@ -117,7 +117,7 @@ def _qk_norm_rope_backward_kernel(
     end = tl.minimum(row + rows_per_program, num_rows)
     while row < end:  # not range: the interpreter of Triton 3.6 cannot count to a tensor with numpy 2.4
         b, token = (row // num_tokens).to(tl.int64), (row % num_tokens).to(tl.int64)
-        cos, sin = _angles(rotation, token, num_tokens, D, E, BLOCK)
+        cos, sin = row_angles(rotation, token, num_tokens, D, E, BLOCK)
         if is_k == 0:
             x = tl.load(q + b * q_b + token * q_t + column, mask=mask, other=0.0)
             grad = tl.load(grad_q + b * gq_b + token * gq_t + head * gq_h + inner, mask=mask, other=0.0)

@@ -46,6 +46,20 @@ def weigh_keys(q, k, maximum, total, scale, columns_left, MASKED: tl.constexpr, 
     return weights, new_maximum, total * decay + tl.sum(weights, 1), decay
 
 
+@triton.jit
+def place_unit(unit, whole_tiles, parts, key_tiles, row_tiles, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Head, first query, first key, the key after the last, and the index among the units of the last wave,
+    which is negative for a whole tile."""
+    cut = unit - whole_tiles
+    is_part = cut >= 0
+    tile = tl.where(is_part, whole_tiles + cut // parts, unit)
+    part = tl.where(is_part, cut % parts, 0)
+    of_parts = tl.where(is_part, parts, 1)
+    first = key_tiles * part // of_parts * BLOCK_N
+    stop = key_tiles * (part + 1) // of_parts * BLOCK_N
+    return tile // row_tiles, tile % row_tiles * BLOCK_M, first, stop, cut
+
+
 @triton.jit(do_not_specialize=["tokens", "whole_tiles", "units", "parts"])
 def _sink_window_attention_descriptor_kernel(
     q_ptr, keys_ptr, values_ptr, kv_len_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_b,
@@ -72,16 +86,10 @@ def _sink_window_attention_descriptor_kernel(
     else:
         first_unit, stop_unit, step = tl.program_id(0), tl.program_id(0) + 1, 1
     for unit in range(first_unit, stop_unit, step):
-        cut = unit - whole_tiles  # index among the units of the last wave; negative for a whole tile
+        head, row, first, stop, cut = place_unit(
+            unit, whole_tiles, parts, key_tiles, row_tiles, BLOCK_M, BLOCK_N
+        )
         is_part = cut >= 0
-        tile = tl.where(is_part, whole_tiles + cut // parts, unit)
-        part = tl.where(is_part, cut % parts, 0)
-        of_parts = tl.where(is_part, parts, 1)
-        first = key_tiles * part // of_parts * BLOCK_N
-        stop = key_tiles * (part + 1) // of_parts * BLOCK_N
-        head = tile // row_tiles
-        row = tile % row_tiles * BLOCK_M
-
         q = queries.load([row, head * HEAD_DIM])
         maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -130,9 +138,26 @@ def _sink_window_attention_descriptor_kernel(
         tl.store(rest, low, mask=(rows < tl.where(is_part, tokens - row, 0))[:, None])
 
 
+@triton.jit
+def store_rows(result, out_ptr, row_scale_ptr, first, rows, mask):
+    """result [M, D] at rows first + rows of out [..., D], `first` in 64 bits; with row_scale [...], in e4m3
+    with a scale for each row as well: max |row| / 448, or 1 for zeros."""
+    if row_scale_ptr is not None:
+        wide = result.to(tl.float32)
+        scale = tl.div_rn(tl.max(tl.abs(wide), 1), 448.0)
+        scale = tl.where(scale > 0.0, scale, 1.0)
+        tl.store(row_scale_ptr + first + rows, scale, mask=mask)
+        # by the reciprocal, since 64 correctly rounded divisions a thread spill; at most 448 (1 + 2^-22) in
+        # magnitude, which rounds to 448: nothing is left to saturate
+        result = (wide * tl.div_rn(1.0, scale)[:, None]).to(tl.float8e4nv)
+    columns = tl.arange(0, result.shape[1])
+    out_start = out_ptr + first * result.shape[1]
+    tl.store(out_start + rows[:, None] * result.shape[1] + columns[None, :], result, mask=mask[:, None])
+
+
 @triton.jit(do_not_specialize=["tokens", "whole_tiles", "parts"])
 def _add_parts_kernel(
-    part_ptr, part_lse_ptr, kv_len_ptr, out_ptr, lse_ptr, heads, tokens, whole_tiles, parts,
+    part_ptr, part_lse_ptr, kv_len_ptr, out_ptr, row_scale_ptr, lse_ptr, heads, tokens, whole_tiles, parts,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(2).to(tl.int64)
@@ -162,11 +187,11 @@ def _add_parts_kernel(
             result = high.to(tl.float32) + low.to(tl.float32)
             sums = sums * decay[:, None] + result * weight[:, None]
             maximum = new_maximum
-    out_rows = (batch * tokens + rows) * (heads * HEAD_DIM) + head * HEAD_DIM
-    result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + out_rows[:, None] + columns[None, :], result, mask=inside[:, None])
-    lse = (maximum + tl.log2(total)) * LN2
-    tl.store(lse_ptr + (batch * heads + head) * tokens + rows, lse, mask=inside)
+    result = (sums / total[:, None]).to(part_ptr.dtype.element_ty)
+    store_rows(result, out_ptr, row_scale_ptr, batch * tokens * heads + head, rows * heads, inside)
+    if lse_ptr is not None:
+        lse = (maximum + tl.log2(total)) * LN2
+        tl.store(lse_ptr + (batch * heads + head) * tokens + rows, lse, mask=inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +218,46 @@ def split_tiles(tiles: int, processors: int, most_parts: int) -> TileSplit:
     return TileSplit(tiles, 0, 1) if parts == 1 or cut == 0 else TileSplit(tiles - cut, cut, parts)
 
 
-def _allocate_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+def allocate_scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     """Memory for a launch's descriptors, from torch's allocator: from the pool of a graph being captured."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """How the tiles are given out, and where the parts of the last wave leave their results until they are
+    added up: part [2, B, units, M, D], value and rest in 16 bits or float32; lse [B, units, M] float32."""
+
+    split: TileSplit
+    part: Tensor
+    lse: Tensor
+
+    @classmethod
+    def of(
+        cls, q: Tensor, dtype: torch.dtype, arena_tokens: int, block_m: int, block_n: int, processors: int
+    ) -> Parts:
+        """For q [B, Tq, H, D] and results in dtype; each multiprocessor holds one program."""
+        batch, tokens, heads, head_dim = q.shape
+        # a part has at least four tiles of keys of a full arena, and eight parts are the most that can pay
+        most_parts = max(1, min(8, arena_tokens // (4 * block_n)))
+        split = split_tiles(triton.cdiv(tokens, block_m) * heads, processors, most_parts)
+        rows = (batch, split.cut * split.parts, block_m)
+        part = torch.empty((2, *rows, head_dim), dtype=dtype, device=q.device)
+        return cls(split, part, torch.empty(rows, dtype=torch.float32, device=q.device))
+
+    def add_up(
+        self, kv_len: Tensor, out: Tensor, row_scale: Tensor | None, lse: Tensor | None, block_n: int
+    ) -> None:
+        """Into out [B, Tq, H, D], and where given row_scale [B, Tq, H], which makes out e4m3, and lse [B, H,
+        Tq]."""
+        split, rows = self.split, 16
+        if not split.cut:
+            return
+        (batch, tokens, heads, head_dim), block_m = out.shape, self.part.shape[3]
+        _add_parts_kernel[(block_m // rows, split.cut, batch)](
+            self.part, self.lse, kv_len, out, row_scale, lse, heads, tokens, split.whole, split.parts,
+            HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=rows, num_warps=4, num_stages=1,
+        )  # fmt: skip
 
 
 def attend_with_descriptors(
@@ -203,28 +265,19 @@ def attend_with_descriptors(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Tq, H, D], natural log-sum-exp [B, H, Tq] float32); inputs as in sink_window_attention."""
     batch, tokens, heads, head_dim = q.shape
-    processors = count_processors(q.device)  # each holds one program, which fills its shared memory
-    # a part has at least four tiles of keys of a full arena, and eight parts are the most that can pay
-    most_parts = max(1, min(8, keys.shape[1] // (4 * block_n)))
-    split = split_tiles(triton.cdiv(tokens, block_m) * heads, processors, most_parts)
+    processors = count_processors(q.device)
+    parts = Parts.of(q, q.dtype, keys.shape[1], block_m, block_n, processors)
+    split = parts.split
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, tokens), dtype=torch.float32, device=q.device)
-    part_rows = (batch, split.cut * split.parts, block_m)
-    part = torch.empty((2, *part_rows, head_dim), dtype=q.dtype, device=q.device)
-    part_lse = torch.empty(part_rows, dtype=torch.float32, device=q.device)
-    triton.set_allocator(_allocate_scratch)
+    triton.set_allocator(allocate_scratch)
     programs = min(processors, split.units) if specialised else split.units
     _sink_window_attention_descriptor_kernel[(programs, batch)](
-        q, keys, values, kv_len, out, lse, part, part_lse,
+        q, keys, values, kv_len, out, lse, parts.part, parts.lse,
         *q.stride()[:2], *keys.stride()[:2], *values.stride()[:2],
         heads, tokens, split.whole, split.units, split.parts, head_dim**-0.5 / LN2.value,
         HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, SPECIALISED=specialised,
         num_warps=4 if specialised else 8, num_stages=2,
     )  # fmt: skip
-    if split.cut:
-        rows = 16
-        _add_parts_kernel[(block_m // rows, split.cut, batch)](
-            part, part_lse, kv_len, out, lse, heads, tokens, split.whole, split.parts,
-            HEAD_DIM=head_dim, BLOCK_M=block_m, BLOCK_N=block_n, ROWS=rows, num_warps=4, num_stages=1,
-        )  # fmt: skip
+    parts.add_up(kv_len, out, None, lse, block_n)
     return out, lse

@@ -38,6 +38,21 @@ def attention_bytes(shapes: Shapes) -> int:
     return 2 * HALF * (shapes.tokens + shapes.window_tokens) * shapes.dim
 
 
+def attention_fp8_bytes(rows: bool) -> Callable[[Shapes], int]:
+    """Queries, keys and values of one byte; rows: so is the result, with a scale for each token and head."""
+
+    def moved(shapes: Shapes) -> int:
+        scales = SINGLE * shapes.tokens * shapes.heads if rows else 0
+        return (2 * shapes.window_tokens + (2 if rows else 3) * shapes.tokens) * shapes.dim + scales
+
+    return moved
+
+
+def window_fp8_bytes(shapes: Shapes) -> int:
+    """Keys and values of all layers read once and their copies of one byte written."""
+    return 2 * (HALF + 1) * shapes.layers * shapes.window_tokens * shapes.dim
+
+
 def flow_bytes(shapes: Shapes) -> int:
     grid = shapes.grid
     return 4 * HALF * shapes.config.model.out_dim * shapes.frames * grid.latent_height * grid.latent_width
@@ -113,6 +128,8 @@ BYTES: dict[str, Callable[[Shapes], int]] = {
     "rms_norm": row_bytes(4),
     "qk_norm_rope_write": row_bytes(12),
     "qk_norm_rope_write_raw": row_bytes(14),
+    "qk_norm_rope_write_fp8": row_bytes(9),
+    "qk_norm_rope_write_fp8_raw": row_bytes(15),
     "ema_evict": slot_bytes(2 * 10),
     "ema_evict_plain": slot_bytes(2 * 6),
     "rephase_keys": rephase_bytes,

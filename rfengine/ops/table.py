@@ -196,13 +196,16 @@ OPS: dict[str, Op] = {
     ),
     "window_fp8": Op(
         reference_fp8_attention.window_fp8, "eviction", checks_fp8.window_fp8,
+        backends={"triton": "window_fp8:window_fp8"},
     ),
     "qk_norm_rope_write_fp8": Op(
         reference_fp8_attention.qk_norm_rope_write_fp8, "row kernels", checks_fp8.qk_norm_rope_write_fp8,
+        backends={"triton": "qk_norm_rope_fp8:qk_norm_rope_write_fp8"},
     ),
     "sink_window_attention_fp8": Op(
         reference_fp8_attention.sink_window_attention_fp8, "self-attention",
         checks_fp8.sink_window_attention_fp8,
+        backends={"triton": "sink_window_attention_fp8:sink_window_attention_fp8"},
     ),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KILO = 1024
 REGISTERS, SHARED_BYTES, WARPS, BLOCKS = 65536, 228 * KILO, 64, 32  # of one Hopper multiprocessor
 
+FP8_ATTENTION = tuple(f"sink_window_attention_fp8{form}" for form in ("", "_rows", "_descriptor", "_pointer"))
 CASES = (  # every kernel, and of the linears and convolutions a form of each kind
     "sink_window_attention", "sink_window_attention_pointer", "attention_backward_query",
     "attention_backward_keys", "gated_residual_adaptive_norm", "gated_layer_norm_backward", "rms_norm",
@@ -26,6 +27,7 @@ CASES = (  # every kernel, and of the linears and convolutions a form of each ki
     "channel_norm_silu_fp8", "causal_conv3d_level_1", "causal_conv3d_level_3", "causal_conv3d_fp8_level_3",
     "phase_conv_to_level_2", "frame_attention", "conv_frame_pack", "linear_out_one_frame",
     "gated_linear_ffn_one_frame", "sink_window_attention_pointer_one_frame", "adaptive_layer_norm",
+    *FP8_ATTENTION, "window_fp8", "qk_norm_rope_write_fp8", "qk_norm_rope_write_fp8_raw",
     *(f"{op}_by_frame" for op in ("flow_step", "adaptive_layer_norm", "gated_residual_adaptive_norm")),
 )  # fmt: skip
 REPORT_AND_FILL = """
@@ -120,18 +122,25 @@ def test_no_forward_kernel_spills(launches: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 def test_both_products_of_the_attention_run_on_warp_groups(launches: list[dict[str, Any]]) -> None:
-    attention = [launch for launch in launches if launch["kernel"].startswith("_sink_window_attention")]
-    assert {launch["case"] for launch in attention} == {*CASES[:2], "sink_window_attention_pointer_one_frame"}
+    names = ("_sink_window_attention", "_attention_fp8")
+    attention = [launch for launch in launches if launch["kernel"].startswith(names)]
+    plain = {*CASES[:2], "sink_window_attention_pointer_one_frame"}
+    assert {launch["case"] for launch in attention} == {*plain, *FP8_ATTENTION}
     for launch in attention:
-        assert min(launch["products"]) > 0, launch["case"]
-        assert not launch["other_products"], launch["case"]
+        wanted, others = (
+            ("products", "fp8_products") if launch["case"] in plain else ("fp8_products", "products")
+        )
+        assert min(launch[wanted]) > 0, launch["case"]
+        assert not any(launch[others]) and not launch["other_products"], launch["case"]
 
 
 @pytest.mark.slow
 def test_the_attention_of_hopper_copies_tiles_by_descriptor(launches: list[dict[str, Any]]) -> None:
-    chosen = [launch for launch in launches if launch["case"] == "sink_window_attention"]
-    assert chosen[0]["tensor_copies"] >= 3  # q, keys and values
-    assert chosen[0]["warps"] == 12  # a producer and two consumers of four warps: the compiler did specialise
+    for case in ("sink_window_attention", *FP8_ATTENTION[:2]):
+        chosen = next(launch for launch in launches if launch["case"] == case)
+        assert chosen["tensor_copies"] >= 3  # q, keys and values
+        # a producer and two consumers of four warps, which hand registers on: the compiler did specialise
+        assert chosen["warps"] == 12 and chosen["register_moves"] >= 3, case
 
 
 @pytest.mark.slow
@@ -142,10 +151,11 @@ def test_the_convolutions_of_hopper_run_on_warp_groups_from_descriptors(
     convolutions = [launch for launch in launches if launch["kernel"] in kernels]
     assert len(convolutions) == 5
     for launch in convolutions:
-        in_shared, in_registers = launch["products"]
-        fp8 = launch["other_products"].get("QGMMA", 0)
+        in_shared, in_registers = (
+            sum(each) for each in zip(launch["products"], launch["fp8_products"], strict=True)
+        )
         # weights and pixels both straight from shared memory, which is what keeps products in flight
-        assert in_shared + fp8 > 0 and in_registers == 0, launch["case"]
+        assert in_shared > 0 and in_registers == 0, launch["case"]
         assert launch["tensor_copies"] >= 2, launch["case"]
 
 
