@@ -38,10 +38,9 @@ class MeasuredEngine:
         """Raises ValueError for a model, a device or a size that cannot be."""
         device = device_of(options.device)
         model = options.model or ("wan-1.3b" if device.type == "cuda" else "tiny")
-        dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         checkpoint = _checkpoint(model, options)
         pipeline = Pipeline.from_pretrained(
-            checkpoint, device, dtype, system=options.system, backend=options.backend,
+            checkpoint, device, options.dtype, system=options.system, backend=options.backend,
             runtime=options.runtime,
         )  # fmt: skip
         grid = LatentGrid.of(pipeline.config, options.height, options.width)
