@@ -6,8 +6,8 @@
 Each op is called as the engine calls it, with tensors on the CPU; its launches are compiled for the
 architecture in question, with the launch parameters the kernel files choose, and not run. Registers are those
 of a thread at launch, spills the local-memory instructions in the machine code, products the matrix
-instructions (on sm_90 HGMMA, by where their first factor lies, shared memory + registers: in attention the
-first product and the second), TMA the loads and stores of the tensor memory accelerator.
+instructions (on sm_90 HGMMA, in FP8 QGMMA, by where their first factor lies, shared memory + registers: in
+attention the first product and the second), TMA the loads and stores of the tensor memory accelerator.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from rfengine.presets import PRESETS
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MODEL = "wan-1.3b"
+WARP_GROUP_PRODUCTS = ("HGMMA", "QGMMA")  # of sm_90, in 16 bits and in FP8
 REGISTERS = 65536  # of one multiprocessor, on every architecture here
 
 
@@ -72,7 +73,7 @@ def describe(
 ) -> dict[str, Any]:
     """Resources and instructions of one compiled kernel.
 
-    warps: those of the block, with what warp specialisation adds. products: HGMMA with the first factor in
+    warps: those of the block, with what warp specialisation adds. products: HGMMA or QGMMA, first factor in
     shared memory, in registers. other_products: matrix instructions of other generations. tensor_copies:
     instructions of the tensor memory accelerator. blocks: resident on one multiprocessor.
     """
@@ -90,10 +91,12 @@ def describe(
     )
     names = [name.split(".")[0] for name, _ in instructions]
     first_factors = [
-        operands.split(",")[1].strip() for name, operands in instructions if name.startswith("HGMMA")
+        operands.split(",")[1].strip()
+        for name, operands in instructions
+        if name.split(".")[0] in WARP_GROUP_PRODUCTS
     ]
     in_shared = sum(factor.startswith("gdesc") for factor in first_factors)
-    others = {name for name in names if "MMA" in name and name != "HGMMA"}
+    others = {name for name in names if "MMA" in name and name not in WARP_GROUP_PRODUCTS}
     blocks = resident_blocks(architecture, registers, warps, compiled.metadata.shared)
     return {
         "arch": arch, "case": case.name, "kernel": kernel, "grid": grid, "warps": warps,

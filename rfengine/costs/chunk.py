@@ -199,7 +199,7 @@ class ChunkWork:
             return dict.fromkeys(block_linears(self.shapes.config.model), SIXTEEN_BITS)
         return {
             "self-attention q, k, v": FROM_NORM_FP8,
-            "self-attention out": from_heads_fp8(self.shapes) if attends_fp8 else HEADS_FP8,
+            "self-attention out": from_heads_fp8(self.shapes.heads) if attends_fp8 else HEADS_FP8,
             "cross-attention q": FROM_NORM_FP8,
             "cross-attention out": HEADS_FP8,
             "feed-forward in": GELU_ROWS_FP8,

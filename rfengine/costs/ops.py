@@ -96,9 +96,20 @@ GELU_ROWS_FP8 = ProductForm(BYTE, BYTE, BYTE, read_scales=1, written_scales=1)
 HEADS_FP8 = ProductForm(HALF, BYTE)  # rounded as they are read
 
 
-def from_heads_fp8(shapes: Shapes) -> ProductForm:
+def from_heads_fp8(heads: int) -> ProductForm:
     """Of rows that FP8 attention has written, with a scale for each head."""
-    return ProductForm(BYTE, BYTE, read_scales=shapes.heads)
+    return ProductForm(BYTE, BYTE, read_scales=heads)
+
+
+def product_fp8_bytes(
+    form: ProductForm, outputs: Callable[[Shapes], int], inputs: Callable[[Shapes], int]
+) -> Callable[[Shapes], int]:
+    return lambda s: form.bytes(s.tokens, inputs(s), outputs(s))
+
+
+def gelu_rows_fp8_bytes(shapes: Shapes) -> int:
+    """A product in 16 bits in, one byte out; a scale for each row either way."""
+    return shapes.tokens * (ffn_dim(shapes) * (HALF + BYTE) + 2 * SINGLE)
 
 
 def conv_flops(level: int) -> Callable[[Shapes], int]:
