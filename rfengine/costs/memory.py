@@ -71,13 +71,13 @@ def weight_bytes(config: EngineConfig, dtype: torch.dtype, vae: WanVAE) -> dict[
     """Bytes of the weights of each part, in `dtype` but for the VAE."""
     return {
         "transformer": parameter_count(config.model) * dtype.itemsize,
-        "transformer_fp8": _fp8_weight_bytes(config.model, dtype) if config.runtime.multiplies_fp8 else 0,
+        "transformer_fp8": fp8_weight_bytes(config.model, dtype) if config.runtime.multiplies_fp8 else 0,
         "vae": _nbytes(vae.parameters()),
         "text_encoder": parameter_count(config.text) * dtype.itemsize,
     }
 
 
-def _fp8_weight_bytes(model: WanConfig, dtype: torch.dtype) -> int:
+def fp8_weight_bytes(model: WanConfig, dtype: torch.dtype) -> int:
     """Of the WeightFP8 of every product of the blocks: for each weight a byte, for each output a scale and a
     copy of the bias, and its reach."""
     sizes = block_linears(model).values()
