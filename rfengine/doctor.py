@@ -296,7 +296,7 @@ def _runtime_lines(report: dict[str, Any]) -> list[str]:
 def _product_lines(runtime: dict[str, Any]) -> list[str]:
     """What FP8 does here, or why it does not."""
     products, on_cuda = runtime["products"], runtime["device"] == "cuda"
-    how = "e4m3 in the tensor cores" if on_cuda else "emulated on a CPU, to the same results and slower"
+    how = "e4m3 in the tensor cores" if on_cuda else "emulated on a CPU, which is slower"
     rows = {"precision": products["precision"]}
     for name, found in products["in_fp8"].items():
         stream = f", {_mib(found['stream'])} more for each stream" * (found["stream"] > 0)

@@ -161,9 +161,7 @@ def test_products_say_what_fp8_would_do_here_and_what_it_adds(monkeypatch: pytes
         name: (each["weights"] // mib, each["stream"] // mib) for name, each in products["in_fp8"].items()
     }
     assert added == {"fp8": (1195, 0), "fp8-attention": (1195, 1234)}
-    how = (
-        "e4m3 in the tensor cores" if torch.cuda.is_available() else "emulated on a CPU, to the same results"
-    )
+    how = "e4m3 in the tensor cores" if torch.cuda.is_available() else "emulated on a CPU, which is slower"
     assert f"fp8-attention available: {how}" in text_of(report)
     assert "1196 MiB of weights more, 1235 MiB more for each stream" in text_of(report)
     assert report["memory"]["needs"]["transformer_fp8"] == report["memory"]["needs"]["window_fp8"] == 0
