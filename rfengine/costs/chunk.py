@@ -113,6 +113,11 @@ class ChunkWork:
         return runtime.fp8_passes(len(config.schedule.denoising_steps) + 1) if self.evicts else ()
 
     @property
+    def _keeps_fp8(self) -> bool:
+        """Whether the context pass, which leaves the chunk in the arena, attends in FP8."""
+        return self.chunk_runs - 1 in self.fp8_passes
+
+    @property
     def runs(self) -> tuple[Runs, ...]:
         """Runs of the transformer: every denoising step and the context pass; in a rolling schedule one over
         all chunks in flight, and the context pass."""
@@ -261,7 +266,7 @@ class ChunkWork:
         calls. The context pass writes the arena in any case, the others in FP8 the copies alone."""
         layers = self.shapes.layers
         keeps_raw = self.shapes.config.cache.positions == "relative"
-        context = self.chunk_runs - 1 in self.fp8_passes
+        context = self._keeps_fp8
         steps = layers * (len(self.fp8_passes) - context)
         raw = layers if keeps_raw and not context else 0
         name = "qk_norm_rope_write"
@@ -282,7 +287,7 @@ class ChunkWork:
         read = (HALF + BYTE + BYTE) - HALF  # by the pass, and what it wrote, against 16 bits at once
         rows, inner = self.shapes.chunk * self.layer_calls, self.shapes.config.model.ffn_dim
         attends = self.shapes.chunk * self.shapes.layers * len(self.fp8_passes)
-        kept = self.shapes.chunk * self.shapes.layers * (self.chunk_runs - 1 in self.fp8_passes)
+        kept = self.shapes.chunk * self.shapes.layers * self._keeps_fp8
         saved = {
             "norms": 3 * rows * written,
             "GELU": rows // self.shapes.dim * inner * written,

@@ -343,9 +343,12 @@ def test_a_context_pass_in_fp8_writes_the_arena_as_well() -> None:
         runtime = RuntimeConfig(precision="fp8-attention", sixteen_bit_passes=())
         cache = replace(SHIPPED.config.cache, positions=positions, sink="frozen")
         config = replace(SHIPPED.config, cache=cache, runtime=runtime)
-        parts = ChunkWork.steady(Shapes(config), "fp8-attention").parts()
+        work = ChunkWork.steady(Shapes(config), "fp8-attention")
+        parts = work.parts()
         values = 30 * 4680 * 1536
         found = {part.name: part.bytes / values for part in parts if part.name.startswith("qk_norm")}
+        apart = {part.name: part.bytes / values for part in work.saved_by_fusing()}
+        assert apart["queries, keys and values"] == 5 * 3 * 4 - 2 * 2  # it has these in 16 bits as well
         assert "window_fp8" in {part.name for part in parts}
         return found
 
