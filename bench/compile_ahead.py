@@ -1,8 +1,9 @@
 """Fills a Triton cache for a GPU that is not here, so that a first start there compiles no kernel.
 
 The programs of the engine run on tensors of their real sizes in host memory, most of which is never touched,
-since no kernel runs: every chunk from the first to the steady state, and the decoders, with every op that
-Triton has a form of on Triton, in each form that autotune compares. The golden files are replayed as well.
+since no kernel runs: every chunk from the first to the steady state, in 16 bits and in FP8, and the decoders,
+with every op that Triton has a form of on Triton, in each form that autotune compares. The golden files are
+replayed as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from bench.absent_gpu import ARCHITECTURES, Architecture, recorded_launches
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import EngineConfig, WanConfig
 from rfengine.grid import LatentGrid
+from rfengine.kernels.gelu_fp8 import gelu_rows_fp8
+from rfengine.kernels.linear_fp8 import linear_fp8
 from rfengine.models.dit import WanDiT, pack_weights
+from rfengine.models.fp8_products import quantise
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, backends
@@ -32,6 +36,7 @@ from rfengine.runtime.decoder_precision import plan_precision
 from rfengine.schedule import FlowSchedule
 
 Module = TypeVar("Module", bound=nn.Module)
+FP8_ATTENTION = ("window_fp8", "qk_norm_rope_write_fp8", "sink_window_attention_fp8")
 DTYPES = ("float32", "bfloat16")  # of the golden files
 
 
@@ -45,6 +50,9 @@ def fill_cache(
         variants = list(engine_ops(architecture))
         for ops in variants:
             run_chunks(config, dtype, ops)
+        if architecture.capability >= 89:
+            run_chunks(config, dtype, variants[0], in_fp8=True)
+            run_beside_library(config.model, LatentGrid.of(config).frame_tokens * config.cache.chunk_frames)
         decoding = plan_precision(config.runtime, "cuda", dtype).dtype
         run_decoders(config, decoding, variants[0])  # the others differ in ops of the transformer alone
         # Triton counts as a backend of the CPU, where its launches are not run
@@ -65,12 +73,17 @@ def engine_ops(architecture: Architecture) -> Iterator[Ops]:
             yield Ops(choice | {"sink_window_attention": form})
 
 
-def run_chunks(config: EngineConfig, dtype: torch.dtype, ops: Ops) -> None:
-    """The chunks of a stream until every program of the steady state has run once."""
+def run_chunks(config: EngineConfig, dtype: torch.dtype, ops: Ops, in_fp8: bool = False) -> None:
+    """The chunks of a stream until every program of the steady state has run once. in_fp8: its products, and
+    the attention of every pass where Triton has the ops of it."""
     grid, model_config = LatentGrid.of(config), _with_few_layers(config.model)
     model = _unfilled(WanDiT, model_config, ops, dtype=dtype)
     pack_weights(model)
-    runner = ChunkRunner(model, FlowSchedule(config.schedule))
+    if in_fp8:
+        quantise(model)
+    attends = in_fp8 and all(has_backend(op, "triton") for op in FP8_ATTENTION)
+    passes = range(len(config.schedule.denoising_steps) + 1) if attends else ()
+    runner = ChunkRunner(model, FlowSchedule(config.schedule), fp8_passes=passes)
     cache = StreamingKVCache(model_config, config.cache, grid, dtype=dtype, device="cpu", ops=ops)
     states = torch.empty(1, model_config.text_len, model_config.text_dim, dtype=dtype)
     text = model.text_keys_values(states)
@@ -80,6 +93,18 @@ def run_chunks(config: EngineConfig, dtype: torch.dtype, ops: Ops) -> None:
     )  # fmt: skip
     for _ in range(config.cache.filling_chunks + 1):  # filled, then the steady state
         runner.advance(cache, cache.plan_chunk(), noise, text)
+
+
+def run_beside_library(model: WanConfig, tokens: int) -> None:
+    """The kernels beside products that a library makes in FP8, and the product of rows from FP8 attention."""
+    rows = torch.empty(tokens, model.ffn_dim, dtype=torch.bfloat16)
+    scale = torch.empty(tokens, 1, dtype=torch.float32)
+    gelu_rows_fp8(rows, scale, torch.empty(2, dtype=torch.float32))
+    values = torch.empty(tokens, model.dim, dtype=torch.float8_e4m3fn)
+    heads = torch.empty(tokens, model.num_heads, dtype=torch.float32)
+    weight = torch.empty(model.dim, model.dim, dtype=torch.float8_e4m3fn)
+    units = torch.empty(model.dim, dtype=torch.float32)
+    linear_fp8(values, heads, weight, units, units.bfloat16())
 
 
 def _with_few_layers(model: WanConfig) -> WanConfig:

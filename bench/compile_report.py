@@ -41,6 +41,7 @@ from rfengine.presets import PRESETS
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MODEL = "wan-1.3b"
+WARP_GROUP_PRODUCTS = ("HGMMA", "QGMMA")  # of sm_90, in 16 bits and in FP8
 REGISTERS = 65536  # of one multiprocessor, on every architecture here
 
 

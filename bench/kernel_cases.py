@@ -20,7 +20,10 @@ import bench.kernel_inputs as inputs
 from bench.kernel_inputs import Arguments, Draw
 from rfengine.costs.ops import (
     BYTES,
+    FROM_NORM_FP8,
+    GELU_ROWS_FP8,
     HALF,
+    HEADS_FP8,
     attention_bytes,
     attention_flops,
     attention_fp8_bytes,
@@ -28,6 +31,8 @@ from rfengine.costs.ops import (
     conv_flops,
     ffn_dim,
     frame_attention_flops,
+    from_heads_fp8,
+    gelu_rows_fp8_bytes,
     norm_bytes,
     pack_bytes,
     pack_flops,
@@ -35,15 +40,17 @@ from rfengine.costs.ops import (
     phase_flops,
     product_bytes,
     product_flops,
+    product_fp8_bytes,
     row_bytes,
     time_conv_bytes,
     window_fp8_bytes,
 )
 from rfengine.costs.shapes import Shapes
-from rfengine.ops import native, reference, reference_fp8_attention
+from rfengine.ops import library_fp8, native, reference, reference_fp8_attention
 from rfengine.ops.backends import cudnn_causal_conv3d
-from rfengine.ops.table import implementation
+from rfengine.ops.table import OPS, implementation
 
+SCALED_MM = "torch._scaled_mm"  # with a kernel of ours behind it where the product ends in a GELU
 Result = Tensor | tuple[Tensor, ...] | None
 
 
@@ -81,7 +88,7 @@ class KernelCase:
 
     def meaning(self) -> Callable[..., Result]:
         """The same in plain PyTorch."""
-        return self.reference or getattr(reference, self.op)
+        return self.reference or OPS[self.op].reference
 
     def checked(self, arguments: Arguments, returned: Result) -> tuple[Tensor, ...]:
         if self.results is not None:
@@ -180,6 +187,17 @@ def _cublaslt_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch._addmm_activation(bias, x[0], weight.t(), use_gelu=True)
 
 
+def _gelu_rows_fp8(y: Tensor, row_scale: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounded to e4m3; in float64, the truth, not rounded."""
+    is_truth, scale = y.dtype == torch.float64, row_scale * reach[0] + reach[1]
+    values = F.gelu(y if is_truth else y.float(), approximate="tanh") / scale
+    return values if is_truth else values.to(torch.float8_e4m3fn), scale
+
+
+def _flops_of(outputs: Callable[[Shapes], int], inner: Callable[[Shapes], int]) -> Callable[[Shapes], int]:
+    return lambda s: 2 * s.tokens * outputs(s) * inner(s)
+
+
 def _conv_fp8_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Exact products of the 8-bit values, rounded once to bf16; in float64, the truth, not rounded."""
     is_truth = x.dtype == torch.float64
@@ -223,13 +241,11 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
     ),
     KernelCase(
         "window_fp8", inputs.window_fp8, window_fp8_bytes, results=_window_copies, minimum_capability=89,
-        reference=reference_fp8_attention.window_fp8,
     ),
     *(
         KernelCase(
             name, partial(inputs.qk_norm_rope_write_fp8, into_arena=into_arena), BYTES[name],
             op="qk_norm_rope_write_fp8", results=_written_copies, is_row=True, minimum_capability=89,
-            reference=reference_fp8_attention.qk_norm_rope_write_fp8,
         )
         for name, into_arena in (("qk_norm_rope_write_fp8", False), ("qk_norm_rope_write_fp8_raw", True))
     ),
@@ -252,11 +268,11 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
     ),
     KernelCase("gated_residual_affine_norm", inputs.gated_affine, row_bytes(8), is_row=True),
     *(
-        KernelCase(f"{norm}_fp8", drawn, BYTES[f"{norm}_fp8"], file=file, reference=_fp8(norm),
-                   results=_dequantised, is_row=True, minimum_capability=89)
-        for norm, file, drawn in (
-            ("adaptive_layer_norm", "layer_norm", inputs.adaptive),
-            ("gated_residual_adaptive_norm", "gated_residual_norm", inputs.gated_adaptive),
+        KernelCase(f"{norm}_fp8", drawn, BYTES[f"{norm}_fp8"], reference=_fp8(norm), results=_dequantised,
+                   is_row=True, minimum_capability=89)
+        for norm, drawn in (
+            ("adaptive_layer_norm", inputs.adaptive),
+            ("gated_residual_adaptive_norm", inputs.gated_adaptive),
         )
     ),
     *(
@@ -313,6 +329,39 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
     ),
     *(
         KernelCase(
+            name, partial(inputs.linear_fp8, outputs=outputs, inner=inner),
+            product_fp8_bytes(FROM_NORM_FP8, outputs, inner), _flops_of(outputs, inner), op=op,
+            rivals={SCALED_MM: getattr(library_fp8, op)}, minimum_capability=89,
+        )
+        for name, op, outputs, inner in (
+            ("linear_fp8_qkv", "linear_fp8", lambda s: 3 * s.dim, lambda s: s.dim),
+            ("linear_fp8_out", "linear_fp8", lambda s: s.dim, lambda s: s.dim),
+            ("linear_fp8_ffn", "linear_fp8", lambda s: s.dim, ffn_dim),
+            ("linear_gelu_fp8", "linear_gelu_fp8", ffn_dim, lambda s: s.dim),
+        )
+    ),
+    KernelCase(
+        "linear_fp8_heads",
+        partial(inputs.linear_fp8, outputs=lambda s: s.dim, inner=lambda s: s.dim, has_heads=True),
+        lambda s: from_heads_fp8(s.heads).bytes(s.tokens, s.dim, s.dim), product_flops(lambda s: s.dim),
+        op="linear_fp8", minimum_capability=89,
+    ),
+    KernelCase(
+        "linear_heads_fp8", inputs.linear_heads_fp8,
+        product_fp8_bytes(HEADS_FP8, lambda s: s.dim, lambda s: s.dim), product_flops(lambda s: s.dim),
+        minimum_capability=89,
+    ),
+    KernelCase(
+        "linear_gelu_rows_fp8", inputs.linear_gelu_rows_fp8,
+        product_fp8_bytes(GELU_ROWS_FP8, ffn_dim, lambda s: s.dim), product_flops(ffn_dim),
+        results=_dequantised, rivals={SCALED_MM: library_fp8.linear_gelu_rows_fp8}, minimum_capability=89,
+    ),
+    KernelCase(
+        "gelu_rows_fp8", inputs.gelu_rows_fp8, gelu_rows_fp8_bytes, file="gelu_fp8",
+        reference=_gelu_rows_fp8, results=_dequantised, is_row=True, minimum_capability=89,
+    ),
+    *(
+        KernelCase(
             f"channel_norm_silu_level_{level}", partial(inputs.channel_norm_silu, level=level),
             norm_bytes(level), op="channel_norm_silu",
             results=lambda arguments, total: (total, arguments[-1]),
@@ -363,7 +412,8 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
 )  # fmt: skip
 _ONE_FRAME = (
     "sink_window_attention", "sink_window_attention_pointer", "linear_qkv", "linear_out", "linear_gelu",
-    "gated_linear_out", "gated_linear_ffn",
+    "gated_linear_out", "gated_linear_ffn", "linear_fp8_qkv", "linear_fp8_out", "linear_fp8_ffn",
+    "linear_fp8_heads", "linear_heads_fp8", "linear_gelu_fp8", "linear_gelu_rows_fp8",
 )  # fmt: skip
 CASES = (*_CHUNK_CASES, *(_of_one_frame(case) for case in _CHUNK_CASES if case.name in _ONE_FRAME))
 CASES_BY_NAME = {case.name: case for case in CASES}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rfengine.costs.shapes import Shapes, VaeLevel
+from rfengine.ops.reference_fp8 import product_reach
 from rfengine.ops.reference_fp8_attention import aligned_tokens
 
 Arguments = tuple[Tensor | float | int | bool | str | torch.dtype | None, ...]
@@ -208,6 +209,41 @@ def gated_linear(shapes: Shapes, draw: Draw, inner: Callable[[Shapes], int]) -> 
     return x, y, weight, draw.rows(shapes.dim), _modulated(shapes, draw)[0]
 
 
+def _product_fp8(draw: Draw, tokens: int, inputs: int, outputs: int, parts: int = 1) -> tuple[Tensor, ...]:
+    """Rows in e4m3 [1, T, K] with a scale for each of so many parts, the weight in e4m3 with a scale for each
+    output, and the bias: a result of about normal values."""
+    x = draw.e4m3(1, tokens, inputs, scale=100)
+    row_scale = draw.scales(0.01, 1, tokens, parts)
+    weight_scale = draw.scales(0.01 * inputs**-0.5, outputs)
+    return x, row_scale, draw.e4m3(outputs, inputs, scale=100), weight_scale, draw.rows(outputs)
+
+
+def linear_fp8(
+    shapes: Shapes, draw: Draw, outputs: Callable[[Shapes], int], inner: Callable[[Shapes], int],
+    has_heads: bool = False,
+) -> Arguments:  # fmt: skip
+    """inner: the inputs of the product. has_heads: its rows have a scale for each head."""
+    parts = shapes.heads if has_heads else 1
+    return _product_fp8(draw, shapes.tokens, inner(shapes), outputs(shapes), parts)
+
+
+def linear_heads_fp8(shapes: Shapes, draw: Draw) -> Arguments:
+    _, _, *layer = _product_fp8(draw, 1, shapes.dim, shapes.dim)
+    return draw.rows(1, shapes.tokens, shapes.dim), *layer, shapes.heads
+
+
+def linear_gelu_rows_fp8(shapes: Shapes, draw: Draw) -> Arguments:
+    x, row_scale, *layer = _product_fp8(draw, shapes.tokens, shapes.dim, shapes.config.model.ffn_dim)
+    return x, row_scale, *layer, product_reach(*layer)
+
+
+def gelu_rows_fp8(shapes: Shapes, draw: Draw) -> Arguments:
+    """In units of the size that a product of normal weights has, in which nothing saturates."""
+    y = draw.rows(shapes.tokens, shapes.config.model.ffn_dim)
+    reach = torch.tensor([shapes.dim**0.5, 0.01], dtype=torch.float32, device=draw.device)
+    return y, draw.scales(0.01, shapes.tokens, 1), reach
+
+
 def _weight(draw: Draw, channels_out: int, channels: int, *kernel: int) -> Tensor:
     """A convolution's weight [Cout, Cin, *kernel], in memory [Cout, *kernel, Cin]."""
     fan_in = channels * math.prod(kernel)
@@ -295,6 +331,10 @@ class Draw:
         if self.generator is None:
             return replace(self, dtype=torch.float8_e4m3fn).rows(*shape)
         return self.rows(*shape, scale=scale).to(torch.float8_e4m3fn)
+
+    def scales(self, unit: float, *shape: int) -> Tensor:
+        """Positive float32 numbers around `unit`."""
+        return self.table(*shape).exp().mul_(unit)
 
     def angles(self, tokens: int, head_dim: int) -> Tensor:
         """Cosines and sines [2, tokens, E / 2]."""

@@ -1,6 +1,6 @@
 """FLOPs, bytes and floors of one chunk, part by part, from the configuration alone; no GPU is needed.
 
-    python bench/roofline.py --gpu h200 --chunk 0 --precision fp8-linears
+    python bench/roofline.py --gpu h200 --precision fp8-attention --vae-precision fp8
 
 The floor of a part is the larger of FLOPs over the rate of products and bytes over the rate of the memory, as
 the data sheet has them; nothing here was measured. Floors of parts are added up, as if no two ran at once.
@@ -43,7 +43,10 @@ class Options:
     chunk: int | Literal["steady"] = "steady"
     """Which chunk of the video, from 0; steady is the first that evicts another."""
     precision: Precision = "bf16"
-    """fp8-linears: linears of the blocks in FP8. fp8: attention and the VAE as well."""
+    """Of the transformer's products. fp8: the linears of the blocks in FP8. fp8-attention: the attention over
+    a full window as well, in the passes that the model's runtime does not keep in 16 bits."""
+    vae_precision: Literal["bf16", "fp8"] = "bf16"
+    """fp8: the large convolutions of the VAE in FP8."""
     json: bool = False
     """Print JSON instead of text."""
 
@@ -54,14 +57,15 @@ def roofline(options: Options) -> dict[str, Any]:
     Raises ValueError for a size, a chunk or a model that cannot be, and for FP8 on a GPU without it.
     """
     gpu = GPUS[options.gpu]
-    if options.precision != "bf16" and gpu.fp8_tflop_per_s is None:
-        raise ValueError(f"precision is {options.precision} but {gpu.name} has no FP8 products; use bf16")
+    for name, value in (("precision", options.precision), ("vae_precision", options.vae_precision)):
+        if value != "bf16" and gpu.fp8_tflop_per_s is None:
+            raise ValueError(f"{name} is {value} but {gpu.name} has no FP8 products; use bf16")
     config = PRESETS[options.model] if options.model in PRESETS else Checkpoint.open(options.model).config
     grid = LatentGrid.of(config, options.height, options.width)
     shapes = Shapes(replace(config, height=grid.height, width=grid.width))
-    steady = ChunkWork.steady(shapes, options.precision)
+    steady = ChunkWork.steady(shapes, options.precision, options.vae_precision == "fp8")
     work = steady if options.chunk == "steady" else replace(steady, index=options.chunk)
-    parts = work.parts()
+    parts, saved = work.parts(), work.saved_by_fusing()
     named: dict[tuple[str, str], list[Part]] = {}
     for part in parts:
         named.setdefault((part.group, part.name), []).append(part)
@@ -74,12 +78,15 @@ def roofline(options: Options) -> dict[str, Any]:
     }
     return {
         "model": config.name, "height": grid.height, "width": grid.width, "chunk": work.index,
-        "is_steady": work.evicts, "precision": options.precision, "gpu": asdict(gpu), 
+        "is_steady": work.evicts, "precision": options.precision, "vae_precision": options.vae_precision,
+        "gpu": asdict(gpu),
         "passes": sum(runs.count for runs in work.runs),
         "pixel_frames": work.pixel_frames, "pass_weights": work.pass_weights,
         "parts": [_row(*name, members, gpu) for name, members in named.items()],
         "groups": [_row(name, "", [each for each in parts if each.group == name], gpu) for name in GROUPS],
         "once_a_prompt": [_row(part.group, part.name, [part], gpu) for part in prompt_parts(config.model)],
+        "saved_by_fusing": [_saved(part.name, [part], gpu) for part in saved],
+        "saved_in_all": _saved("", saved, gpu),
         "totals": totals,
     }  # fmt: skip
 
@@ -94,6 +101,12 @@ def _row(group: str, name: str, members: list[Part], gpu: GPU) -> dict[str, Any]
         "floor_ms": sum(floor_ms(part, gpu) for part in members),
         "bound": "arithmetic" if arithmetic > memory else "memory",
     }  # fmt: skip
+
+
+def _saved(operand: str, members: list[Part], gpu: GPU) -> dict[str, Any]:
+    """Bytes of passes that would round operands, and their milliseconds."""
+    row = _row("", "", members, gpu)
+    return {"operand": operand, "bytes": row["bytes"], "memory_ms": row["memory_ms"]}
 
 
 def _total(parts: list[Part], work: ChunkWork, gpu: GPU) -> dict[str, float]:
@@ -111,7 +124,8 @@ def render(report: dict[str, Any]) -> str:
     fp8 = f", {gpu['fp8_tflop_per_s']:g} FP8" if gpu["fp8_tflop_per_s"] else ""
     lines = [
         f"{report['model']} at {report['width']} x {report['height']}, chunk {report['chunk']}"
-        f"{' (steady)' if report['is_steady'] else ''}, {report['precision']}: {report['pixel_frames']} "
+        f"{' (steady)' if report['is_steady'] else ''}, {report['precision']}, VAE in "
+        f"{report['vae_precision']}: {report['pixel_frames']} "
         f"frames from {report['passes']} passes, {report['pass_weights'] / 1e9:.3f} G parameters each",
         f"data sheet of {gpu['name']}: {gpu['tb_per_s']:g} TB/s, {gpu['bf16_tflop_per_s']:g} TFLOP/s bf16"
         f"{fp8}; a multiply-add is two FLOPs",
@@ -137,7 +151,14 @@ def render(report: dict[str, Any]) -> str:
         lines.append(f"{_line(name, row)}  {total[f'{kind}_frames_per_s']:,.1f} frames/s")
     lines += ["", "once a prompt, in no chunk:"]
     lines.extend(_line(f"  {row['part']}", row) for row in report["once_a_prompt"])
+    if report["saved_by_fusing"]:
+        lines += ["", _saved_line("saved, rounding to e4m3 is no pass", report["saved_in_all"])]
+        lines.extend(_saved_line(f"  {row['operand']}", row) for row in report["saved_by_fusing"])
     return "\n".join(lines)
+
+
+def _saved_line(name: str, row: dict[str, Any]) -> str:
+    return _line(name, {"flops": 0, "bytes": row["bytes"], "bound": "memory", "floor_ms": row["memory_ms"]})
 
 
 def _line(name: str, row: dict[str, Any]) -> str:

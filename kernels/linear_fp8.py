@@ -180,12 +180,16 @@ def _check(rows: Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor, devic
         )
 
 
-def tile_of(rows: int, columns: int, device: Device, width: int, parted: bool, rounds: bool) -> Tile:
-    """The tile for parts of `width` inputs. A second sum, that of a part, leaves registers for 128 columns;
-    rows that are not rounded yet have two bytes."""
+def tile_of(
+    rows: int, columns: int, device: Device, width: int, parted: bool, rounds: bool, gelu: bool
+) -> Tile:
+    """The tile for parts of `width` inputs. A second sum, that of a part, leaves registers for 128 columns,
+    and so does sm_100 without a GELU, where 256 columns are stored in one piece and spill. Rows that are not
+    rounded yet have two bytes."""
+    one_piece = device.capability[0] == 10 and not gelu
     depth = max(32, min(DEPTH, triton.next_power_of_2(width)))
     tile = choose_tile(rows, columns, torch.float16, device)
-    if tile.tail or (parted and tile.columns > 128):
+    if tile.tail or ((parted or one_piece) and tile.columns > 128):
         tile = Tile(128, 128, 0, 64, 8, 3, 0.92)
     stage_bytes = (tile.rows * (2 if rounds else 1) + tile.columns) * depth
     return replace(tile, depth=depth, stages=max(1, min(tile.stages, device.shared_bytes // stage_bytes)))
@@ -212,7 +216,7 @@ def _multiply(
     rounds, width = rows.scale is None, inputs // rows.parts
     parted = rounds or rows.parts > 1
     readable = fits_descriptor(left) and fits_descriptor(weight)
-    tile = tile_of(count, columns, device, width, parted, rounds)
+    tile = tile_of(count, columns, device, width, parted, rounds, gelu)
     # a step may not reach into the next part
     tma = device.capability >= (9, 0) and readable and (not parted or width % tile.depth == 0)
     if rounds and width > tile.depth:

@@ -23,17 +23,17 @@ from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.lora import Lora, load_loras
 from rfengine.checkpoint.manifest import MANIFEST_FILE, differences
 from rfengine.checkpoint.shapes import expected_shapes
-from rfengine.config import DTypeName, RuntimeConfig
-from rfengine.costs.memory import lora_bytes, memory_needs
+from rfengine.config import DTypeName, EngineConfig, RuntimeConfig
+from rfengine.costs.memory import fp8_weight_bytes, lora_bytes, memory_needs, window_fp8_bytes
 from rfengine.costs.window import window_needs
 from rfengine.grid import LatentGrid
 from rfengine.memory import free_memory
 from rfengine.ops import choose_ops
-from rfengine.ops.backends import backend_reasons
+from rfengine.ops.backends import backend_reasons, fp8_absence
 from rfengine.presets import PRESETS
 from rfengine.runtime.decoder_precision import plan_precision
 from rfengine.runtime.decoders import TIERS, absences
-from rfengine.runtime.options import runtime_switches
+from rfengine.runtime.options import model_dtype, runtime_switches
 from rfengine.tuning.autotune import cached_decisions
 
 MIB = 2**20
@@ -72,12 +72,12 @@ def examine(
     config = checkpoint.config
     grid = LatentGrid.of(config, height, width)
     on_cuda = torch.cuda.is_available()
-    name = dtype or ("bfloat16" if on_cuda else "float32")
-    loaded = load_loras(loras, expected_shapes(config.model))
     device = "cuda" if on_cuda else "cpu"
-    precision = plan_precision(config.runtime, device, getattr(torch, name))
+    own = model_dtype(config.runtime, dtype, torch.device(device))
+    loaded = load_loras(loras, expected_shapes(config.model))
+    decoding = plan_precision(config.runtime, device, own)
     needs_of = memory_needs if config.diffusion_forcing is None else window_needs
-    needs = needs_of(config, grid, getattr(torch, name), precision.dtype)
+    needs = needs_of(config, grid, own, decoding.dtype)
     return {
         "rfengine": rfengine.__version__,
         "python": platform.python_version(),
@@ -90,19 +90,23 @@ def examine(
         "h264": _h264(),
         "backends": {
             "device": device, "reasons": backend_reasons(device),
-            "auto": choose_ops("auto", device, dtype=getattr(torch, name)).choice,
+            "auto": choose_ops("auto", device, dtype=own).choice,
         },
         "runtime": {
             "device": device, "switches": _switches(config.runtime, device),
             "decoders": {
                 kind: {"tier": TIERS[kind], "reason": reason} for kind, reason in absences(checkpoint).items()
             },
-            "vae_precision": str(precision),
+            "vae_precision": str(decoding),
+            "products": {
+                "precision": config.runtime.precision, "in_fp8": _products_in_fp8(config, grid, own, device),
+            },
             "autotuned": [str(decision) for decision in cached_decisions(device)],
         },
         "memory": {
-            "model": config.name, "height": grid.height, "width": grid.width, "dtype": name, "device": device,
-            "needs": needs, "host": lora_bytes(loaded, config.model, getattr(torch, name)) if loaded else {},
+            "model": config.name, "height": grid.height, "width": grid.width,
+            "dtype": str(own).removeprefix("torch."), "device": device, "needs": needs,
+            "host": lora_bytes(loaded, config.model, own) if loaded else {},
             "free": free_memory(torch.device(device)),
         },
         "files": files,
@@ -140,6 +144,28 @@ def _switches(runtime: RuntimeConfig, device: str) -> dict[str, Any]:
     absence = "; ".join(filter(None, absences))
     report["nvtx"] = {"on": not absence, "reason": absence or "a profiler shows the parts of each chunk"}
     return report
+
+
+def _products_in_fp8(
+    config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, device: str
+) -> dict[str, dict[str, Any]]:
+    """For each precision with FP8 why it cannot be here, "" where it can; and the bytes that it adds to the
+    weights and to each stream."""
+    absence, found = fp8_absence(torch.device(device)), {}
+    for precision in ("fp8", "fp8-attention"):
+        reason, of_stream = absence, 0
+        try:
+            runtime = dataclasses.replace(config.runtime, precision=precision)
+            changed = dataclasses.replace(config, runtime=runtime)
+            if config.diffusion_forcing is None:
+                of_stream = window_fp8_bytes(changed, grid)
+            elif precision == "fp8-attention":
+                reason = reason or "it is for the window of a stream, and this model streams nothing"
+        except ValueError as error:
+            reason = reason or str(error)
+        weights = fp8_weight_bytes(config.model, dtype)
+        found[precision] = {"reason": reason, "weights": weights, "stream": of_stream}
+    return found
 
 
 def cpu_name() -> str:
@@ -262,9 +288,21 @@ def _runtime_lines(report: dict[str, Any]) -> list[str]:
     }
     return [
         f"runtime on {runtime['device']}, where nothing else is asked for", *_rows(switches),
-        *(f"  autotuned: {decision}" for decision in runtime["autotuned"]), "decoders",
-        *_rows(decoders | {"precision": runtime["vae_precision"]}),
+        *(f"  autotuned: {decision}" for decision in runtime["autotuned"]), *_product_lines(runtime),
+        "decoders", *_rows(decoders | {"precision": runtime["vae_precision"]}),
     ]  # fmt: skip
+
+
+def _product_lines(runtime: dict[str, Any]) -> list[str]:
+    """What FP8 does here, or why it does not."""
+    products, on_cuda = runtime["products"], runtime["device"] == "cuda"
+    how = "e4m3 in the tensor cores" if on_cuda else "emulated on a CPU, which is slower"
+    rows = {"precision": products["precision"]}
+    for name, found in products["in_fp8"].items():
+        stream = f", {_mib(found['stream'])} more for each stream" * (found["stream"] > 0)
+        more = f"{how}, {_mib(found['weights'])} of weights more{stream}"
+        rows[name] = f"off: {found['reason']}" if found["reason"] else f"available: {more}"
+    return ["products of the transformer", *_rows(rows)]
 
 
 def _memory_lines(report: dict[str, Any]) -> list[str]:

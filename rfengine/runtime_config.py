@@ -66,3 +66,11 @@ class RuntimeConfig:
     def multiplies_fp8(self) -> bool:
         """Whether products of the transformer are in FP8."""
         return self.precision in ("fp8", "fp8-attention")
+
+    def fp8_passes(self, count: int) -> tuple[int, ...]:
+        """The passes whose attention is in FP8, of a chunk of `count`: denoising steps from 0, then the
+        context pass."""
+        if self.precision != "fp8-attention":
+            return ()
+        kept = {number % count for number in self.sixteen_bit_passes}
+        return tuple(number for number in range(count) if number not in kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import importlib.metadata
 import json
 import pwd
@@ -15,6 +16,8 @@ import torch
 
 from rfengine import __version__, doctor
 from rfengine.checkpoint.checkpoint import write_config
+from rfengine.checkpoint.systems import configured
+from rfengine.config import RuntimeConfig
 from rfengine.doctor import examine, render
 from rfengine.runtime import decoders
 from support.models import small_pipeline
@@ -146,6 +149,47 @@ def test_runtime_says_what_is_on_and_why() -> None:
     assert {"graphs", "autotune", "decode_device", "nvtx"} <= set(report["switches"])
     tiers = {kind: decoder["tier"] for kind, decoder in report["decoders"].items()}
     assert tiers == {"full": "lossless", "tensorrt": "lossless", "tiny": "reduced"}
+
+
+def test_products_say_what_fp8_would_do_here_and_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = examine("wan-1.3b", dtype="bfloat16")
+    products, mib = report["runtime"]["products"], 2**20
+    assert products["precision"] == "default"
+    if not torch.cuda.is_available():
+        assert {each["reason"] for each in products["in_fp8"].values()} == {""}
+    added = {
+        name: (each["weights"] // mib, each["stream"] // mib) for name, each in products["in_fp8"].items()
+    }
+    assert added == {"fp8": (1195, 0), "fp8-attention": (1195, 1234)}
+    how = "e4m3 in the tensor cores" if torch.cuda.is_available() else "emulated on a CPU, which is slower"
+    assert f"fp8-attention available: {how}" in text_of(report)
+    assert "1196 MiB of weights more, 1235 MiB more for each stream" in text_of(report)
+    assert report["memory"]["needs"]["transformer_fp8"] == report["memory"]["needs"]["window_fp8"] == 0
+    monkeypatch.setattr(doctor, "fp8_absence", lambda _: "it is sm_80, and FP8 products need sm_89 or later")
+    text = text_of(examine())
+    for name in ("fp8", "fp8-attention"):
+        assert f"{name} off: it is sm_80, and FP8 products need sm_89 or later" in text
+
+
+def test_what_has_no_window_to_copy_says_so(tmp_path: Path) -> None:
+    found = examine("skyreels-df-1.3b", dtype="bfloat16")["runtime"]["products"]["in_fp8"]
+    assert "this model streams nothing" in found["fp8-attention"]["reason"] and not found["fp8"]["reason"]
+    write_config(tmp_path, configured(small_pipeline().config, "rolling-forcing"))
+    found = examine(str(tmp_path))["runtime"]["products"]["in_fp8"]
+    assert "precision is 'fp8-attention' and rolling is" in found["fp8-attention"]["reason"]
+
+
+def test_a_checkpoint_in_fp8_needs_the_memory_of_it_and_one_in_bf16_its_dtype(tmp_path: Path) -> None:
+    config = small_pipeline().config
+    for precision, dtype in (("fp8-attention", None), ("bf16", "bfloat16")):
+        runtime = RuntimeConfig(precision=precision)
+        write_config(tmp_path, dataclasses.replace(config, runtime=runtime))
+        report = examine(str(tmp_path))
+        needs = report["memory"]["needs"]
+        assert (needs["transformer_fp8"] > 0) == (needs["window_fp8"] > 0) == (precision != "bf16")
+        assert dtype in (None, report["memory"]["dtype"])
+        assert f"precision {precision}\n" in text_of(report)
+    assert "transformer fp8" in text_of(report) and "window fp8" in text_of(report)
 
 
 def test_absent_tensorrt_and_profiler_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,10 +51,9 @@ class MeasuredEngine:
         """
         device = device_of(options.device)
         model = model_of(options, device)
-        dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         checkpoint = open_checkpoint(model, options)
         pipeline = Pipeline.from_pretrained(
-            checkpoint, device, dtype, system=options.system, backend=options.backend,
+            checkpoint, device, options.dtype, system=options.system, backend=options.backend,
             runtime=options.runtime,
         )  # fmt: skip
         grid = LatentGrid.of(pipeline.config, options.height, options.width)

@@ -40,7 +40,7 @@ _ATEN_PARTS = {
     **dict.fromkeys(("aten::to", "aten::copy_", "aten::contiguous", "aten::clone"), COPIES),
     **dict.fromkeys(("aten::cat", "aten::stack"), COPIES),
 }
-FUSED = ("GELU", "VAE history and upsampling")  # passes of their own in costs/chunk.py
+FUSED = ("VAE history and upsampling",)  # passes of their own in costs/chunk.py
 _CHUNK = "chunk"
 _MARKED = {f"part: {part}": part for part in PARTS}  # names of the ranges
 _HOST = {"cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"}
@@ -169,15 +169,16 @@ def part_floors(
 ) -> dict[str, float | None]:
     """Floor of each part in a steady chunk, in ms; None for copies, which the link to the host bounds.
 
-    Bytes are counted for 16 bits, and scaled to `dtype`. What the engine does inside of another kernel counts
-    nothing. The VAE's upsampling convolutions count as they are written; folded they do 5% less in all.
+    Products are in the precision of shapes.config.runtime, but for a device without FP8 rates, which emulates
+    it. Bytes are counted for 16 bits, and scaled to `dtype`. What the engine does inside of another kernel
+    counts nothing. Upsampling convolutions of the VAE count as they are written; folded they do 5% less.
     """
     if gpu is None:
         return dict.fromkeys((*PARTS, UNASSIGNED))
     wider = dtype.itemsize / torch.bfloat16.itemsize
     scaled = GPU(gpu.name, gpu.tb_per_s / wider, gpu.bf16_tflop_per_s, gpu.fp8_tflop_per_s)
     floors: dict[str, float | None] = dict.fromkeys(PARTS, 0.0) | {COPIES: None, UNASSIGNED: None}
-    for part in _steady_parts(shapes):
+    for part in _steady_parts(shapes, gpu.fp8_tflop_per_s is not None):
         name = {"flow_step": ROW_KERNELS}.get(part.name, VAE if part.decodes else part.group)
         if part.name not in FUSED and (decodes or not part.decodes):
             floors[name] += floor_ms(part, scaled)
@@ -186,9 +187,13 @@ def part_floors(
 
 def steady_flops(shapes: Shapes, decodes: bool) -> int:
     """FLOPs of a steady chunk, with the VAE's where it is decoded."""
-    return sum(part.flops for part in _steady_parts(shapes) if decodes or not part.decodes)
+    return sum(part.flops for part in _steady_parts(shapes, False) if decodes or not part.decodes)
 
 
 @cache
-def _steady_parts(shapes: Shapes) -> list[Part]:
-    return ChunkWork.steady(shapes).parts()
+def _steady_parts(shapes: Shapes, has_fp8: bool) -> list[Part]:
+    runtime = shapes.config.runtime
+    if not has_fp8:
+        return ChunkWork.steady(shapes).parts()
+    precision = "bf16" if runtime.precision == "default" else runtime.precision
+    return ChunkWork.steady(shapes, precision, runtime.vae_precision == "fp8").parts()

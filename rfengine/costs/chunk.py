@@ -1,26 +1,46 @@
 """FLOPs and bytes of one chunk, part by part, from the configuration alone.
 
 Every part is counted as one kernel that reads its inputs once and writes its results once; biases, residual
-additions of the VAE and quantisation belong to the kernel before them. GELU is a pass of its own and history
-is copied in front of temporal convolutions, as the code does it now. Modulation is made when the model is
-loaded and is in no chunk. With FP8 linears their operands have one byte and their results two; with FP8
-throughout, so have the convolutions, and the attention multiplies in FP8 what the cache holds in bf16.
+additions of the VAE and quantisation belong to the kernel before them. History is copied in front of temporal
+convolutions, as the code does it now. Modulation is made when the model is loaded and is in no chunk.
+
+The feed-forward's GELU is in the epilogue of its product and no pass of its own: in 16 bits in that of
+cuBLASLt, the default on CUDA, and in Triton's; in FP8 in Triton's, which writes one byte and a scale for each
+row. cuBLASLt's FP8 product, the default before autotune, has no such epilogue: it writes two bytes, and a
+kernel of its own reads them and writes one, five bytes an element where one is counted.
+
+In FP8 every product of the blocks is in e4m3, those too that a table of `rfengine calibrate` leaves out.
+Norms write e4m3 for the products that read them, but for the one before the head. Attention is in 16 bits,
+and its result is rounded as the product reads it; with "fp8-attention" a chunk that evicts attends in FP8,
+over copies of the window, in all passes but those of RuntimeConfig.sixteen_bit_passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rfengine.cache.eviction import is_fused
 from rfengine.cache.sink_policy import EMPTY, CachePlan, frames_after, plan_frames
 from rfengine.config import WanConfig
-from rfengine.costs.ops import BYTES, HALF, resident_bytes
+from rfengine.costs.ops import (
+    BYTE,
+    BYTES,
+    FROM_NORM_FP8,
+    GELU_ROWS_FP8,
+    HALF,
+    HEADS_FP8,
+    SINGLE,
+    SIXTEEN_BITS,
+    ProductForm,
+    from_heads_fp8,
+    resident_bytes,
+)
 from rfengine.costs.shapes import Shapes
 from rfengine.costs.vae import VAEWork, decode_work
 
-Precision = Literal["bf16", "fp8-linears", "fp8"]
+Precision = Literal["bf16", "fp8", "fp8-attention"]  # those of RuntimeConfig, where bf16 is the default's too
 GROUPS = (
     "linears",
     "self-attention",
@@ -61,21 +81,41 @@ class ChunkWork:
     alike, but for folds that wrap around the sink or the window.
 
     A first chunk is taken as one of chunk_frames in the steps of the others. shapes.config holds the size in
-    pixels.
+    pixels, and the passes that stay in 16 bits. vae_in_fp8: the VAE's large convolutions are in FP8.
     """
 
     shapes: Shapes
     index: int
     precision: Precision = "bf16"
+    vae_in_fp8: bool = False
 
     def __post_init__(self) -> None:
         if self.index < 0:
             raise ValueError(f"the chunk is {self.index}; chunks count from 0")
 
     @classmethod
-    def steady(cls, shapes: Shapes, precision: Precision = "bf16") -> ChunkWork:
+    def steady(cls, shapes: Shapes, precision: Precision = "bf16", vae_in_fp8: bool = False) -> ChunkWork:
         """The first chunk that evicts another."""
-        return cls(shapes, shapes.config.cache.filling_chunks, precision)
+        return cls(shapes, shapes.config.cache.filling_chunks, precision, vae_in_fp8)
+
+    @property
+    def multiplies_fp8(self) -> bool:
+        return self.precision != "bf16"
+
+    @property
+    def fp8_passes(self) -> tuple[int, ...]:
+        """The passes of this chunk whose attention is in FP8; the context pass is the last. Raises ValueError
+        for "fp8-attention" in a rolling schedule, which has none."""
+        if self.precision != "fp8-attention":
+            return ()
+        runtime = replace(self.shapes.config.runtime, precision=self.precision)
+        config = replace(self.shapes.config, runtime=runtime)  # which refuses a rolling schedule
+        return runtime.fp8_passes(len(config.schedule.denoising_steps) + 1) if self.evicts else ()
+
+    @property
+    def _keeps_fp8(self) -> bool:
+        """Whether the context pass, which leaves the chunk in the arena, attends in FP8."""
+        return self.chunk_runs - 1 in self.fp8_passes
 
     @property
     def runs(self) -> tuple[Runs, ...]:
@@ -135,11 +175,6 @@ class ChunkWork:
         grid, frames = self.shapes.grid, self.shapes.frames
         return grid.pixel_frames(frames) if self.index == 0 else frames * grid.temporal_stride
 
-    @property
-    def linear_bytes(self) -> int:
-        """Bytes of an operand of the blocks' linears."""
-        return HALF if self.precision == "bf16" else 1
-
     def parts(self) -> list[Part]:
         """All parts, in the order of GROUPS; a stage of the VAE is as many parts as it has layers."""
         return [
@@ -156,51 +191,121 @@ class ChunkWork:
         linears = block_linears(self.shapes.config.model).values()
         return self.shapes.layers * sum(inputs * outputs for inputs, outputs in linears)
 
+    def _by_attention(self, runs: Runs) -> Iterator[tuple[Runs, bool]]:
+        """`runs` apart by whether their attention is in FP8."""
+        in_fp8 = len(self.fp8_passes)
+        for count, is_fp8 in ((runs.count - in_fp8, False), (in_fp8, True)):
+            if count:
+                yield replace(runs, count=count), is_fp8
+
+    def _forms(self, attends_fp8: bool) -> dict[str, ProductForm]:
+        """What each product of a block reads and writes, by its name in block_linears."""
+        if not self.multiplies_fp8:
+            return dict.fromkeys(block_linears(self.shapes.config.model), SIXTEEN_BITS)
+        return {
+            "self-attention q, k, v": FROM_NORM_FP8,
+            "self-attention out": from_heads_fp8(self.shapes.heads) if attends_fp8 else HEADS_FP8,
+            "cross-attention q": FROM_NORM_FP8,
+            "cross-attention out": HEADS_FP8,
+            "feed-forward in": GELU_ROWS_FP8,
+            "feed-forward out": FROM_NORM_FP8,
+        }
+
     def _linears(self) -> Iterator[Part]:
         model, dim, layers = self.shapes.config.model, self.shapes.dim, self.shapes.layers
         patch = model.patch_size[1] * model.patch_size[2]
         for runs in self.runs:
             tokens = runs.frames * self.shapes.grid.frame_tokens
-            for name, (inputs, outputs) in block_linears(model).items():
-                size = (tokens, inputs, outputs)
-                yield _linear("linears", name, size, runs.count * layers, self.linear_bytes)
+            for same, attends_fp8 in self._by_attention(runs):
+                forms = self._forms(attends_fp8)
+                for name, (inputs, outputs) in block_linears(model).items():
+                    size = (tokens, inputs, outputs)
+                    yield _linear("linears", name, size, same.count * layers, forms[name])
             yield _linear("linears", "patch embedding", (tokens, patch * model.in_dim, dim), runs.count)
             yield _linear("linears", "head", (tokens, dim, patch * model.out_dim), runs.count)
 
     def _attention(self) -> Iterator[Part]:
         frame_tokens = self.shapes.grid.frame_tokens
-        for runs in self.reads:
-            yield self._attended("self-attention", "sink_window_attention", runs, runs.seen * frame_tokens)
+        for reads in self.reads:
+            for runs, is_fp8 in self._by_attention(reads):
+                yield self._attended("self-attention", runs, runs.seen * frame_tokens, is_fp8)
         for runs in self.runs:
-            text = self.shapes.config.model.text_len
-            yield self._attended("cross-attention", "clip_attention", runs, text)
+            yield self._attended("cross-attention", runs, self.shapes.config.model.text_len)
 
-    def _attended(self, group: str, name: str, runs: Runs, keys: int) -> Part:
+    def _attended(self, group: str, runs: Runs, keys: int, is_fp8: bool = False) -> Part:
+        """In FP8 the result has a scale for each token and head."""
         dim, tokens = self.shapes.dim, runs.frames * self.shapes.grid.frame_tokens
+        name = "sink_window_attention" if group == "self-attention" else "clip_attention"
+        moved = 2 * (tokens + keys) * dim * (BYTE if is_fp8 else HALF)
+        if is_fp8:
+            name, moved = f"{name}_fp8", moved + tokens * self.shapes.heads * SINGLE
         calls = runs.count * self.shapes.layers
-        moved = (HALF * (tokens + 2 * keys) + self.linear_bytes * tokens) * dim
-        return Part(group, name, 4 * tokens * keys * dim * calls, moved * calls, self.precision == "fp8")
+        return Part(group, name, 4 * tokens * keys * dim * calls, moved * calls, is_fp8)
 
     def _row_kernels(self) -> Iterator[Part]:
-        shapes, calls = self.shapes, self.layer_calls
-        fp8 = "" if self.precision == "bf16" else "_fp8"
-        keeps_raw = shapes.layers if shapes.config.cache.positions == "relative" else 0
+        fp8 = "_fp8" if self.multiplies_fp8 else ""
+        before_head = self.chunk_runs if fp8 else 0  # the head is in 16 bits
         for name, case, count in (
-            ("adaptive_layer_norm", f"adaptive_layer_norm{fp8}", self.chunk_runs),
-            ("qk_norm_rope_write", "qk_norm_rope_write", calls - keeps_raw),
-            ("qk_norm_rope_write, raw keys too", "qk_norm_rope_write_raw", keeps_raw),
-            # the FP8 forms of the gated norms move the same, adaptive or affine
-            ("gated_residual_affine_norm", f"gated_residual_adaptive_norm{fp8}", calls),
-            ("rms_norm", "rms_norm", calls),
-            ("gated_residual_adaptive_norm", f"gated_residual_adaptive_norm{fp8}", 2 * calls),
+            (f"adaptive_layer_norm{fp8}", f"adaptive_layer_norm{fp8}", self.chunk_runs),
+            *self._key_writes(),
+            # adaptive or affine, the gated norms move the same
+            (f"gated_residual_affine_norm{fp8}", f"gated_residual_adaptive_norm{fp8}", self.layer_calls),
+            ("rms_norm", "rms_norm", self.layer_calls),
+            (
+                f"gated_residual_adaptive_norm{fp8}",
+                f"gated_residual_adaptive_norm{fp8}",
+                2 * self.layer_calls - before_head,
+            ),
+            ("gated_residual_adaptive_norm", "gated_residual_adaptive_norm", before_head),
         ):
             if count:
-                yield Part("row kernels", name, bytes=BYTES[case](shapes) * count)
-        elements = shapes.tokens * shapes.config.model.ffn_dim * calls
-        yield Part("row kernels", "GELU", bytes=elements * (HALF + self.linear_bytes))
+                yield Part("row kernels", name, bytes=BYTES[case](self.shapes) * count)
+
+    def _key_writes(self) -> Iterator[tuple[str, str, int]]:
+        """What norms and rotates queries and keys and writes the window: name of the part, of its bytes, and
+        calls. The context pass writes the arena in any case, the others in FP8 the copies alone."""
+        layers = self.shapes.layers
+        keeps_raw = self.shapes.config.cache.positions == "relative"
+        context = self._keeps_fp8
+        steps = layers * (len(self.fp8_passes) - context)
+        raw = layers if keeps_raw and not context else 0
+        name = "qk_norm_rope_write"
+        yield name, name, self.layer_calls - steps - layers * context - raw
+        yield f"{name}, raw keys too", f"{name}_raw", raw
+        yield f"{name}_fp8", f"{name}_fp8", steps
+        kept = "raw" if keeps_raw else "arena"
+        yield f"{name}_fp8, arena too", f"{name}_fp8_{kept}", layers * context
+
+    def saved_by_fusing(self) -> list[Part]:
+        """The bytes that it saves to round operands to e4m3 in the kernels that make or read them, against
+        a pass of its own for every operand, which reads two bytes an element and writes one. Scales of rows
+        are written and read either way.
+        """
+        if not self.multiplies_fp8:
+            return []
+        written = (HALF + HALF + BYTE) - BYTE  # in 16 bits, by the pass, against one byte at once
+        read = (HALF + BYTE + BYTE) - HALF  # by the pass, and what it wrote, against 16 bits at once
+        rows, inner = self.shapes.chunk * self.layer_calls, self.shapes.config.model.ffn_dim
+        attends = self.shapes.chunk * self.shapes.layers * len(self.fp8_passes)
+        kept = self.shapes.chunk * self.shapes.layers * self._keeps_fp8
+        saved = {
+            "norms": 3 * rows * written,
+            "GELU": rows // self.shapes.dim * inner * written,
+            "attention results": (2 * rows - attends) * read + attends * written,
+            # the arena of a context pass has keys and values in two bytes too
+            "queries, keys and values": 3 * attends * written - 2 * kept * HALF,
+        }
+        parts = [Part("rounding", name, bytes=moved) for name, moved in saved.items() if moved]
+        if self.vae_in_fp8:
+            work = self._decode_work()
+            elements = sum(count for path, count in work.norm_elements.items() if path in work.large)
+            parts.append(Part("rounding", "norms of the VAE", bytes=elements * written, decodes=True))
+        return parts
 
     def _eviction(self) -> Iterator[Part]:
         cache = self.shapes.config.cache
+        if self.fp8_passes:
+            yield Part("eviction", "window_fp8", bytes=BYTES["window_fp8"](self.shapes))
         if not self.evicts or cache.positions == "absolute":
             return
         form, folds = "" if cache.sink_precision == "split" else "_plain", self.plan.folds
@@ -215,9 +320,8 @@ class ChunkWork:
         yield Part("eviction", "rephase_keys", bytes=BYTES["rephase_keys"](self.shapes))
 
     def _decoding(self) -> Iterator[Part]:
-        shapes, fp8 = self.shapes, self.precision == "fp8"
-        work = decode_work(shapes.config.vae, shapes.grid, shapes.frames, self.index == 0)
-        yield from _vae_parts(work, fp8)
+        shapes, work = self.shapes, self._decode_work()
+        yield from _vae_parts(work, work.large if self.vae_in_fp8 else frozenset())
         flow = BYTES["flow_step"](shapes)
         yield Part("copies", "flow_step", bytes=flow * (self.chunk_runs - 1))
         copied = HALF * work.copied_elements
@@ -225,6 +329,10 @@ class ChunkWork:
         pixels = self.pixel_frames * shapes.grid.height * shapes.grid.width
         packed = BYTES["frame_pack"](shapes) * pixels // shapes.pixels
         yield Part("copies", "frame_pack", bytes=packed, decodes=True)
+
+    def _decode_work(self) -> VAEWork:
+        shapes = self.shapes
+        return decode_work(shapes.config.vae, shapes.grid, shapes.frames, self.index == 0)
 
 
 def block_linears(model: WanConfig) -> dict[str, tuple[int, int]]:
@@ -251,18 +359,20 @@ def prompt_parts(model: WanConfig) -> list[Part]:
     ]
 
 
-def _linear(group: str, name: str, size: tuple[int, int, int], calls: int, operand_bytes: int = HALF) -> Part:
+def _linear(
+    group: str, name: str, size: tuple[int, int, int], calls: int, form: ProductForm = SIXTEEN_BITS
+) -> Part:
     """size: rows, inputs, outputs."""
     rows, inputs, outputs = size
-    moved = (rows + outputs) * inputs * operand_bytes + rows * outputs * HALF
-    return Part(group, name, 2 * rows * inputs * outputs * calls, moved * calls, operand_bytes < HALF)
+    return Part(group, name, 2 * rows * inputs * outputs * calls, form.bytes(*size) * calls, form.is_fp8)
 
 
-def _vae_parts(work: VAEWork, fp8: bool) -> Iterator[Part]:
-    operand = 1 if fp8 else HALF
+def _vae_parts(work: VAEWork, in_fp8: frozenset[str]) -> Iterator[Part]:
+    """in_fp8: paths of convolutions with operands of one byte, and of the norms that write them."""
     for path, product in work.products.items():
-        moved = operand * product.read_elements + HALF * product.written_elements
-        yield Part("VAE decode", work.stages[path], product.flops, moved, fp8, decodes=True)
+        is_fp8 = path in in_fp8
+        moved = (BYTE if is_fp8 else HALF) * product.read_elements + HALF * product.written_elements
+        yield Part("VAE decode", work.stages[path], product.flops, moved, is_fp8, decodes=True)
     for path, elements in work.norm_elements.items():
-        moved = (HALF + operand) * elements
+        moved = (HALF + (BYTE if path in in_fp8 else HALF)) * elements
         yield Part("VAE decode", f"{work.stages[path]}, norms", bytes=moved, decodes=True)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache, arena_shape
+from rfengine.cache.window_fp8 import AttentionUnits, WindowFP8
 from rfengine.checkpoint.lora import LoadedLora, changes_by_tensor
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
+from rfengine.costs.chunk import block_linears
 from rfengine.costs.shapes import require_stream
 from rfengine.grid import LatentGrid
 from rfengine.memory import require_memory
@@ -31,11 +33,12 @@ def memory_needs(
     `dtype`, but for the VAE: its encoder in float32, its decoder in decoder_dtype or else `dtype`; allocates
     nothing.
 
-    keys_values, raw_keys: the arenas of the cache; raw keys are kept with relative positions.
-    sink_remainder: the low part of averages. in_flight: latents of a rolling schedule, and numbers of frames
-    that the device keeps. cross_attention: keys and values of the text. vae_buffers: of the lossless decoder,
-    shared by all streams. total: their sum. Raises ValueError for a diffusion forcing model, of which
-    costs/window.py speaks.
+    transformer_fp8: the weights in e4m3 beside the model's own, as if no product were left out. keys_values,
+    raw_keys: the arenas of the cache; raw keys are kept with relative positions. window_fp8: copies of the
+    window for attention in FP8. sink_remainder: the low part of averages. in_flight: latents of a rolling
+    schedule, and numbers of frames that the device keeps. cross_attention: keys and values of the text.
+    vae_buffers: of the lossless decoder, shared by all streams. total: their sum. Raises ValueError for a
+    diffusion forcing model, of which costs/window.py speaks.
     """
     require_stream(config)
     model = config.model
@@ -47,6 +50,7 @@ def memory_needs(
         **weight_bytes(config, dtype, vae),
         "keys_values": arenas["keys"] + arenas["values"],
         "raw_keys": arenas.get("raw_keys", 0),
+        "window_fp8": window_fp8_bytes(config, grid),
         "sink_remainder": _nbytes(cache.values()),
         "in_flight": arenas.get("joint_latents", 0) + arenas.get("device_held", 0),
         "cross_attention": text_bytes(model, dtype),
@@ -67,9 +71,30 @@ def weight_bytes(config: EngineConfig, dtype: torch.dtype, vae: WanVAE) -> dict[
     """Bytes of the weights of each part, in `dtype` but for the VAE."""
     return {
         "transformer": parameter_count(config.model) * dtype.itemsize,
+        "transformer_fp8": fp8_weight_bytes(config.model, dtype) if config.runtime.multiplies_fp8 else 0,
         "vae": _nbytes(vae.parameters()),
         "text_encoder": parameter_count(config.text) * dtype.itemsize,
     }
+
+
+def fp8_weight_bytes(model: WanConfig, dtype: torch.dtype) -> int:
+    """Of the WeightFP8 of every product of the blocks: for each weight a byte, for each output a scale and a
+    copy of the bias, and its reach."""
+    sizes = block_linears(model).values()
+    of_outputs = sum(outputs for _, outputs in sizes) * (torch.float32.itemsize + dtype.itemsize)
+    weights = sum(inputs * outputs for inputs, outputs in sizes)
+    return model.num_layers * (weights + of_outputs + len(sizes) * 2 * torch.float32.itemsize)
+
+
+def window_fp8_bytes(config: EngineConfig, grid: LatentGrid) -> int:
+    """Of the WindowFP8 of one stream; 0 where no pass attends in FP8."""
+    if not config.runtime.fp8_passes(len(config.schedule.denoising_steps) + 1):
+        return 0
+    shape = arena_shape(config.model, config.cache, grid)
+    arena = torch.empty(shape, dtype=torch.float32, device="meta")
+    units = AttentionUnits(*(arena.new_empty(config.model.num_layers) for _ in AttentionUnits._fields))
+    window = WindowFP8.of(arena, units)
+    return _nbytes((window.keys, window.values, window.key_mean, window.value_unit))
 
 
 def text_bytes(model: WanConfig, dtype: torch.dtype) -> int:
@@ -103,7 +128,7 @@ def lora_bytes(loras: Sequence[LoadedLora], config: WanConfig, dtype: torch.dtyp
 
 def stream_bytes(needs: dict[str, int]) -> int:
     """Of memory_needs, what each stream has of its own."""
-    shared = {"transformer", "vae", "text_encoder", "vae_buffers", "total"}
+    shared = {"transformer", "transformer_fp8", "vae", "text_encoder", "vae_buffers", "total"}
     return sum(size for name, size in needs.items() if name not in shared)
 
 
@@ -117,6 +142,7 @@ def require_stream_fits(
     place, decoding = devices
     arenas = 3 if config.cache.positions == "relative" else 2
     needs = {place: arenas * dtype.itemsize * math.prod(arena_shape(config.model, config.cache, grid))}
+    needs[place] += window_fp8_bytes(config, grid)
     if config.runtime.vae == "full":
         frames = config.cache.longest_chunk * grid.temporal_stride
         values = frames * grid.height * grid.width * config.vae.base_dim * config.vae.dim_mult[0]

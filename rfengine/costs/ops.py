@@ -6,10 +6,11 @@ Shapes: L layers, B batch (1), T tokens of a chunk, S tokens of the window, H he
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rfengine.costs.shapes import Shapes
 
-HALF, SINGLE = 2, 4  # bytes of an element in 16 and in 32 bits
+BYTE, HALF, SINGLE = 1, 2, 4  # bytes of an element in e4m3, in 16 and in 32 bits
 
 
 def slot_bytes(bytes_for_element: int) -> Callable[[Shapes], int]:
@@ -19,6 +20,11 @@ def slot_bytes(bytes_for_element: int) -> Callable[[Shapes], int]:
 
 def row_bytes(bytes_for_element: int) -> Callable[[Shapes], int]:
     return lambda s: s.chunk * bytes_for_element
+
+
+def norm_fp8_bytes(bytes_for_element: int) -> Callable[[Shapes], int]:
+    """Of a norm in e4m3, with a scale for each row."""
+    return lambda s: s.chunk * bytes_for_element + s.tokens * SINGLE
 
 
 def resident_bytes(shapes: Shapes) -> int:
@@ -49,8 +55,9 @@ def attention_fp8_bytes(rows: bool) -> Callable[[Shapes], int]:
 
 
 def window_fp8_bytes(shapes: Shapes) -> int:
-    """Keys and values of all layers read once and their copies of one byte written."""
-    return 2 * (HALF + 1) * shapes.layers * shapes.window_tokens * shapes.dim
+    """Both arenas read, half of that written; means of keys and units of values."""
+    elements = 2 * shapes.layers * shapes.window_tokens * shapes.dim
+    return elements * (HALF + BYTE) + shapes.layers * (shapes.dim + shapes.heads) * SINGLE
 
 
 def flow_bytes(shapes: Shapes) -> int:
@@ -70,6 +77,49 @@ def product_flops(outputs: Callable[[Shapes], int]) -> Callable[[Shapes], int]:
 def product_bytes(outputs: Callable[[Shapes], int], rows_of_dim: int = 1) -> Callable[[Shapes], int]:
     """Rows in and out and the weight; rows_of_dim: how many rows of D numbers are read or written."""
     return lambda s: HALF * (rows_of_dim * s.chunk + (s.tokens + s.dim) * outputs(s))
+
+
+@dataclass(frozen=True)
+class ProductForm:
+    """What a product reads and writes. rows, weight, result: bytes of an element. read_scales,
+    written_scales: in float32, for each row; a weight in e4m3 has one for each output."""
+
+    rows: int = HALF
+    weight: int = HALF
+    result: int = HALF
+    read_scales: int = 0
+    written_scales: int = 0
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.weight == BYTE
+
+    def bytes(self, rows: int, inputs: int, outputs: int) -> int:
+        moved = rows * inputs * self.rows + outputs * inputs * self.weight + rows * outputs * self.result
+        scales = rows * (self.read_scales + self.written_scales) + outputs * self.is_fp8
+        return moved + scales * SINGLE
+
+
+SIXTEEN_BITS = ProductForm()
+FROM_NORM_FP8 = ProductForm(BYTE, BYTE, read_scales=1)
+GELU_ROWS_FP8 = ProductForm(BYTE, BYTE, BYTE, read_scales=1, written_scales=1)
+HEADS_FP8 = ProductForm(HALF, BYTE)  # rounded as they are read
+
+
+def from_heads_fp8(heads: int) -> ProductForm:
+    """Of rows that FP8 attention has written, with a scale for each head."""
+    return ProductForm(BYTE, BYTE, read_scales=heads)
+
+
+def product_fp8_bytes(
+    form: ProductForm, outputs: Callable[[Shapes], int], inputs: Callable[[Shapes], int]
+) -> Callable[[Shapes], int]:
+    return lambda s: form.bytes(s.tokens, inputs(s), outputs(s))
+
+
+def gelu_rows_fp8_bytes(shapes: Shapes) -> int:
+    """A product in 16 bits in, one byte out; a scale for each row either way."""
+    return shapes.tokens * (ffn_dim(shapes) * (HALF + BYTE) + 2 * SINGLE)
 
 
 def conv_flops(level: int) -> Callable[[Shapes], int]:
@@ -119,17 +169,20 @@ def pack_flops(shapes: Shapes) -> int:
     return 2 * 27 * 3 * shapes.vae_levels[-1].channels * shapes.pixels
 
 
-# by name; _plain: the sink in one part, _raw: keys before rotation are written too
+# by name; _plain: the sink in one part, _arena: keys and values in 16 bits are written too, _raw: keys before
+# rotation as well
 BYTES: dict[str, Callable[[Shapes], int]] = {
     "adaptive_layer_norm": row_bytes(4),
-    "adaptive_layer_norm_fp8": row_bytes(3),
+    "adaptive_layer_norm_fp8": norm_fp8_bytes(3),
     "gated_residual_adaptive_norm": row_bytes(8),
-    "gated_residual_adaptive_norm_fp8": row_bytes(7),
+    "gated_residual_adaptive_norm_fp8": norm_fp8_bytes(7),
     "rms_norm": row_bytes(4),
     "qk_norm_rope_write": row_bytes(12),
     "qk_norm_rope_write_raw": row_bytes(14),
-    "qk_norm_rope_write_fp8": row_bytes(9),
+    "qk_norm_rope_write_fp8": row_bytes(9),  # into the e4m3 copies of the window alone
+    "qk_norm_rope_write_fp8_arena": row_bytes(13),
     "qk_norm_rope_write_fp8_raw": row_bytes(15),
+    "window_fp8": window_fp8_bytes,
     "ema_evict": slot_bytes(2 * 10),
     "ema_evict_plain": slot_bytes(2 * 6),
     "rephase_keys": rephase_bytes,

@@ -7,6 +7,7 @@ by torch's FLOP formulas, and its place in the module tree gives the stage.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -18,7 +19,9 @@ from torch.utils.module_tracker import ModuleTracker
 
 from rfengine.config import VAEConfig
 from rfengine.grid import LatentGrid
-from rfengine.models.vae import ChannelNorm, Upsample, WanVAE
+from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.vae import ChannelNorm, ResidualBlock, Upsample, WanVAE
+from rfengine.ops import REFERENCE_OPS
 
 aten = torch.ops.aten
 
@@ -45,13 +48,15 @@ class VAEWork:
 
     norm_elements: those a norm with its SiLU reads, and as many it writes, by path. copied_elements: read and
     written by torch.cat and copy_ for the history in front of temporal convolutions, and by upsampling.
-    stages: the stage that a path belongs to, for every path.
+    stages: the stage that a path belongs to, for every path. large: the paths that are in e4m3 with FP8
+    convolutions: those that StreamingDecoder puts into it, and the norms before them.
     """
 
     products: dict[str, ProductWork] = field(default_factory=dict)
     norm_elements: Counter[str] = field(default_factory=Counter)
     copied_elements: int = 0
     stages: dict[str, str] = field(default_factory=dict)
+    large: frozenset[str] = frozenset()
 
     @property
     def multiply_adds(self) -> int:
@@ -79,7 +84,17 @@ def decode_work(config: VAEConfig, grid: LatentGrid, frames: int, first: bool) -
     with torch.no_grad(), tracker, _Tally(work, tracker):
         vae.decode(latents, state)
     work.stages = {path: _stage(path, vae.decoder) for path in (*work.products, *work.norm_elements)}
+    work.large = frozenset(_large_paths(vae))
     return work
+
+
+def _large_paths(vae: WanVAE) -> Iterator[str]:
+    slots = StreamingDecoder(vae, REFERENCE_OPS, "fp8").fp8_slots
+    for name, block in vae.decoder.named_modules():
+        if isinstance(block, ResidualBlock):
+            for norm, convolution in (("0", "2"), ("3", "6")):
+                if block.residual[convolution].slot in slots:
+                    yield from (f"decoder.{name}.residual.{key}" for key in (norm, convolution))
 
 
 def _current(tracker: ModuleTracker) -> str:

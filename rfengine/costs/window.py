@@ -25,9 +25,9 @@ def window_needs(
     """Bytes that one video of `config` at `grid` needs, with weights in `dtype`, but for the VAE: its encoder
     in float32, its decoder in decoder_dtype or else `dtype`; allocates nothing.
 
-    latent_frames: of the window; those the model was trained at where nothing is given. cross_attention: of
-    the prompt and the negative one. latents: with those of the solver. activations: of one pass at its peak.
-    total: their sum.
+    transformer_fp8: the weights in e4m3 beside the model's own. latent_frames: of the window; those the
+    model was trained at where nothing is given. cross_attention: of the prompt and the negative one. latents:
+    with those of the solver. activations: of one pass at its peak. total: their sum.
     """
     assert config.diffusion_forcing is not None
     frames = latent_frames or grid.latent_frames(config.diffusion_forcing.base_frames)

@@ -49,9 +49,13 @@ def linear_gelu_rows_fp8(
 
 
 def _serves(row_scale: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Sizes of an FP8 product are multiples of 16."""
-    whole = all(size % 16 == 0 for size in weight.shape)
-    return bias.dtype == torch.bfloat16 and row_scale.shape[-1] == 1 and whole
+    return serves(bias.dtype, row_scale.shape[-1], *weight.shape)
+
+
+def serves(dtype: torch.dtype, scales: int, outputs: int, inputs: int) -> bool:
+    """Whether cuBLASLt makes a product with results in `dtype` and so many scales of a row; its sizes are
+    multiples of 16."""
+    return dtype == torch.bfloat16 and scales == 1 and outputs % 16 == inputs % 16 == 0
 
 
 def _product(x: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 An operand of a product is e4m3 with float32 scales: a weight has one for each channel out, rows have one
 each, or one for each of G equal parts of a row. Products of two e4m3 values are exact in float32 and so are
 their sums but for the order; a result is rounded once, to the dtype of the bias. So what FP8 does to a
-stream can be seen on any device. Shapes as in reference.py; K inputs and N outputs of a product.
+stream can be seen on any device. In float64 (the e4m3 tensors too) no result of a product is rounded: the
+truth. Shapes as in reference.py; K inputs and N outputs of a product.
 """
 
 from __future__ import annotations
@@ -73,15 +74,18 @@ def linear_gelu_rows_fp8(
     product = _product(x, row_scale, weight, weight_scale, bias)
     scale = row_scale * reach[0] + reach[1]
     scale = torch.where(scale > 0, scale, 1.0)
-    values = (F.gelu(product, approximate="tanh") / scale).clamp(-448, 448)
-    return values.to(torch.float8_e4m3fn), scale
+    values = F.gelu(product, approximate="tanh") / scale
+    if x.dtype == torch.float64:
+        return values, scale
+    return values.clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 
 def linear_heads_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, heads: int) -> Tensor:
     """linear_fp8 of x [..., K] in the dtype of bias, whose `heads` equal parts of a row are each rounded by
     row_fp8. Returns [..., N]."""
     values, scale = row_fp8(x.unflatten(-1, (heads, -1)))
-    return linear_fp8(values.flatten(-2), scale.squeeze(-1), weight, weight_scale, bias)
+    rows = values.flatten(-2).to(weight.dtype), scale.squeeze(-1).to(weight_scale.dtype)
+    return linear_fp8(*rows, weight, weight_scale, bias)
 
 
 def product_reach(weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:

@@ -66,11 +66,7 @@ def settle_precision(runtime: RuntimeConfig, model: WanDiT) -> None:
 
 def passes_in_fp8(config: EngineConfig) -> tuple[int, ...]:
     """The passes of a chunk whose attention is in FP8: denoising steps from 0, then the context pass."""
-    if config.runtime.precision != "fp8-attention":
-        return ()
-    count = len(config.schedule.denoising_steps) + 1
-    kept = {number % count for number in config.runtime.sixteen_bit_passes}
-    return tuple(number for number in range(count) if number not in kept)
+    return config.runtime.fp8_passes(len(config.schedule.denoising_steps) + 1)
 
 
 def precision_setting(runtime: RuntimeConfig, model: WanDiT) -> str:

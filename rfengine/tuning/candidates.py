@@ -15,8 +15,10 @@ from torch import Tensor
 from rfengine.accuracy import wrong_result
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
-from rfengine.ops import REFERENCE_OPS, Ops, default_choice
+from rfengine.ops import REFERENCE_OPS, Ops, default_choice, library_fp8
 from rfengine.ops.backends import SIXTEEN_BITS, backend_reasons, family, is_hopper
+from rfengine.ops.reference import channel_fp8, row_fp8
+from rfengine.ops.reference_fp8 import product_reach
 from rfengine.ops.table import OPS, implementation, op_of, shape_key
 from rfengine.tuning.record import CaseKey
 from rfengine.tuning.timing import Arguments
@@ -122,11 +124,21 @@ Case = TuningCase | Callable[[Mapping[str, str]], TuningCase]
 
 
 def transformer_cases(shapes: TuningShapes) -> Iterator[Case]:
-    """The cases of the transformer and its cache: attention, every product's shape, eviction, and last the
-    folded gates, a case that depends on the backends chosen before it."""
-    model = shapes.config.model
+    """The cases of the transformer and its cache: attention, every product's shape, eviction, and last, where
+    products are in 16 bits, the folded gates, a case that depends on the backends chosen before it."""
+    in_fp8 = shapes.config.runtime.multiplies_fp8
     yield window_attention_case(shapes)
     yield _text_attention(shapes)
+    yield from _products_fp8(shapes) if in_fp8 else _products(shapes)
+    cache = shapes.config.cache
+    if cache.sink == "ema" and 2 * cache.sink_frames <= cache.window_frames:
+        yield _eviction(shapes)
+    if not in_fp8:
+        yield partial(gate_case, shapes)
+
+
+def _products(shapes: TuningShapes) -> Iterator[TuningCase]:
+    model = shapes.config.model
     # q, k and v at once; every output projection and the queries of the text; both of the feed-forward part
     for op, outputs, inputs in (
         ("linear", 3 * model.dim, model.dim),
@@ -135,10 +147,18 @@ def transformer_cases(shapes: TuningShapes) -> Iterator[Case]:
         ("linear", model.dim, model.ffn_dim),
     ):
         yield _product(shapes, op, outputs, inputs)
-    cache = shapes.config.cache
-    if cache.sink == "ema" and 2 * cache.sink_frames <= cache.window_frames:
-        yield _eviction(shapes)
-    yield partial(gate_case, shapes)
+
+
+def _products_fp8(shapes: TuningShapes) -> Iterator[TuningCase]:
+    """Products of the blocks in FP8; those of heads that are rounded as they are read have one backend."""
+    model = shapes.config.model
+    dim, inner = model.dim, model.ffn_dim
+    yield _product_fp8(shapes, "linear_fp8", 3 * dim, dim)  # q, k and v at once
+    yield _product_fp8(shapes, "linear_fp8", dim, dim)  # the queries of the text
+    yield _product_fp8(shapes, "linear_gelu_rows_fp8", inner, dim)
+    yield _product_fp8(shapes, "linear_fp8", dim, inner)
+    if shapes.config.runtime.precision == "fp8-attention":
+        yield _product_fp8(shapes, "linear_fp8", dim, dim, model.num_heads)  # what attention in FP8 returns
 
 
 def _row_case(
@@ -147,21 +167,29 @@ def _row_case(
     dtype: torch.dtype,
     device: torch.device,
     make_inputs: Callable[[torch.Generator], Arguments],
-    elements: int,
+    set_bytes: int,
+    able: Mapping[str, Callable[..., object]] | None = None,
+    rows: int = 1,
 ) -> TuningCase:
-    """A case whose first argument and result are rows [1, T, ...], T of the shape; about CHECKED_ROWS of
-    them, spread over all and with the last, are compared."""
-    tokens, able = shape[0], runnable(op_of(name), device, dtype)
+    """A case whose first arguments, `rows` of them, and result are rows [1, T, ...], T of the shape; about
+    CHECKED_ROWS of them, spread over all and with the last, are compared. Rows in e4m3 with their scale are
+    compared as numbers. able: the candidates, where it is not all that run here."""
+    tokens, able = shape[0], able or runnable(op_of(name), device, dtype)
     step = max(1, tokens // CHECKED_ROWS)
     spread = slice((tokens - 1) % step, None, step)
 
-    def results(_: Arguments, returned: Tensor) -> tuple[Tensor, ...]:
+    def results(_: Arguments, returned: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        if isinstance(returned, tuple):
+            values, scale = returned
+            returned = values.to(scale.dtype) * scale
         return (returned[:, spread] if returned.shape[1] == tokens else returned,)
 
+    def part(arguments: Arguments) -> Arguments:
+        return *(each[:, spread] for each in arguments[:rows]), *arguments[rows:]
+
     return TuningCase(
-        case_key(name, shape, dtype, able), able, device, make_inputs, elements * dtype.itemsize,
-        implementation(op_of(name), "reference"),
-        lambda arguments: (arguments[0][:, spread], *arguments[1:]), results,
+        case_key(name, shape, dtype, able), able, device, make_inputs, set_bytes,
+        implementation(op_of(name), "reference"), part, results,
     )  # fmt: skip
 
 
@@ -175,8 +203,8 @@ def attention_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device:
         keys, values = (rows((1, window, heads, head_dim)) for _ in range(2))
         return rows((1, tokens, heads, head_dim)), keys, values, window, filled
 
-    elements = 2 * (tokens + window) * heads * head_dim
-    return _row_case(ATTENTION, shape, dtype, device, make_inputs, elements)
+    set_bytes = 2 * (tokens + window) * heads * head_dim * dtype.itemsize
+    return _row_case(ATTENTION, shape, dtype, device, make_inputs, set_bytes)
 
 
 def window_attention_case(shapes: TuningShapes) -> TuningCase:
@@ -194,7 +222,8 @@ def _text_attention(shapes: TuningShapes) -> TuningCase:
         return q, *(shapes.rows(generator, 1, model.text_len, *heads) for _ in range(2)), None
 
     shape, elements = (tokens, model.text_len, *heads), 2 * (tokens + model.text_len) * model.dim
-    return _row_case("clip_attention", shape, shapes.dtype, shapes.device, make_inputs, elements)
+    set_bytes = elements * shapes.dtype.itemsize
+    return _row_case("clip_attention", shape, shapes.dtype, shapes.device, make_inputs, set_bytes)
 
 
 def _product(shapes: TuningShapes, op: str, outputs: int, inputs: int) -> TuningCase:
@@ -203,9 +232,33 @@ def _product(shapes: TuningShapes, op: str, outputs: int, inputs: int) -> Tuning
     def make_inputs(generator: torch.Generator) -> Arguments:
         return shapes.rows(generator, 1, tokens, inputs), *_layer(shapes, generator, outputs, inputs)
 
-    elements = tokens * (outputs + inputs) + outputs * inputs
+    set_bytes = (tokens * (outputs + inputs) + outputs * inputs) * shapes.dtype.itemsize
     name, shape = shape_key(op, outputs, inputs), (tokens, outputs, inputs)
-    return _row_case(name, shape, shapes.dtype, shapes.device, make_inputs, elements)
+    return _row_case(name, shape, shapes.dtype, shapes.device, make_inputs, set_bytes)
+
+
+def _product_fp8(shapes: TuningShapes, op: str, outputs: int, inputs: int, scales: int = 1) -> TuningCase:
+    """A product of rows [1, T, K] in e4m3 with so many scales a row. cuBLASLt is a candidate where it makes
+    the product; its backend leaves others to Triton's."""
+    tokens, dtype, device = shapes.tokens, shapes.dtype, shapes.device
+    has_gelu = op == "linear_gelu_rows_fp8"
+
+    def make_inputs(generator: torch.Generator) -> Arguments:
+        x = shapes.rows(generator, 1, tokens, inputs)
+        values, row_scale = row_fp8(x.unflatten(-1, (scales, -1)))
+        weight, bias = _layer(shapes, generator, outputs, inputs)
+        layer = *channel_fp8(weight), bias
+        reach = (product_reach(*layer),) if has_gelu else ()
+        return values.flatten(-2), row_scale.squeeze(-1), *layer, *reach
+
+    able = runnable(op, device, dtype)
+    if not library_fp8.serves(dtype, scales, outputs, inputs):
+        able.pop("cublaslt", None)
+        able = able or {"reference": implementation(op, "reference")}
+    result_bytes = 1 if has_gelu else dtype.itemsize
+    set_bytes = tokens * inputs + outputs * inputs + tokens * outputs * result_bytes
+    name, shape = shape_key(op, outputs, inputs, scales), (tokens, outputs, inputs, scales)
+    return _row_case(name, shape, dtype, device, make_inputs, set_bytes, able, rows=2)
 
 
 def _layer(

@@ -19,6 +19,10 @@ KILO = 1024
 REGISTERS, SHARED_BYTES, WARPS, BLOCKS = 65536, 228 * KILO, 64, 32  # of one Hopper multiprocessor
 
 FP8_ATTENTION = tuple(f"sink_window_attention_fp8{form}" for form in ("", "_rows", "_descriptor", "_pointer"))
+FP8_PRODUCTS = (
+    "linear_fp8_qkv", "linear_fp8_out", "linear_fp8_ffn", "linear_fp8_heads", "linear_heads_fp8",
+    "linear_gelu_fp8", "linear_gelu_rows_fp8", "linear_fp8_qkv_one_frame", "linear_gelu_rows_fp8_one_frame",
+)  # fmt: skip
 CASES = (  # every kernel, and of the linears and convolutions a form of each kind
     "sink_window_attention", "sink_window_attention_pointer", "attention_backward_query",
     "attention_backward_keys", "gated_residual_adaptive_norm", "gated_layer_norm_backward", "rms_norm",
@@ -28,6 +32,7 @@ CASES = (  # every kernel, and of the linears and convolutions a form of each ki
     "phase_conv_to_level_2", "frame_attention", "conv_frame_pack", "linear_out_one_frame",
     "gated_linear_ffn_one_frame", "sink_window_attention_pointer_one_frame", "adaptive_layer_norm",
     *FP8_ATTENTION, "window_fp8", "qk_norm_rope_write_fp8", "qk_norm_rope_write_fp8_raw",
+    *FP8_PRODUCTS, "gelu_rows_fp8",
     *(f"{op}_by_frame" for op in ("flow_step", "adaptive_layer_norm", "gated_residual_adaptive_norm")),
 )  # fmt: skip
 REPORT_AND_FILL = """
@@ -96,7 +101,11 @@ def test_a_level_for_every_frame_is_the_same_kernel(launches: list[dict[str, Any
 def test_what_the_engine_launches_is_compiled_into_the_cache(printed: str) -> None:
     filled = result(printed, "made")
     assert filled["made"] >= 10  # sizes and forms that the report does not have
-    assert {"_layer_norm_kernel", "_linear_kernel", "_causal_conv3d_kernel"} <= set(filled["kernels"])
+    kernels = {
+        "_layer_norm_kernel", "_linear_kernel", "_linear_fp8_kernel", "_gelu_rows_kernel",
+        "_causal_conv3d_kernel",
+    }  # fmt: skip
+    assert kernels <= set(filled["kernels"])
 
 
 @pytest.mark.slow
@@ -156,6 +165,22 @@ def test_the_convolutions_of_hopper_run_on_warp_groups_from_descriptors(
         )
         # weights and pixels both straight from shared memory, which is what keeps products in flight
         assert in_shared > 0 and in_registers == 0, launch["case"]
+        assert launch["tensor_copies"] >= 2, launch["case"]
+
+
+@pytest.mark.slow
+def test_the_fp8_products_of_hopper_run_on_warp_groups_from_descriptors(
+    launches: list[dict[str, Any]],
+) -> None:
+    products = [launch for launch in launches if launch["case"] in FP8_PRODUCTS]
+    assert {launch["kernel"] for launch in products} == {"_linear_fp8_kernel"}
+    assert len(products) == len(FP8_PRODUCTS)
+    for launch in products:
+        in_shared, in_registers = launch["fp8_products"]
+        # rows that are rounded as they are read pass through registers
+        assert (in_shared == 0) == (launch["case"] == "linear_heads_fp8"), launch["case"]
+        assert (in_registers > 0) == (in_shared == 0) and not any(launch["products"]), launch["case"]
+        assert not launch["other_products"], launch["case"]
         assert launch["tensor_copies"] >= 2, launch["case"]
 
 

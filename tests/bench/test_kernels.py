@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +16,11 @@ import torch
 from bench import kernels
 from bench.kernel_cases import CASES_BY_NAME, KernelCase
 from bench.kernels import ABSENT, CHECKED_SIDE, Options, fault_of, run, seeded_draw
+from rfengine.costs.chunk import ChunkWork
 from rfengine.costs.shapes import Shapes
 from rfengine.ops import native, reference
 from rfengine.presets import PRESETS
+from support.interpreter_rounding import round_to_nearest_even
 
 
 @pytest.fixture
@@ -117,6 +120,59 @@ def test_the_interpreter_checks_a_kernel(capsys: pytest.CaptureFixture[str]) -> 
     pytest.importorskip("triton")
     assert run(Options(case=("rms_norm",), check=True)) == 0
     assert capsys.readouterr().out.split() == ["rms_norm", "right"]
+
+
+FP8_CASES = [
+    "linear_fp8_qkv", "linear_fp8_out", "linear_fp8_ffn", "linear_fp8_heads", "linear_gelu_fp8",
+    "linear_gelu_rows_fp8", "linear_heads_fp8", "gelu_rows_fp8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FP8_CASES)
+def test_an_fp8_case_accepts_the_kernel_and_refuses_another_result(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    round_to_nearest_even(monkeypatch)
+    small = dataclasses.replace(PRESETS["tiny"], height=32, width=32)
+    shapes, draw = Shapes(small), lambda: seeded_draw(1, "cpu", torch.float32)
+    case = CASES_BY_NAME[name]
+    assert fault_of(case, shapes, draw()) == ""
+    kernel = case.kernel()
+
+    def one_row_off(*arguments: Any) -> Any:
+        returned = kernel(*arguments)
+        rows = returned[-1] if isinstance(returned, tuple) else returned
+        rows[..., -1:, :] *= 1.5  # of e4m3 rows, their scale
+        return returned
+
+    monkeypatch.setattr(KernelCase, "kernel", lambda _: one_row_off)
+    assert f"{name}: result 0 is " in fault_of(case, shapes, draw())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("linear_fp8_qkv", "self-attention q, k, v"),
+        ("linear_fp8_out", "cross-attention q"),
+        ("linear_heads_fp8", "cross-attention out"),
+        ("linear_gelu_rows_fp8", "feed-forward in"),
+        ("linear_fp8_ffn", "feed-forward out"),
+    ],
+)
+def test_floors_of_fp8_products_are_those_of_the_roofline(name: str, part: str) -> None:
+    """150 calls in a chunk: 30 layers in 5 passes."""
+    shapes, case = Shapes(), CASES_BY_NAME[name]
+    (row,) = (each for each in ChunkWork.steady(shapes, "fp8").parts() if each.name == part)
+    assert (150 * case.floor_bytes(shapes), 150 * case.floor_flops(shapes)) == (row.bytes, row.flops)
+    assert row.is_fp8
+
+
+def test_the_floor_of_a_product_behind_fp8_attention_is_that_of_the_roofline() -> None:
+    shapes, case = Shapes(), CASES_BY_NAME["linear_fp8_heads"]
+    parts = ChunkWork.steady(shapes, "fp8-attention").parts()
+    _, in_fp8 = (each for each in parts if each.name == "self-attention out")
+    assert (90 * case.floor_bytes(shapes), 90 * case.floor_flops(shapes)) == (in_fp8.bytes, in_fp8.flops)
 
 
 @pytest.mark.parametrize(("ms", "runs"), [(0.05, 60), (10.0, 30), (100.0, 3), (500.0, 3)])

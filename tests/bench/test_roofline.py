@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.roofline import Options, render, roofline, run
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.checkpoint.systems import configured
 from rfengine.cli.process import run_script
-from rfengine.config import EngineConfig
+from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.costs.chunk import ChunkWork, prompt_parts
 from rfengine.costs.shapes import Shapes
 from rfengine.costs.vae import VAEWork, decode_work
@@ -197,7 +198,7 @@ def test_chunks_have_the_tflop_of_the_floor_tables() -> None:
     ("precision", "milliseconds", "totals"),
     [
         ("bf16", ("59.2", "61.2", "2.2", "41.1"), ("122.6", "97.8", "163.7", "73.3")),
-        ("fp8-linears", ("29.6", "61.2", "2.2", "41.1"), ("93.0", "129", "134", "89.5")),
+        ("fp8", ("29.6", "61.2", "2.2", "41.1"), ("93.0", "129", "134", "89.5")),
     ],
 )
 def test_products_at_the_peak_of_an_h100_take_the_milliseconds_of_the_floor_tables(
@@ -215,11 +216,9 @@ def test_products_at_the_peak_of_an_h100_take_the_milliseconds_of_the_floor_tabl
     assert [printed(amount, figure) for amount, figure in zip(summed, totals, strict=True)] == [*totals]
 
 
-def test_weights_gelu_and_vae_move_the_bytes_of_the_floor_tables() -> None:
+def test_weights_and_vae_move_the_bytes_of_the_floor_tables() -> None:
     found = report()
     assert printed(found["pass_weights"] / 1e9, "1.250") == "1.250"
-    gelu = next(row for row in found["parts"] if row["part"] == "GELU")
-    assert printed(gelu["bytes"] / 1e9, "25") == "25"
 
     grid = SHIPPED.grid
     with torch.device("meta"):
@@ -276,31 +275,148 @@ def _transformer_flops(shapes: Shapes, chunks: int) -> list[int]:
 
 
 def test_row_kernels_move_twenty_passes_over_the_chunk_in_every_layer() -> None:
-    rows = [row for row in report()["parts"] if row["group"] == "row kernels" and row["part"] != "GELU"]
+    rows = [row for row in report()["parts"] if row["group"] == "row kernels"]  # GELU is in its product
     activation = 2 * SHIPPED.tokens * SHIPPED.dim  # bytes
     first_norms, raw_keys = 5 * 2 * activation, 30 * activation
     assert sum(row["bytes"] for row in rows) == 150 * 20 * activation + first_norms + raw_keys
 
 
-def test_fp8_linears_have_operands_of_one_byte_and_results_of_two() -> None:
-    rows = {row["part"]: row for row in report(precision="fp8-linears")["parts"]}
-    assert rows["feed-forward in"]["bytes"] == 150 * ((4680 + 8960) * 1536 + 2 * 4680 * 8960)
-    first, last = (
-        next(row for row in report(precision=precision)["parts"] if row["part"] == "patch embedding")
-        for precision in ("bf16", "fp8-linears")
-    )
-    assert first == last  # the ends of the transformer stay in bf16
-    attention = [group(report(precision=p), "self-attention")["bytes"] for p in ("bf16", "fp8-linears")]
-    saved = attention[0] - attention[1]
-    assert saved == 150 * 4680 * 1536  # what the attention writes for the linear behind it
+def rows_of(**options: Any) -> dict[str, dict[str, Any]]:
+    return {row["part"]: row for row in report(**options)["parts"]}
 
 
-def test_fp8_throughout_doubles_the_rate_of_attention_and_of_the_vae() -> None:
-    bf16, fp8 = report(), report(precision="fp8")
-    for name in ("self-attention", "cross-attention", "VAE decode"):
-        ratio = group(bf16, name)["arithmetic_ms"] / group(fp8, name)["arithmetic_ms"]
-        assert ratio == pytest.approx(1979 / 989)
-        assert group(bf16, name)["flops"] == group(fp8, name)["flops"]
+def test_fp8_products_have_operands_of_one_byte_and_results_of_two() -> None:
+    rows, plain = rows_of(precision="fp8"), rows_of()
+    tokens, dim, inner, single = 4680, 1536, 8960, 4
+    scales = single * (tokens + 3 * dim)  # of rows and of channels
+    moved = (tokens + 3 * dim) * dim + 2 * tokens * 3 * dim + scales
+    assert rows["self-attention q, k, v"]["bytes"] == 150 * moved
+    # GELU's result is written in one byte, with a scale for each row
+    moved = (tokens + inner) * dim + tokens * inner + single * (2 * tokens + inner)
+    assert rows["feed-forward in"]["bytes"] == 150 * moved
+    moved = (tokens + dim) * inner + 2 * tokens * dim + single * (tokens + dim)
+    assert rows["feed-forward out"]["bytes"] == 150 * moved
+    # results of attention come in 16 bits, and are rounded as they are read
+    moved = (2 * tokens + dim) * dim + 2 * tokens * dim + single * dim
+    assert rows["self-attention out"]["bytes"] == rows["cross-attention out"]["bytes"] == 150 * moved
+    for name in ("patch embedding", "head", "sink_window_attention", "clip_attention", "rms_norm"):
+        assert rows[name] == plain[name]  # in 16 bits as before
+
+
+def test_norms_in_fp8_write_a_byte_and_a_scale_for_each_row_but_for_the_one_before_the_head() -> None:
+    rows, values, scales = rows_of(precision="fp8"), 4680 * 1536, 4680 * 4
+    assert rows["adaptive_layer_norm_fp8"]["bytes"] == 5 * (3 * values + scales)
+    assert rows["gated_residual_affine_norm_fp8"]["bytes"] == 150 * (7 * values + scales)
+    assert rows["gated_residual_adaptive_norm_fp8"]["bytes"] == 295 * (7 * values + scales)
+    assert rows["gated_residual_adaptive_norm"]["bytes"] == 5 * 8 * values
+
+
+def test_fp8_attention_is_that_of_the_passes_which_do_not_stay_in_16_bits() -> None:
+    """By default the first step and the context pass stay, three of five passes do not."""
+    plain, rows = rows_of(), rows_of(precision="fp8-attention")
+    tokens, window, dim, heads = 4680, 14040, 1536, 12
+    whole = plain["sink_window_attention"]
+    kept, eight = rows["sink_window_attention"], rows["sink_window_attention_fp8"]
+    assert 5 * kept["flops"] == 2 * whole["flops"] and kept["flops"] + eight["flops"] == whole["flops"]
+    assert eight["arithmetic_ms"] / kept["arithmetic_ms"] == pytest.approx(1.5 * 989 / 1979)
+    scales = 4 * tokens * heads
+    assert eight["bytes"] == 90 * (2 * (tokens + window) * dim + scales)
+    assert 5 * kept["bytes"] == 2 * whole["bytes"]
+    # its result is read in one byte, with a scale for each head
+    half, one = (2 * tokens + dim) * dim, (tokens + dim) * dim + scales
+    out = rows["self-attention out"]["bytes"] - 150 * (2 * tokens * dim + 4 * dim)
+    assert out == 60 * half + 90 * one
+    assert rows["qk_norm_rope_write_fp8"]["bytes"] == 90 * 9 * tokens * dim
+    assert rows["qk_norm_rope_write"]["bytes"] == 30 * 12 * tokens * dim
+    assert rows["qk_norm_rope_write, raw keys too"]["bytes"] == 30 * 14 * tokens * dim
+    arenas = 2 * 30 * window * dim * 2
+    assert rows["window_fp8"]["bytes"] == arenas + arenas // 2 + 30 * 4 * (dim + heads)
+
+
+def test_chunks_that_fill_the_window_have_no_fp8_attention() -> None:
+    filling = [report(chunk=2, precision=precision)["parts"] for precision in ("fp8", "fp8-attention")]
+    assert filling[0] == filling[1]
+
+
+def test_a_context_pass_in_fp8_writes_the_arena_as_well() -> None:
+    def moved(positions: str) -> dict[str, int]:
+        runtime = RuntimeConfig(precision="fp8-attention", sixteen_bit_passes=())
+        cache = replace(SHIPPED.config.cache, positions=positions, sink="frozen")
+        config = replace(SHIPPED.config, cache=cache, runtime=runtime)
+        work = ChunkWork.steady(Shapes(config), "fp8-attention")
+        parts = work.parts()
+        values = 30 * 4680 * 1536
+        found = {part.name: part.bytes / values for part in parts if part.name.startswith("qk_norm")}
+        apart = {part.name: part.bytes / values for part in work.saved_by_fusing()}
+        assert apart["queries, keys and values"] == 5 * 3 * 4 - 2 * 2  # it has these in 16 bits as well
+        assert "window_fp8" in {part.name for part in parts}
+        return found
+
+    steps = {"qk_norm_rope_write_fp8": 4 * 9}
+    assert moved("absolute") == steps | {"qk_norm_rope_write_fp8, arena too": 13}
+    assert moved("relative") == steps | {"qk_norm_rope_write_fp8, arena too": 15}
+
+
+def test_fp8_attention_of_a_rolling_schedule_is_refused() -> None:
+    shapes = Shapes(configured(SHIPPED.config, "rolling-forcing"))
+    assert ChunkWork.steady(shapes, "fp8").parts()
+    with pytest.raises(ValueError, match="precision is 'fp8-attention' and rolling is"):
+        ChunkWork.steady(shapes, "fp8-attention").parts()
+
+
+def test_the_large_convolutions_of_the_vae_are_in_fp8_by_a_choice_of_their_own() -> None:
+    plain, fp8 = report(), report(vae_precision="fp8")
+    assert fp8["groups"][:5] == plain["groups"][:5]
+    work = decode_work(SHIPPED.config.vae, SHIPPED.grid, 3, False)
+    names = [path for path in work.large if path in work.products]
+    assert len(names) == 17 and len(work.large) == 2 * 17  # each with its norm
+    flops = sum(work.products[path].flops for path in names)
+    rows = [next(row for row in found["groups"] if row["group"] == "VAE decode") for found in (plain, fp8)]
+    faster = flops / 989e9 - flops / 1979e9
+    assert rows[0]["arithmetic_ms"] - rows[1]["arithmetic_ms"] == pytest.approx(faster)
+    read = sum(work.products[path].read_elements for path in names)
+    written = sum(count for path, count in work.norm_elements.items() if path in work.large)
+    assert rows[0]["bytes"] - rows[1]["bytes"] == read + written
+
+
+def saved(**options: Any) -> dict[str, float]:
+    """In bytes for each value of a chunk's rows in one layer of one pass."""
+    values = 150 * 4680 * 1536
+    return {row["operand"]: row["bytes"] / values for row in report(**options)["saved_by_fusing"]}
+
+
+def test_what_fusing_saves_is_a_pass_for_every_operand() -> None:
+    """Apart, an operand is written in two bytes, read, and written in one; at once it is written in one."""
+    assert saved() == {}
+    gelu = 4 * 8960 / 1536
+    assert saved(precision="fp8") == {"norms": 12, "GELU": pytest.approx(gelu), "attention results": 4}
+    assert saved(precision="fp8-attention") == {
+        "norms": 12, "GELU": pytest.approx(gelu), "attention results": pytest.approx(2 * 2 + 2 * 3 / 5),
+        "queries, keys and values": pytest.approx(3 * 4 * 3 / 5),
+    }  # fmt: skip
+    found = report(precision="fp8-attention", vae_precision="fp8")
+    assert found["saved_by_fusing"][-1]["operand"] == "norms of the VAE"
+    whole = found["saved_in_all"]
+    assert whole["bytes"] == sum(row["bytes"] for row in found["saved_by_fusing"])
+    assert whole["memory_ms"] == pytest.approx(whole["bytes"] / 3.35e9)
+
+
+def test_a_pass_apart_for_every_operand_would_move_what_is_saved() -> None:
+    """The same chunk, counted anew with kernels that know nothing of FP8 and one that rounds."""
+    fused = {row["part"]: row["bytes"] for row in report(precision="fp8")["parts"]}
+    names = ("adaptive_layer_norm", "gated_residual_affine_norm", "gated_residual_adaptive_norm")
+    values, tokens, inner, dim = 4680 * 1536, 4680, 8960, 1536
+    calls = {"adaptive_layer_norm": 5, "gated_residual_affine_norm": 150, "gated_residual_adaptive_norm": 295}
+    plain = {"adaptive_layer_norm": 4, "gated_residual_affine_norm": 8, "gated_residual_adaptive_norm": 8}
+    norms = sum(calls[name] * (plain[name] + 3) * values for name in names)
+    norms_fused = sum(fused[f"{name}_fp8"] - calls[name] * 4 * tokens for name in names)
+    expand = 150 * ((tokens + inner) * dim + 2 * tokens * inner + 4 * (tokens + inner))  # a result in 16 bits
+    gelu = expand + 150 * (3 * tokens * inner + 4 * tokens)
+    out = 2 * 150 * (3 * values + values + dim * dim + 2 * values + 4 * dim)  # rounded, then read in a byte
+    whole = norms + gelu + out
+    whole_fused = norms_fused + fused["feed-forward in"]
+    whole_fused += fused["self-attention out"] + fused["cross-attention out"]
+    assert whole - whole_fused == report(precision="fp8")["saved_in_all"]["bytes"]
 
 
 def test_a_faster_memory_lowers_what_memory_bounds_and_nothing_else() -> None:
@@ -349,6 +465,7 @@ def test_sizes_follow_the_options() -> None:
     ("options", "said"),
     [
         ({"gpu": "a100", "precision": "fp8"}, "no FP8 products"),
+        ({"gpu": "a100", "vae_precision": "fp8"}, "vae_precision is fp8 but A100 .* has no FP8 products"),
         ({"chunk": -1}, "chunks count from 0"),
         ({"height": 481}, "multiple of 16"),
         ({"model": "wan-2b"}, "wan-2b is no directory"),
@@ -367,6 +484,13 @@ def test_the_table_shows_every_part_and_the_totals() -> None:
     assert lines["self-attention"].split()[1:] == ["60,555.76", "17.25", "arithmetic", "61.2293"]
     assert lines["products alone, without the VAE"].endswith(" 97.8 frames/s")
     assert lines["products alone"].endswith(" 73.3 frames/s")
+
+
+def test_the_text_says_what_fusing_saves() -> None:
+    assert "saved" not in render(report())
+    lines = {line[:40].strip(): line.split() for line in render(report(precision="fp8")).splitlines()}
+    assert lines["saved, rounding to e4m3 is no pass"][-3:] == ["42.41", "memory", "12.6603"]
+    assert lines["GELU"][-3:] == ["25.16", "memory", "7.5104"]
 
 
 def test_the_command_prints_json_or_one_sentence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from rfengine.benchmark.parts import (
     steady_flops,
 )
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.config import RuntimeConfig
 from rfengine.costs.rates import GPUS, gpu_of
 from rfengine.costs.shapes import Shapes
 from rfengine.models.streaming_decoder import StreamingDecoder
@@ -143,6 +145,21 @@ def test_floors_are_those_of_the_roofline() -> None:
     without = part_floors(Shapes(), GPUS["h100"], torch.bfloat16, decodes=False)
     assert without["VAE"] == 0
     assert steady_flops(Shapes(), decodes=True) == totals["with_vae"]["flops"]
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8-attention"])
+def test_floors_follow_the_precision_where_the_device_multiplies_in_it(precision: str) -> None:
+    plain = Shapes()
+    runtime = RuntimeConfig(precision=precision, vae_precision="fp8")
+    shapes = Shapes(replace(plain.config, runtime=runtime))
+    floors = part_floors(shapes, GPUS["h100"], torch.bfloat16, decodes=True)
+    found = roofline(Options(precision=precision, vae_precision="fp8"))
+    fused = sum(row["floor_ms"] for row in found["parts"] if row["part"] in FUSED)
+    expected = found["totals"]["with_vae"]["floor_ms"]
+    assert sum(filter(None, floors.values())) + fused == pytest.approx(expected)
+    without_fp8 = replace(GPUS["h100"], fp8_tflop_per_s=None)
+    emulated = part_floors(shapes, without_fp8, torch.bfloat16, decodes=True)
+    assert emulated == part_floors(plain, GPUS["h100"], torch.bfloat16, decodes=True)
 
 
 def test_float32_moves_twice_the_bytes() -> None:

@@ -190,6 +190,14 @@ def test_an_engine_that_gives_no_number_is_refused(monkeypatch: pytest.MonkeyPat
         check_agreement(engine.pipeline, engine.grid, None)
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp8", torch.float32)])
+def test_a_precision_without_a_dtype_has_its_own(precision: str, dtype: torch.dtype) -> None:
+    options = replace(SMALLEST, runtime=RuntimeConfig(precision=precision), decode=False)
+    engine = throughput.MeasuredEngine.load(options)
+    assert engine.pipeline.model.dtype == dtype
+    assert (engine.pipeline.model.left_out_of_fp8 is None) == (precision == "bf16")
+
+
 def test_float16_agrees_with_the_reference() -> None:
     engine = throughput.MeasuredEngine.load(replace(SMALLEST, dtype="float16"))
     latents, frames = check_agreement(engine.pipeline, engine.grid, engine.decoder)

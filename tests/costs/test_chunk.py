@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rfengine.cache.kv_cache import LayerCache, Read
 from rfengine.checkpoint.systems import configured
-from rfengine.config import CacheConfig
+from rfengine.config import CacheConfig, RuntimeConfig
 from rfengine.costs.chunk import ChunkWork, Runs
 from rfengine.costs.shapes import Shapes
 from rfengine.models.dit import SelfAttention
+from rfengine.models.fp8_products import quantise
+from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.presets import PRESETS
-from support.models import GRID, small_config, small_pipeline
+from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.schedule import FlowSchedule
+from support.models import GRID, noise_of, small_cache, small_config, small_model, small_pipeline
 
 
 def steady(name: str) -> ChunkWork:
@@ -117,3 +125,72 @@ def test_a_score_reads_the_keys_once() -> None:
         found = {part.name: part.bytes for part in work.parts() if part.group == "eviction"}
         assert found.keys() == {"ema_evict", "rephase_keys"}
         assert found["ema_evict"] == work.plan.frames * 2 * 10 * 30 * 1560 * 1536
+
+
+def _nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _moved(name: str, given: tuple[Any, ...], returned: Any) -> int:
+    """Bytes of what a call in FP8 reads and writes, without tables, biases, weights of norms and padding."""
+    results = returned if isinstance(returned, tuple) else () if returned is None else (returned,)
+    written = _nbytes(*results)
+    if name in ("linear_fp8", "linear_gelu_rows_fp8"):
+        return _nbytes(*given[:4]) + written
+    if name == "linear_heads_fp8":
+        return _nbytes(*given[:3]) + written
+    if name.startswith("gated_residual"):
+        return _nbytes(*given[:2]) + written
+    if name == "adaptive_layer_norm_fp8":
+        return given[0].nbytes + written
+    if name == "sink_window_attention_fp8":
+        return given[0].nbytes + 2 * given[1][:, : given[5]].nbytes + written
+    if name == "qk_norm_rope_write_fp8":
+        return _nbytes(*given[:3]) + 3 * written  # queries returned, keys and values written alike
+    if name == "window_fp8":
+        return _nbytes(*given[:2], *given[3:5]) + 2 * given[5].nbytes
+    return 0
+
+
+def test_a_pass_in_fp8_moves_the_bytes_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of a steady chunk, counted on the tensors of every call."""
+    runtime = RuntimeConfig(precision="fp8-attention", sixteen_bit_passes=())
+    config = dataclasses.replace(small_config(), runtime=runtime)
+    model = small_model(config.model).requires_grad_(False).bfloat16()
+    quantise(model)
+    ops, found, counts = Ops(REFERENCE_OPS.choice), Counter(), [True]
+
+    def counted(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            returned = run(*given)
+            if counts[0]:
+                found[name] += _moved(name, given, returned)
+            counts[0] = counts[0] and name != "flow_step"
+            return returned
+
+        return call
+
+    ops._run = {name: counted(name, run) for name, run in ops._run.items()}
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            monkeypatch.setattr(module, "ops", ops)
+    runner = ChunkRunner(model, FlowSchedule(config.schedule), fp8_passes=(0, 1, 2))
+    cache = small_cache(config.cache, config.model, torch.bfloat16)
+    text = model.text_keys_values(torch.zeros(1, 8, config.model.text_dim))
+    for chunk in range(config.cache.filling_chunks + 1):
+        found.clear()
+        counts[0] = True
+        runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 3).bfloat16(), text)
+
+    work = ChunkWork.steady(Shapes(config), "fp8-attention")
+    rows = {part.name: part.bytes for part in work.parts()}
+    products = [part for part in work.parts() if part.group == "linears" and part.is_fp8]
+    assert sum(found[name] for name in found if name.startswith("linear_")) * 3 == sum(
+        part.bytes for part in products
+    )
+    for name in ("sink_window_attention_fp8", "adaptive_layer_norm_fp8", "gated_residual_affine_norm_fp8"):
+        assert found[name] * 3 == rows[name]
+    assert found["gated_residual_adaptive_norm_fp8"] * 3 == rows["gated_residual_adaptive_norm_fp8"]
+    assert found["gated_residual_adaptive_norm"] * 3 == rows["gated_residual_adaptive_norm"]
+    assert found["qk_norm_rope_write_fp8"] * 2 == rows["qk_norm_rope_write_fp8"]  # the context pass apart
+    assert found["window_fp8"] == rows["window_fp8"]

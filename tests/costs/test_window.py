@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rfengine import memory
+from rfengine.config import RuntimeConfig
 from rfengine.costs.memory import memory_needs
 from rfengine.costs.shapes import Shapes
 from rfengine.costs.window import require_window_fits, window_needs
@@ -28,6 +29,14 @@ def test_memory_of_the_preset_is_weights_latents_and_one_pass() -> None:
     modulation = 30 * 25 * 6 * 1536 * 4
     assert needs["activations"] == tokens * (2 * 1536 + 8960 + 1536) * 2 + modulation
     assert needs["total"] == sum(needs.values()) - needs["total"] and "keys_values" not in needs
+
+
+def test_a_model_in_fp8_keeps_its_weights_in_e4m3_too() -> None:
+    config = dataclasses.replace(PRESET, runtime=RuntimeConfig(precision="fp8"))
+    plain, fp8 = (window_needs(each, GRID, torch.bfloat16) for each in (PRESET, config))
+    weights = 30 * (6 * 1536 * 1536 + 2 * 1536 * 8960)
+    assert plain["transformer_fp8"] == 0 and weights < fp8["transformer_fp8"] < 1.01 * weights
+    assert fp8["total"] - plain["total"] == fp8["transformer_fp8"]
 
 
 def test_a_shorter_window_needs_less_and_float32_one_vae() -> None:

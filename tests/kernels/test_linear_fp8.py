@@ -17,6 +17,7 @@ from support.tolerance import assert_within_reference_error
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E4M3 = torch.float8_e4m3fn
 HOPPER = Device(132, 227 * 1024, (9, 0))
+BLACKWELL = Device(148, 227 * 1024, (10, 0))
 ADA = Device(142, 99 * 1024, (8, 9))
 AMPERE = Device(108, 163 * 1024, (8, 0))
 PRODUCTS = ["linear_fp8", "linear_gelu_fp8"]
@@ -87,6 +88,13 @@ def test_tiles_are_cut_at_the_edges(tile, form, monkeypatch):
 @settings(max_examples=15, deadline=None)
 def test_any_shape_agrees(rows, inputs, outputs, seed):
     assert_matches("linear_fp8", operands((1, rows), 8 * inputs, outputs, seed=seed))
+
+
+@pytest.mark.parametrize(("device", "plain"), [(HOPPER, 256), (BLACKWELL, 128)])
+def test_on_blackwell_256_columns_are_for_gelu_which_stores_them_in_pieces(device, plain):
+    columns = [linear_fp8.tile_of(1560, 4608, device, 1536, False, False, gelu).columns for gelu in (0, 1)]
+    assert columns == [plain, 256]
+    assert linear_fp8.tile_of(1560, 4608, device, 128, True, False, False).columns == 128
 
 
 def test_gelu_is_rounded_in_units_known_before_the_row_is(form):
