@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def _stream_goals(record: Record) -> list[Goal]:
         Goal("frames per second on the way to", "at least", 46.0, found.get("frames_per_s")),
         Goal("times as fast as the eager baseline", "at least", 2.5, ratio.get("median"),
              " to ".join(f"{ratio[end]:.2f}" for end in ("min", "max") if end in ratio)),
+        Goal("chunk with the full VAE, ms", "at most", 300.0, p50),
+        *_fp8_goals(record),
         Goal("p99 over p50 of chunk times", "at most", 1.05,
              p99 / p50 if p99 and p50 and chunks >= LEAST_P99_CHUNKS else None),
         growth("chunk time", 0.02, "time_growth"),
@@ -126,6 +129,16 @@ def _stream_goals(record: Record) -> list[Goal]:
         Goal("graph replay bit-equal to eager, share of the tests", "at least", 1.0,
              passed / (passed + failed) if passed + failed else None),
     ]  # fmt: skip
+
+
+def _fp8_goals(record: Record) -> Iterator[Goal]:
+    """Of engines in FP8 beside the same without, in one process."""
+    found = {name: results_of(record, "fp8", name) for name in ("fp8", "fp8 with its decoder")}
+    ratio = (found["fp8"].get("comparison") or {}).get("end_to_end", {}).get("ratio", {})
+    yield Goal("times as fast in FP8 as without, end to end", "at least", 1.25, ratio.get("median"),
+               " to ".join(f"{ratio[end]:.2f}" for end in ("min", "max") if end in ratio))  # fmt: skip
+    rate = found["fp8 with its decoder"].get("frames_per_s")
+    yield Goal("frames per second, FP8 with its decoder, on the way to", "at least", 60.0, rate)
 
 
 def _decoder_goals(record: Record) -> list[Goal]:

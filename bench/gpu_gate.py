@@ -15,7 +15,8 @@ tyro, typeguard, docstring-parser, typing-extensions 4.14 or newer; without hypo
 their inputs are skipped. 8 minutes are enough with a warm Triton cache (bench/compile_report.py --cache),
 named in TRITON_CACHE_DIR.
 The thousand chunks of the goals are --parts bench --chunks 1000 --minutes 9. The named protocols of `rfengine
-bench` (docs/benchmarks.md) take minutes of their own: --parts protocols --minutes 10.
+bench` (docs/benchmarks.md) take minutes of their own, --parts protocols --minutes 10, and so does FP8,
+--parts fp8 --minutes 8.
 
 Without a GPU, or with --self-check, every part runs in miniature on the CPU, to show what is broken before a
 GPU is there; none of its figures counts.
@@ -52,7 +53,7 @@ from bench.kernel_cases import CASES
 from rfengine.benchmark.conditions import commit, device_name, state, versions
 from rfengine.cli.process import run_process
 from rfengine.files import write_text
-from rfengine.ops.backends import backend_reasons
+from rfengine.ops.backends import backend_reasons, fp8_absence
 
 ROOT = Path(__file__).resolve().parents[1]
 MINUTES, SMALL_MINUTES = 8.0, 5.0
@@ -65,7 +66,13 @@ REASON_CHARACTERS = 400
 NO_TIME = "no time was left"
 NO_TESTS = 5  # exit status of pytest for a file whose tests are all left out
 GRAPH_TESTS = "runtime/test_gpu_stream"  # the part "graphs"
-ATTENTION_CASES = [case.name for case in CASES if case.op == "sink_window_attention"]
+ATTENTION_CASES = [case.name for case in CASES if case.op.startswith("sink_window_attention")]
+FP8_COMMANDS = {
+    "fp8": ("--precision", "fp8"),
+    "fp8-attention": ("--precision", "fp8-attention"),
+    "fp8 with its decoder": ("--precision", "fp8", "--vae-precision", "fp8"),
+}
+FP8_CHUNKS = 30  # that an engine in FP8 measures before it is compared
 SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
 PROTOCOL_CHUNKS = 30  # that a protocol measures of a steady stream
 # which run together, with options of their own; the most wanted first
@@ -205,6 +212,18 @@ def bench_commands(setting: Setting) -> list[Command]:
     return [measuring("bench", setting, *call)]
 
 
+def fp8_commands(setting: Setting) -> list[Command]:
+    """The engine with each choice of FP8 and without, alternating in one process; nothing where the GPU has
+    no FP8."""
+    commands = []
+    for name, options in list(FP8_COMMANDS.items())[: 1 if setting.small else None]:
+        size = (*SMALLEST, "--chunks", "1") if setting.small else ("--chunks", str(FP8_CHUNKS))
+        call = rfengine("bench", "--device", setting.device, "--compare", "default", *options, *size)
+        absence = fp8_absence(torch.device(setting.device))
+        commands.append(replace(measuring(name, setting, *call), absence=absence))
+    return commands
+
+
 def protocol_commands(setting: Setting) -> list[Command]:
     """Named protocols of `rfengine bench`; the figures of those that ended before a limit are in the file."""
     commands = []
@@ -251,9 +270,12 @@ PARTS = {
     "attention": Part(20, attention_commands),
     "kernels": Part(30, kernel_commands),
     "vae": Part(45, vae_commands),
-    "protocols": Part(60, protocol_commands),  # in a self-check; on a GPU it has minutes of its own
+    # in a self-check; on a GPU they have minutes of their own
+    "fp8": Part(60, fp8_commands),
+    "protocols": Part(60, protocol_commands),
 }
-GATE_PARTS = [name for name in PARTS if name != "protocols"]
+OWN_MINUTES = ("fp8", "protocols")
+GATE_PARTS = [name for name in PARTS if name not in OWN_MINUTES]
 
 
 def read_json(text: str) -> Any:
@@ -388,7 +410,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--parts",
         nargs="+",
         choices=PARTS,
-        help="these alone; without it all but protocols, in a self-check all",
+        help="these alone; without it all but fp8 and protocols, in a self-check all",
     )
     add("--chunks", type=int, default=100, help="chunks that part bench measures")
     add("--self-check", action="store_true", help="in miniature on the CPU, whatever is here")

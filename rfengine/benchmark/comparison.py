@@ -1,4 +1,4 @@
-"""The engine and the baseline alternating, in one process; the ratio of their chunk times."""
+"""The engine and what it is compared with alternating, in one process; the ratio of their chunk times."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rfengine.benchmark.attention_libraries import fastest_attention
 from rfengine.benchmark.eager_baseline import EagerStream, EagerTransformer, device_noise
+from rfengine.benchmark.measured_engine import MeasuredEngine
 from rfengine.benchmark.timing import Advance, frames_of, latents_of, recorded_chunks, spread, time_chunks
 from rfengine.grid import LatentGrid
 from rfengine.pipeline import Pipeline
@@ -48,6 +49,21 @@ def compare(pipeline: Pipeline, grid: LatentGrid, chunks: int, decodes: bool) ->
     results["without_vae"] = _alternate(
         pipeline, chunks, ours, lambda: stream.advance_latents().shape[2], waits=True
     )
+    return results
+
+
+def compare_with_default(engine: MeasuredEngine, plain: MeasuredEngine, chunks: int) -> dict[str, Any]:
+    """The same ratios of `engine` over `plain`, the same engine with precisions as they are by default."""
+    config = engine.pipeline.config
+    results: dict[str, Any] = {
+        "default": {"precision": config.runtime.precision, "vae_precision": config.runtime.vae_precision},
+        "rounds": ROUNDS, "chunks_a_round": chunks,
+    }  # fmt: skip
+    if engine.decodes:
+        ours, theirs = (frames_of(each.stream()) for each in (engine, plain))
+        results["end_to_end"] = _alternate(engine.pipeline, chunks, ours, theirs)
+    ours, theirs = (latents_of(each.stream(), config.cache.chunk_frames) for each in (engine, plain))
+    results["without_vae"] = _alternate(engine.pipeline, chunks, ours, theirs, waits=True)
     return results
 
 

@@ -40,8 +40,9 @@ class ThroughputOptions:
     runtime: OmitArgPrefixes[RuntimeConfig] = RuntimeConfig()
     decode: bool = True
     """Decode every chunk; --no-decode measures latents alone."""
-    compare: Literal["baseline"] | None = None
-    """Alternate with the baseline, the published loop in plain PyTorch, and report the ratio."""
+    compare: Literal["baseline", "default"] | None = None
+    """Alternate with another engine and report the ratio. baseline: the published loop in plain PyTorch.
+    default: the same engine with --precision and --vae-precision left out."""
     threads: Annotated[int, Range(1, 1024)] | None = None
     """CPU threads of torch; its own choice where nothing is given."""
     json: Path | None = None

@@ -86,12 +86,16 @@ def _comparison(figures: dict[str, Any]) -> list[str]:
     comparison = figures.get("comparison")
     if comparison is None:
         return []
-    lines = [
-        "",
-        f"the baseline in the same process, alternating ({comparison['rounds']} rounds of "
-        f"{comparison['chunks_a_round']} chunks; its attention: {comparison['attention']}, "
-        f"its VAE: {comparison['vae']})",
-    ]
+    rounds = f"{comparison['rounds']} rounds of {comparison['chunks_a_round']} chunks"
+    if "default" in comparison:
+        ours = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in comparison["default"].items())
+        rival = f"the same engine without {ours} in the same process, alternating ({rounds})"
+    else:
+        rival = (
+            f"the baseline in the same process, alternating ({rounds}; its attention: "
+            f"{comparison['attention']}, its VAE: {comparison['vae']})"
+        )
+    lines = ["", rival]
     for name, label in (("end_to_end", "end to end"), ("without_vae", "without the VAE")):
         if name in comparison:
             rows = comparison[name]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rfengine.benchmark.agreement import check_agreement
-from rfengine.benchmark.comparison import compare
+from rfengine.benchmark.comparison import compare, compare_with_default
 from rfengine.benchmark.conditions import peak_memory, reset_peak_memory, state, versions
 from rfengine.benchmark.measured_engine import MeasuredEngine, setting_of
 from rfengine.benchmark.options import ThroughputOptions
@@ -74,10 +74,19 @@ def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
     yield figures
     if options.compare is not None:
         rounds = min(CHUNKS_A_ROUND, options.chunks)
-        figures["comparison"] = compare(engine.pipeline, engine.grid, rounds, engine.decodes)
+        figures["comparison"] = _compared(engine, options, rounds)
         yield figures
     figures["parts"] = _time_parts(options, gpu)
     yield figures
+
+
+def _compared(engine: MeasuredEngine, options: ThroughputOptions, rounds: int) -> dict[str, Any]:
+    if options.compare == "baseline":
+        return compare(engine.pipeline, engine.grid, rounds, engine.decodes)
+    runtime = replace(options.runtime, precision="default", vae_precision="default", fp8_table=None)
+    dtype = str(engine.pipeline.model.dtype).removeprefix("torch.")
+    plain = MeasuredEngine.load(replace(options, runtime=runtime, dtype=dtype))
+    return compare_with_default(engine, plain, rounds)
 
 
 def _time_parts(options: ThroughputOptions, gpu: GPU | None) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def record_of(**results: Any) -> dict[str, Any]:
         name: {"commands": {name: {"state": "done", "seconds": 1.0, "results": found}}, "seconds": 90.0}
         for name, found in results.items()
     }
-    for name in ("vae", "graphs"):
+    for name in ("vae", "graphs", "fp8"):
         if name in results:
             commands = {key: {"state": "done", "results": found} for key, found in results[name].items()}
             parts[name] = {"commands": commands, "seconds": 9.0}
@@ -82,9 +82,19 @@ def test_speed_is_judged_by_what_was_measured():
     met = {name: goal(name, bench=BENCH).met for name in ("frames per second, full", "first frame", "p99")}
     assert met == {"frames per second, full": True, "first frame": True, "p99": False}
     assert goal("frames per second on the way", bench=BENCH).met is False
-    ratio = goal("times as fast", bench=BENCH)
+    ratio = goal("times as fast as the eager", bench=BENCH)
     assert ratio.met is False and ratio.note == "2.30 to 2.60"
+    assert goal("chunk with the full VAE", bench=BENCH).met
     assert goal("p99", bench=BENCH | {"chunks": 99}).met is None
+
+
+def test_fp8_is_judged_beside_the_same_engine_without_it():
+    beside = {"comparison": {"end_to_end": {"ratio": {"median": 1.3, "min": 1.2, "max": 1.31}}}}
+    both = {"fp8": beside, "fp8 with its decoder": {"frames_per_s": 59.0}}
+    assert goal("times as fast in FP8", fp8=both).met
+    assert goal("times as fast in FP8", fp8=both).note == "1.20 to 1.31"
+    assert goal("frames per second, FP8 with its decoder", fp8=both).met is False
+    assert goal("times as fast in FP8", bench=BENCH).met is None
 
 
 def test_growth_is_judged_over_a_thousand_chunks():

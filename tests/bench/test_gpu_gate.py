@@ -190,7 +190,7 @@ def test_dies():
 
 
 def test_commands_for_a_gpu_are_made_before_one_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(
         gpu_gate,
         "backend_reasons",
@@ -217,6 +217,8 @@ def test_commands_for_a_gpu_are_made_before_one_is_there(tmp_path, monkeypatch):
     assert all(
         protocol in command.arguments for protocol, command in zip(protocols, made["protocols"], strict=True)
     )
+    assert [command.absence for command in made["fp8"]] == ["", "", ""]
+    assert all({"--compare", "--precision"} <= {*command.arguments} for command in made["fp8"])
     attention, kernels = (made[name][0].arguments for name in ("attention", "kernels"))
     assert "sink_window_attention_descriptor" in attention and "rms_norm" in kernels
     assert {case.name for case in CASES} <= {*attention} ^ {*kernels}
@@ -229,7 +231,7 @@ def test_the_parts_fill_the_minutes_and_leave_cores():
     }  # fmt: skip
     seconds = 60 * gpu_gate.MINUTES - gpu_gate.LAST_SECONDS
     assert sum(gpu_gate.PARTS[name].seconds for name in gpu_gate.GATE_PARTS) <= seconds
-    assert [name for name in gpu_gate.PARTS if name != "protocols"] == gpu_gate.GATE_PARTS
+    assert {*gpu_gate.PARTS} - {"fp8", "protocols"} == {*gpu_gate.GATE_PARTS}
     assert all(gpu_gate.PARTS[name].seconds > needed for name, needed in needs.items())
     assert max(1, (os.cpu_count() or 1) - gpu_gate.CORES_LEFT) >= gpu_gate.WORKERS
 

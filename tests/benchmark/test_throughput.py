@@ -439,3 +439,14 @@ def test_pipe_that_its_reader_closed_is_left_to_the_process(monkeypatch: pytest.
     monkeypatch.setattr(throughput, "run", closed)
     with pytest.raises(BrokenPipeError):
         cli.main(["bench"])
+
+
+def test_an_engine_in_fp8_is_compared_with_the_same_engine_without() -> None:
+    options = replace(SMALLEST, compare="default", runtime=RuntimeConfig(precision="fp8"), chunks=1)
+    figures = throughput.measure(options)
+    compared = figures["comparison"]
+    assert compared["default"] == {"precision": "fp8", "vae_precision": "default"}
+    assert all(compared[name]["ratio"]["median"] > 0 for name in ("end_to_end", "without_vae"))
+    assert figures["agreement"][0]["error"] > 1e-3  # the engine that was looked at is in FP8
+    told = render(figures)
+    assert "the same engine without precision fp8, vae-precision default in the same process" in told
