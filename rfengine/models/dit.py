@@ -204,20 +204,20 @@ class Block(nn.Module):
         self,
         x: Tensor,
         normed: Tensor,
-        rows: Tensor,
-        following: Tensor,
+        rows: Sequence[Tensor],
+        following: Sequence[Tensor],
         text: tuple[Tensor, Tensor],
         attend: Callable[[SelfAttention, Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """x, normed: [B, T, D]; rows: [B, F, 6, D] of this block; following: [B, F, 2, D], shift and scale
-        of the next one. attend returns the self-attention before its output projection."""
-        _, _, gate, shift, scale, gate_ffn = rows.unbind(2)
+        """x, normed: [B, T, D]; rows: the six of this block, [B, F, D] each; following: shift and scale of
+        the next one. attend returns the self-attention before its output projection."""
+        _, _, gate, shift, scale, gate_ffn = rows
         x, normed = self._add_affine(x, attend(self.self_attn, normed), gate)
         x, normed = self._add_adaptive(
             x, self.cross_attn(normed, *text), self.cross_attn.o, None, shift, scale
         )
         expand, _, contract = self.ffn
-        return self._add_adaptive(x, expand(normed), contract, gate_ffn, *following.unbind(2))
+        return self._add_adaptive(x, expand(normed), contract, gate_ffn, *following)
 
     def _add_affine(self, x: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
         """(x + gate * projection of y, its norm3). x may be overwritten; do not use it afterwards."""
@@ -403,13 +403,13 @@ class WanDiT(nn.Module):
         """Run the first `count` blocks: the residual stream [B, T, D] and its norm for what comes next."""
         patches = patchify(latents.to(self.dtype), self.config.patch_size[1])
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
-        rows = modulation.layers
-        following = [*rows[1:, :, :, :2], modulation.head]
-        shift, scale = rows[0, :, :, :2].unbind(2)
-        normed = self.ops.adaptive_layer_norm(x, shift, scale, self.config.eps)
-        for layer, block in enumerate(islice(self.blocks, count)):
-            keys_values = (text.keys[layer], text.values[layer])
-            x, normed = block(x, normed, rows[layer], following[layer], keys_values, attend(layer))
+        rows = [layer.unbind(2) for layer in modulation.layers.unbind(0)]
+        following = [*(row[:2] for row in rows[1:]), modulation.head.unbind(2)]
+        normed = self.ops.adaptive_layer_norm(x, *rows[0][:2], self.config.eps)
+        keys_values = zip(text.keys.unbind(0), text.values.unbind(0), strict=True)
+        parts = zip(self.blocks, rows, following, keys_values, strict=True)
+        for layer, (block, own, next_rows, pair) in enumerate(islice(parts, count)):
+            x, normed = block(x, normed, own, next_rows, pair, attend(layer))
         return x, normed
 
 
