@@ -116,7 +116,9 @@ def default_choice(device: torch.device | str, dtype: torch.dtype | None = None)
     form (docs/kernels.md); without a dtype nobody knows whether cuDNN serves it.
     """
     reasons = backend_reasons(device)
-    choice = dict.fromkeys(OPS, "reference")  # on a CPU as well: Triton's interpreter is for tests
+    choice = dict.fromkeys(OPS, "reference")
+    if not reasons["cpu"]:  # and never Triton there: its interpreter is for tests
+        choice |= _where_unasked("cpu")
     if torch.device(device).type == "cuda" and not reasons["triton"]:
         choice |= _where_unasked("triton")
     if not reasons["cublaslt"]:  # before Triton's, which nobody has timed

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from rfengine.ops import backends, checks, native, reference
+from rfengine.ops import backends, checks, cpu, native, reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,15 @@ def _convolution_sizes(x: Tensor, weight: Tensor, *_: object) -> tuple[int, ...]
 OPS: dict[str, Op] = {
     "linear": Op(
         reference.linear, "linears", by_shape=_product_sizes,
-        backends={"cublaslt": backends.cublaslt_linear, "triton": "linear:linear"},
+        backends={
+            "cublaslt": backends.cublaslt_linear, "triton": "linear:linear", "cpu": cpu.linear,
+        },
     ),
     "linear_gelu": Op(
         reference.linear_gelu, "linears", by_shape=_product_sizes,
-        backends={"cublaslt": backends.cublaslt_linear_gelu, "triton": "linear:linear_gelu"},
+        backends={
+            "cublaslt": backends.cublaslt_linear_gelu, "triton": "linear:linear_gelu", "cpu": cpu.linear_gelu,
+        },
     ),
     "gated_linear": Op(
         reference.gated_linear, "linears", checks.gated_linear, by_shape=_gated_product_sizes,
@@ -95,15 +99,16 @@ OPS: dict[str, Op] = {
         backends={"triton": "gated_residual_norm:gated_residual_affine_norm"},
     ),
     "rms_norm": Op(
-        reference.rms_norm, "row kernels", checks.rms_norm, backends={"triton": "rms_norm:rms_norm"}
+        reference.rms_norm, "row kernels", checks.rms_norm,
+        backends={"triton": "rms_norm:rms_norm", "cpu": cpu.rms_norm},
     ),
     "qk_norm_rope": Op(
         reference.qk_norm_rope, "row kernels", checks.qk_norm_rope,
-        backends={"triton": "qk_norm_rope:qk_norm_rope"},
+        backends={"triton": "qk_norm_rope:qk_norm_rope", "cpu": cpu.qk_norm_rope},
     ),
     "qk_norm_rope_write": Op(
         reference.qk_norm_rope_write, "row kernels", checks.qk_norm_rope_write,
-        backends={"triton": "qk_norm_rope:qk_norm_rope_write"},
+        backends={"triton": "qk_norm_rope:qk_norm_rope_write", "cpu": cpu.qk_norm_rope_write},
     ),
     "unpatchify": Op(reference.unpatchify, "row kernels"),
     "flow_step": Op(
@@ -111,14 +116,17 @@ OPS: dict[str, Op] = {
     ),
     "rephase_keys": Op(
         reference.rephase_keys, "eviction", checks.rephase_keys,
-        backends={"triton": "rephase_keys:rephase_keys"},
+        backends={"triton": "rephase_keys:rephase_keys", "cpu": cpu.rephase_keys},
     ),
     "ema_evict": Op(
         reference.ema_evict, "eviction", checks.ema_evict, backends={"triton": "ema_evict:ema_evict"}
     ),
     "evict_and_rephase": Op(
         reference.evict_and_rephase, "eviction", checks.evict_and_rephase,
-        backends={"triton": "evict_and_rephase:evict_and_rephase", "native": native.evict_and_rephase},
+        backends={
+            "triton": "evict_and_rephase:evict_and_rephase", "native": native.evict_and_rephase,
+            "cpu": cpu.evict_and_rephase,
+        },
     ),
     "channel_norm_silu": Op(
         reference.channel_norm_silu, "VAE", checks.channel_norm_silu,

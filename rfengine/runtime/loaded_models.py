@@ -75,8 +75,7 @@ def load_models(
     """
     dtype, device = place.dtype, place.device
     transformer = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", dtype, device).eval()
-    if device.type == "cuda":  # on a CPU one product is no faster than three
-        pack_weights(transformer)
+    pack_weights(transformer)
     vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, place.decoding).eval()
     encoder = checkpoint.text_encoder(place.text_device, dtype, text_cache)
     return LoadedModels(transformer, vae, encoder, opener(checkpoint, config, vae, dtype, place.decoding))

@@ -1,0 +1,120 @@
+"""Ops on a CPU in float32: the arithmetic of the reference in fewer and faster calls of torch.
+
+Each has the arguments and the meaning of its namesake in reference.py, which runs in every other dtype and
+where a gradient is recorded. Bits are those of the reference where AVX-512 is and a product sums at most
+SAME_BITS_TERMS terms: torch's own library adds longer sums in parts.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rfengine.ops import reference
+
+SAME_BITS_TERMS = 192
+WORTH_OTHER_BITS = 2**20  # weights of a product whose time matters more than its last bits
+
+
+def absence(device: torch.device | str) -> str:
+    """Why this backend cannot run on `device`, or "" where it can."""
+    kind = torch.device(device).type
+    return "" if kind == "cpu" else f"it is for a CPU and this device is {kind}"
+
+
+@cache
+def _has_fast_products() -> bool:
+    """Whether oneDNN is there and beats torch's own library, which knows no AVX-512 on an AMD CPU."""
+    has_product = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_product and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and not torch.is_grad_enabled()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    pays = weight.shape[1] <= SAME_BITS_TERMS or weight.numel() >= WORTH_OTHER_BITS
+    if pays and _has_fast_products() and _is_plain(x) and weight.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return reference.linear(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(linear(x, weight, bias), approximate="tanh")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if _is_plain(x):
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    if not _is_plain(q):
+        return reference.qk_norm_rope(q, k, weight_q, weight_k, rotation, num_heads, eps)
+    turn = _turn(rotation)
+    q, k = _heads(rms_norm(q, weight_q, eps), num_heads), _heads(rms_norm(k, weight_k, eps), num_heads)
+    return _turned(q, turn), _turned(k, turn)
+
+
+def qk_norm_rope_write(
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
+) -> Tensor:  # fmt: skip
+    if not _is_plain(q):
+        return reference.qk_norm_rope_write(
+            q, k, v, weight_q, weight_k, rotation, eps, keys, values, raw_keys, slots
+        )
+    num_heads, turn = keys.shape[-2], _turn(rotation)
+    raw = _heads(rms_norm(k, weight_k, eps), num_heads)
+    reference.write_frames(keys, _turned(raw, turn), slots)
+    reference.write_frames(values, _heads(v, num_heads), slots)
+    if raw_keys is not None:
+        reference.write_frames(raw_keys, raw, slots)
+    return _turned(_heads(rms_norm(q, weight_q, eps), num_heads), turn)
+
+
+def rephase_keys(raw: Tensor, rotated: Tensor, rotation: Tensor) -> None:
+    if not (_is_plain(raw) and _has_whole_pairs(raw) and _has_whole_pairs(rotated)):
+        return reference.rephase_keys(raw, rotated, rotation)
+    torch.mul(_complex(raw), _turn(rotation), out=_complex(rotated))
+
+
+def evict_and_rephase(
+    raw: Tensor, rotated: Tensor, values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+    rotation: Tensor, sink_tokens: int, leaving: int, alpha: float,
+) -> None:  # fmt: skip
+    reference.evict_chunk(raw, values, low_keys, low_values, sink_tokens, leaving, alpha)
+    rephase_keys(raw, rotated, rotation)
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, T, D] as [B, T, H, E]."""
+    return x.view(*x.shape[:2], num_heads, -1)
+
+
+def _turn(rotation: Tensor) -> Tensor:
+    """cos + i sin, complex [T, 1, E / 2], of rotation [2, T, E / 2]: to rotate a pair (a, b) is to multiply
+    a + ib by it."""
+    return torch.complex(*rotation.unbind()).unsqueeze(-2)
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    return torch.view_as_real(_complex(x) * turn).view(x.shape)
+
+
+def _complex(x: Tensor) -> Tensor:
+    """[..., E] as complex [..., E / 2], a view."""
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))
+
+
+def _has_whole_pairs(x: Tensor) -> bool:
+    """Whether every pair of the last axis lies in memory as a complex number does."""
+    *strides, last = x.stride()
+    return last == 1 and not any(place % 2 for place in (*strides, x.storage_offset()))
