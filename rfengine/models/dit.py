@@ -18,6 +18,7 @@ from rfengine.cache.kv_cache import LayerCache, Read, StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
 from rfengine.config import WanConfig
 from rfengine.diffusion_forcing_config import FPS_ROWS
+from rfengine.models.weight_layout import join, joined_view, lay_out
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
 
@@ -76,14 +77,10 @@ class Projections(nn.Module):
         self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
         self.is_packed = False
 
-    @torch.no_grad()
     def pack(self, *layers: nn.Linear) -> None:
         """Place the weights of `layers` one after another in one tensor's memory, and their biases."""
-        for name in ("weight", "bias"):
-            parts = [getattr(layer, name) for layer in layers]
-            joined = torch.cat([part.data for part in parts])
-            for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
-                part.data = piece
+        join([layer.weight for layer in layers])
+        join([layer.bias for layer in layers])
         self.is_packed = True
 
     def project(self, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
@@ -94,20 +91,6 @@ class Projections(nn.Module):
             if weight is not None and bias is not None:
                 return self.ops.linear(x, weight, bias).chunk(len(layers), dim=-1)
         return tuple(layer(x) for layer in layers)
-
-
-def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
-    """One view, without gradient, of tensors that follow each other in one storage; None for any others."""
-    first = parts[0].detach()
-    place = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != place or not part.is_contiguous() or part.dtype != first.dtype:
-            return None
-        place += part.nbytes
-    storage = first.untyped_storage()
-    if place > storage.data_ptr() + storage.nbytes():  # neighbours by chance, in memory of their own
-        return None
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 class SelfAttention(Projections):
@@ -439,11 +422,14 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
 
 
 def pack_weights(model: WanDiT) -> None:
-    """Join the query, key and value weights of every attention in memory, for inference: one product each.
+    """Join the query, key and value weights of every attention in memory, for inference: one product each;
+    lay out all others.
 
     In place, and without more memory once done. Call it when the weights are loaded, on their device and in
     their dtype; training never needs it.
     """
     for block in model.blocks:
+        for layer in (module for module in block.modules() if isinstance(module, Linear)):
+            lay_out(layer.weight)
         block.self_attn.pack_weights()
         block.cross_attn.pack_weights()

@@ -37,8 +37,11 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    pays = weight.shape[1] <= SAME_BITS_TERMS or weight.numel() >= WORTH_OTHER_BITS
-    if pays and _has_fast_products() and _is_plain(x) and weight.dtype == torch.float32:
+    outputs, terms = weight.shape
+    pays = terms <= SAME_BITS_TERMS or weight.numel() >= WORTH_OTHER_BITS
+    # of other strides oneDNN makes a loop without vectors
+    is_dense = weight.stride() in ((terms, 1), (1, outputs))
+    if pays and is_dense and _has_fast_products() and _is_plain(x) and weight.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return reference.linear(x, weight, bias)
 

@@ -8,7 +8,8 @@ import torch
 from rfengine.accuracy import relative_error
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig, WanConfig
-from rfengine.models.dit import WanDiT, joined_view, pack_weights
+from rfengine.models.dit import WanDiT, pack_weights
+from rfengine.models.weight_layout import joined_view
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.ops.reference import unpatchify
 from rfengine.presets import PRESETS

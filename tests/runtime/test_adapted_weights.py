@@ -15,7 +15,8 @@ from rfengine.checkpoint.convert import convert
 from rfengine.checkpoint.loader import save_weights
 from rfengine.config import CacheConfig
 from rfengine.costs.memory import lora_bytes
-from rfengine.models.dit import joined_view, pack_weights
+from rfengine.models.dit import pack_weights
+from rfengine.models.weight_layout import joined_view
 from rfengine.runtime.adapted_weights import AdaptedWeights
 from rfengine.runtime.turns import Turns
 from support.loras import ALPHA, LAYERS, RANK, pairs, write_lora
