@@ -1,4 +1,4 @@
-"""Where the weights of linear layers lie in memory, for inference: several as one, and as a product reads them."""
+"""Where weights of linear layers lie in memory for inference: several as one, and as products read them."""
 
 from __future__ import annotations
 

@@ -42,12 +42,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # of other strides oneDNN makes a loop without vectors
     is_dense = weight.stride() in ((terms, 1), (1, outputs))
     if pays and is_dense and _has_fast_products() and _is_plain(x) and weight.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return reference.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(linear(x, weight, bias), approximate="tanh")
+
+
+def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    if not _is_plain(x) or scale.shape[1] != 1 or shift.shape[1] != 1:
+        return reference.adaptive_layer_norm(x, shift, scale, eps)
+    dim = x.shape[-1]
+    return torch.layer_norm(x, (dim,), *_identity(dim), eps).mul_(1 + scale).add_(shift)
+
+
+@cache
+def _identity(dim: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm without either, for which torch has a slow loop alone."""
+    return torch.ones(dim, dtype=torch.float32, device="cpu"), torch.zeros(
+        dim, dtype=torch.float32, device="cpu"
+    )
+
+
+def gated_residual_adaptive_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = reference.gated_residual(x, y, gate)
+    return total, adaptive_layer_norm(total, shift, scale, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -61,9 +83,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     if not _is_plain(q):
         return reference.qk_norm_rope(q, k, weight_q, weight_k, rotation, num_heads, eps)
-    turn = _turn(rotation)
-    q, k = _heads(rms_norm(q, weight_q, eps), num_heads), _heads(rms_norm(k, weight_k, eps), num_heads)
-    return _turned(q, turn), _turned(k, turn)
+    _, turned = _normed_and_turned(q, k, weight_q, weight_k, rotation, num_heads, eps)
+    return turned[:, :, 0], turned[:, :, 1]
 
 
 def qk_norm_rope_write(
@@ -74,13 +95,24 @@ def qk_norm_rope_write(
         return reference.qk_norm_rope_write(
             q, k, v, weight_q, weight_k, rotation, eps, keys, values, raw_keys, slots
         )
-    num_heads, turn = keys.shape[-2], _turn(rotation)
-    raw = _heads(rms_norm(k, weight_k, eps), num_heads)
-    reference.write_frames(keys, _turned(raw, turn), slots)
-    reference.write_frames(values, _heads(v, num_heads), slots)
+    num_heads = keys.shape[-2]
+    normed, turned = _normed_and_turned(q, k, weight_q, weight_k, rotation, num_heads, eps)
+    reference.write_frames(keys, turned[:, :, 1], slots)
+    reference.write_frames(values, v.unflatten(-1, (num_heads, -1)), slots)
     if raw_keys is not None:
-        reference.write_frames(raw_keys, raw, slots)
-    return _turned(_heads(rms_norm(q, weight_q, eps), num_heads), turn)
+        reference.write_frames(raw_keys, normed[:, :, 1], slots)
+    return turned[:, :, 0]
+
+
+def _normed_and_turned(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, num_heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """q and k after the norm, and those rotated as well: [B, T, 2, H, E] each."""
+    batch, tokens, dim = q.shape
+    normed = F.rms_norm(torch.stack((q, k), 2), (dim,), None, eps).mul_(torch.stack((weight_q, weight_k)))
+    pairs = torch.view_as_complex(normed.view(batch, tokens, 2 * num_heads, -1, 2))
+    turned = torch.view_as_real(pairs * _turn(rotation))
+    return normed.view(batch, tokens, 2, num_heads, -1), turned.view(batch, tokens, 2, num_heads, -1)
 
 
 def rephase_keys(raw: Tensor, rotated: Tensor, rotation: Tensor) -> None:
@@ -97,19 +129,10 @@ def evict_and_rephase(
     rephase_keys(raw, rotated, rotation)
 
 
-def _heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, T, D] as [B, T, H, E]."""
-    return x.view(*x.shape[:2], num_heads, -1)
-
-
 def _turn(rotation: Tensor) -> Tensor:
     """cos + i sin, complex [T, 1, E / 2], of rotation [2, T, E / 2]: to rotate a pair (a, b) is to multiply
     a + ib by it."""
     return torch.complex(*rotation.unbind()).unsqueeze(-2)
-
-
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    return torch.view_as_real(_complex(x) * turn).view(x.shape)
 
 
 def _complex(x: Tensor) -> Tensor:

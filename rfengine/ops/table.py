@@ -84,7 +84,7 @@ OPS: dict[str, Op] = {
     ),
     "adaptive_layer_norm": Op(
         reference.adaptive_layer_norm, "row kernels", checks.adaptive_layer_norm,
-        backends={"triton": "layer_norm:adaptive_layer_norm"},
+        backends={"triton": "layer_norm:adaptive_layer_norm", "cpu": cpu.adaptive_layer_norm},
     ),
     "affine_layer_norm": Op(
         reference.affine_layer_norm, "row kernels",
@@ -92,7 +92,10 @@ OPS: dict[str, Op] = {
     ),
     "gated_residual_adaptive_norm": Op(
         reference.gated_residual_adaptive_norm, "row kernels", checks.gated_residual_adaptive_norm,
-        backends={"triton": "gated_residual_norm:gated_residual_adaptive_norm"},
+        backends={
+            "triton": "gated_residual_norm:gated_residual_adaptive_norm",
+            "cpu": cpu.gated_residual_adaptive_norm,
+        },
     ),
     "gated_residual_affine_norm": Op(
         reference.gated_residual_affine_norm, "row kernels", checks.gated_residual_affine_norm,
