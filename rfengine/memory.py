@@ -1,4 +1,4 @@
-"""Free memory, checked before something large is allocated, and memory of the host that is kept when freed."""
+"""Free memory, checked before something large is allocated, and freed memory of the host that is kept."""
 
 from __future__ import annotations
 
