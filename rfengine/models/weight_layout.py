@@ -42,5 +42,5 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
             return None
         if part.untyped_storage().data_ptr() != storage:  # neighbours by chance, in memory of their own
             return None
-        place += len(part) * stride[0] * part.element_size()
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), stride)
+        place += part.shape[0] * stride[0] * part.element_size()
+    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), stride)

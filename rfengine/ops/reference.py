@@ -148,7 +148,7 @@ def qk_norm_rope_write(
 def write_frames(arena: Tensor, chunk: Tensor, slots: Tensor) -> None:
     """The frames of chunk [B, T, H, E] to their slots of arena [B, S, H, E], in place; slots: int64 [F]."""
     batch, _, *head = chunk.shape
-    frames = chunk.view(batch, len(slots), -1, *head).to(arena.dtype)
+    frames = chunk.view(batch, slots.shape[0], -1, *head).to(arena.dtype)
     arena.view(batch, -1, frames.shape[2], *head).index_copy_(1, slots, frames)
 
 
