@@ -169,7 +169,10 @@ class ChunkRunner:
             graph = None if eager else self._graph(cache, plan, noise, text)
             with nvtx_range("evict"):
                 cache.begin_chunk(plan)
-            x0 = graph.replay().clone() if graph else self._chunk(cache, plan, noise, text, steps, on_step)
+            # on a CPU every op costs less where autograd keeps no book at all; what a caller sees is ordinary
+            with torch.inference_mode(on_step is None and noise.is_cpu):
+                x0 = graph.replay() if graph else self._chunk(cache, plan, noise, text, steps, on_step)
+            x0 = x0.clone() if graph else ordinary(x0)
         cache.commit(plan)
         return x0
 
