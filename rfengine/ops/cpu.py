@@ -16,6 +16,7 @@ from torch import Tensor
 from rfengine.ops import reference
 
 SAME_BITS_TERMS = 192
+SHORT_ROW = 16  # of channels; a vector of them is not full, so that a whole row of pixels is taken at once
 WORTH_OTHER_BITS = 2**20  # weights of a product whose time matters more than its last bits
 
 
@@ -127,6 +128,27 @@ def evict_and_rephase(
 ) -> None:  # fmt: skip
     reference.evict_chunk(raw, values, low_keys, low_values, sink_tokens, leaving, alpha)
     rephase_keys(raw, rotated, rotation)
+
+
+def channel_norm_silu(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor, out: Tensor,
+    out_scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    is_wide = out.dtype == torch.float32 and out.is_contiguous() and out_scale == 1
+    if not (is_wide and _is_plain(x)):
+        return reference.channel_norm_silu(x, bias, residual, gamma, out, out_scale)
+    for term in (bias, residual):
+        if term is not None:
+            x.add_(term)
+    width, channels = x.shape[2:]
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(1e-12)
+    torch.mul(x, channels**0.5 / norm, out=out)
+    if channels < SHORT_ROW:
+        out.view(*out.shape[:2], -1).mul_(gamma.repeat(width))
+    else:
+        out.mul_(gamma)
+    F.silu(out, inplace=True)
+    return x
 
 
 def _turn(rotation: Tensor) -> Tensor:

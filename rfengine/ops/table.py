@@ -133,7 +133,7 @@ OPS: dict[str, Op] = {
     ),
     "channel_norm_silu": Op(
         reference.channel_norm_silu, "VAE", checks.channel_norm_silu,
-        backends={"triton": "channel_norm_silu:channel_norm_silu"},
+        backends={"triton": "channel_norm_silu:channel_norm_silu", "cpu": cpu.channel_norm_silu},
     ),
     "causal_conv3d": Op(
         reference.causal_conv3d, "VAE", checks.causal_conv3d, by_shape=_convolution_sizes,

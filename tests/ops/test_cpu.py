@@ -175,6 +175,30 @@ def test_a_chunk_that_leaves_is_folded_as_in_the_reference():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("place", ["whole", "part of a row", "sixteen bits"])
+@pytest.mark.parametrize("channels", [1, 8, 33])
+@pytest.mark.parametrize(("has_bias", "has_residual"), [(False, False), (True, True)])
+def test_the_norm_of_channels_agrees_with_the_reference(channels, place, has_bias, has_residual):
+    shape = (3, 5, 7, channels)
+    x, residual, bias, gamma = drawn(shape, shape, (channels,), (channels,))
+    bias, residual = bias if has_bias else None, residual if has_residual else None
+    results = []
+    for run, kind in (
+        (cpu.channel_norm_silu, torch.float32),
+        (reference.channel_norm_silu, torch.float32),
+        (reference.channel_norm_silu, torch.float64),
+    ):
+        own = torch.bfloat16 if place == "sixteen bits" and kind == torch.float32 else kind
+        out = torch.full((3, 5, 7, 2 * channels), torch.nan, dtype=own)
+        out = out[..., :channels] if place == "part of a row" else out[..., :channels].contiguous()
+        given = [None if part is None else part.to(kind, copy=True) for part in (x, bias, residual, gamma)]
+        results.append((run(*given, out), out))
+    for found, expected, truth in zip(*results, strict=True):
+        assert found.dtype == expected.dtype
+        assert_draws_within_reference_error("channel_norm_silu", [(found, expected, truth)])
+
+
+@torch.no_grad()
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="bits are those of x86 vectors"
 )
