@@ -14,6 +14,7 @@ the launches it could save, and the first frame would wait for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -170,7 +171,7 @@ class ChunkRunner:
             with nvtx_range("evict"):
                 cache.begin_chunk(plan)
             # on a CPU every op costs less where autograd keeps no book at all; what a caller sees is ordinary
-            with torch.inference_mode(on_step is None and noise.is_cpu):
+            with torch.inference_mode() if on_step is None and noise.is_cpu else nullcontext():
                 x0 = graph.replay() if graph else self._chunk(cache, plan, noise, text, steps, on_step)
             x0 = x0.clone() if graph else ordinary(x0)
         cache.commit(plan)
