@@ -213,15 +213,12 @@ def bench_commands(setting: Setting) -> list[Command]:
 
 
 def fp8_commands(setting: Setting) -> list[Command]:
-    """The engine with each choice of FP8 and without, alternating in one process; nothing where the GPU has
-    no FP8."""
-    commands = []
-    for name, options in list(FP8_COMMANDS.items())[: 1 if setting.small else None]:
-        size = (*SMALLEST, "--chunks", "1") if setting.small else ("--chunks", str(FP8_CHUNKS))
-        call = rfengine("bench", "--device", setting.device, "--compare", "default", *options, *size)
-        absence = fp8_absence(torch.device(setting.device))
-        commands.append(replace(measuring(name, setting, *call), absence=absence))
-    return commands
+    """The engine with each choice of FP8 and without, alternating in one process."""
+    size = (*SMALLEST, "--chunks", "1") if setting.small else ("--chunks", str(FP8_CHUNKS))
+    call = rfengine("bench", "--device", setting.device, "--compare", "default", *size)
+    absence = fp8_absence(torch.device(setting.device))
+    made = (measuring(name, setting, *call, *options) for name, options in FP8_COMMANDS.items())
+    return [replace(each, absence=absence) for each in made][: 1 if setting.small else None]
 
 
 def protocol_commands(setting: Setting) -> list[Command]:

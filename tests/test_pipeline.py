@@ -181,8 +181,10 @@ def saved(pipe, tmp_path):
 
 
 def test_a_saved_checkpoint_makes_the_same_frames(pipe, saved):
-    loaded = Pipeline.from_pretrained(saved)
-    assert loaded.config == pipe.config and loaded.backend == "reference"
+    default = Pipeline.from_pretrained(saved, "cpu")
+    assert default.config == pipe.config and default.backend == "cpu, reference"
+    loaded = Pipeline.from_pretrained(saved, backend="reference")  # as pipe, to the bit
+    assert loaded.backend == "reference"
     expected = pipe.generate("a circle", num_frames=21).frames
     assert numpy.array_equal(loaded.generate("a circle", num_frames=21).frames, expected)
 
@@ -326,7 +328,8 @@ def test_engines_are_opened_once_for_each_size(pipe, saved, monkeypatch):
 
     monkeypatch.setattr(decoders, "import_tensorrt", lambda: None)
     monkeypatch.setattr(TensorRTDecoder, "open", open_engine)
-    engined = Pipeline.from_pretrained(saved, device="cpu", runtime=RuntimeConfig(vae="tensorrt"))
+    runtime = RuntimeConfig(vae="tensorrt")
+    engined = Pipeline.from_pretrained(saved, device="cpu", backend="reference", runtime=runtime)
     assert opened == [] and engined.vae_tier == "lossless"
     expected = pipe.generate("a circle", num_frames=9).frames
     for _ in range(2):

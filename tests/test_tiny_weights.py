@@ -17,6 +17,7 @@ from rfengine.toy.captions import caption, sample_scenes
 from rfengine.toy.detector import detect, score
 from rfengine.toy.world import Scene, WorldConfig
 from support.video_files import chapters, decoded
+from support.work import Work
 
 BATCH = 4
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -167,3 +168,15 @@ def test_the_tiny_decoder_draws_the_same_stream_with_less_work(pipe):
     assert -10 * numpy.log10(numpy.square(numpy.stack(errors)).mean()) > 28
     for attribute, least in {"colour": 6, "direction": 6, "shape": 5}.items():
         assert sum(entry[attribute] for entry in right) >= least, attribute
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("decode", "most"), [(False, 2000), (True, 2800)])
+def test_a_chunk_takes_few_operators(pipe, decode, most):
+    """Half of the time of this model on a CPU is what an operator costs beside its arithmetic."""
+    stream = pipe.stream("a red ball moves to the right", seed=0)
+    for _ in range(5):  # until the window is full and frames leave
+        stream.advance(decode=decode)
+    with Work() as work:
+        stream.advance(decode=decode)
+    assert most / 2 < len(work.done) <= most

@@ -6,7 +6,7 @@ dim, H heads, E head dim, L layers, C latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -20,6 +20,7 @@ from rfengine.cache.window_fp8 import LayerFP8, WindowFP8
 from rfengine.config import WanConfig
 from rfengine.diffusion_forcing_config import FPS_ROWS
 from rfengine.models.linear import Linear, LinearGELU, Projections, Rows, RowsFP8
+from rfengine.models.weight_layout import lay_out
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
 
@@ -155,22 +156,22 @@ class Block(nn.Module):
         self,
         x: Tensor,
         normed: Rows,
-        rows: Tensor,
-        following: Tensor,
+        rows: Sequence[Tensor],
+        following: Sequence[Tensor],
         text: tuple[Tensor, Tensor],
         attend: Callable[[SelfAttention, Rows], Rows],
         next_reads_fp8: bool = False,
     ) -> tuple[Tensor, Rows]:
-        """x, normed: [B, T, D]; rows: [B, F, 6, D] of this block; following: [B, F, 2, D], shift and scale
-        of the next one. attend returns the self-attention before its output projection."""
-        _, _, gate, shift, scale, gate_ffn = rows.unbind(2)
+        """x, normed: [B, T, D]; rows: the six of this block, [B, F, D] each; following: shift and scale of
+        the next one. attend returns the self-attention before its output projection."""
+        _, _, gate, shift, scale, gate_ffn = rows
         expand, _, contract = self.ffn
         x, normed = self._add_affine(x, attend(self.self_attn, normed), gate)
         x, normed = self._add_adaptive(
             x, self.cross_attn(normed, *text), self.cross_attn.o, None, shift, scale, expand.fp8 is not None
         )
         hidden = expand(normed) if contract.fp8 is None else expand.rows_fp8(normed)
-        return self._add_adaptive(x, hidden, contract, gate_ffn, *following.unbind(2), next_reads_fp8)
+        return self._add_adaptive(x, hidden, contract, gate_ffn, *following, next_reads_fp8)
 
     def _add_affine(self, x: Tensor, y: Rows, gate: Tensor) -> tuple[Tensor, Rows]:
         """(x + gate * projection of y, its norm3). x may be overwritten; do not use it afterwards."""
@@ -376,17 +377,18 @@ class WanDiT(nn.Module):
         """Run the first `count` blocks: the residual stream [B, T, D] and its norm for what comes next."""
         patches = patchify(latents.to(self.dtype), self.config.patch_size[1])
         x = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
-        rows = modulation.layers
-        following = [*rows[1:, :, :, :2], modulation.head]
-        first = (x, *rows[0, :, :, :2].unbind(2), self.config.eps)
+        rows = [layer.unbind(2) for layer in modulation.layers.unbind(0)]
+        following = [*(row[:2] for row in rows[1:]), modulation.head.unbind(2)]
+        first = (x, *rows[0][:2], self.config.eps)
         reads_fp8 = [*(block.reads_fp8 for block in self.blocks), False]  # the head is in the model's dtype
         if reads_fp8[0]:
             normed: Rows = RowsFP8(*self.ops.adaptive_layer_norm_fp8(*first))
         else:
             normed = self.ops.adaptive_layer_norm(*first)
-        for layer, block in enumerate(islice(self.blocks, count)):
-            texts, seen = (text.keys[layer], text.values[layer]), attend(layer)
-            x, normed = block(x, normed, rows[layer], following[layer], texts, seen, reads_fp8[layer + 1])
+        keys_values = zip(text.keys.unbind(0), text.values.unbind(0), strict=True)
+        parts = zip(self.blocks, rows, following, keys_values, reads_fp8[1:], strict=True)
+        for layer, (block, own, next_rows, pair, in_fp8) in enumerate(islice(parts, count)):
+            x, normed = block(x, normed, own, next_rows, pair, attend(layer), in_fp8)
         return x, normed
 
 
@@ -422,11 +424,14 @@ def patchify(latents: Tensor, patch: int) -> Tensor:
 
 
 def pack_weights(model: WanDiT) -> None:
-    """Join the query, key and value weights of every attention in memory, for inference: one product each.
+    """Join the query, key and value weights of every attention in memory, for inference: one product each;
+    lay out all others.
 
     In place, and without more memory once done. Call it when the weights are loaded, on their device and in
     their dtype; training never needs it.
     """
     for block in model.blocks:
+        for layer in (module for module in block.modules() if isinstance(module, Linear)):
+            lay_out(layer.weight)
         block.self_attn.pack_weights()
         block.cross_attn.pack_weights()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rfengine.config import WanConfig
+from rfengine.models.weight_layout import join, joined_view
 from rfengine.ops import Ops
 from rfengine.ops.reference import channel_fp8
 from rfengine.ops.reference_fp8 import product_reach
@@ -115,14 +116,10 @@ class Projections(nn.Module):
         self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
         self.is_packed = False
 
-    @torch.no_grad()
     def pack(self, *layers: nn.Linear) -> None:
         """Place the weights of `layers` one after another in one tensor's memory, and their biases."""
-        for name in ("weight", "bias"):
-            parts = [getattr(layer, name) for layer in layers]
-            joined = torch.cat([part.data for part in parts])
-            for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
-                part.data = piece
+        join([layer.weight for layer in layers])
+        join([layer.bias for layer in layers])
         self.is_packed = True
 
     def project(self, x: Rows, *layers: nn.Linear) -> tuple[Tensor, ...]:
@@ -137,20 +134,6 @@ class Projections(nn.Module):
             if weight is not None and bias is not None:
                 return self.ops.linear(x, weight, bias).chunk(len(layers), dim=-1)
         return tuple(layer(x) for layer in layers)
-
-
-def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
-    """One view, without gradient, of tensors that follow each other in one storage; None for any others."""
-    first = parts[0].detach()
-    place = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != place or not part.is_contiguous() or part.dtype != first.dtype:
-            return None
-        place += part.nbytes
-    storage = first.untyped_storage()
-    if place > storage.data_ptr() + storage.nbytes():  # neighbours by chance, in memory of their own
-        return None
-    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 class Scale(nn.Module):

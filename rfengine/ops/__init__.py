@@ -39,14 +39,16 @@ class Ops:
             if key != name and op_of(key) == name
         }
 
-        def call(*arguments: Any) -> Any:
-            if op.check is not None:
-                op.check(*arguments)
-            if by_shape:
-                return by_shape.get(shape_key(name, *op.by_shape(*arguments)), run)(*arguments)
-            return run(*arguments)
+        def by_sizes(*arguments: Any) -> Any:
+            return by_shape.get(shape_key(name, *op.by_shape(*arguments)), run)(*arguments)
 
-        return call
+        chosen = by_sizes if by_shape else run
+
+        def checked(*arguments: Any) -> Any:
+            op.check(*arguments)
+            return chosen(*arguments)
+
+        return chosen if op.check is None else checked
 
     def backend_of(self, name: str, *arguments: Any) -> str:
         """The backend that runs an op with a choice by shape for these arguments; the first ones suffice."""
@@ -116,7 +118,9 @@ def default_choice(device: torch.device | str, dtype: torch.dtype | None = None)
     form (docs/kernels.md); without a dtype nobody knows whether cuDNN serves it.
     """
     reasons = backend_reasons(device)
-    choice = dict.fromkeys(OPS, "reference")  # on a CPU as well: Triton's interpreter is for tests
+    choice = dict.fromkeys(OPS, "reference")
+    if not reasons["cpu"]:  # and never Triton there: its interpreter is for tests
+        choice |= _where_unasked("cpu")
     if torch.device(device).type == "cuda" and not reasons["triton"]:
         choice |= _where_unasked("triton")
     if not reasons["cublaslt"]:  # before Triton's, which nobody has timed

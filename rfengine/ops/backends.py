@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-from rfengine.ops import native, reference
+from rfengine.ops import cpu, native, reference
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 FP8_CAPABILITY = (8, 9)
@@ -27,6 +27,7 @@ def backend_reasons(device: torch.device | str) -> dict[str, str]:
         "cudnn": needs_cuda or _cudnn_absence(),
         "flash": needs_cuda or _flash_absence(),
         "cublaslt": needs_cuda,
+        "cpu": cpu.absence(device),
     }
 
 

@@ -33,9 +33,10 @@ def _modulation(x: Tensor, *tables: Tensor | None) -> None:
 
 
 def _modulates(x: Tensor, table: Tensor) -> None:
-    fits = table.ndim == 3 and table.shape[0] in (1, x.shape[0]) and table.shape[2] == x.shape[2]
+    (batch, tokens, dim), shape = x.shape, table.shape
+    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[2] == dim and tokens % shape[1] == 0
     require(
-        fits and x.shape[1] % table.shape[1] == 0,
+        fits,
         lambda: (
             f"a modulation of {tuple(table.shape)} does not fit x of {tuple(x.shape)}; "
             "it must be [B or 1, F or 1, D]"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _per_frame(table: Tensor, x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     x: [B, T, D]. shift, scale: [B or 1, F or 1, D], one row for each latent frame.
     """
     normed = F.layer_norm(_wide(x), x.shape[-1:], eps=eps)
-    return (normed * (1 + _per_frame(scale, x)) + _per_frame(shift, x)).to(x.dtype)
+    return (normed * (1 + _per_frame(scale, x))).add_(_per_frame(shift, x)).to(x.dtype)
 
 
 def affine_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -40,8 +40,9 @@ def affine_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Te
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """x + gate * y, rounded to the dtype of x. x, y: [B, T, D]; gate: [B or 1, F or 1, D], or None for 1."""
-    branch = _wide(y) if gate is None else _wide(y) * _per_frame(gate, x)
-    return (_wide(x) + branch).to(x.dtype)
+    if gate is None:
+        return (_wide(x) + _wide(y)).to(x.dtype)
+    return (_wide(y) * _per_frame(gate, x)).add_(x).to(x.dtype)
 
 
 def gated_residual_adaptive_norm(
@@ -146,8 +147,9 @@ def qk_norm_rope_write(
 
 def write_frames(arena: Tensor, chunk: Tensor, slots: Tensor) -> None:
     """The frames of chunk [B, T, H, E] to their slots of arena [B, S, H, E], in place; slots: int64 [F]."""
-    frames = chunk.unflatten(1, (slots.shape[0], -1))
-    arena.unflatten(1, (-1, frames.shape[2])).index_copy_(1, slots, frames.to(arena.dtype))
+    batch, _, *head = chunk.shape
+    frames = chunk.view(batch, slots.shape[0], -1, *head).to(arena.dtype)
+    arena.view(batch, -1, frames.shape[2], *head).index_copy_(1, slots, frames)
 
 
 def sink_window_attention(
@@ -212,17 +214,19 @@ def evict_and_rephase(
     leaves is as long as the sink. low_keys, low_values: [L, B, sink_tokens, H, E] or None. rotation: [2, S, E
     / 2].
     """
-    sink, chunk = slice(0, sink_tokens), slice(leaving, leaving + sink_tokens)
-    ema_evict(
-        raw[:, :, sink],
-        values[:, :, sink],
-        low_keys,
-        low_values,
-        raw[:, :, chunk],
-        values[:, :, chunk],
-        alpha,
-    )
+    evict_chunk(raw, values, low_keys, low_values, sink_tokens, leaving, alpha)
     rephase_keys(raw, rotated, rotation)
+
+
+def evict_chunk(
+    raw: Tensor, values: Tensor, low_keys: Tensor | None, low_values: Tensor | None,
+    sink_tokens: int, leaving: int, alpha: float,
+) -> None:  # fmt: skip
+    """The first part of evict_and_rephase."""
+    (sink_keys, chunk_keys), (sink_values, chunk_values) = (
+        (arena[:, :, :sink_tokens], arena[:, :, leaving : leaving + sink_tokens]) for arena in (raw, values)
+    )
+    ema_evict(sink_keys, sink_values, low_keys, low_values, chunk_keys, chunk_values, alpha)
 
 
 def unpatchify(tokens: Tensor, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from rfengine.ops import (
     backends,
     checks,
     checks_fp8,
+    cpu,
     library_fp8,
     native,
     reference,
@@ -64,11 +65,15 @@ def _convolution_sizes(x: Tensor, weight: Tensor, *_: object) -> tuple[int, ...]
 OPS: dict[str, Op] = {
     "linear": Op(
         reference.linear, "linears", by_shape=_product_sizes,
-        backends={"cublaslt": backends.cublaslt_linear, "triton": "linear:linear"},
+        backends={
+            "cublaslt": backends.cublaslt_linear, "triton": "linear:linear", "cpu": cpu.linear,
+        },
     ),
     "linear_gelu": Op(
         reference.linear_gelu, "linears", by_shape=_product_sizes,
-        backends={"cublaslt": backends.cublaslt_linear_gelu, "triton": "linear:linear_gelu"},
+        backends={
+            "cublaslt": backends.cublaslt_linear_gelu, "triton": "linear:linear_gelu", "cpu": cpu.linear_gelu,
+        },
     ),
     "gated_linear": Op(
         reference.gated_linear, "linears", checks.gated_linear, by_shape=_gated_product_sizes,
@@ -111,7 +116,7 @@ OPS: dict[str, Op] = {
     ),
     "adaptive_layer_norm": Op(
         reference.adaptive_layer_norm, "row kernels", checks.adaptive_layer_norm,
-        backends={"triton": "layer_norm:adaptive_layer_norm"},
+        backends={"triton": "layer_norm:adaptive_layer_norm", "cpu": cpu.adaptive_layer_norm},
     ),
     "affine_layer_norm": Op(
         reference.affine_layer_norm, "row kernels",
@@ -119,7 +124,10 @@ OPS: dict[str, Op] = {
     ),
     "gated_residual_adaptive_norm": Op(
         reference.gated_residual_adaptive_norm, "row kernels", checks.gated_residual_adaptive_norm,
-        backends={"triton": "gated_residual_norm:gated_residual_adaptive_norm"},
+        backends={
+            "triton": "gated_residual_norm:gated_residual_adaptive_norm",
+            "cpu": cpu.gated_residual_adaptive_norm,
+        },
     ),
     "gated_residual_affine_norm": Op(
         reference.gated_residual_affine_norm, "row kernels", checks.gated_residual_affine_norm,
@@ -138,15 +146,16 @@ OPS: dict[str, Op] = {
         backends={"triton": "gated_residual_norm:gated_residual_affine_norm_fp8"},
     ),
     "rms_norm": Op(
-        reference.rms_norm, "row kernels", checks.rms_norm, backends={"triton": "rms_norm:rms_norm"}
+        reference.rms_norm, "row kernels", checks.rms_norm,
+        backends={"triton": "rms_norm:rms_norm", "cpu": cpu.rms_norm},
     ),
     "qk_norm_rope": Op(
         reference.qk_norm_rope, "row kernels", checks.qk_norm_rope,
-        backends={"triton": "qk_norm_rope:qk_norm_rope"},
+        backends={"triton": "qk_norm_rope:qk_norm_rope", "cpu": cpu.qk_norm_rope},
     ),
     "qk_norm_rope_write": Op(
         reference.qk_norm_rope_write, "row kernels", checks.qk_norm_rope_write,
-        backends={"triton": "qk_norm_rope:qk_norm_rope_write"},
+        backends={"triton": "qk_norm_rope:qk_norm_rope_write", "cpu": cpu.qk_norm_rope_write},
     ),
     "unpatchify": Op(reference.unpatchify, "row kernels"),
     "flow_step": Op(
@@ -154,18 +163,21 @@ OPS: dict[str, Op] = {
     ),
     "rephase_keys": Op(
         reference.rephase_keys, "eviction", checks.rephase_keys,
-        backends={"triton": "rephase_keys:rephase_keys"},
+        backends={"triton": "rephase_keys:rephase_keys", "cpu": cpu.rephase_keys},
     ),
     "ema_evict": Op(
         reference.ema_evict, "eviction", checks.ema_evict, backends={"triton": "ema_evict:ema_evict"}
     ),
     "evict_and_rephase": Op(
         reference.evict_and_rephase, "eviction", checks.evict_and_rephase,
-        backends={"triton": "evict_and_rephase:evict_and_rephase", "native": native.evict_and_rephase},
+        backends={
+            "triton": "evict_and_rephase:evict_and_rephase", "native": native.evict_and_rephase,
+            "cpu": cpu.evict_and_rephase,
+        },
     ),
     "channel_norm_silu": Op(
         reference.channel_norm_silu, "VAE", checks.channel_norm_silu,
-        backends={"triton": "channel_norm_silu:channel_norm_silu"},
+        backends={"triton": "channel_norm_silu:channel_norm_silu", "cpu": cpu.channel_norm_silu},
     ),
     "causal_conv3d": Op(
         reference.causal_conv3d, "VAE", checks.causal_conv3d, by_shape=_convolution_sizes,

@@ -14,6 +14,7 @@ the launches it could save, and the first frame would wait for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -188,10 +189,13 @@ class ChunkRunner:
             with nvtx_range("evict"):
                 cache.begin_chunk(plan)
                 self._copy_window(cache, plan, window, is_repeated)
-            if graph is not None:
-                x0 = graph.replay().clone()
-            else:
-                x0 = self._chunk(cache, plan, noise, text, steps, window, on_step)
+            # on a CPU every op costs less where autograd keeps no book at all; what a caller sees is ordinary
+            with torch.inference_mode() if on_step is None and noise.is_cpu else nullcontext():
+                if graph is not None:
+                    x0 = graph.replay()
+                else:
+                    x0 = self._chunk(cache, plan, noise, text, steps, window, on_step)
+            x0 = x0.clone() if graph else ordinary(x0)
         cache.commit(plan)
         return x0
 

@@ -164,7 +164,7 @@ def _decode_to_host(
     decoder: FrameDecoder, device: torch.device, latents: Tensor, state: FrameDecoderState
 ) -> DecodedFrames:
     started = time.perf_counter()
-    with made_current(device):
+    with made_current(device), torch.inference_mode(device.type == "cpu"):  # as the denoising there
         frames, finite = _decode(decoder, latents.to(device), state)
         if not finite.item():
             raise RuntimeError(_NOT_FINITE)

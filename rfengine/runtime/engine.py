@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rfengine.config import EngineConfig
 from rfengine.config_json import to_dict
+from rfengine.memory import keep_freed_memory
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompt_blend import weighted_mean
@@ -63,6 +64,7 @@ class Engine:
         open_decoder: OpenDecoder,
     ) -> Engine:
         """The engine of loaded models, with the runtime options of `config` resolved for their devices."""
+        keep_freed_memory()
         switches = runtime_switches(config.runtime, model.device)
         settle_precision(config.runtime, model)
         overlap, graphs = switches["overlap"].on, switches["graphs"].on

@@ -80,8 +80,7 @@ def load_models(
     """
     dtype, device = place.dtype, place.device
     transformer = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", dtype, device).eval()
-    if device.type == "cuda":  # on a CPU one product is no faster than three
-        pack_weights(transformer)
+    pack_weights(transformer)
     if config.runtime.multiplies_fp8:
         quantise(transformer, left_out)
     vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, place.decoding).eval()

@@ -9,7 +9,7 @@ from rfengine.accuracy import relative_error
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import CacheConfig, WanConfig
 from rfengine.models.dit import WanDiT, pack_weights
-from rfengine.models.linear import joined_view
+from rfengine.models.weight_layout import joined_view
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.ops.reference import unpatchify
 from rfengine.presets import PRESETS

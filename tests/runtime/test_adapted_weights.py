@@ -16,7 +16,7 @@ from rfengine.checkpoint.loader import save_weights
 from rfengine.config import CacheConfig
 from rfengine.costs.memory import lora_bytes
 from rfengine.models.dit import pack_weights
-from rfengine.models.linear import joined_view
+from rfengine.models.weight_layout import joined_view
 from rfengine.runtime.adapted_weights import AdaptedWeights
 from rfengine.runtime.turns import Turns
 from support.loras import ALPHA, LAYERS, RANK, pairs, write_lora

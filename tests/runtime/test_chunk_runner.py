@@ -236,3 +236,15 @@ def test_a_step_callback_may_replace_the_latents():
     out = runner.advance(cache, cache.plan_chunk(), noise_of(0, 3), text, on_step)
     assert seen == [(0, 1000.0), (1, pytest.approx(833.3333))]
     assert torch.equal(out, torch.zeros_like(out))
+
+
+def test_a_chunk_is_an_ordinary_tensor_and_records_no_gradient():
+    model, cache = small_model(), small_cache(CacheConfig())
+    runner, text = small_runner(model), model.text_keys_values(text_states())
+    seen = []
+    for chunk, watched in enumerate((False, True, False)):
+        on_step = (lambda *step: seen.append(step[2])) if watched else None
+        x0 = runner.advance(cache, cache.plan_chunk(), noise_of(chunk, 3), text, on_step)
+        seen.append(x0.add_(0))
+    assert len(seen) == 3 + runner.num_steps
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in seen)
