@@ -432,6 +432,6 @@ def pack_weights(model: WanDiT) -> None:
     """
     for block in model.blocks:
         for layer in (module for module in block.modules() if isinstance(module, Linear)):
-            lay_out(layer.weight)
+            lay_out(layer.weight, model.ops)
         block.self_attn.pack_weights()
         block.cross_attn.pack_weights()

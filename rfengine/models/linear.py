@@ -118,8 +118,8 @@ class Projections(nn.Module):
 
     def pack(self, *layers: nn.Linear) -> None:
         """Place the weights of `layers` one after another in one tensor's memory, and their biases."""
-        join([layer.weight for layer in layers])
-        join([layer.bias for layer in layers])
+        join([layer.weight for layer in layers], self.ops)
+        join([layer.bias for layer in layers], self.ops)
         self.is_packed = True
 
     def project(self, x: Rows, *layers: nn.Linear) -> tuple[Tensor, ...]:

@@ -7,26 +7,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rfengine.ops import Ops
+
 
 @torch.no_grad()
-def join(parts: Sequence[nn.Parameter]) -> None:
+def join(parts: Sequence[nn.Parameter], ops: Ops) -> None:
     """Place `parts` one after another in the memory of one tensor; each stays a parameter of its own."""
-    joined = _laid_out(torch.cat([part.data for part in parts]))
+    joined = _laid_out(torch.cat([part.data for part in parts]), ops)
     for part, piece in zip(parts, joined.split([len(part) for part in parts]), strict=True):
         part.data = piece
 
 
-def lay_out(weight: nn.Parameter) -> None:
-    """Place the weight [N, K] of a product as it is read fastest, in place.
+def lay_out(weight: nn.Parameter, ops: Ops) -> None:
+    """Place the weight [N, K] of a product as `ops` read it fastest, in place.
 
-    On a CPU in float32 the N weights of an input lie next to each other, which oneDNN would else bring about
-    at every call. Nothing else changes.
+    For the products of ops/cpu.py in float32 the N weights of an input lie next to each other, which oneDNN
+    would else bring about at every call. Nothing else changes.
     """
-    weight.data = _laid_out(weight.data)
+    weight.data = _laid_out(weight.data, ops)
 
 
-def _laid_out(values: Tensor) -> Tensor:
-    is_moved = values.ndim == 2 and values.is_cpu and values.dtype == torch.float32
+def _laid_out(values: Tensor, ops: Ops) -> Tensor:
+    is_moved = values.ndim == 2 and values.dtype == torch.float32 and ops.choice["linear"] == "cpu"
     return values.t().contiguous().t() if is_moved else values
 
 

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     "bench/compile_report", "bench/first_start", "bench/goals", "bench/gpu_gate", "bench/kernels",
-    "bench/roofline", "bench/serving", "bench/throughput", "bench/training_step", "bench/vae",
-    "studies/toy/run",
+    "bench/native_report", "bench/precision", "bench/roofline", "bench/serving", "bench/throughput",
+    "bench/training_step", "bench/vae", "studies/toy/run",
 ]  # fmt: skip
 
 # the command, which gets a signal when a package is imported, before its own code runs

@@ -170,10 +170,11 @@ def test_sizes_come_from_the_latents():
 
 
 class CountedOps(Ops):
-    """The reference ops, with the shapes of the weights that linear ran on."""
+    """The ops of a CPU, with the shapes of the weights that linear ran on; linear: its backend, by which
+    weights are laid out."""
 
-    def __init__(self, folds_gate=False):
-        super().__init__(REFERENCE_OPS.choice, folds_gate)
+    def __init__(self, folds_gate=False, linear="reference"):
+        super().__init__(REFERENCE_OPS.choice | {"linear": linear}, folds_gate)
         self.shapes = []
 
     def linear(self, x, weight, bias):
@@ -192,8 +193,9 @@ def counted_model(**options) -> WanDiT:
     return model
 
 
-def test_packed_weights_are_one_product_and_the_same_parameters():
-    model, dim = counted_model(), SMALL.dim
+@pytest.mark.parametrize("linear", ["reference", "cpu"])
+def test_packed_weights_are_one_product_and_the_same_parameters(linear):
+    model, dim = counted_model(linear=linear), SMALL.dim
     expected, before = clip_of(model), {name: value.clone() for name, value in model.state_dict().items()}
     assert (3 * dim, dim) not in model.ops.shapes
     model.ops.shapes.clear()
@@ -210,8 +212,9 @@ def test_packed_weights_are_one_product_and_the_same_parameters():
     assert attention.q.weight.untyped_storage().nbytes() == 3 * attention.q.weight.nbytes
 
 
-def test_weights_loaded_into_a_packed_model_are_the_ones_that_run():
-    model, others = counted_model(), small_model(seed=1)
+@pytest.mark.parametrize("linear", ["reference", "cpu"])
+def test_weights_loaded_into_a_packed_model_are_the_ones_that_run(linear):
+    model, others = counted_model(linear=linear), small_model(seed=1)
     pack_weights(model)
     model.load_state_dict(others.state_dict())
     model.ops.shapes.clear()
@@ -219,6 +222,7 @@ def test_weights_loaded_into_a_packed_model_are_the_ones_that_run():
     assert (3 * SMALL.dim, SMALL.dim) in model.ops.shapes
 
 
+@pytest.mark.parametrize("linear", ["reference", "cpu"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -230,8 +234,8 @@ def test_weights_loaded_into_a_packed_model_are_the_ones_that_run():
         ),
     ],
 )
-def test_a_packed_model_follows_whatever_happens_to_its_weights(change):
-    model, plain = counted_model(), counted_model()
+def test_a_packed_model_follows_whatever_happens_to_its_weights(change, linear):
+    model, plain = counted_model(linear=linear), counted_model(linear=linear)
     pack_weights(model)
     change(model)
     change(plain)
@@ -240,8 +244,9 @@ def test_a_packed_model_follows_whatever_happens_to_its_weights(change):
     assert relative_error(clip_of(model), clip_of(plain)) <= 1e-6
 
 
-def test_a_copy_of_a_packed_model_has_weights_of_its_own():
-    model = counted_model()
+@pytest.mark.parametrize("linear", ["reference", "cpu"])
+def test_a_copy_of_a_packed_model_has_weights_of_its_own(linear):
+    model = counted_model(linear=linear)
     pack_weights(model)
     expected, copied = clip_of(model), copy.deepcopy(model)
     with torch.no_grad():
