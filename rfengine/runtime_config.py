@@ -19,7 +19,7 @@ class RuntimeConfig:
     graphs: bool | None = None
     """Replay each chunk as one CUDA graph; on with CUDA."""
     overlap: bool | None = None
-    """Decode a chunk beside the next one; on with CUDA."""
+    """Decode a chunk beside the next one; on with CUDA, and on a CPU of which torch has several threads."""
     decode_device: DeviceName | None = None
     """Where the frames are made, such as cuda:1; the model's device where nothing is given."""
     autotune: bool = True

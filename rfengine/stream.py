@@ -201,10 +201,10 @@ class VideoStream:
 
     def _advance(self, on_step: StepCallback | None, decode: bool, ahead: bool) -> FrameChunk:
         started = time.perf_counter()
-        current = self._ahead or self._compute(on_step, decode)
         go_ahead = ahead and self._engine.queue.overlap and self._handed_out
+        current = self._ahead or self._compute(on_step, decode, go_ahead)
         try:
-            self._ahead = self._compute(None, True) if go_ahead else None
+            self._ahead = self._compute_ahead() if go_ahead else None
             decoded = self._no_frames() if current.frames is None else current.frames.result()
         except BaseException:
             del current  # it may hold the error, whose traceback holds this frame: a circle
@@ -221,8 +221,14 @@ class VideoStream:
         size = (0, self.grid.height, self.grid.width, 3)
         return DecodedFrames(torch.zeros(size, dtype=torch.uint8, device="cpu").numpy(), 0.0)
 
-    def _compute(self, on_step: StepCallback | None, decode: bool) -> _Computed:
-        """Denoise the next chunk and submit its latents to the decoder."""
+    def _compute_ahead(self) -> _Computed:
+        """_compute while the chunk before it is decoded."""
+        with self._engine.queue.denoising_beside():
+            return self._compute(None, True, True)
+
+    def _compute(self, on_step: StepCallback | None, decode: bool, beside: bool) -> _Computed:
+        """Denoise the next chunk and submit its latents to the decoder, which runs beside another chunk or
+        alone."""
         started = time.perf_counter()
         with self._computing():
             self._take_weights()
@@ -233,7 +239,7 @@ class VideoStream:
             self._given = None
             self._remember(plan, x0)
             denoise_ms = (time.perf_counter() - started) * 1e3
-            frames = self._worker.submit(x0, self._decoder_state) if decode else None
+            frames = self._worker.submit(x0, self._decoder_state, beside) if decode else None
             if self._engine.compute_stream is not None:  # the device works meanwhile
                 following = plan.chunk + 1
                 self._drawn = {following: self._draw_noise(following, self._cache.config.chunk_frames)}

@@ -1,4 +1,4 @@
-"""What every test runs under: fresh memory is NaN, a worker has one thread, GPU tests need a GPU."""
+"""What every test runs under: fresh memory is NaN, torch has one thread, GPU tests need a GPU."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.meta_path.append(SkipsWithoutFtfy)
     if importlib.util.find_spec("hypothesis") is None:
         skip_tests_of_hypothesis()
-    # workers that each start a thread per core take the cores from one another, and so do their children
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
-        os.environ["OMP_NUM_THREADS"] = "1"
+    # workers that each start a thread per core take the cores from one another, and so do their children; and
+    # with several threads a stream on a CPU is a chunk ahead by default
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -49,6 +49,60 @@ def test_five_chunks_of_the_shipped_model_are_the_same_bit_for_bit() -> None:
         assert torch.equal(expected.latents, overlapped.latents)
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_decoding_and_denoising_share_the_threads_of_torch(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three denoise while one decodes; the first chunk has all, and the caller's are as they were."""
+    seen: list[tuple[str, int]] = []
+
+    def noting(owner: type, method: str, name: str) -> None:
+        right = getattr(owner, method)
+
+        def noted(*given: object, **named: object) -> object:
+            seen.append((name, torch.get_num_threads()))
+            return right(*given, **named)
+
+        monkeypatch.setattr(owner, method, noted)
+
+    noting(ChunkRunner, "advance", "denoise")
+    noting(StreamingDecoder, "decode_frames", "decode")
+    pipeline = with_runtime(small_pipeline(), RuntimeConfig())
+    assert pipeline._engine.queue.overlap  # by itself, since there are threads to share
+    stream = pipeline.stream("a circle", seed=2)
+    stream.advance()
+    assert sorted(seen) == [("decode", 3), ("denoise", 3)]
+    seen.clear()
+    for chunk in stream.take(3):
+        assert len(chunk.frames) and torch.get_num_threads() == 3
+    # the second chunk was not begun ahead; those after it are, beside the decode of the one before
+    assert [entry for entry in seen if entry[0] == "denoise"] == [("denoise", 3), *[("denoise", 2)] * 2]
+    assert [entry for entry in seen if entry[0] == "decode"] == [("decode", 1)] * 3
+
+
+def test_threads_are_given_back_after_an_error(three_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = with_runtime(small_pipeline(), RuntimeConfig()).stream("a circle", seed=2)
+    stream.advance()
+    calls = itertools.count()
+    right = ChunkRunner.advance
+
+    def fails(*given: object, **named: object) -> torch.Tensor:
+        if next(calls):
+            raise RuntimeError("the second fails, which is begun ahead")
+        return right(*given, **named)
+
+    monkeypatch.setattr(ChunkRunner, "advance", fails)
+    with pytest.raises(RuntimeError, match="begun ahead"):
+        stream.advance()
+    assert torch.get_num_threads() == 3
+
+
 def test_generate_and_call_are_the_same(plain: Pipeline, overlapped: Pipeline) -> None:
     expected = plain.generate("a circle", num_frames=40, seed=2).frames
     assert numpy.array_equal(overlapped.generate("a circle", num_frames=40, seed=2).frames, expected)

@@ -1,8 +1,9 @@
 """DecodeWorker: turns latents into frames in host memory, beside the denoising of the next chunk.
 
 On CUDA the host only launches: decoding has a stream of its own, on the model's device or another, and frames
-go to pinned buffers that are used again. On a CPU a thread decodes; torch releases the GIL meanwhile. Without
-overlap a chunk is decoded where it is submitted.
+go to pinned buffers that are used again. On a CPU a thread decodes, and it and the denoising beside it share
+the threads of torch, which releases the GIL meanwhile. Without overlap a chunk is decoded where it is
+submitted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,7 +48,8 @@ class DecodeQueue:
     stream or on a thread. graphs: with overlap, replay as a CUDA graph what a FrameDecoder says can be.
     The CUDA stream has the lowest priority, so the denoising of the next chunk is never behind. Latents of
     another device are copied on copy_stream, since a copy between devices makes the streams of both wait for
-    each other, and the denoising must not wait.
+    each other, and the denoising must not wait. On a CPU the queue has half of the threads that torch had
+    when it was made, and the denoising beside it the others.
     """
 
     def __init__(self, device: torch.device, overlap: bool = False, graphs: bool = False) -> None:
@@ -55,9 +59,23 @@ class DecodeQueue:
         on_cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if overlap and on_cuda else None
         self.thread = ThreadPoolExecutor(1, "rfengine-decode") if overlap and not on_cuda else None
+        self.threads = max(1, torch.get_num_threads() // 2)
         self._copy_streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pool: GraphPool | None = None
         self._captured: weakref.WeakSet[_CapturedDecode] = weakref.WeakSet()
+
+    @contextmanager
+    def denoising_beside(self) -> Iterator[None]:
+        """What the caller's thread computes inside, it computes while the queue's thread decodes."""
+        own = torch.get_num_threads()
+        if self.thread is None or own == 1:
+            yield
+            return
+        torch.set_num_threads(max(1, own - self.threads))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(own)
 
     def copy_stream(self, source: torch.device) -> torch.cuda.Stream:
         if source not in self._copy_streams:
@@ -104,8 +122,12 @@ class DecodeWorker:
             torch.cuda.current_stream(queue.device).wait_stream(queue.stream)
         return state
 
-    def submit(self, latents: Tensor, state: FrameDecoderState) -> Future[DecodedFrames] | StreamFrames:
-        """Decode latents [1, z, F, h, w], which what the caller launched before still may write.
+    def submit(
+        self, latents: Tensor, state: FrameDecoderState, beside: bool = True
+    ) -> Future[DecodedFrames] | StreamFrames:
+        """Decode latents [1, z, F, h, w], which what the caller launched before still may write. beside:
+        another chunk may be denoised meanwhile, by denoising_beside; else, on a CPU, the caller decodes with
+        all threads, once the queue has done what it was given before.
 
         Waits while `depth` decodes run. Raises the error of an earlier decode, RuntimeError once closed.
         """
@@ -116,17 +138,21 @@ class DecodeWorker:
         while len(self._in_flight) >= self._depth:
             self._in_flight[0].result()  # stays where it fails, so the next submit fails too
             self._in_flight.popleft()
-        self._in_flight.append(self._start(latents, state))
+        self._in_flight.append(self._start(latents, state, beside))
         return self._in_flight[-1]
 
-    def _start(self, latents: Tensor, state: FrameDecoderState) -> Future[DecodedFrames] | StreamFrames:
+    def _start(
+        self, latents: Tensor, state: FrameDecoderState, beside: bool
+    ) -> Future[DecodedFrames] | StreamFrames:
         if self._on_stream is not None:
             return self._on_stream.start(latents, state)
         decoder, queue = self.decoder, self._queue
-        if queue.thread is None:
-            return finished(_decode_to_host(decoder, queue.device, latents, state))
         last = self._in_flight[-1] if self._in_flight else None
-        return queue.thread.submit(_decode_after, last, decoder, queue.device, latents, state)
+        if queue.thread is not None and not beside:
+            queue.thread.submit(int).result()  # it does one thing after the other, for every stream
+        if queue.thread is None or not beside:
+            return finished(_decode_after(last, None, decoder, queue.device, latents, state))
+        return queue.thread.submit(_decode_after, last, queue.threads, decoder, queue.device, latents, state)
 
     def wait(self) -> None:
         """Return once everything that was submitted is decoded; the state may then be read and changed."""
@@ -174,12 +200,14 @@ def _decode_to_host(
 
 def _decode_after(
     last: Future[DecodedFrames] | None,
+    threads: int | None,
     decoder: FrameDecoder,
     device: torch.device,
     latents: Tensor,
     state: FrameDecoderState,
 ) -> DecodedFrames:
-    """_decode_to_host once `last` is decoded, whose error thus reaches all later decodes.
+    """_decode_to_host once `last` is decoded, whose error thus reaches all later decodes. threads: of torch,
+    for the thread of Python that calls; None leaves them.
 
     No method, and without `last` in the end: an error's traceback keeps its calls and what they know, and
     must not lead back to the future that holds the error.
@@ -189,6 +217,9 @@ def _decode_after(
             last.result()
     finally:
         del last
+    # OpenMP counts the threads of all, and where they outnumber the cores they wait by sleeping
+    if threads is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     return _decode_to_host(decoder, device, latents, state)
 
 

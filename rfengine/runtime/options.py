@@ -33,7 +33,7 @@ def runtime_switches(runtime: RuntimeConfig, device: torch.device) -> dict[str, 
     decoding = decode_device(runtime, device)
     return {
         "graphs": _switch(runtime.graphs, on_cuda, device),
-        "overlap": _switch(runtime.overlap, on_cuda, device),
+        "overlap": _overlap(runtime.overlap, device),
         "autotune": Switch(
             runtime.autotune and on_cuda,
             "switched off"
@@ -47,6 +47,14 @@ def runtime_switches(runtime: RuntimeConfig, device: torch.device) -> dict[str, 
             f"asked for: {decoding}" if decoding != device else "the model's device decodes",
         ),
     }
+
+
+def _overlap(asked: bool | None, device: torch.device) -> Switch:
+    """On a CPU the decoder and the denoising each get a part of torch's threads."""
+    threads = torch.get_num_threads()
+    if asked is not None or device.type == "cuda":
+        return _switch(asked, True, device)
+    return Switch(threads > 1, f"the default on a CPU with {threads} thread{'s' * (threads > 1)}")
 
 
 def _switch(asked: bool | None, default: bool, device: torch.device) -> Switch:

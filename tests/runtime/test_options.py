@@ -20,6 +20,14 @@ def test_on_cuda_graphs_overlap_and_tuning_are_on_and_on_a_cpu_nothing_is() -> N
     assert switched_on(RuntimeConfig(), CPU) == set()
 
 
+def test_a_cpu_of_which_torch_has_several_threads_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runtime_switches(RuntimeConfig(), CPU)["overlap"].reason == "the default on a CPU with 1 thread"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert switched_on(RuntimeConfig(), CPU) == {"overlap"}
+    assert runtime_switches(RuntimeConfig(), CPU)["overlap"].reason == "the default on a CPU with 2 threads"
+    assert switched_on(RuntimeConfig(overlap=False), CPU) == set()
+
+
 def test_each_can_be_asked_for_and_switched_off() -> None:
     off = RuntimeConfig(graphs=False, overlap=False, autotune=False)
     assert switched_on(off, CUDA) == set()
