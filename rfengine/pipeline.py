@@ -215,6 +215,12 @@ class Pipeline:
         with self._engine.turns, own_state():
             return VideoStream.from_snapshot(self._engine, grid, snapshot, any_loras)
 
+    def synchronize(self) -> None:
+        """Return once everything that was begun is done on the devices and decoded, as a clock needs it."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self._engine.queue.synchronize()
+
     def stream_bytes(self, height: int | None = None, width: int | None = None) -> int:
         """Bytes that one more stream of that size keeps; nothing is allocated."""
         grid = LatentGrid.of(self.config, height, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from rfengine.benchmark.attention_libraries import fastest_attention
 from rfengine.benchmark.eager_baseline import EagerStream, EagerTransformer, device_noise
 from rfengine.benchmark.measured_engine import MeasuredEngine
 from rfengine.benchmark.timing import Advance, frames_of, latents_of, recorded_chunks, spread, time_chunks
+from rfengine.config import CacheConfig
 from rfengine.grid import LatentGrid
 from rfengine.pipeline import Pipeline
 from rfengine.stream import VideoStream
@@ -25,9 +27,10 @@ def compare(pipeline: Pipeline, grid: LatentGrid, chunks: int, decodes: bool) ->
     ROUNDS rounds of `chunks` chunks of each, alternating, once the window is full and graphs are recorded.
     """
     model, config = pipeline.model, pipeline.config
+    cache, idle = config.cache, pipeline.synchronize
     name, attend = fastest_attention(*_attention_inputs(pipeline, grid))
     weights = model.state_dict()
-    transformer = EagerTransformer(config.model, config.cache, weights, attend)
+    transformer = EagerTransformer(config.model, cache, weights, attend)
     states = pipeline.text_encoder.encode([PROMPT], model.device, model.dtype)
 
     def baseline() -> EagerStream:
@@ -43,11 +46,11 @@ def compare(pipeline: Pipeline, grid: LatentGrid, chunks: int, decodes: bool) ->
     if decodes:
         whole = baseline()
         ours = frames_of(engine())
-        results["end_to_end"] = _alternate(pipeline, chunks, ours, lambda: len(whole.advance()))
+        results["end_to_end"] = _alternate(cache, chunks, idle, ours, lambda: len(whole.advance()))
     stream = baseline()
-    ours = latents_of(engine(), config.cache.chunk_frames)
+    ours = latents_of(engine(), cache.chunk_frames)
     results["without_vae"] = _alternate(
-        pipeline, chunks, ours, lambda: stream.advance_latents().shape[2], waits=True
+        cache, chunks, idle, ours, lambda: stream.advance_latents().shape[2], waits=True
     )
     return results
 
@@ -55,29 +58,39 @@ def compare(pipeline: Pipeline, grid: LatentGrid, chunks: int, decodes: bool) ->
 def compare_with_default(engine: MeasuredEngine, plain: MeasuredEngine, chunks: int) -> dict[str, Any]:
     """The same ratios of `engine` over `plain`, the same engine with precisions as they are by default."""
     config = engine.pipeline.config
+
+    def idle() -> None:
+        engine.pipeline.synchronize()
+        plain.pipeline.synchronize()
+
     results: dict[str, Any] = {
         "default": {"precision": config.runtime.precision, "vae_precision": config.runtime.vae_precision},
         "rounds": ROUNDS, "chunks_a_round": chunks,
     }  # fmt: skip
     if engine.decodes:
         ours, theirs = (frames_of(each.stream()) for each in (engine, plain))
-        results["end_to_end"] = _alternate(engine.pipeline, chunks, ours, theirs)
+        results["end_to_end"] = _alternate(config.cache, chunks, idle, ours, theirs)
     ours, theirs = (latents_of(each.stream(), config.cache.chunk_frames) for each in (engine, plain))
-    results["without_vae"] = _alternate(engine.pipeline, chunks, ours, theirs, waits=True)
+    results["without_vae"] = _alternate(config.cache, chunks, idle, ours, theirs, waits=True)
     return results
 
 
 def _alternate(
-    pipeline: Pipeline, chunks: int, engine: Advance, baseline: Advance, waits: bool = False
+    cache: CacheConfig,
+    chunks: int,
+    idle: Callable[[], None],
+    engine: Advance,
+    baseline: Advance,
+    waits: bool = False,
 ) -> dict[str, Any]:
-    """Chunk times of both and their ratio. waits: for the device after each chunk (time_chunks)."""
-    device, times = pipeline.model.device, {"engine": [], "baseline": []}
+    """Chunk times of both and their ratio. idle, waits: time_chunks."""
+    times = {"engine": [], "baseline": []}
     advances = {"engine": engine, "baseline": baseline}
     for advance in advances.values():
-        time_chunks(advance, recorded_chunks(pipeline.config.cache), device, waits)
+        time_chunks(advance, recorded_chunks(cache), idle, waits)
     for _ in range(ROUNDS):
         for name, advance in advances.items():
-            times[name].append(sum(time_chunks(advance, chunks, device, waits).seconds) / chunks * 1e3)
+            times[name].append(sum(time_chunks(advance, chunks, idle, waits).seconds) / chunks * 1e3)
     return {
         "ratio": spread([slow / fast for fast, slow in zip(*times.values(), strict=True)]),
         **{f"{name}_chunk_ms": spread(found) for name, found in times.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 from rfengine.benchmark.conditions import held_memory
@@ -33,7 +34,7 @@ class SteadyRun:
 
 def time_frames(engine: MeasuredEngine, chunks: int) -> SteadyRun:
     """Chunks as frames in host memory."""
-    warm(engine, frames_of(engine.stream()), waits=False)
+    warm_up(engine)
     advance, first_ms = first_frame(engine)
     warm(engine, advance, waits=False)
     return replace(_timed(engine, lambda count: time_flow(advance, count), chunks), first_ms=first_ms)
@@ -43,7 +44,9 @@ def time_latents(engine: MeasuredEngine, chunks: int) -> SteadyRun:
     """Chunks as latents, the device waited for after each."""
     advance = latents_of(engine.stream(), engine.pipeline.config.cache.chunk_frames)
     warm(engine, advance, waits=True)
-    return _timed(engine, lambda count: time_chunks(advance, count, engine.device, waits=True), chunks)
+    return _timed(
+        engine, lambda count: time_chunks(advance, count, engine.pipeline.synchronize, waits=True), chunks
+    )
 
 
 def first_frame(engine: MeasuredEngine) -> tuple[Advance, float]:
@@ -54,9 +57,16 @@ def first_frame(engine: MeasuredEngine) -> tuple[Advance, float]:
     return advance, (time.perf_counter() - started) * 1e3
 
 
+def warm_up(engine: MeasuredEngine) -> None:
+    """Warm the engine by a stream of its own, and end it: what it has ahead is in no later figure."""
+    with closing(engine.stream()) as stream:
+        warm(engine, frames_of(stream), waits=False)
+
+
 def warm(engine: MeasuredEngine, advance: Advance, waits: bool) -> None:
     """Until the window is full and all graphs are recorded."""
-    time_chunks(advance, recorded_chunks(engine.pipeline.config.cache), engine.device, waits)
+    pipeline = engine.pipeline
+    time_chunks(advance, recorded_chunks(pipeline.config.cache), pipeline.synchronize, waits)
 
 
 def _timed(engine: MeasuredEngine, time_many: Callable[[int], ChunkTimes], chunks: int) -> SteadyRun:

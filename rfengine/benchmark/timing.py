@@ -56,19 +56,19 @@ def recorded_chunks(cache: CacheConfig) -> int:
     return cache.filling_chunks + 2
 
 
-def time_chunks(advance: Advance, count: int, device: torch.device, waits: bool) -> ChunkTimes:
-    """Times of `count` chunks, the device idle before the first and after the last.
+def time_chunks(advance: Advance, count: int, idle: Callable[[], None], waits: bool) -> ChunkTimes:
+    """Times of `count` chunks, from idle to idle, which `idle` waits for (Pipeline.synchronize).
 
-    waits: for the device after each chunk, where `advance` does not itself: frames in host memory have
-    waited, latents have not.
+    waits: for that after each chunk too, where `advance` does not itself: frames in host memory have waited,
+    latents have not.
     """
     seconds, frames = [], 0
-    synchronize(device)
+    idle()
     for place in range(count):
         started = time.perf_counter()
         frames += advance()
         if waits or place + 1 == count:
-            synchronize(device)
+            idle()
         seconds.append(time.perf_counter() - started)
     return ChunkTimes(tuple(seconds), frames)
 

@@ -77,6 +77,13 @@ class DecodeQueue:
         finally:
             torch.set_num_threads(own)
 
+    def synchronize(self) -> None:
+        """Return once everything that was submitted is decoded."""
+        if self.thread is not None:
+            self.thread.submit(int).result()  # it does one thing after the other, for every stream
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def copy_stream(self, source: torch.device) -> torch.cuda.Stream:
         if source not in self._copy_streams:
             self._copy_streams[source] = torch.cuda.Stream(source)
@@ -149,7 +156,7 @@ class DecodeWorker:
         decoder, queue = self.decoder, self._queue
         last = self._in_flight[-1] if self._in_flight else None
         if queue.thread is not None and not beside:
-            queue.thread.submit(int).result()  # it does one thing after the other, for every stream
+            queue.synchronize()
         if queue.thread is None or not beside:
             return finished(_decode_after(last, None, decoder, queue.device, latents, state))
         return queue.thread.submit(_decode_after, last, queue.threads, decoder, queue.device, latents, state)

@@ -375,17 +375,14 @@ def test_growth_is_that_of_the_last_tenth_over_the_first() -> None:
 
 
 @pytest.mark.parametrize(("waits", "expected"), [(True, "s.s.s.s"), (False, "s...s")])
-def test_the_device_is_idle_before_and_after_and_waited_for_as_asked(
-    waits: bool, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_device_is_idle_before_and_after_and_waited_for_as_asked(waits: bool, expected: str) -> None:
     seen: list[str] = []
-    monkeypatch.setattr(chunk_times, "synchronize", lambda device: seen.append("s"))
 
     def advance() -> int:
         seen.append(".")
         return 12
 
-    times = time_chunks(advance, 3, torch.device("cpu"), waits)
+    times = time_chunks(advance, 3, lambda: seen.append("s"), waits)
     assert "".join(seen) == expected
     assert len(times.seconds) == 3 and times.frames == 36
 
@@ -401,12 +398,11 @@ def test_an_even_stream_that_goes_one_ahead_has_even_times_in_a_flow(monkeypatch
         clock[0] = max(clock[0], awaited)
         return 12
 
-    def wait(device: torch.device) -> None:
+    def wait() -> None:
         clock[0] = max(clock[0], ready[0])
 
-    monkeypatch.setattr(chunk_times, "synchronize", wait)
     monkeypatch.setattr(chunk_times.time, "perf_counter", lambda: clock[0])
-    whole = time_chunks(advance, 10, torch.device("cpu"), waits=False)
+    whole = time_chunks(advance, 10, wait, waits=False)
     assert whole.seconds[0] == 0 and whole.seconds[-1] == 2
     flow = time_flow(advance, 10)
     assert flow.seconds == (1.0,) * 10 and flow.frames_per_s == whole.frames_per_s == 12

@@ -122,6 +122,21 @@ def test_a_decode_runs_beside_its_caller() -> None:
     assert values_of(pending) == [5]
 
 
+def test_a_queue_is_idle_once_every_stream_is_decoded() -> None:
+    decoder, queue = AddingDecoder(), DecodeQueue(CPU, overlap=True)
+    decoder.gate = threading.Event()
+    workers = [DecodeWorker(decoder, queue) for _ in range(2)]
+    for worker in workers:
+        worker.submit(latents_of(1), worker.new_state(1, 2, 2, torch.float32))
+    waiting = threading.Thread(target=queue.synchronize)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive() and decoder.calls == 0
+    decoder.gate.set()
+    waiting.join(WAIT)
+    assert not waiting.is_alive() and decoder.calls == 2
+
+
 def test_streams_of_one_queue_are_decoded_one_after_the_other() -> None:
     decoder, queue = AddingDecoder(), DecodeQueue(CPU, overlap=True)
     workers = [DecodeWorker(decoder, queue) for _ in range(3)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rfengine.benchmark.protocols.protocol import RATE, Figures, Trial
-from rfengine.benchmark.steady import first_frame, time_frames, time_latents, warm
-from rfengine.benchmark.timing import ChunkTimes, frames_of, spread
+from rfengine.benchmark.steady import first_frame, time_frames, time_latents, warm_up
+from rfengine.benchmark.timing import ChunkTimes, spread
 
 FIRST_FRAMES = 5  # new streams
 
@@ -37,7 +37,7 @@ def measure_first_frame(trial: Trial) -> Figures:
     """From the call to the frames of the first chunk: with the text states given and, where the model has a
     text encoder, with the prompt encoded."""
     engine = trial.engine
-    warm(engine, frames_of(engine.stream()), waits=False)
+    warm_up(engine)
     encoded = _first_frames(trial) if engine.encodes_text else None
     engine.pipeline.text_encoder = engine.given
     given = _first_frames(trial)

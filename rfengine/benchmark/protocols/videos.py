@@ -9,8 +9,8 @@ from pathlib import Path
 from rfengine.benchmark.measured_engine import PROMPT, SEED
 from rfengine.benchmark.protocols.fresh_process import Task, run_fresh
 from rfengine.benchmark.protocols.protocol import RATE, Figures, Trial
-from rfengine.benchmark.steady import warm
-from rfengine.benchmark.timing import frames_of, spread
+from rfengine.benchmark.steady import warm_up
+from rfengine.benchmark.timing import spread
 from rfengine.video import VideoWriter
 
 CLIPS = 3
@@ -19,7 +19,7 @@ CLIPS = 3
 def measure_file(trial: Trial) -> Figures:
     """A new stream until the MP4 with its first `frames` frames is closed."""
     engine, frames = trial.engine, trial.frames
-    warm(engine, frames_of(engine.stream()), waits=False)
+    warm_up(engine)
     writing_s = 0.0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "video.mp4")
