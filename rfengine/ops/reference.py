@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """x as it is computed with: in float32, or in float64 where that is its dtype."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
@@ -28,21 +29,21 @@ def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
 
     x: [B, T, D]. shift, scale: [B or 1, F or 1, D], one row for each latent frame.
     """
-    normed = F.layer_norm(_wide(x), x.shape[-1:], eps=eps)
+    normed = F.layer_norm(widened(x), x.shape[-1:], eps=eps)
     return (normed * (1 + _per_frame(scale, x))).add_(_per_frame(shift, x)).to(x.dtype)
 
 
 def affine_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) * weight + bias. x: [B, T, D]; weight, bias: [D]."""
-    wide = _wide(x)
+    wide = widened(x)
     return F.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """x + gate * y, rounded to the dtype of x. x, y: [B, T, D]; gate: [B or 1, F or 1, D], or None for 1."""
     if gate is None:
-        return (_wide(x) + _wide(y)).to(x.dtype)
-    return (_wide(y) * _per_frame(gate, x)).add_(x).to(x.dtype)
+        return (widened(x) + widened(y)).to(x.dtype)
+    return (widened(y) * _per_frame(gate, x)).add_(x).to(x.dtype)
 
 
 def gated_residual_adaptive_norm(
@@ -82,7 +83,7 @@ def gated_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tenso
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight."""
-    wide = _wide(x)
+    wide = widened(x)
     normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
     return (normed * weight).to(x.dtype)
 
@@ -104,8 +105,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     x: [..., T, H, E]. rotation: [2, T, E / 2], cosines then sines, float32 or float64.
     """
-    cos, sin = _wide(rotation).unsqueeze(-2)
-    first, second = _wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = widened(rotation).unsqueeze(-2)
+    first, second = widened(x).unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
     return rotated.flatten(-2).to(x.dtype)
 
@@ -199,9 +200,9 @@ def ema_evict(
         if low is None:
             sink.copy_(alpha * sink + (1 - alpha) * evicted)
             continue
-        total = alpha * (_wide(sink) + _wide(low)) + (1 - alpha) * _wide(evicted)
+        total = alpha * (widened(sink) + widened(low)) + (1 - alpha) * widened(evicted)
         sink.copy_(total)
-        low.copy_(total - _wide(sink))
+        low.copy_(total - widened(sink))
 
 
 def evict_and_rephase(
@@ -282,9 +283,9 @@ def channel_norm_silu(
     """
     total = x
     for term in (bias, residual):
-        total = total if term is None else _wide(total) + term
+        total = total if term is None else widened(total) + term
     total = total.to(x.dtype)
-    wide = _wide(total)
+    wide = widened(total)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp_min(1e-12)
     normed = out if out.dtype == wide.dtype else torch.empty_like(wide)
     torch.mul(wide, x.shape[-1] ** 0.5 / norm, out=normed).mul_(gamma)
@@ -301,7 +302,7 @@ def causal_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | 
     x: [T + kt - 1, H, W, Cin], in front the kt - 1 frames before the chunk; weight: [Cout, Cin, kt, kh, kw],
     any strides; bias: [Cout]. Returns `out` [T, H, W, Cout], overwritten, or a new tensor.
     """
-    result = convolve_frames(_wide(x), _wide(weight), None if bias is None else _wide(bias))
+    result = convolve_frames(widened(x), widened(weight), None if bias is None else widened(bias))
     return result.to(x.dtype) if out is None else out.copy_(result)
 
 
@@ -368,7 +369,7 @@ def phase_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (2i + a, 2j + b) of [T, 2H, 2W, Cout] sums weight[a, b, :, :, r, s] @ x[i + a - 1 + r, j + b - 1 + s] over
     r, s in {0, 1}, with zeros outside, plus bias. Weights are those of fold_upsample_weight.
     """
-    return join_phases(_wide(x), _wide(weight), None if bias is None else _wide(bias)).to(x.dtype)
+    return join_phases(widened(x), widened(weight), None if bias is None else widened(bias)).to(x.dtype)
 
 
 def join_phases(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -392,15 +393,15 @@ def fold_upsample_weight(weight: Tensor) -> Tensor:
     formed in float32 at least and rounded once. Memory is [2, 2, Cout, 2, 2, Cin].
     """
     taps = torch.tensor(
-        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=_wide(weight).dtype, device=weight.device
+        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=widened(weight).dtype, device=weight.device
     )
-    folded = torch.einsum("arm,bsn,oimn->aborsi", taps, taps, _wide(weight)).to(weight.dtype)
+    folded = torch.einsum("arm,bsn,oimn->aborsi", taps, taps, widened(weight)).to(weight.dtype)
     return folded.contiguous().permute(0, 1, 2, 5, 3, 4)
 
 
 def frame_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(C)) v inside each frame, one head. All are [T, N, C]."""
-    return F.scaled_dot_product_attention(_wide(q), _wide(k), _wide(v)).to(q.dtype)
+    return F.scaled_dot_product_attention(widened(q), widened(k), widened(v)).to(q.dtype)
 
 
 def conv_frame_pack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -408,4 +409,4 @@ def conv_frame_pack(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     x: [T + kt - 1, H, W, C], normed and activated; weight: [3, C, kt, kh, kw]; bias: [3].
     """
-    return frame_pack(causal_conv3d(_wide(x), weight, bias).permute(3, 0, 1, 2))
+    return frame_pack(causal_conv3d(widened(x), weight, bias).permute(3, 0, 1, 2))

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfengine.ops.reference import (
-    _wide,
     adaptive_layer_norm,
     affine_layer_norm,
     gated_residual,
     row_fp8,
+    widened,
 )
 
 
@@ -97,8 +97,8 @@ def product_reach(weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
 
 def _product(x: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
     """linear_fp8, not rounded."""
-    wide, weights = _wide(x), _wide(weight)
+    wide, weights = widened(x), widened(weight)
     if row_scale.shape[-1] == 1:  # one scale comes after the sum, as in every backend
-        return F.linear(wide, weights) * (row_scale * weight_scale) + _wide(bias)
+        return F.linear(wide, weights) * (row_scale * weight_scale) + widened(bias)
     parts = wide.unflatten(-1, (row_scale.shape[-1], -1)) * row_scale.unsqueeze(-1)
-    return F.linear(parts.flatten(-2), weights) * weight_scale + _wide(bias)
+    return F.linear(parts.flatten(-2), weights) * weight_scale + widened(bias)

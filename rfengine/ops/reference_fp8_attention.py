@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from rfengine.ops.reference import _wide, rms_norm, rotate, row_fp8, write_frames
+from rfengine.ops.reference import rms_norm, rotate, row_fp8, widened, write_frames
 
 LARGEST = 448.0  # of e4m3
 HEADROOM = 16.0  # of the values' unit, over the largest value of the window
@@ -46,7 +46,7 @@ def window_fp8(
     H, E, S8], values / value_unit with tokens contiguous. Tokens from kv_len on stay as they are.
     filled_tokens: int32 [1] on the device, the same number as kv_len, which a backend reads there.
     """
-    rotated, values = _wide(rotated[:, :, :kv_len]), _wide(values[:, :, :kv_len])
+    rotated, values = widened(rotated[:, :, :kv_len]), widened(values[:, :, :kv_len])
     key_mean.copy_(rotated.mean(2))
     unit = values.abs().amax((2, 4)) * HEADROOM / LARGEST
     value_unit.copy_(torch.where(unit > 0, unit, 1.0))
@@ -77,12 +77,12 @@ def qk_norm_rope_write_fp8(
     for arena, chunk in ((keys, rotated), (values, v), (raw_keys, raw)):
         if arena is not None:
             write_frames(arena, chunk, slots)
-    centred = (_wide(rotated) - key_mean[:, None]) * key_unit.reciprocal()
+    centred = (widened(rotated) - key_mean[:, None]) * key_unit.reciprocal()
     write_frames(_bytes(keys_fp8), _bytes(_rounded(centred, keys_fp8.dtype)), slots)
     by_token = _bytes(values_fp8)[..., : keys_fp8.shape[1]].permute(0, 3, 1, 2)
-    scaled = _wide(v) * value_unit.reciprocal()[:, None, :, None]
+    scaled = widened(v) * value_unit.reciprocal()[:, None, :, None]
     write_frames(by_token, _bytes(_rounded(scaled, values_fp8.dtype)), slots)
-    return _rounded(_wide(q) * query_unit.reciprocal(), keys_fp8.dtype)
+    return _rounded(widened(q) * query_unit.reciprocal(), keys_fp8.dtype)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -103,11 +103,11 @@ def sink_window_attention_fp8(
     before it meets the values, and not rounded in the sum of weights. Returns [B, T, H, E] in dtype; with
     rows, of that, row_fp8 of each token and head: e4m3 [B, T, H, E] and float32 scales [B, T, H].
     """
-    queries, keys = (_wide(x).transpose(1, 2) for x in (q, keys_fp8[:, :kv_len]))
+    queries, keys = (widened(x).transpose(1, 2) for x in (q, keys_fp8[:, :kv_len]))
     logits = (queries @ keys.mT).mul_(logit_scale * math.log2(math.e))
     weights = logits.sub_(logits.amax(-1, keepdim=True).ceil_() - WEIGHT_BITS).exp2_()
     total = weights.sum(-1, keepdim=True)
-    sums = _wide(_rounded(weights, q.dtype)) @ _wide(values_fp8[..., :kv_len]).mT
+    sums = widened(_rounded(weights, q.dtype)) @ widened(values_fp8[..., :kv_len]).mT
     result = (sums / total * value_unit[:, :, None, None]).transpose(1, 2)
     if q.dtype != torch.float64:
         result = result.to(dtype)
