@@ -1,15 +1,17 @@
 """What the program around the engine may have set in torch, kept out of the engine's work.
 
 Autocast, inference mode and gradient mode belong to a thread: `own_state` puts them aside for a block. The
-default dtype belongs to the process, where changing it would reach other threads, and the default device
-costs every call a look at it; so the engine names dtype and device wherever it makes a tensor, and
-tests/test_imports.py holds it to that.
+number of threads that torch computes with does too, and `SharedThreads` keeps it there. The default dtype
+belongs to the process, where changing it would reach other threads, and the default device costs every call a
+look at it; so the engine names dtype and device wherever it makes a tensor, and tests/test_imports.py holds
+it to that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -34,3 +36,50 @@ def own_state() -> Iterator[None]:
 def ordinary(tensor: Tensor) -> Tensor:
     """The tensor itself, or a copy of one that was made in inference mode, which nothing may change later."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+class SharedThreads:
+    """The threads of torch that one thread of Python has, shared with another that works beside it at times.
+
+    OpenMP counts the threads of all, and where they outnumber the cores they wait by sleeping; so the other
+    has half of them (take_share) and this one, inside of `divided`, the rest.
+    """
+
+    def __init__(self) -> None:
+        self._whole: int | None = None
+
+    @property
+    def whole(self) -> int:
+        """Those of the calling thread, also inside of `divided`."""
+        return self._whole or torch.get_num_threads()
+
+    @contextmanager
+    def divided(self) -> Iterator[None]:
+        """The calling thread leaves the other its share for as long as a block runs."""
+        whole = torch.get_num_threads()
+        if whole == 1:
+            yield
+            return
+        try:
+            self._whole = whole
+            _set_own_threads(whole - whole // 2, whole)
+            yield
+        finally:
+            self._whole = None
+            torch.set_num_threads(whole)
+
+
+def take_share(whole: int) -> None:
+    """Let the calling thread of Python have its half of `whole` threads of torch."""
+    share = max(1, whole // 2)
+    if torch.get_num_threads() != share:
+        _set_own_threads(share, whole)
+
+
+def _set_own_threads(count: int, default: int) -> None:
+    """Let torch compute with `count` threads for the calling thread of Python, and with `default` for new
+    ones: they begin with the number that was set last, by whichever thread."""
+    torch.set_num_threads(count)
+    other = Thread(target=torch.set_num_threads, args=(default,))
+    other.start()
+    other.join()

@@ -346,7 +346,7 @@ class VideoStream:
                     plan = self._cache.plan_chunk(piece.shape[2])
                     engine.runner.prefill(self._cache, plan, piece, self._text)
                     self._remember(plan, piece)
-                    self._worker.submit(piece, self._decoder_state)
+                    self._worker.submit(piece, self._decoder_state, beside=False)
                     self._index += 1
 
     def snapshot(self) -> Snapshot:

@@ -6,7 +6,8 @@ import dataclasses
 import gc
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,23 +57,31 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def test_decoding_and_denoising_share_the_threads_of_torch(
-    three_threads: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two of three denoise while one decodes; the first chunk has all, and the caller's are as they were."""
+def noted_threads(
+    monkeypatch: pytest.MonkeyPatch, count: Callable[[], int] = torch.get_num_threads
+) -> list[tuple[str, int]]:
+    """Whether a chunk is denoised or decoded, and what `count` says at the begin of that."""
     seen: list[tuple[str, int]] = []
 
     def noting(owner: type, method: str, name: str) -> None:
         right = getattr(owner, method)
 
         def noted(*given: object, **named: object) -> object:
-            seen.append((name, torch.get_num_threads()))
+            seen.append((name, count()))
             return right(*given, **named)
 
         monkeypatch.setattr(owner, method, noted)
 
     noting(ChunkRunner, "advance", "denoise")
     noting(StreamingDecoder, "decode_frames", "decode")
+    return seen
+
+
+def test_decoding_and_denoising_share_the_threads_of_torch(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three denoise while one decodes; the first chunk has all, and the caller's are as they were."""
+    seen = noted_threads(monkeypatch)
     pipeline = with_runtime(small_pipeline(), RuntimeConfig())
     assert pipeline._engine.queue.overlap  # by itself, since there are threads to share
     stream = pipeline.stream("a circle", seed=2)
@@ -84,6 +93,51 @@ def test_decoding_and_denoising_share_the_threads_of_torch(
     # the second chunk was not begun ahead; those after it are, beside the decode of the one before
     assert [entry for entry in seen if entry[0] == "denoise"] == [("denoise", 3), *[("denoise", 2)] * 2]
     assert [entry for entry in seen if entry[0] == "decode"] == [("decode", 1)] * 3
+
+
+@pytest.mark.parametrize(("count", "decoding", "denoising"), [(1, 1, 1), (2, 1, 1), (5, 2, 3)])
+def test_threads_that_the_caller_sets_after_loading_are_shared(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch, count: int, decoding: int, denoising: int
+) -> None:
+    pipeline = with_runtime(small_pipeline(), RuntimeConfig())
+    stream = pipeline.stream("a circle", seed=2)
+    frames_of(stream, 3)
+    torch.set_num_threads(count)
+    stream.advance(ahead=False)  # what is ahead has the threads of before
+    seen = noted_threads(monkeypatch)
+    frames_of(stream, 3)
+    pipeline.synchronize()
+    assert sorted(seen) == sorted(
+        [("denoise", count), *[("denoise", denoising)] * 3, *[("decode", decoding)] * 4]
+    )
+    assert torch.get_num_threads() == count
+
+
+def test_a_thread_that_begins_meanwhile_has_all_threads_of_torch(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch gives a new thread of Python the number that was set last, by whichever thread."""
+
+    def of_a_new_thread() -> int:
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(torch.get_num_threads).result()
+
+    stream = with_runtime(small_pipeline(), RuntimeConfig()).stream("a circle", seed=2)
+    seen = noted_threads(monkeypatch, of_a_new_thread)
+    frames_of(stream, 3)
+    stream.close()
+    assert len(seen) >= 6 and {count for _, count in seen} == {3}
+
+
+def test_a_clip_is_decoded_with_all_threads_since_nothing_is_beside(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = with_runtime(small_pipeline(), RuntimeConfig())
+    clip = frames_of(pipeline.stream("a circle"), 2)
+    pipeline.synchronize()
+    seen = noted_threads(monkeypatch)
+    pipeline.stream("a circle", start_frames=clip)
+    assert seen == [("decode", 3)] * 2
 
 
 def test_threads_are_given_back_after_an_error(three_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:

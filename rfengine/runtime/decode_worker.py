@@ -8,12 +8,12 @@ submitted.
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rfengine.cuda_graph import CapturedCall, GraphPool, graph_pool, made_current
+from rfengine.host_state import SharedThreads, take_share
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
 from rfengine.nvtx_ranges import nvtx_range
 
@@ -48,8 +49,8 @@ class DecodeQueue:
     stream or on a thread. graphs: with overlap, replay as a CUDA graph what a FrameDecoder says can be.
     The CUDA stream has the lowest priority, so the denoising of the next chunk is never behind. Latents of
     another device are copied on copy_stream, since a copy between devices makes the streams of both wait for
-    each other, and the denoising must not wait. On a CPU the queue has half of the threads that torch had
-    when it was made, and the denoising beside it the others.
+    each other, and the denoising must not wait. On a CPU the queue's thread has half of the threads of torch
+    that the caller has, and the denoising beside it the others.
     """
 
     def __init__(self, device: torch.device, overlap: bool = False, graphs: bool = False) -> None:
@@ -58,24 +59,23 @@ class DecodeQueue:
         self.graphs = graphs
         on_cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if overlap and on_cuda else None
-        self.thread = ThreadPoolExecutor(1, "rfengine-decode") if overlap and not on_cuda else None
-        self.threads = max(1, torch.get_num_threads() // 2)
+        self._thread = ThreadPoolExecutor(1, "rfengine-decode") if overlap and not on_cuda else None
+        self._process = os.getpid()
+        self.threads = SharedThreads()
         self._copy_streams: dict[torch.device, torch.cuda.Stream] = {}
         self._pool: GraphPool | None = None
         self._captured: weakref.WeakSet[_CapturedDecode] = weakref.WeakSet()
 
-    @contextmanager
-    def denoising_beside(self) -> Iterator[None]:
+    @property
+    def thread(self) -> ThreadPoolExecutor | None:
+        """What decodes on a CPU; a forked process, which has none of its parent's threads, makes its own."""
+        if self._thread is not None and self._process != os.getpid():
+            self._thread, self._process = ThreadPoolExecutor(1, "rfengine-decode"), os.getpid()
+        return self._thread
+
+    def denoising_beside(self) -> AbstractContextManager[None]:
         """What the caller's thread computes inside, it computes while the queue's thread decodes."""
-        own = torch.get_num_threads()
-        if self.thread is None or own == 1:
-            yield
-            return
-        torch.set_num_threads(max(1, own - self.threads))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(own)
+        return nullcontext() if self.thread is None else self.threads.divided()
 
     def synchronize(self) -> None:
         """Return once everything that was submitted is decoded."""
@@ -159,7 +159,8 @@ class DecodeWorker:
             queue.synchronize()
         if queue.thread is None or not beside:
             return finished(_decode_after(last, None, decoder, queue.device, latents, state))
-        return queue.thread.submit(_decode_after, last, queue.threads, decoder, queue.device, latents, state)
+        whole = queue.threads.whole
+        return queue.thread.submit(_decode_after, last, whole, decoder, queue.device, latents, state)
 
     def wait(self) -> None:
         """Return once everything that was submitted is decoded; the state may then be read and changed."""
@@ -214,7 +215,7 @@ def _decode_after(
     state: FrameDecoderState,
 ) -> DecodedFrames:
     """_decode_to_host once `last` is decoded, whose error thus reaches all later decodes. threads: of torch,
-    for the thread of Python that calls; None leaves them.
+    of which this thread of Python takes its share; None leaves those it has.
 
     No method, and without `last` in the end: an error's traceback keeps its calls and what they know, and
     must not lead back to the future that holds the error.
@@ -224,9 +225,8 @@ def _decode_after(
             last.result()
     finally:
         del last
-    # OpenMP counts the threads of all, and where they outnumber the cores they wait by sleeping
-    if threads is not None and torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    if threads is not None:
+        take_share(threads)
     return _decode_to_host(decoder, device, latents, state)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -135,6 +137,23 @@ def test_a_queue_is_idle_once_every_stream_is_decoded() -> None:
     decoder.gate.set()
     waiting.join(WAIT)
     assert not waiting.is_alive() and decoder.calls == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_decodes_on_a_thread_of_its_own() -> None:
+    decoder, queue = AddingDecoder(), DecodeQueue(CPU, overlap=True)
+    worker = DecodeWorker(decoder, queue)
+    assert values_of(worker.submit(latents_of(1), worker.new_state(1, 2, 2, torch.float32))) == [1]
+    child = os.fork()
+    if not child:
+        signal.alarm(int(WAIT))  # ends a child that waits for the thread of its parent
+        found = None
+        try:
+            worker = DecodeWorker(decoder, queue)
+            found = values_of(worker.submit(latents_of(2), worker.new_state(1, 2, 2, torch.float32)))
+        finally:
+            os._exit(0 if found == [2] else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_streams_of_one_queue_are_decoded_one_after_the_other() -> None:
