@@ -78,7 +78,7 @@ def take_share(whole: int) -> None:
 
 def _set_own_threads(count: int, default: int) -> None:
     """Let torch compute with `count` threads for the calling thread of Python, and with `default` for new
-    ones: they begin with the number that was set last, by whichever thread."""
+    ones: they begin with the number that was set last, by whichever thread, which is `count` for a moment."""
     torch.set_num_threads(count)
     other = Thread(target=torch.set_num_threads, args=(default,))
     other.start()
