@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy
@@ -164,6 +164,46 @@ def test_streams_of_one_queue_are_decoded_one_after_the_other() -> None:
     assert values_of(*pending) == [7, 7, 7] and decoder.most_running == 1
     workers[0].close()
     assert values_of(workers[1].submit(latents_of(1), states[1])) == [8]
+
+
+def begun(decoder: AddingDecoder) -> None:
+    """Return once the decoder is inside of a call, before its gate."""
+    deadline = time.monotonic() + WAIT
+    while not decoder.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_caller_that_decodes_waits_for_the_thread_of_the_queue() -> None:
+    """The decoder's buffers are those of all streams."""
+    decoder, queue = AddingDecoder(), DecodeQueue(CPU, overlap=True)
+    decoder.gate = threading.Event()
+    workers = [DecodeWorker(decoder, queue) for _ in range(2)]
+    states = [worker.new_state(1, 2, 2, torch.float32) for worker in workers]
+    pending = workers[0].submit(latents_of(1), states[0])
+    begun(decoder)
+    with ThreadPoolExecutor(1) as caller:
+        alone = caller.submit(workers[1].submit, latents_of(2), states[1], False)
+        time.sleep(0.2)
+        decoder.gate.set()
+        assert values_of(pending, alone.result()) == [1, 2]
+    assert decoder.most_running == 1
+
+
+def test_a_caller_that_decodes_is_told_of_an_error_before() -> None:
+    decoder = FailingDecoder()
+    decoder.gate = threading.Event()
+    worker, state = on_thread(decoder, depth=4)
+    for value in (1, 2):
+        worker.submit(latents_of(value), state)
+    begun(decoder)
+    with ThreadPoolExecutor(1) as caller:
+        alone = caller.submit(worker.submit, latents_of(3), state, False)
+        time.sleep(0.2)
+        decoder.gate.set()
+        with pytest.raises(ZeroDivisionError):
+            alone.result()
+    assert decoder.calls == 1 and state.frames == 3
 
 
 @pytest.mark.parametrize("taken", [False, True])
