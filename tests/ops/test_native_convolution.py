@@ -337,6 +337,7 @@ def test_gpus_of_another_capability_are_not_served(monkeypatch: pytest.MonkeyPat
         (lambda x, w, b: (x, w.contiguous(), b), "call contiguous.memory_format=torch.channels_last_3d."),
         (lambda x, w, b: (x, w, b.repeat(2)[::2]), "bias is .* it must be contiguous"),
         (lambda x, w, b: (x, w, b, x), "out is .* it must be torch.float16 .2, 4, 8, 96. with contiguous"),
+        (lambda x, w, b: (x, w, b, x.new_zeros(2, 4, 8, 192)[..., ::2]), "out is .* contiguous channels"),
         (lambda x, w, b: (x.unflatten(3, (32, 2))[..., 0], half(w), b), "and that one 1: call contiguous"),
         (lambda x, w, b: (odd_strides(x), w, b), "all but the last must be multiples of 8"),
         (lambda x, w, b: (odd_start(x), w, b), "it must be a multiple of 16: call clone"),
