@@ -279,10 +279,13 @@ def test_absence_names_the_fatbin_then_the_device_then_the_loaders(
     core = ModuleType("cuda.core")
     core.experimental = ModuleType("cuda.core.experimental")  # an early version has all of it there alone
     monkeypatch.setitem(sys.modules, "cuda.core", core)
-    early = "cuda.core of this version has no Device, ObjectCode: install a later"
+    early = "cuda.core of this version has no Device, ObjectCode.from_fatbin, Kernel.handle: install a later"
     assert early in native.absence("cuda", fatbin)
-    for name in native_driver.CudaCoreDriver.NEEDS:
-        setattr(core, name, object)
+    core.Device = object
+    core.ObjectCode = SimpleNamespace(from_fatbin=len)
+    core.Kernel = object  # as of version 0.5, whose kernels have no handle
+    assert "cuda.core of this version has no Kernel.handle: install" in native.absence("cuda", fatbin)
+    core.Kernel = SimpleNamespace(handle=None)
     assert native.absence("cuda", fatbin) == ""
 
 

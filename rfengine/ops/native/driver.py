@@ -56,8 +56,11 @@ class PyCudaDriver:
     capture follows these events, so that in a graph they cost nothing.
     """
 
-    # of the module in LOADERS
-    NEEDS = ("init", "Device", "Context", "Stream", "module_from_buffer", "function_attribute")
+    # of the module in LOADERS, and of what is in it
+    NEEDS = (
+        "init", "Device.retain_primary_context", "Context", "Stream", "module_from_buffer",
+        "function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES",
+    )  # fmt: skip
 
     def __init__(self, fatbin: bytes, device: torch.device) -> None:
         import pycuda.driver as cuda
@@ -127,7 +130,7 @@ class CudaCoreDriver:
     """Loads through cuda.core, which launches on any stream; the launch is the driver library's own, for
     cuda.core passes no tensor map of another maker and raises no limit of shared memory."""
 
-    NEEDS = ("Device", "ObjectCode")
+    NEEDS = ("Device", "ObjectCode.from_fatbin", "Kernel.handle")
 
     def __init__(self, fatbin: bytes, device: torch.device) -> None:
         from cuda.core import Device, ObjectCode
@@ -185,11 +188,20 @@ def _loader() -> tuple[type[PyCudaDriver] | type[CudaCoreDriver] | None, str]:
         except ImportError as error:
             failures.append(f"{module}: {error}")
             continue
-        missing = [name for name in driver.NEEDS if not hasattr(found, name)]
+        missing = [path for path in driver.NEEDS if not _has(found, path)]
         if not missing:
             return driver, ""
         failures.append(f"{module} of this version has no {', '.join(missing)}: install a later one")
     return None, "; ".join(failures)
+
+
+def _has(found: Any, path: str) -> bool:
+    """Whether `found` has what `path` names, which may be an attribute of an attribute."""
+    for name in path.split("."):
+        if not hasattr(found, name):
+            return False
+        found = getattr(found, name)
+    return True
 
 
 def absence(device: torch.device | str = "cuda", fatbin: Path = FATBIN) -> str:
