@@ -22,7 +22,8 @@ def lay_out(weight: nn.Parameter, ops: Ops) -> None:
     """Place the weight [N, K] of a product as `ops` read it fastest, in place.
 
     For the products of ops/cpu.py in float32 the N weights of an input lie next to each other, which oneDNN
-    would else bring about at every call. Nothing else changes.
+    would else bring about at every call. Nothing else changes, but that safetensors saves such a weight only
+    once it is made contiguous().
     """
     weight.data = _laid_out(weight.data, ops)
 
