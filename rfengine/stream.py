@@ -60,7 +60,8 @@ class VideoStream:
     so they advance chunk by chunk, in the order of asking. Threads that share one stream get its chunks in
     that order too, each chunk once. A call on a stream from inside its own on_step raises RuntimeError. What
     the caller has set in torch (default dtype and device, autocast, inference and gradient mode) changes
-    nothing.
+    nothing. A forked process starts streams of its own: one from before the fork may wait for ever for a
+    chunk that its parent decodes.
     """
 
     def __init__(self, engine: Engine, grid: LatentGrid, prompt: str, text_states: Tensor, seed: int) -> None:
