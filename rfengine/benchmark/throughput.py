@@ -27,7 +27,7 @@ from rfengine.benchmark.report import check_plot, draw, render
 from rfengine.benchmark.steady import time_frames, time_latents, warm
 from rfengine.benchmark.timing import ChunkTimes, frames_of, latents_of
 from rfengine.costs.rates import GPU, rates_of
-from rfengine.files import write_text
+from rfengine.files import require_writable, write_text
 from rfengine.limits import check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
 
@@ -128,9 +128,10 @@ def run(options: ThroughputOptions) -> int:
     if options.plot is not None:
         check_plot(options.plot)
     to_terminal, figures = str(options.json) == "-", {}
+    if options.json is not None and not to_terminal:
+        require_writable(options.json, "--json")
     for figures in stages(options):
         if options.json is not None and not to_terminal:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
             write_text(options.json, json.dumps(figures, indent=2) + "\n")
     if options.plot is not None:
         draw(figures, options.plot)

@@ -416,7 +416,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         (("latency", "--height", "33"), 2, "must be a multiple of 16"),
         (("latency", "--graphs"), 1, "CUDA graphs need a CUDA device"),
         (("latency", "--model", "no/such"), 2, "no/such"),
-        (("latency", "--json", "."), 2, "--json is ., a directory; name a file in it"),
+        (("latency", "--json", "."), 2, "--json is ., a directory; name an ordinary file"),
         (("latency", "--json", "/proc/none/a.json"), 2, "cannot be written (No such file or directory)"),
     ],
 )

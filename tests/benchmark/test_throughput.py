@@ -296,6 +296,7 @@ def test_a_preset_runs_with_random_weights_and_says_so() -> None:
         (("--height", "33"), 2, "must be a multiple of 16"),
         (("--plot", "plot.txt"), 2, "end it in .png"),
         (("--plot", "no/such/folder/plot.png"), 2, "is no directory"),
+        (("--device", "cpu", "--json", "."), 2, "--json is ., a directory; name an ordinary file"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_sentence(

@@ -7,7 +7,6 @@ import importlib.util
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,7 @@ from rfengine.checkpoint.systems import configured
 from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.costs.memory import memory_needs, stream_bytes
 from rfengine.costs.shapes import require_stream
-from rfengine.files import partial_path
+from rfengine.files import require_writable
 from rfengine.grid import LatentGrid
 from rfengine.limits import check_options, shown
 from rfengine.memory import require_memory
@@ -66,7 +65,7 @@ def planned(options: ThroughputOptions) -> list[Plan]:
     for plan in plans:
         _require_possible(plan, checkpoint, device)
     if options.json is not None and str(options.json) != "-":
-        _require_writable(options.json)
+        require_writable(options.json, "--json")
     return plans
 
 
@@ -187,18 +186,3 @@ def _require_fits(
 @functools.cache
 def _memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> dict[str, int]:
     return memory_needs(config, grid, dtype)
-
-
-def _require_writable(path: Path) -> None:
-    """Raises ValueError where no file can be written to `path`. Directories for it are made."""
-    if path.is_dir():
-        raise ValueError(f"--json is {path}, a directory; name a file in it")
-    trial = partial_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"--json is {path}, which cannot be written ({error.strerror}); choose another"
-        ) from error
