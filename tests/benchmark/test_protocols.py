@@ -48,7 +48,8 @@ FIGURES = {
 }
 ON_H100 = {
     "preset": "wan-1.3b", "height": 480, "width": 832, "denoising_steps": 4, "dtype": "bfloat16",
-    "runtime": {"precision": "default"}, "device": "NVIDIA H100 80GB HBM3",
+    "window_frames": 21, "vae_tier": None, "runtime": {"precision": "default"},
+    "device": "NVIDIA H100 80GB HBM3",
 }  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def test_the_terminal_shows_every_protocol_once_and_the_machine_once(
     assert any(line.split() == ["frames", "a", "second", f"{rate:.1f}"] for line in lines)
 
 
-def test_ratios_stand_where_model_size_steps_precision_and_gpu_are_the_rivals() -> None:
+def test_ratios_stand_where_all_that_counts_for_the_time_is_the_rivals() -> None:
     rival = PROTOCOLS["dit-4-passes"].rivals[0]
     assert rival.differences(ON_H100) == []
     assert rival.ratio({"chunk_ms_p50": 172.0}) == 2
@@ -184,14 +185,27 @@ def test_ratios_stand_where_model_size_steps_precision_and_gpu_are_the_rivals() 
         ({"preset": None}, "model"),
         ({"height": 464}, "size"),
         ({"denoising_steps": 2}, "number of steps"),
+        ({"window_frames": 9}, "window"),
+        ({"vae_tier": "lossless"}, "decoder"),
         ({"dtype": "float32"}, "precision"),
         ({"runtime": {"precision": "fp8"}}, "precision"),
         ({"device": "NVIDIA H200"}, "machine"),
     ):
         assert rival.differences(ON_H100 | changed) == [difference]
     unstated, rate = PROTOCOLS["full-decoder"].rivals[0], {"frames_per_s": 46.2}
-    assert unstated.differences(ON_H100) == ["what is inside of its time"]
+    ours = ON_H100 | {"window_frames": 9, "vae_tier": "lossless"}
+    assert unstated.differences(ours) == ["what is inside of its time"]
     assert unstated.ratio(rate) == 2
+
+
+def test_a_smaller_window_or_decoder_is_never_faster_than_a_rival() -> None:
+    on_gb200 = ON_H100 | {"device": "NVIDIA GB200", "window_frames": 9, "vae_tier": "reduced"}
+    assert PROTOCOLS["tiny-decoder"].rivals[0].differences(on_gb200) == ["window"]
+    on_h200 = ON_H100 | {"device": "NVIDIA H200", "window_frames": 9}
+    for tier, differences in (("lossless", []), ("near-lossless", ["decoder"]), ("reduced", ["decoder"])):
+        assert PROTOCOLS["file"].rivals[0].differences(on_h200 | {"vae_tier": tier}) == differences
+    of_users = PROTOCOLS["clip-warm"].rivals
+    assert all("what is inside of its time" in each.differences(ON_H100) for each in of_users)
 
 
 def test_a_table_with_and_without_graphs_has_both_ratios(records: dict[str, Any]) -> None:
