@@ -28,6 +28,7 @@ from rfengine.benchmark.protocols.protocol import Setting, Trial
 from rfengine.benchmark.protocols.report import render
 from rfengine.benchmark.protocols.table import PROTOCOLS
 from rfengine.config import RuntimeConfig
+from rfengine.costs.memory import fp8_weight_bytes
 from rfengine.presets import PRESETS
 from rfengine.runtime.options import Switch
 from support.outcome import fails
@@ -457,6 +458,25 @@ def test_a_window_that_memory_does_not_hold_is_refused_before_anything_is_loaded
     )
     options = replace(SMALLEST, model="wan-1.3b", height=None, width=None, dtype="float32")
     assert len(planned(replace(options, protocol=("dit-window-9",)))) == 1
+
+
+def test_memory_is_that_of_the_precision_which_is_asked_for(
+    nothing_is_loaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 on a CPU, whose default has twice the bytes, and FP8, whose weights lie beside the others."""
+
+    def needed(**named: Any) -> int:
+        found = []
+        monkeypatch.setattr(plan, "require_memory", lambda needed, *given: found.append(needed))
+        large = {"model": "wan-1.3b", "height": None, "width": None, "protocol": ("latency",)}
+        planned(replace(SMALLEST, **large, **named))
+        return found[0]
+
+    sixteen_bits = needed(dtype="bfloat16")
+    assert needed(runtime=RuntimeConfig(precision="bf16")) == sixteen_bits < needed()
+    config = PRESETS["wan-1.3b"].model
+    more = needed(dtype="bfloat16", runtime=RuntimeConfig(precision="fp8")) - sixteen_bits
+    assert more == fp8_weight_bytes(config, torch.bfloat16) > config.num_layers * config.dim**2
 
 
 def test_a_video_is_not_promised_where_nothing_can_write_it(monkeypatch: pytest.MonkeyPatch) -> None:
