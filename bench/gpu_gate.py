@@ -48,7 +48,16 @@ if __name__ == "__main__":  # a checkout that need not be installed
 
 import torch
 
-from bench.goals import CUT_SHORT, DONE, FAILED, NOT_RUN, VAE_COMMANDS, counts_of, summarise
+from bench.goals import (
+    CUT_SHORT,
+    DONE,
+    FAILED,
+    LEAST_P99_CHUNKS,
+    NOT_RUN,
+    VAE_COMMANDS,
+    counts_of,
+    summarise,
+)
 from bench.kernel_cases import CASES
 from rfengine.benchmark.conditions import commit, device_name, state, versions
 from rfengine.cli.process import run_process
@@ -74,11 +83,13 @@ FP8_COMMANDS = {
 }
 FP8_CHUNKS = 30  # that an engine in FP8 measures before it is compared
 SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
-PROTOCOL_CHUNKS = 30  # that a protocol measures of a steady stream
+# chunks that a protocol measures of a steady stream, for its median and for a 99th percentile
+SHORT, LONG = ("--chunks", "30"), ("--chunks", str(LEAST_P99_CHUNKS))
 # which run together, with options of their own; the most wanted first
 PROTOCOL_COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "transformer": (("dit-4-passes", "dit-context", "dit-window-9"), ()),
-    "decoders": (("full-decoder", "tiny-decoder", "latency", "first-frame"), ()),
+    "transformer": (("dit-4-passes", "dit-context", "dit-window-9"), SHORT),
+    "decoders": (("full-decoder", "tiny-decoder"), SHORT),
+    "latency": (("latency", "first-frame"), LONG),
     "repetition": (("repeat",), ()),
     "clips": (("clip-warm", "clip-cold"), ("--graphs",)),
     "file": (("file",), ("--graphs",)),
@@ -225,11 +236,11 @@ def protocol_commands(setting: Setting) -> list[Command]:
     """Named protocols of `rfengine bench`; the figures of those that ended before a limit are in the file."""
     commands = []
     for name, (protocols, options) in PROTOCOL_COMMANDS.items():
-        if setting.small and name != "decoders":
+        if setting.small and name not in ("decoders", "latency"):
             continue
         absence = "" if "file" not in protocols or importlib.util.find_spec("av") else "PyAV is not installed"
-        size = (*SMALLEST, "--chunks", "1") if setting.small else ("--chunks", str(PROTOCOL_CHUNKS), *options)
-        call = rfengine("bench", "--device", setting.device, "--protocol", ",".join(protocols), *size)
+        how = (*SMALLEST, "--chunks", "1") if setting.small else options
+        call = rfengine("bench", "--device", setting.device, "--protocol", ",".join(protocols), *how)
         commands.append(replace(measuring(name, setting, *call), absence=absence))
     return commands
 
@@ -310,6 +321,8 @@ class Run:
     def __init__(self, command: Command, setting: Setting) -> None:
         self.command, self.started = command, time.monotonic()
         self.output, self.errors = (setting.output_of(command, kind) for kind in ("out", "err"))
+        if command.json is not None:  # figures of an earlier run are none of this one
+            command.json.unlink(missing_ok=True)
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         added = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
         added |= SMALL_ENVIRONMENT if setting.small else {}
