@@ -518,19 +518,31 @@ def test_last_words_of_a_process_that_failed_are_the_error(
 
 
 def test_a_fresh_clip_has_no_compiled_kernels_and_no_record_of_timed_backends(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """But the engines that lie where the record does, whatever makes the frames."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine = tmp_path / "rfengine" / "tensorrt" / "tiny-1" / "vae.engine"
+    engine.parent.mkdir(parents=True)
+    engine.write_text("an engine")
+    (tmp_path / "rfengine" / "autotune.json").write_text("{}")
     seen: list[dict[str, str]] = []
 
     def run(task: fresh_process.Task, folder: Path, variables: dict[str, str]) -> dict[str, float]:
         seen.append(variables)
-        assert all(Path(value) in (folder, folder / "triton") for value in variables.values())
+        assert all(
+            Path(value) in (folder, *(folder / name for name in ("triton", "cuda")))
+            for value in variables.values()
+        )
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert files == [] and (folder / "rfengine/tensorrt/tiny-1/vae.engine").read_text() == "an engine"
         return dict.fromkeys(("imported", "loaded", "made", "first_frame"), 1e12)
 
     monkeypatch.setattr(videos, "run_fresh", run)
     for runtime in (RuntimeConfig(), RuntimeConfig(vae="tensorrt")):
         videos.measure_cold_clip(Trial(Setting(replace(SMALLEST, runtime=runtime)), 9, None))
-    assert [set(each) for each in seen] == [{"TRITON_CACHE_DIR", "XDG_CACHE_HOME"}, {"TRITON_CACHE_DIR"}]
+    assert [set(each) for each in seen] == [{"TRITON_CACHE_DIR", "XDG_CACHE_HOME", "CUDA_CACHE_PATH"}] * 2
+    assert engine.exists()
 
 
 def test_the_page_has_every_protocol_with_its_rivals() -> None:
