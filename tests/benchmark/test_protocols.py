@@ -356,7 +356,10 @@ def test_a_difference_is_shown_in_words(records: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RuntimeError("the device is lost"), "the device is lost"),
+        (
+            RuntimeError("the device is lost"),
+            "the protocol latency failed: the device is lost; 1 of 2 protocols are in .*figures.json$",
+        ),
         (KeyboardInterrupt(), "1 of 2 protocols are in"),
     ],
 )
@@ -377,6 +380,22 @@ def test_what_was_measured_is_on_the_disk_when_the_next_protocol_stops(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_figures_are_shown_where_the_disk_is_full(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    records: dict[str, Any],
+) -> None:
+    def fill(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(session, "write_text", fill)
+    monkeypatch.setattr(session, "measured", lambda plans: iter([records["latency"]]))
+    with pytest.raises(OSError, match="No space left"):
+        session.run(replace(SMALLEST, protocol=("latency",), json=tmp_path / "figures.json"))
+    assert "jitter, ms" in capsys.readouterr().out
+
+
 def test_a_wrong_engine_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load = MeasuredEngine.load
 
@@ -387,7 +406,9 @@ def test_a_wrong_engine_is_not_measured(tmp_path: Path, monkeypatch: pytest.Monk
         return engine
 
     monkeypatch.setattr(MeasuredEngine, "load", load_broken)
-    with pytest.raises(WrongEngineError, match="nothing was measured"):
+    with pytest.raises(
+        RuntimeError, match="dit-4-passes failed: the engine is wrong, so nothing was measured"
+    ):
         session.run(replace(SMALLEST, protocol=("dit-4-passes",), json=tmp_path / "figures.json"))
     assert list(tmp_path.iterdir()) == []
 
