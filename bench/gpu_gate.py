@@ -48,16 +48,7 @@ if __name__ == "__main__":  # a checkout that need not be installed
 
 import torch
 
-from bench.goals import (
-    CUT_SHORT,
-    DONE,
-    FAILED,
-    LEAST_P99_CHUNKS,
-    NOT_RUN,
-    VAE_COMMANDS,
-    counts_of,
-    summarise,
-)
+from bench.goals import CUT_SHORT, DONE, FAILED, NOT_RUN, VAE_COMMANDS, counts_of, summarise
 from bench.kernel_cases import CASES
 from rfengine.benchmark.conditions import commit, device_name, state, versions
 from rfengine.cli.process import run_process
@@ -83,8 +74,7 @@ FP8_COMMANDS = {
 }
 FP8_CHUNKS = 30  # that an engine in FP8 measures before it is compared
 SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
-# chunks that a protocol measures of a steady stream, for its median and for a 99th percentile
-SHORT, LONG = ("--chunks", "30"), ("--chunks", str(LEAST_P99_CHUNKS))
+SHORT, LONG = ("--chunks", "30"), ("--chunks", "100")  # of which a p99 is none, and is one
 # which run together, with options of their own; the most wanted first
 PROTOCOL_COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "transformer": (("dit-4-passes", "dit-context", "dit-window-9"), SHORT),
@@ -416,12 +406,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = made.add_argument
     add("--out", type=Path, help="JSON file of the results; a self-check needs none")
     add("--minutes", type=float, help=f"time for all; {MINUTES:g}, {SMALL_MINUTES:g} for a self-check")
-    add(
-        "--parts",
-        nargs="+",
-        choices=PARTS,
-        help="these alone; without it all but fp8 and protocols, in a self-check all",
-    )
+    add("--parts", nargs="+", choices=PARTS, help="these alone; else all, on a GPU but fp8 and protocols")
     add("--chunks", type=int, default=100, help="chunks that part bench measures")
     add("--self-check", action="store_true", help="in miniature on the CPU, whatever is here")
     add("--commit", help="the commit that is measured, where there is no git")
