@@ -74,7 +74,7 @@ FP8_COMMANDS = {
 }
 FP8_CHUNKS = 30  # that an engine in FP8 measures before it is compared
 SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
-SHORT, LONG = ("--chunks", "30"), ("--chunks", "100")  # of which a p99 is none, and is one
+SHORT, LONG = ("--chunks", "30"), ("--chunks", "100")  # 100 are the least with a p99
 # which run together, with options of their own; the most wanted first
 PROTOCOL_COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "transformer": (("dit-4-passes", "dit-context", "dit-window-9"), SHORT),
