@@ -211,13 +211,14 @@ def summarise(record: Record) -> tuple[str, bool]:
         *([f"and {len(failures) - SHOWN_FAILURES} failures more"] if failures[SHOWN_FAILURES:] else []),
     ]
     well = not failures and bool(parts)
+    states = {each["state"] for part in parts.values() for each in part["commands"].values()}
     if record["self_check"]:
-        states = {each["state"] for part in parts.values() for each in part["commands"].values()}
         passed = "passed, as far as there was time" if CUT_SHORT in states else "passed"
         lines.append(f"self-check {passed if well else 'FAILED'}")
     else:
         met = {goal.met for goal in goals}
-        well = well and (True in met or set(parts) <= {NO_GOALS}) and False not in met
+        ran_without_goals = set(parts) <= {NO_GOALS} and states & {DONE, CUT_SHORT}
+        well = well and bool(True in met or ran_without_goals) and False not in met
     return "\n".join(lines), well
 
 

@@ -74,11 +74,12 @@ FP8_COMMANDS = {
 }
 FP8_CHUNKS = 30  # that an engine in FP8 measures before it is compared
 SMALLEST = ("--model", "tiny", "--height", "32", "--width", "32", "--threads", "1")
-PROTOCOL_CHUNKS = 30  # that a protocol measures of a steady stream
+SHORT, LONG = ("--chunks", "30"), ("--chunks", "100")  # 100 are the least with a p99
 # which run together, with options of their own; the most wanted first
 PROTOCOL_COMMANDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "transformer": (("dit-4-passes", "dit-context", "dit-window-9"), ()),
-    "decoders": (("full-decoder", "tiny-decoder", "latency", "first-frame"), ()),
+    "transformer": (("dit-4-passes", "dit-context", "dit-window-9"), SHORT),
+    "decoders": (("full-decoder", "tiny-decoder"), SHORT),
+    "latency": (("latency", "first-frame"), LONG),
     "repetition": (("repeat",), ()),
     "clips": (("clip-warm", "clip-cold"), ("--graphs",)),
     "file": (("file",), ("--graphs",)),
@@ -225,11 +226,11 @@ def protocol_commands(setting: Setting) -> list[Command]:
     """Named protocols of `rfengine bench`; the figures of those that ended before a limit are in the file."""
     commands = []
     for name, (protocols, options) in PROTOCOL_COMMANDS.items():
-        if setting.small and name != "decoders":
+        if setting.small and name not in ("decoders", "latency"):
             continue
         absence = "" if "file" not in protocols or importlib.util.find_spec("av") else "PyAV is not installed"
-        size = (*SMALLEST, "--chunks", "1") if setting.small else ("--chunks", str(PROTOCOL_CHUNKS), *options)
-        call = rfengine("bench", "--device", setting.device, "--protocol", ",".join(protocols), *size)
+        how = (*SMALLEST, "--chunks", "1") if setting.small else options
+        call = rfengine("bench", "--device", setting.device, "--protocol", ",".join(protocols), *how)
         commands.append(replace(measuring(name, setting, *call), absence=absence))
     return commands
 
@@ -310,6 +311,8 @@ class Run:
     def __init__(self, command: Command, setting: Setting) -> None:
         self.command, self.started = command, time.monotonic()
         self.output, self.errors = (setting.output_of(command, kind) for kind in ("out", "err"))
+        if command.json is not None:  # figures of an earlier run are none of this one
+            command.json.unlink(missing_ok=True)
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         added = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
         added |= SMALL_ENVIRONMENT if setting.small else {}
@@ -403,12 +406,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = made.add_argument
     add("--out", type=Path, help="JSON file of the results; a self-check needs none")
     add("--minutes", type=float, help=f"time for all; {MINUTES:g}, {SMALL_MINUTES:g} for a self-check")
-    add(
-        "--parts",
-        nargs="+",
-        choices=PARTS,
-        help="these alone; without it all but fp8 and protocols, in a self-check all",
-    )
+    add("--parts", nargs="+", choices=PARTS, help="these alone; else all, on a GPU but fp8 and protocols")
     add("--chunks", type=int, default=100, help="chunks that part bench measures")
     add("--self-check", action="store_true", help="in miniature on the CPU, whatever is here")
     add("--commit", help="the commit that is measured, where there is no git")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,8 +35,11 @@ def replaced(path: Path) -> Iterator[Path]:
     """Give the block a hidden path beside `path` to write a file to, which takes the name `path` at the end.
 
     Of several writers at once the last to end wins, and each file is whole. After an error nothing is left,
-    and what was there under the name stays. Raises OSError where the disk is full or cannot be written.
+    and what was there under the name stays, as a directory, a device or a pipe always does. Raises OSError
+    for those, and where the disk is full or cannot be written.
     """
+    if kind := _other_kind(path):
+        raise FileExistsError(errno.EEXIST, f"it is {kind}", str(path))
     partial = partial_path(path)
     try:
         yield partial
@@ -88,6 +92,22 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text to `path`, as `replaced` does. Raises OSError."""
     with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="")
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Raises ValueError where no file can be written to `path`, the value of `option`. Directories for it are
+    made."""
+    try:
+        if kind := _other_kind(path):
+            raise ValueError(f"{option} is {path}, {kind}; name an ordinary file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = partial_path(path)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{option} is {path}, which cannot be written ({error.strerror}); choose another"
+        ) from error
 
 
 @contextmanager
@@ -173,6 +193,16 @@ _KINDS = {
     stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }  # fmt: skip
+
+
+def _other_kind(path: Path) -> str:
+    """What is at `path` where that is no ordinary file, nor a link to one; "" where it is, or nothing is.
+    Raises OSError where that cannot be found out."""
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    return "" if stat.S_ISREG(kind) else _KINDS.get(stat.S_IFMT(kind), "no file")
 
 
 @contextmanager

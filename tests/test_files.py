@@ -19,6 +19,7 @@ from rfengine.files import (
     partial_path,
     read_text,
     replaced,
+    require_writable,
     reserved,
     text_lines,
     write_text,
@@ -114,6 +115,31 @@ def test_pipes_devices_and_directories_are_refused_at_once(tmp_path: Path) -> No
     (tmp_path / "link").symlink_to(tmp_path / "pipe")
     with pytest.raises(ValueError, match="link is a pipe"):
         read_text(tmp_path / "link", 10)
+
+
+def test_pipes_devices_and_directories_are_never_replaced(tmp_path: Path) -> None:
+    pipe, folder, link = (tmp_path / name for name in ("pipe", "folder", "link"))
+    os.mkfifo(pipe)
+    folder.mkdir()
+    link.symlink_to(pipe)
+    for path, kind in ((pipe, "a pipe"), (folder, "a directory"), (link, "a pipe")):
+        with pytest.raises(OSError, match=f"it is {kind}"):
+            write_text(path, "text")
+        with pytest.raises(ValueError, match=f"--json is {path}, {kind}; name an ordinary file"):
+            require_writable(path, "--json")
+    assert pipe.is_fifo() and link.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
+
+
+def test_a_file_that_can_be_written_is_found_out_without_touching_it(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "one" / "two" / "new.json"
+    old.write_text("old")
+    for path in (old, new):
+        require_writable(path, "--json")
+    assert old.read_text() == "old" and list(new.parent.iterdir()) == []
+    for path, reason in ((old / "a.json", "File exists"), (tmp_path / ("n" * 256), "File name too long")):
+        with pytest.raises(ValueError, match=f"which cannot be written .{reason}.; choose another"):
+            require_writable(path, "--json")
 
 
 def test_text_is_read_up_to_its_limit(tmp_path: Path) -> None:

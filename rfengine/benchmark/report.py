@@ -45,6 +45,11 @@ def _head(figures: dict[str, Any]) -> list[str]:
 def _rates(figures: dict[str, Any]) -> list[str]:
     whole, first, memory = (figures[name] for name in ("frames_per_s", "first_frame_ms", "peak_memory_bytes"))
     played = f"{figures['real_time_factor']:.1f} times as fast as it plays"
+    tails = "".join(
+        f"{name} {value:.1f}, "
+        for name in ("p95", "p99")
+        if (value := figures[f"chunk_ms_{name}"]) is not None
+    )
     end_to_end = "" if whole is None else f"{whole:.1f} frames/s end to end, {played}; "
     shares = [
         "unknown" if share is None else f"{share:.1%}"
@@ -52,8 +57,7 @@ def _rates(figures: dict[str, Any]) -> list[str]:
     ]
     return [
         f"{end_to_end}{figures['frames_per_s_without_vae']:.1f} frames/s without the VAE",
-        f"chunk {figures['chunk_ms_p50']:.1f} ms (p95 {figures['chunk_ms_p95']:.1f}, p99 "
-        f"{figures['chunk_ms_p99']:.1f}, jitter {figures['jitter_ms']:.1f}; without the VAE "
+        f"chunk {figures['chunk_ms_p50']:.1f} ms ({tails}jitter {figures['jitter_ms']:.1f}; without the VAE "
         f"{figures['chunk_ms_without_vae_p50']:.1f}), {figures['chunks']} chunks measured"
         + ("" if first is None else f"; first frame {first:.1f} ms after the text states"),
         f"peak memory {'unknown' if memory is None else f'{memory / GIB:.2f} GiB'}; model FLOP utilisation "

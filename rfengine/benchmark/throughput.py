@@ -27,7 +27,7 @@ from rfengine.benchmark.report import check_plot, draw, render
 from rfengine.benchmark.steady import time_frames, time_latents, warm
 from rfengine.benchmark.timing import ChunkTimes, frames_of, latents_of
 from rfengine.costs.rates import GPU, rates_of
-from rfengine.files import write_text
+from rfengine.files import require_writable, write_text
 from rfengine.limits import check_options
 from rfengine.models.streaming_decoder import StreamingDecoder
 
@@ -108,8 +108,8 @@ def _rates(engine: MeasuredEngine, times: ChunkTimes, latents_only: ChunkTimes) 
         "real_time_factor": times.frames_per_s / engine.pipeline.config.fps,
         "frames_per_s_without_vae": latents_only.frames_per_s,
         "chunk_ms_p50": times.percentile_ms(0.5),
-        "chunk_ms_p95": times.percentile_ms(0.95),
-        "chunk_ms_p99": times.percentile_ms(0.99),
+        "chunk_ms_p95": times.tail_ms(0.95),
+        "chunk_ms_p99": times.tail_ms(0.99),
         "chunk_ms_without_vae_p50": latents_only.percentile_ms(0.5),
         "jitter_ms": times.jitter_ms,
         "time_growth": times.growth,
@@ -128,9 +128,10 @@ def run(options: ThroughputOptions) -> int:
     if options.plot is not None:
         check_plot(options.plot)
     to_terminal, figures = str(options.json) == "-", {}
+    if options.json is not None and not to_terminal:
+        require_writable(options.json, "--json")
     for figures in stages(options):
         if options.json is not None and not to_terminal:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
             write_text(options.json, json.dumps(figures, indent=2) + "\n")
     if options.plot is not None:
         draw(figures, options.plot)

@@ -33,6 +33,10 @@ class ChunkTimes:
         """The smallest time that at least `share` of all do not exceed."""
         return sorted(self.seconds)[math.ceil(share * len(self.seconds)) - 1] * 1e3
 
+    def tail_ms(self, share: float) -> float | None:
+        """percentile_ms, or None where so few chunks were measured that it would be the longest."""
+        return self.percentile_ms(share) if math.ceil(share * len(self.seconds)) < len(self.seconds) else None
+
     @property
     def jitter_ms(self) -> float:
         """Mean difference, either way, between a chunk and the one before it; 0 for a single chunk."""

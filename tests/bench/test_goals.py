@@ -162,8 +162,11 @@ def test_a_missed_goal_and_a_record_without_a_met_one_are_not_well():
     assert not summarise(record_of())[1]
 
 
-def test_protocols_alone_have_no_goals_and_are_well_unless_they_fail():
-    record = with_outcome(record_of() | {"parts": {}}, "protocols", "file", state="done", results=[])
+def test_protocols_alone_have_no_goals_and_are_well_unless_they_fail_or_none_was_run():
+    record = record_of() | {"parts": {}}
+    with_outcome(record, "protocols", "transformer", state="not run", reason="no time was left")
+    assert summarise(record)[1] is False
+    with_outcome(record, "protocols", "file", state="done", results=[])
     assert summarise(record)[1]
     with_outcome(record, "protocols", "clips", state="failed", reason="exit 1: a", results=[])
     assert not summarise(record)[1]

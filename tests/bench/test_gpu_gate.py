@@ -88,6 +88,14 @@ def test_results_are_read_from_the_output_or_from_a_file(tmp_path, monkeypatch):
     assert (tmp_path / "file.out").read_text() == "a table\n" and found["seconds"] > 0
 
 
+def test_figures_of_an_earlier_run_are_not_those_of_a_command_that_crashes(tmp_path, monkeypatch):
+    figures = tmp_path / "bench.json"
+    figures.write_text('{"frames_per_s": 99.0}')
+    commands = [script("bench", "raise ValueError('out of memory')", json=figures)]
+    found = run_parts(tmp_path, monkeypatch, {"bench": commands})["bench"]["commands"]["bench"]
+    assert found["state"] == "failed" and not found["results"]
+
+
 def test_a_command_that_fails_or_crashes_keeps_its_results_and_costs_no_other(tmp_path, monkeypatch):
     commands = [
         script("raises", "print('{\"a\": 1}'); raise ValueError('out of luck')"),
@@ -217,6 +225,8 @@ def test_commands_for_a_gpu_are_made_before_one_is_there(tmp_path, monkeypatch):
     assert all(
         protocol in command.arguments for protocol, command in zip(protocols, made["protocols"], strict=True)
     )
+    latency = next(command for command in made["protocols"] if command.name == "latency")
+    assert latency.arguments[-4:-2] == ("--chunks", "100")  # fewer have no 99th percentile
     assert [command.absence for command in made["fp8"]] == ["", "", ""]
     assert all({"--compare", "--precision"} <= {*command.arguments} for command in made["fp8"])
     attention, kernels = (made[name][0].arguments for name in ("attention", "kernels"))
@@ -311,7 +321,7 @@ def test_other_commands_of_the_self_check_pass_with_what_a_bare_cuda_image_has(t
     figures = json.loads(bench[0].json.read_text())
     assert figures["model"] == "tiny" and "comparison" in figures
     assert json.loads(vae[0].json.read_text())["model"] == "tiny"
-    (measured,) = (json.loads(command.json.read_text()) for command in protocols)
+    measured = [record for command in protocols for record in json.loads(command.json.read_text())]
     assert [record["protocol"] for record in measured] == [
         "full-decoder",
         "tiny-decoder",

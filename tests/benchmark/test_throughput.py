@@ -97,9 +97,9 @@ def test_figures_are_json_and_name_their_circumstances(figures: dict[str, Any]) 
 
 
 def test_rates_are_those_of_twelve_frames_a_chunk(figures: dict[str, Any]) -> None:
-    slowest, median = figures["chunk_ms_p99"], figures["chunk_ms_p50"]
-    assert median <= figures["chunk_ms_p95"] <= slowest
-    assert 12e3 / slowest <= figures["frames_per_s"]
+    # two of three chunks took the median or longer
+    assert 0 < figures["frames_per_s"] <= 3 * 12e3 / (2 * figures["chunk_ms_p50"])
+    assert figures["chunk_ms_p95"] is figures["chunk_ms_p99"] is None  # of three chunks
     assert figures["real_time_factor"] == figures["frames_per_s"] / 16
     assert figures["frames_per_s_without_vae"] > 0
     assert figures["flop_utilisation"] > 0
@@ -129,7 +129,9 @@ def test_table_has_every_figure_of_the_json(figures: dict[str, Any]) -> None:
     shown = render(figures)
     for row in figures["parts"]:
         assert row["part"] in shown and f"{row['ms']:.3f}" in shown
-    for words in ("frames/s end to end", "p99", "jitter", "peak memory", "FLOP utilisation", "alternating"):
+    assert "p99" not in shown
+    assert "p95 7.0, p99 9.0, jitter" in render(figures | {"chunk_ms_p95": 7.0, "chunk_ms_p99": 9.0})
+    for words in ("frames/s end to end", "jitter", "peak memory", "FLOP utilisation", "alternating"):
         assert words in shown
     assert figures["versions"]["commit"] in shown
     assert figures["weights"] in shown
@@ -296,6 +298,7 @@ def test_a_preset_runs_with_random_weights_and_says_so() -> None:
         (("--height", "33"), 2, "must be a multiple of 16"),
         (("--plot", "plot.txt"), 2, "end it in .png"),
         (("--plot", "no/such/folder/plot.png"), 2, "is no directory"),
+        (("--device", "cpu", "--json", "."), 2, "--json is ., a directory; name an ordinary file"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_sentence(
@@ -365,6 +368,10 @@ def test_times_are_ordered_shares_and_jitter_is_the_mean_step() -> None:
     assert times.percentile_ms(0.5) == pytest.approx(200)
     assert times.percentile_ms(0.75) == pytest.approx(300)
     assert times.percentile_ms(0.99) == pytest.approx(400)
+    assert times.tail_ms(0.75) == pytest.approx(300) and times.tail_ms(0.76) is None
+    for share, least in ((0.95, 20), (0.99, 100)):
+        assert ChunkTimes((1.0,) * least, 12).tail_ms(share) == 1e3
+        assert ChunkTimes((1.0,) * (least - 1), 12).tail_ms(share) is None
     assert times.jitter_ms == pytest.approx(200)
     assert ChunkTimes((0.1,), 12).jitter_ms == 0
 

@@ -7,7 +7,6 @@ import importlib.util
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -21,12 +20,12 @@ from rfengine.checkpoint.systems import configured
 from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.costs.memory import memory_needs, stream_bytes
 from rfengine.costs.shapes import require_stream
-from rfengine.files import partial_path
+from rfengine.files import require_writable
 from rfengine.grid import LatentGrid
 from rfengine.limits import check_options, shown
 from rfengine.memory import require_memory
 from rfengine.runtime.decoders import require_decoder
-from rfengine.runtime.options import decode_device, dtype_of, runtime_switches
+from rfengine.runtime.options import decode_device, model_dtype, runtime_switches
 from rfengine.video import check_size
 
 ALL = "all"
@@ -66,7 +65,7 @@ def planned(options: ThroughputOptions) -> list[Plan]:
     for plan in plans:
         _require_possible(plan, checkpoint, device)
     if options.json is not None and str(options.json) != "-":
-        _require_writable(options.json)
+        require_writable(options.json, "--json")
     return plans
 
 
@@ -130,7 +129,8 @@ def _require_possible(plan: Plan, checkpoint: Checkpoint, device: torch.device) 
         )
     if protocol.writes:
         _require_video_file(protocol, grid)
-    _require_fits(protocol, checkpoint, config, grid, dtype_of(options.dtype, device), device)
+    dtype = model_dtype(options.runtime, options.dtype, device)
+    _require_fits(protocol, checkpoint, config, grid, dtype, device)
 
 
 def _require_video_file(protocol: Protocol, grid: LatentGrid) -> None:
@@ -166,10 +166,11 @@ def _require_fits(
 ) -> None:
     """Raises RuntimeError where memory cannot hold the weights and, beside them, one after another: the text
     encoder, the transformer and cache of the reference in twice the precision, with which the engine is
-    compared first, and the engine's stream."""
-    config = replace(config, runtime=RuntimeConfig())  # on which none of it depends
-    needs, truth = _memory_needs(config, grid, dtype), _memory_needs(config, grid, twice(dtype))
-    weights, text = needs["transformer"] + needs["vae"], needs["text_encoder"]
+    compared first, and the engine's stream. In FP8 the engine has a second set of weights."""
+    needs = _memory_needs(_of_memory(config), grid, dtype)
+    truth = _memory_needs(replace(config, runtime=RuntimeConfig()), grid, twice(dtype))  # which has no FP8
+    weights = needs["transformer"] + needs["transformer_fp8"] + needs["vae"]
+    text = needs["text_encoder"]
     if checkpoint.directory is None:  # random weights have none
         text = 0
     elif protocol.encodes_text:
@@ -184,21 +185,13 @@ def _require_fits(
     )  # fmt: skip
 
 
+def _of_memory(config: EngineConfig) -> EngineConfig:
+    """`config` with what its memory depends on alone, so that it is reckoned once a session."""
+    runtime = config.runtime
+    runtime = RuntimeConfig(precision=runtime.precision, sixteen_bit_passes=runtime.sixteen_bit_passes)
+    return replace(config, runtime=runtime)
+
+
 @functools.cache
 def _memory_needs(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> dict[str, int]:
     return memory_needs(config, grid, dtype)
-
-
-def _require_writable(path: Path) -> None:
-    """Raises ValueError where no file can be written to `path`. Directories for it are made."""
-    if path.is_dir():
-        raise ValueError(f"--json is {path}, a directory; name a file in it")
-    trial = partial_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"--json is {path}, which cannot be written ({error.strerror}); choose another"
-        ) from error

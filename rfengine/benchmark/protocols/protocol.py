@@ -25,7 +25,9 @@ class Rival:
     """A published figure on one GPU, of the transformer of Wan2.1-1.3B in 16 bits.
 
     figure: the name of ours that it stands beside, whose unit `value` has. note: what is inside of its time.
-    is_stated: whether that is published.
+    window_frames: that each latent frame sees, None for a system whose chunks have no window in common with
+    ours. tier: of its frames, as Pipeline.vae_tier; None where it makes none. is_stated: whether what is
+    inside of its time is published.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Rival:
     gpu: str  # a word of the name that its driver reports
     note: str
     source: str
+    window_frames: int | None
+    tier: str | None
     steps: int = 4
     height: int = 480
     width: int = 832
@@ -46,6 +50,8 @@ class Rival:
             "model": setting["preset"] != "wan-1.3b",
             "size": (setting["height"], setting["width"]) != (self.height, self.width),
             "number of steps": setting["denoising_steps"] != self.steps,
+            "window": self.window_frames not in (None, setting["window_frames"]),
+            "decoder": setting["vae_tier"] != self.tier,
             "precision": setting["dtype"] not in ("bfloat16", "float16")
             or setting["runtime"]["precision"] not in ("default", "bf16"),
             "machine": self.gpu not in setting["device"].split(),

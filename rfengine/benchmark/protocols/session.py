@@ -24,23 +24,30 @@ Record = dict[str, Any]
 
 def run(options: ThroughputOptions) -> int:
     """Measure the protocols of `options`. The file has a JSON list of those that have ended; with - each is a
-    line of JSON, and else a table. Returns the exit status."""
+    line of JSON, and else a table. Returns the exit status. Raises RuntimeError with the name of a
+    protocol that failed, after which none is measured."""
     plans, records = planned(options), list[Record]()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     to_terminal = str(options.json) == "-"
+    place = "were shown" if options.json is None or to_terminal else f"are in {options.json}"
     try:
         for record in measured(plans):
             records.append(record)
-            if options.json is not None and not to_terminal:
-                write_text(options.json, json.dumps(records, indent=2) + "\n")
-            if not to_terminal and len(records) == 1:
-                print(render_machine(record))
-            print(json.dumps(record) if to_terminal else render(record), flush=True)
+            try:
+                if options.json is not None and not to_terminal:
+                    write_text(options.json, json.dumps(records, indent=2) + "\n")
+            finally:  # a full disk takes no figure along
+                if not to_terminal and len(records) == 1:
+                    print(render_machine(record))
+                print(json.dumps(record) if to_terminal else render(record), flush=True)
+    except RuntimeError as error:
+        failed = f"the protocol {plans[len(records)].protocol.name} failed: {error}"
+        ended = f"; {len(records)} of {len(plans)} protocols {place}" if records else ""
+        raise RuntimeError(failed + ended) from error
     except KeyboardInterrupt:
         if not records:
             raise
-        place = "were shown" if options.json is None or to_terminal else f"are in {options.json}"
         raise KeyboardInterrupt(f"{len(records)} of {len(plans)} protocols {place}") from None
     return 0
 

@@ -47,9 +47,12 @@ _ALL = (
         (_CONTEXT, *_NOT_FRAMES),
         measure_latents,
         rivals=(
-            Rival("FlashDreams", "chunk_ms_p50", 344, "H100", _FOUR_PASSES, _FLASHDREAMS),
-            Rival("Self-Forcing's own code", "chunk_ms_p50", 432, "H100", _FOUR_PASSES, _FLASHDREAMS),
-            Rival("FastVideo", "chunk_ms_p50", 511, "H100", _FOUR_PASSES, _FLASHDREAMS),
+            Rival("FlashDreams", "chunk_ms_p50", 344, "H100", _FOUR_PASSES, _FLASHDREAMS, 21, None),
+            Rival(
+                "Self-Forcing's own code", "chunk_ms_p50", 432, "H100",
+                _FOUR_PASSES, _FLASHDREAMS, 21, None,
+            ),
+            Rival("FastVideo", "chunk_ms_p50", 511, "H100", _FOUR_PASSES, _FLASHDREAMS, 21, None),
         ),
         system="self-forcing",
         context_pass=False,
@@ -84,7 +87,7 @@ _ALL = (
             Rival(
                 "FlashDreams", RATE, 46.6, "GB200",
                 "4 denoising passes and the context pass, window 21, tiny decoder",
-                "NVIDIA/flashdreams, PERFORMANCE.md",
+                "NVIDIA/flashdreams, PERFORMANCE.md", 21, "reduced",
             ),
         ),
         system="reward-forcing",
@@ -99,9 +102,12 @@ _ALL = (
         rivals=(
             Rival(
                 "Reward Forcing", RATE, 23.1, "H100", _UNSAID, "README of JaydenLyh/Reward-Forcing",
-                is_stated=False,
+                9, "lossless", is_stated=False,
             ),
-            Rival("Self-Forcing", RATE, 17.0, "H100", _UNSAID, "arXiv 2506.08009", is_stated=False),
+            Rival(
+                "Self-Forcing", RATE, 17.0, "H100",
+                _UNSAID, "arXiv 2506.08009", 21, "lossless", is_stated=False,
+            ),
         ),
         system="reward-forcing",
         vae="full",
@@ -113,8 +119,14 @@ _ALL = (
         ("the process's start", "loading", "compiling"),
         measure_file,
         rivals=(
-            Rival("Rolling Forcing, 4 steps", "seconds", 106.5, "H200", _ROLLING, _WAVE_FORCING),
-            Rival("Rolling Forcing, 5 steps", RATE, 11.9, "H200", _ROLLING, _WAVE_FORCING, steps=5),
+            Rival(
+                "Rolling Forcing, 4 steps", "seconds", 106.5, "H200",
+                _ROLLING, _WAVE_FORCING, None, "lossless",
+            ),
+            Rival(
+                "Rolling Forcing, 5 steps", RATE, 11.9, "H200",
+                _ROLLING, _WAVE_FORCING, None, "lossless", steps=5,
+            ),
         ),
         encodes_text=True,
         frames=LONG_FRAMES,
@@ -136,8 +148,14 @@ _ALL = (
         ("the process's start", "loading", "compiling", "writing a file"),
         measure_warm_clip,
         rivals=(
-            Rival("Reward Forcing, a user's run", "seconds", 5.9, "H100", _CLIP, _USER),
-            Rival("Self-Forcing, a user's run", "seconds", 6.2, "H100", _CLIP, _USER),
+            Rival(
+                "Reward Forcing, a user's run", "seconds", 5.9, "H100",
+                _CLIP, _USER, 9, "lossless", is_stated=False,
+            ),
+            Rival(
+                "Self-Forcing, a user's run", "seconds", 6.2, "H100",
+                _CLIP, _USER, 21, "lossless", is_stated=False,
+            ),
         ),
         encodes_text=True,
         frames=DEFAULT_NUM_FRAMES,

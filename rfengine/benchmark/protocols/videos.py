@@ -11,6 +11,7 @@ from rfengine.benchmark.protocols.fresh_process import Task, run_fresh
 from rfengine.benchmark.protocols.protocol import RATE, Figures, Trial
 from rfengine.benchmark.steady import warm_up
 from rfengine.benchmark.timing import spread
+from rfengine.tuning.record import default_cache_path
 from rfengine.video import VideoWriter
 
 CLIPS = 3
@@ -61,9 +62,7 @@ def measure_cold_clip(trial: Trial) -> Figures:
     """A clip in a process of its own, from its start; kernels are compiled and backends timed anew."""
     trial.release()
     with tempfile.TemporaryDirectory() as folder:
-        empty = {"TRITON_CACHE_DIR": str(Path(folder, "triton"))}
-        if trial.setting.options.runtime.vae != "tensorrt":  # whose engine may lie there
-            empty["XDG_CACHE_HOME"] = folder
+        empty = empty_caches(Path(folder))
         started = time.monotonic()
         marks = run_fresh(Task(trial.setting, frames=trial.frames), Path(folder), empty)
     seconds = marks["made"] - started
@@ -74,3 +73,16 @@ def measure_cold_clip(trial: Trial) -> Figures:
         "making_s": marks["made"] - marks["loaded"],
         "first_frame_s": marks["first_frame"] - started,
     }  # fmt: skip
+
+
+def empty_caches(folder: Path) -> dict[str, str]:
+    """Variables by which a process finds no kernel that Triton or the driver has compiled before, and no
+    record of timed backends. The engines of `rfengine export-vae`, which no start builds, are there."""
+    own = folder / "rfengine"
+    own.mkdir()
+    (own / "tensorrt").symlink_to(default_cache_path().parent / "tensorrt")
+    return {
+        "XDG_CACHE_HOME": str(folder),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+        "CUDA_CACHE_PATH": str(folder / "cuda"),
+    }
