@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rfengine.accuracy import relative_error
 from rfengine.cache.window_fp8 import WindowFP8
-from rfengine.config import CacheConfig, RuntimeConfig
+from rfengine.config import CacheConfig, RuntimeConfig, ScheduleConfig
 from rfengine.models.fp8_products import attention_units
 from rfengine.ops import REFERENCE_OPS
 from rfengine.runtime.chunk_runner import ChunkRunner
@@ -45,12 +45,13 @@ def latents_of(
     text, found = model.text_keys_values(text_states()), []
     for chunk in range(chunks):
         plan = cache.plan_chunk()
-        found.append(runner.advance(cache, plan, noise_of(chunk, plan.frames), text, on_step))
+        noise = noise_of(chunk, plan.frames, len(runner.steps_of(chunk)))
+        found.append(runner.advance(cache, plan, noise, text, on_step))
     return found
 
 
-def runner_with(fp8_passes: tuple[int, ...]) -> ChunkRunner:
-    return ChunkRunner(small_model().requires_grad_(False), FlowSchedule(TWO_STEPS), False, fp8_passes)
+def runner_with(fp8_passes: tuple[int, ...], schedule: ScheduleConfig = TWO_STEPS) -> ChunkRunner:
+    return ChunkRunner(small_model().requires_grad_(False), FlowSchedule(schedule), False, fp8_passes)
 
 
 @pytest.mark.parametrize("config", CACHES, ids=["reward", "absolute", "window", "memory"])
@@ -70,6 +71,14 @@ def test_each_pass_can_be_in_fp8_alone(passes: tuple[int, ...]) -> None:
     exact, found = (latents_of(runner_with(each), CacheConfig()) for each in ((), passes))
     assert torch.equal(found[STEADY], exact[STEADY]) == (passes == (2,))
     assert not torch.equal(found[STEADY + 1], exact[STEADY + 1])
+
+
+def test_chunks_with_steps_of_their_own_have_no_pass_in_fp8() -> None:
+    """Pass 1 is the last step of the later chunks, and would be the context pass of those with one step."""
+    first = STEADY + 2
+    schedule = dataclasses.replace(TWO_STEPS, first_steps=(1000,), first_chunks=first)
+    exact, found = (latents_of(runner_with(passes, schedule), CacheConfig()) for passes in ((), (1,)))
+    assert [torch.equal(*pair) for pair in zip(found, exact, strict=True)] == [True] * first + [False] * 2
 
 
 def test_the_copies_are_those_of_the_arena() -> None:
