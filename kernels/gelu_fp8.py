@@ -1,6 +1,6 @@
 """GELU of a finished product in e4m3, for products that a library makes: one read and one write.
 
-    values = round(GELU(y) / scale), scale = row_scale * reach[0] + reach[1]
+    values = round(GELU(y) / scale), scale = row_scale * reach[0] + reach[1], 1 where that is below 2^-126
 
 GELU in its tanh form: v / (1 + exp(-2 u)), u = sqrt(2 / pi) (v + 0.044715 v^3). A row's scale is known
 before the row is (reference_fp8.linear_gelu_rows_fp8), so nothing is summed. Bound: memory, 3 bytes an
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rfengine.kernels.e4m3 import unit_or_one
 from rfengine.kernels.linear import GELU_SCALE
 
 # M rows, N values of a row
@@ -27,7 +28,7 @@ def _gelu_rows_kernel(y, row_scale, reach, values, scales, width, BLOCK: tl.cons
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     scale = tl.load(row_scale + row) * tl.load(reach) + tl.load(reach + 1)
-    scale = tl.where(scale > 0.0, scale, 1.0)
+    scale = unit_or_one(scale)
     if tl.program_id(1) == 0:
         tl.store(scales + row, scale)
     value = tl.load(y + row * width + column, mask=inside, other=0.0).to(tl.float32)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rfengine.kernels.device import contiguous_rows, row_launch, rows_per_sum
+from rfengine.kernels.e4m3 import unit_or_one
 
 # B batch, F latent frames, T tokens, D model dim; a table is [B or 1, F or 1, D], or [D] for all tokens
 
@@ -48,7 +49,7 @@ def row_fp8_of(rows, AXIS: tl.constexpr):
     """float32 rows along AXIS in e4m3 and their scales, as reference.row_fp8 has them."""
     # correctly rounded divisions: the plain one differs from torch's in the last bit
     scale = tl.div_rn(tl.max(tl.abs(rows), AXIS), 448.0)
-    scale = tl.where(scale > 0.0, scale, 1.0)
+    scale = unit_or_one(scale)
     # at most 448 (1 + 2^-23) in magnitude, which rounds to 448: nothing is left to saturate
     values = tl.div_rn(rows, scale if AXIS == 0 else scale[:, None])
     return values.to(tl.float8e4nv), scale

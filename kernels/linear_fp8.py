@@ -31,6 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rfengine.kernels.device import contiguous_rows, fits_descriptor
+from rfengine.kernels.e4m3 import unit_or_one
 from rfengine.kernels.layer_norm import row_fp8_of
 from rfengine.kernels.linear import GELU_SCALE
 from rfengine.kernels.linear_tile import Device, Tile, choose_tile, describe_device
@@ -141,7 +142,7 @@ def _linear_fp8_kernel(
     inverse = None
     if reach is not None:
         unit = scale * tl.load(reach) + tl.load(reach + 1)
-        unit = tl.where(unit > 0.0, unit, 1.0)
+        unit = unit_or_one(unit)
         if column == 0:
             tl.store(out_scale + at, unit, mask=at < rows)
         inverse = 1.0 / unit

@@ -25,9 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from rfengine.kernels.device import capability_of, require_fp8, row_launch
+from rfengine.kernels.e4m3 import to_e4m3
 from rfengine.kernels.qk_norm_rope import norm_row, row_angles, turn_row
 from rfengine.kernels.rephase_keys import check_layout, check_rotation
-from rfengine.kernels.window_fp8 import check_units, to_e4m3
+from rfengine.kernels.window_fp8 import check_units
 
 
 @triton.jit(do_not_specialize=["num_tokens", "frame_tokens"])

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rfengine.kernels.device import count_processors
+from rfengine.kernels.e4m3 import unit_or_one
 
 # B batch, Tq query tokens, S arena tokens, H heads, D head dim. Units, parts: see above.
 
@@ -141,11 +142,11 @@ def _sink_window_attention_descriptor_kernel(
 @triton.jit
 def store_rows(result, out_ptr, row_scale_ptr, first, rows, mask):
     """result [M, D] at rows first + rows of out [..., D], `first` in 64 bits; with row_scale [...], in e4m3
-    with a scale for each row as well: max |row| / 448, or 1 for zeros."""
+    with a scale for each row as well: unit_or_one(max |row| / 448)."""
     if row_scale_ptr is not None:
         wide = result.to(tl.float32)
         scale = tl.div_rn(tl.max(tl.abs(wide), 1), 448.0)
-        scale = tl.where(scale > 0.0, scale, 1.0)
+        scale = unit_or_one(scale)
         tl.store(row_scale_ptr + first + rows, scale, mask=mask)
         # by the reciprocal, since 64 correctly rounded divisions a thread spill; at most 448 (1 + 2^-22) in
         # magnitude, which rounds to 448: nothing is left to saturate

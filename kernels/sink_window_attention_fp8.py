@@ -205,9 +205,9 @@ def sink_window_attention_fp8(
     last. logit_scale: float32 [1]; value_unit: float32 [B, H]. filled_tokens: int32 [1] on the device, 1 to
     S, not checked, the number of tokens that are read, and the same as kv_len; the others may be NaN. Returns
     [B, Tq, H, D] in dtype, contiguous; with rows, e4m3 [B, Tq, H, D] and float32 scales [B, Tq, H], max |row|
-    / 448 after rounding to dtype, 1 for zeros. form: None lets the device choose. No gradient. Raises
-    RuntimeError for a GPU without FP8, and ValueError for head dims other than 64 and 128, other dtypes,
-    shapes that do not fit, a strided last axis, and a form that cannot read these strides.
+    / 448 after rounding to dtype, 1 where that is below 2^-126. form: None lets the device choose. No
+    gradient. Raises RuntimeError for a GPU without FP8, and ValueError for head dims other than 64 and 128,
+    other dtypes, shapes that do not fit, a strided last axis, and a form that cannot read these strides.
     """
     given = (q, keys_fp8, values_fp8, logit_scale, value_unit, filled_tokens, dtype, form)
     return _rows_op(*given) if rows else _attention_op(*given)

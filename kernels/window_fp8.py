@@ -1,7 +1,7 @@
 """The window in e4m3: rotated keys less their mean, and values transposed, of all layers at once.
 
     key_mean = mean of the keys;   keys_fp8 = e4m3((key - key_mean) * (1 / key_unit))
-    value_unit = 16 max |v| / 448, 1 where that is 0;   values_fp8 = e4m3(v * (1 / value_unit))
+    value_unit = 16 max |v| / 448, 1 where that is below 2^-126;   values_fp8 = e4m3(v * (1 / value_unit))
 
 rotated, values [L, B, S, H, E]; means [L, B, H, E] and value units [L, B, H] over the first filled_tokens
 tokens, which the device reads; keys_fp8 [L, B, S, H, E]; values_fp8 [L, B, H, E, S8], tokens contiguous.
@@ -21,17 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from rfengine.kernels.device import capability_of, require_fp8
+from rfengine.kernels.e4m3 import LARGEST, to_e4m3, unit_or_one
 from rfengine.kernels.rephase_keys import check_layout
 
 PART_TOKENS = 512  # that one program sums: 28 x 12 x 30 programs at the shipped size (unmeasured)
-LARGEST = tl.constexpr(448.0)  # of e4m3
 HEADROOM = tl.constexpr(16.0)  # of the values' unit, over the largest value of the window
-
-
-@triton.jit
-def to_e4m3(x):
-    """Rounded to nearest; saturates."""
-    return tl.clamp(x, -LARGEST, LARGEST).to(tl.float8e4nv)
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -79,7 +73,7 @@ def _window_units_kernel(
     mean = tl.div_rn(tl.sum(total, 0), filled)
     tl.store(key_mean + (sample * heads + head) * E + column, mean, mask=column < E)
     unit = tl.div_rn(tl.max(largest, 0) * HEADROOM, LARGEST)
-    tl.store(value_unit + sample * heads + head, tl.where(unit > 0.0, unit, 1.0))
+    tl.store(value_unit + sample * heads + head, unit_or_one(unit))
 
 
 @triton.jit

@@ -400,3 +400,8 @@ class EngineConfig:
                     f"sixteen_bit_passes has {number} and a chunk has {passes} passes; give numbers from "
                     f"{-passes} to {passes - 1}"
                 )
+        if not self.runtime.fp8_passes(passes):
+            raise ValueError(
+                f"sixteen_bit_passes is {shown(self.runtime.sixteen_bit_passes)}, all {passes} passes of a "
+                "chunk; leave out what is to attend in FP8, or use precision='fp8'"
+            )

@@ -36,7 +36,8 @@ class RuntimeConfig:
     in e4m3. fp8-attention: the attention over a full window as well."""
     sixteen_bit_passes: Annotated[tuple[int, ...], Entries(0, 64), Range(-64, 63)] = (0, -1)
     """With fp8-attention, the passes of a chunk whose attention is not in FP8: denoising steps count from 0
-    and the context pass is the last; -1 is the last one, -2 the one before."""
+    and the context pass is the last; -1 is the last one, -2 the one before. Chunks of another length or with
+    steps of their own (first_steps) have none in FP8."""
     fp8_table: Annotated[str, Text(1, 4096)] | None = None
     """The products left out of FP8, as `rfengine calibrate` writes them; fp8.json of the checkpoint, if it
     has one, where nothing is given."""

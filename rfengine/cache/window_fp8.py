@@ -65,7 +65,8 @@ class WindowFP8:
         )
 
     def begin(self, cache: StreamingKVCache, ops: Ops) -> None:
-        """Copy the arena of `cache`, all of whose slots are filled, before the first pass of a chunk."""
+        """Copy the arena of `cache` before the first pass of a chunk, whose own slots each pass writes before
+        it reads them: all others are filled."""
         tokens, filled = cache.full_read
         ops.window_fp8(
             cache.keys, cache.values, self.units.key, self.key_mean, self.value_unit, self.keys, self.values,

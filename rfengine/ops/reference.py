@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALLEST_UNIT = 2.0**-126  # of what is rounded to e4m3: the reciprocal of a smaller one may be infinite
+
 
 def widened(x: Tensor) -> Tensor:
     """x as it is computed with: in float32, or in float64 where that is its dtype."""
@@ -92,12 +94,16 @@ def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., D] in e4m3 with one scale for each row: (values, scale [..., 1] in float32), x = values *
     scale.
 
-    scale = max |row| / 448, or 1 for a row of zeros; values are rounded to nearest and saturate at 448. The
-    FP8 forms of the norms return row_fp8 of the norm.
+    scale = unit_or_one(max |row| / 448); values are rounded to nearest and saturate at 448. The FP8 forms of
+    the norms return row_fp8 of the norm.
     """
-    scale = x.float().abs().amax(-1, keepdim=True) / 448
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = unit_or_one(x.float().abs().amax(-1, keepdim=True) / 448)
     return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def unit_or_one(unit: Tensor) -> Tensor:
+    """unit, or 1 where it is smaller than a normal number, such as that of zeros: what is in it is then 0."""
+    return torch.where(unit >= SMALLEST_UNIT, unit, 1.0)
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
@@ -322,7 +328,7 @@ def causal_conv3d_fp8(
 def channel_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight [Cout, ...] in e4m3 with one scale for each channel out: (values, scale [Cout] in float32).
 
-    As row_fp8: scale = max |weights of the channel| / 448, or 1 for zeros; values are rounded to nearest.
+    As row_fp8: scale = unit_or_one(max |weights of the channel| / 448); values are rounded to nearest.
     """
     values, scale = row_fp8(weight.flatten(1))
     return values.view(weight.shape), scale.flatten()

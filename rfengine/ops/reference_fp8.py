@@ -18,6 +18,7 @@ from rfengine.ops.reference import (
     affine_layer_norm,
     gated_residual,
     row_fp8,
+    unit_or_one,
     widened,
 )
 
@@ -65,15 +66,14 @@ def linear_gelu_rows_fp8(
 ) -> tuple[Tensor, Tensor]:
     """linear_gelu_fp8 in e4m3 with one scale for each row: (values [..., N], scale [..., 1] in float32).
 
-    row_scale: [..., 1]. reach: float32 [2], from product_reach. A row's scale is row_scale * reach[0] +
-    reach[1], in which nothing can saturate: no value of x is above 448 of its units, so no sum is above
-    448 * row_scale * reach[0] + 448 * reach[1], and no GELU is larger than its argument. So the scale is
-    known before the row is, and each tile of a product can be rounded as it is made. e4m3 is a
+    row_scale: [..., 1]. reach: float32 [2], from product_reach. A row's scale is unit_or_one(row_scale *
+    reach[0] + reach[1]), in which nothing can saturate: no value of x is above 448 of its units, so no sum is
+    above 448 * row_scale * reach[0] + 448 * reach[1], and no GELU is larger than its argument. So the scale
+    is known before the row is, and each tile of a product can be rounded as it is made. e4m3 is a
     floating-point format: unused range costs nothing but the smallest values.
     """
     product = _product(x, row_scale, weight, weight_scale, bias)
-    scale = row_scale * reach[0] + reach[1]
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = unit_or_one(row_scale * reach[0] + reach[1])
     values = F.gelu(product, approximate="tanh") / scale
     if x.dtype == torch.float64:
         return values, scale

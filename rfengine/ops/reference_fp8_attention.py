@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from rfengine.ops.reference import rms_norm, rotate, row_fp8, widened, write_frames
+from rfengine.ops.reference import rms_norm, rotate, row_fp8, unit_or_one, widened, write_frames
 
 LARGEST = 448.0  # of e4m3
 HEADROOM = 16.0  # of the values' unit, over the largest value of the window
@@ -41,15 +41,15 @@ def window_fp8(
     rotated, values: [L, B, S, H, E], of which only the first kv_len tokens are read. key_unit: float32 [L],
     so large that no key less the mean exceeds 448 of it. In place: key_mean, float32 [L, B, H, E], the mean
     over the tokens of the rotated keys (softmax stays the same when all keys lose one vector); value_unit,
-    float32 [L, B, H], HEADROOM * max |values of the head| / 448, 1 where that is 0, so that values of a later
-    pass fit as well; keys_fp8, e4m3 [L, B, S, H, E], (rotated - key_mean) / key_unit; values_fp8, e4m3 [L, B,
+    float32 [L, B, H], unit_or_one(HEADROOM * max |values of the head| / 448), so that values of a later pass
+    fit as well; keys_fp8, e4m3 [L, B, S, H, E], (rotated - key_mean) / key_unit; values_fp8, e4m3 [L, B,
     H, E, S8], values / value_unit with tokens contiguous. Tokens from kv_len on stay as they are.
     filled_tokens: int32 [1] on the device, the same number as kv_len, which a backend reads there.
     """
     rotated, values = widened(rotated[:, :, :kv_len]), widened(values[:, :, :kv_len])
     key_mean.copy_(rotated.mean(2))
     unit = values.abs().amax((2, 4)) * HEADROOM / LARGEST
-    value_unit.copy_(torch.where(unit > 0, unit, 1.0))
+    value_unit.copy_(unit_or_one(unit))
     keys = (rotated - key_mean[:, :, None]) * key_unit.reciprocal()[:, None, None, None, None]
     keys_fp8[:, :, :kv_len] = _rounded(keys, keys_fp8.dtype)
     values = values * value_unit.reciprocal()[:, :, None, :, None]

@@ -218,10 +218,10 @@ class ChunkRunner:
         window.begin(cache, self.model.ops)
         self._copied_chunk[cache] = plan.chunk
 
-    @staticmethod
-    def _is_steady(cache: StreamingKVCache, plan: CachePlan) -> bool:
-        """Whether the window is full and the chunk as long as all later ones."""
-        return plan.evicts and plan.frames == cache.config.chunk_frames
+    def _is_steady(self, cache: StreamingKVCache, plan: CachePlan) -> bool:
+        """Whether the window is full and the chunk as long as all later ones, in the same steps."""
+        has_length = plan.frames == cache.config.chunk_frames
+        return plan.evicts and has_length and self.steps_of(plan.chunk) is self.steps
 
     def _chunk(
         self,
@@ -259,8 +259,7 @@ class ChunkRunner:
     ) -> CapturedCall[Tensor] | None:
         """The recorded program for these inputs, which are then in its static tensors; None for one that is
         to run op by op."""
-        is_steady = self._is_steady(cache, plan)
-        if not self.graphs or not is_steady or self.steps_of(plan.chunk) is not self.steps:
+        if not self.graphs or not self._is_steady(cache, plan):
             return None
         graph = self._graph_by_cache.get(cache)
         if graph is None:

@@ -94,8 +94,8 @@ def test_memory_of_fp8_attention_is_that_of_the_copies_of_a_window(name: str) ->
     assert window.values.shape[-1] % 16 == 0 and window.values.shape[-1] >= tokens
 
 
-def test_no_copies_are_kept_where_every_pass_stays_in_16_bits() -> None:
-    runtime = RuntimeConfig(precision="fp8-attention", sixteen_bit_passes=(0, 1, 2))
+def test_no_copies_are_kept_where_products_alone_are_in_fp8() -> None:
+    runtime = RuntimeConfig(precision="fp8")
     needs = memory_needs(dataclasses.replace(small_config(), runtime=runtime), GRID, torch.float32)
     assert needs["window_fp8"] == 0 < needs["transformer_fp8"]
 

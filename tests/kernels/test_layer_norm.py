@@ -110,6 +110,16 @@ def test_an_fp8_row_of_zeros_has_scale_one():
     assert (values.float() == 0).all() and (row_scale == 1).all()
 
 
+def test_an_fp8_row_that_is_nearly_zero_becomes_zero():
+    shift = torch.full((1, 1, 48), 1e-40, device=DEVICE)
+    nearly = torch.zeros(1, 3, 48, device=DEVICE), shift, torch.zeros_like(shift), 1e-6
+    for values, row_scale in (
+        adaptive_layer_norm_fp8(*nearly),
+        row_fp8(reference.adaptive_layer_norm(*nearly)),
+    ):
+        assert (values.float() == 0).all() and (row_scale == 1).all()
+
+
 def affine_inputs(batch, tokens, dim, dtype=torch.float32, parameter_dtype=torch.float32):
     x = (3 * torch.randn(batch, tokens, dim, device=DEVICE) + 1).to(dtype)
     return x, *torch.randn(2, dim, device=DEVICE).to(parameter_dtype)

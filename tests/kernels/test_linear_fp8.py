@@ -156,6 +156,20 @@ def test_the_gelu_of_a_librarys_product_is_rounded_alike():
     assert flipped(values, expected.flatten(0, 1)) <= MOST_FLIPPED
 
 
+def test_hidden_rows_that_are_nearly_zero_become_zero(form):
+    x, row_scale, weight, weight_scale, bias = operands((1, 20), 64, dtype=torch.float32)
+    weight[3] = torch.zeros(64, device=DEVICE).to(E4M3)  # of each row a value is 0
+    case = x, torch.full_like(row_scale, 1e-41), weight, weight_scale, torch.zeros_like(bias)
+    reach = product_reach(*case[2:])
+    product = reference_fp8.linear_fp8(*case).flatten(0, 1)
+    for values, scale in (
+        linear_fp8.linear_gelu_rows_fp8(*case, reach),
+        reference_fp8.linear_gelu_rows_fp8(*case, reach),
+        gelu_fp8.gelu_rows_fp8(product, case[1].flatten(0, 1), reach),
+    ):
+        assert not values.float().any() and (scale == 1).all()
+
+
 def test_a_gpu_without_fp8_and_heads_that_are_too_wide_are_refused(monkeypatch):
     case = operands()
     monkeypatch.setattr(linear_fp8, "describe_device", lambda _: AMPERE)

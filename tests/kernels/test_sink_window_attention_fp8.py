@@ -111,6 +111,15 @@ def test_rows_are_rounded_to_dtype_and_then_to_their_own_scale(form: str, dtype:
     assert (eights[0].float().abs().amax(-1) == 448).all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_are_nearly_zero_become_zero(form: str) -> None:
+    case = Attention.drawn(1, 5, 20, 2, 64, 17)
+    case.values[:, :, 0] = torch.zeros(20 + 12, device=DEVICE).to(E4M3)  # one value of each row is 0
+    case = replace(case, value_unit=torch.full_like(case.value_unit, 1e-39))
+    eights, scales = sink_window_attention_fp8(*case.arguments(SINGLE, True, form))
+    assert not eights.float().any() and (scales == 1).all()
+
+
 @settings(deadline=None, max_examples=6, derandomize=True)
 @given(
     form=st.sampled_from(FORMS),

@@ -97,6 +97,15 @@ def test_heads_of_zeros_have_the_unit_one_and_alike_keys_are_zero() -> None:
     assert (mean[0, 1] == 0.75).all() and not keys8[0, 1, :KV_LEN].float().any()
 
 
+def test_heads_that_are_nearly_zero_become_zero() -> None:
+    """A unit below 2^-126 may have an infinite reciprocal, which makes NaN of a value 0."""
+    rotated, values = window(torch.float32)
+    values[0, :, :KV_LEN] *= 1e-39
+    values[0, :, 3] = 0.0
+    _, _, value_unit, _, values8 = assert_like_reference(rotated, values, KV_LEN)
+    assert (value_unit[0] == 1).all() and not values8[0, ..., :KV_LEN].float().any()
+
+
 def test_keys_beyond_their_unit_saturate() -> None:
     rotated, values = window(torch.float32)
     unit, *made = copies(rotated, unit_of(rotated) / 100)

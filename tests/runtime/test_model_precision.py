@@ -12,13 +12,13 @@ import torch
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
-from rfengine.config import RuntimeConfig
+from rfengine.config import RuntimeConfig, ScheduleConfig
 from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 from rfengine.pipeline import Pipeline
 from rfengine.presets import PRESETS
 from rfengine.runtime.loaded_models import Placement
 from rfengine.runtime.model_precision import passes_in_fp8
-from support.models import frames_of, small_pipeline, with_runtime, write_pipeline
+from support.models import frames_of, small_config, small_pipeline, with_runtime, write_pipeline
 
 FP8 = RuntimeConfig(precision="fp8")
 ATTENTION = RuntimeConfig(precision="fp8-attention")
@@ -68,6 +68,17 @@ def test_passes_count_from_the_first_step_to_the_context_pass() -> None:
     assert passes_in_fp8(dataclasses.replace(PRESETS["wan-1.3b"], runtime=FP8)) == ()
     with pytest.raises(ValueError, match="sixteen_bit_passes has 5 and a chunk has 5 passes; give numbers"):
         passes(0, 5)
+
+
+@pytest.mark.parametrize("kept", [(0, -1), (1, 0)])
+def test_fp8_attention_is_refused_where_no_pass_is_left_to_it(kept: tuple[int, ...]) -> None:
+    """One step and the context pass are both kept by default."""
+    runtime = dataclasses.replace(ATTENTION, sixteen_bit_passes=kept)
+    with pytest.raises(ValueError, match=r"sixteen_bit_passes is \(.*\), all 2 passes of a chunk; leave out"):
+        Pipeline.from_pretrained("tiny", system="one-forcing", runtime=runtime)
+    config = small_config(schedule=ScheduleConfig(denoising_steps=(1000,)))
+    one_kept = dataclasses.replace(ATTENTION, sixteen_bit_passes=(-1,))
+    assert passes_in_fp8(dataclasses.replace(config, runtime=one_kept)) == (0,)
 
 
 def test_fp8_attention_is_refused_where_no_window_is_full() -> None:
