@@ -350,6 +350,19 @@ def test_a_difference_is_shown_in_words(records: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["in_one_process", "in_two_processes"])
+def test_a_stream_that_differs_when_it_is_made_again_is_an_exit_status(
+    name: str, records: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, (run,) = records["repeat"], records["repeat"]["runs"]
+    difference = {"what": "latents", "chunk": 3, "values": 17, "of_values": 512, "largest": 0.25}
+    other = run | {"figures": run["figures"] | {name: {"equal": False, "difference": difference}}}
+    for runs, status in ([run], 0), ([run, other], 1):
+        found = [records["latency"], record | {"runs": runs}]
+        monkeypatch.setattr(session, "measured", lambda plans, found=found: iter(found))
+        assert session.run(replace(SMALLEST, protocol=("latency", "repeat"))) == status
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -413,7 +426,8 @@ def test_a_wrong_engine_is_not_measured(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_line_of_json_for_each_protocol_takes_the_place_of_the_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(session, "measured", lambda plans: iter([{"protocol": "a"}, {"protocol": "b"}]))
+    records = [{"protocol": name, "runs": []} for name in "ab"]
+    monkeypatch.setattr(session, "measured", lambda plans: iter(records))
     assert cli.main(["bench", "--protocol", "latency", "--protocol", "repeat", "--json", "-"]) == 0
     assert [json.loads(line)["protocol"] for line in capsys.readouterr().out.splitlines()] == ["a", "b"]
 

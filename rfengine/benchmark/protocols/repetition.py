@@ -15,6 +15,7 @@ from rfengine.benchmark.protocols.protocol import Figures, Trial
 from rfengine.benchmark.timing import recorded_chunks
 
 REPLAYED_CHUNKS = 2  # beyond the first replay of a graph
+IN_ONE_PROCESS, IN_TWO_PROCESSES = "in_one_process", "in_two_processes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +58,16 @@ def measure_repetition(trial: Trial) -> Figures:
         elsewhere = kept_chunks(Path(folder))
     return {
         "compared_chunks": chunks,
-        "in_one_process": _words(first_difference(first, again)),
-        "in_two_processes": _words(first_difference(first, elsewhere)),
+        IN_ONE_PROCESS: _words(first_difference(first, again)),
+        IN_TWO_PROCESSES: _words(first_difference(first, elsewhere)),
         "other_ops": sorted(name for name, backend in ops.items() if marks["ops"][name] != backend),
     }
+
+
+def differs(figures: Figures) -> bool:
+    """Whether figures of a protocol, if they are of measure_repetition, name a difference."""
+    pairs = (figures.get(name) for name in (IN_ONE_PROCESS, IN_TWO_PROCESSES))
+    return any(pair is not None and not pair["equal"] for pair in pairs)
 
 
 def _words(difference: Difference | None) -> dict[str, object]:

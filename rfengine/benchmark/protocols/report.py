@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rfengine.benchmark.protocols.protocol import UNSTATED
+from rfengine.benchmark.protocols.repetition import IN_ONE_PROCESS, IN_TWO_PROCESSES
 
 GIB = 2**30
 MOST_COLUMNS = 100
@@ -40,7 +41,7 @@ _FIGURES = {
     "compared_chunks": ("chunks compared", "d"),
 }
 _UNITS = {"frames_per_s": "frames/s", "chunk_ms_p50": "ms a chunk", "seconds": "s"}
-_COMPARED = {"in_one_process": "in one process", "in_two_processes": "in two processes"}
+_COMPARED = {IN_ONE_PROCESS: "in one process", IN_TWO_PROCESSES: "in two processes"}
 
 
 def render(record: dict[str, Any]) -> str:

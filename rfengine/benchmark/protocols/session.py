@@ -15,6 +15,7 @@ from rfengine.benchmark.measured_engine import MeasuredEngine, device_of, settin
 from rfengine.benchmark.options import ThroughputOptions
 from rfengine.benchmark.protocols.plan import Plan, planned
 from rfengine.benchmark.protocols.protocol import Protocol, Rival, Setting, Trial
+from rfengine.benchmark.protocols.repetition import differs
 from rfengine.benchmark.protocols.report import render, render_machine
 from rfengine.files import write_text
 from rfengine.presets import PRESETS
@@ -24,8 +25,8 @@ Record = dict[str, Any]
 
 def run(options: ThroughputOptions) -> int:
     """Measure the protocols of `options`. The file has a JSON list of those that have ended; with - each is a
-    line of JSON, and else a table. Returns the exit status. Raises RuntimeError with the name of a
-    protocol that failed, after which none is measured."""
+    line of JSON, and else a table. Returns the exit status: 1 where a stream that was made again differs.
+    Raises RuntimeError with the name of a protocol that failed, after which none is measured."""
     plans, records = planned(options), list[Record]()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -49,7 +50,7 @@ def run(options: ThroughputOptions) -> int:
         if not records:
             raise
         raise KeyboardInterrupt(f"{len(records)} of {len(plans)} protocols {place}") from None
-    return 0
+    return int(any(differs(run["figures"]) for record in records for run in record["runs"]))
 
 
 def measured(plans: list[Plan]) -> Iterator[Record]:
