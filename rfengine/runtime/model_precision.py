@@ -13,7 +13,7 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
 from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.models.dit import WanDiT
-from rfengine.models.fp8_products import quantise, require_products
+from rfengine.models.fp8_products import require_products
 from rfengine.ops.backends import fp8_absence
 
 logger = logging.getLogger(__name__)
@@ -49,19 +49,25 @@ def products_left_out(checkpoint: Checkpoint, runtime: RuntimeConfig) -> tuple[s
     return table.left_out
 
 
-def settle_precision(runtime: RuntimeConfig, model: WanDiT) -> None:
-    """Put the products of `model` into FP8 where `runtime` asks for it and they are not yet, in place.
+def require_settled(runtime: RuntimeConfig, model: WanDiT) -> None:
+    """Raises ValueError unless the weights of a loaded `model` are as `runtime` asks.
 
-    Raises ValueError for a model in FP8 where it does not.
+    Nothing is changed here: another pipeline may have the same model.
     """
+    asked = f"precision is {runtime.precision!r}"
     in_fp8 = model.left_out_of_fp8 is not None
     if runtime.multiplies_fp8 and not in_fp8:
-        quantise(model)
-    elif in_fp8 and not runtime.multiplies_fp8:
         raise ValueError(
-            f"the products of the model are in FP8 and precision is {runtime.precision!r}; use 'fp8', or a "
-            "model of its own"
+            f"{asked} and the products of the model are not in FP8; load it by from_pretrained, or quantise "
+            "a model of its own (models/fp8_products.py)"
         )
+    if in_fp8 and not runtime.multiplies_fp8:
+        raise ValueError(
+            f"the products of the model are in FP8 and {asked}; use 'fp8', or a model of its own"
+        )
+    if runtime.precision == "bf16" and model.dtype != torch.bfloat16:
+        own = str(model.dtype).removeprefix("torch.")
+        raise ValueError(f"{asked} and the model is in {own}; load it in bfloat16, or use 'default'")
 
 
 def passes_in_fp8(config: EngineConfig) -> tuple[int, ...]:

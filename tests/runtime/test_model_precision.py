@@ -14,10 +14,12 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
 from rfengine.config import RuntimeConfig
 from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
+from rfengine.models.fp8_products import quantise
 from rfengine.pipeline import Pipeline
 from rfengine.presets import PRESETS
 from rfengine.runtime.loaded_models import Placement
 from rfengine.runtime.model_precision import passes_in_fp8
+from support.diffusion_forcing import forcing_pipeline
 from support.models import frames_of, small_pipeline, with_runtime, write_pipeline
 
 FP8 = RuntimeConfig(precision="fp8")
@@ -90,6 +92,35 @@ def test_a_model_in_fp8_is_not_taken_for_another() -> None:
     with pytest.raises(ValueError, match="products of the model are in FP8 and precision is 'default'; use"):
         with_runtime(pipeline, RuntimeConfig())
     assert with_runtime(pipeline, ATTENTION).config.runtime == ATTENTION
+
+
+def test_a_pipeline_puts_no_model_into_another_precision() -> None:
+    """It may be that of a pipeline that runs already, whose frames would be others from then on."""
+    pipeline = small_pipeline()
+    parts = pipeline.model, pipeline.vae, pipeline.text_encoder, "small-0"
+    for runtime, message in (
+        (FP8, "precision is 'fp8' and the products of the model are not in FP8; load it by from_pretrained"),
+        (
+            dataclasses.replace(FP8, fp8_table="a.json"),
+            "precision is 'fp8' and the products of the model are",
+        ),
+        (RuntimeConfig(precision="bf16"), "precision is 'bf16' and the model is in float32; load it in bfl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pipeline(dataclasses.replace(pipeline.config, runtime=runtime), *parts)
+    assert pipeline.model.left_out_of_fp8 is None and pipeline.model.blocks[0].self_attn.fp8 is None
+
+
+def test_a_diffusion_forcing_pipeline_has_the_precision_that_it_says() -> None:
+    pipeline = forcing_pipeline()
+    config = dataclasses.replace(pipeline.config, runtime=FP8)
+    parts = pipeline.model, pipeline.vae, pipeline.text_encoder, pipeline._open_decoder
+    with pytest.raises(ValueError, match="precision is 'fp8' and the products of the model are not in FP8"):
+        DiffusionForcingPipeline(config, *parts)
+    quantise(pipeline.model)
+    assert DiffusionForcingPipeline(config, *parts).model.left_out_of_fp8 == frozenset()
+    with pytest.raises(ValueError, match="the products of the model are in FP8 and precision is 'default'"):
+        DiffusionForcingPipeline(pipeline.config, *parts)
 
 
 @pytest.fixture
