@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,36 @@ def test_a_product_that_rounding_spoils_is_found(checkpoint: Path, monkeypatch: 
     errors = calibrate(opened, run_of(opened, 1), 0.1).table.errors
     spoiled = {name for name, error in errors.items() if error > 0.4}
     assert {name.split(".", 2)[2] for name in spoiled} >= {"self_attn.qkv", "cross_attn.q"}
+
+
+def test_a_gpu_without_fp8_is_refused_before_anything_is_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(Checkpoint, "load", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100")
+    opened = Checkpoint.open(checkpoint)
+    run = dataclasses.replace(run_of(opened), device=torch.device("cuda", 0))
+    message = "device is cuda:0 and NVIDIA A100 has no FP8 products, .*; calibrate on 'cpu'"
+    with pytest.raises(RuntimeError, match=message):
+        calibrate(opened, run, 0.1)
+
+
+def test_activations_that_overflow_are_told(tmp_path: Path) -> None:
+    pipeline = small_pipeline()
+    expand, _, contract = pipeline.model.blocks[1].ffn
+    for layer in (expand, contract):
+        layer.weight.data.mul_(300)  # finite in float16, unlike what they make
+    opened = Checkpoint.open(write_pipeline(tmp_path, pipeline))
+    run = dataclasses.replace(run_of(opened, 1), dtype=torch.float16)
+    with pytest.raises(
+        ValueError, match=r"result of blocks\..* are not finite in float16; calibrate in another"
+    ):
+        calibrate(opened, run, 0.1)
+    assert calibrate(opened, run_of(opened, 1), 1.0).table.left_out == ()
 
 
 def test_the_command_writes_the_table_that_fp8_finds(

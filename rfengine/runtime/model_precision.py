@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
 from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.models.dit import WanDiT
-from rfengine.models.fp8_products import require_products
+from rfengine.models.fp8_products import product_names, require_products
 from rfengine.ops.backends import fp8_absence
 
 logger = logging.getLogger(__name__)
@@ -32,20 +33,27 @@ def require_precision(runtime: RuntimeConfig, device: torch.device) -> None:
 def products_left_out(checkpoint: Checkpoint, runtime: RuntimeConfig) -> tuple[str, ...]:
     """The products that the table of `runtime`, or else that of the checkpoint, leaves out of FP8.
 
-    Raises ValueError for a table that cannot be read, was measured on other weights or names no product.
+    Raises ValueError for a table that cannot be read, was measured on other weights or is not of every
+    product.
     """
     if not runtime.multiplies_fp8:
         return ()
     own = None if checkpoint.directory is None else checkpoint.directory.path / TABLE_FILE
     if runtime.fp8_table is not None:
         path = Path(runtime.fp8_table)
-    elif own is not None and own.is_file():
+    elif own is not None and os.path.lexists(own):  # one that cannot be read is an error, not left aside
         path = own
     else:
         return ()
     table = FP8Table.read(path)
     table.require_weights(path, checkpoint.fingerprint())
     require_products(table.left_out, checkpoint.config.model)
+    names = product_names(checkpoint.config.model)
+    if table.errors.keys() != set(names):
+        raise ValueError(
+            f"{path} has the errors of {len(table.errors)} products, which are not the {len(names)} of this "
+            "model; run `rfengine calibrate` on it"
+        )
     return table.left_out
 
 

@@ -14,7 +14,7 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
 from rfengine.config import RuntimeConfig
 from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
-from rfengine.models.fp8_products import quantise
+from rfengine.models.fp8_products import product_names, quantise
 from rfengine.pipeline import Pipeline
 from rfengine.presets import PRESETS
 from rfengine.runtime.loaded_models import Placement
@@ -130,9 +130,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def table_of(checkpoint: Path, *left_out: str) -> FP8Table:
-    return FP8Table(
-        Checkpoint.open(checkpoint).fingerprint(), 0.1, left_out, {"blocks.0.ffn.0": 0.2}, "1 video"
-    )
+    opened = Checkpoint.open(checkpoint)
+    errors = dict.fromkeys(product_names(opened.config.model), 0.2)
+    return FP8Table(opened.fingerprint(), 0.1, left_out, errors, "1 video")
 
 
 def test_the_checkpoints_own_table_says_what_is_left_out(checkpoint: Path) -> None:
@@ -165,6 +165,7 @@ def test_a_table_of_other_weights_is_refused_before_anything_is_read(checkpoint:
     [
         ({"format": 2}, "it is not of format 1"),
         ({"limit": "much"}, "limit is 'much'; it must be a finite number"),
+        ({"limit": -1.0}, "limit is -1.0; it must be at least 0"),
         ({"errors": {"blocks.0.ffn.0": -1.0}}, "the error of blocks.0.ffn.0 is -1.0"),
         ({"errors": [1]}, r"errors is \[1\]; it must be a table of numbers by product"),
         ({"left_out": [1]}, r"left_out is \(1,\); it must be a tuple of texts"),
@@ -183,6 +184,28 @@ def test_a_damaged_table_is_refused(tmp_path: Path, change: dict, message: str) 
         FP8Table.read(path)
     with pytest.raises(ValueError, match="absent.json is no file; `rfengine calibrate` writes one"):
         FP8Table.read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("errors", "count"), [({}, 0), ({"blocks.0.ffn.0": 0.2}, 1), ({"blocks.7.ffn.0": 0.2}, 13)]
+)
+def test_a_table_that_is_not_of_every_product_is_refused(
+    checkpoint: Path, unread: None, errors: dict[str, float], count: int
+) -> None:
+    own = table_of(checkpoint)
+    kept = own.errors if count > len(own.errors) else {}
+    dataclasses.replace(own, errors={**kept, **errors}).write(checkpoint / TABLE_FILE)
+    message = f"{TABLE_FILE} has the errors of {count} products, which are not the 12 of this model; run"
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(checkpoint, "cpu", runtime=FP8)
+
+
+def test_a_table_of_the_checkpoint_that_cannot_be_read_is_not_left_aside(
+    checkpoint: Path, unread: None
+) -> None:
+    (checkpoint / TABLE_FILE).symlink_to(checkpoint / "gone.json")  # as in a cache without the file
+    with pytest.raises(ValueError, match=f"{TABLE_FILE} is no file; `rfengine calibrate` writes one"):
+        Pipeline.from_pretrained(checkpoint, "cpu", runtime=FP8)
 
 
 def test_a_table_without_fp8_is_refused() -> None:
