@@ -93,7 +93,7 @@ class Engine:
 
     def settings(self) -> dict[str, Any]:
         """What a snapshot and the engine that restores it must agree on, as JSON values."""
-        precision = precision_setting(self.config.runtime, self.model)
+        precision = precision_setting(self.config, self.model)
         return {
             "fingerprint": self.fingerprint,
             "dtype": str(self.model.dtype),

@@ -83,8 +83,9 @@ def passes_in_fp8(config: EngineConfig) -> tuple[int, ...]:
     return config.runtime.fp8_passes(len(config.schedule.denoising_steps) + 1)
 
 
-def precision_setting(runtime: RuntimeConfig, model: WanDiT) -> str:
-    """The precision as a snapshot names it: "" without FP8."""
+def precision_setting(config: EngineConfig, model: WanDiT) -> str:
+    """The precision as a snapshot names it: "" without FP8. It is of the passes, however they were given."""
+    runtime = config.runtime
     if not runtime.multiplies_fp8:
         return ""
     words = [runtime.precision]
@@ -92,5 +93,6 @@ def precision_setting(runtime: RuntimeConfig, model: WanDiT) -> str:
         digest = hashlib.sha256(" ".join(left_out).encode()).hexdigest()
         words.append(f"without {len(left_out)} products ({digest[:8]})")
     if runtime.precision == "fp8-attention":
-        words.append(f"attention in 16 bits in passes {', '.join(map(str, runtime.sixteen_bit_passes))}")
+        passes = ", ".join(map(str, passes_in_fp8(config)))
+        words.append(f"attention in FP8 in passes {passes or 'none'}")
     return ", ".join(words)
