@@ -19,7 +19,7 @@ from rfengine.grid import LatentGrid
 from rfengine.models.fp8_products import product_names
 from rfengine.ops import reference
 from rfengine.pipeline import Pipeline
-from support.models import small_pipeline, write_pipeline
+from support.models import SMALL, small_pipeline, write_pipeline
 
 
 @pytest.fixture
@@ -69,6 +69,26 @@ def test_a_product_that_rounding_spoils_is_found(checkpoint: Path, monkeypatch: 
     errors = calibrate(opened, run_of(opened, 1), 0.1).table.errors
     spoiled = {name for name, error in errors.items() if error > 0.4}
     assert {name.split(".", 2)[2] for name in spoiled} >= {"self_attn.qkv", "cross_attn.q"}
+
+
+def test_heads_are_measured_in_units_of_their_own(tmp_path: Path) -> None:
+    """One unit for a whole row would leave nothing of the second head."""
+    pipeline, head_dim = small_pipeline(), SMALL.dim // SMALL.num_heads
+    attention = pipeline.model.blocks[0].self_attn
+    attention.v.weight.data[:head_dim] *= 1e6
+    attention.v.bias.data[:head_dim] *= 1e6
+    attention.o.weight.data[:, :head_dim] = 0
+    opened = Checkpoint.open(write_pipeline(tmp_path, pipeline))
+    assert calibrate(opened, run_of(opened, 1), 0.1).table.errors["blocks.0.self_attn.o"] < 0.1
+
+
+def test_hidden_rows_are_measured_in_the_units_that_the_product_has(tmp_path: Path) -> None:
+    """A bias of which GELU makes zero is within their reach all the same, and leaves nothing of others."""
+    pipeline = small_pipeline()
+    pipeline.model.blocks[0].ffn[0].bias.data[0] = -1e7
+    opened = Checkpoint.open(write_pipeline(tmp_path, pipeline))
+    table = calibrate(opened, run_of(opened, 1), 0.1).table
+    assert table.errors["blocks.0.ffn.2"] > 0.9 and table.left_out == ("blocks.0.ffn.2",)
 
 
 def test_a_gpu_without_fp8_is_refused_before_anything_is_read(

@@ -108,12 +108,14 @@ def test_gelu_is_rounded_in_units_known_before_the_row_is(form):
     assert relative_error(values.double() * scale, exact) < 0.04  # as e4m3 rounds: 2^-4 at most
 
 
-def test_no_gelu_can_saturate():
-    """Every value of the row is at 448, with the signs of the channel that reaches furthest."""
+@pytest.mark.parametrize("bias", [0.0, 1e3])
+def test_no_gelu_can_saturate(bias):
+    """Every value of the row is at 448, with the signs of the channel that reaches furthest, to which a bias
+    as large may be added."""
     _, _, weight, weight_scale, _ = operands(inputs=144, outputs=80)
     furthest = (weight.float().abs().sum(1) * weight_scale).argmax()
     x = (448 * weight[furthest].float().sign()).to(E4M3).view(1, 1, -1)
-    bias = torch.zeros(80, dtype=torch.float32, device=DEVICE)
+    bias = torch.full((80,), bias, dtype=torch.float32, device=DEVICE)
     case = x, torch.full((1, 1, 1), 0.3, device=DEVICE), weight, weight_scale, bias
     values, scale = linear_fp8.linear_gelu_rows_fp8(*case, product_reach(weight, weight_scale, bias))
     assert values.float().max() == 448  # it reaches the end of the range, and no further
@@ -154,6 +156,9 @@ def test_the_gelu_of_a_librarys_product_is_rounded_alike():
     expected, expected_scale = reference_fp8.linear_gelu_rows_fp8(*case[:4], case[4].float(), reach)
     torch.testing.assert_close(scale, expected_scale.flatten(0, 1), rtol=1e-6, atol=0)
     assert flipped(values, expected.flatten(0, 1)) <= MOST_FLIPPED
+    nothing = torch.zeros_like(reach)  # of a weight and a bias of zeros
+    values, scale = gelu_fp8.gelu_rows_fp8(torch.zeros_like(product), case[1].flatten(0, 1), nothing)
+    assert not values.float().any() and torch.equal(scale, torch.ones_like(scale))
 
 
 def test_a_gpu_without_fp8_and_heads_that_are_too_wide_are_refused(monkeypatch):

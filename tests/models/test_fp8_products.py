@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rfengine.accuracy import relative_error
@@ -147,6 +148,38 @@ def test_weights_that_change_are_followed_in_place() -> None:
     for name, fp8 in kept.items():
         for ours, before in zip(fp8, bits[name], strict=True):
             assert torch.equal(ours.float(), before.float())
+
+
+def test_the_context_pass_leaves_the_keys_and_values_of_a_whole_pass() -> None:
+    """Its last layer multiplies keys and values alone: a part of the weights of q, k and v."""
+    model, arenas = small_model(), []
+    quantise(model)
+    runner, text = small_runner(model), model.text_keys_values(text_states())
+    with torch.no_grad():
+        for is_context in (True, False):
+            cache = small_cache(CacheConfig())
+            plan, latents = cache.plan_chunk(), noise_of(0, 3)[0]
+            cache.begin_chunk(plan)
+            given = latents, runner.context_modulation, text, cache, plan
+            if is_context:
+                model.context_pass(*given)
+            else:
+                model.forward_chunk(*given, keep_raw=True)
+            arenas.append(cache.tensors())
+    for name in ("keys", "values", "raw_keys"):
+        assert arenas[0][name].any() and torch.equal(arenas[0][name], arenas[1][name])
+
+
+def test_each_head_of_an_attention_is_rounded_in_a_unit_of_its_own() -> None:
+    model, head_dim = small_model(), SMALL.dim // SMALL.num_heads
+    layer = model.blocks[0].self_attn.o
+    layer.weight.data[:, :head_dim] = 0  # so that the first head, which is huge, only takes the unit
+    quantise(model)
+    x = torch.randn(1, 12, SMALL.dim)
+    x[..., :head_dim] *= 1e6
+    with torch.no_grad():
+        exact, found = (each - layer.bias for each in (F.linear(x, layer.weight, layer.bias), layer(x)))
+    assert relative_error(found, exact) < 0.06
 
 
 def test_a_clip_is_seen_in_fp8_too() -> None:
