@@ -148,6 +148,15 @@ def test_strided_rows_and_rows_of_zeros(form):
     assert not values.float().any() and torch.equal(scale, torch.ones_like(scale))
 
 
+def test_no_rows_give_none():
+    x, row_scale, *rest = operands((2, 0), 64)
+    for name in PRODUCTS:
+        assert getattr(linear_fp8, name)(x, row_scale, *rest).shape == (2, 0, 80)
+    values, scale = linear_fp8.linear_gelu_rows_fp8(x, row_scale, *rest, product_reach(*rest))
+    assert values.shape == (2, 0, 80) and scale.shape == (2, 0, 1)
+    assert linear_fp8.linear_heads_fp8(x.half(), *rest, 2).shape == (2, 0, 80)
+
+
 def test_the_gelu_of_a_librarys_product_is_rounded_alike():
     case = operands((1, 33), 144, 1100)
     reach = product_reach(*case[2:])
@@ -174,6 +183,10 @@ def test_a_gpu_without_fp8_and_heads_that_are_too_wide_are_refused(monkeypatch):
         linear_fp8.linear_heads_fp8(x, weight, scale, bias, 2)
     with pytest.raises(ValueError, match="x is torch.float16 and weight torch.float8_e4m3fn; they must be"):
         linear_fp8.linear_fp8(x, torch.ones(1, 4, 1, device=DEVICE), weight, scale, bias)
+    for place, name in ((2, "weight"), (3, "weight_scale"), (4, "bias")):
+        apart = torch.stack((case[place],) * 2, -1)[..., 0]  # equal, with a gap after each value
+        with pytest.raises(ValueError, match=f"the last axis of {name} has stride 2; it must be contiguous"):
+            linear_fp8.linear_fp8(*case[:place], apart, *case[place + 1 :])
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, "linear_gelu_rows_fp8"])
