@@ -121,15 +121,15 @@ class _MeasuringOps(Ops):
 def calibrate(checkpoint: Checkpoint, run: CalibrationRun, limit: float) -> Calibration:
     """Measure every product of the transformer of `checkpoint`; those above `limit` are left out.
 
-    Raises RuntimeError, before anything is read, for a GPU without FP8, and ValueError where activations
-    overflow in the dtype of `run`.
+    Raises RuntimeError for a GPU without FP8 and ValueError for a checkpoint that no table can be of, before
+    anything is read; ValueError where activations overflow in the dtype of `run`.
     """
     if absence := fp8_absence(run.device):
         raise RuntimeError(f"device is {run.device} and {absence}; calibrate on 'cpu'")
     config, dtype = checkpoint.config, str(run.dtype).removeprefix("torch.")
+    fingerprint, encoder = checkpoint.fingerprint(), checkpoint.text_encoder(run.device, run.dtype, None)
     ops = _MeasuringOps(choose_ops("auto", run.device, dtype=run.dtype).choice)
     model = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", run.dtype, run.device).eval()
-    encoder = checkpoint.text_encoder(run.device, run.dtype, None)
     texts = [
         model.text_keys_values(encoder.encode([prompt], run.device, run.dtype)) for prompt in run.prompts
     ]
@@ -149,7 +149,7 @@ def calibrate(checkpoint: Checkpoint, run: CalibrationRun, limit: float) -> Cali
     ordered = tuple(name for name in product_names(config.model) if name in model.left_out_of_fp8)
     size = f"{run.grid.height} x {run.grid.width}"
     settings = f"{len(run.prompts)} videos of {run.chunks} chunks at {size} pixels, in {dtype}"
-    table = FP8Table(checkpoint.fingerprint(), limit, ordered, errors, settings)
+    table = FP8Table(fingerprint, limit, ordered, errors, settings)
     return Calibration(table, by_chunk)
 
 

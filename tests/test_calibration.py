@@ -91,13 +91,33 @@ def test_hidden_rows_are_measured_in_the_units_that_the_product_has(tmp_path: Pa
     assert table.errors["blocks.0.ffn.2"] > 0.9 and table.left_out == ("blocks.0.ffn.2",)
 
 
-def test_a_gpu_without_fp8_is_refused_before_anything_is_read(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("weights are read")
 
     monkeypatch.setattr(Checkpoint, "load", load)
+
+
+def test_what_has_no_table_or_no_text_is_refused_before_anything_is_read(
+    checkpoint: Path, unread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["calibrate", str(checkpoint), "--prompt", "a cat", " "]) == 2
+    assert "a prompt ' ' is empty; give it at least one word" in capsys.readouterr().err
+    vae, encoder = (checkpoint / f"{part}.safetensors" for part in ("vae", "text_encoder"))
+    away = encoder.rename(checkpoint / "away")
+    assert cli.main(["calibrate", str(checkpoint)]) == 2
+    assert "has no text encoder or no tokenizer" in capsys.readouterr().err
+    away.rename(encoder)
+    vae.unlink()  # a pickle has no fingerprint
+    torch.save({"decoder": torch.ones(2)}, vae.with_suffix(".pth"))
+    assert cli.main(["calibrate", str(checkpoint)]) == 2
+    assert "vae.pth is a pickle, which the engine does not load" in capsys.readouterr().err
+
+
+def test_a_gpu_without_fp8_is_refused_before_anything_is_read(
+    checkpoint: Path, unread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100")
     opened = Checkpoint.open(checkpoint)
