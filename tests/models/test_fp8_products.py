@@ -104,6 +104,19 @@ def test_a_product_that_is_left_out_is_as_it_was(left_out: str) -> None:
     assert 1e-4 < relative_error(found, exact) < 0.5
 
 
+def test_only_the_second_product_of_a_feed_forward_may_be_left_out() -> None:
+    """The first one stays in FP8, and its result is in the dtype of the model."""
+    ops = CountingOps()
+    model = model_on(ops)
+    quantise(model, {f"blocks.{layer}.ffn.2" for layer in range(LAYERS)})
+    latents_of(model, 1)
+    blocks = 2 * LAYERS + LAYERS - 1
+    assert {name: count for name, count in ops.counts.items() if "gelu" in name} == {
+        "linear_gelu_fp8": blocks
+    }
+    assert ops.counts["linear"] == blocks + 2 * LAYERS  # and keys and values of the text
+
+
 def test_with_every_product_left_out_nothing_changes_and_in_fp8_a_little_does() -> None:
     exact = latents_of(small_model())
     model = small_model()
