@@ -172,13 +172,15 @@ def _check(rows: Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor, devic
         )
     columns, inputs = weight.shape
     sizes = rows.values.shape[1], weight_scale.shape[0], bias.shape[0]
-    if sizes != (inputs, columns, columns) or inputs % rows.parts or weight.stride(1) != 1:
+    if sizes != (inputs, columns, columns) or inputs % rows.parts:
         raise ValueError(
-            f"weight is {tuple(weight.shape)} with strides {weight.stride()}, its scale "
-            f"{tuple(weight_scale.shape)} and bias {tuple(bias.shape)} for rows of {sizes[0]} in "
-            f"{rows.parts} parts; they must be [N, K] with contiguous rows, [N] and [N], and K "
-            "a multiple of the parts"
+            f"weight is {tuple(weight.shape)}, its scale {tuple(weight_scale.shape)} and bias "
+            f"{tuple(bias.shape)} for rows of {sizes[0]} in {rows.parts} parts; they must be [N, K], [N] and "
+            "[N], and K a multiple of the parts"
         )
+    for name, tensor in (("weight", weight), ("weight_scale", weight_scale), ("bias", bias)):
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"the last axis of {name} has stride {tensor.stride(-1)}; it must be contiguous")
 
 
 def tile_of(
@@ -252,7 +254,7 @@ def linear_fp8(x: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tenso
     [N]. Returns [..., N], contiguous. Raises ValueError for other dtypes, shapes and GPUs without FP8.
     """
     rows = _rows(x, row_scale, row_scale.shape[-1])
-    return _multiply(rows, weight, weight_scale, bias)[0].view(*x.shape[:-1], -1)
+    return _multiply(rows, weight, weight_scale, bias)[0].view(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("rfengine::linear_gelu_fp8", mutates_args=())
@@ -261,7 +263,7 @@ def linear_gelu_fp8(
 ) -> Tensor:
     """GELU, in its tanh form, of linear_fp8, rounded once, after the GELU. Otherwise as linear_fp8."""
     rows = _rows(x, row_scale, row_scale.shape[-1])
-    return _multiply(rows, weight, weight_scale, bias, gelu=True)[0].view(*x.shape[:-1], -1)
+    return _multiply(rows, weight, weight_scale, bias, gelu=True)[0].view(*x.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("rfengine::linear_gelu_rows_fp8", mutates_args=())
@@ -274,7 +276,7 @@ def linear_gelu_rows_fp8(
     (reference_fp8.product_reach).
     """
     values, scale = _multiply(_rows(x, row_scale, 1), weight, weight_scale, bias, True, reach)
-    return values.view(*x.shape[:-1], -1), scale.view(*x.shape[:-1], 1)
+    return values.view(*x.shape[:-1], weight.shape[0]), scale.view(*x.shape[:-1], 1)
 
 
 @torch.library.custom_op("rfengine::linear_heads_fp8", mutates_args=())
@@ -282,7 +284,8 @@ def linear_heads_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
     """linear_fp8 of x [..., K] in the dtype of bias, whose `heads` equal parts of a row are rounded as they
     are read, each with a scale of its own (row_fp8). Raises ValueError for parts of more than 128
     values."""
-    return _multiply(_rows(x, None, heads), weight, weight_scale, bias)[0].view(*x.shape[:-1], -1)
+    rows = _rows(x, None, heads)
+    return _multiply(rows, weight, weight_scale, bias)[0].view(*x.shape[:-1], weight.shape[0])
 
 
 @linear_fp8.register_fake

@@ -7,6 +7,7 @@ a GELU, with it). Rounding alone makes about 3.7 % of normal numbers: 2.6 % of r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from rfengine.models.dit import TextKeysValues, WanDiT
 from rfengine.models.fp8_products import product_names, products, quantise
 from rfengine.models.linear import Linear, LinearOfHeads, WeightFP8
 from rfengine.ops import Ops, choose_ops, reference_fp8
+from rfengine.ops.backends import fp8_absence
 from rfengine.ops.reference import row_fp8
 from rfengine.runtime.rolling_runner import runner_of
 from rfengine.schedule import chunk_noise
@@ -117,11 +119,17 @@ class _MeasuringOps(Ops):
 
 @torch.no_grad()
 def calibrate(checkpoint: Checkpoint, run: CalibrationRun, limit: float) -> Calibration:
-    """Measure every product of the transformer of `checkpoint`; those above `limit` are left out."""
-    config = checkpoint.config
+    """Measure every product of the transformer of `checkpoint`; those above `limit` are left out.
+
+    Raises RuntimeError for a GPU without FP8 and ValueError for a checkpoint that no table can be of, before
+    anything is read; ValueError where activations overflow in the dtype of `run`.
+    """
+    if absence := fp8_absence(run.device):
+        raise RuntimeError(f"device is {run.device} and {absence}; calibrate on 'cpu'")
+    config, dtype = checkpoint.config, str(run.dtype).removeprefix("torch.")
+    fingerprint, encoder = checkpoint.fingerprint(), checkpoint.text_encoder(run.device, run.dtype, None)
     ops = _MeasuringOps(choose_ops("auto", run.device, dtype=run.dtype).choice)
     model = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", run.dtype, run.device).eval()
-    encoder = checkpoint.text_encoder(run.device, run.dtype, None)
     texts = [
         model.text_keys_values(encoder.encode([prompt], run.device, run.dtype)) for prompt in run.prompts
     ]
@@ -129,15 +137,19 @@ def calibrate(checkpoint: Checkpoint, run: CalibrationRun, limit: float) -> Cali
     exact = _latents(config, model, run, texts)
     ops.stop()
     errors = {name: error.item() for name, error in ops.errors.items()}
-    quantise(model, [name for name, error in errors.items() if not error <= limit])  # a NaN is left out too
+    if unknown := [name for name, error in errors.items() if not math.isfinite(error)]:
+        raise ValueError(
+            f"the rows or the result of {unknown[0]} are not finite in {dtype}; calibrate in another dtype, "
+            "such as bfloat16"
+        )
+    quantise(model, [name for name, error in errors.items() if error > limit])
     found = _latents(config, model, run, texts)
     difference = [relative_error(ours, true) for ours, true in zip(found, exact, strict=True)]
     by_chunk = tuple(max(difference[chunk :: run.chunks]) for chunk in range(run.chunks))
     ordered = tuple(name for name in product_names(config.model) if name in model.left_out_of_fp8)
-    dtype = str(run.dtype).removeprefix("torch.")
     size = f"{run.grid.height} x {run.grid.width}"
     settings = f"{len(run.prompts)} videos of {run.chunks} chunks at {size} pixels, in {dtype}"
-    table = FP8Table(checkpoint.fingerprint(), limit, ordered, errors, settings)
+    table = FP8Table(fingerprint, limit, ordered, errors, settings)
     return Calibration(table, by_chunk)
 
 

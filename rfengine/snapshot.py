@@ -53,7 +53,7 @@ _FIELDS = {
 # elsewhere; older formats count in transition_chunks those that are left
 _OPTIONAL = {
     "transition_chunks": 0, "transition_step": 0, "interpolation": "linear", "given_frames": 0, "loras": (),
-    "precision": "",
+    "precision": "without FP8",
 }  # fmt: skip
 
 

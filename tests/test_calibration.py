@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rfengine.grid import LatentGrid
 from rfengine.models.fp8_products import product_names
 from rfengine.ops import reference
 from rfengine.pipeline import Pipeline
-from support.models import small_pipeline, write_pipeline
+from support.models import SMALL, small_pipeline, write_pipeline
 
 
 @pytest.fixture
@@ -68,6 +69,76 @@ def test_a_product_that_rounding_spoils_is_found(checkpoint: Path, monkeypatch: 
     errors = calibrate(opened, run_of(opened, 1), 0.1).table.errors
     spoiled = {name for name, error in errors.items() if error > 0.4}
     assert {name.split(".", 2)[2] for name in spoiled} >= {"self_attn.qkv", "cross_attn.q"}
+
+
+def test_heads_are_measured_in_units_of_their_own(tmp_path: Path) -> None:
+    """One unit for a whole row would leave nothing of the second head."""
+    pipeline, head_dim = small_pipeline(), SMALL.dim // SMALL.num_heads
+    attention = pipeline.model.blocks[0].self_attn
+    attention.v.weight.data[:head_dim] *= 1e6
+    attention.v.bias.data[:head_dim] *= 1e6
+    attention.o.weight.data[:, :head_dim] = 0
+    opened = Checkpoint.open(write_pipeline(tmp_path, pipeline))
+    assert calibrate(opened, run_of(opened, 1), 0.1).table.errors["blocks.0.self_attn.o"] < 0.1
+
+
+def test_hidden_rows_are_measured_in_the_units_that_the_product_has(tmp_path: Path) -> None:
+    """A bias of which GELU makes zero is within their reach all the same, and leaves nothing of others."""
+    pipeline = small_pipeline()
+    pipeline.model.blocks[0].ffn[0].bias.data[0] = -1e7
+    opened = Checkpoint.open(write_pipeline(tmp_path, pipeline))
+    table = calibrate(opened, run_of(opened, 1), 0.1).table
+    assert table.errors["blocks.0.ffn.2"] > 0.9 and table.left_out == ("blocks.0.ffn.2",)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(Checkpoint, "load", load)
+
+
+def test_what_has_no_table_or_no_text_is_refused_before_anything_is_read(
+    checkpoint: Path, unread: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["calibrate", str(checkpoint), "--prompt", "a cat", " "]) == 2
+    assert "a prompt ' ' is empty; give it at least one word" in capsys.readouterr().err
+    vae, encoder = (checkpoint / f"{part}.safetensors" for part in ("vae", "text_encoder"))
+    away = encoder.rename(checkpoint / "away")
+    assert cli.main(["calibrate", str(checkpoint)]) == 2
+    assert "has no text encoder or no tokenizer" in capsys.readouterr().err
+    away.rename(encoder)
+    vae.unlink()  # a pickle has no fingerprint
+    torch.save({"decoder": torch.ones(2)}, vae.with_suffix(".pth"))
+    assert cli.main(["calibrate", str(checkpoint)]) == 2
+    assert "vae.pth is a pickle, which the engine does not load" in capsys.readouterr().err
+
+
+def test_a_gpu_without_fp8_is_refused_before_anything_is_read(
+    checkpoint: Path, unread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100")
+    opened = Checkpoint.open(checkpoint)
+    run = dataclasses.replace(run_of(opened), device=torch.device("cuda", 0))
+    message = "device is cuda:0 and NVIDIA A100 has no FP8 products, .*; calibrate on 'cpu'"
+    with pytest.raises(RuntimeError, match=message):
+        calibrate(opened, run, 0.1)
+
+
+def test_activations_that_overflow_are_told(tmp_path: Path) -> None:
+    pipeline = small_pipeline()
+    expand, _, contract = pipeline.model.blocks[1].ffn
+    for layer in (expand, contract):
+        layer.weight.data.mul_(300)  # finite in float16, unlike what they make
+    opened = Checkpoint.open(write_pipeline(tmp_path, pipeline))
+    run = dataclasses.replace(run_of(opened, 1), dtype=torch.float16)
+    with pytest.raises(
+        ValueError, match=r"result of blocks\..* are not finite in float16; calibrate in another"
+    ):
+        calibrate(opened, run, 0.1)
+    assert calibrate(opened, run_of(opened, 1), 1.0).table.left_out == ()
 
 
 def test_the_command_writes_the_table_that_fp8_finds(

@@ -32,7 +32,12 @@ class FP8Table:
     settings: str
 
     def __post_init__(self) -> None:
-        kinds = {"fingerprint": str, "limit": float, "left_out": tuple[str, ...], "settings": str}
+        kinds = {
+            "fingerprint": str,
+            "limit": Annotated[float, Range(0)],
+            "left_out": tuple[str, ...],
+            "settings": str,
+        }
         for name, kind in kinds.items():
             check_value(name, getattr(self, name), kind)
         if not isinstance(self.errors, Mapping) or not all(isinstance(name, str) for name in self.errors):
@@ -51,7 +56,9 @@ class FP8Table:
                 raise ValueError(f"it is not of format {FORMAT}")
             names = [field.name for field in fields(cls)]
             if stored.keys() != set(names):
-                raise ValueError(f"it has {', '.join(stored)}, where a table has {', '.join(names)}")
+                raise ValueError(
+                    f"it has {', '.join(stored) or 'nothing'}, where a table has {', '.join(names)}"
+                )
             left_out = stored.pop("left_out")
             return cls(left_out=tuple(left_out) if isinstance(left_out, list) else left_out, **stored)
         except ValueError as error:

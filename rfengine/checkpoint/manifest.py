@@ -15,6 +15,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 from rfengine.checkpoint.directories import EXPORT_FOLDER
+from rfengine.checkpoint.fp8_table import TABLE_FILE
 from rfengine.files import file_sha256, read_text, strict_json, write_text
 
 MANIFEST_FILE = "manifest.json"
@@ -107,8 +108,9 @@ def _is_inside(name: str) -> bool:
 
 
 def _present(directory: Path) -> list[str]:
-    """The files in `directory` and its folders, without hidden ones, the manifest, and what was built for one
-    machine."""
+    """The files in `directory` and its folders, without hidden ones, the manifest, what was built for one
+    machine, and the table of `rfengine calibrate`, which is made there later and says whose weights it is of.
+    """
     names = []
     for folder, folders, files in os.walk(directory, followlinks=False):
         inside = Path(folder).relative_to(directory)
@@ -116,7 +118,7 @@ def _present(directory: Path) -> list[str]:
         if inside == Path():
             folders[:] = [each for each in folders if each != EXPORT_FOLDER]
         names += [(inside / name).as_posix() for name in sorted(files) if not name.startswith(".")]
-    return [name for name in names if name != MANIFEST_FILE]
+    return [name for name in names if name not in (MANIFEST_FILE, TABLE_FILE)]
 
 
 def _difference(path: Path, entry: dict[str, Any], reads: bool) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from rfengine.cli.cleaned_prompt import check_cleaned
 from rfengine.cli.terminal import find_device
 from rfengine.config import DTypeName
 from rfengine.limits import Range
@@ -53,6 +54,8 @@ def run(options: CalibrateOptions) -> int:
 
     check_options(options)
     find_device(options.device)
+    for prompt in options.prompt:
+        check_cleaned(prompt, "a prompt")
     directory = checkpoint_directory(options.directory)
     checkpoint = Checkpoint.open(directory)
     require_stream(checkpoint.config)

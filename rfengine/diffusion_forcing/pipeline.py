@@ -27,7 +27,7 @@ from rfengine.prompts import check_prompt, warn_of_unknown_words
 from rfengine.runtime.decoder_precision import state_dtype
 from rfengine.runtime.decoders import OpenDecoder, tier_of
 from rfengine.runtime.loaded_models import Placement, load_models
-from rfengine.runtime.model_precision import products_left_out
+from rfengine.runtime.model_precision import products_left_out, require_settled
 from rfengine.schedule import chunk_noise
 from rfengine.video import Video, check_frames, pixels_from_frames
 
@@ -66,6 +66,7 @@ class DiffusionForcingPipeline:
         open_decoder: OpenDecoder,
     ) -> None:
         require_diffusion_forcing(config)
+        require_settled(config.runtime, model)
         self.config = config
         self.model = model
         self.vae = vae

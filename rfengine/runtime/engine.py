@@ -21,7 +21,7 @@ from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
 from rfengine.runtime.decoder_precision import decoder_name, state_dtype
 from rfengine.runtime.decoders import OpenDecoder
-from rfengine.runtime.model_precision import passes_in_fp8, precision_setting, settle_precision
+from rfengine.runtime.model_precision import passes_in_fp8, precision_setting, require_settled
 from rfengine.runtime.options import runtime_switches
 from rfengine.runtime.rolling_runner import runner_of
 from rfengine.runtime.turns import Turns
@@ -63,10 +63,11 @@ class Engine:
         fingerprint: str,
         open_decoder: OpenDecoder,
     ) -> Engine:
-        """The engine of loaded models, with the runtime options of `config` resolved for their devices."""
+        """The engine of loaded models, with the runtime options of `config` resolved for their devices.
+        Raises ValueError for a model whose weights are not in the precision of `config`."""
+        require_settled(config.runtime, model)
         keep_freed_memory()
         switches = runtime_switches(config.runtime, model.device)
-        settle_precision(config.runtime, model)
         overlap, graphs = switches["overlap"].on, switches["graphs"].on
         queue = DecodeQueue(next(vae.parameters()).device, overlap, graphs)
         runner = runner_of(model, config.schedule, graphs, passes_in_fp8(config))
@@ -92,7 +93,7 @@ class Engine:
 
     def settings(self) -> dict[str, Any]:
         """What a snapshot and the engine that restores it must agree on, as JSON values."""
-        precision = precision_setting(self.config.runtime, self.model)
+        precision = precision_setting(self.config, self.model)
         return {
             "fingerprint": self.fingerprint,
             "dtype": str(self.model.dtype),

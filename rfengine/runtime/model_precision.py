@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
 from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.models.dit import WanDiT
-from rfengine.models.fp8_products import quantise, require_products
+from rfengine.models.fp8_products import product_names, require_products
 from rfengine.ops.backends import fp8_absence
 
 logger = logging.getLogger(__name__)
@@ -32,36 +33,49 @@ def require_precision(runtime: RuntimeConfig, device: torch.device) -> None:
 def products_left_out(checkpoint: Checkpoint, runtime: RuntimeConfig) -> tuple[str, ...]:
     """The products that the table of `runtime`, or else that of the checkpoint, leaves out of FP8.
 
-    Raises ValueError for a table that cannot be read, was measured on other weights or names no product.
+    Raises ValueError for a table that cannot be read, was measured on other weights or is not of every
+    product.
     """
     if not runtime.multiplies_fp8:
         return ()
     own = None if checkpoint.directory is None else checkpoint.directory.path / TABLE_FILE
     if runtime.fp8_table is not None:
         path = Path(runtime.fp8_table)
-    elif own is not None and own.is_file():
+    elif own is not None and os.path.lexists(own):  # one that cannot be read is an error, not left aside
         path = own
     else:
         return ()
     table = FP8Table.read(path)
     table.require_weights(path, checkpoint.fingerprint())
     require_products(table.left_out, checkpoint.config.model)
+    names = product_names(checkpoint.config.model)
+    if table.errors.keys() != set(names):
+        raise ValueError(
+            f"{path} has the errors of {len(table.errors)} products, which are not the {len(names)} of this "
+            "model; run `rfengine calibrate` on it"
+        )
     return table.left_out
 
 
-def settle_precision(runtime: RuntimeConfig, model: WanDiT) -> None:
-    """Put the products of `model` into FP8 where `runtime` asks for it and they are not yet, in place.
+def require_settled(runtime: RuntimeConfig, model: WanDiT) -> None:
+    """Raises ValueError unless the weights of a loaded `model` are as `runtime` asks.
 
-    Raises ValueError for a model in FP8 where it does not.
+    Nothing is changed here: another pipeline may have the same model.
     """
+    asked = f"precision is {runtime.precision!r}"
     in_fp8 = model.left_out_of_fp8 is not None
     if runtime.multiplies_fp8 and not in_fp8:
-        quantise(model)
-    elif in_fp8 and not runtime.multiplies_fp8:
         raise ValueError(
-            f"the products of the model are in FP8 and precision is {runtime.precision!r}; use 'fp8', or a "
-            "model of its own"
+            f"{asked} and the products of the model are not in FP8; load it by from_pretrained, or quantise "
+            "a model of its own (models/fp8_products.py)"
         )
+    if in_fp8 and not runtime.multiplies_fp8:
+        raise ValueError(
+            f"the products of the model are in FP8 and {asked}; use 'fp8', or a model of its own"
+        )
+    if runtime.precision == "bf16" and model.dtype != torch.bfloat16:
+        own = str(model.dtype).removeprefix("torch.")
+        raise ValueError(f"{asked} and the model is in {own}; load it in bfloat16, or use 'default'")
 
 
 def passes_in_fp8(config: EngineConfig) -> tuple[int, ...]:
@@ -69,8 +83,9 @@ def passes_in_fp8(config: EngineConfig) -> tuple[int, ...]:
     return config.runtime.fp8_passes(len(config.schedule.denoising_steps) + 1)
 
 
-def precision_setting(runtime: RuntimeConfig, model: WanDiT) -> str:
-    """The precision as a snapshot names it: "" without FP8."""
+def precision_setting(config: EngineConfig, model: WanDiT) -> str:
+    """The precision as a snapshot names it: "" without FP8. It is of the passes, however they were given."""
+    runtime = config.runtime
     if not runtime.multiplies_fp8:
         return ""
     words = [runtime.precision]
@@ -78,5 +93,6 @@ def precision_setting(runtime: RuntimeConfig, model: WanDiT) -> str:
         digest = hashlib.sha256(" ".join(left_out).encode()).hexdigest()
         words.append(f"without {len(left_out)} products ({digest[:8]})")
     if runtime.precision == "fp8-attention":
-        words.append(f"attention in 16 bits in passes {', '.join(map(str, runtime.sixteen_bit_passes))}")
+        passes = ", ".join(map(str, passes_in_fp8(config)))
+        words.append(f"attention in FP8 in passes {passes or 'none'}")
     return ", ".join(words)

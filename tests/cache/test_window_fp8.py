@@ -276,7 +276,9 @@ def test_a_stream_in_fp8_repeats_and_continues_from_a_snapshot_to_the_bit(runtim
     stream.rewind(snapshot)
     assert numpy.array_equal(rest, frames_of(stream, 4))
     assert not numpy.array_equal(whole, exact)
-    message = "the snapshot's precision is 'fp8.*', this pipeline's is ''; restore it with the model"
+    message = (
+        "the snapshot's precision is 'fp8.*', this pipeline's is 'without FP8'; restore it with the model"
+    )
     with pytest.raises(ValueError, match=message):
         small_pipeline().restore(snapshot)
     other = with_runtime(small_pipeline(), dataclasses.replace(EVERY_PASS, sixteen_bit_passes=(0,)))
@@ -284,6 +286,21 @@ def test_a_stream_in_fp8_repeats_and_continues_from_a_snapshot_to_the_bit(runtim
         ValueError, match="the snapshot's precision is 'fp8.*', this pipeline's is 'fp8-attention"
     ):
         other.restore(snapshot)
+
+
+def test_a_snapshot_names_the_passes_however_they_were_given() -> None:
+    given = [(0, -1), (2, 0), (-3, 2, 0)]  # of two steps and the context pass
+    pipelines = [
+        with_runtime(small_pipeline(), dataclasses.replace(EVERY_PASS, sixteen_bit_passes=passes))
+        for passes in given
+    ]
+    stream = pipelines[0].stream("a cat", seed=4)
+    frames_of(stream, 5)
+    snapshot = stream.snapshot()
+    assert snapshot.info["precision"] == "fp8-attention, attention in FP8 in passes 1"
+    expected = frames_of(stream, 2)
+    for pipeline in pipelines[1:]:
+        assert numpy.array_equal(frames_of(pipeline.restore(snapshot), 2), expected)
 
 
 def test_a_prompt_can_change_and_the_window_be_recomputed_in_fp8() -> None:

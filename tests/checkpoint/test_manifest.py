@@ -14,6 +14,7 @@ from torch import nn
 from rfengine.checkpoint.checkpoint import Checkpoint, write_config
 from rfengine.checkpoint.convert import convert
 from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import check_sizes, differences, read_manifest, verify, write_manifest
 from rfengine.presets import PRESETS
@@ -50,11 +51,21 @@ def test_every_file_of_the_directory_is_listed(directory: Path) -> None:
     (directory / ".hidden").touch()
     (directory / "tensorrt").mkdir()  # what export-vae builds for one machine
     (directory / "tensorrt" / "engine.safetensors").touch()
+    (directory / TABLE_FILE).touch()
     write_manifest(directory)
     listed = read_manifest(directory)
     assert listed.keys() == {"rfengine.json", "vae.safetensors", "tokenizer/spiece.model"}
     assert listed["tokenizer/spiece.model"]["size"] == 6
     assert differences(directory) == dict.fromkeys(listed, "")
+
+
+def test_a_table_that_calibrate_writes_leaves_a_checkpoint_as_it_was(directory: Path) -> None:
+    write_manifest(directory)
+    for settings in ("1 video", "some videos"):  # calibrated, and calibrated again
+        FP8Table("0" * 64, 0.1, (), {}, settings).write(directory / TABLE_FILE)
+        verify(directory)
+        write_manifest(directory)
+    check_sizes(directory)
 
 
 @pytest.mark.parametrize("name", ["rfengine.json", "vae.safetensors", "tokenizer/spiece.model"])

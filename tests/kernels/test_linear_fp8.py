@@ -108,12 +108,14 @@ def test_gelu_is_rounded_in_units_known_before_the_row_is(form):
     assert relative_error(values.double() * scale, exact) < 0.04  # as e4m3 rounds: 2^-4 at most
 
 
-def test_no_gelu_can_saturate():
-    """Every value of the row is at 448, with the signs of the channel that reaches furthest."""
+@pytest.mark.parametrize("bias", [0.0, 1e3])
+def test_no_gelu_can_saturate(bias):
+    """Every value of the row is at 448, with the signs of the channel that reaches furthest, to which a bias
+    as large may be added."""
     _, _, weight, weight_scale, _ = operands(inputs=144, outputs=80)
     furthest = (weight.float().abs().sum(1) * weight_scale).argmax()
     x = (448 * weight[furthest].float().sign()).to(E4M3).view(1, 1, -1)
-    bias = torch.zeros(80, dtype=torch.float32, device=DEVICE)
+    bias = torch.full((80,), bias, dtype=torch.float32, device=DEVICE)
     case = x, torch.full((1, 1, 1), 0.3, device=DEVICE), weight, weight_scale, bias
     values, scale = linear_fp8.linear_gelu_rows_fp8(*case, product_reach(weight, weight_scale, bias))
     assert values.float().max() == 448  # it reaches the end of the range, and no further
@@ -146,6 +148,15 @@ def test_strided_rows_and_rows_of_zeros(form):
     assert not values.float().any() and torch.equal(scale, torch.ones_like(scale))
 
 
+def test_no_rows_give_none():
+    x, row_scale, *rest = operands((2, 0), 64)
+    for name in PRODUCTS:
+        assert getattr(linear_fp8, name)(x, row_scale, *rest).shape == (2, 0, 80)
+    values, scale = linear_fp8.linear_gelu_rows_fp8(x, row_scale, *rest, product_reach(*rest))
+    assert values.shape == (2, 0, 80) and scale.shape == (2, 0, 1)
+    assert linear_fp8.linear_heads_fp8(x.half(), *rest, 2).shape == (2, 0, 80)
+
+
 def test_the_gelu_of_a_librarys_product_is_rounded_alike():
     case = operands((1, 33), 144, 1100)
     reach = product_reach(*case[2:])
@@ -154,6 +165,9 @@ def test_the_gelu_of_a_librarys_product_is_rounded_alike():
     expected, expected_scale = reference_fp8.linear_gelu_rows_fp8(*case[:4], case[4].float(), reach)
     torch.testing.assert_close(scale, expected_scale.flatten(0, 1), rtol=1e-6, atol=0)
     assert flipped(values, expected.flatten(0, 1)) <= MOST_FLIPPED
+    nothing = torch.zeros_like(reach)  # of a weight and a bias of zeros
+    values, scale = gelu_fp8.gelu_rows_fp8(torch.zeros_like(product), case[1].flatten(0, 1), nothing)
+    assert not values.float().any() and torch.equal(scale, torch.ones_like(scale))
 
 
 def test_hidden_rows_that_are_nearly_zero_become_zero(form):
@@ -183,6 +197,10 @@ def test_a_gpu_without_fp8_and_heads_that_are_too_wide_are_refused(monkeypatch):
         linear_fp8.linear_heads_fp8(x, weight, scale, bias, 2)
     with pytest.raises(ValueError, match="x is torch.float16 and weight torch.float8_e4m3fn; they must be"):
         linear_fp8.linear_fp8(x, torch.ones(1, 4, 1, device=DEVICE), weight, scale, bias)
+    for place, name in ((2, "weight"), (3, "weight_scale"), (4, "bias")):
+        apart = torch.stack((case[place],) * 2, -1)[..., 0]  # equal, with a gap after each value
+        with pytest.raises(ValueError, match=f"the last axis of {name} has stride 2; it must be contiguous"):
+            linear_fp8.linear_fp8(*case[:place], apart, *case[place + 1 :])
 
 
 @pytest.mark.parametrize("name", [*PRODUCTS, "linear_gelu_rows_fp8"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rfengine.accuracy import relative_error
@@ -103,6 +104,19 @@ def test_a_product_that_is_left_out_is_as_it_was(left_out: str) -> None:
     assert 1e-4 < relative_error(found, exact) < 0.5
 
 
+def test_only_the_second_product_of_a_feed_forward_may_be_left_out() -> None:
+    """The first one stays in FP8, and its result is in the dtype of the model."""
+    ops = CountingOps()
+    model = model_on(ops)
+    quantise(model, {f"blocks.{layer}.ffn.2" for layer in range(LAYERS)})
+    latents_of(model, 1)
+    blocks = 2 * LAYERS + LAYERS - 1
+    assert {name: count for name, count in ops.counts.items() if "gelu" in name} == {
+        "linear_gelu_fp8": blocks
+    }
+    assert ops.counts["linear"] == blocks + 2 * LAYERS  # and keys and values of the text
+
+
 def test_with_every_product_left_out_nothing_changes_and_in_fp8_a_little_does() -> None:
     exact = latents_of(small_model())
     model = small_model()
@@ -147,6 +161,38 @@ def test_weights_that_change_are_followed_in_place() -> None:
     for name, fp8 in kept.items():
         for ours, before in zip(fp8, bits[name], strict=True):
             assert torch.equal(ours.float(), before.float())
+
+
+def test_the_context_pass_leaves_the_keys_and_values_of_a_whole_pass() -> None:
+    """Its last layer multiplies keys and values alone: a part of the weights of q, k and v."""
+    model, arenas = small_model(), []
+    quantise(model)
+    runner, text = small_runner(model), model.text_keys_values(text_states())
+    with torch.no_grad():
+        for is_context in (True, False):
+            cache = small_cache(CacheConfig())
+            plan, latents = cache.plan_chunk(), noise_of(0, 3)[0]
+            cache.begin_chunk(plan)
+            given = latents, runner.context_modulation, text, cache, plan
+            if is_context:
+                model.context_pass(*given)
+            else:
+                model.forward_chunk(*given, keep_raw=True)
+            arenas.append(cache.tensors())
+    for name in ("keys", "values", "raw_keys"):
+        assert arenas[0][name].any() and torch.equal(arenas[0][name], arenas[1][name])
+
+
+def test_each_head_of_an_attention_is_rounded_in_a_unit_of_its_own() -> None:
+    model, head_dim = small_model(), SMALL.dim // SMALL.num_heads
+    layer = model.blocks[0].self_attn.o
+    layer.weight.data[:, :head_dim] = 0  # so that the first head, which is huge, only takes the unit
+    quantise(model)
+    x = torch.randn(1, 12, SMALL.dim)
+    x[..., :head_dim] *= 1e6
+    with torch.no_grad():
+        exact, found = (each - layer.bias for each in (F.linear(x, layer.weight, layer.bias), layer(x)))
+    assert relative_error(found, exact) < 0.06
 
 
 def test_a_clip_is_seen_in_fp8_too() -> None:

@@ -16,6 +16,8 @@ from rfengine.checkpoint.loader import save_weights
 from rfengine.config import CacheConfig
 from rfengine.costs.memory import lora_bytes
 from rfengine.models.dit import pack_weights
+from rfengine.models.fp8_products import products, quantise
+from rfengine.models.linear import WeightFP8
 from rfengine.models.weight_layout import joined_view
 from rfengine.runtime.adapted_weights import AdaptedWeights
 from rfengine.runtime.turns import Turns
@@ -264,6 +266,45 @@ def test_an_interrupt_at_any_tensor_leaves_all_as_it_was(
         swap(each, files[0], files[2])
     assert_same(weights_of(each), before)
     assert host_bytes(each) == kept
+
+
+def weights_in_fp8(each: AdaptedWeights) -> dict[str, Tensor]:
+    """Those that multiply, by product and part; e4m3 as float32."""
+    found = products(each._runner.model).items()
+    kept = {name: product.owner.fp8._asdict() for name, product in found}
+    return {
+        f"{name} {part}": tensor.float() for name, parts in kept.items() for part, tensor in parts.items()
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_in_fp8_are_those_of_the_loras_and_the_way_back(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, packed: bool
+) -> None:
+    each, copy = adapted(dtype, packed), Tensor.copy_
+    quantise(each._runner.model)
+    before = weights_in_fp8(each)
+    swap(each, files[0])
+    for name, product in products(each._runner.model).items():
+        for part, tensor in WeightFP8.of(product.layers)._asdict().items():
+            assert torch.equal(weights_in_fp8(each)[f"{name} {part}"], tensor.float()), (name, part)
+    merged, fp8_copies = weights_in_fp8(each), itertools.count(1)
+    changed = "blocks.1.ffn.0 values"
+    assert not torch.equal(merged[changed], before[changed])
+
+    def interrupted(self: Tensor, *rest: object) -> Tensor:
+        result = copy(self, *rest)
+        if self.dtype == torch.float8_e4m3fn and next(fp8_copies) == 3:  # of the twelve that change
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Tensor, "copy_", interrupted)
+        swap(each, files[1])
+    assert_same(weights_in_fp8(each), merged)
+    swap(each)
+    assert_same(weights_in_fp8(each), before)
 
 
 def test_the_way_back_from_an_error_needs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

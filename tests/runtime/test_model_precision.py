@@ -14,10 +14,12 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.fp8_table import TABLE_FILE, FP8Table
 from rfengine.config import RuntimeConfig, ScheduleConfig
 from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
+from rfengine.models.fp8_products import product_names, quantise
 from rfengine.pipeline import Pipeline
 from rfengine.presets import PRESETS
 from rfengine.runtime.loaded_models import Placement
 from rfengine.runtime.model_precision import passes_in_fp8
+from support.diffusion_forcing import forcing_pipeline
 from support.models import frames_of, small_config, small_pipeline, with_runtime, write_pipeline
 
 FP8 = RuntimeConfig(precision="fp8")
@@ -103,6 +105,35 @@ def test_a_model_in_fp8_is_not_taken_for_another() -> None:
     assert with_runtime(pipeline, ATTENTION).config.runtime == ATTENTION
 
 
+def test_a_pipeline_puts_no_model_into_another_precision() -> None:
+    """It may be that of a pipeline that runs already, whose frames would be others from then on."""
+    pipeline = small_pipeline()
+    parts = pipeline.model, pipeline.vae, pipeline.text_encoder, "small-0"
+    for runtime, message in (
+        (FP8, "precision is 'fp8' and the products of the model are not in FP8; load it by from_pretrained"),
+        (
+            dataclasses.replace(FP8, fp8_table="a.json"),
+            "precision is 'fp8' and the products of the model are",
+        ),
+        (RuntimeConfig(precision="bf16"), "precision is 'bf16' and the model is in float32; load it in bfl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Pipeline(dataclasses.replace(pipeline.config, runtime=runtime), *parts)
+    assert pipeline.model.left_out_of_fp8 is None and pipeline.model.blocks[0].self_attn.fp8 is None
+
+
+def test_a_diffusion_forcing_pipeline_has_the_precision_that_it_says() -> None:
+    pipeline = forcing_pipeline()
+    config = dataclasses.replace(pipeline.config, runtime=FP8)
+    parts = pipeline.model, pipeline.vae, pipeline.text_encoder, pipeline._open_decoder
+    with pytest.raises(ValueError, match="precision is 'fp8' and the products of the model are not in FP8"):
+        DiffusionForcingPipeline(config, *parts)
+    quantise(pipeline.model)
+    assert DiffusionForcingPipeline(config, *parts).model.left_out_of_fp8 == frozenset()
+    with pytest.raises(ValueError, match="the products of the model are in FP8 and precision is 'default'"):
+        DiffusionForcingPipeline(pipeline.config, *parts)
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     (tmp_path / "small").mkdir()
@@ -110,9 +141,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def table_of(checkpoint: Path, *left_out: str) -> FP8Table:
-    return FP8Table(
-        Checkpoint.open(checkpoint).fingerprint(), 0.1, left_out, {"blocks.0.ffn.0": 0.2}, "1 video"
-    )
+    opened = Checkpoint.open(checkpoint)
+    errors = dict.fromkeys(product_names(opened.config.model), 0.2)
+    return FP8Table(opened.fingerprint(), 0.1, left_out, errors, "1 video")
 
 
 def test_the_checkpoints_own_table_says_what_is_left_out(checkpoint: Path) -> None:
@@ -145,6 +176,7 @@ def test_a_table_of_other_weights_is_refused_before_anything_is_read(checkpoint:
     [
         ({"format": 2}, "it is not of format 1"),
         ({"limit": "much"}, "limit is 'much'; it must be a finite number"),
+        ({"limit": -1.0}, "limit is -1.0; it must be at least 0"),
         ({"errors": {"blocks.0.ffn.0": -1.0}}, "the error of blocks.0.ffn.0 is -1.0"),
         ({"errors": [1]}, r"errors is \[1\]; it must be a table of numbers by product"),
         ({"left_out": [1]}, r"left_out is \(1,\); it must be a tuple of texts"),
@@ -163,6 +195,28 @@ def test_a_damaged_table_is_refused(tmp_path: Path, change: dict, message: str) 
         FP8Table.read(path)
     with pytest.raises(ValueError, match="absent.json is no file; `rfengine calibrate` writes one"):
         FP8Table.read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("errors", "count"), [({}, 0), ({"blocks.0.ffn.0": 0.2}, 1), ({"blocks.7.ffn.0": 0.2}, 13)]
+)
+def test_a_table_that_is_not_of_every_product_is_refused(
+    checkpoint: Path, unread: None, errors: dict[str, float], count: int
+) -> None:
+    own = table_of(checkpoint)
+    kept = own.errors if count > len(own.errors) else {}
+    dataclasses.replace(own, errors={**kept, **errors}).write(checkpoint / TABLE_FILE)
+    message = f"{TABLE_FILE} has the errors of {count} products, which are not the 12 of this model; run"
+    with pytest.raises(ValueError, match=message):
+        Pipeline.from_pretrained(checkpoint, "cpu", runtime=FP8)
+
+
+def test_a_table_of_the_checkpoint_that_cannot_be_read_is_not_left_aside(
+    checkpoint: Path, unread: None
+) -> None:
+    (checkpoint / TABLE_FILE).symlink_to(checkpoint / "gone.json")  # as in a cache without the file
+    with pytest.raises(ValueError, match=f"{TABLE_FILE} is no file; `rfengine calibrate` writes one"):
+        Pipeline.from_pretrained(checkpoint, "cpu", runtime=FP8)
 
 
 def test_a_table_without_fp8_is_refused() -> None:

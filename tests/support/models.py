@@ -24,6 +24,7 @@ from rfengine.config import (
 )
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
+from rfengine.models.fp8_products import quantise
 from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
 from rfengine.models.vae import WanVAE
 from rfengine.pipeline import Pipeline
@@ -115,7 +116,9 @@ def vae_and_text_encoder(config: EngineConfig, seed: int) -> tuple[WanVAE, TextE
 
 
 def with_runtime(pipe: Pipeline, runtime: RuntimeConfig) -> Pipeline:
-    """The same models under another runtime."""
+    """The same models under another runtime, put into FP8 where it asks for that."""
+    if runtime.multiplies_fp8 and pipe.model.left_out_of_fp8 is None:
+        quantise(pipe.model)
     config = dataclasses.replace(pipe.config, runtime=runtime)
     return Pipeline(config, pipe.model, pipe.vae, pipe.text_encoder, pipe._engine.fingerprint)
 

@@ -137,6 +137,17 @@ def test_every_case_accepts_the_reference_and_refuses_a_changed_result(dtype: to
         assert "from float64" in case.problem(last_row_off, arguments), case.key
 
 
+def test_of_many_rows_a_part_is_compared_with_its_own_scales() -> None:
+    cases = cases_of(in_precision(small_config(), "fp8-attention"), torch.float32, LatentGrid(160, 160))
+    for case in cases.values():
+        arguments = case.make_inputs(seeded())
+        values, scale = case.part(arguments)[:2]
+        assert arguments[0].shape[1] == 300 and values.shape[1] == scale.shape[1] == 150
+        assert torch.equal(values[:, -1].float(), arguments[0][:, -1].float())
+        assert torch.equal(scale[:, -1], arguments[1][:, -1])
+        assert case.problem(case.meaning, arguments) == "", case.key
+
+
 def test_a_gelu_that_is_rounded_twice_is_right_and_one_without_bias_is_not() -> None:
     """cuBLASLt's product is rounded to 16 bits before a kernel of ours makes the GELU."""
     case = small_cases(torch.bfloat16)["linear_gelu_rows_fp8@64x48x1"]
