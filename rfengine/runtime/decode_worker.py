@@ -155,9 +155,8 @@ class DecodeWorker:
             return self._on_stream.start(latents, state)
         decoder, queue = self.decoder, self._queue
         last = self._in_flight[-1] if self._in_flight else None
-        if queue.thread is not None and not beside:
-            queue.synchronize()
         if queue.thread is None or not beside:
+            queue.synchronize()
             return finished(_decode_after(last, None, decoder, queue.device, latents, state))
         whole = queue.threads.whole
         return queue.thread.submit(_decode_after, last, whole, decoder, queue.device, latents, state)
