@@ -10,8 +10,8 @@ it to that.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from threading import Thread
 
 import torch
 from torch import Tensor
@@ -42,11 +42,13 @@ class SharedThreads:
     """The threads of torch that one thread of Python has, shared with another that works beside it at times.
 
     OpenMP counts the threads of all, and where they outnumber the cores they wait by sleeping; so the other
-    has half of them (take_share) and this one, inside of `divided`, the rest.
+    has half of them (take_share) and this one, inside of `divided`, the rest. Threads of Python that are new
+    begin with the number that was set last, by whichever thread; a thread of its own sets it as it was.
     """
 
     def __init__(self) -> None:
         self._whole: int | None = None
+        self._default = ThreadPoolExecutor(1, "rfengine-threads")
 
     @property
     def whole(self) -> int:
@@ -60,26 +62,23 @@ class SharedThreads:
         if whole == 1:
             yield
             return
+        default: Future[None] | None = None
         try:
             self._whole = whole
-            _set_own_threads(whole - whole // 2, whole)
+            default = self._set_own(whole - whole // 2, whole)
             yield
         finally:
             self._whole = None
             torch.set_num_threads(whole)
+            if default is not None:
+                default.cancel()  # not waited for, and not to come after what the caller sets next
 
+    def take_share(self, whole: int) -> None:
+        """Let the calling thread, the one beside, have its half of `whole` threads of torch."""
+        share = max(1, whole // 2)
+        if torch.get_num_threads() != share:
+            self._set_own(share, whole)
 
-def take_share(whole: int) -> None:
-    """Let the calling thread of Python have its half of `whole` threads of torch."""
-    share = max(1, whole // 2)
-    if torch.get_num_threads() != share:
-        _set_own_threads(share, whole)
-
-
-def _set_own_threads(count: int, default: int) -> None:
-    """Let torch compute with `count` threads for the calling thread of Python, and with `default` for new
-    ones: they begin with the number that was set last, by whichever thread, which is `count` for a moment."""
-    torch.set_num_threads(count)
-    other = Thread(target=torch.set_num_threads, args=(default,))
-    other.start()
-    other.join()
+    def _set_own(self, count: int, default: int) -> Future[None]:
+        torch.set_num_threads(count)
+        return self._default.submit(torch.set_num_threads, default)

@@ -205,7 +205,10 @@ class VideoStream:
         go_ahead = ahead and self._engine.queue.overlap and self._handed_out
         current = self._ahead or self._compute(on_step, decode, go_ahead)
         try:
-            self._ahead = self._compute_ahead() if go_ahead else None
+            self._ahead = None
+            if go_ahead:
+                with self._engine.queue.denoising_beside():
+                    self._ahead = self._compute(None, True, True)
             decoded = self._no_frames() if current.frames is None else current.frames.result()
         except BaseException:
             del current  # it may hold the error, whose traceback holds this frame: a circle
@@ -221,11 +224,6 @@ class VideoStream:
     def _no_frames(self) -> DecodedFrames:
         size = (0, self.grid.height, self.grid.width, 3)
         return DecodedFrames(torch.zeros(size, dtype=torch.uint8, device="cpu").numpy(), 0.0)
-
-    def _compute_ahead(self) -> _Computed:
-        """_compute while the chunk before it is decoded."""
-        with self._engine.queue.denoising_beside():
-            return self._compute(None, True, True)
 
     def _compute(self, on_step: StepCallback | None, decode: bool, beside: bool) -> _Computed:
         """Denoise the next chunk and submit its latents to the decoder, which runs beside another chunk or

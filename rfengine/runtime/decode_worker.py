@@ -12,16 +12,18 @@ import os
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rfengine.cuda_graph import CapturedCall, GraphPool, graph_pool, made_current
-from rfengine.host_state import SharedThreads, take_share
+from rfengine.host_state import SharedThreads
 from rfengine.models.decoder import FrameDecoder, FrameDecoderState
 from rfengine.nvtx_ranges import nvtx_range
 
@@ -29,9 +31,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
 DEPTH = 2  # decodes in flight: one that is awaited and one of the chunk begun ahead
-_NOT_FINITE = (
-    "the latents of a chunk hold values that are not finite; start a new stream or restore a snapshot"
-)
+_NOT_FINITE = "the latents of a chunk are not finite; start a new stream or restore a snapshot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ class DecodeQueue:
         """What decodes on a CPU; a forked process, which has none of its parent's threads, makes its own."""
         if self._thread is not None and self._process != os.getpid():
             self._thread, self._process = ThreadPoolExecutor(1, "rfengine-decode"), os.getpid()
+            self.threads = SharedThreads()
         return self._thread
 
     def denoising_beside(self) -> AbstractContextManager[None]:
@@ -158,8 +159,8 @@ class DecodeWorker:
         if queue.thread is None or not beside:
             queue.synchronize()
             return finished(_decode_after(last, None, decoder, queue.device, latents, state))
-        whole = queue.threads.whole
-        return queue.thread.submit(_decode_after, last, whole, decoder, queue.device, latents, state)
+        share = partial(queue.threads.take_share, queue.threads.whole)
+        return queue.thread.submit(_decode_after, last, share, decoder, queue.device, latents, state)
 
     def wait(self) -> None:
         """Return once everything that was submitted is decoded; the state may then be read and changed."""
@@ -207,14 +208,14 @@ def _decode_to_host(
 
 def _decode_after(
     last: Future[DecodedFrames] | None,
-    threads: int | None,
+    take_share: Callable[[], None] | None,
     decoder: FrameDecoder,
     device: torch.device,
     latents: Tensor,
     state: FrameDecoderState,
 ) -> DecodedFrames:
-    """_decode_to_host once `last` is decoded, whose error thus reaches all later decodes. threads: of torch,
-    of which this thread of Python takes its share; None leaves those it has.
+    """_decode_to_host once `last` is decoded, whose error thus reaches all later decodes. take_share: of the
+    threads of torch, before; None leaves those that this thread has.
 
     No method, and without `last` in the end: an error's traceback keeps its calls and what they know, and
     must not lead back to the future that holds the error.
@@ -224,8 +225,8 @@ def _decode_after(
             last.result()
     finally:
         del last
-    if threads is not None:
-        take_share(threads)
+    if take_share is not None:
+        take_share()
     return _decode_to_host(decoder, device, latents, state)
 
 

@@ -246,7 +246,7 @@ def test_what_is_queued_behind_an_error_is_not_decoded() -> None:
 def test_latents_that_are_not_finite_are_an_error(overlap: bool) -> None:
     worker = DecodeWorker(AddingDecoder(), DecodeQueue(CPU, overlap))
     state = worker.new_state(1, 2, 2, torch.float32)
-    with pytest.raises(RuntimeError, match="the latents of a chunk hold values that are not finite"):
+    with pytest.raises(RuntimeError, match="the latents of a chunk are not finite"):
         worker.submit(latents_of(float("nan")), state).result()
 
 
