@@ -63,6 +63,11 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     }
     for name, fake in replaced.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+
+    def end(index: int, pool: tuple[int, int]) -> None:
+        raise RuntimeError("not currently recording to mempool_id")  # the end of the capture has closed it
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
     yield seen
     cuda_graph._side_stream.cache_clear()
 

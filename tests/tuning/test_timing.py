@@ -18,7 +18,7 @@ def on_stream(stream):
 
 def test_after_a_failed_recording_a_small_graph_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one backend that cannot be recorded would spoil torch's default generator for all that follow."""
-    own = SimpleNamespace(device="cpu", wait_stream=lambda other: None)
+    own = SimpleNamespace(device=torch.device("cpu"), wait_stream=lambda other: None)
     ended: list[bool] = []
 
     @contextmanager
@@ -37,6 +37,8 @@ def test_after_a_failed_recording_a_small_graph_is_recorded(monkeypatch: pytest.
     }  # fmt: skip
     for name, fake in replaced.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda index, pool: None, raising=False)
     calls: list[int] = []
 
     def fails_the_fourth_time(value: int) -> None:
