@@ -22,8 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rfengine.kernels.device import rows_per_program
-
-LARGEST_E4M3 = tl.constexpr(448.0)
+from rfengine.kernels.e4m3 import LARGEST
 
 
 @triton.jit
@@ -59,7 +58,7 @@ def _channel_norm_silu_kernel(
     y *= tl.load(gamma + channel, mask=known, other=0.0).to(tl.float32)[None, :]
     y = y / (1.0 + tl.exp(-y)) / out_scale
     if out.dtype.element_ty == tl.float8e4nv:
-        y = tl.minimum(tl.maximum(y, -LARGEST_E4M3), LARGEST_E4M3)
+        y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     to = out + (frame * out_stride_t + h * out_stride_h + w * out_stride_w)[:, None] + channel[None, :]
     tl.store(to, y.to(out.dtype.element_ty), mask=inside)
 

@@ -2,9 +2,8 @@
 
     values = round(GELU(y) / scale), scale = row_scale * reach[0] + reach[1], 1 where that is below 2^-126
 
-GELU in its tanh form: v / (1 + exp(-2 u)), u = sqrt(2 / pi) (v + 0.044715 v^3). A row's scale is known
-before the row is (reference_fp8.linear_gelu_rows_fp8), so nothing is summed. Bound: memory, 3 bytes an
-element in 16 bits.
+GELU in its tanh form, as in linear.py. A row's scale is known before the row is (reference_fp8.hidden_unit),
+so nothing is summed. Bound: memory, 3 bytes an element in 16 bits.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rfengine.kernels.e4m3 import unit_or_one
-from rfengine.kernels.linear import GELU_SCALE
+from rfengine.kernels.e4m3 import hidden_unit
+from rfengine.kernels.linear import gelu
 
 # M rows, N values of a row
 
@@ -27,13 +26,11 @@ def _gelu_rows_kernel(y, row_scale, reach, values, scales, width, BLOCK: tl.cons
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    scale = tl.load(row_scale + row) * tl.load(reach) + tl.load(reach + 1)
-    scale = unit_or_one(scale)
+    scale = hidden_unit(tl.load(row_scale + row), reach)
     if tl.program_id(1) == 0:
         tl.store(scales + row, scale)
     value = tl.load(y + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    inner = GELU_SCALE * (value + 0.044715 * value * value * value)
-    value = value / (1.0 + tl.exp(-2.0 * inner)) * (1.0 / scale)
+    value = gelu(value) * (1.0 / scale)
     tl.store(values + row * width + column, value.to(tl.float8e4nv), mask=inside)
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rfengine.kernels.device import contiguous_rows, row_launch, rows_per_sum
-from rfengine.kernels.e4m3 import unit_or_one
+from rfengine.kernels.e4m3 import row_fp8_of
 
 # B batch, F latent frames, T tokens, D model dim; a table is [B or 1, F or 1, D], or [D] for all tokens
 
@@ -42,17 +42,6 @@ class Branch:
     y: Tensor
     gate: Tensor | None
     total: Tensor
-
-
-@triton.jit
-def row_fp8_of(rows, AXIS: tl.constexpr):
-    """float32 rows along AXIS in e4m3 and their scales, as reference.row_fp8 has them."""
-    # correctly rounded divisions: the plain one differs from torch's in the last bit
-    scale = tl.div_rn(tl.max(tl.abs(rows), AXIS), 448.0)
-    scale = unit_or_one(scale)
-    # at most 448 (1 + 2^-23) in magnitude, which rounds to 448: nothing is left to saturate
-    values = tl.div_rn(rows, scale if AXIS == 0 else scale[:, None])
-    return values.to(tl.float8e4nv), scale
 
 
 @triton.jit
@@ -285,7 +274,7 @@ def adaptive_layer_norm_fp8(x: Tensor, shift: Tensor, scale: Tensor, eps: float)
     """adaptive_layer_norm, rounded to the dtype of x, then to e4m3 with one scale for each row.
 
     Returns values [B, T, D] in float8_e4m3fn and row scales [B, T, 1] in float32: amax / 448, or 1 where that
-    is zero; values * scale is the norm. No gradient.
+    is below 2^-126; values * scale is the norm. No gradient.
     """
     return layer_norm_fp8_op(x, scale, shift, eps, True)
 

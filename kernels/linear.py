@@ -49,19 +49,25 @@ GELU_SCALE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
 
 
 @triton.jit
-def _load(
-    source, stride, row, k, rows, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    TMA: tl.constexpr,
-):  # fmt: skip
-    """Tile [ROWS, BLOCK_K] of a matrix [rows, K] from (row, k) on; zeros outside."""
+def load_tile(
+    source, stride, row, k, rows, stop, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr
+):
+    """Tile [ROWS, BLOCK_K] of a matrix from (row, k) on; zeros from row `rows` or column `stop` on."""
     if TMA:
         tile = source.load([row, k])
     else:
         at = row + tl.arange(0, ROWS)
         column = k + tl.arange(0, BLOCK_K)
-        mask = (at < rows)[:, None] & (column < K)[None, :]
+        mask = (at < rows)[:, None] & (column < stop)[None, :]
         tile = tl.load(source + at.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
     return tile
+
+
+@triton.jit
+def gelu(value):
+    """In its tanh form: v / (1 + exp(-2 u)), u = sqrt(2 / pi) (v + 0.044715 v^3)."""
+    inner = GELU_SCALE * (value + 0.044715 * value * value * value)
+    return value / (1.0 + tl.exp(-2.0 * inner))
 
 
 @triton.jit
@@ -90,8 +96,7 @@ def _finish(
         mask = (at < rows)[:, None] & inside[None, :]
         value = acc + tl.load(bias + columns_here, mask=inside, other=0.0).to(tl.float32)[None, :]
         if GELU:
-            inner = GELU_SCALE * (value + 0.044715 * value * value * value)
-            value = value / (1.0 + tl.exp(-2.0 * inner))
+            value = gelu(value)
         if RESIDUAL:
             batch, token = at // tokens, at % tokens
             if ONE_GATE:
@@ -107,7 +112,7 @@ def _finish(
 
 
 @triton.jit
-def _place_of_tile(tile, rows, columns, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr):
+def place_of_tile(tile, rows, columns, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr):
     """(row, column) of a tile's first element; GROUP tiles of rows run together."""
     row_tiles = tl.cdiv(rows, BLOCK_M)
     column_tiles = tl.cdiv(columns, WIDTH)
@@ -126,16 +131,16 @@ def _linear_kernel(
     GROUP: tl.constexpr, TMA: tl.constexpr,
     GELU: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr, ONE_GATE: tl.constexpr,
 ):  # fmt: skip
-    row, column = _place_of_tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N + TAIL, GROUP)
+    row, column = place_of_tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N + TAIL, GROUP)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TAIL:
         tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     for k in range(0, K, BLOCK_K):
-        left = _load(y, y_stride, row, k, rows, K, BLOCK_M, BLOCK_K, TMA)
-        right = _load(weight, weight_stride, column, k, columns, K, BLOCK_N, BLOCK_K, TMA)
+        left = load_tile(y, y_stride, row, k, rows, K, BLOCK_M, BLOCK_K, TMA)
+        right = load_tile(weight, weight_stride, column, k, columns, K, BLOCK_N, BLOCK_K, TMA)
         acc = tl.dot(left, right.T, acc, input_precision="ieee")
         if TAIL:
-            right = _load(tail_weight, weight_stride, column + BLOCK_N, k, columns, K, TAIL, BLOCK_K, TMA)
+            right = load_tile(tail_weight, weight_stride, column + BLOCK_N, k, columns, K, TAIL, BLOCK_K, TMA)
             tail = tl.dot(left, right.T, tail, input_precision="ieee")
     _finish(
         acc, bias, out, residual, gate, row, column, rows, columns, tokens, frame_tokens,
@@ -164,7 +169,7 @@ def _cut_linear_kernel(
     first = tl.where(share < 0, program * STEPS, whole * STEPS + share * cut_steps // shares)
     stop = tl.where(share < 0, (program + 1) * STEPS, whole * STEPS + (share + 1) * cut_steps // shares)
     for tile in range(first // STEPS, tl.cdiv(stop, STEPS)):
-        row, column = _place_of_tile(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+        row, column = place_of_tile(tile, rows, columns, BLOCK_M, BLOCK_N, GROUP)
         start = tl.maximum(first - tile * STEPS, 0) * BLOCK_K
         end = tl.minimum(stop - tile * STEPS, STEPS) * BLOCK_K
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -193,7 +198,7 @@ def _add_linear_parts_kernel(
     """ROWS rows of one cut tile: the sum of its parts, then the epilogue."""
     cut = tl.program_id(1)
     cut_steps = tl.num_programs(1) * STEPS
-    row, column = _place_of_tile(whole + cut, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    row, column = place_of_tile(whole + cut, rows, columns, BLOCK_M, BLOCK_N, GROUP)
     within = tl.program_id(0) * ROWS
     # share s begins at step s * cut_steps // shares: these hold the first step of the tile and the last
     first = ((cut * STEPS + 1) * shares - 1) // cut_steps

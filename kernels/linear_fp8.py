@@ -30,30 +30,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rfengine.kernels.device import contiguous_rows, fits_descriptor
-from rfengine.kernels.e4m3 import unit_or_one
-from rfengine.kernels.layer_norm import row_fp8_of
-from rfengine.kernels.linear import GELU_SCALE
+from rfengine.kernels.device import FP8_CAPABILITY, contiguous_rows, fits_descriptor
+from rfengine.kernels.e4m3 import hidden_unit, row_fp8_of
+from rfengine.kernels.linear import gelu, load_tile, place_of_tile
 from rfengine.kernels.linear_tile import Device, Tile, choose_tile, describe_device
 
 # M rows (B batch * T tokens), N outputs, K inputs of a layer, G parts of a row
 
 E4M3 = torch.float8_e4m3fn
-LEAST_CAPABILITY = (8, 9)
 DEPTH = 128  # bytes of a row of a tile, and the most values of it
-
-
-@triton.jit
-def _tile(source, stride, row, k, rows, stop, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """Tile [ROWS, BLOCK_K] of a matrix from (row, k) on; zeros from row `rows` or column `stop` on."""
-    if TMA:
-        tile = source.load([row, k])
-    else:
-        at = row + tl.arange(0, ROWS)
-        column = k + tl.arange(0, BLOCK_K)
-        mask = (at < rows)[:, None] & (column < stop)[None, :]
-        tile = tl.load(source + at.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
-    return tile
 
 
 @triton.jit
@@ -71,8 +56,8 @@ def _parts(
         start = part * WIDTH
         stop = start + WIDTH
         if WIDTH <= BLOCK_K:  # one step, so that the loop over parts is the one that is pipelined
-            left = _tile(x, x_stride, row, start, rows, stop, BLOCK_M, BLOCK_K, TMA)
-            right = _tile(weight, weight_stride, column, start, columns, stop, BLOCK_N, BLOCK_K, TMA)
+            left = load_tile(x, x_stride, row, start, rows, stop, BLOCK_M, BLOCK_K, TMA)
+            right = load_tile(weight, weight_stride, column, start, columns, stop, BLOCK_N, BLOCK_K, TMA)
             if ROUNDS:
                 left, scale = row_fp8_of(left.to(tl.float32), 1)
             else:
@@ -82,8 +67,8 @@ def _parts(
             scale = tl.load(row_scale + at.to(tl.int64) * PARTS + part, mask=at < rows, other=0.0)
             sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for k in range(start, stop, BLOCK_K):
-                left = _tile(x, x_stride, row, k, rows, stop, BLOCK_M, BLOCK_K, TMA)
-                right = _tile(weight, weight_stride, column, k, columns, stop, BLOCK_N, BLOCK_K, TMA)
+                left = load_tile(x, x_stride, row, k, rows, stop, BLOCK_M, BLOCK_K, TMA)
+                right = load_tile(weight, weight_stride, column, k, columns, stop, BLOCK_N, BLOCK_K, TMA)
                 sums = tl.dot(left, right.T, sums)
         acc += sums * scale[:, None]
     return acc
@@ -104,8 +89,7 @@ def _finish(acc, scale, weight_scale, bias, inverse, out, at, column, rows, colu
         factor = scale[:, None] * tl.load(weight_scale + here, mask=inside, other=0.0)[None, :]
         value = acc * factor + tl.load(bias + here, mask=inside, other=0.0).to(tl.float32)[None, :]
         if GELU:
-            inner = GELU_SCALE * (value + 0.044715 * value * value * value)
-            value = value / (1.0 + tl.exp(-2.0 * inner))
+            value = gelu(value)
         if inverse is not None:
             value *= inverse[:, None]
         target = out + at.to(tl.int64)[:, None] * columns + here[None, :]
@@ -118,20 +102,14 @@ def _linear_fp8_kernel(
     K: tl.constexpr, PARTS: tl.constexpr, ROUNDS: tl.constexpr, GELU: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(rows, BLOCK_M)
-    column_tiles = tl.cdiv(columns, BLOCK_N)
-    group = tl.program_id(0) // (GROUP * column_tiles)
-    group_rows = tl.minimum(row_tiles - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * column_tiles)
-    row = (group * GROUP + within % group_rows) * BLOCK_M
-    column = within // group_rows * BLOCK_N
+    row, column = place_of_tile(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP)
     at = row + tl.arange(0, BLOCK_M)
     scale = tl.full((BLOCK_M,), 1.0, tl.float32)
     if PARTS == 1 and not ROUNDS:
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
-            left = _tile(x, x_stride, row, k, rows, K, BLOCK_M, BLOCK_K, TMA)
-            right = _tile(weight, weight_stride, column, k, columns, K, BLOCK_N, BLOCK_K, TMA)
+            left = load_tile(x, x_stride, row, k, rows, K, BLOCK_M, BLOCK_K, TMA)
+            right = load_tile(weight, weight_stride, column, k, columns, K, BLOCK_N, BLOCK_K, TMA)
             acc = tl.dot(left, right.T, acc)
         scale = tl.load(row_scale + at, mask=at < rows, other=0.0)
     else:
@@ -141,8 +119,7 @@ def _linear_fp8_kernel(
         )  # fmt: skip
     inverse = None
     if reach is not None:
-        unit = scale * tl.load(reach) + tl.load(reach + 1)
-        unit = unit_or_one(unit)
+        unit = hidden_unit(scale, reach)
         if column == 0:
             tl.store(out_scale + at, unit, mask=at < rows)
         inverse = 1.0 / unit
@@ -160,7 +137,7 @@ class Rows:
 
 
 def _check(rows: Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor, device: Device) -> None:
-    if (0, 0) < device.capability < LEAST_CAPABILITY:
+    if (0, 0) < device.capability < FP8_CAPABILITY:
         raise ValueError(
             f"the GPU is sm_{device.capability[0]}{device.capability[1]} and FP8 products need sm_89 or "
             "later; use precision 'bf16'"

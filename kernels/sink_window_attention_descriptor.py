@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rfengine.kernels.device import count_processors
-from rfengine.kernels.e4m3 import unit_or_one
+from rfengine.kernels.e4m3 import row_unit
 
 # B batch, Tq query tokens, S arena tokens, H heads, D head dim. Units, parts: see above.
 
@@ -142,11 +142,10 @@ def _sink_window_attention_descriptor_kernel(
 @triton.jit
 def store_rows(result, out_ptr, row_scale_ptr, first, rows, mask):
     """result [M, D] at rows first + rows of out [..., D], `first` in 64 bits; with row_scale [...], in e4m3
-    with a scale for each row as well: unit_or_one(max |row| / 448)."""
+    with a scale for each row as well, its row_unit."""
     if row_scale_ptr is not None:
         wide = result.to(tl.float32)
-        scale = tl.div_rn(tl.max(tl.abs(wide), 1), 448.0)
-        scale = unit_or_one(scale)
+        scale = row_unit(wide, 1)
         tl.store(row_scale_ptr + first + rows, scale, mask=mask)
         # by the reciprocal, since 64 correctly rounded divisions a thread spill; at most 448 (1 + 2^-22) in
         # magnitude, which rounds to 448: nothing is left to saturate

@@ -72,8 +72,8 @@ def _window_units_kernel(
     filled = tl.load(filled_tokens).to(tl.float32)
     mean = tl.div_rn(tl.sum(total, 0), filled)
     tl.store(key_mean + (sample * heads + head) * E + column, mean, mask=column < E)
-    unit = tl.div_rn(tl.max(largest, 0) * HEADROOM, LARGEST)
-    tl.store(value_unit + sample * heads + head, unit_or_one(unit))
+    unit = unit_or_one(tl.div_rn(tl.max(largest, 0) * HEADROOM, LARGEST))
+    tl.store(value_unit + sample * heads + head, unit)
 
 
 @triton.jit
