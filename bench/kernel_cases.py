@@ -46,7 +46,7 @@ from rfengine.costs.ops import (
     window_fp8_bytes,
 )
 from rfengine.costs.shapes import Shapes
-from rfengine.ops import library_fp8, native, reference, reference_fp8_attention
+from rfengine.ops import library_fp8, native, reference, reference_fp8, reference_fp8_attention
 from rfengine.ops.backends import cudnn_causal_conv3d
 from rfengine.ops.table import OPS, implementation
 
@@ -189,9 +189,9 @@ def _cublaslt_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _gelu_rows_fp8(y: Tensor, row_scale: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     """Rounded to e4m3; in float64, the truth, not rounded."""
-    is_truth, scale = y.dtype == torch.float64, row_scale * reach[0] + reach[1]
+    is_truth, scale = y.dtype == torch.float64, reference_fp8.hidden_unit(row_scale, reach)
     values = F.gelu(y if is_truth else y.float(), approximate="tanh") / scale
-    return values if is_truth else values.to(torch.float8_e4m3fn), scale
+    return values if is_truth else reference.to_e4m3(values), scale
 
 
 def _flops_of(outputs: Callable[[Shapes], int], inner: Callable[[Shapes], int]) -> Callable[[Shapes], int]:

@@ -26,9 +26,8 @@ from rfengine.models.fp8_products import product_names, products, quantise
 from rfengine.models.linear import Linear, LinearOfHeads, WeightFP8
 from rfengine.ops import Ops, choose_ops, reference_fp8
 from rfengine.ops.backends import fp8_absence
-from rfengine.ops.reference import row_fp8
+from rfengine.ops.reference import row_fp8, to_e4m3
 from rfengine.runtime.rolling_runner import runner_of
-from rfengine.schedule import chunk_noise
 
 DEFAULT_LIMIT = 0.1
 MEASURED_ROWS = 256  # of each call, spread over all
@@ -108,11 +107,11 @@ class _MeasuringOps(Ops):
         if isinstance(layer, LinearOfHeads):
             return reference_fp8.linear_heads_fp8(rows, *weight, no_bias, layer.num_heads)
         if name.endswith(".ffn.2") and self._hidden_scale is not None:
-            values = (rows / self._hidden_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+            values = to_e4m3(rows / self._hidden_scale)
             return reference_fp8.linear_fp8(values, self._hidden_scale, *weight, no_bias)
         values, scale = row_fp8(rows)
         if name.endswith(".ffn.0"):
-            self._hidden_scale = scale * fp8.reach[0] + fp8.reach[1]
+            self._hidden_scale = reference_fp8.hidden_unit(scale, fp8.reach)
             return reference_fp8.linear_gelu_fp8(values, scale, *weight, fp8.bias.float())
         return reference_fp8.linear_fp8(values, scale, *weight, no_bias)
 
@@ -162,7 +161,6 @@ def _latents(
         cache = StreamingKVCache(config.model, config.cache, run.grid, dtype=run.dtype, device=run.device)
         for chunk in range(run.chunks):
             plan = cache.plan_chunk()
-            shape = (1, config.model.in_dim, plan.frames, run.grid.latent_height, run.grid.latent_width)
-            noise = [chunk_noise(number, *draw, shape) for draw in runner.draws(cache, chunk)]
-            found.append(runner.advance(cache, plan, torch.stack(noise).to(run.device, run.dtype), text))
+            noise = runner.draw_noise(cache, chunk, plan.frames, number).to(run.device, run.dtype)
+            found.append(runner.advance(cache, plan, noise, text))
     return found

@@ -16,6 +16,7 @@ from rfengine.cache.window_fp8 import AttentionUnits
 from rfengine.config import WanConfig
 from rfengine.models.dit import SelfAttention, WanDiT
 from rfengine.models.linear import Linear, WeightFP8
+from rfengine.ops.reference import LARGEST_E4M3
 
 ROUNDING = 1.02  # what three roundings to 16 bits may add to a row
 # of one block, named as in the checkpoints; q, k and v are one product
@@ -90,7 +91,7 @@ def attention_units(model: WanDiT) -> AttentionUnits:
     def units(norms: list[Tensor], times: float) -> Tensor:
         largest = torch.stack([weight.float().abs().amax() for weight in norms])
         bound = largest * (times * dim**0.5 * ROUNDING)
-        return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(bound / 448))), 1.0)
+        return torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(bound / LARGEST_E4M3))), 1.0)
 
     query = units([each.norm_q.weight for each in attentions], 1)
     key = units([each.norm_k.weight for each in attentions], 2)

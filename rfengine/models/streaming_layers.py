@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from rfengine.models.vae import NORM_FLOOR, CausalConv, ChannelNorm, FrameAttention, ResidualBlock, Upsample
 from rfengine.ops import Ops
-from rfengine.ops.reference import channel_fp8, fold_upsample_weight
+from rfengine.ops.reference import LARGEST_E4M3, channel_fp8, fold_upsample_weight
 
 HISTORY = CausalConv.slot_frames
-LARGEST_E4M3 = 448.0
 
 
 class Pending(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LARGEST_E4M3 = 448.0
 SMALLEST_UNIT = 2.0**-126  # of what is rounded to e4m3: the reciprocal of a smaller one may be infinite
 
 
@@ -97,8 +98,13 @@ def row_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = unit_or_one(max |row| / 448); values are rounded to nearest and saturate at 448. The FP8 forms of
     the norms return row_fp8 of the norm.
     """
-    scale = unit_or_one(x.float().abs().amax(-1, keepdim=True) / 448)
-    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    scale = unit_or_one(x.float().abs().amax(-1, keepdim=True) / LARGEST_E4M3)
+    return to_e4m3(x.float() / scale), scale
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """x rounded to nearest; saturates."""
+    return x.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
 
 
 def unit_or_one(unit: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfengine.ops.reference import (
+    LARGEST_E4M3,
     adaptive_layer_norm,
     affine_layer_norm,
     gated_residual,
     row_fp8,
+    to_e4m3,
     unit_or_one,
     widened,
 )
@@ -66,18 +68,23 @@ def linear_gelu_rows_fp8(
 ) -> tuple[Tensor, Tensor]:
     """linear_gelu_fp8 in e4m3 with one scale for each row: (values [..., N], scale [..., 1] in float32).
 
-    row_scale: [..., 1]. reach: float32 [2], from product_reach. A row's scale is unit_or_one(row_scale *
-    reach[0] + reach[1]), in which nothing can saturate: no value of x is above 448 of its units, so no sum is
-    above 448 * row_scale * reach[0] + 448 * reach[1], and no GELU is larger than its argument. So the scale
-    is known before the row is, and each tile of a product can be rounded as it is made. e4m3 is a
+    row_scale: [..., 1]. reach: float32 [2], from product_reach. A row's scale is its hidden_unit. e4m3 is a
     floating-point format: unused range costs nothing but the smallest values.
     """
     product = _product(x, row_scale, weight, weight_scale, bias)
-    scale = unit_or_one(row_scale * reach[0] + reach[1])
+    scale = hidden_unit(row_scale, reach)
     values = F.gelu(product, approximate="tanh") / scale
-    if x.dtype == torch.float64:
-        return values, scale
-    return values.clamp(-448, 448).to(torch.float8_e4m3fn), scale
+    return values if x.dtype == torch.float64 else to_e4m3(values), scale
+
+
+def hidden_unit(row_scale: Tensor, reach: Tensor) -> Tensor:
+    """unit_or_one(row_scale * reach[0] + reach[1]): a unit in which no row of linear_gelu_rows_fp8 saturates.
+
+    No value of x is above 448 of its units, so no sum is above 448 * row_scale * reach[0] + 448 * reach[1],
+    and no GELU is larger than its argument. So the unit is known before the row is, and each tile of a
+    product can be rounded as it is made.
+    """
+    return unit_or_one(row_scale * reach[0] + reach[1])
 
 
 def linear_heads_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor, heads: int) -> Tensor:
@@ -92,7 +99,7 @@ def product_reach(weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
     """float32 [2]: the largest sum of magnitudes of a channel of weight [N, K] (e4m3, times weight_scale
     [N]), and max |bias| / 448: what linear_gelu_rows_fp8 takes."""
     sums = (weight.float().abs().sum(1) * weight_scale).amax()
-    return torch.stack((sums, bias.float().abs().amax() / 448))
+    return torch.stack((sums, bias.float().abs().amax() / LARGEST_E4M3))
 
 
 def _product(x: Tensor, row_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:

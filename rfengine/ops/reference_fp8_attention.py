@@ -14,9 +14,17 @@ import math
 import torch
 from torch import Tensor
 
-from rfengine.ops.reference import rms_norm, rotate, row_fp8, unit_or_one, widened, write_frames
+from rfengine.ops.reference import (
+    LARGEST_E4M3,
+    rms_norm,
+    rotate,
+    row_fp8,
+    to_e4m3,
+    unit_or_one,
+    widened,
+    write_frames,
+)
 
-LARGEST = 448.0  # of e4m3
 HEADROOM = 16.0  # of the values' unit, over the largest value of the window
 WEIGHT_BITS = 8  # the largest weight of a row is between 2^7 and 2^8
 TOKEN_ALIGNMENT = 16  # bytes, of a stride that the tensor memory accelerator reads
@@ -29,7 +37,7 @@ def aligned_tokens(tokens: int) -> int:
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in e4m3, to nearest, saturating; as it is in float64."""
-    return x if dtype == torch.float64 else x.clamp(-LARGEST, LARGEST).to(dtype)
+    return x if dtype == torch.float64 else to_e4m3(x)
 
 
 def window_fp8(
@@ -48,8 +56,7 @@ def window_fp8(
     """
     rotated, values = widened(rotated[:, :, :kv_len]), widened(values[:, :, :kv_len])
     key_mean.copy_(rotated.mean(2))
-    unit = values.abs().amax((2, 4)) * HEADROOM / LARGEST
-    value_unit.copy_(unit_or_one(unit))
+    value_unit.copy_(unit_or_one(values.abs().amax((2, 4)) * HEADROOM / LARGEST_E4M3))
     keys = (rotated - key_mean[:, :, None]) * key_unit.reciprocal()[:, None, None, None, None]
     keys_fp8[:, :, :kv_len] = _rounded(keys, keys_fp8.dtype)
     values = values * value_unit.reciprocal()[:, :, None, :, None]
