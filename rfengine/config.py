@@ -387,6 +387,11 @@ class EngineConfig:
         if self.runtime.vae == "tiny":
             require_same_latents(self.tiny_vae, self.vae)
 
+    @property
+    def fp8_passes(self) -> tuple[int, ...]:
+        """The passes of a chunk in the steady state whose attention is in FP8 (RuntimeConfig.fp8_passes)."""
+        return self.runtime.fp8_passes(len(self.schedule.denoising_steps) + 1)
+
     def _check_fp8_attention(self) -> None:
         if self.schedule.rolling != "none":
             raise ValueError(
@@ -400,7 +405,7 @@ class EngineConfig:
                     f"sixteen_bit_passes has {number} and a chunk has {passes} passes; give numbers from "
                     f"{-passes} to {passes - 1}"
                 )
-        if not self.runtime.fp8_passes(passes):
+        if not self.fp8_passes:
             raise ValueError(
                 f"sixteen_bit_passes is {shown(self.runtime.sixteen_bit_passes)}, all {passes} passes of a "
                 "chunk; leave out what is to attend in FP8, or use precision='fp8'"

@@ -26,7 +26,6 @@ from rfengine.prompts import Prompt, PromptMode, prompt_line
 from rfengine.runtime.chunk_runner import StepCallback
 from rfengine.runtime.decode_worker import DecodedFrames, DecodeWorker, StreamFrames, finished
 from rfengine.runtime.engine import Engine
-from rfengine.schedule import chunk_noise
 from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
 from rfengine.video import check_frames
 
@@ -252,10 +251,8 @@ class VideoStream:
 
     def _draw_noise(self, chunk: int, frames: int) -> Tensor:
         """_noise in host memory; at a large size the host takes a while."""
-        model = self._engine.model
-        shape = (1, model.config.in_dim, frames, self.grid.latent_height, self.grid.latent_width)
-        draws = self._engine.runner.draws(self._cache, chunk)
-        noise = torch.stack([chunk_noise(self.seed, *draw, shape) for draw in draws]).to(model.dtype)
+        model, runner = self._engine.model, self._engine.runner
+        noise = runner.draw_noise(self._cache, chunk, frames, self.seed).to(model.dtype)
         if model.device.type == "cuda":  # from ordinary memory the copy would wait for the chunk before
             noise = noise.pin_memory()
         return noise

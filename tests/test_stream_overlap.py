@@ -296,7 +296,7 @@ def own_stream(overlapped: Pipeline, monkeypatch: pytest.MonkeyPatch) -> tuple[P
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     monkeypatch.setattr(ChunkRunner, "advance", advance)
-    monkeypatch.setattr("rfengine.stream.chunk_noise", noise_of)
+    monkeypatch.setattr("rfengine.runtime.chunk_runner.chunk_noise", noise_of)
     pipe = with_runtime(overlapped, RuntimeConfig(overlap=True))
     pipe._engine = dataclasses.replace(pipe._engine, compute_stream=FakeStream("own", log))
     return pipe, log

@@ -27,10 +27,8 @@ from rfengine.models.dit import WanDiT
 from rfengine.models.fp8_products import quantise
 from rfengine.parity.replay import tolerance
 from rfengine.pipeline import Pipeline
-from rfengine.runtime.model_precision import passes_in_fp8
 from rfengine.runtime.options import runtime_switches
 from rfengine.runtime.rolling_runner import runner_of
-from rfengine.schedule import chunk_noise
 
 SEED = 11
 PROMPT = "a red ball rolling to the left"
@@ -134,18 +132,16 @@ def reference_latents(
         quantise(twin, model.left_out_of_fp8)
     if not context_pass:
         leave_out_context_pass(twin)
-    runner = runner_of(twin, config.schedule, False, passes_in_fp8(config) if in_fp8 else ())
+    runner = runner_of(twin, config.schedule, False, config.fp8_passes if in_fp8 else ())
     cache = StreamingKVCache(config.model, config.cache, grid, dtype=dtype, device=model.device)
     states = pipeline.text_encoder.encode([PROMPT], model.device, model.dtype).to(dtype)
-    size, latents = (grid.latent_height, grid.latent_width), []
+    latents = []
     with torch.no_grad():
         text = twin.text_keys_values(states)
         for chunk in range(chunks):
             plan = cache.plan_chunk()
-            shape = (1, config.model.in_dim, plan.frames, *size)
-            draws = [chunk_noise(SEED, *draw, shape) for draw in runner.draws(cache, chunk)]
-            noise = torch.stack(draws).to(model.device, model.dtype).to(dtype)
-            latents.append(runner.advance(cache, plan, noise, text))
+            noise = runner.draw_noise(cache, chunk, plan.frames, SEED).to(model.device, model.dtype)
+            latents.append(runner.advance(cache, plan, noise.to(dtype), text))
     return latents
 
 

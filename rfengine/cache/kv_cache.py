@@ -290,11 +290,8 @@ class StreamingKVCache:
         """The views of one layer for the planned chunk; keep_raw adds the arena of the raw keys."""
         if (index, keep_raw) not in self._layers:
             with torch.inference_mode(False):  # views for chunks in that mode and out of it
-                keys, values, start = (
-                    self.keys[index],
-                    self.values[index],
-                    plan.start * self.grid.frame_tokens,
-                )
+                keys, values = self.keys[index], self.values[index]
+                start = plan.start * self.grid.frame_tokens
                 raw = self.raw_keys[index] if keep_raw and self.raw_keys is not None else None
                 self._layers[index, keep_raw] = LayerCache(
                     keys[:, start:], values[:, start:], self._reads, keys, values, raw, self.write_slots

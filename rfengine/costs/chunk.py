@@ -110,7 +110,7 @@ class ChunkWork:
             return ()
         runtime = replace(self.shapes.config.runtime, precision=self.precision)
         config = replace(self.shapes.config, runtime=runtime)  # which refuses a rolling schedule
-        return runtime.fp8_passes(len(config.schedule.denoising_steps) + 1) if self.evicts else ()
+        return config.fp8_passes if self.evicts else ()
 
     @property
     def _keeps_fp8(self) -> bool:

@@ -88,7 +88,7 @@ def fp8_weight_bytes(model: WanConfig, dtype: torch.dtype) -> int:
 
 def window_fp8_bytes(config: EngineConfig, grid: LatentGrid) -> int:
     """Of the WindowFP8 of one stream; 0 where no pass attends in FP8."""
-    if not config.runtime.fp8_passes(len(config.schedule.denoising_steps) + 1):
+    if not config.fp8_passes:
         return 0
     shape = arena_shape(config.model, config.cache, grid)
     arena = torch.empty(shape, dtype=torch.float32, device="meta")

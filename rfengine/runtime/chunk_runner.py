@@ -29,7 +29,7 @@ from rfengine.host_state import ordinary
 from rfengine.models.dit import Modulation, TextKeysValues, WanDiT
 from rfengine.models.fp8_products import attention_units
 from rfengine.nvtx_ranges import nvtx_range
-from rfengine.schedule import FlowSchedule, Steps
+from rfengine.schedule import FlowSchedule, Steps, chunk_noise
 
 StepCallback = Callable[[int, float, Tensor], Tensor | None]
 
@@ -144,6 +144,11 @@ class ChunkRunner:
         """The (chunk, step) of every draw of noise that advance needs for chunk `chunk`."""
         return tuple((chunk, step) for step in range(len(self.steps_of(chunk))))
 
+    def draw_noise(self, cache: StreamingKVCache, chunk: int, frames: int, seed: int) -> Tensor:
+        """These draws in the stream of `seed`: float32 [draws, 1, C, frames, h, w] in host memory."""
+        shape = (1, self.model.config.in_dim, frames, cache.grid.latent_height, cache.grid.latent_width)
+        return torch.stack([chunk_noise(seed, *draw, shape) for draw in self.draws(cache, chunk)])
+
     def passes(self, cache: StreamingKVCache, chunk: int) -> int:
         """How often advance calls on_step for chunk `chunk`, the next one of `cache`."""
         return len(self.steps_of(chunk))
@@ -191,10 +196,8 @@ class ChunkRunner:
                 self._copy_window(cache, plan, window, is_repeated)
             # on a CPU every op costs less where autograd keeps no book at all; what a caller sees is ordinary
             with torch.inference_mode() if on_step is None and noise.is_cpu else nullcontext():
-                if graph is not None:
-                    x0 = graph.replay()
-                else:
-                    x0 = self._chunk(cache, plan, noise, text, steps, window, on_step)
+                given = (cache, plan, noise, text, steps, window, on_step)
+                x0 = graph.replay() if graph else self._chunk(*given)
             x0 = x0.clone() if graph else ordinary(x0)
         cache.commit(plan)
         return x0

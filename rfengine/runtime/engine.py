@@ -21,7 +21,7 @@ from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.decode_worker import DecodeQueue
 from rfengine.runtime.decoder_precision import decoder_name, state_dtype
 from rfengine.runtime.decoders import OpenDecoder
-from rfengine.runtime.model_precision import passes_in_fp8, precision_setting, require_settled
+from rfengine.runtime.model_precision import precision_setting, require_settled
 from rfengine.runtime.options import runtime_switches
 from rfengine.runtime.rolling_runner import runner_of
 from rfengine.runtime.turns import Turns
@@ -70,7 +70,7 @@ class Engine:
         switches = runtime_switches(config.runtime, model.device)
         overlap, graphs = switches["overlap"].on, switches["graphs"].on
         queue = DecodeQueue(next(vae.parameters()).device, overlap, graphs)
-        runner = runner_of(model, config.schedule, graphs, passes_in_fp8(config))
+        runner = runner_of(model, config.schedule, graphs, config.fp8_passes)
         beside = overlap and model.device.type == "cuda"
         stream = torch.cuda.Stream(model.device, priority=-1) if beside else None
         adapted = AdaptedWeights(runner, turns := Turns(), stream)

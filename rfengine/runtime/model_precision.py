@@ -78,11 +78,6 @@ def require_settled(runtime: RuntimeConfig, model: WanDiT) -> None:
         raise ValueError(f"{asked} and the model is in {own}; load it in bfloat16, or use 'default'")
 
 
-def passes_in_fp8(config: EngineConfig) -> tuple[int, ...]:
-    """The passes of a chunk whose attention is in FP8: denoising steps from 0, then the context pass."""
-    return config.runtime.fp8_passes(len(config.schedule.denoising_steps) + 1)
-
-
 def precision_setting(config: EngineConfig, model: WanDiT) -> str:
     """The precision as a snapshot names it: "" without FP8. It is of the passes, however they were given."""
     runtime = config.runtime
@@ -93,6 +88,6 @@ def precision_setting(config: EngineConfig, model: WanDiT) -> str:
         digest = hashlib.sha256(" ".join(left_out).encode()).hexdigest()
         words.append(f"without {len(left_out)} products ({digest[:8]})")
     if runtime.precision == "fp8-attention":
-        passes = ", ".join(map(str, passes_in_fp8(config)))
+        passes = ", ".join(map(str, config.fp8_passes))
         words.append(f"attention in FP8 in passes {passes or 'none'}")
     return ", ".join(words)

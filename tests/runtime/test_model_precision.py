@@ -18,7 +18,6 @@ from rfengine.models.fp8_products import product_names, quantise
 from rfengine.pipeline import Pipeline
 from rfengine.presets import PRESETS
 from rfengine.runtime.loaded_models import Placement
-from rfengine.runtime.model_precision import passes_in_fp8
 from support.diffusion_forcing import forcing_pipeline
 from support.models import frames_of, small_config, small_pipeline, with_runtime, write_pipeline
 
@@ -64,10 +63,10 @@ def test_bf16_is_the_dtype_of_the_model_and_no_other() -> None:
 def test_passes_count_from_the_first_step_to_the_context_pass() -> None:
     def passes(*kept: int) -> tuple[int, ...]:
         runtime = dataclasses.replace(ATTENTION, sixteen_bit_passes=kept)
-        return passes_in_fp8(dataclasses.replace(PRESETS["wan-1.3b"], runtime=runtime))
+        return dataclasses.replace(PRESETS["wan-1.3b"], runtime=runtime).fp8_passes
 
     assert passes(0, -1) == (1, 2, 3) and passes() == (0, 1, 2, 3, 4) and passes(-5, 2, 4) == (1, 3)
-    assert passes_in_fp8(dataclasses.replace(PRESETS["wan-1.3b"], runtime=FP8)) == ()
+    assert dataclasses.replace(PRESETS["wan-1.3b"], runtime=FP8).fp8_passes == ()
     with pytest.raises(ValueError, match="sixteen_bit_passes has 5 and a chunk has 5 passes; give numbers"):
         passes(0, 5)
 
@@ -80,7 +79,7 @@ def test_fp8_attention_is_refused_where_no_pass_is_left_to_it(kept: tuple[int, .
         Pipeline.from_pretrained("tiny", system="one-forcing", runtime=runtime)
     config = small_config(schedule=ScheduleConfig(denoising_steps=(1000,)))
     one_kept = dataclasses.replace(ATTENTION, sixteen_bit_passes=(-1,))
-    assert passes_in_fp8(dataclasses.replace(config, runtime=one_kept)) == (0,)
+    assert dataclasses.replace(config, runtime=one_kept).fp8_passes == (0,)
 
 
 def test_fp8_attention_is_refused_where_no_window_is_full() -> None:
