@@ -34,7 +34,7 @@ from rfengine.benchmark.conditions import device_name, versions
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.process import run_script
 from rfengine.config import DTypeName, RuntimeConfig
-from rfengine.files import write_text
+from rfengine.files import require_writable, write_text
 from rfengine.grid import LatentGrid
 from rfengine.limits import Range, check_options
 from rfengine.pipeline import Pipeline
@@ -206,6 +206,8 @@ def render(report: dict[str, Any]) -> str:
 
 
 def run(options: PrecisionOptions) -> None:
+    if options.json is not None:
+        require_writable(options.json, "--json")
     report: dict[str, Any] = {}
     for report in measure(options):
         if options.json is not None:

@@ -165,6 +165,8 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path: Path, capsys: pytest.Cap
         "table.json cannot be written; name a file in a directory of yours by --out"
         in capsys.readouterr().err
     )
+    assert cli.main(["calibrate", "tiny", "--out", "/dev/null"]) == 2
+    assert "/dev/null cannot be written; name a file in a directory of yours" in capsys.readouterr().err
     assert cli.main(["calibrate", str(tmp_path / "nothing")]) == 2
     assert "nothing is no directory; give 'tiny' or a checkpoint directory" in capsys.readouterr().err
     assert cli.main(["calibrate", "tiny", "--out", str(tmp_path / "t.json"), "--limit", "2"]) == 2

@@ -60,7 +60,7 @@ def run(options: CalibrateOptions) -> int:
     checkpoint = Checkpoint.open(directory)
     require_stream(checkpoint.config)
     path = options.out or directory / TABLE_FILE
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not path.is_file()):
         raise ValueError(f"{path} cannot be written; name a file in a directory of yours by --out")
     device = present_device(options.device)
     own = TOY_PROMPTS if checkpoint.config.text.known_words else PROMPTS
