@@ -307,7 +307,7 @@ def _warn(kind: str, checkpoint: _Checkpoint, has_loras: bool) -> None:
 
 def _cast(name: str, stored: StoredTensor, dtype: torch.dtype) -> StoredTensor:
     target = dtype if stored.dtype.is_floating_point else stored.dtype
-    return replace(stored, dtype=target, read=lambda: read_as(name, stored, target, check_finite=True))
+    return StoredTensor(stored.shape, target, lambda: read_as(name, stored, target, check_finite=True))
 
 
 def _copy_files(folder: Path, target: Path) -> None:

@@ -73,7 +73,7 @@ def add_changes(
 
     for name, parts in changes.items():
         weight = tensors[name]
-        tensors[name] = replace(weight, dtype=torch.float32, read=partial(read, weight, parts))
+        tensors[name] = StoredTensor(weight.shape, torch.float32, partial(read, weight, parts))
 
 
 def merge_lora(weight: Tensor, down: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:

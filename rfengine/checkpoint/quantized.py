@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -151,7 +150,7 @@ def _scaled(
             raise ValueError(f"{label} has scales in {scale_name} that are no positive numbers; get it again")
         return _multiplied(weight.read().float(), factors, grid)
 
-    return replace(weight, dtype=torch.float32, read=read)
+    return StoredTensor(weight.shape, torch.float32, read)
 
 
 def _scale_grid(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int] | None:

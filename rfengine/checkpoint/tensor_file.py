@@ -48,11 +48,13 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that is still elsewhere; `read` brings it to the CPU, again at every call."""
+    """A tensor that is still elsewhere; `read` brings it to the CPU, again at every call. read_rows: the same
+    of rows `start` to `stop` of its first axis alone, where that is less work."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    read_rows: Callable[[int, int], Tensor] | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> StoredTensor:
@@ -62,6 +64,14 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, axis: int, start: int, stop: int) -> StoredTensor:
+        """Entries `start` to `stop` of one axis, with nothing else in memory once they are read. Of a file,
+        rows are read alone, and for another axis one whole tensor for a moment."""
+        shape = (*self.shape[:axis], stop - start, *self.shape[axis + 1 :])
+        if axis == 0 and self.read_rows is not None:
+            return StoredTensor(shape, self.dtype, lambda: self.read_rows(start, stop))
+        return StoredTensor(shape, self.dtype, lambda: self.read().narrow(axis, start, stop - start).clone())
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +83,17 @@ class TensorEntry:
     begin: int
     end: int
 
+    def rows(self, start: int, stop: int) -> TensorEntry:
+        """Rows `start` to `stop` of the first axis."""
+        row = (self.end - self.begin) // self.shape[0]
+        begin, end = self.begin + start * row, self.begin + stop * row
+        return TensorEntry(self.dtype, (stop - start, *self.shape[1:]), begin, end)
+
 
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one file by name; none is read yet. Raises ValueError as read_header does."""
     return {
-        name: StoredTensor(entry.shape, entry.dtype, _reader(path, entry))
+        name: StoredTensor(entry.shape, entry.dtype, _reader(path, entry), _row_reader(path, entry))
         for name, entry in read_header(path)[0].items()
     }
 
@@ -228,6 +244,12 @@ def _reader(path: Path, entry: TensorEntry) -> Callable[[], Tensor]:
         return tensor
 
     return read
+
+
+def _row_reader(path: Path, entry: TensorEntry) -> Callable[[int, int], Tensor] | None:
+    if not entry.shape or not entry.shape[0]:
+        return None
+    return lambda start, stop: _reader(path, entry.rows(start, stop))()
 
 
 def _allocate(entry: TensorEntry) -> Tensor:

@@ -22,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,8 +106,7 @@ class VideoReward:
         self._model = _language_model(base, rows)
         self._head = _checked_head(head, self._model, self.settings).to(device, dtype)
         if (embedding := weights.get(_EMBEDDING)) and embedding.shape[0] > rows:  # as resizing it drops them
-            shape = (rows, *embedding.shape[1:])
-            weights[_EMBEDDING] = replace(embedding, shape=shape, read=lambda: embedding.read()[:rows])
+            weights[_EMBEDDING] = embedding.part(0, 0, rows)
         assign(self._model, weights, dtype, device, f"the reward model {directory}")
         self._model.to(device)
 

@@ -291,3 +291,15 @@ def with_file_limit() -> Callable[[int], None]:
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(("axis", "start", "stop"), [(0, 1, 3), (0, 2, 2), (1, 0, 2), (1, 3, 5)])
+def test_a_part_of_a_tensor_is_that_slice_of_it(tmp_path: Path, axis: int, start: int, stop: int) -> None:
+    whole = torch.randn(4, 5, 3, dtype=torch.float64).to(torch.bfloat16)
+    save_file({"before": torch.ones(7), "whole": whole}, tmp_path / "model.safetensors")
+    stored = open_safetensors(tmp_path / "model.safetensors")["whole"]
+    for source in (stored, StoredTensor.of(whole)):
+        part = source.part(axis, start, stop)
+        read = part.read()
+        assert read.shape == part.shape and read.untyped_storage().nbytes() == part.nbytes
+        assert torch.equal(read, whole.narrow(axis, start, stop - start))
