@@ -250,6 +250,11 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
         for name, into_arena in (("qk_norm_rope_write_fp8", False), ("qk_norm_rope_write_fp8_raw", True))
     ),
     KernelCase(
+        "qk_norm_rope_write_fp8_part", inputs.qk_norm_rope_write_fp8_part,
+        BYTES["qk_norm_rope_write_fp8_raw"], op="qk_norm_rope_write_fp8", results=_written_copies,
+        is_row=True, minimum_capability=89,
+    ),
+    KernelCase(
         "attention_backward_query", inputs.attention_backward_query, attention_bytes,
         lambda s: 3 * attention_flops(s) // 2, file="sink_window_attention_backward",
     ),
@@ -284,12 +289,17 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
         "rms_norm", inputs.rms, BYTES["rms_norm"], is_row=True,
         rivals={"F.rms_norm": lambda x, *rest: F.rms_norm(x, x.shape[-1:], *rest)},
     ),
+    KernelCase("rms_norm_part", inputs.rms_part, BYTES["rms_norm"], op="rms_norm", is_row=True),
     KernelCase("rms_norm_backward", inputs.rms_backward, row_bytes(6), file="rms_norm"),
     KernelCase("qk_norm_rope", inputs.qk_norm_rope, row_bytes(8), is_row=True),
     *(
         KernelCase(name, partial(inputs.qk_norm_rope_write, keep_raw=keep_raw), BYTES[name],
                    op="qk_norm_rope_write", results=_written_chunk, is_row=True)
         for name, keep_raw in (("qk_norm_rope_write", False), ("qk_norm_rope_write_raw", True))
+    ),
+    KernelCase(
+        "qk_norm_rope_write_part", inputs.qk_norm_rope_write_part, BYTES["qk_norm_rope_write_raw"],
+        op="qk_norm_rope_write", results=_written_chunk, is_row=True,
     ),
     KernelCase("qk_norm_rope_backward", inputs.qk_norm_rope_backward, row_bytes(12), file="qk_norm_rope"),
     *(

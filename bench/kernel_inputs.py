@@ -80,6 +80,21 @@ def qk_norm_rope_backward(shapes: Shapes, draw: Draw) -> Arguments:
     return *grads, *_queries_keys(shapes, draw), shapes.eps
 
 
+def rms_part(shapes: Shapes, draw: Draw) -> Arguments:
+    """Of rows that lie in parts on several cards."""
+    x, *rest = rms(shapes, draw)
+    return x, *rest, draw.table(*x.shape[:-1]).square()
+
+
+def qk_norm_rope_write_part(shapes: Shapes, draw: Draw) -> Arguments:
+    return *qk_norm_rope_write(shapes, draw, keep_raw=True), draw.table(2, 1, shapes.tokens).square()
+
+
+def qk_norm_rope_write_fp8_part(shapes: Shapes, draw: Draw) -> Arguments:
+    given = qk_norm_rope_write_fp8(shapes, draw, into_arena=True)
+    return *given, draw.table(2, 1, shapes.tokens).square()
+
+
 def qk_norm_rope_write(shapes: Shapes, draw: Draw, keep_raw: bool) -> Arguments:
     q, k, *rest = _queries_keys(shapes, draw)
     arenas = [_arena(shapes, draw)[0] for _ in range(3 if keep_raw else 2)]

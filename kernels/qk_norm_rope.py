@@ -30,9 +30,13 @@ from rfengine.kernels.rephase_keys import check_layout, check_rotation, rotate_p
 
 
 @triton.jit
-def norm_row(x, weight, eps, D: tl.constexpr, DTYPE: tl.constexpr):
-    """RMS norm of x [BLOCK] float32 with the two roundings of the op; returns float32."""
-    normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
+def norm_row(x, weight, mean_squares, at, eps, D: tl.constexpr, DTYPE: tl.constexpr):
+    """RMS norm of x [BLOCK] float32 with the two roundings of the op; returns float32. mean_squares: entry
+    `at` is the mean of the squares of the row; None where x is the whole row."""
+    if mean_squares is None:
+        normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
+    else:
+        normed = x * tl.rsqrt(tl.load(mean_squares + at) + eps)
     return (normed.to(DTYPE).to(tl.float32) * weight).to(DTYPE).to(tl.float32)
 
 
@@ -54,7 +58,7 @@ def turn_row(x, cos, sin, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_tokens", "frame_tokens"])
 def _qk_norm_rope_kernel(
-    q, k, v, weight_q, weight_k, rotation, out_q, keys, values, raw_keys, slots,
+    q, k, v, weight_q, weight_k, rotation, out_q, keys, values, raw_keys, slots, mean_squares,
     q_b, q_t, k_b, k_t, v_b, v_t,
     keys_b, keys_t, keys_h, values_b, values_t, values_h, raw_b, raw_t, raw_h,
     num_tokens, frame_tokens, eps,
@@ -76,9 +80,11 @@ def _qk_norm_rope_kernel(
     scale_q = tl.load(weight_q + column, mask=mask, other=0.0).to(tl.float32)
     scale_k = tl.load(weight_k + column, mask=mask, other=0.0).to(tl.float32)
     cos, sin = row_angles(rotation, token, num_tokens, D, E, BLOCK)
-    turned = turn_row(norm_row(row_q, scale_q, eps, D, dtype), cos, sin, BLOCK)
+    at_q = b * num_tokens + token  # in the rows [2, B, T] of q and k
+    at_k = at_q + tl.num_programs(1).to(tl.int64) * num_tokens
+    turned = turn_row(norm_row(row_q, scale_q, mean_squares, at_q, eps, D, dtype), cos, sin, BLOCK)
     tl.store(out_q + (b * num_tokens + token) * D + column, turned.to(dtype), mask=mask)
-    raw = norm_row(row_k, scale_k, eps, D, dtype)
+    raw = norm_row(row_k, scale_k, mean_squares, at_k, eps, D, dtype)
     turned = turn_row(raw, cos, sin, BLOCK)
     tl.store(keys + b * keys_b + place * keys_t + head * keys_h + inner, turned.to(dtype), mask=mask)
     if HAS_RAW:
@@ -159,7 +165,7 @@ def qk_norm_rope(
     out_q, out_k = (x.new_empty(batch, tokens, num_heads, head_dim) for x in (q, k))
     block, num_warps = row_launch(dim)
     _qk_norm_rope_kernel[(tokens, batch)](
-        q, k, k, weight_q, weight_k, rotation, out_q, out_k, out_k, out_k, rotation,
+        q, k, k, weight_q, weight_k, rotation, out_q, out_k, out_k, out_k, rotation, None,
         *q.stride()[:2], *k.stride()[:2], *k.stride()[:2],
         *out_k.stride()[:3], *out_k.stride()[:3], *out_k.stride()[:3],
         tokens, tokens, eps,
@@ -226,14 +232,15 @@ qk_norm_rope.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("rfengine::qk_norm_rope_write", mutates_args=["keys", "values", "raw_keys"])
 def qk_norm_rope_write(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
-    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor, mean_squares: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Norm and rotate q and k, and write the frames of a chunk to their slots of the arena: rotated keys,
     values and, when given, raw keys.
 
     q, k, v: [B, T, D]; rotation: [2, T, E / 2], float32; keys, values, raw_keys: [B, S, H, E], changed in
     place; slots: int64 [F], no two equal and all within the arena, which nothing checks. The last axis of
-    every tensor must be contiguous (ValueError); the other strides are free. Returns the rotated q [B, T, H,
+    every tensor must be contiguous (ValueError); the other strides are free. mean_squares: float32 [2, B, T],
+    contiguous, the means of squares of the rows of which q and k are parts. Returns the rotated q [B, T, H,
     E]. Raw keys are those after the norm and before rotation, already rounded.
     """
     batch, tokens, dim = q.shape
@@ -246,7 +253,7 @@ def qk_norm_rope_write(
     raw = keys if raw_keys is None else raw_keys
     block, num_warps = row_launch(dim)
     _qk_norm_rope_kernel[(tokens, batch)](
-        q, k, v, weight_q, weight_k, rotation, out_q, keys, values, raw, slots,
+        q, k, v, weight_q, weight_k, rotation, out_q, keys, values, raw, slots, mean_squares,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *keys.stride()[:3], *values.stride()[:3], *raw.stride()[:3],
         tokens, tokens // slots.shape[0], eps,
@@ -259,6 +266,6 @@ def qk_norm_rope_write(
 @qk_norm_rope_write.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
-    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor, mean_squares: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:2], *keys.shape[2:])

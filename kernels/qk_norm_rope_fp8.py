@@ -34,7 +34,7 @@ from rfengine.kernels.window_fp8 import check_units
 @triton.jit(do_not_specialize=["num_tokens", "frame_tokens"])
 def _qk_norm_rope_fp8_kernel(
     q, k, weight_q, weight_k, rotation, query_unit, key_unit, key_mean, slots, out_q, keys_fp8, keys,
-    raw_keys, q_b, q_t, k_b, k_t, keys8_b, keys8_t, keys8_h, keys_b, keys_t, keys_h, raw_b, raw_t, raw_h,
+    raw_keys, mean_squares, q_b, q_t, k_b, k_t, keys8_b, keys8_t, keys8_h, keys_b, keys_t, keys_h, raw_b, raw_t, raw_h,
     num_tokens, frame_tokens, eps, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -51,10 +51,12 @@ def _qk_norm_rope_fp8_kernel(
     query_factor = tl.div_rn(1.0, tl.load(query_unit))
     key_factor = tl.div_rn(1.0, tl.load(key_unit))
     cos, sin = row_angles(rotation, token, num_tokens, D, E, BLOCK)
-    turned = turn_row(norm_row(row_q, scale_q, eps, D, dtype), cos, sin, BLOCK).to(dtype)
+    at_q = b * num_tokens + token  # in the rows [2, B, T] of q and k
+    at_k = at_q + tl.num_programs(1).to(tl.int64) * num_tokens
+    turned = turn_row(norm_row(row_q, scale_q, mean_squares, at_q, eps, D, dtype), cos, sin, BLOCK).to(dtype)
     out = out_q + (b * num_tokens + token) * D + column
     tl.store(out, to_e4m3(turned.to(tl.float32) * query_factor), mask=mask)
-    raw = norm_row(row_k, scale_k, eps, D, dtype)
+    raw = norm_row(row_k, scale_k, mean_squares, at_k, eps, D, dtype)
     turned = turn_row(raw, cos, sin, BLOCK).to(dtype)
     eights = to_e4m3((turned.to(tl.float32) - mean) * key_factor)
     tl.store(keys_fp8 + b * keys8_b + place * keys8_t + head * keys8_h + inner, eights, mask=mask)
@@ -96,7 +98,7 @@ def qk_norm_rope_write_fp8(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
     query_unit: Tensor, key_unit: Tensor, key_mean: Tensor, value_unit: Tensor, keys_fp8: Tensor,
     values_fp8: Tensor, slots: Tensor, keys: Tensor | None = None, values: Tensor | None = None,
-    raw_keys: Tensor | None = None,
+    raw_keys: Tensor | None = None, mean_squares: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """qk_norm_rope_write into the e4m3 copies of one layer, and where given into the arena.
 
@@ -104,7 +106,7 @@ def qk_norm_rope_write_fp8(
     arena, which nothing checks. query_unit, key_unit: float32 [1]; key_mean: float32 [B, H, E]; value_unit:
     float32 [B, H], all contiguous. In place: keys_fp8, e4m3 [B, S, H, E], rotated k less key_mean in
     key_unit; values_fp8, e4m3 [B, H, E, S8], v in value_unit; keys, values, raw_keys: [B, S, H, E] or None,
-    as qk_norm_rope_write writes them. The last axis of every tensor must be contiguous (ValueError); other
+    as qk_norm_rope_write writes them; mean_squares: as there. The last axis of every tensor must be contiguous (ValueError); other
     strides of q, k, v, copies and arena are free. Returns rotated q in query_unit, e4m3 [B, T, H, E]. Raises
     RuntimeError for a GPU without FP8.
     """
@@ -124,7 +126,7 @@ def qk_norm_rope_write_fp8(
     block, num_warps = row_launch(dim)
     _qk_norm_rope_fp8_kernel[(tokens, batch)](
         q, k, weight_q, weight_k, rotation, query_unit, key_unit, key_mean, slots, out_q, keys_fp8, keys,
-        raw_keys, *q.stride()[:2], *k.stride()[:2], *keys_fp8.stride()[:3], *strides[0], *strides[1],
+        raw_keys, mean_squares, *q.stride()[:2], *k.stride()[:2], *keys_fp8.stride()[:3], *strides[0], *strides[1],
         tokens, frame_tokens, eps, D=dim, E=head_dim, BLOCK=block, num_warps=num_warps,
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -19,14 +19,18 @@ from rfengine.kernels.layer_norm import check_dtype
 
 @triton.jit
 def _rms_norm_kernel(
-    x, weight, normed, x_stride_b, x_stride_t, tokens, dim, eps, BLOCK_D: tl.constexpr
+    x, weight, normed, mean_squares, x_stride_b, x_stride_t, tokens, dim, eps, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     batch = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     inside = column < dim
     row = tl.load(x + batch * x_stride_b + token * x_stride_t + column, mask=inside, other=0.0).to(tl.float32)
-    rounded = (row * tl.rsqrt(tl.sum(row * row, 0) / dim + eps)).to(x.dtype.element_ty)
+    if mean_squares is None:
+        mean = tl.sum(row * row, 0) / dim
+    else:
+        mean = tl.load(mean_squares + batch * tokens + token)
+    rounded = (row * tl.rsqrt(mean + eps)).to(x.dtype.element_ty)
     result = rounded.to(tl.float32) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     out = (batch * tokens + token) * dim + column
     tl.store(normed + out, result.to(normed.dtype.element_ty), mask=inside)
@@ -61,10 +65,11 @@ def _rms_norm_backward_kernel(
 
 
 @torch.library.custom_op("rfengine::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_squares: Tensor | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight.
 
-    Differentiable; the gradients are rounded once. An x whose leading axes do not fold, or whose last axis is
+    mean_squares: mean(x^2) of the rows of which x has a part, float32 [...], contiguous; not differentiable.
+    Else differentiable; the gradients are rounded once. An x whose leading axes do not fold, or whose last axis is
     not contiguous, is copied. Raises ValueError for other dtypes of x.
     """
     check_dtype(x)
@@ -73,14 +78,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     normed = x.new_empty(x.shape)
     block, num_warps = row_launch(dim)
     _rms_norm_kernel[(tokens, batch)](
-        rows, weight.contiguous(), normed, rows.stride(0), rows.stride(1), tokens, dim, eps,
+        rows, weight.contiguous(), normed, mean_squares, rows.stride(0), rows.stride(1), tokens, dim, eps,
         BLOCK_D=block, num_warps=num_warps,
     )  # fmt: skip
     return normed
 
 
 @rms_norm.register_fake
-def _(x, weight, eps):
+def _(x, weight, eps, mean_squares=None):
     return x.new_empty(x.shape)
 
 
@@ -108,12 +113,14 @@ def _(x, weight, grad_normed, eps):
 
 
 def _save(ctx, inputs, output):
-    x, weight, ctx.eps = inputs
+    x, weight, ctx.eps, mean_squares = inputs
+    if mean_squares is not None and any(ctx.needs_input_grad):
+        raise ValueError("mean_squares are given and a gradient is asked for; give whole rows for it")
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx, grad):
-    return *rms_norm_backward(*ctx.saved_tensors, grad, ctx.eps), None
+    return *rms_norm_backward(*ctx.saved_tensors, grad, ctx.eps), None, None
 
 
 rms_norm.register_autograd(_backward, setup_context=_save)

@@ -79,10 +79,21 @@ def gated_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tenso
     )
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_squares: Tensor | None = None) -> None:
     require(
         weight.shape == x.shape[-1:],
         lambda: f"weight is {tuple(weight.shape)} for x of {tuple(x.shape)}; it must cover the last axis",
+    )
+    _means_of(mean_squares, x.shape[:-1])
+
+
+def _means_of(mean_squares: Tensor | None, rows: torch.Size) -> None:
+    require(
+        mean_squares is None or (mean_squares.shape == rows and mean_squares.is_contiguous()),
+        lambda: (
+            f"mean_squares are {tuple(mean_squares.shape)} for rows of {tuple(rows)}; give one for each row, "
+            "contiguous"
+        ),
     )
 
 
@@ -95,9 +106,10 @@ def qk_norm_rope(
 
 def qk_norm_rope_write(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
-    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor, mean_squares: Tensor | None = None,
 ) -> None:  # fmt: skip
     batch, tokens, dim = q.shape
+    _means_of(mean_squares, torch.Size((2, batch, tokens)))
     frames = slots.shape[0] if slots.ndim == 1 else 0
     require(
         slots.dtype == torch.int64 and frames > 0 and tokens % frames == 0,

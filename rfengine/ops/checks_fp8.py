@@ -111,9 +111,10 @@ def qk_norm_rope_write_fp8(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
     query_unit: Tensor, key_unit: Tensor, key_mean: Tensor, value_unit: Tensor, keys_fp8: Tensor,
     values_fp8: Tensor, slots: Tensor, keys: Tensor | None = None, values: Tensor | None = None,
-    raw_keys: Tensor | None = None,
+    raw_keys: Tensor | None = None, mean_squares: Tensor | None = None,
 ) -> None:  # fmt: skip
-    checks.qk_norm_rope_write(q, k, v, weight_q, weight_k, rotation, eps, keys_fp8, keys_fp8, raw_keys, slots)
+    arenas = keys_fp8, keys_fp8, raw_keys
+    checks.qk_norm_rope_write(q, k, v, weight_q, weight_k, rotation, eps, *arenas, slots, mean_squares)
     batch, _, heads, head_dim = keys_fp8.shape
     _copies(keys_fp8, values_fp8, *keys_fp8.shape)
     for name, arena in (("keys", keys), ("values", values), ("raw_keys", raw_keys)):

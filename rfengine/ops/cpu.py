@@ -73,10 +73,10 @@ def gated_residual_adaptive_norm(
     return total, adaptive_layer_norm(total, shift, scale, eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if _is_plain(x):
+def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_squares: Tensor | None = None) -> Tensor:
+    if mean_squares is None and _is_plain(x):
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return reference.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps, mean_squares)
 
 
 def qk_norm_rope(
@@ -90,11 +90,11 @@ def qk_norm_rope(
 
 def qk_norm_rope_write(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
-    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor, mean_squares: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    if not _is_plain(q):
+    if mean_squares is not None or not _is_plain(q):
         return reference.qk_norm_rope_write(
-            q, k, v, weight_q, weight_k, rotation, eps, keys, values, raw_keys, slots
+            q, k, v, weight_q, weight_k, rotation, eps, keys, values, raw_keys, slots, mean_squares
         )
     num_heads = keys.shape[-2]
     normed, turned = _normed_and_turned(q, k, weight_q, weight_k, rotation, num_heads, eps)

@@ -84,10 +84,15 @@ def gated_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, gate: Tenso
     return gated_residual(x, F.linear(y, weight, bias), gate)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_squares: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight.
+
+    mean_squares: mean(x^2) of each row, [...] without the last axis, where x has a part of the row; without
+    gradient.
+    """
     wide = widened(x)
-    normed = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
+    mean = wide.square().mean(dim=-1) if mean_squares is None else mean_squares
+    normed = (wide * torch.rsqrt(mean.unsqueeze(-1) + eps)).to(x.dtype)
     return (normed * weight).to(x.dtype)
 
 
@@ -138,19 +143,21 @@ def qk_norm_rope(
 
 def qk_norm_rope_write(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
-    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
+    keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor, mean_squares: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Norm and rotate q and k, and write the frames of a chunk to their slots of the arena: rotated keys,
     values and, when given, raw keys.
 
     q, k, v: [B, T, D]; rotation: [2, T, E / 2]. keys, values, raw_keys: [B, S, H, E], S a multiple of the
     frame's T / F tokens, changed in place; slots: int64 [F], the slot of each frame, which begins at token
-    slot * T / F; no two are equal. Returns the rotated q [B, T, H, E]. Raw keys are those after the norm and
-    before rotation, already rounded.
+    slot * T / F; no two are equal. mean_squares: float32 [2, B, T], those of q and of k where they are parts
+    of rows (rms_norm). Returns the rotated q [B, T, H, E]. Raw keys are those after the norm and before
+    rotation, already rounded.
     """
     num_heads = keys.shape[-2]
-    q = rms_norm(q, weight_q, eps).unflatten(-1, (num_heads, -1))
-    k = rms_norm(k, weight_k, eps).unflatten(-1, (num_heads, -1))
+    means = (None, None) if mean_squares is None else mean_squares
+    q = rms_norm(q, weight_q, eps, means[0]).unflatten(-1, (num_heads, -1))
+    k = rms_norm(k, weight_k, eps, means[1]).unflatten(-1, (num_heads, -1))
     write_frames(keys, rotate(k, rotation), slots)
     write_frames(values, v.unflatten(-1, (num_heads, -1)), slots)
     if raw_keys is not None:

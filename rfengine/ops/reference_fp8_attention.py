@@ -67,19 +67,20 @@ def qk_norm_rope_write_fp8(
     q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor, eps: float,
     query_unit: Tensor, key_unit: Tensor, key_mean: Tensor, value_unit: Tensor, keys_fp8: Tensor,
     values_fp8: Tensor, slots: Tensor, keys: Tensor | None = None, values: Tensor | None = None,
-    raw_keys: Tensor | None = None,
+    raw_keys: Tensor | None = None, mean_squares: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """qk_norm_rope_write into the e4m3 copies of one layer, and where given into the arena.
 
-    q, k, v, weights, rotation, eps and slots: as in qk_norm_rope_write, with its roundings. query_unit,
+    q, k, v, weights, rotation, eps, slots and mean_squares: as in qk_norm_rope_write, with its roundings. query_unit,
     key_unit: float32 [1]; key_mean: float32 [B, H, E]; value_unit: float32 [B, H], as window_fp8 left them.
     In place: keys_fp8, e4m3 [B, S, H, E], (rotated k - key_mean) / key_unit; values_fp8, e4m3 [B, H, E, S8],
     v / value_unit; keys, values, raw_keys: [B, S, H, E] or None, what qk_norm_rope_write writes there.
     Returns rotated q / query_unit in e4m3, [B, T, H, E].
     """
     num_heads = keys_fp8.shape[2]
-    q = rotate(rms_norm(q, weight_q, eps).unflatten(-1, (num_heads, -1)), rotation)
-    raw = rms_norm(k, weight_k, eps).unflatten(-1, (num_heads, -1))
+    means = (None, None) if mean_squares is None else mean_squares
+    q = rotate(rms_norm(q, weight_q, eps, means[0]).unflatten(-1, (num_heads, -1)), rotation)
+    raw = rms_norm(k, weight_k, eps, means[1]).unflatten(-1, (num_heads, -1))
     rotated, v = rotate(raw, rotation), v.unflatten(-1, (num_heads, -1))
     for arena, chunk in ((keys, rotated), (values, v), (raw_keys, raw)):
         if arena is not None:

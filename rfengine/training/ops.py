@@ -18,11 +18,13 @@ class DifferentiableOps(Ops):
     def qk_norm_rope_write(
         self, q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, rotation: Tensor,
         eps: float, keys: Tensor, values: Tensor, raw_keys: Tensor | None, slots: Tensor,
+        mean_squares: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
             return super().qk_norm_rope_write(
-                q, k, v, weight_q, weight_k, rotation, eps, keys, values, raw_keys, slots
+                q, k, v, weight_q, weight_k, rotation, eps, keys, values, raw_keys, slots, mean_squares
             )
+        assert mean_squares is None  # a model that learns is whole
         num_heads = keys.shape[-2]
         if raw_keys is None:
             rotated_q, rotated_k = self.qk_norm_rope(q, k, weight_q, weight_k, rotation, num_heads, eps)

@@ -168,6 +168,32 @@ def test_frames_are_written_as_the_reference_writes_them(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_some_heads_of_rows_are_written_as_the_whole_rows_are(dtype: torch.dtype) -> None:
+    size = (2, 6, 3, 64)
+    rotation, slots = angles(6, 64), scattered(6)
+    q, k, v = rows(size, dtype)
+    scales = weights(192, dtype)
+    means = torch.stack([x.double().square().mean(-1) for x in (q, k)])
+    for heads in (slice(0, 1), slice(1, 3)):
+        part = slice(64 * heads.start, 64 * heads.stop)
+        results = []
+        for op, working, squares in (
+            (qk_norm_rope_write, dtype, means.float()),
+            (reference.qk_norm_rope_write, dtype, means.float()),
+            (reference.qk_norm_rope_write, torch.float64, None),
+        ):
+            columns = slice(None) if squares is None else part
+            own = heads if squares is not None else slice(None)
+            arenas = [each[:, :, own].to(working) for each in arenas_of(size, dtype)]
+            inputs = [x[..., columns].to(working) for x in (q, k, v)]
+            given = [weight[columns].to(working) for weight in scales]
+            turned = op(*inputs, *given, rotation, EPS, *arenas, slots, squares)
+            results.append([x if squares is not None else x[:, :, heads] for x in (turned, *arenas)])
+        for name, *found in zip(("q", "keys", "values", "raw"), *results, strict=True):
+            assert_within_reference_error(name, *found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_written_keys_are_the_rephased_raw_keys_bit_for_bit(dtype: torch.dtype) -> None:
     size = (2, 6, 3, 64)
     rotation, (keys, spare, raw), slots = angles(6, 64), arenas_of(size, dtype), scattered(6)

@@ -144,6 +144,26 @@ def test_the_arena_and_its_copies_are_those_of_the_other_kernels_bit_for_bit(dty
             assert_same_bits(name, own.float(), exact.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
+def test_some_heads_of_rows_are_written_as_the_other_kernel_writes_them() -> None:
+    size, dtype = SIZES[0], torch.bfloat16
+    _, tokens, _, head_dim, frames = size
+    q, k, v, *weights = rows(size, dtype)
+    means = torch.stack([(each.float().square().mean(-1) * scale) for each, scale in ((q, 1.5), (k, 0.5))])
+    eights, *kept = arenas(size, dtype)[:1], *arenas(size, dtype)[2:]
+    given = q, k, v, *weights, angles(tokens, head_dim), EPS
+    slots = slots_of(frames)
+    wide = arenas(size, dtype)[1]
+    own = qk_norm_rope_write_fp8(*given, *units(size), *eights, wide, slots, *kept, means)
+    others = arenas(size, dtype)[2:]
+    turned = qk_norm_rope_write(*given, *others, slots, means)
+    for name, one, other in zip(("keys", "values", "raw"), kept, others, strict=True):
+        assert_same_bits(name, one, other)
+    unit = units(size)[0]
+    assert_same_bits(
+        "q", own.float(), (turned.float() * unit.reciprocal()).clamp(-448, 448).to(own.dtype).float()
+    )
+
+
 def test_copies_that_lie_otherwise_in_memory_get_the_same_bits() -> None:
     results = []
     for apart in (False, True):

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 
 from rfengine.kernels import rms_norm as rms_norm_file
 from rfengine.kernels.rms_norm import rms_norm, rms_norm_backward
-from rfengine.ops import reference
+from rfengine.ops import checks, reference
 from support.against_reference import assert_op_matches
 from support.interpreter_rounding import round_to_nearest_even
-from support.tolerance import assert_draws_within_reference_error
+from support.tolerance import assert_draws_within_reference_error, assert_within_reference_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -74,6 +74,25 @@ def test_any_shape_agrees_with_the_reference(batch, tokens, dim):
         truth = reference.rms_norm(x.double(), weight.double(), 1e-6)
         draws.append((rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), truth))
     assert_draws_within_reference_error("norm", draws)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_of_each_row_is_normed_by_the_mean_of_the_whole_row(dtype):
+    x, weight = inputs(2, 5, 96, dtype=dtype)
+    means = x.double().square().mean(-1).float()
+    truth = reference.rms_norm(x.double(), weight.double(), 1e-6)
+    for part in (slice(0, 32), slice(32, 96)):
+        given = x[..., part], weight[part], 1e-6, means
+        found, expected = rms_norm(*given), reference.rms_norm(*given)
+        assert_within_reference_error("norm", found, expected, truth[..., part])
+
+
+def test_a_part_of_a_row_has_no_gradient_and_every_row_its_mean():
+    x, weight = inputs(2, 3, 8)
+    with pytest.raises(ValueError, match="mean_squares are given and a gradient is asked for"):
+        rms_norm(x.requires_grad_(), weight, 1e-6, torch.ones(2, 3, device=DEVICE))
+    with pytest.raises(ValueError, match=r"mean_squares are \(2, 4\) for rows of \(2, 3\)"):
+        checks.rms_norm(x, weight, 1e-6, torch.ones(2, 4))
 
 
 def test_other_dtypes_are_refused():
