@@ -31,7 +31,7 @@ from rfengine.diffusers_call import (
 from rfengine.frame_chunk import FrameChunk
 from rfengine.grid import LatentGrid
 from rfengine.host_state import own_state
-from rfengine.limits import as_integer, shown
+from rfengine.limits import Range, as_integer, shown
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import Prompt, prompt_line
@@ -39,10 +39,11 @@ from rfengine.runtime.decoders import OpenDecoder, full_opener, tier_of
 from rfengine.runtime.engine import Engine
 from rfengine.runtime.loaded_models import Placement, load_models
 from rfengine.runtime.model_precision import products_left_out
-from rfengine.runtime.options import tuned_ops
+from rfengine.runtime.ranks import equal_ops, join, rank_device, require_equal, require_equal_models
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
 from rfengine.stream import VideoStream
+from rfengine.tensor_parallel import MOST_RANKS, WHOLE, TensorParallel
 from rfengine.video import DEFAULT_NUM_FRAMES, Video, frame_count
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Pipeline:
         backend: Backend | None = None,
         runtime: RuntimeConfig | None = None,
         loras: Sequence[Lora | str | Path] = (),
+        tensor_parallel: int = 1,
     ) -> Pipeline:
         """Load "tiny", which comes with the package, a checkpoint directory (README, published weights) or
         an open Checkpoint.
@@ -103,7 +105,9 @@ class Pipeline:
         VAE's decoder follows runtime.vae_precision, and its encoder is in float32. text_device: of the text
         encoder; "cpu" keeps it off the GPU. text_cache: directory that keeps text states by prompt. system:
         the cache and the denoising steps of a published system, in place of the checkpoint's; cache, backend,
-        runtime: replace its own. loras: see set_loras.
+        runtime: replace its own. loras: see set_loras. tensor_parallel: the processes that torchrun started,
+        which hold the transformer together, each the heads of its own (docs/scaling.md). All make the same
+        calls; the first one's chunks have the frames.
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs, and
         for a diffusion forcing model, RuntimeError when the backend or a part of the runtime cannot run on
         the device.
@@ -117,11 +121,17 @@ class Pipeline:
             config = replace(config, runtime=runtime)
         if backend is not None:
             config = replace(config, backend=backend)
+        TensorParallel(0, as_integer("tensor_parallel", tensor_parallel, Range(1, MOST_RANKS))).own(
+            config.model
+        )
+        device = rank_device(device) if tensor_parallel > 1 else device
         place = Placement.of(config.runtime, device, dtype, text_device)
         left_out = products_left_out(checkpoint, config.runtime)
         loaded = load_loras(loras, expected_shapes(config.model))
-        ops = tuned_ops(config, place.dtype, place.device)
-        models = load_models(checkpoint, config, ops, place, text_cache, left_out)
+        parallel = join(tensor_parallel, place.device) if tensor_parallel > 1 else WHOLE
+        require_equal_models(parallel, checkpoint, config, place.dtype, left_out, loaded)
+        ops = equal_ops(config, place.dtype, place.device, parallel)
+        models = load_models(checkpoint, config, ops, place, text_cache, left_out, parallel)
         parts = models.transformer, models.vae, models.text_encoder
         pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
         pipeline._engine.adapted.apply(loaded)
@@ -140,6 +150,11 @@ class Pipeline:
     def backend(self) -> str:
         """The backends that run the model's ops."""
         return ", ".join(sorted(set(self.model.ops.choice.values())))
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether its chunks have frames: of several ranks, those of the first."""
+        return self.model.parallel.rank == 0
 
     @property
     def vae_tier(self) -> str:
@@ -196,7 +211,9 @@ class Pipeline:
         number = as_seed(seed)
         grid = LatentGrid.of(self.config, height, width)
         devices = (self.model.device, self._engine.queue.device)
-        require_stream_fits(self.config, grid, self.model.dtype, devices)
+        require_stream_fits(self._own_config, grid, self.model.dtype, devices)
+        asked = (prompt_line(prompt), number, grid.height, grid.width)
+        require_equal(self.model.parallel, prompt_seed_and_size=asked)
         with self._engine.turns, own_state():
             states = self._engine.encode_text(prompt)
             stream = VideoStream(self._engine, grid, prompt_line(prompt), states, number)
@@ -211,6 +228,7 @@ class Pipeline:
         where it is damaged, or of another model or setting, which without any_loras the LoRAs are too.
         """
         info = snapshot.stream_info()
+        require_equal(self.model.parallel, snapshot=dict(snapshot.info, part=None))
         grid = LatentGrid.of(self.config, info.height, info.width)
         with self._engine.turns, own_state():
             return VideoStream.from_snapshot(self._engine, grid, snapshot, any_loras)
@@ -224,7 +242,12 @@ class Pipeline:
     def stream_bytes(self, height: int | None = None, width: int | None = None) -> int:
         """Bytes that one more stream of that size keeps; nothing is allocated."""
         grid = LatentGrid.of(self.config, height, width)
-        return stream_bytes(memory_needs(self.config, grid, self.model.dtype, self.vae_dtype))
+        return stream_bytes(memory_needs(self._own_config, grid, self.model.dtype, self.vae_dtype))
+
+    @property
+    def _own_config(self) -> EngineConfig:
+        """With the heads that this rank has."""
+        return replace(self.config, model=self.model.parallel.own(self.config.model))
 
     def chunk_count(self, num_frames: int) -> int:
         """Chunks from the start of a video that have at least `num_frames` pixel frames."""

@@ -29,6 +29,8 @@ from rfengine.limits import Range, check_value, shown
 from rfengine.older_snapshot import OLDER_FORMATS, upgraded
 from rfengine.prompt_blend import MOST_TRANSITION_CHUNKS, Interpolation, TextTransition
 from rfengine.schedule import MAX_SEED
+from rfengine.snapshot_parts import joined, part_of, part_path, part_paths
+from rfengine.tensor_parallel import TensorParallel
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +49,15 @@ _FIELDS = {
     "transition_chunks": Annotated[int, Range(1, MOST_TRANSITION_CHUNKS)],
     "transition_step": Annotated[int, Range(0, MOST_TRANSITION_CHUNKS - 1)], "interpolation": Interpolation,
     "given_frames": Annotated[int, Range(1, 64)], "loras": tuple[str, ...], "precision": str,
+    "part": Annotated[tuple[int, int], Range(0, 1024)],
 }  # fmt: skip
 # there while the text states go to those of a new prompt, while the next chunk begins with given frames, with
-# LoRAs in the weights (sha256, scale and name of each), and with products in FP8, and what stands for them
-# elsewhere; older formats count in transition_chunks those that are left
+# LoRAs in the weights (sha256, scale and name of each), with products in FP8, and on one of several ranks
+# (snapshot_parts.py), and what stands for them elsewhere; older formats count in transition_chunks those that
+# are left
 _OPTIONAL = {
     "transition_chunks": 0, "transition_step": 0, "interpolation": "linear", "given_frames": 0, "loras": (),
-    "precision": "without FP8",
+    "precision": "without FP8", "part": (0, 1),
 }  # fmt: skip
 
 
@@ -64,7 +68,8 @@ class StreamInfo:
     index: of the next chunk that the caller gets. position: of the cache, counted from the last hard switch.
     ahead: whether the chunk before it is denoised and was not handed out. transition_chunks: of the way of
     the text states to those of the prompt, 0 where they are there; transition_step: those that are done.
-    given_frames: latent frames with which the next chunk begins as they are.
+    given_frames: latent frames with which the next chunk begins as they are. part: of which rank, and of how
+    many, the heads are.
     """
 
     prompt: str
@@ -80,6 +85,7 @@ class StreamInfo:
     transition_step: int
     interpolation: Interpolation
     given_frames: int
+    part: tuple[int, int]
 
     @property
     def kept_frames(self) -> range:
@@ -109,6 +115,8 @@ class StreamInfo:
                 f"given_frames is {self.given_frames} of a chunk of {following}, which is begun with fewer, "
                 "and in a rolling schedule with none"
             )
+        if self.part[0] >= self.part[1]:
+            raise ValueError(f"part is {self.part}, a rank and the number of ranks")
         if self.index < begun:
             raise ValueError(f"index is {self.index} and {begun} chunks were handed out")
         if self.transition_step >= max(self.transition_chunks, 1):
@@ -126,18 +134,46 @@ class Snapshot:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file whose metadata holds the JSON and a checksum; it appears under its name
-        when it is whole. Raises ValueError where info is not that of a stream."""
+        when it is whole. Of several ranks each writes a file of its own beside `path` (part_path). Raises
+        ValueError where info is not that of a stream."""
         from rfengine.checkpoint.loader import save_weights
 
-        self.stream_info()
+        rank, count = self.stream_info().part
+        own = Path(path) if count == 1 else part_path(Path(path), rank, count)
         text = json.dumps(self.info | {"format": SNAPSHOT_FORMAT})
-        save_weights(Path(path), self.tensors, {"snapshot": text, "sha256": _checksum(self.tensors, text)})
+        save_weights(own, self.tensors, {"snapshot": text, "sha256": _checksum(self.tensors, text)})
+
+    @classmethod
+    def joined(cls, parts: Iterable[Snapshot]) -> Snapshot:
+        """The whole snapshot of those of all ranks, in any order. Raises ValueError where one is missing or
+        damaged, and where they are not of one moment."""
+        parts = list(parts)
+        for each in parts:
+            each.stream_info()
+        whole = [(each.tensors, {"part": [0, 1]} | each.info) for each in parts]
+        return cls(*joined(whole))
+
+    def of_rank(self, parallel: TensorParallel) -> Snapshot:
+        """What this rank restores: its part of a whole snapshot, or its own one. Raises ValueError for the
+        part of another rank."""
+        own, stated = (parallel.rank, parallel.count), self.stream_info().part
+        if stated == own:
+            return self
+        if stated != _OPTIONAL["part"]:
+            raise ValueError(
+                f"the snapshot is part {stated[0] + 1} of {stated[1]} and this is rank {own[0]} of {own[1]}; "
+                "give the whole one, of Snapshot.load with the name without a number or of Snapshot.joined"
+            )
+        return Snapshot(*part_of((self.tensors, self.info), *own))
 
     @classmethod
     def load(cls, path: str | Path) -> Snapshot:
-        """Read what save wrote. Raises ValueError when the file is none of ours or damaged."""
+        """Read what save wrote, on several ranks all parts as one. Raises ValueError when the file is none of
+        ours or damaged."""
         from rfengine.checkpoint.loader import read_safetensors
 
+        if parts := part_paths(Path(path)):
+            return cls.joined(map(cls.load, parts))
         tensors, metadata = read_safetensors(Path(path))
         if "snapshot" not in metadata:
             raise ValueError(
@@ -267,7 +303,8 @@ def expected_tensors(
 ) -> dict[str, Tensor]:
     """What a snapshot holds beside the decoder's state, by name, on the meta device."""
     frames = info.cache.chunk_frames
-    cache = StreamingKVCache(model, info.cache, grid, dtype=dtype, device="meta")
+    parallel = TensorParallel(*info.part)
+    cache = StreamingKVCache(model, info.cache, grid, dtype=dtype, device="meta", parallel=parallel)
     latents = {"window_latents": len(info.kept_frames), "given_latents": info.given_frames}
     shapes = {
         name: (1, model.in_dim, count, grid.latent_height, grid.latent_width)
@@ -282,7 +319,8 @@ def expected_tensors(
     expected = {f"cache.{name}": tensor for name, tensor in cache.tensors().items()}
     expected |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     if info.ahead:
-        pixels = (frames * grid.temporal_stride, grid.height, grid.width, 3)
+        shown_frames = 0 if info.part[0] else frames * grid.temporal_stride  # the first rank decodes
+        pixels = (shown_frames, grid.height, grid.width, 3)
         expected["ahead.frames"] = torch.empty(pixels, dtype=torch.uint8, device="meta")
     return expected
 

@@ -77,8 +77,9 @@ class VideoStream:
         with self._computing():
             self._set_text(prompt, ordinary(text_states))
             self._cache = StreamingKVCache(
-                model.config, engine.config.cache, grid, dtype=model.dtype, device=model.device, ops=model.ops
-            )
+                model.config, engine.config.cache, grid, dtype=model.dtype, device=model.device,
+                ops=model.ops, parallel=model.parallel,
+            )  # fmt: skip
         size = grid.latent_height, grid.latent_width
         self._decoder_state = self._worker.new_state(1, *size, engine.decoder_dtype)
         self._window_latents: dict[int, Tensor] = {}  # clean, by frame: a switch may recompute the window
@@ -347,7 +348,7 @@ class VideoStream:
 
     def snapshot(self) -> Snapshot:
         """A copy of the whole state between two chunks; Pipeline.restore continues it bit for bit, with or
-        without overlap."""
+        without overlap. On several ranks each has its own heads (snapshot_parts.py)."""
         dtype = self._engine.model.dtype
         with self._turn():
             with self._closed_on_error(), self._computing():
@@ -387,6 +388,8 @@ class VideoStream:
                 info |= self._transition.values()
             if self._given is not None:
                 info["given_frames"] = self._given.shape[2]
+            if (parallel := self._engine.model.parallel).divides:
+                info["part"] = [parallel.rank, parallel.count]
             return Snapshot(copies, info)
 
     @classmethod
@@ -395,6 +398,7 @@ class VideoStream:
     ) -> VideoStream:
         """The stream a snapshot was taken of. Raises ValueError when it is of another model, decoder, format
         or setting, or damaged: before anything is taken over, and mostly before anything is allocated."""
+        snapshot = snapshot.of_rank(engine.model.parallel)
         info = snapshot.checked(engine.settings(), engine.model.config, grid, engine.model.dtype, any_loras)
         stream = cls(engine, grid, info.prompt, snapshot.tensors["text_states"], info.seed)
         with stream._closed_on_error(), stream._computing():
@@ -410,6 +414,7 @@ class VideoStream:
         """
         with self._turn():
             settings, model = self._engine.settings(), self._engine.model
+            snapshot = snapshot.of_rank(model.parallel)
             info = snapshot.checked(settings, model.config, self.grid, model.dtype, any_loras)
             check_tensors(snapshot.group("decoder"), self._decoder_state.tensors())
             with self._closed_on_error(), self._computing():

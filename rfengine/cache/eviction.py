@@ -11,6 +11,7 @@ from torch import Tensor
 from rfengine.cache.sink_policy import EMPTY, Fold
 from rfengine.config import CacheConfig
 from rfengine.ops import Ops
+from rfengine.tensor_parallel import WHOLE, TensorParallel
 
 
 class Evictor:
@@ -64,19 +65,21 @@ def is_fused(config: CacheConfig, folds: Sequence[Fold]) -> bool:
     return config.sink == "ema" and len(folds) == 1 and folds[0].count == config.sink_frames
 
 
-def least_similar(raw: Tensor, held: Tensor, config: CacheConfig, count: int) -> Tensor:
+def least_similar(
+    raw: Tensor, held: Tensor, config: CacheConfig, count: int, parallel: TensorParallel = WHOLE
+) -> Tensor:
     """The slots, rising, of the `count` frames whose keys are least like those of the last chunk.
 
     An example of eviction by a score, in the manner of the compression by participation of Deep Forcing: what
     the present does not resemble leaves. The score is the cosine of the mean keys of two frames, averaged
     over layers and heads. raw: keys before rotation [L, B, S, H, E]; held: int64 [S / frame_tokens], the
-    number of the frame in every slot, or EMPTY. The sink and the last chunk never leave. Returns int64
-    [count], on the device.
+    number of the frame in every slot, or EMPTY; parallel: the ranks that have the other heads. The sink and
+    the last chunk never leave. Returns int64 [count], on the device.
     """
     means = raw.unflatten(2, (held.shape[0], -1)).mean(3, dtype=torch.float32)
     newest = held.topk(config.chunk_frames).indices
     present = means.index_select(2, newest).mean(2, keepdim=True)
-    score = F.cosine_similarity(means, present, dim=-1).mean((0, 1, 3))
+    score = parallel.added(F.cosine_similarity(means, present, dim=-1).mean((0, 1, 3)))
     score[: config.sink_frames] = torch.inf
     score.index_fill_(0, newest, torch.inf).masked_fill_(held == EMPTY, torch.inf)
     return score.topk(count, largest=False).indices.sort().values

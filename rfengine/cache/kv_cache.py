@@ -15,6 +15,7 @@ from rfengine.config import CacheConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
+from rfengine.tensor_parallel import WHOLE, TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,8 @@ class StreamingKVCache:
     sines [2, S, E / 2] of the present time index of every resident slot; query_rotation: [2, T, E / 2], those
     of the chunk that has begun; write_slots: int64 [F], where its frames go. held: on the host, the number of
     the frame in every slot. joint_latents: [B, C, F, h, w], what a rolling schedule has in flight, of which
-    joint_chunks chunks are there. Memory is fixed from the start, but for rows of integers and, once for each
-    length of a chunk or a pass, write_slots and query_rotation.
+    joint_chunks chunks are there. parallel: the rank whose heads these are. Memory is fixed from the start,
+    but for rows of integers and, once for each length of a chunk or a pass, write_slots and query_rotation.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class StreamingKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         ops: Ops = REFERENCE_OPS,
+        parallel: TensorParallel = WHOLE,
     ) -> None:
-        self.config, self.grid, self.head_dim = config, grid, model.head_dim
-        arena = arena_shape(model, config, grid, batch)
+        self.config, self.grid, self.head_dim, self.parallel = config, grid, model.head_dim, parallel
+        arena = arena_shape(parallel.own(model), config, grid, batch)
         self.keys = torch.zeros(arena, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.raw_keys = torch.zeros_like(self.keys) if config.positions == "relative" else None
@@ -240,7 +242,7 @@ class StreamingKVCache:
         """The device chooses the slots that are lacking; nothing of it is read by the host."""
         resident = self.raw_keys[:, :, : self.config.resident_frames * self.grid.frame_tokens]
         count = plan.frames - len(plan.slots)
-        slots = least_similar(resident, self._held_on_device(), self.config, count)
+        slots = least_similar(resident, self._held_on_device(), self.config, count, self.parallel)
         slots = torch.cat([self._row(plan.slots), slots])
         numbers = torch.arange(plan.frames, dtype=torch.int64, device=slots.device) + plan.first_frame
         self.device_held.index_copy_(0, slots, numbers)

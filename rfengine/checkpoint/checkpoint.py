@@ -24,6 +24,7 @@ from rfengine.checkpoint.directories import (
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import assign
 from rfengine.checkpoint.manifest import check_sizes
+from rfengine.checkpoint.rank_weights import rank_parts
 from rfengine.checkpoint.shapes import (
     PartConfig,
     describe_mismatch,
@@ -48,6 +49,7 @@ from rfengine.models.text_encoder import (
     build_umt5,
 )
 from rfengine.presets import PRESETS
+from rfengine.tensor_parallel import WHOLE, TensorParallel
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +106,10 @@ class Checkpoint:
         part: Part,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        parallel: TensorParallel = WHOLE,
     ) -> Module:
-        """The module that `build` makes, with the weights of `part` in `dtype` on `device`.
+        """The module that `build` makes, with the weights of `part` in `dtype` on `device`; of a transformer,
+        those of one rank alone (rank_part).
 
         build is called on the meta device; tied parameters stay tied and requires_grad stays. Raises
         ValueError when the directory lacks the part, has it only as a pickle, or has it for another model,
@@ -115,7 +119,7 @@ class Checkpoint:
             module = build()
         if self.directory is None:
             stored = _random_tensors(part_configs(self.config)[part], self.seed + PARTS.index(part), device)
-            assign(module, stored, dtype, device, f"the random {part}")
+            assign(module, rank_parts(stored, parallel), dtype, device, f"the random {part}")
             return module
         check_sizes(self.path)
         files = self.directory.files(part)
@@ -125,7 +129,8 @@ class Checkpoint:
                 way = f"run `rfengine convert {_SINGLE_FILES[part]} DST --base {self.path}` and load DST"
             raise ValueError(f"{self.path} has no {part}; {way}")
         self.directory.refuse_pickles(part)
-        assign(module, self.directory.open(part), dtype, device, str(files[0]), check_finite=True)
+        stored = rank_parts(self.directory.open(part), parallel)
+        assign(module, stored, dtype, device, str(files[0]), check_finite=True)
         return module
 
     def text_encoder(

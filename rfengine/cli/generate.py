@@ -26,6 +26,7 @@ from rfengine.grid import LatentGrid
 from rfengine.pipeline import Pipeline
 from rfengine.prompt_script import PlannedScene, PromptScript, Scene, ScriptPlan, play
 from rfengine.prompts import prompt_line, read_prompts
+from rfengine.runtime.ranks import leave, started_ranks
 from rfengine.schedule import as_seed
 from rfengine.stream import VideoStream
 from rfengine.video import check_video_path, frame_count
@@ -42,7 +43,8 @@ _SHOWN_TEXT = 40  # characters of a scene in the progress bar
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """Make a video from a prompt, one from each line of a file, or one of several scenes."""
+    """Make a video from a prompt, one from each line of a file, or one of several scenes. Under `torchrun
+    --no-python --nproc-per-node N` the processes hold the transformer together."""
 
     prompt: Positional[str | None] = None
     """What the video shows."""
@@ -90,6 +92,16 @@ def run(options: GenerateOptions) -> int:
         write = _forcing_writer(checkpoint, device, options)
     else:
         write = _stream_writer(checkpoint, device, options, jobs[0][0])
+    try:
+        _write_all(write, jobs)
+    finally:
+        leave()
+    return 0
+
+
+def _write_all(
+    write: Callable[[str | PromptScript, Path], None], jobs: list[tuple[str | PromptScript, Path]]
+) -> None:
     for done, (prompt, path) in enumerate(jobs):
         try:
             write(prompt, path)
@@ -98,7 +110,6 @@ def run(options: GenerateOptions) -> int:
                 raise
             begun = str(error) or f"{path} was not begun"
             raise KeyboardInterrupt(f"{begun}; {done} of {len(jobs)} videos are whole") from None
-    return 0
 
 
 def _stream_writer(
@@ -119,6 +130,7 @@ def _stream_writer(
         backend=options.backend,
         runtime=options.runtime,
         loras=options.loras.loras(),
+        tensor_parallel=started_ranks(),
     )
 
     def write(prompt: str | PromptScript, path: Path) -> None:
@@ -132,6 +144,10 @@ def _forcing_writer(
     checkpoint: Checkpoint, device: torch.device | None, options: GenerateOptions
 ) -> Callable[[str, Path], None]:
     """What writes the video of a prompt to a file, with a diffusion forcing model."""
+    if (ranks := started_ranks()) > 1:
+        raise ValueError(
+            f"{ranks} processes are started and a diffusion forcing model runs in one; leave torchrun out"
+        )
     given = {
         "script": options.script, "system": options.system, "start-mode": options.start.start_mode,
         "lora": options.loras.lora, "allow-unmatched-lora": options.loras.allow_unmatched_lora,
@@ -225,6 +241,10 @@ def _write_video(
         plan.scenes[0].scene.prompt, seed=options.seed, height=grid.height, width=grid.width,
         start_frames=start, start_mode=start_mode(options.start, pipeline.config),
     )  # fmt: skip
+    if not pipeline.has_frames:
+        for _ in play(stream, plan):
+            pass
+        return
     with progress_bar(path, plan.num_chunks, "chunk") as bar:
         pieces = _pieces(stream, plan, bar, has_chapters)
         made = write_pieces(path, fps, grid, count, pieces)

@@ -19,10 +19,11 @@ from rfengine.cache.sink_policy import CachePlan
 from rfengine.cache.window_fp8 import LayerFP8, WindowFP8
 from rfengine.config import WanConfig
 from rfengine.diffusion_forcing_config import FPS_ROWS
-from rfengine.models.linear import Linear, LinearGELU, Projections, Rows, RowsFP8
+from rfengine.models.linear import Linear, LinearGELU, Projections, Rows, RowsFP8, Scale
 from rfengine.models.weight_layout import lay_out
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.rotary import rotary_table
+from rfengine.tensor_parallel import WHOLE, TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,10 @@ class SelfAttention(Projections):
     def over_cache(self, x: Rows, rotation: Tensor, cache: LayerCache) -> Tensor:
         """Write this chunk's slots of one layer and attend to the window; x [B, T, D], rotation [2, T, E /
         2]."""
+        rows = self.project(x, self.q, self.k, self.v)
         q = self.ops.qk_norm_rope_write(
-            *self.project(x, self.q, self.k, self.v),
-            self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
-            cache.own_keys, cache.own_values, cache.own_raw_keys, cache.slots,
+            *rows, self.norm_q.weight, self.norm_k.weight, rotation, self.eps, cache.own_keys,
+            cache.own_values, cache.own_raw_keys, cache.slots, self.parallel.mean_squares(*rows[:2]),
         )  # fmt: skip
         if len(cache.reads) == 1:
             return self._attend(q, cache, cache.reads[0]).flatten(2)
@@ -74,10 +75,10 @@ class SelfAttention(Projections):
         too."""
         *units, keys, values, logit_scale = copies
         arenas = (cache.own_keys, cache.own_values, cache.own_raw_keys) if keeps else (None, None, None)
+        rows = self.project(x, self.q, self.k, self.v)
         q = self.ops.qk_norm_rope_write_fp8(
-            *self.project(x, self.q, self.k, self.v),
-            self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
-            *units, keys, values, cache.slots, *arenas,
+            *rows, self.norm_q.weight, self.norm_k.weight, rotation, self.eps,
+            *units, keys, values, cache.slots, *arenas, self.parallel.mean_squares(*rows[:2]),
         )  # fmt: skip
         read, in_rows = cache.reads[0], self.o.fp8 is not None
         attended = self.ops.sink_window_attention_fp8(
@@ -107,8 +108,8 @@ class SelfAttention(Projections):
         weight = self.norm_k.weight
         # no queries here: k is passed twice, and the result is ignored
         self.ops.qk_norm_rope_write(
-            k, k, v, weight, weight, rotation, self.eps,
-            cache.own_keys, cache.own_values, cache.own_raw_keys, cache.slots,
+            k, k, v, weight, weight, rotation, self.eps, cache.own_keys, cache.own_values,
+            cache.own_raw_keys, cache.slots, self.parallel.mean_squares(k, k),
         )  # fmt: skip
 
 
@@ -119,13 +120,16 @@ class CrossAttention(Projections):
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, text_len, H, E] of embedded text [B, text_len, D]."""
         keys, values = self.project(text, self.k, self.v)
-        keys = self.ops.rms_norm(keys, self.norm_k.weight, self.eps)
+        keys = self._normed(keys, self.norm_k)
         return keys.unflatten(-1, (self.num_heads, -1)), values.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, x: Rows, keys: Tensor, values: Tensor) -> Tensor:
         """The attention [B, T, D] before its output projection `o`, which the block applies."""
-        q = self.ops.rms_norm(self.q(x), self.norm_q.weight, self.eps).unflatten(-1, (self.num_heads, -1))
+        q = self._normed(self.q(x), self.norm_q).unflatten(-1, (self.num_heads, -1))
         return self.ops.clip_attention(q, keys, values, None).flatten(2)
+
+    def _normed(self, x: Tensor, norm: Scale) -> Tensor:
+        return self.ops.rms_norm(x, norm.weight, self.eps, self.parallel.mean_squares(x))
 
 
 class Block(nn.Module):
@@ -133,16 +137,18 @@ class Block(nn.Module):
     that every residual addition is fused: with the norm that follows it, or (ops.folds_gate) with the product
     before it. A norm whose reader multiplies in FP8 returns FP8."""
 
-    def __init__(self, config: WanConfig, ops: Ops) -> None:
+    def __init__(self, config: WanConfig, ops: Ops, parallel: TensorParallel) -> None:
         super().__init__()
         self.ops, self.eps = ops, config.eps
-        self.self_attn = SelfAttention(config, ops)
+        self.folds_gate = ops.folds_gate and not parallel.divides  # a sum is not there yet in the product
+        self.self_attn = SelfAttention(config, ops, parallel)
         self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.cross_attn = CrossAttention(config, ops)
+        self.cross_attn = CrossAttention(config, ops, parallel)
+        columns = parallel.own(config).ffn_dim
         self.ffn = nn.Sequential(
-            LinearGELU(config.dim, config.ffn_dim, ops),
+            LinearGELU(config.dim, columns, ops),
             nn.Identity(),  # the GELU of the checkpoints, which call the next layer ffn.2
-            Linear(config.ffn_dim, config.dim, ops),
+            Linear(columns, config.dim, ops, parallel),
         )
         # in place: any other division of a meta tensor imports torch._dynamo, which takes seconds
         self.modulation = nn.Parameter(torch.randn(1, 6, config.dim).div_(config.dim**0.5))
@@ -179,7 +185,7 @@ class Block(nn.Module):
         if self.cross_attn.q.fp8 is not None:
             x, *rows = self.ops.gated_residual_affine_norm_fp8(x, projection(y), gate, *norm)
             return x, RowsFP8(*rows)
-        if self.ops.folds_gate and projection.fp8 is None:
+        if self.folds_gate and projection.fp8 is None:
             x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
             return x, self.ops.affine_layer_norm(x, *norm)
         return self.ops.gated_residual_affine_norm(x, projection(y), gate, *norm)
@@ -200,7 +206,7 @@ class Block(nn.Module):
                 x, projection(y), gate, shift, scale, self.eps
             )
             return x, RowsFP8(*rows)
-        if self.ops.folds_gate and projection.fp8 is None:
+        if self.folds_gate and projection.fp8 is None:
             x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
             return x, self.ops.adaptive_layer_norm(x, shift, scale, self.eps)
         return self.ops.gated_residual_adaptive_norm(x, projection(y), gate, shift, scale, self.eps)
@@ -217,12 +223,11 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """The transformer of one WanConfig. Latents are [B, C, F, height, width]; the output is the flow, noise -
     x0. left_out_of_fp8: the products of the blocks that are not in FP8; None where none is
-    (fp8_products.quantise)."""
+    (fp8_products.quantise). parallel: the rank whose heads and columns it has; the others' run beside it."""
 
-    def __init__(self, config: WanConfig, ops: Ops = REFERENCE_OPS) -> None:
+    def __init__(self, config: WanConfig, ops: Ops = REFERENCE_OPS, parallel: TensorParallel = WHOLE) -> None:
         super().__init__()
-        self.config = config
-        self.ops = ops
+        self.config, self.ops, self.parallel = config, ops, parallel
         self.left_out_of_fp8: frozenset[str] | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
@@ -234,7 +239,7 @@ class WanDiT(nn.Module):
         if config.fps_embedding:
             self.fps_embedding = nn.Embedding(FPS_ROWS, dim)
             self.fps_projection = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, ops, parallel) for _ in range(config.num_layers))
         self.head = Head(config)
 
     @property

@@ -16,6 +16,7 @@ from rfengine.models.weight_layout import join, joined_view
 from rfengine.ops import Ops
 from rfengine.ops.reference import channel_fp8
 from rfengine.ops.reference_fp8 import product_reach
+from rfengine.tensor_parallel import WHOLE, TensorParallel
 
 
 class RowsFP8(NamedTuple):
@@ -58,17 +59,20 @@ class WeightFP8(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b on the model's ops. fp8: the weight in FP8, for rows in FP8; None where it has none."""
+    """y = x W^T + b on the model's ops. fp8: the weight in FP8, for rows in FP8; None where it has none.
+    parallel: the ranks whose results are added up, each from its part of x."""
 
-    def __init__(self, in_features: int, out_features: int, ops: Ops) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, ops: Ops, parallel: TensorParallel = WHOLE
+    ) -> None:
         super().__init__(in_features, out_features)
-        self.ops = ops
+        self.ops, self.parallel = ops, parallel
         self.fp8: WeightFP8 | None = None
 
     def forward(self, x: Rows) -> Tensor:
         if isinstance(x, RowsFP8):
-            return self.ops.linear_fp8(*x, *self.fp8[:3])
-        return self.ops.linear(x, self.weight, self.bias)
+            return self.parallel.added(self.ops.linear_fp8(*x, *self.fp8[:3]))
+        return self.parallel.added(self.ops.linear(x, self.weight, self.bias))
 
 
 class LinearGELU(Linear):
@@ -88,13 +92,14 @@ class LinearOfHeads(Linear):
     """y = x W^T + b of the heads of an attention, which in FP8 are rounded as they are read, if they are
     not in FP8 already."""
 
-    def __init__(self, config: WanConfig, ops: Ops) -> None:
-        super().__init__(config.dim, config.dim, ops)
-        self.num_heads = config.num_heads
+    def __init__(self, config: WanConfig, ops: Ops, parallel: TensorParallel) -> None:
+        own = parallel.own(config)
+        super().__init__(own.dim, config.dim, ops, parallel)
+        self.num_heads = own.num_heads
 
     def forward(self, x: Rows) -> Tensor:
         if self.fp8 is not None and isinstance(x, Tensor):
-            return self.ops.linear_heads_fp8(x, *self.fp8[:3], self.num_heads)
+            return self.parallel.added(self.ops.linear_heads_fp8(x, *self.fp8[:3], self.num_heads))
         return super().forward(x)
 
 
@@ -107,13 +112,14 @@ class Projections(nn.Module):
     the layers are then called one by one.
     """
 
-    def __init__(self, config: WanConfig, ops: Ops) -> None:
+    def __init__(self, config: WanConfig, ops: Ops, parallel: TensorParallel) -> None:
         super().__init__()
-        self.ops, self.num_heads, self.eps = ops, config.num_heads, config.eps
-        self.q, self.k, self.v = (Linear(config.dim, config.dim, ops) for _ in range(3))
-        self.o = LinearOfHeads(config, ops)
+        own = parallel.own(config)
+        self.ops, self.parallel, self.num_heads, self.eps = ops, parallel, own.num_heads, config.eps
+        self.q, self.k, self.v = (Linear(config.dim, own.dim, ops) for _ in range(3))
+        self.o = LinearOfHeads(config, ops, parallel)
         self.fp8: WeightFP8 | None = None
-        self.norm_q, self.norm_k = (Scale(config.dim) for _ in range(2))
+        self.norm_q, self.norm_k = (Scale(own.dim) for _ in range(2))
         self.is_packed = False
 
     def pack(self, *layers: nn.Linear) -> None:
@@ -123,8 +129,8 @@ class Projections(nn.Module):
         self.is_packed = True
 
     def project(self, x: Rows, *layers: nn.Linear) -> tuple[Tensor, ...]:
-        """Every layer of x [B, T, D]: [B, T, D] each, views of one [B, T, len(layers) * D] where packed. In
-        FP8 the layers are the last ones of q, k and v."""
+        """Every layer of x [B, T, D]: [B, T, H * E] each, views of one [B, T, len(layers) * H * E] where
+        packed. In FP8 the layers are the last ones of q, k and v."""
         if isinstance(x, RowsFP8):
             outputs = sum(layer.out_features for layer in layers)
             return self.ops.linear_fp8(*x, *self.fp8.last(outputs)).chunk(len(layers), dim=-1)

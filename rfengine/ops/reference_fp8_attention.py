@@ -71,8 +71,9 @@ def qk_norm_rope_write_fp8(
 ) -> Tensor:  # fmt: skip
     """qk_norm_rope_write into the e4m3 copies of one layer, and where given into the arena.
 
-    q, k, v, weights, rotation, eps, slots and mean_squares: as in qk_norm_rope_write, with its roundings. query_unit,
-    key_unit: float32 [1]; key_mean: float32 [B, H, E]; value_unit: float32 [B, H], as window_fp8 left them.
+    q, k, v, weights, rotation, eps, slots and mean_squares: as in qk_norm_rope_write, with its roundings.
+    query_unit, key_unit: float32 [1]; key_mean: float32 [B, H, E]; value_unit: float32 [B, H], as window_fp8
+    left them.
     In place: keys_fp8, e4m3 [B, S, H, E], (rotated k - key_mean) / key_unit; values_fp8, e4m3 [B, H, E, S8],
     v / value_unit; keys, values, raw_keys: [B, S, H, E] or None, what qk_norm_rope_write writes there.
     Returns rotated q / query_unit in e4m3, [B, T, H, E].

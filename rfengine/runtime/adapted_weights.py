@@ -25,6 +25,8 @@ from rfengine.checkpoint.lora import (
     load_loras,
     with_loras,
 )
+from rfengine.checkpoint.rank_weights import rank_values, whole_with
+from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.cuda_graph import launching_on
 from rfengine.host_state import own_state
 from rfengine.memory import require_memory
@@ -61,7 +63,7 @@ class AdaptedWeights:
 
     def load(self, sources: Iterable[Lora | str | Path]) -> tuple[LoadedLora, ...]:
         """The LoRAs with their values; files of those that are merged already are not read again."""
-        shapes = {name: tuple(each.shape) for name, each in self._parameters.items()}
+        shapes = expected_shapes(self._runner.model.config)
         with own_state():
             return load_loras(sources, shapes, loaded=self.loras)
 
@@ -118,7 +120,7 @@ class AdaptedWeights:
             self._originals[name] = original.copy_(parameter)
         value = self._originals[name].to(parameter.device)
         if loras:
-            value = with_loras(value, name, loras).to(parameter.dtype)
+            value = self._adapted(value, name, loras).to(parameter.dtype)
             if not torch.isfinite(value).all():
                 given = ", ".join(f"{each.lora.path} at {each.lora.scale:g}" for each in loras)
                 raise ValueError(
@@ -126,3 +128,11 @@ class AdaptedWeights:
                 )
         self._written[name] = None
         parameter.copy_(value)
+
+    def _adapted(self, value: Tensor, name: str, loras: Sequence[LoadedLora]) -> Tensor:
+        """with_loras, of the part of a tensor that this rank holds."""
+        model = self._runner.model
+        if not model.parallel.divides:
+            return with_loras(value, name, loras)
+        whole = whole_with(name, value, expected_shapes(model.config)[name], model.parallel)
+        return rank_values(name, with_loras(whole, name, loras), model.parallel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from rfengine.ops import Ops
 from rfengine.runtime.decoders import OpenDecoder, opener, require_decoder
 from rfengine.runtime.model_precision import require_precision
 from rfengine.runtime.options import decode_device, model_dtype, present_device
+from rfengine.runtime.ranks import FirstRankText, NoFrames
+from rfengine.tensor_parallel import WHOLE, TensorParallel
 
 if TYPE_CHECKING:
     from rfengine.models.text_encoder import TextEncoder
@@ -72,17 +75,23 @@ def load_models(
     place: Placement,
     text_cache: str | Path | None = None,
     left_out: Collection[str] = (),
+    parallel: TensorParallel = WHOLE,
 ) -> LoadedModels:
     """Read the weights of `checkpoint`, which can take minutes. config: the checkpoint's, its settings
     perhaps replaced. ops: of the transformer. left_out: products that stay out of FP8.
 
-    text_cache: as Checkpoint.text_encoder takes it. Raises as Checkpoint.load and opener do.
+    text_cache: as Checkpoint.text_encoder takes it. parallel: the rank whose part of the transformer is read;
+    the first one alone has the text encoder and decodes. Raises as Checkpoint.load and opener do.
     """
     dtype, device = place.dtype, place.device
-    transformer = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", dtype, device).eval()
+    build = partial(WanDiT, config.model, ops, parallel)
+    transformer = checkpoint.load(build, "transformer", dtype, device, parallel).eval()
     pack_weights(transformer)
     if config.runtime.multiplies_fp8:
         quantise(transformer, left_out)
     vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, place.decoding).eval()
-    encoder = checkpoint.text_encoder(place.text_device, dtype, text_cache)
-    return LoadedModels(transformer, vae, encoder, opener(checkpoint, config, vae, dtype, place.decoding))
+    open_decoder = opener(checkpoint, config, vae, dtype, place.decoding)
+    encoder = None if parallel.rank else checkpoint.text_encoder(place.text_device, dtype, text_cache)
+    if parallel.divides:
+        encoder = FirstRankText(encoder, parallel, (config.model.text_len, config.model.text_dim), device)
+    return LoadedModels(transformer, vae, encoder, NoFrames if parallel.rank else open_decoder)
