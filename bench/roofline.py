@@ -14,7 +14,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":  # a checkout that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,7 +24,9 @@ from rfengine.cli.process import run_script
 from rfengine.costs.chunk import GROUPS, PRODUCTS, ChunkWork, Part, Precision, prompt_parts
 from rfengine.costs.rates import GPU, GPUS, GPUName, arithmetic_ms, floor_ms, memory_ms
 from rfengine.costs.shapes import Shapes
+from rfengine.costs.splits import Split, splits
 from rfengine.grid import LatentGrid
+from rfengine.limits import Range, check_options
 from rfengine.presets import PRESETS
 
 
@@ -47,15 +49,19 @@ class Options:
     a full window as well, in the passes that the model's runtime does not keep in 16 bits."""
     vae_precision: Literal["bf16", "fp8"] = "bf16"
     """fp8: the large convolutions of the VAE in FP8."""
+    gpus: Annotated[int, Range(1, 64)] = 1
+    """Show what it costs to have one stream on so many of them: what they send each other, and the floors."""
     json: bool = False
     """Print JSON instead of text."""
 
 
 def roofline(options: Options) -> dict[str, Any]:
-    """The report as JSON values: options, rates, rows of parts and of groups, totals.
+    """The report as JSON values: options, rates, rows of parts and of groups, totals, and of several cards
+    the ways to divide a stream among them.
 
     Raises ValueError for a size, a chunk or a model that cannot be, and for FP8 on a GPU without it.
     """
+    check_options(options)
     gpu = GPUS[options.gpu]
     for name, value in (("precision", options.precision), ("vae_precision", options.vae_precision)):
         if value != "bf16" and gpu.fp8_tflop_per_s is None:
@@ -88,7 +94,24 @@ def roofline(options: Options) -> dict[str, Any]:
         "saved_by_fusing": [_saved(part.name, [part], gpu) for part in saved],
         "saved_in_all": _saved("", saved, gpu),
         "totals": totals,
+        "splits": [_split(each, work, gpu) for each in splits(work, gpu, options.gpus)]
+        if options.gpus > 1
+        else [],
     }  # fmt: skip
+
+
+def _split(split: Split, work: ChunkWork, gpu: GPU) -> dict[str, Any]:
+    """One way to divide a stream, over each link that the cards can have."""
+    links = {"nvlink": gpu.nvlink_gb_per_s, "pcie": gpu.pcie_gb_per_s}
+    over = {
+        name: {
+            "gb_per_s": rate, "link_ms": split.link_ms(rate), "chunk_ms": split.chunk_ms(rate),
+            "frames_per_s": work.pixel_frames / split.chunk_ms(rate) * 1e3,
+        }
+        for name, rate in links.items()
+        if rate
+    }  # fmt: skip
+    return asdict(split) | {"links": over}
 
 
 def _row(group: str, name: str, members: list[Part], gpu: GPU) -> dict[str, Any]:
@@ -154,7 +177,24 @@ def render(report: dict[str, Any]) -> str:
     if report["saved_by_fusing"]:
         lines += ["", _saved_line("saved, rounding to e4m3 is no pass", report["saved_in_all"])]
         lines.extend(_saved_line(f"  {row['operand']}", row) for row in report["saved_by_fusing"])
+    if report["splits"]:
+        lines += ["", *_split_lines(report["splits"])]
     return "\n".join(lines)
+
+
+def _split_lines(found: list[dict[str, Any]]) -> list[str]:
+    links = list(found[0]["links"])
+    heads = "".join(f"{f'{name}, ms':>12}{'chunk, ms':>11}{'frames/s':>10}" for name in links)
+    lines = [f"{'one stream on several cards':<34}{'GB held':>9}{'MB sent':>9}{'messages':>10}{heads}"]
+    for row in found:
+        amounts = f"{row['held'] / 1e9:>9.2f}{row['sent'] / 1e6:>9,.1f}{row['messages']:>10}"
+        over = "".join(
+            f"{link['link_ms']:>12.2f}{link['chunk_ms']:>11.1f}{link['frames_per_s']:>10.1f}"
+            for link in row["links"].values()
+        )
+        lines.append(f"{row['name']:<34}{amounts}{over}")
+    rates = ", ".join(f"{name} {found[0]['links'][name]['gb_per_s']:g} GB/s" for name in links)
+    return [*lines, f"each way, by the data sheets: {rates}; the start of a message is not counted"]
 
 
 def _saved_line(name: str, row: dict[str, Any]) -> str:

@@ -188,7 +188,9 @@ def test_ranks_that_differ_are_refused_on_every_rank(directory: Path, tmp_path: 
 def test_heads_that_do_not_divide_are_refused_before_anything_is_loaded(directory: Path) -> None:
     with pytest.raises(ValueError, match="5 ranks cannot share 12 heads evenly; start 1 or 2 or 4"):
         pipeline_of(directory, "ema", 5)
-    with pytest.raises(ValueError, match="3 ranks cannot share 128 feed-forward columns evenly; start 1 or 2 or 4"):
+    with pytest.raises(
+        ValueError, match="3 ranks cannot share 128 feed-forward columns evenly; start 1 or 2 or 4"
+    ):
         pipeline_of(directory, "ema", 3)
     with pytest.raises(ValueError, match="tensor_parallel is 0"):
         pipeline_of(directory, "ema", 0)

@@ -39,6 +39,7 @@ from rfengine.costs.ops import (
 )
 from rfengine.costs.shapes import Shapes
 from rfengine.costs.vae import VAEWork, decode_work
+from rfengine.tensor_parallel import TensorParallel
 
 Precision = Literal["bf16", "fp8", "fp8-attention"]  # those of RuntimeConfig, where bf16 is the default's too
 GROUPS = (
@@ -81,17 +82,26 @@ class ChunkWork:
     alike, but for folds that wrap around the sink or the window.
 
     A first chunk is taken as one of chunk_frames in the steps of the others. shapes.config holds the size in
-    pixels, and the passes that stay in 16 bits. vae_in_fp8: the VAE's large convolutions are in FP8.
+    pixels, and the passes that stay in 16 bits. vae_in_fp8: the VAE's large convolutions are in FP8. ranks:
+    those that hold the transformer together; the parts are then of one of them, which decodes alone, without
+    what they send each other (splits.py).
     """
 
     shapes: Shapes
     index: int
     precision: Precision = "bf16"
     vae_in_fp8: bool = False
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         if self.index < 0:
             raise ValueError(f"the chunk is {self.index}; chunks count from 0")
+
+    @property
+    def own(self) -> Shapes:
+        """Those of the heads and feed-forward columns of one rank."""
+        config = self.shapes.config
+        return Shapes(replace(config, model=TensorParallel(0, self.ranks).own(config.model)))
 
     @classmethod
     def steady(cls, shapes: Shapes, precision: Precision = "bf16", vae_in_fp8: bool = False) -> ChunkWork:
@@ -188,8 +198,11 @@ class ChunkWork:
     @property
     def pass_weights(self) -> int:
         """Parameters of the blocks' linears that one pass reads."""
-        linears = block_linears(self.shapes.config.model).values()
+        linears = self._block_linears().values()
         return self.shapes.layers * sum(inputs * outputs for inputs, outputs in linears)
+
+    def _block_linears(self) -> dict[str, tuple[int, int]]:
+        return block_linears(self.shapes.config.model, self.own.config.model)
 
     def _by_attention(self, runs: Runs) -> Iterator[tuple[Runs, bool]]:
         """`runs` apart by whether their attention is in FP8."""
@@ -201,10 +214,10 @@ class ChunkWork:
     def _forms(self, attends_fp8: bool) -> dict[str, ProductForm]:
         """What each product of a block reads and writes, by its name in block_linears."""
         if not self.multiplies_fp8:
-            return dict.fromkeys(block_linears(self.shapes.config.model), SIXTEEN_BITS)
+            return dict.fromkeys(self._block_linears(), SIXTEEN_BITS)
         return {
             "self-attention q, k, v": FROM_NORM_FP8,
-            "self-attention out": from_heads_fp8(self.shapes.heads) if attends_fp8 else HEADS_FP8,
+            "self-attention out": from_heads_fp8(self.own.heads) if attends_fp8 else HEADS_FP8,
             "cross-attention q": FROM_NORM_FP8,
             "cross-attention out": HEADS_FP8,
             "feed-forward in": GELU_ROWS_FP8,
@@ -218,7 +231,7 @@ class ChunkWork:
             tokens = runs.frames * self.shapes.grid.frame_tokens
             for same, attends_fp8 in self._by_attention(runs):
                 forms = self._forms(attends_fp8)
-                for name, (inputs, outputs) in block_linears(model).items():
+                for name, (inputs, outputs) in self._block_linears().items():
                     size = (tokens, inputs, outputs)
                     yield _linear("linears", name, size, same.count * layers, forms[name])
             yield _linear("linears", "patch embedding", (tokens, patch * model.in_dim, dim), runs.count)
@@ -234,17 +247,18 @@ class ChunkWork:
 
     def _attended(self, group: str, runs: Runs, keys: int, is_fp8: bool = False) -> Part:
         """In FP8 the result has a scale for each token and head."""
-        dim, tokens = self.shapes.dim, runs.frames * self.shapes.grid.frame_tokens
+        dim, tokens = self.own.dim, runs.frames * self.shapes.grid.frame_tokens
         name = "sink_window_attention" if group == "self-attention" else "clip_attention"
         moved = 2 * (tokens + keys) * dim * (BYTE if is_fp8 else HALF)
         if is_fp8:
-            name, moved = f"{name}_fp8", moved + tokens * self.shapes.heads * SINGLE
+            name, moved = f"{name}_fp8", moved + tokens * self.own.heads * SINGLE
         calls = runs.count * self.shapes.layers
         return Part(group, name, 4 * tokens * keys * dim * calls, moved * calls, is_fp8)
 
     def _row_kernels(self) -> Iterator[Part]:
         fp8 = "_fp8" if self.multiplies_fp8 else ""
         before_head = self.chunk_runs if fp8 else 0  # the head is in 16 bits
+        of_heads = ("rms_norm", "qk_norm_rope")
         for name, case, count in (
             (f"adaptive_layer_norm{fp8}", f"adaptive_layer_norm{fp8}", self.chunk_runs),
             *self._key_writes(),
@@ -259,7 +273,8 @@ class ChunkWork:
             ("gated_residual_adaptive_norm", "gated_residual_adaptive_norm", before_head),
         ):
             if count:
-                yield Part("row kernels", name, bytes=BYTES[case](self.shapes) * count)
+                shapes = self.own if case.startswith(of_heads) else self.shapes
+                yield Part("row kernels", name, bytes=BYTES[case](shapes) * count)
 
     def _key_writes(self) -> Iterator[tuple[str, str, int]]:
         """What norms and rotates queries and keys and writes the window: name of the part, of its bytes, and
@@ -285,13 +300,13 @@ class ChunkWork:
             return []
         written = (HALF + HALF + BYTE) - BYTE  # in 16 bits, by the pass, against one byte at once
         read = (HALF + BYTE + BYTE) - HALF  # by the pass, and what it wrote, against 16 bits at once
-        rows, inner = self.shapes.chunk * self.layer_calls, self.shapes.config.model.ffn_dim
-        attends = self.shapes.chunk * self.shapes.layers * len(self.fp8_passes)
-        kept = self.shapes.chunk * self.shapes.layers * self._keeps_fp8
+        rows, inner = self.shapes.chunk * self.layer_calls, self.own.config.model.ffn_dim
+        attends = self.own.chunk * self.shapes.layers * len(self.fp8_passes)
+        kept = self.own.chunk * self.shapes.layers * self._keeps_fp8
         saved = {
             "norms": 3 * rows * written,
             "GELU": rows // self.shapes.dim * inner * written,
-            "attention results": (2 * rows - attends) * read + attends * written,
+            "attention results": (2 * rows // self.ranks - attends) * read + attends * written,
             # the arena of a context pass has keys and values in two bytes too
             "queries, keys and values": 3 * attends * written - 2 * kept * HALF,
         }
@@ -305,19 +320,19 @@ class ChunkWork:
     def _eviction(self) -> Iterator[Part]:
         cache = self.shapes.config.cache
         if self.fp8_passes:
-            yield Part("eviction", "window_fp8", bytes=BYTES["window_fp8"](self.shapes))
+            yield Part("eviction", "window_fp8", bytes=BYTES["window_fp8"](self.own))
         if not self.evicts or cache.positions == "absolute":
             return
         form, folds = "" if cache.sink_precision == "split" else "_plain", self.plan.folds
         if is_fused(cache, folds):
-            yield Part("eviction", "evict_and_rephase", bytes=BYTES[f"evict_and_rephase{form}"](self.shapes))
+            yield Part("eviction", "evict_and_rephase", bytes=BYTES[f"evict_and_rephase{form}"](self.own))
             return
         if folded := sum(fold.count for fold in folds):
-            moved = BYTES[f"ema_evict{form}"](self.shapes) * folded // cache.chunk_frames
+            moved = BYTES[f"ema_evict{form}"](self.own) * folded // cache.chunk_frames
             yield Part("eviction", "ema_evict", bytes=moved)
         if cache.eviction == "similarity":
-            yield Part("eviction", "frame scores", bytes=resident_bytes(self.shapes))
-        yield Part("eviction", "rephase_keys", bytes=BYTES["rephase_keys"](self.shapes))
+            yield Part("eviction", "frame scores", bytes=resident_bytes(self.own))
+        yield Part("eviction", "rephase_keys", bytes=BYTES["rephase_keys"](self.own))
 
     def _decoding(self) -> Iterator[Part]:
         shapes, work = self.shapes, self._decode_work()
@@ -335,16 +350,17 @@ class ChunkWork:
         return decode_work(shapes.config.vae, shapes.grid, shapes.frames, self.index == 0)
 
 
-def block_linears(model: WanConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the linears of one block that run in every pass."""
-    dim, ffn_dim = model.dim, model.ffn_dim
+def block_linears(model: WanConfig, own: WanConfig | None = None) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the linears of one block that run in every pass. own: of one rank."""
+    own = own or model
+    dim, heads, columns = model.dim, own.dim, own.ffn_dim
     return {
-        "self-attention q, k, v": (dim, 3 * dim),
-        "self-attention out": (dim, dim),
-        "cross-attention q": (dim, dim),
-        "cross-attention out": (dim, dim),
-        "feed-forward in": (dim, ffn_dim),
-        "feed-forward out": (ffn_dim, dim),
+        "self-attention q, k, v": (dim, 3 * heads),
+        "self-attention out": (heads, dim),
+        "cross-attention q": (dim, heads),
+        "cross-attention out": (heads, dim),
+        "feed-forward in": (dim, columns),
+        "feed-forward out": (columns, dim),
     }
 
 

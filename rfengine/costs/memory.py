@@ -12,7 +12,9 @@ from torch import Tensor
 from rfengine.cache.kv_cache import StreamingKVCache, arena_shape
 from rfengine.cache.window_fp8 import AttentionUnits, WindowFP8
 from rfengine.checkpoint.lora import LoadedLora, changes_by_tensor
+from rfengine.checkpoint.rank_weights import rank_parts
 from rfengine.checkpoint.shapes import expected_shapes
+from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
 from rfengine.costs.chunk import block_linears
 from rfengine.costs.shapes import require_stream
@@ -21,6 +23,7 @@ from rfengine.memory import require_memory
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
+from rfengine.tensor_parallel import WHOLE, TensorParallel
 
 _BYTES_OF_FRAMES = 2  # for each value of a video: the chunks, and their concatenation
 _BYTES_OF_FLOATS = 6  # where frames are returned as float32: those, and both of the above
@@ -70,11 +73,21 @@ def described_vae(config: EngineConfig, decoding: torch.dtype) -> WanVAE:
 def weight_bytes(config: EngineConfig, dtype: torch.dtype, vae: WanVAE) -> dict[str, int]:
     """Bytes of the weights of each part, in `dtype` but for the VAE."""
     return {
-        "transformer": parameter_count(config.model) * dtype.itemsize,
+        "transformer": transformer_bytes(config.model, dtype),
         "transformer_fp8": fp8_weight_bytes(config.model, dtype) if config.runtime.multiplies_fp8 else 0,
         "vae": _nbytes(vae.parameters()),
         "text_encoder": parameter_count(config.text) * dtype.itemsize,
     }
+
+
+def transformer_bytes(model: WanConfig, dtype: torch.dtype, parallel: TensorParallel = WHOLE) -> int:
+    """Of the transformer's weights; of several ranks, of one."""
+    whole = {name: StoredTensor(shape, dtype, _unread) for name, shape in expected_shapes(model).items()}
+    return sum(part.nbytes for part in rank_parts(whole, parallel).values())
+
+
+def _unread() -> Tensor:
+    raise AssertionError("only the shape of a tensor is asked for")
 
 
 def fp8_weight_bytes(model: WanConfig, dtype: torch.dtype) -> int:

@@ -19,7 +19,8 @@ class GPU:
     """Rates of a data sheet: dense products, accumulated in float32; None where there are none.
 
     bf16_tflop_per_s is the rate of products in the dtype that runs, where it was measured on a CPU.
-    device_name: as the driver reports it.
+    device_name: as the driver reports it. nvlink_gb_per_s, pcie_gb_per_s: between two cards, in each
+    direction, half of what a data sheet adds up; None where there is no such link.
     """
 
     name: str
@@ -27,14 +28,16 @@ class GPU:
     bf16_tflop_per_s: float
     fp8_tflop_per_s: float | None
     device_name: str = ""
+    nvlink_gb_per_s: float | None = None
+    pcie_gb_per_s: float | None = None
 
 
 # NVIDIA's data sheets (A100, H100 SXM, H200) and the Ada white paper; the PCIe and NVL forms have lower rates
 GPUS: dict[GPUName, GPU] = {
-    "a100": GPU("A100 SXM 80 GB", 2.039, 312, None, "NVIDIA A100-SXM4-80GB"),
-    "h100": GPU("H100 SXM", 3.35, 989, 1979, "NVIDIA H100 80GB HBM3"),
-    "h200": GPU("H200 SXM", 4.8, 989, 1979, "NVIDIA H200"),
-    "rtx4090": GPU("GeForce RTX 4090", 1.008, 165.2, 330.3, "NVIDIA GeForce RTX 4090"),
+    "a100": GPU("A100 SXM 80 GB", 2.039, 312, None, "NVIDIA A100-SXM4-80GB", 300, 32),
+    "h100": GPU("H100 SXM", 3.35, 989, 1979, "NVIDIA H100 80GB HBM3", 450, 64),
+    "h200": GPU("H200 SXM", 4.8, 989, 1979, "NVIDIA H200", 450, 64),
+    "rtx4090": GPU("GeForce RTX 4090", 1.008, 165.2, 330.3, "NVIDIA GeForce RTX 4090", None, 32),
 }
 _PRODUCT_SIDE, _COPY_ELEMENTS, _TRIALS = 1024, 2**24, 5
 
