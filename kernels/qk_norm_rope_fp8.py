@@ -34,8 +34,8 @@ from rfengine.kernels.window_fp8 import check_units
 @triton.jit(do_not_specialize=["num_tokens", "frame_tokens"])
 def _qk_norm_rope_fp8_kernel(
     q, k, weight_q, weight_k, rotation, query_unit, key_unit, key_mean, slots, out_q, keys_fp8, keys,
-    raw_keys, mean_squares, q_b, q_t, k_b, k_t, keys8_b, keys8_t, keys8_h, keys_b, keys_t, keys_h, raw_b, raw_t, raw_h,
-    num_tokens, frame_tokens, eps, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    raw_keys, mean_squares, q_b, q_t, k_b, k_t, keys8_b, keys8_t, keys8_h, keys_b, keys_t, keys_h,
+    raw_b, raw_t, raw_h, num_tokens, frame_tokens, eps, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place = tl.load(slots + token // frame_tokens) * frame_tokens + token % frame_tokens
@@ -106,9 +106,9 @@ def qk_norm_rope_write_fp8(
     arena, which nothing checks. query_unit, key_unit: float32 [1]; key_mean: float32 [B, H, E]; value_unit:
     float32 [B, H], all contiguous. In place: keys_fp8, e4m3 [B, S, H, E], rotated k less key_mean in
     key_unit; values_fp8, e4m3 [B, H, E, S8], v in value_unit; keys, values, raw_keys: [B, S, H, E] or None,
-    as qk_norm_rope_write writes them; mean_squares: as there. The last axis of every tensor must be contiguous (ValueError); other
-    strides of q, k, v, copies and arena are free. Returns rotated q in query_unit, e4m3 [B, T, H, E]. Raises
-    RuntimeError for a GPU without FP8.
+    as qk_norm_rope_write writes them; mean_squares: as there. The last axis of every tensor must be
+    contiguous (ValueError); other strides of q, k, v, copies and arena are free. Returns rotated q in
+    query_unit, e4m3 [B, T, H, E]. Raises RuntimeError for a GPU without FP8.
     """
     require_fp8(capability_of(q.device))
     batch, tokens, dim = q.shape
@@ -126,9 +126,9 @@ def qk_norm_rope_write_fp8(
     block, num_warps = row_launch(dim)
     _qk_norm_rope_fp8_kernel[(tokens, batch)](
         q, k, weight_q, weight_k, rotation, query_unit, key_unit, key_mean, slots, out_q, keys_fp8, keys,
-        raw_keys, mean_squares, *q.stride()[:2], *k.stride()[:2], *keys_fp8.stride()[:3], *strides[0], *strides[1],
-        tokens, frame_tokens, eps, D=dim, E=head_dim, BLOCK=block, num_warps=num_warps,
-        enable_fp_fusion=False,
+        raw_keys, mean_squares, *q.stride()[:2], *k.stride()[:2], *keys_fp8.stride()[:3],
+        *strides[0], *strides[1], tokens, frame_tokens, eps,
+        D=dim, E=head_dim, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
     tile = 64  # tokens (unmeasured)
     _write_values_fp8_kernel[(triton.cdiv(frame_tokens, tile), frames * heads, batch)](

@@ -69,8 +69,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, mean_squares: Tensor | None 
     """x / sqrt(mean(x^2) + eps) over the last axis, rounded to the dtype of x, then times weight.
 
     mean_squares: mean(x^2) of the rows of which x has a part, float32 [...], contiguous; not differentiable.
-    Else differentiable; the gradients are rounded once. An x whose leading axes do not fold, or whose last axis is
-    not contiguous, is copied. Raises ValueError for other dtypes of x.
+    Else differentiable; the gradients are rounded once. An x whose leading axes do not fold, or whose last
+    axis is not contiguous, is copied. Raises ValueError for other dtypes of x.
     """
     check_dtype(x)
     rows = _as_rows(x)

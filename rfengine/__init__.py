@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+from rfengine.version import VERSION
+
 TYPE_CHECKING = False  # as typing has it, which takes longer to import than all of this
 if TYPE_CHECKING:
     from typing import Any
@@ -19,7 +21,7 @@ __all__ = [
     "DiffusionForcingOptions", "DiffusionForcingPipeline", "EngineConfig", "Lora", "Pipeline",
     "RuntimeConfig", "VideoStream", "__version__",
 ]  # fmt: skip
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "DiffusionForcingOptions": "rfengine.diffusion_forcing.options",

@@ -43,7 +43,8 @@ from rfengine.runtime.ranks import equal_ops, join, rank_device, require_equal, 
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
 from rfengine.stream import VideoStream
-from rfengine.tensor_parallel import MOST_RANKS, WHOLE, TensorParallel
+from rfengine.tensor_parallel import WHOLE, TensorParallel
+from rfengine.torchrun import MOST_RANKS
 from rfengine.video import DEFAULT_NUM_FRAMES, Video, frame_count
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ class Pipeline:
         encoder; "cpu" keeps it off the GPU. text_cache: directory that keeps text states by prompt. system:
         the cache and the denoising steps of a published system, in place of the checkpoint's; cache, backend,
         runtime: replace its own. loras: see set_loras. tensor_parallel: the processes that torchrun started,
-        which hold the transformer together, each the heads of its own (docs/scaling.md). All make the same
-        calls; the first one's chunks have the frames.
+        which hold the transformer together (docs/several_cards.md). All make the same calls; the first one's
+        chunks have the frames.
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs, and
         for a diffusion forcing model, RuntimeError when the backend or a part of the runtime cannot run on
         the device.

@@ -22,8 +22,6 @@ from torch import Tensor
 
 from rfengine.config import WanConfig
 
-MOST_RANKS = 1024
-
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:

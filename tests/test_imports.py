@@ -19,12 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "rfengine"
 
 LAYERS = [
-    {"files", "limits", "stop_signals"},
+    {"files", "limits", "stop_signals", "version"},
+    {"torchrun"},
     {
         "accuracy", "config", "config_json", "cuda_graph", "diffusion_forcing_config", "host_state", "memory",
         "nvtx_ranges", "prompt_blend", "prompts", "rotary", "runtime_config", "video",
     },
-    {"grid", "older_snapshot", "presets", "schedule"},
+    {"tensor_parallel"},
+    {"grid", "older_snapshot", "presets", "schedule", "snapshot_parts"},
     {"kernels"},
     {"ops"},
     {"cache"},
@@ -50,8 +52,8 @@ ONLY_FROM = {
 # what these may not import although it lies below them
 NEVER_INTO = {
     "training": {"runtime", "pipeline", "stream", "rfengine"},
-    "serving": {"accuracy", "cuda_graph", "nvtx_ranges", "rotary"}
-    | {unit for units in LAYERS[3:11] for unit in units},
+    "serving": {"accuracy", "cuda_graph", "nvtx_ranges", "rotary", "tensor_parallel"}
+    | {unit for units in LAYERS[5:13] for unit in units},
 }
 # heavy or optional packages: imported inside the function that needs them, wherever that is
 ONLY_INSIDE_FUNCTIONS = {

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.cli import main
 from rfengine.config import EngineConfig
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
@@ -28,6 +32,7 @@ from support.tensor_parallel import (
     run_variants,
     variants,
 )
+from support.video_files import decoded
 
 TWELVE_HEADS = dataclasses.replace(SMALL, dim=96, num_heads=12, ffn_dim=128)
 ON_TWO = ["ema", "similarity", "memory", "frozen absolute", "rolling with memory", "wave"]
@@ -37,6 +42,7 @@ ON_FOUR = ["ema"]
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     config = dataclasses.replace(small_config(), model=TWELVE_HEADS)
+    torch.manual_seed(0)  # of the text encoder that write_pipeline makes
     vae, encoder = vae_and_text_encoder(config, 0)
     pipe = Pipeline(config, small_model(TWELVE_HEADS), vae, encoder, "small")
     return write_pipeline(tmp_path_factory.mktemp("checkpoint"), pipe)
@@ -194,6 +200,31 @@ def test_heads_that_do_not_divide_are_refused_before_anything_is_loaded(director
         pipeline_of(directory, "ema", 3)
     with pytest.raises(ValueError, match="tensor_parallel is 0"):
         pipeline_of(directory, "ema", 0)
+
+
+def run_torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m"]
+    return subprocess.run(
+        [*launcher, "rfengine.cli", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def test_torchrun_generates_the_video_of_one_process(tmp_path: Path, capsys) -> None:
+    given = ["generate", "a red circle", "--seconds", "1", "--seed", "3", "-o"]
+    finished = run_torchrun(3, *given, str(tmp_path / "three.mp4"))
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("frames/s") == 1
+    assert main([*given, str(tmp_path / "one.mp4")]) == 0
+    three, one = (decoded(tmp_path / name).astype(int) for name in ("three.mp4", "one.mp4"))
+    assert three.shape == one.shape and abs(three - one).mean() < 4  # x264 differs from run to run
+
+
+def test_a_command_of_one_process_refuses_several(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor"]) == 2
+    assert "torchrun started 2 processes and this command is one" in capsys.readouterr().err
 
 
 def test_one_process_is_not_two_ranks(directory: Path) -> None:

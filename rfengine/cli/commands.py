@@ -13,6 +13,7 @@ from rfengine.benchmark.options import ThroughputOptions
 from rfengine.cli import bench, calibrate, client, convert, doctor, export_vae, generate, parity, serve, train
 from rfengine.cli import eval as evaluate
 from rfengine.cli.terminal import exit_status_of, stops_as_interrupt
+from rfengine.torchrun import started_ranks
 
 Options = (
     Annotated[generate.GenerateOptions, tyro.conf.subcommand("generate")]
@@ -58,9 +59,19 @@ def run_command(arguments: Sequence[str] | None) -> int:
             config=(tyro.conf.DisallowNone,),  # a prompt may be the word None
         )
         with stops_as_interrupt(own_process=arguments is None):
+            _refuse_ranks(options)
             return _RUN[type(options)](options)
 
     return exit_status_of(run)
+
+
+def _refuse_ranks(options: object) -> None:
+    """Raises ValueError where torchrun started several processes of a command that is one."""
+    ranks = started_ranks()
+    if ranks > 1 and not isinstance(options, generate.GenerateOptions | train.TrainOptions):
+        raise ValueError(
+            f"torchrun started {ranks} processes and this command is one; several run `generate` or `train`"
+        )
 
 
 def _refuse_text_as_option(arguments: Sequence[str]) -> None:

@@ -26,9 +26,10 @@ from rfengine.grid import LatentGrid
 from rfengine.pipeline import Pipeline
 from rfengine.prompt_script import PlannedScene, PromptScript, Scene, ScriptPlan, play
 from rfengine.prompts import prompt_line, read_prompts
-from rfengine.runtime.ranks import leave, started_ranks
+from rfengine.runtime.ranks import leave
 from rfengine.schedule import as_seed
 from rfengine.stream import VideoStream
+from rfengine.torchrun import started_ranks
 from rfengine.video import check_video_path, frame_count
 
 if TYPE_CHECKING:

@@ -52,8 +52,8 @@ class Split:
 
 
 def splits(work: ChunkWork, gpu: GPU, cards: int) -> list[Split]:
-    """The chunk `work` on one card, and every way to have it on `cards` of them. Raises ValueError where there
-    is none."""
+    """The chunk `work` on one card, and every way to have it on `cards` of them. Raises ValueError where
+    there is none."""
     found = [_split("one card", work, gpu, 1, False)]
     if cards == 2:
         found.append(_split("the decoder on a card of its own", work, gpu, 1, True))

@@ -6,8 +6,6 @@ All ranks run the same program, call by call. Frames are the first rank's; the c
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -15,7 +13,6 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-import rfengine
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.lora import LoadedLora
 from rfengine.config import EngineConfig
@@ -25,12 +22,9 @@ from rfengine.limits import shown
 from rfengine.models.decoder import CausalState
 from rfengine.ops import Ops, choose_ops
 from rfengine.runtime.options import tuned_ops
-from rfengine.tensor_parallel import MOST_RANKS, TensorParallel
-
-
-def started_ranks() -> int:
-    """The processes that torchrun has started with this one; 1 without it."""
-    return _environment_integer("WORLD_SIZE", 1, MOST_RANKS, "1")
+from rfengine.tensor_parallel import TensorParallel
+from rfengine.torchrun import environment_integer, started_ranks
+from rfengine.version import VERSION
 
 
 def rank_device(device: str | torch.device | None) -> torch.device | str | None:
@@ -44,7 +38,7 @@ def rank_device(device: str | torch.device | None) -> torch.device | str | None:
             f"device is {kind} and every rank has a GPU of its own; give 'cuda', and choose GPUs by "
             "CUDA_VISIBLE_DEVICES"
         )
-    return torch.device("cuda", _environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
+    return torch.device("cuda", environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
 
 
 def join(count: int, device: torch.device) -> TensorParallel:
@@ -60,7 +54,7 @@ def join(count: int, device: torch.device) -> TensorParallel:
             f"started; run `torchrun --nproc-per-node {count} ...`"
         )
     if not distributed.is_initialized():
-        _environment_integer("RANK", 0, count - 1)
+        environment_integer("RANK", 0, count - 1)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             distributed.init_process_group("nccl", device_id=device)
@@ -73,17 +67,6 @@ def leave() -> None:
     """End torch.distributed's default group, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _environment_integer(name: str, low: int, high: int, default: str = "") -> int:
-    text = os.environ.get(name, default)
-    number = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
-    if not low <= number <= high:
-        raise ValueError(
-            f"the environment variable {name} is {shown(text)}; torchrun sets it, here from {low} to {high}: "
-            "start the ranks with it"
-        )
-    return number
 
 
 def require_equal(parallel: TensorParallel, **values: Any) -> None:
@@ -113,7 +96,7 @@ def require_equal_models(
     """require_equal of all that a result depends on; nothing is loaded yet."""
     if parallel.divides:
         require_equal(
-            parallel, version=(rfengine.__version__, torch.__version__), weights=checkpoint.fingerprint(),
+            parallel, version=(VERSION, torch.__version__), weights=checkpoint.fingerprint(),
             configuration=to_dict(config), dtype=str(dtype), products_left_out_of_FP8=sorted(left_out),
             LoRAs=sorted((each.sha256, each.lora.scale) for each in loras),
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,28 @@ def test_ranks_share_out_the_products_of_the_blocks() -> None:
         assert halved[key].flops == (part.flops if is_whole else part.flops // 2), key
         of_heads = key[0] in ("self-attention", "cross-attention", "eviction")
         assert halved[key].bytes <= (0.51 if of_heads and "rephase" not in key[1] else 1) * part.bytes, key
+
+
+def documented() -> list[str]:
+    """The rows of docs/several_cards.md, as the code has them."""
+    rows = []
+    for name, counts in (("wan-1.3b", (2, 4)), ("wan-14b", (2, 4, 8))):
+        work = ChunkWork.steady(Shapes(PRESETS[name]))
+        ways = [each for count in counts for each in splits(work, GPUS["h100"], count)]
+        for each in {each.name: each for each in ways}.values():
+            held, sent = f"{each.held / 1e9:.2f}", f"{each.sent / 1e9:.4g}"
+            links = []
+            for rate in (450, 64):
+                chunk = each.chunk_ms(rate)
+                link = f"{each.link_ms(rate):.1f} | {chunk:.0f} ms, {work.pixel_frames / chunk * 1e3:.0f}"
+                links.append(link)
+            rows.append(f"| {name} | {each.name} | {held} | {sent} | {' | '.join(links)} |")
+    return rows
+
+
+def test_the_document_has_the_figures_of_the_code() -> None:
+    lines = Path("docs/several_cards.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| wan-")] == documented()
 
 
 def test_the_table_names_every_way_and_refuses_what_cannot_be() -> None:

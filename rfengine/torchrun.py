@@ -1,0 +1,28 @@
+"""What torchrun tells each of the processes that it starts, by environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from rfengine.limits import shown
+
+MOST_RANKS = 65536
+
+
+def started_ranks() -> int:
+    """The processes that torchrun has started with this one; 1 without it. Raises ValueError for a number
+    that is none."""
+    return environment_integer("WORLD_SIZE", 1, MOST_RANKS, "1")
+
+
+def environment_integer(name: str, low: int, high: int, default: str = "") -> int:
+    """The variable `name` as an integer from `low` to `high`; ValueError for anything else."""
+    text = os.environ.get(name, default)
+    number = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
+    if not low <= number <= high:
+        raise ValueError(
+            f"the environment variable {name} is {shown(text)}; torchrun sets it, here from {low} to {high}: "
+            "start the ranks with it"
+        )
+    return number
