@@ -10,6 +10,7 @@ import torch
 from rfengine.config import DTypeName, EngineConfig, RuntimeConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import Ops, choose_ops
+from rfengine.tensor_parallel import WHOLE, TensorParallel
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +91,18 @@ def present_device(name: str | torch.device | None) -> torch.device:
     return torch.device("cuda", number)
 
 
-def tuned_ops(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> Ops:
-    """The model's ops of config.backend; for "auto", those that won where autotune is on."""
+def tuned_ops(
+    config: EngineConfig, dtype: torch.dtype, device: torch.device, parallel: TensorParallel = WHOLE
+) -> Ops:
+    """The model's ops of config.backend; for "auto", those that won where autotune is on, at the shapes of a
+    rank."""
     requested = config.backend
     if not runtime_switches(config.runtime, device)["autotune"].on:
         return choose_ops(requested, device, dtype=dtype)
     from rfengine.tuning.autotune import tune
     from rfengine.tuning.candidates import TuningShapes, transformer_cases
 
-    shapes = TuningShapes(config, LatentGrid.of(config), dtype, device)
+    shapes = TuningShapes(config, LatentGrid.of(config), dtype, device, parallel)
     choice = tune(transformer_cases(shapes), device, requested=requested)
     return choose_ops(requested, device, choice.overrides, choice.folds_gate, dtype)
 

@@ -109,7 +109,7 @@ def equal_ops(
     rounding."""
     if not parallel.divides:
         return tuned_ops(config, dtype, device)
-    choice = [None if parallel.rank else tuned_ops(config, dtype, device).choice]
+    choice = [None if parallel.rank else tuned_ops(config, dtype, device, parallel).choice]
     distributed.broadcast_object_list(choice)
     return choose_ops(config.backend, device, choice[0])
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from rfengine.accuracy import wrong_result
-from rfengine.config import EngineConfig
+from rfengine.config import EngineConfig, WanConfig
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops, default_choice, library_fp8
 from rfengine.ops.backends import SIXTEEN_BITS, backend_reasons, family, is_hopper
 from rfengine.ops.reference import channel_fp8, row_fp8
 from rfengine.ops.reference_fp8 import product_reach
 from rfengine.ops.table import OPS, implementation, op_of, shape_key
+from rfengine.tensor_parallel import WHOLE, TensorParallel
 from rfengine.tuning.record import CaseKey
 from rfengine.tuning.timing import Arguments
 
@@ -64,12 +65,19 @@ class TuningCase:
 
 @dataclass(frozen=True, slots=True)
 class TuningShapes:
-    """What the cases are made for: one stream of `config` at `grid`."""
+    """What the cases are made for: one stream of `config` at `grid`, on one of the ranks that hold its
+    transformer."""
 
     config: EngineConfig
     grid: LatentGrid
     dtype: torch.dtype
     device: torch.device
+    parallel: TensorParallel = WHOLE
+
+    @property
+    def own(self) -> WanConfig:
+        """The transformer with the heads and columns of the rank."""
+        return self.parallel.own(self.config.model)
 
     @property
     def tokens(self) -> int:
@@ -133,32 +141,34 @@ def transformer_cases(shapes: TuningShapes) -> Iterator[Case]:
     cache = shapes.config.cache
     if cache.sink == "ema" and 2 * cache.sink_frames <= cache.window_frames:
         yield _eviction(shapes)
-    if not in_fp8:
+    if not (in_fp8 or shapes.parallel.divides):
         yield partial(gate_case, shapes)
 
 
 def _products(shapes: TuningShapes) -> Iterator[TuningCase]:
-    model = shapes.config.model
-    # q, k and v at once; every output projection and the queries of the text; both of the feed-forward part
-    for op, outputs, inputs in (
-        ("linear", 3 * model.dim, model.dim),
-        ("linear", model.dim, model.dim),
-        ("linear_gelu", model.ffn_dim, model.dim),
-        ("linear", model.dim, model.ffn_dim),
-    ):
+    dim, own = shapes.config.model.dim, shapes.own
+    # q, k and v at once; every output projection; the queries of the text; both of the feed-forward part
+    products = (
+        ("linear", 3 * own.dim, dim),
+        ("linear", dim, own.dim),
+        ("linear", own.dim, dim),
+        ("linear_gelu", own.ffn_dim, dim),
+        ("linear", dim, own.ffn_dim),
+    )
+    for op, outputs, inputs in dict.fromkeys(products):
         yield _product(shapes, op, outputs, inputs)
 
 
 def _products_fp8(shapes: TuningShapes) -> Iterator[TuningCase]:
     """Products of the blocks in FP8; those of heads that are rounded as they are read have one backend."""
-    model = shapes.config.model
-    dim, inner = model.dim, model.ffn_dim
-    yield _product_fp8(shapes, "linear_fp8", 3 * dim, dim)  # q, k and v at once
-    yield _product_fp8(shapes, "linear_fp8", dim, dim)  # the queries of the text
+    dim, own = shapes.config.model.dim, shapes.own
+    inner = own.ffn_dim
+    yield _product_fp8(shapes, "linear_fp8", 3 * own.dim, dim)  # q, k and v at once
+    yield _product_fp8(shapes, "linear_fp8", own.dim, dim)  # the queries of the text
     yield _product_fp8(shapes, "linear_gelu_rows_fp8", inner, dim)
     yield _product_fp8(shapes, "linear_fp8", dim, inner)
     if shapes.config.runtime.precision == "fp8-attention":
-        yield _product_fp8(shapes, "linear_fp8", dim, dim, model.num_heads)  # what attention in FP8 returns
+        yield _product_fp8(shapes, "linear_fp8", dim, own.dim, own.num_heads)  # what attention in FP8 returns
 
 
 def _row_case(
@@ -208,13 +218,13 @@ def attention_case(shape: tuple[int, int, int, int], dtype: torch.dtype, device:
 
 
 def window_attention_case(shapes: TuningShapes) -> TuningCase:
-    model = shapes.config.model
+    model = shapes.own
     size = (shapes.tokens, shapes.window, model.num_heads, model.head_dim)
     return attention_case(size, shapes.dtype, shapes.device)
 
 
 def _text_attention(shapes: TuningShapes) -> TuningCase:
-    model, tokens = shapes.config.model, shapes.tokens
+    model, tokens = shapes.own, shapes.tokens
     heads = (model.num_heads, model.head_dim)
 
     def make_inputs(generator: torch.Generator) -> Arguments:
@@ -268,7 +278,7 @@ def _layer(
 
 
 def _eviction(shapes: TuningShapes) -> TuningCase:
-    model, cache, window = shapes.config.model, shapes.config.cache, shapes.window
+    model, cache, window = shapes.own, shapes.config.cache, shapes.window
     sink = cache.sink_frames * shapes.grid.frame_tokens
     layer_bytes = 3 * window * model.dim * shapes.dtype.itemsize
     layers = min(model.num_layers, max(1, ARENA_BYTES // layer_bytes))

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from rfengine import ops
+from rfengine.costs.chunk import block_linears
 from rfengine.grid import LatentGrid
 from rfengine.ops import REFERENCE_OPS, Ops, choose_ops
 from rfengine.ops.table import OPS
 from rfengine.presets import PRESETS
+from rfengine.tensor_parallel import TensorParallel
 from rfengine.tuning import autotune
 from rfengine.tuning import candidates as tuning_candidates
 from rfengine.tuning import record as tuning_cache
@@ -310,6 +312,18 @@ def test_cases_are_those_of_the_engines_own_shapes(monkeypatch):
         }
         assert shapes["evict_and_rephase"][1:] == (3 * tokens, 12, 128)
         assert gate({}).key.shape == (tokens, 1536, 8960)
+
+
+def test_cases_of_a_rank_are_of_its_heads_and_columns(monkeypatch):
+    monkeypatch.setattr(tuning_candidates, "runnable", lambda *_: {"one": plain})
+    config = PRESETS["wan-1.3b"]
+    parallel = TensorParallel(1, 2)
+    stream = TuningShapes(config, LatentGrid.of(config), torch.bfloat16, CPU, parallel)
+    shapes = {each.key.name: each.key.shape for each in transformer_cases(stream)}
+    own = block_linears(config.model, parallel.own(config.model)).values()
+    products = {shape[1:] for key, shape in shapes.items() if key.startswith("linear")}
+    assert products == {(outputs, inputs) for inputs, outputs in own}
+    assert shapes["sink_window_attention"][2] == shapes["evict_and_rephase"][2] == 6
 
 
 def test_on_hopper_every_form_of_tritons_attention_is_a_candidate_beside_cudnn(monkeypatch):
