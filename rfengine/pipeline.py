@@ -125,7 +125,7 @@ class Pipeline:
         TensorParallel(0, as_integer("tensor_parallel", tensor_parallel, Range(1, MOST_RANKS))).own(
             config.model
         )
-        device = rank_device(device) if tensor_parallel > 1 else device
+        device = rank_device(device, tensor_parallel) if tensor_parallel > 1 else device
         place = Placement.of(config.runtime, device, dtype, text_device)
         left_out = products_left_out(checkpoint, config.runtime)
         loaded = load_loras(loras, expected_shapes(config.model))
@@ -181,7 +181,9 @@ class Pipeline:
         depends on the list alone (AdaptedWeights). A LoRA that stays is not read again, whatever its scale,
         unless its files are others now. After an error, ValueError or RuntimeError, all is as it was.
         """
-        self._engine.adapted.apply(self._engine.adapted.load(loras))
+        loaded = self._engine.adapted.load(loras)
+        require_equal(self.model.parallel, LoRAs=[(each.sha256, each.lora.scale) for each in loaded])
+        self._engine.adapted.apply(loaded)
 
     def to(self, device: str | torch.device) -> Pipeline:
         """The pipeline itself if it is on `device`, for scripts written for Diffusers; loaded weights do not

@@ -18,8 +18,10 @@ from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.pipeline import Pipeline
 from rfengine.presets import PRESETS
+from rfengine.runtime import ranks as ranks_file
 from rfengine.snapshot import Snapshot
 from rfengine.tensor_parallel import TensorParallel
+from rfengine.version import VERSION
 from support.loras import write_lora
 from support.models import SMALL, small_config, small_model, vae_and_text_encoder, write_pipeline
 from support.ranks import run_ranks
@@ -169,14 +171,17 @@ def test_loras_precisions_and_switches_are_those_of_one_rank(directory: Path) ->
 def refused(rank: int, directory: Path, others: Path) -> None:
     """What each rank is told where they differ."""
     said = []
-    for case in ("weights", "prompt", "size"):
+    for case in ("version", "weights", "prompt", "size"):
         try:
+            if case == "version":
+                ranks_file.VERSION = f"0.{rank}"
             source = others if case == "weights" and rank else directory
             pipe = pipeline_of(source, "ema", 2)
             size = {"height": 48} if case == "size" and rank else {}
             pipe.stream("a square" if case == "prompt" and rank else "a circle", **size)
         except ValueError as error:
             said.append(str(error))
+        ranks_file.VERSION = VERSION
     (directory / f"refused {rank}").write_text("\n".join(said))
 
 
@@ -185,7 +190,8 @@ def test_ranks_that_differ_are_refused_on_every_rank(directory: Path, tmp_path: 
     other = Pipeline(config, small_model(TWELVE_HEADS, 1), *vae_and_text_encoder(config, 0), "other")
     run_ranks(refused, 2, directory, write_pipeline(tmp_path, other))
     for rank in range(2):
-        weights, prompt, size = (directory / f"refused {rank}").read_text().splitlines()
+        version, weights, prompt, size = (directory / f"refused {rank}").read_text().splitlines()
+        assert version.startswith("the version of rank 0 is ('0.0'") and "('0.1'" in version
         assert weights.startswith("the weights of rank 0 is '") and "that of rank 1 is '" in weights
         assert "a circle" in prompt and "a square" in prompt and "all ranks need the same" in prompt
         assert "32" in size and "48" in size

@@ -27,9 +27,17 @@ from rfengine.torchrun import environment_integer, started_ranks
 from rfengine.version import VERSION
 
 
-def rank_device(device: str | torch.device | None) -> torch.device | str | None:
-    """The device of this process beside those of the others: the GPU of its own number on its machine, where
-    no number is asked for."""
+def rank_device(device: str | torch.device | None, count: int) -> torch.device | str | None:
+    """The device of this process beside those of the others: the GPU of its own number on its machine.
+
+    Raises ValueError unless torchrun started `count` processes, and for a GPU that is named by its number.
+    """
+    started = distributed.get_world_size() if distributed.is_initialized() else started_ranks()
+    if started != count:
+        raise ValueError(
+            f"tensor_parallel is {count} and {started} {'process is' if started == 1 else 'processes are'} "
+            f"started; run `torchrun --nproc-per-node {count} ...`"
+        )
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind.type != "cuda" or not torch.cuda.is_available():
         return device
@@ -43,16 +51,7 @@ def rank_device(device: str | torch.device | None) -> torch.device | str | None:
 
 def join(count: int, device: torch.device) -> TensorParallel:
     """This process as one of the `count` ranks that torchrun started, NCCL between GPUs and gloo else.
-
-    torch.distributed's default group is made where there is none yet. Raises ValueError unless there are as
-    many processes.
-    """
-    started = distributed.get_world_size() if distributed.is_initialized() else started_ranks()
-    if started != count:
-        raise ValueError(
-            f"tensor_parallel is {count} and {started} {'process is' if started == 1 else 'processes are'} "
-            f"started; run `torchrun --nproc-per-node {count} ...`"
-        )
+    torch.distributed's default group is made where there is none yet."""
     if not distributed.is_initialized():
         environment_integer("RANK", 0, count - 1)
         if device.type == "cuda":
