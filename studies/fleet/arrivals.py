@@ -20,7 +20,7 @@ class Demand:
     cosine whose peak is at peak_s. watch_mean_s: the mean length of a visit, whose lengths are lognormal with
     a standard deviation of the logarithm of watch_spread; most_watch_s: the life of a session. jobs_share:
     jobs for each viewer. job_frames: of a job's video. present: viewers who come in the first present_s
-    beside the others.
+    beside the others, for the rest of a visit.
     """
 
     viewers_an_hour: float
@@ -57,9 +57,16 @@ class Demand:
 
     def viewers(self, until: float, random: Random) -> Iterator[tuple[float, float]]:
         """When each comes, and for how long, in the order of time."""
-        times = [random.random() * self.present_s for _ in range(self.present)]
-        for when in sorted([*times, *self._arrivals(until, random)]):
-            yield when, self.watch_s(random)
+        present = sorted(random.random() * self.present_s for _ in range(self.present))
+        visits = [(when, self._rest_s(random)) for when in present]
+        visits += [(when, self.watch_s(random)) for when in self._arrivals(until, random)]
+        yield from sorted(visits)
+
+    def _rest_s(self, random: Random) -> float:
+        """What is left of the visit of one who is met there: long visits are met more often, at any moment
+        of theirs."""
+        middle = math.log(self.watch_mean_s) + self.watch_spread**2 / 2
+        return random.random() * min(random.lognormvariate(middle, self.watch_spread), self.most_watch_s)
 
     def _arrivals(self, until: float, random: Random) -> Iterator[float]:
         """A Poisson process, thinned to the wave of the day."""

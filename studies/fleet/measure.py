@@ -1,6 +1,7 @@
 """Measure the server's own SessionService on `tiny`, and what its video takes on the network.
 
-    python -m studies.fleet.measure                 # writes studies/fleet/results/tiny.json
+    python -m studies.fleet.measure                 # writes studies/fleet/results/tiny_1_thread.json
+    python -m studies.fleet.measure --threads 2     # writes tiny_2_threads.json beside it
     python -m studies.fleet.measure --rounds 2 --chunks 20 --output try.json
 
 Sessions run in one service as fast as they can, 1, 2 and 4 of them in alternation. Each encodes its chunks
@@ -47,8 +48,10 @@ class MeasureOptions:
     """Chunks of each session in a round."""
     rounds: Annotated[int, Range(1, 100)] = 5
     """How often the numbers of sessions alternate."""
-    output: Path = RESULTS / "tiny.json"
-    """Where the record is written."""
+    threads: Annotated[int, Range(1, 64)] = 1
+    """Of torch; with several the decoder runs beside the next chunk."""
+    output: Path | None = None
+    """Where the record is written; tiny_<threads> in the results of the study where nothing is given."""
 
 
 @dataclass(slots=True)
@@ -95,6 +98,7 @@ class Turns:
 
 def run(options: MeasureOptions) -> None:
     check_options(options)
+    torch.set_num_threads(options.threads)  # before the engine decides whether it decodes beside a chunk
     pipeline, turns = Pipeline.from_pretrained("tiny"), Turns()
     counts = sorted({1, *options.sessions})
     service_options = ServiceOptions(max_sessions=max(counts), keep_every=0)
@@ -114,8 +118,14 @@ def run(options: MeasureOptions) -> None:
     record["sessions"] = {str(count): _served(rounds[count]) for count in counts}
     record["network"] = {"tiny": _rate(rounds[1]), "enlarged": _enlarged(pipeline, options.chunks)}
     record["snapshot_bytes"] = snapshot_bytes(pipeline)
-    write_record(options.output, record)
-    print(options.output)
+    output = options.output or record_path(options.threads)
+    write_record(output, record)
+    print(output)
+
+
+def record_path(threads: int) -> Path:
+    """Where the record of so many threads is kept."""
+    return RESULTS / f"tiny_{threads}_thread{'s' if threads > 1 else ''}.json"
 
 
 def _play(service: SessionService, pipeline: Pipeline, count: int, chunks: int) -> dict[str, Any]:
@@ -154,7 +164,7 @@ def _alone(rounds: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 def _served(rounds: list[dict[str, Any]]) -> dict[str, list[float]]:
     """What each session's client sees: seconds to the first fragment, and between two fragments while all
-    sessions run."""
+    sessions run; and the seconds of every turn."""
     firsts, between = [], []
     for each in rounds:
         consumers = each["consumers"]
@@ -164,7 +174,8 @@ def _served(rounds: list[dict[str, Any]]) -> dict[str, list[float]]:
             firsts.append(consumer.delivered[0] - opened)
             moments = [moment for moment in consumer.delivered if all_begun <= moment <= first_end]
             between += [later - earlier for earlier, later in zip(moments, moments[1:], strict=False)]
-    return {"first_fragment_s": firsts, "chunk_s": between}
+    turns = [seconds for each in rounds for seconds in each["turns"]]
+    return {"first_fragment_s": firsts, "chunk_s": between, "turn_s": turns}
 
 
 def _intervals(consumer: Encoding) -> list[float]:
@@ -209,7 +220,7 @@ def _circumstances(options: MeasureOptions) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "command": f"python -m studies.fleet.measure --sessions {' '.join(map(str, options.sessions))} "
-        f"--chunks {options.chunks} --rounds {options.rounds}",
+        f"--chunks {options.chunks} --rounds {options.rounds} --threads {options.threads}",
         "machine": f"{_processor()}, {torch.get_num_threads()} threads of torch",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
         "chunks": options.chunks, "rounds": options.rounds,

@@ -81,7 +81,7 @@ class Node:
         self.draining = self.lost = False
         self.busy_s = 0.0
         self.up_at = env.now
-        self._random = random
+        self._place = random.randrange(_MANY)  # in the samples of the times; one further with each turn
         self._foreground_turns = 0
         self._to_encode: deque[Session] = deque()  # chunks for the engine's own thread
         self._threads = [env.now] * times.delivery_threads  # when each is free
@@ -187,7 +187,8 @@ class Node:
     def _take_turn(self, session: Session) -> Generator[simpy.Event, None, None]:
         if session.started_at is None:
             session.started_at = self.env.now
-        seconds = self.times.turn(session.made, self._random)
+        self._place += 1
+        seconds = self.times.turn(session.made, self._place)
         self.busy_s += seconds
         yield self.env.timeout(seconds)
         if not session.closed:
@@ -204,13 +205,13 @@ class Node:
             return
         # a chunk behind another of its session takes its place among the others when it is made
         thread = min(range(len(self._threads)), key=self._threads.__getitem__)
-        done = max(now, session.lane_free, self._threads[thread]) + self.times.encode(self._random)
+        done = max(now, session.lane_free, self._threads[thread]) + self.times.encode(self._place)
         self._threads[thread] = session.lane_free = done
         session.undelivered.append(done)
         self._deliver(session, done)
 
     def _encode(self, session: Session) -> Generator[simpy.Event, None, None]:
-        seconds = self.times.encode(self._random)
+        seconds = self.times.encode(self._place)
         self.busy_s += seconds
         yield self.env.timeout(seconds)
         if not session.closed:

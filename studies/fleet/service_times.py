@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from random import Random
 from typing import Any
 
 from rfengine.costs.chunk import ChunkWork, Part, Precision, prompt_parts
@@ -23,7 +22,8 @@ _TEXT_ENCODER_EFFICIENCY = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ServiceTimes:
-    """Seconds of one replica, as samples that are drawn from with equal chance.
+    """Seconds of one replica, as samples. They are played in the order in which they were taken, from any
+    place on, since a machine's slow moments come together.
 
     turns: of a turn that makes chunk 0, chunk 1, ... of a session; the last entry stands for all later ones.
     encodes: from a chunk to its delivered fragment. delivery_threads: that encode beside the engine; with 0
@@ -45,14 +45,14 @@ class ServiceTimes:
                 "sample of each, none below 0"
             )
 
-    def turn(self, chunk: int, random: Random) -> float:
+    def turn(self, chunk: int, place: int) -> float:
         """Seconds of the turn that makes a session's chunk of that number, from 0."""
         samples = self.turns[min(chunk, len(self.turns) - 1)]
-        return samples[0] if len(samples) == 1 else random.choice(samples)
+        return samples[place % len(samples)]
 
-    def encode(self, random: Random) -> float:
+    def encode(self, place: int) -> float:
         """Seconds that a chunk's delivery takes."""
-        return self.encodes[0] if len(self.encodes) == 1 else random.choice(self.encodes)
+        return self.encodes[place % len(self.encodes)]
 
     @property
     def steady_s(self) -> float:
