@@ -9,6 +9,7 @@ from functools import cache
 import torch
 
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.config import EngineConfig
 from rfengine.costs.chunk import Precision
 from rfengine.costs.memory import memory_needs, stream_bytes
 from rfengine.grid import LatentGrid
@@ -19,7 +20,6 @@ PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "fp8-attention")
 CARDS_GB = (80, 141)  # of an H100 and an H200, as their data sheets say it
 SHARE_OF_FREE_MEMORY = 0.8  # that the server's admission gives to sessions
 VIEWERS = 10_000
-_FIELDS_OF_RUNTIME = {"bf16": "bf16", "fp8": "fp8", "fp8-attention": "fp8-attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +46,21 @@ def memory_plan(precision: Precision) -> MemoryPlan:
     grid, dtype = LatentGrid.of(config), torch.bfloat16
     needs = memory_needs(config, grid, dtype, torch.float16)
     own = stream_bytes(needs)
-    return MemoryPlan(needs["total"] - own, own, _snapshot_bytes(config, grid, needs))
+    return MemoryPlan(needs["total"] - own, own, snapshot_bytes(config, grid, needs, dtype))
 
 
-def _snapshot_bytes(config, grid: LatentGrid, needs: dict[str, int]) -> int:
-    """Of a stream in the steady state: the cache, the clean latents and the text states of what a prompt
-    switch recomputes, the decoder's state, and the frames of the chunk ahead."""
-    model, cache_config, size = config.model, config.cache, torch.bfloat16.itemsize
-    cache_tensors = StreamingKVCache(model, cache_config, grid, dtype=torch.bfloat16, device="meta").tensors()
+def snapshot_bytes(
+    config: EngineConfig, grid: LatentGrid, needs: dict[str, int], dtype: torch.dtype, ahead: bool = True
+) -> int:
+    """Of a stream in the steady state, by its memory_needs: the cache, the clean latents and the text states
+    of what a prompt switch recomputes, the decoder's state, and the frames of the chunk that is `ahead`."""
+    model, cache_config = config.model, config.cache
+    cache_tensors = StreamingKVCache(model, cache_config, grid, dtype=dtype, device="meta").tensors()
     latents = cache_config.past_frames * model.in_dim * grid.latent_height * grid.latent_width
     text = model.text_len * model.text_dim
-    ahead = CHUNK_FRAMES * grid.height * grid.width * 3
+    frames = CHUNK_FRAMES * grid.height * grid.width * 3 if ahead else 0
     cached = sum(tensor.nbytes for tensor in cache_tensors.values())
-    return cached + needs["vae_state"] + size * (latents + text) + ahead
+    return cached + needs["vae_state"] + dtype.itemsize * (latents + text) + frames
 
 
 def streams(floor_s: float, efficiency: float) -> int:
