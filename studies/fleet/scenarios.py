@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from random import Random
@@ -23,12 +22,6 @@ Record = dict[str, Any]
 HOUR_S = 3600.0
 PRECISION = "fp8"  # of the fleets
 _MOST_POINTS = 300  # of a kept curve
-
-
-def times_of(precision: str) -> ServiceTimes:
-    """Of an H100; a core of its host encodes as fast as one of the machine of the record."""
-    record = json.loads(record_path(1).read_text())
-    return computed(precision, encode_s=statistics.median(record["network"]["enlarged"]["encode_s"]))
 
 
 def limits_of(precision: str, max_sessions: int) -> Limits:
@@ -78,7 +71,7 @@ def card(seed: int, most: int = 7, seconds: float = 1200.0) -> Record:
     for precision in PRECISIONS:
         for count in range(1, min(most, memory_plan(precision).sessions(CARDS_GB[0])) + 1):
             env, random = simpy.Environment(), Random(f"{seed} {precision} {count}")
-            node = Node(env, times_of(precision), Limits(), Random(f"{seed} node"))
+            node = Node(env, computed(precision), Limits(), Random(f"{seed} node"))
             players = [Player(buffer_s=1.0) for _ in range(count)]
             for player in players:
                 env.process(_open_later(node, player, random.random() * 10))
@@ -102,7 +95,7 @@ def _open_later(node: Node, player: Player, seconds: float):
 def admission(seed: int, hours: float = 4.0, loads: Sequence[int] = (8, 12, 16, 20, 24)) -> Record:
     """One machine of eight cards at several loads, once with as many sessions a card as it can keep playing
     and once with as many as memory holds."""
-    times = times_of(PRECISION)
+    times = computed(PRECISION)
     rows = []
     for places, name in ((times.streams, "compute"), (16, "memory")):
         for load in loads:
@@ -115,7 +108,7 @@ def admission(seed: int, hours: float = 4.0, loads: Sequence[int] = (8, 12, 16, 
 
 def day(seed: int, mean: int = 20, spares: Sequence[int] = (0, 4, 8), hours: float = 24.0) -> Record:
     """A day with a wave, jobs and autoscaling, with several numbers of spare places."""
-    times = times_of(PRECISION)
+    times = computed(PRECISION)
     demand = Demand(viewers_an_hour=mean * 6, wave=0.8, jobs_share=0.2, present=max(1, mean // 2))
     rows, curves = [], {}
     for spare in spares:
@@ -131,7 +124,7 @@ def day(seed: int, mean: int = 20, spares: Sequence[int] = (0, 4, 8), hours: flo
 def loss(seed: int, cards: Sequence[int] = (24, 32), viewers: int = 40, runs: int = 10) -> Record:
     """The loss of a machine of eight cards, with hardly a place and with a machine's places to spare; several
     runs of each, and the curve of the first. Jobs make a minute of video, one for each viewer."""
-    times, at_s = times_of(PRECISION), 1800.0
+    times, at_s = computed(PRECISION), 1800.0
     demand = Demand(viewers_an_hour=viewers * 6, present=viewers, jobs_share=1.0, job_frames=961)
     rows, curves = [], {}
     for count in cards:
@@ -148,10 +141,10 @@ def loss(seed: int, cards: Sequence[int] = (24, 32), viewers: int = 40, runs: in
     return {"rows": rows, "curves": curves, "lost_at_s": at_s, "start_s": FleetPlan(1, Limits()).start_s}
 
 
-def ten_thousand(seed: int, viewers: int = 10_000, seconds: float = 600.0) -> Record:
+def ten_thousand(seed: int, viewers: int = 10_000, seconds: float = 330.0) -> Record:
     """Viewers with a session of their own, on cards of which nine in ten places are taken, and the loss of a
     machine."""
-    times, at_s = times_of(PRECISION), 400.0
+    times, at_s = computed(PRECISION), 240.0
     cards = round(viewers / times.streams / 0.9)
     demand = Demand(viewers_an_hour=viewers * 6, present=viewers)
     plan = FleetPlan(cards, limits_of(PRECISION, times.streams))

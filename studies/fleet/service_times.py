@@ -14,6 +14,7 @@ from rfengine.costs.shapes import Shapes
 from rfengine.presets import PRESETS
 
 EFFICIENCY = 0.5  # assumed: the data sheet's floor over what is reached; no run on a GPU has measured it
+ENCODE_S = 0.1  # assumed: 12 frames of 832 x 480 on one core of the host; studies.fleet.measure has a CPU's
 GPU_DELIVERY_THREADS = 2  # of a server beside a GPU, as rfengine/serving/sessions.py starts them
 FPS, FIRST_FRAMES, CHUNK_FRAMES = 16, 9, 12  # of every shipped streaming model
 CHUNK_SECONDS = CHUNK_FRAMES / FPS  # how long a chunk plays
@@ -76,7 +77,7 @@ def measured(record: dict[str, Any]) -> ServiceTimes:
 
 @cache
 def computed(
-    precision: Precision, gpu: GPUName = "h100", efficiency: float = EFFICIENCY, encode_s: float = 0.1
+    precision: Precision, gpu: GPUName = "h100", efficiency: float = EFFICIENCY, encode_s: float = ENCODE_S
 ) -> ServiceTimes:
     """Those of wan-1.3b at 832 x 480 with the full decoder in 16 bits: the floors of the roofline over
     `efficiency`, without any spread.

@@ -159,7 +159,7 @@ def _card(record: dict[str, Any]) -> str:
     for precision in PRECISIONS:
         found = {row["sessions"]: row for row in record["rows"] if row["precision"] == precision}
         rows.append([precision, *(_stalls(found.get(count)) for count in counts)])
-    return _table(["precision", *(f"{count} sessions" for count in counts)], rows)
+    return _table(["precision", "1 session", *(f"{count} sessions" for count in counts[1:])], rows)
 
 
 def _stalls(row: dict[str, Any] | None) -> str:

@@ -64,7 +64,7 @@ def test_waits_are_those_of_an_m_m_1_queue() -> None:
 
 
 def played(
-    times: ServiceTimes, count: int, seconds: float, **made: object
+    times: ServiceTimes, count: int, seconds: float, realtime: bool = True
 ) -> list[list[tuple[float, float, int]]]:
     """What `count` sessions of one node get within so many seconds."""
     env = simpy.Environment()

@@ -20,7 +20,7 @@ def test_every_scenario_runs_and_gives_the_same_record_again(tmp_path: Path) -> 
         "admission": {"hours": 0.2, "loads": (8,)},
         "day": {"mean": 2, "spares": (0,), "hours": 1.0},
         "loss": {"cards": (24,), "viewers": 20, "runs": 1},
-        "ten_thousand": {"viewers": 30, "seconds": 450.0},
+        "ten_thousand": {"viewers": 30, "seconds": 260.0},
     }
     assert {*small, "tiny"} == set(scenarios.SCENARIOS)
     for name, given in small.items():
