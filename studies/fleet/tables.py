@@ -146,7 +146,13 @@ def _tiny(record: dict[str, Any]) -> str:
         "p95: predicted / measured",
         "ratio of p95",
     ]
-    return _table(head, rows)
+    return _table(head, rows) + "".join(_circumstances(threads) for threads in (1, 2))
+
+
+def _circumstances(threads: int) -> str:
+    record = json.loads(record_path(threads).read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"\nMeasured {record['date']}, {record['machine']}, {versions}: `{record['command']}`\n"
 
 
 def _milliseconds(row: dict[str, Any], name: str) -> str:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from rfengine.costs.memory import memory_needs
-from rfengine.grid import LatentGrid
-from rfengine.pipeline import Pipeline
-from studies.fleet import capacity, measure
 from studies.fleet.capacity import Load, Prices, memory_plan, streams
 from studies.fleet.service_times import chunk_floor_s
 
@@ -24,16 +19,6 @@ def test_sessions_by_memory_are_what_admission_would_take() -> None:
     )
     assert plan.budget_bytes(80) < (plan.sessions(80) + 1) * plan.session_bytes
     assert memory_plan("fp8-attention").session_bytes > memory_plan("fp8").session_bytes == plan.session_bytes
-
-
-def test_a_snapshots_bytes_are_computed_as_those_of_tiny_are_measured() -> None:
-    pipeline = Pipeline.from_pretrained("tiny", device="cpu")
-    config, grid = pipeline.config, LatentGrid.of(pipeline.config)
-    needs = memory_needs(config, grid, pipeline.model.dtype)
-    sizes = [
-        capacity.snapshot_bytes(config, grid, needs, pipeline.model.dtype, ahead) for ahead in (False, True)
-    ]
-    assert sizes[torch.get_num_threads() > 1] == measure.snapshot_bytes(pipeline)  # one thread is not ahead
 
 
 def test_sessions_by_compute_keep_the_playback_rate() -> None:
