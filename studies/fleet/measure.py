@@ -23,13 +23,14 @@ from typing import Annotated, Any
 import torch
 
 from rfengine.cli.process import run_script
+from rfengine.files import require_writable
 from rfengine.limits import Entries, Range, check_options
 from rfengine.pipeline import Pipeline
 from rfengine.serving.events import Ended, SessionChunk, SessionEvent, SessionRequest
 from rfengine.serving.options import ServiceOptions
 from rfengine.serving.sessions import SessionService
 from rfengine.serving.video_encoder import VideoEncoder
-from studies.fleet.service_times import CHUNK_FRAMES, FIRST_FRAMES
+from studies.fleet.service_times import CHUNK_FRAMES, FIRST_FRAMES, FPS
 from studies.toy.record import write_record
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -98,11 +99,13 @@ class Turns:
 
 def run(options: MeasureOptions) -> None:
     check_options(options)
+    output = options.output or record_path(options.threads)
+    require_writable(output, "--output")
     torch.set_num_threads(options.threads)  # before the engine decides whether it decodes beside a chunk
     pipeline, turns = Pipeline.from_pretrained("tiny"), Turns()
     counts = sorted({1, *options.sessions})
     service_options = ServiceOptions(max_sessions=max(counts), keep_every=0)
-    service = SessionService(pipeline, service_options, turns, warm_up=True)
+    service = SessionService(pipeline, service_options, turns)
     rounds: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     try:
         _play(service, pipeline, 1, 8)  # what is built on first use
@@ -118,7 +121,6 @@ def run(options: MeasureOptions) -> None:
     record["sessions"] = {str(count): _served(rounds[count]) for count in counts}
     record["network"] = {"tiny": _rate(rounds[1]), "enlarged": _enlarged(pipeline, options.chunks)}
     record["snapshot_bytes"] = snapshot_bytes(pipeline)
-    output = options.output or record_path(options.threads)
     write_record(output, record)
     print(output)
 
@@ -186,7 +188,8 @@ def _intervals(consumer: Encoding) -> list[float]:
 def _rate(rounds: list[dict[str, Any]]) -> dict[str, float]:
     """Of the fragments of one session alone."""
     sizes = [size for each in rounds for size in each["consumers"][0].bytes]
-    seconds = sum(FIRST_FRAMES + CHUNK_FRAMES * (len(each["consumers"][0].bytes) - 1) for each in rounds) / 16
+    frames = sum(FIRST_FRAMES + CHUNK_FRAMES * (len(each["consumers"][0].bytes) - 1) for each in rounds)
+    seconds = frames / FPS
     return {"bits_a_second": 8 * sum(sizes) / seconds, "chunk_bytes": sum(sizes) / len(sizes)}
 
 
@@ -221,7 +224,7 @@ def _circumstances(options: MeasureOptions) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "command": f"python -m studies.fleet.measure --sessions {' '.join(map(str, options.sessions))} "
         f"--chunks {options.chunks} --rounds {options.rounds} --threads {options.threads}",
-        "machine": f"{_processor()}, {torch.get_num_threads()} threads of torch",
+        "machine": f"{_processor()}, threads of torch: {torch.get_num_threads()}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "av": av.__version__},
         "chunks": options.chunks, "rounds": options.rounds,
     }  # fmt: skip

@@ -32,8 +32,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
 class Visit:
     """One viewer. watch_s: how long the visit is meant to last, in sessions; left_s: what is left of it.
 
-    players: one for each session. sessions: when each was opened
-    and when it ended. lost: when sessions were lost.
+    players: one for each session. sessions: when each was opened and when it ended. lost: when sessions were
+    lost.
     """
 
     came_at: float

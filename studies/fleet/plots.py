@@ -92,11 +92,11 @@ def _loss(axes: Axes, record: dict[str, Any]) -> None:
         axes.step(seconds, curves["watching"], where="post", color=colour, label=f"{cards} cards: watch")
         waits = f"{cards} cards: wait for a place"
         axes.step(seconds, curves["waiting"], "--", where="post", color=colour, label=waits)
-    axes.axvline(0, color=_BLACK, linewidth=0.8)
-    axes.axvline(record["start_s"], color=_BLACK, linewidth=0.8, linestyle=":")
+    axes.axvline(0, ymax=0.83, color=_BLACK, linewidth=0.8)
+    axes.axvline(record["start_s"], ymax=0.83, color=_BLACK, linewidth=0.8, linestyle=":")
     axes.set(
         title="The loss of a machine of 8 cards at 0 s",
         xlabel="time after the loss, s (dotted: the first new card may be up)", ylabel="viewers",
     )  # fmt: skip
     axes.set_ylim(bottom=-1, top=1.45 * axes.get_ylim()[1])
-    axes.legend(loc="upper right", ncols=2, framealpha=1.0)
+    axes.legend(loc="upper right", ncols=2)

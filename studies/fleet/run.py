@@ -4,6 +4,7 @@ python -m studies.fleet.measure                    # measures tiny on this machi
 python -m studies.fleet.run                        # every scenario, the tables of docs/scaling.md, the plot
 python -m studies.fleet.run --scenario loss day    # these alone; the others are as they were kept
 python -m studies.fleet.run --tables               # tables and plot of what is kept
+python -m studies.fleet.run --scenario loss --seed 3 --results DIRECTORY    # beside what is kept
 The same seed gives the same numbers.
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from rfengine.cli.process import run_script
+from rfengine.files import require_writable
 from rfengine.limits import Range, check_options
 from studies.fleet.measure import RESULTS
 from studies.fleet.plots import draw
@@ -44,21 +46,32 @@ class RunOptions:
 
 def run(options: RunOptions) -> None:
     check_options(options)
+    require_writable(options.results / "fleet.png", "--results")
     for name in () if options.tables else options.scenario or SCENARIOS:
         started = time.perf_counter()
         record = {"scenario": name, "seed": options.seed, **SCENARIOS[name](options.seed)}
         write_record(options.results / f"{name}.json", record)
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    is_own = options.results.resolve() == RESULTS
+    missing = missing_records(options.results)
+    if missing and not is_own:
+        print(f"no plot: {options.results} has no record of {', '.join(missing)}")
+        return
     records = read_records(options.results)
     print(draw(records, options.results / "fleet.png"))
-    if options.results.resolve() == RESULTS:
+    if is_own:
         DOCUMENT.write_text(place(DOCUMENT.read_text(encoding="utf-8"), tables(records)), encoding="utf-8")
         print(DOCUMENT)
 
 
+def missing_records(results: Path) -> list[str]:
+    """The scenarios that are not kept there."""
+    return [name for name in SCENARIOS if not (results / f"{name}.json").exists()]
+
+
 def read_records(results: Path) -> dict[str, Record]:
     """The kept scenarios by name. Raises ValueError where one is missing."""
-    missing = [name for name in SCENARIOS if not (results / f"{name}.json").exists()]
+    missing = missing_records(results)
     if missing:
         raise ValueError(
             f"{results} has no record of {', '.join(missing)}; run python -m studies.fleet.run --scenario "

@@ -122,8 +122,8 @@ def day(seed: int, mean: int = 20, spares: Sequence[int] = (0, 4, 8), hours: flo
 
 
 def loss(seed: int, cards: Sequence[int] = (24, 32), viewers: int = 40, runs: int = 10) -> Record:
-    """The loss of a machine of eight cards, with hardly a place and with a machine's places to spare; several
-    runs of each, and the curve of the first. Jobs make a minute of video, one for each viewer."""
+    """The loss of a machine of eight cards, once with too few places left and once with enough; several runs
+    of each, and the curve of the first. Jobs make a minute of video, one for each viewer."""
     times, at_s = computed(PRECISION), 1800.0
     demand = Demand(viewers_an_hour=viewers * 6, present=viewers, jobs_share=1.0, job_frames=961)
     rows, curves = [], {}

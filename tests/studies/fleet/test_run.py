@@ -44,6 +44,14 @@ def test_the_command_writes_a_record_and_the_plot_beside_it(tmp_path: Path) -> N
     assert (tmp_path / "fleet.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_one_scenario_elsewhere_is_kept_without_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.run(RunOptions(scenario=("tiny",), seed=3, results=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+    assert "no record of card, admission, day, loss, ten_thousand" in capsys.readouterr().out
+
+
 def test_the_options_name_every_scenario() -> None:
     assert run.Scenario.__args__ == tuple(scenarios.SCENARIOS)
 
