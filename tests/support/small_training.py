@@ -16,7 +16,7 @@ from rfengine.training.distillation import DistillationModels, DistillationStage
 from rfengine.training.lora import add_adapters
 from rfengine.training.memory import recompute_blocks
 from rfengine.training.ops import DifferentiableOps
-from rfengine.training.parallel import Ranks, full_tensors, shard
+from rfengine.training.parallel import Ranks, full_tensors, group_size, shard, sharding_mesh
 from rfengine.training.trainer import Trainer
 from support.models import GRID, SMALL, SMALL_VAE, small_model, text_states
 
@@ -87,9 +87,10 @@ def small_trainer(directory: Path, config: TrainConfig = DMD, **options: object)
     for model in (models.student, models.critic):
         if config.lora_rank is not None:
             add_adapters(model, config.lora_rank, config.seed)
-    if config.parallel == "sharded":
+    if config.parallel != "replicated":
+        mesh = sharding_mesh("cpu", group_size(config.parallel, config.shard_ranks, ranks.count))
         for model in (models.student, models.teacher, models.critic):
-            shard(model, "cpu")
+            shard(model, mesh)
     stage = DistillationStage(config, models, DrawnPrompts(), ranks)
     return Trainer(config, stage, directory, ranks, **options)
 
