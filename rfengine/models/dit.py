@@ -144,7 +144,8 @@ class Block(nn.Module):
             nn.Identity(),  # the GELU of the checkpoints, which call the next layer ffn.2
             Linear(config.ffn_dim, config.dim, ops),
         )
-        self.modulation = modulation_table(6, config.dim)
+        # in place: any other division of a meta tensor imports torch._dynamo, which takes seconds
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim).div_(config.dim**0.5))
 
     @property
     def reads_fp8(self) -> bool:
@@ -210,13 +211,7 @@ class Head(nn.Module):
         super().__init__()
         _, patch_height, patch_width = config.patch_size
         self.head = nn.Linear(config.dim, patch_height * patch_width * config.out_dim)
-        self.modulation = modulation_table(2, config.dim)
-
-
-def modulation_table(rows: int, dim: int) -> nn.Parameter:
-    """[1, rows, dim], with its first values."""
-    # in place: any other division of a meta tensor imports torch._dynamo, which takes seconds
-    return nn.Parameter(torch.randn(1, rows, dim).div_(dim**0.5))
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim).div_(config.dim**0.5))
 
 
 class WanDiT(nn.Module):

@@ -15,7 +15,7 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.loader import chosen_names
 from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.config import WanConfig
-from rfengine.models.dit import WanDiT, modulation_table
+from rfengine.models.dit import WanDiT
 from rfengine.models.linear import Scale
 from rfengine.training.lora import first_adapters, plain_name
 from rfengine.training.parallel import Ranks
@@ -109,7 +109,8 @@ def _first_values(module: nn.Module) -> dict[str, Tensor]:
     if isinstance(module, Scale):
         return {name: torch.ones(value.shape, device="cpu") for name, value in own.items()}
     if own.keys() == {"modulation"}:  # of a block and of the head, whose layers have their own
-        return {"modulation": modulation_table(*own["modulation"].shape[1:]).detach()}
+        shape = own["modulation"].shape
+        return {"modulation": torch.randn(shape, device="cpu").div_(shape[-1] ** 0.5)}
     module.to_empty(device="cpu").reset_parameters()
     values = {name: value.detach() for name, value in module.named_parameters()}
     module.to("meta")
