@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from rfengine.limits import shown
 from rfengine.models.dit import WanDiT
 from rfengine.training.config import TIMEOUT_S, Parallelism
+from rfengine.training.rank_store import is_agent_shared, open_rank_store
 
 _MOST_RANKS = _MOST_RESTARTS = 65536
 
@@ -125,23 +126,40 @@ def ranks_from_environment(
     """The ranks that torchrun started, and this one's device; one rank on `device` where it did not.
 
     NCCL joins CUDA devices, one for each rank of a machine, and gloo the CPU. A rank that has waited for
-    another for timeout_s seconds fails. After an error the ranks are not parted in good order, which would
-    wait for those that are gone: the process is to end.
+    another for timeout_s seconds fails, and one whose connection to another breaks does at once, with
+    RuntimeError. After an error the ranks are not parted in good order, which would wait for those that are
+    gone: the process is to end.
     """
     if (count := _environment_integer("WORLD_SIZE", 1, _MOST_RANKS, "1")) == 1:
         yield Ranks(), device
         return
-    _environment_integer("RANK", 0, count - 1)
-    timeout = timedelta(seconds=timeout_s)
+    rank, timeout = _environment_integer("RANK", 0, count - 1), timedelta(seconds=timeout_s)
     if device.type == "cuda":
         local = _environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        distributed.init_process_group("nccl", device_id=device, timeout=timeout)
+        _join("nccl", rank, count, timeout, device)
     else:
-        distributed.init_process_group("gloo", timeout=timeout)
-    yield Ranks(), device
+        _join("gloo", rank, count, timeout)
+    try:
+        yield Ranks(), device
+    except RuntimeError as error:
+        if _tells_of_another(error):
+            raise RuntimeError(
+                f"rank {rank} of {count} has lost another rank, whose output says why ({_sentence(error)}); "
+                "start all again to go on from the last checkpoint"
+            ) from error
+        raise
     distributed.destroy_process_group()
+
+
+def _tells_of_another(error: RuntimeError) -> bool:
+    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
+
+
+def _sentence(error: RuntimeError) -> str:
+    """The first sentence of an error of gloo or NCCL, without the place in their sources."""
+    return re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].partition("\n")[0]
 
 
 def _environment_integer(name: str, low: int, high: int, default: str = "") -> int:
@@ -153,6 +171,14 @@ def _environment_integer(name: str, low: int, high: int, default: str = "") -> i
             "start the ranks with it"
         )
     return number
+
+
+def _join(
+    backend: str, rank: int, count: int, timeout: timedelta, device: torch.device | None = None
+) -> None:
+    store = open_rank_store(rank, count, timeout) if is_agent_shared() else None
+    at = {} if store is None else {"rank": rank, "world_size": count}  # else the environment has both
+    distributed.init_process_group(backend, store=store, timeout=timeout, device_id=device, **at)
 
 
 def group_size(parallel: Parallelism, shard_ranks: int | None, count: int) -> int:
