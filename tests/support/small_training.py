@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig
+from rfengine.files import locked
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
+from rfengine.training.agreement import check_agreement, facts_of
+from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import AdamConfig, DistillationConfig, RolloutConfig, TrainConfig
 from rfengine.training.distillation import DistillationModels, DistillationStage
 from rfengine.training.lora import add_adapters
@@ -120,6 +124,35 @@ def run_all(rank: int, jobs: list[tuple[Path, TrainConfig, Path]], means: Path) 
     found = (*(value.grad for value in parameters), ranks.mean(float(rank)))
     if rank == ranks.count - 1:
         torch.save(found, means)
+
+
+def run_apart(rank: int, jobs: list[tuple[Path, TrainConfig, Path]], means: Path, refusals: Path) -> None:
+    """run_all, and then what each rank says, in `refusals` with its number, when one has another seed, when
+    some have another directory and when the directory of the run is in use."""
+    run_all(rank, jobs, means)
+    ranks, found = Ranks(), {}
+    config = changed(seed=7 if rank == 2 else 0)
+    try:
+        check_agreement(facts_of(config, 2, jobs[0][0]), ranks)
+    except ValueError as error:
+        found["seed"] = str(error)
+    place = refusals.with_name(f"of {rank % 2}")
+    try:
+        with locked_run(place):
+            found["place"] = ""
+    except RuntimeError as error:
+        found["place"] = str(error)
+    with ExitStack() as stack:
+        if rank == 0:
+            place.mkdir()
+            stack.enter_context(locked(place / ".training.lock", f"training in {place}"))
+        ranks.meet()
+        try:
+            with locked_run(place):
+                found["lock"] = ""
+        except RuntimeError as error:
+            found["lock"] = str(error)
+    torch.save(found, refusals.with_suffix(f".{rank}"))
 
 
 def changed(**changes: object) -> TrainConfig:
