@@ -197,3 +197,8 @@ class TrainConfig:
             raise ValueError(
                 f"lora_rank is {self.lora_rank}; the narrowest weights have {most} rows: use at most {most}"
             )
+
+    @property
+    def keeps_casts(self) -> bool:
+        """Of arithmetic.casting."""
+        return self.parallel == "replicated"

@@ -258,7 +258,7 @@ def wait_for(path: Path, agent: subprocess.Popen) -> None:
 def test_a_killed_rank_is_started_again_and_the_run_ends_as_one_that_never_stopped(model, prompts, tmp_path):
     """The agent of torchrun, which counts restarts, and its ranks are processes of their own here."""
     command = [*arguments("toy_dmd", model, prompts), "--accumulation", "2", "--parallel", "sharded"]
-    command[command.index("--steps") + 1], command[command.index("--save-every") + 1] = "16", "3"
+    command[command.index("--steps") + 1], command[command.index("--save-every") + 1] = "10", "2"
     torchrun = [
         "-m",
         "torch.distributed.run",
@@ -276,7 +276,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_one_that_never_stopp
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        wait_for(killed / "checkpoints" / "step_00000006", agent)
+        wait_for(killed / "checkpoints" / "step_00000004", agent)
         os.kill(workers(agent.pid)[1], signal.SIGKILL)
         _, errors = agent.communicate(timeout=180)
     finally:
@@ -286,7 +286,7 @@ def test_a_killed_rank_is_started_again_and_the_run_ends_as_one_that_never_stopp
     assert "exitcode: -9" in errors and "has lost another rank" in errors
     assert launched([*command, "--directory", str(whole)]) == {0: 0, 1: 0}
     logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (killed, whole)]
-    assert [line["step"] for line in logs[0]] == list(range(1, 17))
+    assert [line["step"] for line in logs[0]] == list(range(1, 11))
     assert [line["critic_loss"] for line in logs[0]] == [line["critic_loss"] for line in logs[1]]
-    for name in ("checkpoints/step_00000016/rank_00000.safetensors", "checkpoint/transformer.safetensors"):
+    for name in ("checkpoints/step_00000010/rank_00000.safetensors", "checkpoint/transformer.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()

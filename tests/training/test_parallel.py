@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,7 @@ RUNS = {
         "checkpointing": True,
     },
     "sharded adapters": {"parallel": "sharded", "lora_rank": 2},
+    "bfloat16": {"parallel": "sharded", "precision": "bfloat16"},
 }
 
 
@@ -130,6 +132,19 @@ def test_two_ranks_equal_one(alone, two_ranks, name):
 def test_two_ranks_equal_one_with_adapters(two_ranks, tmp_path):
     found = torch.load(two_ranks / "sharded adapters.pt", weights_only=True)
     assert worst_difference(found, trained(tmp_path, "run", lora_rank=2)) <= 1e-5
+
+
+def test_gradient_in_bfloat16_is_whole_on_ranks_that_share_the_weights(two_ranks, tmp_path):
+    trained(tmp_path, "run", precision="bfloat16")
+    norms = [
+        logged(directory, "student_gradient_norm") for directory in (two_ranks / "bfloat16", tmp_path / "run")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+
+
+def logged(directory: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
 
 
 def test_student_and_critic_move_far_more_than_ranks_may_differ(alone, two_ranks):

@@ -82,6 +82,14 @@ def test_sharding_divides_what_is_learned_by_the_ranks():
     assert student.total == 20 * student.parameters and teacher.total == 2 * teacher.parameters
 
 
+def test_replicas_divide_by_their_own_ranks_alone():
+    config = replace(recipes.wan_1_3b_reward_forcing(), parallel="hybrid")
+    sharded, hybrid = plan_resources(config, 8, 8, "cuda"), plan_resources(config, 32, 8, "cuda")
+    assert hybrid.models == sharded.models and hybrid.peak == sharded.peak
+    assert "one of 32 rank(s), 4 copies of the weights, each on 8, GiB" in hybrid.render()
+    assert "copies" not in sharded.render()
+
+
 def test_adapters_cost_their_own_gradients_and_moments():
     config = recipes.toy_dmd()
     student = plan_resources(replace(config, lora_rank=4), 1, 1, "cpu").models[0]
