@@ -1,10 +1,4 @@
-"""`rfengine train`: one recipe in one directory, alone or on the ranks of torchrun.
-
-On several nodes the same command runs on each, with the address of the first and a directory that all share:
-
-    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint FIRST:29400 --max-restarts 3 \\
-        -m rfengine.cli train wan_1_3b_reward_forcing --parallel hybrid --directory DIRECTORY
-"""
+"""`rfengine train`: one recipe in one directory, alone or on the ranks of torchrun (docs/training.md)."""
 
 from __future__ import annotations
 
@@ -31,8 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Train by a recipe. Under torchrun every rank runs the same command, and ranks that it has started again
-    go on from the last checkpoint."""
+    """Train by a recipe. Under torchrun (docs/training.md) every rank runs the same command, and ranks that it
+    has started again go on from the last checkpoint."""
 
     recipe: Positional[str]
     """toy_teacher, toy_ode_init, toy_dmd, toy_re_dmd or wan_1_3b_reward_forcing."""
