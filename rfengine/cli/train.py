@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Train by a recipe. Under torchrun (docs/training.md) every rank runs the same command, and ranks that it
-    has started again go on from the last checkpoint."""
+    """Train by a recipe. Under torchrun every rank runs the same command; those that it has started again go
+    on from the last checkpoint (docs/training.md)."""
 
     recipe: Positional[str]
     """toy_teacher, toy_ode_init, toy_dmd, toy_re_dmd or wan_1_3b_reward_forcing."""

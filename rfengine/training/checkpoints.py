@@ -269,7 +269,7 @@ def locked_run(directory: Path) -> Iterator[None]:
     with ExitStack() as stack:
         if ranks.rank == 0:
             if not directory.exists():
-                directory.mkdir(parents=True)
+                directory.mkdir(parents=True, exist_ok=True)
                 stack.callback(_remove_empty, directory)
             try:
                 stack.enter_context(locked(lock, f"training in {directory}"))

@@ -87,9 +87,7 @@ class Ranks:
         if within is None:
             distributed.barrier()
             return
-        patient = distributed.new_group(timeout=within)
-        distributed.barrier(patient)
-        distributed.destroy_process_group(patient)
+        distributed.barrier(distributed.new_group(timeout=within))
 
 
 @torch.no_grad()
@@ -177,8 +175,9 @@ def _join(
     backend: str, rank: int, count: int, timeout: timedelta, device: torch.device | None = None
 ) -> None:
     store = open_rank_store(rank, count, timeout) if is_agent_shared() else None
-    at = {} if store is None else {"rank": rank, "world_size": count}  # else the environment has both
-    distributed.init_process_group(backend, store=store, timeout=timeout, device_id=device, **at)
+    distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=count, timeout=timeout, device_id=device
+    )
 
 
 def group_size(parallel: Parallelism, shard_ranks: int | None, count: int) -> int:

@@ -44,8 +44,8 @@ class ModelMemory:
 @dataclass(frozen=True, slots=True)
 class ResourcePlan:
     """models: what stays for the whole training. group: ranks that hold one copy of the weights together.
-    phases: by name, the further bytes at the worst moment of a
-    part of a step. flops: by name, of one step on average, over all ranks."""
+    phases: by name, the further bytes at the worst moment of a part of a step. flops: by name, of one step on
+    average, over all ranks."""
 
     name: str
     ranks: int
@@ -68,10 +68,9 @@ class ResourcePlan:
         return sum(self.flops.values())
 
     def render(self) -> str:
-        replicas = self.ranks // self.group
-        copies = (
-            f", {replicas} copies of the weights, each on {self.group}" if 1 < self.group < self.ranks else ""
-        )
+        copies = ""
+        if 1 < self.group < self.ranks:
+            copies = f", {self.ranks // self.group} copies of the weights, each on {self.group}"
         lines = [f"{self.name}: memory of one of {self.ranks} rank(s){copies}, GiB"]
         lines.append(f"  {'':<26}{'weights':>9}{'gradients':>11}{'moments':>9}{'average':>9}")
         for model in self.models:
