@@ -127,7 +127,7 @@ def measure(options: Options) -> dict[str, Any]:
     seconds = (now(device) - started) / steps
     parts = {name: spent / steps for name, spent in spent_in.items()}
     rest = seconds - sum(parts.values())
-    flops = plan_resources(config, 1, device.type).step_flops
+    flops = plan_resources(config, 1, 1, device.type).step_flops
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     rate = product_rate(device, dtype)
     return {

@@ -121,6 +121,16 @@ class Checkpoint:
             stored = _random_tensors(part_configs(self.config)[part], self.seed + PARTS.index(part), device)
             assign(module, rank_parts(stored, parallel), dtype, device, f"the random {part}")
             return module
+        stored, label = self.stored(part)
+        assign(module, rank_parts(stored, parallel), dtype, device, label, check_finite=True)
+        return module
+
+    def stored(self, part: Part) -> tuple[dict[str, StoredTensor], str]:
+        """The tensors of `part` in the directory, none of which is read, and what errors call them.
+
+        Raises ValueError when the directory lacks the part or has it only as a pickle, and where a file has
+        not the size in the manifest.
+        """
         check_sizes(self.path)
         files = self.directory.files(part)
         if not files:
@@ -129,9 +139,7 @@ class Checkpoint:
                 way = f"run `rfengine convert {_SINGLE_FILES[part]} DST --base {self.path}` and load DST"
             raise ValueError(f"{self.path} has no {part}; {way}")
         self.directory.refuse_pickles(part)
-        stored = rank_parts(self.directory.open(part), parallel)
-        assign(module, stored, dtype, device, str(files[0]), check_finite=True)
-        return module
+        return self.directory.open(part), str(files[0])
 
     def text_encoder(
         self, device: torch.device | str, dtype: torch.dtype, cache: Path | str | None = None

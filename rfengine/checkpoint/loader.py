@@ -71,6 +71,24 @@ def assign(
     mis-shaped tensors, which it lists, and, with check_finite, for values that are not finite in `dtype`.
     """
     wanted = module.state_dict(keep_vars=True)
+    state: dict[str, Tensor] = {}
+    for name, names in chosen_names(module, stored, label).items():
+        value = read_as(name, stored[name], dtype, device, check_finite)
+        if isinstance(wanted[name], nn.Parameter):
+            value = nn.Parameter(value, requires_grad=wanted[name].requires_grad)
+        state |= dict.fromkeys(names, value)
+    module.load_state_dict(state, strict=True, assign=True)
+    waiting = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if waiting:
+        raise RuntimeError(
+            f"buffers {', '.join(waiting)} are in no checkpoint; build them outside the meta device"
+        )
+
+
+def chosen_names(module: nn.Module, stored: Mapping[str, StoredTensor], label: str) -> dict[str, list[str]]:
+    """Which stored tensor each tensor of `module` comes from, with all the names of that one: tied ones have
+    several. Raises ValueError as assign does for what does not fit."""
+    wanted = module.state_dict(keep_vars=True)
     aliases: dict[int, list[str]] = {}
     for name, tensor in wanted.items():
         aliases.setdefault(id(tensor), []).append(name)
@@ -92,18 +110,7 @@ def assign(
                 f"{label} holds {name} in {stored[name].dtype} and the model has {wanted[name].dtype} there; "
                 "get the file again, or one that is not quantized"
             )
-    state: dict[str, Tensor] = {}
-    for name, names in chosen.items():
-        value = read_as(name, stored[name], dtype, device, check_finite)
-        if isinstance(wanted[name], nn.Parameter):
-            value = nn.Parameter(value, requires_grad=wanted[name].requires_grad)
-        state |= dict.fromkeys(names, value)
-    module.load_state_dict(state, strict=True, assign=True)
-    waiting = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-    if waiting:
-        raise RuntimeError(
-            f"buffers {', '.join(waiting)} are in no checkpoint; build them outside the meta device"
-        )
+    return chosen
 
 
 def read_as(

@@ -1,29 +1,32 @@
-"""`rfengine train`: one recipe in one directory, alone or on the ranks of torchrun."""
+"""`rfengine train`: one recipe in one directory, alone or on the ranks of torchrun (docs/training.md)."""
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from tyro.conf import Positional
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.cli.terminal import find_device
+from rfengine.limits import Range, check_options
 from rfengine.memory import free_memory
 from rfengine.training.arithmetic import Precision, multiplies_bfloat16
-from rfengine.training.config import Parallelism, TrainConfig
+from rfengine.training.config import TIMEOUT_S, Parallelism, TrainConfig
 from rfengine.training.recipes import RECIPES
 
 if TYPE_CHECKING:
     from rfengine.training.parallel import Ranks
+    from rfengine.training.resources import ResourcePlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Train by a recipe. Under torchrun every rank runs the same command."""
+    """Train by a recipe. Under torchrun every rank runs the same command; those that it has started again go
+    on from the last checkpoint (docs/training.md)."""
 
     recipe: Positional[str]
     """toy_teacher, toy_ode_init, toy_dmd, toy_re_dmd or wan_1_3b_reward_forcing."""
@@ -62,7 +65,12 @@ class TrainOptions:
     precision: Precision | None = None
     """Of the arithmetic; the weights are float32."""
     parallel: Parallelism | None = None
-    """replicated: every rank holds all; sharded: a share."""
+    """replicated: every rank holds all; sharded: a share; hybrid: a share inside each node, all of which hold
+    the same."""
+    shard_ranks: int | None = None
+    """Ranks that share one copy of the weights in hybrid; those of a node where nothing is given."""
+    timeout: Annotated[int, Range(1, 86_400)] = TIMEOUT_S
+    """Seconds after which a rank that waits for another ends."""
     offload_teacher: bool | None = None
     """Keep the teacher on the CPU between its uses."""
     save_every: int | None = None
@@ -76,12 +84,12 @@ class TrainOptions:
 def run(options: TrainOptions) -> int:
     from rfengine.training.parallel import ranks_from_environment  # a second of imports, for training alone
 
+    check_options(options)
     config = train_config(options)
-    directory = _run_directory(options)
     device = find_device(options.device) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views that nothing changes
-    with ranks_from_environment(device) as (ranks, own_device):
-        _train(config, directory, own_device, ranks, options)
+    with ranks_from_environment(device, options.timeout) as (ranks, own_device):
+        _train(config, own_device, ranks, options)
     return 0
 
 
@@ -102,7 +110,9 @@ def train_config(options: TrainOptions) -> TrainConfig:
     return replace(config, engine=Checkpoint.open(config.base).config)  # with the statistics of its latents
 
 
-def _run_directory(options: TrainOptions) -> Path:
+def _run_directory(options: TrainOptions, restarted: bool) -> Path:
+    """Where the run is; one that has begun goes on where that is asked for, or where torchrun has restarted
+    it."""
     if options.resume is not None:
         if options.directory not in (None, options.resume):
             raise ValueError(
@@ -111,8 +121,8 @@ def _run_directory(options: TrainOptions) -> Path:
         if not any(options.resume.glob("checkpoints/step_*")):
             raise ValueError(f"{options.resume} has no checkpoint to resume from; leave --resume away")
         return options.resume
-    directory = options.directory or Path("runs") / options.recipe
-    if any(directory.glob("checkpoints/step_*")):
+    directory = _named_directory(options)
+    if any(directory.glob("checkpoints/step_*")) and not restarted:
         raise ValueError(
             f"{directory} holds a run already; add --resume {directory} to go on with it, or choose another "
             "--directory"
@@ -120,13 +130,19 @@ def _run_directory(options: TrainOptions) -> Path:
     return directory
 
 
-def _train(
-    config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, options: TrainOptions
-) -> None:
+def _named_directory(options: TrainOptions) -> Path:
+    return options.resume or options.directory or Path("runs") / options.recipe
+
+
+def _train(config: TrainConfig, device: torch.device, ranks: Ranks, options: TrainOptions) -> None:
+    from rfengine.training.agreement import check_agreement, facts_of
     from rfengine.training.checkpoints import locked_run
+    from rfengine.training.parallel import group_size, restarts_from_environment
     from rfengine.training.resources import plan_resources
 
-    plan = plan_resources(config, ranks.count, device.type)
+    ranks.passes(config.accumulation)  # which raises where they cannot be shared out
+    group = group_size(config.parallel, config.shard_ranks, ranks.count)
+    plan = plan_resources(config, ranks.count, group, device.type)
     if ranks.rank == 0:
         print(plan.render(), flush=True)
         if config.precision == "bfloat16" and device.type == "cpu" and not multiplies_bfloat16():
@@ -136,29 +152,54 @@ def _train(
             )
     if options.plan:
         return
-    free = free_memory(device)
-    if free is not None:
-        plan.check(free, str(device) if device.type == "cuda" else "this machine")
+    if ranks.count > 1:
+        check_agreement(facts_of(config, group, _named_directory(options)), ranks)
+    # of any node: torchrun counts on those alone whose own ranks have failed
+    directory = _run_directory(options, restarted=any(ranks.gathered(restarts_from_environment())))
+    _check_memory(plan, device, ranks)
     with locked_run(directory):
-        _train_to_the_end(config, directory, device, ranks, stops=options.guard == "stop")
+        _train_to_the_end(config, directory, device, ranks, options)
+
+
+def _check_memory(plan: ResourcePlan, device: torch.device, ranks: Ranks) -> None:
+    """Raises RuntimeError on every rank where one has less memory than the plan."""
+    from rfengine.training.parallel import ranks_of_a_node
+
+    free, problem, here = free_memory(device), "", ranks_of_a_node(ranks.count)
+    try:
+        if free is not None and device.type == "cuda":
+            plan.check(free, str(device))
+        elif free is not None:
+            plan.check(free / here, "this machine" if here == 1 else f"each of the {here} on this machine")
+    except RuntimeError as error:
+        problem = str(error)
+    if problem := ranks.agreed(problem):
+        raise RuntimeError(problem)
 
 
 def _train_to_the_end(
-    config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, stops: bool
+    config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, options: TrainOptions
 ) -> None:
     from rfengine.checkpoint.loader import save_weights
     from rfengine.training.build import build_stage, export_checkpoint
     from rfengine.training.log import LOG_FILE
     from rfengine.training.lora import lora_weights, merged_weights
+    from rfengine.training.parallel import group_size, sharding_mesh
     from rfengine.training.reward_guard import RewardGuard
     from rfengine.training.samples import SampleWriter, averaged_state
     from rfengine.training.trainer import Trainer
 
-    stage = build_stage(config, device, ranks)
+    mesh = None
+    if config.parallel != "replicated" and ranks.count > 1:
+        group = group_size(config.parallel, config.shard_ranks, ranks.count)
+        mesh = sharding_mesh(device.type, group, options.timeout)
+    stage = build_stage(config, device, ranks, mesh)
     trainer = Trainer(config, stage, directory, ranks, SampleWriter(config, stage, device, ranks))
     if config.stage == "re-dmd":  # a guard as it was at the checkpoint that the run resumes from
         log, step = directory / LOG_FILE, trainer.state.step
-        trainer.on_step = RewardGuard.from_log(log, step, stage.score.held_out, stops).on_step
+        trainer.on_step = RewardGuard.from_log(
+            log, step, stage.score.held_out, options.guard == "stop"
+        ).on_step
     trainer.finish(f"with --resume {directory}")
     state = averaged_state(stage)
     if ranks.rank == 0:

@@ -10,11 +10,18 @@ import torch
 Precision = Literal["float32", "bfloat16"]
 
 
-def casting(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """bfloat16 arithmetic on float32 weights where the precision asks for it."""
+def casting(
+    device: torch.device, precision: Precision, keeps_casts: bool = True
+) -> AbstractContextManager[None]:
+    """bfloat16 arithmetic on float32 weights where the precision asks for it.
+
+    keeps_casts: a weight is cast once for all of its uses inside. Not for weights that FSDP gathers: such a
+    cast gets its gradient after the last use, when FSDP has reduced that of the weight already, and the rest
+    would come with a later update.
+    """
     if precision == "float32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=keeps_casts)
 
 
 def fast_autocast(device: torch.device) -> AbstractContextManager[None]:

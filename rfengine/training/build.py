@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from rfengine.checkpoint.checkpoint import Checkpoint, write_config
 from rfengine.checkpoint.directories import checkpoint_directory
@@ -33,27 +35,33 @@ from rfengine.training.ops import DifferentiableOps
 from rfengine.training.parallel import Ranks, shard
 from rfengine.training.reward import TrainedScore, motion_reward
 from rfengine.training.rollout import latent_shape
+from rfengine.training.sharded_weights import fill_shares, fresh_model, unread_weights
 from rfengine.training.stages import Source, TeacherStage, TrainingStage, TrajectoryStage, seeded
 from rfengine.training.trajectories import TrajectoryFile, follow_flow, save_trajectories
 from rfengine.training.video_reward import VideoReward
 
 _TRAJECTORIES = 512  # of the file that ode-init makes for itself
 _KEPT_STATES = 1 << 28  # numbers of text states that stay in memory
+_MOST_WAIT = timedelta(days=2)  # for what the first rank makes alone before a training begins
 
 
-def build_stage(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainingStage:
-    """The stage of `config` on `device`, everything loaded."""
+def build_stage(
+    config: TrainConfig, device: torch.device, ranks: Ranks, mesh: DeviceMesh | None = None
+) -> TrainingStage:
+    """The stage of `config` on `device`, everything loaded. mesh: how the ranks share the weights
+    (sharding_mesh), of which each reads its share alone; None where every rank has all."""
     encode = text_states_of(config.base, config.engine, device)
+    place, shape = _Place(config, device, ranks, mesh), config.engine.model
     if config.stage == "teacher":
-        model = _trained(config, config.student, config.engine.model, device)
+        model = place.trained("student", config.student, shape)
         return TeacherStage(config, model, _clips(config, encode, device), ranks)
     if config.stage == "ode-init":
-        model = _trained(config, config.student, config.engine.model, device)
+        model = place.trained("student", config.student, shape)
         return TrajectoryStage(config, model, _trajectories(config, encode, device, ranks), ranks)
     models = DistillationModels(
-        student=_trained(config, config.student, config.engine.model, device, differentiable=True),
-        teacher=_teacher(config, device),
-        critic=_trained(config, config.critic, config.critic_model or config.engine.model, device),
+        student=place.trained("student", config.student, shape, differentiable=True),
+        teacher=place.teacher(),
+        critic=place.trained("critic", config.critic, config.critic_model or shape),
         vae=load_vae(config.base, config.engine, device),
         negative_states=_negative_states(config, encode).to(device),
     )
@@ -65,32 +73,72 @@ def build_stage(config: TrainConfig, device: torch.device, ranks: Ranks) -> Trai
     return DistillationStage(config, models, prompts, ranks, score)
 
 
-def _trained(
-    config: TrainConfig, source: str, shape: WanConfig, device: torch.device, differentiable: bool = False
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the models of a training are, and how the ranks share them."""
+
+    config: TrainConfig
+    device: torch.device
+    ranks: Ranks
+    mesh: DeviceMesh | None
+
+    def trained(self, name: str, source: str, shape: WanConfig, differentiable: bool = False) -> WanDiT:
+        """A model that learns: float32 weights, sharded, adapted and recomputed as the config says."""
+        config, ops = self.config, training_ops(self.device)
+        if differentiable:
+            ops = DifferentiableOps(ops.choice)
+        seed = _first_seed(config, name)
+        if self.mesh is None:
+            model = _whole_model(source, shape, ops, self.device, torch.float32, seed)
+            self._adapt(model, differentiable)
+            return model
+        model = _unread_model(shape, ops, torch.float32)
+        weights = unread_weights(source, model, seed)
+        self._adapt(model, differentiable)
+        shard(model, self.mesh, _compute_dtype(config, self.device))
+        fill_shares(model, weights, self.device, self.ranks, config.seed)
+        return model
+
+    def _adapt(self, model: WanDiT, differentiable: bool) -> None:
+        if self.config.lora_rank is not None:
+            add_adapters(model, self.config.lora_rank, self.config.seed)
+        if self.config.checkpointing and not differentiable:  # the student's rollout has its own
+            recompute_blocks(model)
+
+    def teacher(self) -> WanDiT:
+        """The frozen model: in the arithmetic's precision on CUDA, on the CPU between its uses where
+        asked."""
+        config, dtype = self.config, _compute_dtype(self.config, self.device)
+        shape, ops = config.teacher_model or config.engine.model, training_ops(self.device)
+        home = torch.device("cpu") if config.offload_teacher else self.device
+        seed = _first_seed(config, "teacher")
+        if self.mesh is None:
+            model = _whole_model(config.teacher, shape, ops, home, dtype or torch.float32, seed)
+            return model.requires_grad_(False)
+        model = _unread_model(shape, ops, dtype or torch.float32).requires_grad_(False)
+        weights = unread_weights(config.teacher, model, seed)
+        shard(model, self.mesh, dtype, offload=config.offload_teacher)
+        fill_shares(model, weights, home, self.ranks, config.seed)
+        return model
+
+
+def _unread_model(shape: WanConfig, ops: Ops, dtype: torch.dtype) -> WanDiT:
+    """A transformer without values, on the meta device."""
+    with torch.device("meta"):
+        return WanDiT(shape, ops).to(dtype)
+
+
+def _whole_model(
+    source: str, shape: WanConfig, ops: Ops, device: torch.device, dtype: torch.dtype, seed: int
 ) -> WanDiT:
-    """A model that learns: float32 weights, sharded, adapted and recomputed as the config says."""
-    ops = training_ops(device)
-    if differentiable:
-        ops = DifferentiableOps(ops.choice)
-    model = load_transformer(source, shape, ops, torch.device("cpu") if _shards(config) else device)
-    if config.lora_rank is not None:
-        add_adapters(model, config.lora_rank, config.seed)
-    if config.checkpointing and not differentiable:  # the student's rollout has its own
-        recompute_blocks(model)
-    if _shards(config):
-        shard(model, device.type, _compute_dtype(config, device))
-    return model
+    if source:
+        return load_transformer(source, shape, ops, device, dtype)
+    return fresh_model(_unread_model(shape, ops, dtype), device, seed)
 
 
-def _teacher(config: TrainConfig, device: torch.device) -> WanDiT:
-    """The frozen model: in the arithmetic's precision on CUDA, on the CPU between its uses where asked."""
-    shape, dtype = config.teacher_model or config.engine.model, _compute_dtype(config, device)
-    place = torch.device("cpu") if _shards(config) or config.offload_teacher else device
-    ops = training_ops(device)
-    model = load_transformer(config.teacher, shape, ops, place, dtype or torch.float32).requires_grad_(False)
-    if _shards(config):
-        shard(model, device.type, dtype, offload=config.offload_teacher)
-    return model
+def _first_seed(config: TrainConfig, name: str) -> int:
+    """The seed of the fresh weights of a model, which are the same on every rank."""
+    return seeded(torch.device("cpu"), config.seed, "weights", name).initial_seed()
 
 
 def training_ops(device: torch.device) -> Ops:
@@ -98,10 +146,6 @@ def training_ops(device: torch.device) -> Ops:
     is."""
     on_triton = "triton" in default_choice(device).values()
     return choose_ops("auto", device, {"clip_attention": "triton"} if on_triton else None)
-
-
-def _shards(config: TrainConfig) -> bool:
-    return config.parallel == "sharded" and torch.distributed.is_initialized()
 
 
 def _compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
@@ -146,7 +190,7 @@ def _trajectories(config: TrainConfig, encode: Encode, device: torch.device, ran
         )
     if not path.exists() and ranks.rank == 0:
         save_trajectories(path, _followed(config, encode, device), config.engine.schedule)
-    ranks.meet()
+    ranks.meet(_MOST_WAIT)
     return TrajectoryFile(path, config.engine)
 
 

@@ -1,8 +1,9 @@
 """Checkpoints of a training: one directory each, complete or not there at all, in safetensors files.
 
-Every rank writes a file of the shards it holds, in the background, beside the final name, and the directory
-is renamed when all have finished, so a run that is killed while it saves has the one before. Another number
-of ranks can read it. Its record, run.json, states what run it is of and the sha256 of each of its files.
+Every rank of the first copy of the weights writes a file of the shards it holds, in the background, beside
+the final name, and the directory is renamed when all have finished, so a run that is killed while it saves
+has the one before. Another number of ranks can read it, shared out in another way: each reads its own rows
+alone. Its record, run.json, states what run it is of and the sha256 of each of its files.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
 from rfengine.files import file_sha256, json_object, locked, read_text, write_text
 from rfengine.training.parallel import Ranks
+from rfengine.training.shares import is_first_replica, joined, placed_like, put
 from rfengine.training.stages import TrainingStage
 
 logger = logging.getLogger(__name__)
@@ -77,14 +79,14 @@ class TrainState:
         tensors that are not those of this state, parts of which may be filled then.
         """
         for name, value in self.weights().items():
-            value.copy_(_whole(shards[name], value))
+            put(value, joined(shards[name]))
         states: dict[tuple[str, int], dict[int, dict[str, Tensor]]] = {}
         for full_name, parts in shards.items():
             if full_name.startswith("moments."):
                 _, name, number, row, key = full_name.split(".")
                 parameter = _parameters(self.stage.optimizers[name][int(number)])[int(row)]
                 rows = states.setdefault((name, int(number)), {})
-                rows.setdefault(int(row), {})[key] = _whole(parts, parameter)
+                rows.setdefault(int(row), {})[key] = placed_like(parameter, joined(parts))
         for name, optimizers in self.stage.optimizers.items():
             for number, optimizer in enumerate(optimizers):
                 groups = optimizer.state_dict()["param_groups"]
@@ -97,13 +99,26 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for group in optimizer.param_groups for value in group["params"]]
 
 
-def _whole(shards: Sequence[StoredTensor], like: Tensor) -> Tensor:
-    """The tensor of all shards; this rank's share of it where `like` is sharded and of the same shape."""
-    parts = [shard.read() for shard in shards]
-    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if not isinstance(like, DTensor) or whole.shape != like.shape:
-        return whole
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+def _own_shards(values: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Copies on the CPU of what this rank has to write: its shares, if it is in the first replica, and on
+    the first rank what every rank has."""
+    shards = {}
+    for name, value in values.items():
+        own = value.to_local() if isinstance(value, DTensor) else value
+        writes = is_first_replica(value) if isinstance(value, DTensor) else rank == 0
+        if writes and own.numel():
+            shards[name] = own.detach().to("cpu", copy=True)
+    return shards
+
+
+def _save_shards(file: Path, shards: Mapping[str, Tensor]) -> None:
+    if shards:
+        save_weights(file, shards)
+
+
+def finished_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints that were finished in the directory of a run, oldest first."""
+    return sorted(path for path in (run / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name))
 
 
 class TrainingCheckpoints:
@@ -121,7 +136,7 @@ class TrainingCheckpoints:
 
     def complete(self) -> list[Path]:
         """The checkpoints that were finished, oldest first; reading may still find one damaged."""
-        return sorted(path for path in self.path.glob("step_*") if _NAME.fullmatch(path.name))
+        return finished_checkpoints(self.path.parent)
 
     def save(self, state: TrainState, wait: bool = False) -> None:
         """Begin to save; the one before is finished first. With `wait` it is complete on return.
@@ -137,14 +152,16 @@ class TrainingCheckpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.ranks.meet()
-        shards = {}
-        for name, value in (state.weights() | state.moments()).items():
-            local = value.to_local() if isinstance(value, DTensor) else value
-            if local.numel() and (rank == 0 or isinstance(value, DTensor)):
-                shards[name] = local.detach().to("cpu", copy=True)
+        shards = _own_shards(state.weights() | state.moments(), rank)
         file = partial / f"rank_{rank:05d}.safetensors"
-        self._saving = self._writer.submit(save_weights, file, shards), final
+        self._saving = self._writer.submit(_save_shards, file, shards), final
         if wait:
+            self.finish()
+
+    def finish_if_written(self) -> None:
+        """Give the save in the background its name once all ranks have written theirs, without a wait: a run
+        that dies after that goes on from it."""
+        if self._saving is not None and not self.ranks.agreed("" if self._saving[0].done() else "writing"):
             self.finish()
 
     def finish(self) -> None:
@@ -221,7 +238,7 @@ class TrainingCheckpoints:
             return str(error), ""
         if found == self.identity:
             return "", ""
-        name, made, wanted = _first_difference("", found, self.identity)
+        name, made, wanted = first_difference("", found, self.identity)
         return "", (
             f"{path} was made with {name} {made!r}, this run has {wanted!r}; resume with the recipe it was "
             "made with, or choose another directory"
@@ -245,20 +262,33 @@ def locked_run(directory: Path) -> Iterator[None]:
     """Keep other trainings out of `directory`, which is made and goes if nothing was written, during the
     block.
 
-    Raises RuntimeError at once where another training runs there. Under several ranks the first one holds it.
+    Under several ranks the first one holds it. Raises RuntimeError on every rank at once where another
+    training runs there, and where a rank does not see the directory of the first.
     """
-    if Ranks().rank:
+    ranks, refusal, lock = Ranks(), "", directory / _LOCK_FILE
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            if not directory.exists():
+                directory.mkdir(parents=True, exist_ok=True)
+                stack.callback(_remove_empty, directory)
+            try:
+                stack.enter_context(locked(lock, f"training in {directory}"))
+            except RuntimeError as error:
+                refusal = str(error)
+        if refusal := ranks.agreed(refusal):
+            raise RuntimeError(refusal)
+        blind = [str(rank) for rank, sees in enumerate(ranks.gathered(lock.exists())) if not sees]
+        if blind:
+            raise RuntimeError(
+                f"{directory.absolute()} of rank 0 is not there on rank {', '.join(blind)}; give a directory "
+                "that all nodes share"
+            )
         yield
-        return
-    found = directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(directory / _LOCK_FILE, f"training in {directory}"):
-            yield
-    finally:
-        if not found:
-            with suppress(OSError):  # the run has left something in it
-                directory.rmdir()
+
+
+def _remove_empty(directory: Path) -> None:
+    with suppress(OSError):  # the run has left something in it
+        directory.rmdir()
 
 
 def _write_record(directory: Path, identity: Mapping[str, Any]) -> None:
@@ -268,13 +298,13 @@ def _write_record(directory: Path, identity: Mapping[str, Any]) -> None:
     write_text(directory / _RECORD_FILE, json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
 
 
-def _first_difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+def first_difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:
     """The dotted name of the first value in which two tables differ, and both values; None for none."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return name, one, other
     keys = sorted({*one, *other})
     key = next(key for key in keys if (key in one) != (key in other) or one[key] != other[key])
-    return _first_difference(f"{name}.{key}".lstrip("."), one.get(key), other.get(key))
+    return first_difference(f"{name}.{key}".lstrip("."), one.get(key), other.get(key))
 
 
 def _check_record(directory: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from rfengine.schedule import MAX_SEED
 from rfengine.training.arithmetic import Precision
 
 Stage = Literal["teacher", "ode-init", "dmd", "re-dmd"]
-Parallelism = Literal["replicated", "sharded"]
+Parallelism = Literal["replicated", "sharded", "hybrid"]
 MOST_STEPS = 10**9
+TIMEOUT_S = 600  # samples and the hashes of a checkpoint, which the first rank makes alone, take minutes
 BELOW_ONE = 1 - 1e-9  # Adam and averages divide by what is missing to one
 Steps = Annotated[int, Range(1, MOST_STEPS)]
 Frames = Chunks = Annotated[int, Range(1, 4096)]
@@ -106,9 +107,10 @@ class TrainConfig:
     (data.py); for ode-init the file of trajectories, made where it is absent. reward: "toy", "flow"
     (motion_reward) or the directory of a VideoReward. negative_prompt: what guidance leads away from; "" are
     states of zeros. lora_rank: train adapters of that rank in place of the weights. parallel: every rank
-    holds all ("replicated") or a share ("sharded", FSDP). offload_teacher: it stays on the CPU between its
-    uses. checkpointing: blocks over whole clips are computed once more in backward (RolloutConfig has its
-    own). keep: finished checkpoints that stay on disk.
+    holds all ("replicated"), a share ("sharded", FSDP) or a share inside of a group of shard_ranks ranks, of
+    which every other group is a replica ("hybrid", HSDP; None: the ranks of a node). offload_teacher: it
+    stays on the CPU between its uses. checkpointing: blocks over whole clips are computed once more in
+    backward (RolloutConfig has its own). keep: finished checkpoints that stay on disk.
     """
 
     name: str
@@ -138,6 +140,7 @@ class TrainConfig:
     precision: Precision = "float32"
     lora_rank: Annotated[int | None, Range(1, 65536)] = None
     parallel: Parallelism = "replicated"
+    shard_ranks: Annotated[int | None, Range(1, 65536)] = None
     offload_teacher: bool = False
     checkpointing: bool = False
     save_every: Steps = 100
@@ -150,6 +153,11 @@ class TrainConfig:
         if self.batch % self.group:
             raise ValueError(
                 f"batch is {self.batch} and group {self.group}; a batch holds whole groups of one prompt"
+            )
+        if self.shard_ranks is not None and self.parallel != "hybrid":
+            raise ValueError(
+                f"shard_ranks is {self.shard_ranks} and parallel {self.parallel!r}; groups of ranks are of "
+                "parallel 'hybrid' alone"
             )
         distils = self.stage in ("dmd", "re-dmd")
         if distils and (self.distillation is None or self.rollout is None or self.critic_optimizer is None):
@@ -189,3 +197,8 @@ class TrainConfig:
             raise ValueError(
                 f"lora_rank is {self.lora_rank}; the narrowest weights have {most} rows: use at most {most}"
             )
+
+    @property
+    def keeps_casts(self) -> bool:
+        """Of arithmetic.casting."""
+        return self.parallel == "replicated"

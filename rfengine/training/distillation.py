@@ -171,7 +171,7 @@ class DistillationStage(TrainingStage):
         def noise(chunk: int, step: int) -> Tensor:
             return torch.randn(shape, generator=own, device=student.device)
 
-        with casting(student.device, self.config.precision):
+        with casting(student.device, self.config.precision, self.config.keeps_casts):
             text, switch = student.text_keys_values(prompts.states), None
             if drawn is not None:
                 with torch.no_grad():
@@ -215,7 +215,7 @@ class DistillationStage(TrainingStage):
         return dmd_gradient(clip, predicted(models.critic, states), teacher)
 
     def _flow(self, model: WanDiT, x_t: Tensor, sigma: Tensor, states: Tensor) -> Tensor:
-        with casting(self.networks.student.device, self.config.precision):
+        with casting(self.networks.student.device, self.config.precision, self.config.keeps_casts):
             return model.forward_clip(x_t, self.engine.schedule.num_train_timesteps * sigma, states)
 
     def _reward(self, latents: Tensor, prompts: PromptBatch) -> tuple[Tensor | None, Figures]:

@@ -11,7 +11,7 @@ names again; lora_weights those of a PEFT file, which `rfengine convert --lora` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,10 @@ _DOWN, _UP = ".parametrizations.weight.0.down", ".parametrizations.weight.0.up"
 class LowRank(nn.Module):
     """weight + up @ down: a parametrization of a linear's weight [out, in]."""
 
-    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
-        drawn = torch.randn(rank, weight.shape[1], generator=generator) * weight.shape[1] ** -0.5
-        self.down = nn.Parameter(drawn.to(weight.device))
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+        self.down = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
+        self.up = nn.Parameter(torch.empty(weight.shape[0], rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         return torch.addmm(weight, self.up, self.down)
@@ -39,13 +38,32 @@ class LowRank(nn.Module):
 
 def add_adapters(model: WanDiT, rank: int, seed: int) -> None:
     """Freeze `model` and put an adapter on the linears of its blocks, in place; it computes the same at
-    first."""
-    generator = torch.Generator().manual_seed(seed)
+    first. Those of a model on the meta device have no values yet."""
     model.requires_grad_(False)
     for block in model.blocks:
         for layer in [module for module in block.modules() if isinstance(module, nn.Linear)]:
-            adapter = LowRank(layer.weight, rank, generator)
-            parametrize.register_parametrization(layer, "weight", adapter, unsafe=True)
+            parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank), unsafe=True)
+    if model.device.type != "meta":
+        state = model.state_dict()
+        for name, value in first_adapters(state, seed):
+            state[name].copy_(value)
+
+
+def first_adapters(state: Mapping[str, Tensor], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and value, on the CPU, of every matrix of the adapters of a state as the training begins: drawn
+    in the order of the state, and zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in state.items():
+        if name.endswith(_DOWN):
+            drawn = torch.randn(value.shape, generator=generator, device="cpu")
+            yield name, drawn * value.shape[1] ** -0.5
+        elif name.endswith(_UP):
+            yield name, torch.zeros(value.shape, device="cpu")
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight has without an adapter."""
+    return f"{name.removesuffix(_ORIGINAL)}.weight" if name.endswith(_ORIGINAL) else name
 
 
 def merged_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,20 +1,21 @@
-"""Data parallelism over the processes that torchrun starts, from outside the model: replicated, or sharded by
-FSDP2.
+"""Data parallelism over the processes that torchrun starts, from outside the model: replicated, sharded by
+FSDP2, or sharded inside groups of ranks that are replicas of one another (HSDP).
 
 On a few CPU cores, processes of one thread each are faster than one process of several threads.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -24,10 +25,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from rfengine.limits import shown
 from rfengine.models.dit import WanDiT
+from rfengine.torchrun import MOST_RANKS, environment_integer, started_ranks
+from rfengine.training.config import TIMEOUT_S, Parallelism
+from rfengine.training.rank_store import is_agent_shared, open_rank_store
 
-_MOST_RANKS = 65536
+_MOST_RESTARTS = 65536
+
+Value = TypeVar("Value")
 
 
 class Ranks:
@@ -64,16 +69,24 @@ class Ranks:
 
     def agreed(self, reason: str) -> str:
         """The first rank's reason that is not empty, on every rank: all stop after the same step."""
-        if self.count == 1:
-            return reason
-        reasons: list[str] = [""] * self.count
-        distributed.all_gather_object(reasons, reason)
-        return next(filter(None, reasons), "")
+        return next(filter(None, self.gathered(reason)), "")
 
-    def meet(self) -> None:
-        """Wait until every rank is here."""
+    def gathered(self, value: Value) -> list[Value]:
+        """The value of every rank, by rank; it travels as a pickle."""
+        values = [value] * self.count
         if self.count > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
+    def meet(self, within: timedelta | None = None) -> None:
+        """Wait until every rank is here; `within` this time in place of that of all ranks, for long work of
+        one."""
+        if self.count == 1:
+            return
+        if within is None:
             distributed.barrier()
+            return
+        distributed.barrier(distributed.new_group(timeout=within))
 
 
 @torch.no_grad()
@@ -93,53 +106,114 @@ def full_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def ranks_of_a_node(count: int) -> int:
+    """How many of `count` ranks torchrun has started on this node; all without it."""
+    return environment_integer("LOCAL_WORLD_SIZE", 1, MOST_RANKS, str(count))
+
+
+def restarts_from_environment() -> int:
+    """How often torchrun has started the ranks of this node again; 0 without it."""
+    return environment_integer("TORCHELASTIC_RESTART_COUNT", 0, _MOST_RESTARTS, "0")
+
+
 @contextmanager
-def ranks_from_environment(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+def ranks_from_environment(
+    device: torch.device, timeout_s: int = TIMEOUT_S
+) -> Iterator[tuple[Ranks, torch.device]]:
     """The ranks that torchrun started, and this one's device; one rank on `device` where it did not.
 
-    NCCL joins CUDA devices, one for each rank of a machine, and gloo the CPU.
+    NCCL joins CUDA devices, one for each rank of a machine, and gloo the CPU. A rank that has waited for
+    another for timeout_s seconds fails, and one whose connection to another breaks does at once, with
+    RuntimeError. After an error the ranks are not parted in good order, which would wait for those that are
+    gone: the process is to end.
     """
-    if (count := _environment_integer("WORLD_SIZE", 1, _MOST_RANKS, "1")) == 1:
+    if (count := started_ranks()) == 1:
         yield Ranks(), device
         return
-    _environment_integer("RANK", 0, count - 1)
+    rank, timeout = environment_integer("RANK", 0, count - 1), timedelta(seconds=timeout_s)
     if device.type == "cuda":
-        local = _environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
+        local = environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-        distributed.init_process_group("nccl", device_id=device)
+        _join("nccl", rank, count, timeout, device)
     else:
-        distributed.init_process_group("gloo")
+        _join("gloo", rank, count, timeout)
     try:
         yield Ranks(), device
-    finally:
-        distributed.destroy_process_group()
+    except RuntimeError as error:
+        if _tells_of_another(error):
+            raise RuntimeError(
+                f"rank {rank} of {count} has lost another rank, whose output says why ({_sentence(error)}); "
+                "start all again to go on from the last checkpoint"
+            ) from error
+        raise
+    distributed.destroy_process_group()
 
 
-def _environment_integer(name: str, low: int, high: int, default: str = "") -> int:
-    text = os.environ.get(name, default)
-    number = int(text) if re.fullmatch("[0-9]{1,9}", text) else -1
-    if not low <= number <= high:
+def _tells_of_another(error: RuntimeError) -> bool:
+    return isinstance(error, distributed.DistError) or "gloo/transport" in str(error)
+
+
+def _sentence(error: RuntimeError) -> str:
+    """The first sentence of an error of gloo or NCCL, without the place in their sources."""
+    return re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].partition("\n")[0]
+
+
+def _join(
+    backend: str, rank: int, count: int, timeout: timedelta, device: torch.device | None = None
+) -> None:
+    store = open_rank_store(rank, count, timeout) if is_agent_shared() else None
+    distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=count, timeout=timeout, device_id=device
+    )
+
+
+def group_size(parallel: Parallelism, shard_ranks: int | None, count: int) -> int:
+    """How many of `count` ranks hold one copy of the weights together.
+
+    shard_ranks: of "hybrid"; None for the ranks of a node, as torchrun counts them. Raises ValueError where
+    the ranks are no whole number of such groups.
+    """
+    if parallel != "hybrid":
+        return count if parallel == "sharded" else 1
+    size = shard_ranks or ranks_of_a_node(count)
+    if count % size:
         raise ValueError(
-            f"the environment variable {name} is {shown(text)}; torchrun sets it, here from {low} to {high}: "
-            "start the ranks with it"
+            f"{count} rank(s) cannot be divided into groups of {size} that share the weights; start a "
+            f"multiple of {size} ranks, or give --shard-ranks a divisor of {count}"
         )
-    return number
+    return size
+
+
+def sharding_mesh(device_type: str, size: int, timeout_s: int = TIMEOUT_S) -> DeviceMesh:
+    """The mesh of all ranks in groups of `size` that follow one another: one group, or several that are
+    replicas; every rank has to call it, once for all models, since it makes process groups."""
+    count = distributed.get_world_size()
+    if size == count:
+        return init_device_mesh(device_type, (count,), mesh_dim_names=("shard",))
+    numbers = torch.arange(count, device="cpu").view(-1, size)
+    timeout = timedelta(seconds=timeout_s)  # init_device_mesh has no such option, and waits half an hour
+    replicas, _ = distributed.new_subgroups_by_enumeration(numbers.T.tolist(), timeout=timeout)
+    shares, _ = distributed.new_subgroups_by_enumeration(numbers.tolist(), timeout=timeout)
+    return DeviceMesh.from_group(
+        [replicas, shares], device_type, mesh=numbers, mesh_dim_names=("replicate", "shard")
+    )
 
 
 def shard(
-    model: WanDiT, device_type: str, compute_dtype: torch.dtype | None = None, offload: bool = False
+    model: WanDiT, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None, offload: bool = False
 ) -> None:
-    """Give every rank a share of each parameter on its device, gathered when a block runs (FSDP2); in place.
+    """Give every rank of a group of `mesh` a share of each parameter, gathered when a block runs (FSDP2); in
+    place.
 
-    compute_dtype: what gathered weights are cast to; gradients are reduced in float32. offload: shares stay
-    on the CPU until they are gathered. A model on the CPU goes to its device block by block.
+    compute_dtype: what gathered weights are cast to; gradients are reduced in float32, and averaged over the
+    replicas as well. offload: shares stay on the CPU until they are gathered. A model on the CPU goes to its
+    device block by block; one on the meta device stays there, for sharded_weights.py.
 
     The products of a block are gathered in three groups, each of which always runs whole: a context pass ends
     with the keys and values of the last block, and those of the text run once for a prompt. What other
     methods of the model read, the modulation tables and the norms, goes with the root.
     """
-    mesh = init_device_mesh(device_type, (distributed.get_world_size(),))
     offloading = CPUOffloadPolicy() if offload else OffloadPolicy()
     policy = MixedPrecisionPolicy()
     if compute_dtype is not None:

@@ -43,11 +43,13 @@ class ModelMemory:
 
 @dataclass(frozen=True, slots=True)
 class ResourcePlan:
-    """models: what stays for the whole training. phases: by name, the further bytes at the worst moment of a
-    part of a step. flops: by name, of one step on average, over all ranks."""
+    """models: what stays for the whole training. group: ranks that hold one copy of the weights together.
+    phases: by name, the further bytes at the worst moment of a part of a step. flops: by name, of one step on
+    average, over all ranks."""
 
     name: str
     ranks: int
+    group: int
     models: tuple[ModelMemory, ...]
     phases: dict[str, dict[str, float]]
     flops: dict[str, float]
@@ -66,7 +68,10 @@ class ResourcePlan:
         return sum(self.flops.values())
 
     def render(self) -> str:
-        lines = [f"{self.name}: memory of one of {self.ranks} rank(s), GiB"]
+        copies = ""
+        if 1 < self.group < self.ranks:
+            copies = f", {self.ranks // self.group} copies of the weights, each on {self.group}"
+        lines = [f"{self.name}: memory of one of {self.ranks} rank(s){copies}, GiB"]
         lines.append(f"  {'':<26}{'weights':>9}{'gradients':>11}{'moments':>9}{'average':>9}")
         for model in self.models:
             lines.append(
@@ -86,23 +91,23 @@ class ResourcePlan:
         if self.peak > available:
             raise RuntimeError(
                 f"{self.name} needs {self.peak / _GIB:.1f} GiB on a rank and {place} has "
-                f"{available / _GIB:.1f} GiB; use more ranks with --parallel sharded, a smaller --batch, "
-                "--offload-teacher or --lora-rank"
+                f"{available / _GIB:.1f} GiB; use more ranks with --parallel sharded, more --shard-ranks, a "
+                "smaller --batch, --offload-teacher or --lora-rank"
             )
 
 
-def plan_resources(config: TrainConfig, ranks: int, device_type: str) -> ResourcePlan:
-    """The plan of `config` shared by `ranks` on devices of this type."""
+def plan_resources(config: TrainConfig, ranks: int, group: int, device_type: str) -> ResourcePlan:
+    """The plan of `config` shared by `ranks` on devices of this type, of which `group` hold one copy of the
+    weights together (parallel.group_size)."""
     engine, distils = config.engine, config.stage in ("dmd", "re-dmd")
     active = 2 if config.precision == "bfloat16" else 4  # bytes of an activation
     halved = 2 if device_type == "cuda" else 4  # of a weight of the VAE and the text encoder
     frozen = max(active, halved)  # of a weight of the teacher
-    share = ranks if config.parallel == "sharded" else 1
-    models = [_learner_memory("student", engine.model, config, share)]
+    models = [_learner_memory("student", engine.model, config, group)]
     if distils:
-        models.append(_learner_memory("critic", config.critic_model or engine.model, config, share))
+        models.append(_learner_memory("critic", config.critic_model or engine.model, config, group))
         count = parameter_count(config.teacher_model or engine.model)
-        models.append(ModelMemory("teacher", count, 0 if config.offload_teacher else frozen * count / share))
+        models.append(ModelMemory("teacher", count, 0 if config.offload_teacher else frozen * count / group))
     for name, part in (("VAE", engine.vae), ("text encoder", engine.text)):
         models.append(ModelMemory(name, parameter_count(part), halved * parameter_count(part)))
     if config.stage == "re-dmd" and config.reward != "toy":
@@ -113,13 +118,13 @@ def plan_resources(config: TrainConfig, ranks: int, device_type: str) -> Resourc
         phases = {"update": {"activations": _clip_activations(engine.model, config, active)}}
         work = config.batch * config.accumulation * clip_flops(engine, engine.model, config.clip_frames)
         flops = {"forward": work, "backward": (3 if config.checkpointing else 2) * work}
-    return ResourcePlan(config.name, ranks, tuple(models), phases, flops)
+    return ResourcePlan(config.name, ranks, group, tuple(models), phases, flops)
 
 
-def _learner_memory(name: str, shape: WanConfig, config: TrainConfig, share: int) -> ModelMemory:
+def _learner_memory(name: str, shape: WanConfig, config: TrainConfig, group: int) -> ModelMemory:
     count = parameter_count(shape)
     adapters = 0 if config.lora_rank is None else adapter_parameters(shape, config.lora_rank)
-    trained, whole = (adapters or count) / share, 4 * (count + adapters) / share
+    trained, whole = (adapters or count) / group, 4 * (count + adapters) / group
     return ModelMemory(name, count, whole, 4 * trained, 8 * trained, 0 if name == "critic" else whole)
 
 
@@ -144,7 +149,7 @@ def _distillation_phases(config: TrainConfig, active: int, halved: int) -> dict[
     block = _block_activations(shape, tokens * engine.cache.chunk_frames, active)
     pixels = engine.cache.chunk_frames * engine.vae.temporal_stride * engine.height * engine.width
     decoded = config.batch * pixels if config.stage == "re-dmd" else 0
-    cast = 0 if active == 4 or config.parallel == "sharded" else 2 * parameter_count(shape)
+    cast = 0 if active == 4 or config.parallel != "replicated" else 2 * parameter_count(shape)
     brought = config.offload_teacher and config.parallel == "replicated"
     teacher = max(active, halved) * parameter_count(config.teacher_model or shape) if brought else 0
     student = {

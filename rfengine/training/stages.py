@@ -89,7 +89,7 @@ class TeacherStage(ModelStage):
         sigma = shifted(uniform, config.engine.schedule.shift).to(device)
         noise = torch.randn(clean.shape, generator=own).to(device)
         x_t = add_noise(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        with casting(device, config.precision):
+        with casting(device, config.precision, config.keeps_casts):
             timesteps = config.engine.schedule.num_train_timesteps * sigma
             flow = self.model.forward_clip(x_t, timesteps, states)
         return (flow.float() - (noise - clean)).square().mean(), {}
@@ -122,7 +122,7 @@ class TrajectoryStage(ModelStage):
         x_t = states.gather(1, rows[:, None, None, :, None, None].expand(-1, 1, *states.shape[2:])).squeeze(1)
         sigma = torch.tensor(self._schedule.denoising_sigmas, device=device)[rows]
         timesteps = torch.tensor(self._schedule.denoising_timesteps, device=device)[rows]
-        with casting(device, config.precision):
+        with casting(device, config.precision, config.keeps_casts):
             flow = self.model.forward_clip(x_t, timesteps, texts, mask=causal_mask(chunks, x_t, config))
         x0 = x_t - sigma[:, None, :, None, None] * flow.float()
         return (x0 - states[:, -1]).square().mean(), {}

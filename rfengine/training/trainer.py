@@ -20,7 +20,10 @@ from rfengine.training.parallel import Ranks
 from rfengine.training.stages import TrainingStage
 
 logger = logging.getLogger(__name__)
-_MAY_DIFFER = ("steps", "save_every", "sample_every", "keep", "parallel", "offload_teacher", "checkpointing")
+_MAY_DIFFER = (
+    "steps", "save_every", "sample_every", "keep", "parallel", "shard_ranks", "offload_teacher",
+    "checkpointing",
+)  # fmt: skip
 
 
 class RunConfig(Protocol):
@@ -94,6 +97,7 @@ class Trainer:
             log.write(step, figures | {"seconds": time.perf_counter() - started})
         reason = self.on_step(step, figures) if self.on_step is not None else None
         self._stop = self.ranks.agreed(reason or self._stop)
+        self.checkpoints.finish_if_written()
         if step % self.config.save_every == 0 and step < self.config.steps:
             self.checkpoints.save(self.state)
         every = self.config.sample_every if self._sample is not None else 0

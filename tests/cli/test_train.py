@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +105,16 @@ def test_prompt_file_with_an_empty_line_is_refused(model, prompts, tmp_path, cap
         (["toy_re_dmd", "--beta", "nan"], "beta is nan; it must be a finite number"),
         (["toy_re_dmd", "--beta", "1e308"], "beta is 1e+308; it must be at most 1000000.0"),
         (["toy_dmd", "--resume", "nowhere"], "no checkpoint to resume from"),
+        (["toy_dmd", "--shard-ranks", "2"], "shard_ranks is 2 and parallel 'replicated'"),
+        (
+            ["toy_dmd", "--parallel", "hybrid", "--shard-ranks", "2"],
+            "1 rank(s) cannot be divided into groups of 2",
+        ),
+        (
+            ["toy_dmd", "--parallel", "hybrid", "--shard-ranks", "0"],
+            "shard_ranks is 0; it must be at least 1",
+        ),
+        (["toy_dmd", "--timeout", "0"], "--timeout is 0; it must be at least 1"),
         (["toy_dmd", "--resume", "nowhere", "--directory", "elsewhere"], "give --resume alone"),
         (["toy_dmd", "--teacher", "nowhere", "--device", "cpu", "--directory", "elsewhere"], "no directory"),
         (
@@ -221,3 +235,58 @@ def test_ranks_of_torchrun_make_the_run_of_one(model, prompts, tmp_path):
         for name in ("one", "two")
     )
     assert two == pytest.approx(one, rel=0.02)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def workers(agent: int) -> list[int]:
+    """The ranks that a process of torchrun has started."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    lines = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    return [child for child, line in lines.items() if b"rfengine.cli" in line]
+
+
+def wait_for(path: Path, agent: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert agent.poll() is None and time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_one_that_never_stopped(model, prompts, tmp_path):
+    """The agent of torchrun, which counts restarts, and its ranks are processes of their own here."""
+    command = [*arguments("toy_dmd", model, prompts), "--accumulation", "2", "--parallel", "sharded"]
+    command[command.index("--steps") + 1], command[command.index("--save-every") + 1] = "10", "2"
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "-m",
+        "rfengine.cli",
+    ]
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    agent = subprocess.Popen(
+        [sys.executable, *torchrun[:2], *rendezvous, *torchrun[2:], *command, "--directory", str(killed)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for(killed / "checkpoints" / "step_00000004", agent)
+        os.kill(workers(agent.pid)[1], signal.SIGKILL)
+        _, errors = agent.communicate(timeout=180)
+    finally:
+        agent.terminate()
+        agent.wait()
+    assert agent.returncode == 0, errors
+    assert "exitcode: -9" in errors and "has lost another rank" in errors
+    assert launched([*command, "--directory", str(whole)]) == {0: 0, 1: 0}
+    logs = [[json.loads(line) for line in (run / "log.jsonl").open()] for run in (killed, whole)]
+    assert [line["step"] for line in logs[0]] == list(range(1, 11))
+    assert [line["critic_loss"] for line in logs[0]] == [line["critic_loss"] for line in logs[1]]
+    for name in ("checkpoints/step_00000010/rank_00000.safetensors", "checkpoint/transformer.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as distributed
 
-_SHARED_IMPORTS = ("rfengine.training.distillation", "rfengine.training.trainer")  # once for all processes
+_SHARED_IMPORTS = ("rfengine.training.build", "rfengine.training.trainer")  # once for all processes
 
 
 def run_ranks(function: Callable[..., None], count: int, *arguments: object) -> None:

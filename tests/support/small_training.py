@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfig
+from rfengine.files import locked
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
+from rfengine.training.agreement import check_agreement, facts_of
+from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import AdamConfig, DistillationConfig, RolloutConfig, TrainConfig
 from rfengine.training.distillation import DistillationModels, DistillationStage
 from rfengine.training.lora import add_adapters
 from rfengine.training.memory import recompute_blocks
 from rfengine.training.ops import DifferentiableOps
-from rfengine.training.parallel import Ranks, full_tensors, shard
+from rfengine.training.parallel import Ranks, full_tensors, group_size, shard, sharding_mesh
 from rfengine.training.trainer import Trainer
 from support.models import GRID, SMALL, SMALL_VAE, small_model, text_states
 
@@ -87,9 +91,10 @@ def small_trainer(directory: Path, config: TrainConfig = DMD, **options: object)
     for model in (models.student, models.critic):
         if config.lora_rank is not None:
             add_adapters(model, config.lora_rank, config.seed)
-    if config.parallel == "sharded":
+    if config.parallel != "replicated":
+        mesh = sharding_mesh("cpu", group_size(config.parallel, config.shard_ranks, ranks.count))
         for model in (models.student, models.teacher, models.critic):
-            shard(model, "cpu")
+            shard(model, mesh)
     stage = DistillationStage(config, models, DrawnPrompts(), ranks)
     return Trainer(config, stage, directory, ranks, **options)
 
@@ -119,6 +124,35 @@ def run_all(rank: int, jobs: list[tuple[Path, TrainConfig, Path]], means: Path) 
     found = (*(value.grad for value in parameters), ranks.mean(float(rank)))
     if rank == ranks.count - 1:
         torch.save(found, means)
+
+
+def run_apart(rank: int, jobs: list[tuple[Path, TrainConfig, Path]], means: Path, refusals: Path) -> None:
+    """run_all, and then what each rank says, in `refusals` with its number, when one has another seed, when
+    some have another directory and when the directory of the run is in use."""
+    run_all(rank, jobs, means)
+    ranks, found = Ranks(), {}
+    config = changed(seed=7 if rank == 2 else 0)
+    try:
+        check_agreement(facts_of(config, 2, jobs[0][0]), ranks)
+    except ValueError as error:
+        found["seed"] = str(error)
+    place = refusals.with_name(f"of {rank % 2}")
+    try:
+        with locked_run(place):
+            found["place"] = ""
+    except RuntimeError as error:
+        found["place"] = str(error)
+    with ExitStack() as stack:
+        if rank == 0:
+            place.mkdir()
+            stack.enter_context(locked(place / ".training.lock", f"training in {place}"))
+        ranks.meet()
+        try:
+            with locked_run(place):
+                found["lock"] = ""
+        except RuntimeError as error:
+            found["lock"] = str(error)
+    torch.save(found, refusals.with_suffix(f".{rank}"))
 
 
 def changed(**changes: object) -> TrainConfig:

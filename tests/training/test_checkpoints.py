@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from rfengine.checkpoint.loader import save_weights
 from rfengine.training.checkpoints import TrainingCheckpoints, TrainState, locked_run
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Learner, WeightAverage
@@ -143,3 +146,23 @@ def test_a_checkpoint_of_an_earlier_format_is_refused(run: Path) -> None:
 def test_tensors_of_another_model_are_damage(run: Path) -> None:
     with pytest.raises(ValueError, match="none of the 2 .* is whole: of step_00000002, it cannot be read"):
         checkpoints(run).restore(small_state(size=4))
+
+
+def test_a_save_gets_its_name_without_a_wait_once_it_is_written(tmp_path, monkeypatch) -> None:
+    may_end, written = threading.Event(), save_weights
+
+    def slow(*arguments: object) -> None:
+        may_end.wait()
+        written(*arguments)
+
+    monkeypatch.setattr("rfengine.training.checkpoints.save_weights", slow)
+    saving = checkpoints(tmp_path)
+    saving.save(small_state(1))
+    saving.finish_if_written()
+    assert saving.complete() == []
+    may_end.set()
+    deadline = time.monotonic() + 20
+    while not saving.complete() and time.monotonic() < deadline:
+        saving.finish_if_written()
+    assert [path.name for path in saving.complete()] == ["step_00000001"]
+    saving.finish_if_written()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from rfengine.training.config import RolloutConfig
-from rfengine.training.parallel import Ranks, ranks_from_environment
+from rfengine.training.config import RolloutConfig, TrainConfig
+from rfengine.training.parallel import Ranks, group_size, ranks_from_environment
 from support.ranks import run_ranks
-from support.small_training import changed, distillation_models, run_all, run_small
+from support.small_training import changed, distillation_models, run_all, run_apart, run_small
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ RUNS = {
         "checkpointing": True,
     },
     "sharded adapters": {"parallel": "sharded", "lora_rank": 2},
+    "bfloat16": {"parallel": "sharded", "precision": "bfloat16"},
 }
 
 
@@ -52,12 +54,56 @@ def trained(directory: Path, name: str, **changes: object) -> dict[str, torch.Te
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> Path:
-    """Where two ranks have made all RUNS, and have left the mean of their numbers in means.pt."""
+def two_ranks(tmp_path_factory, four_ranks) -> Path:
+    """Where two ranks have made all RUNS, have gone on from the first checkpoint of the four, and have left
+    the mean of their numbers in means.pt."""
     directory = tmp_path_factory.mktemp("two")
     jobs = [(directory / name, changed(**run), directory / f"{name}.pt") for name, run in RUNS.items()]
+    jobs.append(
+        gone_on(directory, "from four", four_ranks / "hybrid", 1, changed(**FOUR, parallel="sharded"))
+    )
     run_ranks(run_all, 2, jobs, directory / "means.pt")
     return directory
+
+
+FOUR = {"accumulation": 4}
+HYBRID = changed(**FOUR, parallel="hybrid", shard_ranks=2)
+
+
+def gone_on(
+    directory: Path, name: str, run: Path, step: int, config: TrainConfig
+) -> tuple[Path, TrainConfig, Path]:
+    """A job that begins with the checkpoint of one step of another run."""
+    place = f"checkpoints/step_{step:08d}"
+    shutil.copytree(run / place, directory / name / place)
+    return directory / name, config, directory / f"{name}.pt"
+
+
+@pytest.fixture(scope="module")
+def alone_for_four(tmp_path_factory) -> Path:
+    """Where one rank has made what four ranks share out."""
+    directory = tmp_path_factory.mktemp("alone_for_four")
+    trained(directory, "run", **FOUR)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory, alone_for_four) -> Path:
+    """Where four ranks, two replicas of two shares, have trained from the start, from the first checkpoint of
+    one rank, and have read its last one; and, in apart.pt, what they say when they have not the same."""
+    directory = tmp_path_factory.mktemp("four")
+    run = alone_for_four / "run"
+    jobs = [
+        (directory / "hybrid", HYBRID, directory / "hybrid.pt"),
+        gone_on(directory, "from one", run, 1, HYBRID),
+        gone_on(directory, "read", run, 2, HYBRID),
+    ]
+    run_ranks(run_apart, 4, jobs, directory / "means.pt", directory / "apart")
+    return directory
+
+
+def saved(directory: Path, name: str) -> dict[str, torch.Tensor]:
+    return torch.load(directory / f"{name}.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +134,19 @@ def test_two_ranks_equal_one_with_adapters(two_ranks, tmp_path):
     assert worst_difference(found, trained(tmp_path, "run", lora_rank=2)) <= 1e-5
 
 
+def test_gradient_in_bfloat16_is_whole_on_ranks_that_share_the_weights(two_ranks, tmp_path):
+    trained(tmp_path, "run", precision="bfloat16")
+    norms = [
+        logged(directory, "student_gradient_norm") for directory in (two_ranks / "bfloat16", tmp_path / "run")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+
+
+def logged(directory: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
 def test_student_and_critic_move_far_more_than_ranks_may_differ(alone, two_ranks):
     models = distillation_models()
     for name, model in (("student", models.student), ("critic", models.critic)):
@@ -111,3 +170,100 @@ def test_passes_that_ranks_cannot_share_are_refused():
     assert list(ranks.passes(6)) == [1, 3, 5]
     with pytest.raises(ValueError, match="accumulation is 3 for 2 ranks"):
         ranks.passes(3)
+
+
+@pytest.mark.slow
+def test_two_replicas_of_two_shares_equal_one_rank(alone_for_four, four_ranks):
+    alone = saved(alone_for_four, "alone")
+    assert worst_difference(saved(four_ranks, "hybrid"), alone) <= 1e-5
+    assert worst_difference(saved(four_ranks, "from one"), alone) <= 1e-5
+
+
+def test_replicas_read_a_checkpoint_of_one_rank_bit_for_bit(alone_for_four, four_ranks):
+    assert worst_difference(saved(four_ranks, "read"), saved(alone_for_four, "alone")) == 0
+
+
+def test_one_rank_reads_a_checkpoint_of_replicas_bit_for_bit(four_ranks, tmp_path):
+    job = gone_on(tmp_path, "run", four_ranks / "hybrid", 2, changed(**FOUR))
+    run_small(0, *job)
+    assert worst_difference(saved(tmp_path, "run"), saved(four_ranks, "hybrid")) == 0
+
+
+def test_only_the_first_replica_writes(four_ranks):
+    found = sorted(path.name for path in (four_ranks / "hybrid" / "checkpoints" / "step_00000002").iterdir())
+    assert found == ["rank_00000.safetensors", "rank_00001.safetensors", "run.json"]
+
+
+@pytest.mark.slow
+def test_two_ranks_and_one_go_on_from_a_checkpoint_of_replicas(
+    alone_for_four, four_ranks, two_ranks, tmp_path
+):
+    alone = saved(alone_for_four, "alone")
+    assert worst_difference(saved(two_ranks, "from four"), alone) <= 1e-5
+    run_small(0, *gone_on(tmp_path, "run", four_ranks / "hybrid", 1, changed(**FOUR)))
+    assert worst_difference(saved(tmp_path, "run"), alone) <= 1e-5
+
+
+def test_ranks_that_differ_are_refused_on_every_rank_with_what_differs(four_ranks):
+    for rank in range(4):
+        refusals = torch.load(four_ranks / f"apart.{rank}", weights_only=True)
+        assert "has config.seed 7 and rank 0 on" in refusals["seed"] and refusals["seed"].startswith(
+            "rank 2 on"
+        )
+        assert refusals["place"].startswith(f"{four_ranks}")
+        assert (
+            "of rank 0 is not there on rank 1, 3; give a directory that all nodes share" in refusals["place"]
+        )
+        assert "another process is training in" in refusals["lock"]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "shard_ranks", "count", "size"),
+    [
+        ("replicated", None, 6, 1), ("sharded", None, 6, 6), ("hybrid", 3, 6, 3), ("hybrid", None, 6, 2),
+        ("hybrid", 6, 6, 6), ("hybrid", 1, 6, 1),
+    ],
+)  # fmt: skip
+def test_groups_are_of_a_node_where_nothing_else_is_said(monkeypatch, parallel, shard_ranks, count, size):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert group_size(parallel, shard_ranks, count) == size
+
+
+def test_ranks_that_are_no_whole_number_of_groups_are_refused(monkeypatch):
+    sentence = (
+        r"6 rank\(s\) cannot be divided into groups of 4 .* a multiple of 4 ranks, or give --shard-ranks"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        group_size("hybrid", 4, 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=sentence):
+        group_size("hybrid", None, 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "none")
+    with pytest.raises(
+        ValueError, match="LOCAL_WORLD_SIZE is 'none'; torchrun sets it, here from 1 to 65536"
+    ):
+        group_size("hybrid", None, 6)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert group_size("hybrid", None, 6) == 6
+
+
+def test_groups_of_ranks_are_for_hybrid_alone():
+    with pytest.raises(ValueError, match="shard_ranks is 2 and parallel 'sharded'; groups of ranks are of"):
+        changed(parallel="sharded", shard_ranks=2)
+
+
+def test_a_rank_that_lost_another_says_so(monkeypatch):
+    monkeypatch.setattr("rfengine.training.parallel._join", lambda *_: None)
+    monkeypatch.setattr("rfengine.training.parallel.Ranks", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    gone = (
+        "[/src/gloo/transport/tcp/pair.cc:537] Read error [::1]:5: Connection reset by peer. This is typical"
+    )
+    sentence = (
+        r"rank 1 of 2 has lost another rank, whose output .* \(Read error .*: Connection reset by peer\)"
+    )
+    with pytest.raises(RuntimeError, match=sentence), ranks_from_environment(torch.device("cpu")):
+        raise RuntimeError(gone)
+    with pytest.raises(RuntimeError, match="^its own fault$"), ranks_from_environment(torch.device("cpu")):
+        raise RuntimeError("its own fault")

@@ -73,7 +73,7 @@ def test_activations_are_near_what_autograd_keeps():
 
 def test_sharding_divides_what_is_learned_by_the_ranks():
     config = recipes.wan_1_3b_reward_forcing()
-    one, eight = (plan_resources(config, ranks, "cuda") for ranks in (1, 8))
+    one, eight = (plan_resources(config, ranks, ranks, "cuda") for ranks in (1, 8))
     for before, after in zip(one.models[:3], eight.models[:3], strict=True):
         assert after.total == pytest.approx(before.total / 8)
     assert eight.step_flops == one.step_flops
@@ -82,9 +82,17 @@ def test_sharding_divides_what_is_learned_by_the_ranks():
     assert student.total == 20 * student.parameters and teacher.total == 2 * teacher.parameters
 
 
+def test_replicas_divide_by_their_own_ranks_alone():
+    config = replace(recipes.wan_1_3b_reward_forcing(), parallel="hybrid")
+    sharded, hybrid = plan_resources(config, 8, 8, "cuda"), plan_resources(config, 32, 8, "cuda")
+    assert hybrid.models == sharded.models and hybrid.peak == sharded.peak
+    assert "one of 32 rank(s), 4 copies of the weights, each on 8, GiB" in hybrid.render()
+    assert "copies" not in sharded.render()
+
+
 def test_adapters_cost_their_own_gradients_and_moments():
     config = recipes.toy_dmd()
-    student = plan_resources(replace(config, lora_rank=4), 1, "cpu").models[0]
+    student = plan_resources(replace(config, lora_rank=4), 1, 1, "cpu").models[0]
     with torch.device("meta"):
         model = WanDiT(config.engine.model)
     count = adapter_parameters(config.engine.model, 4)
@@ -94,7 +102,7 @@ def test_adapters_cost_their_own_gradients_and_moments():
 
 
 def test_plan_that_cannot_fit_is_refused_with_its_numbers():
-    plan = plan_resources(recipes.wan_1_3b_reward_forcing(), 8, "cuda")
+    plan = plan_resources(recipes.wan_1_3b_reward_forcing(), 8, 8, "cuda")
     plan.check(plan.peak, "cuda:0")
     with pytest.raises(RuntimeError, match=r"needs \d+\.\d GiB on a rank and cuda:0 has 80\.0 GiB; use more"):
         plan.check(80 * 2**30, "cuda:0")
@@ -102,7 +110,7 @@ def test_plan_that_cannot_fit_is_refused_with_its_numbers():
 
 @pytest.mark.parametrize("recipe", [recipes.toy_teacher, recipes.toy_ode_init, recipes.toy_re_dmd])
 def test_every_plan_prints_its_numbers(recipe):
-    plan = plan_resources(recipe(), 1, "cpu")
+    plan = plan_resources(recipe(), 1, 1, "cpu")
     assert plan.peak > plan.resident > 0 and plan.step_flops > 0
     text = plan.render()
     assert "most at once" in text and "work of one step" in text and "student" in text

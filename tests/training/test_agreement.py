@@ -1,0 +1,64 @@
+"""What ranks have to have in common; test_parallel.py has ranks that differ."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rfengine.checkpoint.directories import checkpoint_directory
+from rfengine.checkpoint.loader import read_safetensors, save_weights
+from rfengine.training.agreement import check_agreement, facts_of
+from rfengine.training.checkpoints import first_difference
+from rfengine.training.config import TrainConfig
+from rfengine.training.parallel import Ranks
+from support.small_training import changed
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    shutil.copytree(checkpoint_directory("tiny"), tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    return changed(teacher=str(tmp_path / "teacher"), data=str(tmp_path / "prompts.txt"), base="tiny")
+
+
+def spoil_teacher(config: TrainConfig) -> None:
+    path = Path(config.teacher) / "transformer.safetensors"
+    tensors, metadata = read_safetensors(path)
+    save_weights(path, {name: value + 1 for name, value in tensors.items()}, metadata)
+
+
+def name_of_first(before: dict, config: TrainConfig, directory: Path) -> str:
+    return first_difference("", before, facts_of(config, 2, directory))[0]
+
+
+def test_each_thing_that_differs_is_found(config, tmp_path):
+    run = tmp_path / "run"
+    before = facts_of(config, 2, run)
+    assert name_of_first(before, replace(config, seed=3), run) == "config.seed"
+    assert facts_of(config, 4, run) != before
+    (run / "checkpoints" / "step_00000003").mkdir(parents=True)
+    assert name_of_first(before, config, run) == "finished checkpoints"
+    shutil.rmtree(run)
+    Path(config.data).write_text("a dog\n")
+    assert name_of_first(before, config, run) == "files.data"
+    Path(config.data).write_text("a cat\n")
+    assert facts_of(config, 2, run) == before
+    spoil_teacher(config)
+    assert name_of_first(before, config, run) == "weights.teacher"
+    shutil.rmtree(config.teacher)
+    assert name_of_first(before, config, run) == "weights.teacher"
+
+
+def test_ranks_that_differ_are_told_apart_by_number_host_and_value(config, tmp_path):
+    facts = facts_of(config, 2, tmp_path)
+
+    class TwoRanks(Ranks):
+        def gathered(self, value):
+            return [value, ("second", value[1] | {"versions": value[1]["versions"] | {"torch": "1.0"}})]
+
+    with pytest.raises(ValueError, match=r"rank 1 on second has versions.torch '1.0' and rank 0 on .* '2"):
+        check_agreement(facts, TwoRanks())
+    check_agreement(facts, Ranks())
