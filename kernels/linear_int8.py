@@ -41,8 +41,7 @@ def _linear_int8_kernel(
     for k in range(0, K, BLOCK_K):
         left = load_tile(y, y_stride, row, k, rows, K, BLOCK_M, BLOCK_K, TMA)
         right = load_tile(weight, weight_stride, column, k, columns, K, BLOCK_N, BLOCK_K, TMA)
-        right = right.to(tl.float32).to(left.dtype)  # the interpreter has no bf16 of int8
-        acc = tl.dot(left, right.T, acc, input_precision="ieee")
+        acc = tl.dot(left, right.to(left.dtype).T, acc, input_precision="ieee")
     at, here = row + tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     inside = here < columns
     value = acc * tl.load(weight_scale + here, mask=inside, other=0.0).to(tl.float32)[None, :]

@@ -23,7 +23,7 @@ def channel_int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     wide = weight.float()
     scale = (wide.abs().amax(1) / LARGEST_INT8).to(dtype)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)  # a NaN stays one
     values = (wide / scale.float().unsqueeze(1)).round_().clamp_(-LARGEST_INT8, LARGEST_INT8)
     return values.to(torch.int8), scale
 

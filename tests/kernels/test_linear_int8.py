@@ -15,6 +15,10 @@ HOPPER = Device(132, 227 * 1024, (9, 0))
 AMPERE = Device(28, 99 * 1024, (8, 6))
 
 
+# the interpreter multiplies no bfloat16
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+
 @pytest.fixture(params=["pointer", "descriptor"])
 def form(request, monkeypatch):
     """Of the kernel's loads, both of which the interpreter runs."""
@@ -24,7 +28,7 @@ def form(request, monkeypatch):
         monkeypatch.setattr(linear_int8, "describe_device", lambda _: device)
 
 
-def operands(rows=(2, 21), inputs=48, outputs=80, dtype=torch.bfloat16, has_bias=True):
+def operands(rows=(2, 21), inputs=48, outputs=80, dtype=torch.float16, has_bias=True):
     torch.manual_seed(0)
     x = torch.randn(*rows, inputs).to(dtype)
     weight, scale = channel_int8(torch.randn(outputs, inputs) / inputs**0.5, dtype)
@@ -41,7 +45,7 @@ def assert_matches(name, case):
     assert_within_reference_error(name, found, expected, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["linear_int8", "linear_gelu_int8"])
 def test_the_products_agree_with_the_reference(name, dtype, form):
     for rows, inputs, outputs in (((1, 1), 16, 16), ((1, 63), 144, 40), ((2, 21), 48, 200)):
