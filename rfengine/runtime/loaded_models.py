@@ -11,12 +11,13 @@ import torch
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import DTypeName, EngineConfig, RuntimeConfig
-from rfengine.models.dit import WanDiT, pack_weights
+from rfengine.models.dit import WanDiT
 from rfengine.models.fp8_products import quantise
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
 from rfengine.runtime.decoders import OpenDecoder, opener, require_decoder
 from rfengine.runtime.model_precision import require_precision
+from rfengine.runtime.loaded_transformer import load_transformer
 from rfengine.runtime.options import decode_device, model_dtype, present_device
 
 if TYPE_CHECKING:
@@ -78,11 +79,10 @@ def load_models(
 
     text_cache: as Checkpoint.text_encoder takes it. Raises as Checkpoint.load and opener do.
     """
-    dtype, device = place.dtype, place.device
-    transformer = checkpoint.load(lambda: WanDiT(config.model, ops), "transformer", dtype, device).eval()
-    pack_weights(transformer)
+    dtype = place.dtype
+    transformer = load_transformer(checkpoint, config, ops, dtype, place.device)
     if config.runtime.multiplies_fp8:
         quantise(transformer, left_out)
     vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, place.decoding).eval()
-    encoder = checkpoint.text_encoder(place.text_device, dtype, text_cache)
+    encoder = checkpoint.text_encoder(place.text_device, dtype, text_cache, config.runtime)
     return LoadedModels(transformer, vae, encoder, opener(checkpoint, config, vae, dtype, place.decoding))

@@ -1,0 +1,41 @@
+"""The bytes that torch's allocator of the CPU has given out, as its own profiler reports them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def peaks_of(phases: dict[str, Callable[[], object]]) -> dict[str, int]:
+    """Run the phases one after the other; the most that was taken in each, counted from the first on.
+
+    What is there before counts nothing, and what is freed of it less than nothing: run all in one go.
+    """
+    marks = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        for name, run in phases.items():
+            with torch.profiler.record_function(f"phase {name}"):
+                run()
+            marks.append(name)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    spans = {
+        event["name"].removeprefix("phase "): (event["ts"], event["ts"] + event["dur"])
+        for event in events
+        if event["name"].startswith("phase ") and event.get("ph") == "X"
+    }
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    taken, peaks = 0, dict.fromkeys(marks, 0)
+    for time, size in changes:
+        taken += size
+        for name, (start, stop) in spans.items():
+            if start <= time <= stop:
+                peaks[name] = max(peaks[name], taken)
+    return peaks
