@@ -35,9 +35,11 @@ from rfengine.limits import as_integer, shown
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import Prompt, prompt_line
+from rfengine.runtime.card_loading import PresetRequest, load_under_preset
 from rfengine.runtime.decoders import OpenDecoder, full_opener, tier_of
 from rfengine.runtime.engine import Engine
 from rfengine.runtime.loaded_models import Placement, load_models
+from rfengine.runtime.loaded_transformer import refuse_loras
 from rfengine.runtime.model_precision import products_left_out
 from rfengine.runtime.options import tuned_ops
 from rfengine.schedule import as_seed
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from rfengine.models.text_encoder import TextEncoder
+
+_STEADY_CHUNKS = 3  # that a rehearsal makes once the window is full: the second of them records the graphs
 
 
 class Pipeline:
@@ -95,6 +99,7 @@ class Pipeline:
         backend: Backend | None = None,
         runtime: RuntimeConfig | None = None,
         loras: Sequence[Lora | str | Path] = (),
+        size: tuple[int, int] | None = None,
     ) -> Pipeline:
         """Load "tiny", which comes with the package, a checkpoint directory (README, published weights) or
         an open Checkpoint.
@@ -103,10 +108,11 @@ class Pipeline:
         VAE's decoder follows runtime.vae_precision, and its encoder is in float32. text_device: of the text
         encoder; "cpu" keeps it off the GPU. text_cache: directory that keeps text states by prompt. system:
         the cache and the denoising steps of a published system, in place of the checkpoint's; cache, backend,
-        runtime: replace its own. loras: see set_loras.
+        runtime: replace its own. loras: see set_loras. size: height and width in place of the checkpoint's,
+        which runtime.preset then may not make smaller.
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs, and
         for a diffusion forcing model, RuntimeError when the backend or a part of the runtime cannot run on
-        the device.
+        the device, or no preset fits into its memory.
         """
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         require_stream(checkpoint.config)
@@ -117,15 +123,36 @@ class Pipeline:
             config = replace(config, runtime=runtime)
         if backend is not None:
             config = replace(config, backend=backend)
+        if size is not None:
+            config = replace(config, height=size[0], width=size[1])
         place = Placement.of(config.runtime, device, dtype, text_device)
-        left_out = products_left_out(checkpoint, config.runtime)
-        loaded = load_loras(loras, expected_shapes(config.model))
-        ops = tuned_ops(config, place.dtype, place.device)
-        models = load_models(checkpoint, config, ops, place, text_cache, left_out)
-        parts = models.transformer, models.vae, models.text_encoder
-        pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
-        pipeline._engine.adapted.apply(loaded)
-        return pipeline
+        request = PresetRequest(checkpoint, place, text_device is not None, bool(loras), size is None)
+
+        def load(config: EngineConfig) -> Pipeline:
+            refuse_loras(config.runtime, loras)
+            left_out = products_left_out(checkpoint, config.runtime)
+            loaded = load_loras(loras, expected_shapes(config.model))
+            ops = tuned_ops(config, place.dtype, place.device)
+            models = load_models(checkpoint, config, ops, place, text_cache, left_out)
+            parts = models.transformer, models.vae, models.text_encoder
+            pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
+            pipeline._engine.adapted.apply(loaded)
+            if checks_memory:
+                pipeline._rehearse()
+            return pipeline
+
+        checks_memory = config.runtime.preset == "auto"
+        return load_under_preset(config, request, load)
+
+    def _rehearse(self) -> None:
+        """Run a stream into the steady state, so that memory that runs out does so before anything is made."""
+        states = self.text_encoder.encode(["a"], self.model.device, self.model.dtype)
+        with self._engine.turns:
+            stream = VideoStream(self._engine, LatentGrid.of(self.config), "a", states, 0)
+        for _ in stream.take(self.config.cache.filling_chunks + _STEADY_CHUNKS):
+            pass
+        stream.close()
+        self.synchronize()
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -165,6 +192,7 @@ class Pipeline:
         depends on the list alone (AdaptedWeights). A LoRA that stays is not read again, whatever its scale,
         unless its files are others now. After an error, ValueError or RuntimeError, all is as it was.
         """
+        refuse_loras(self.config.runtime, loras)
         self._engine.adapted.apply(self._engine.adapted.load(loras))
 
     def to(self, device: str | torch.device) -> Pipeline:

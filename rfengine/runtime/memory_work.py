@@ -3,6 +3,7 @@ no memory (torch's FakeTensorMode), so that a change of the program changes it t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.checkpoint.checkpoint import Checkpoint
-from rfengine.config import EngineConfig
+from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.costs.live_memory import LiveMemory
 from rfengine.costs.memory import described_vae
 from rfengine.grid import LatentGrid
@@ -22,12 +23,14 @@ from rfengine.models.fp8_products import quantise
 from rfengine.models.streaming_decoder import StreamingDecoder
 from rfengine.models.tiny_vae import TinyVAE
 from rfengine.ops import OPS, Ops, choose_ops
+from rfengine.ops.cpu import identity_of_norm
 from rfengine.runtime.chunk_runner import ChunkRunner
 from rfengine.runtime.loaded_transformer import load_transformer
 from rfengine.runtime.rolling_runner import RollingRunner
 from rfengine.schedule import FlowSchedule
 
 _CPU = torch.device("cpu")
+_KEPT = 32  # results, which the plans of several presets share
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +98,40 @@ def stream_work(
         _chunk_work(_with_layers(config, count), grid, dtype, on_cuda) for count in (1, min(2, layers))
     )
     # all layers together; each pass of a chunk is over one layer after the other
-    first, steady = _eviction_work(config, grid, dtype, on_cuda)
-    decoder = _decoder_work(config, grid, dtype, decoding, on_cuda)
+    first, steady = _eviction_work(replace(config, runtime=RuntimeConfig()), grid, dtype, on_cuda)
+    decodes = replace(config, runtime=RuntimeConfig(vae=config.runtime.vae))
+    decoder = _decoder_work(decodes, grid, dtype, decoding, on_cuda)
     return StreamWork(
         first=max(two["first"], first),
         steady=max(two["steady"], steady),
         text=one["text"] + (layers - 1) * (two["text"] - one["text"]),
-        kept=one["kept"] + (layers - 1) * (two["kept"] - one["kept"]),
+        kept=one["kept"] + (layers - 1) * (two["kept"] - one["kept"]) + _of_other_steps(config, grid, dtype),
         **decoder,
     )
 
 
 def _with_layers(config: EngineConfig, layers: int) -> EngineConfig:
-    runtime = replace(config.runtime, block_buffers=None)
-    return replace(config, model=replace(config.model, num_layers=layers), runtime=runtime)
+    """`config` with so many layers, all on the device, and nothing that changes no work of a chunk."""
+    asked = config.runtime
+    runtime = RuntimeConfig(block_weights=asked.block_weights)
+    if asked.multiplies_fp8:
+        runtime = RuntimeConfig(precision="fp8")
+    schedule = config.schedule
+    if schedule.rolling == "none":  # every step takes the same
+        schedule = replace(schedule, denoising_steps=schedule.denoising_steps[:1], first_steps=())
+    model = replace(config.model, num_layers=layers)
+    return replace(config, model=model, runtime=runtime, schedule=schedule)
+
+
+def _of_other_steps(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype) -> int:
+    """Of the modulation and the noise of the steps that _with_layers leaves out."""
+    schedule, model = config.schedule, config.model
+    if schedule.rolling != "none":
+        return 0
+    levels = len({*schedule.denoising_steps, *schedule.first_steps}) - 1
+    modulation = (6 * model.num_layers + 2) * model.dim * torch.float32.itemsize
+    draw = model.in_dim * config.cache.chunk_frames * grid.latent_height * grid.latent_width * dtype.itemsize
+    return levels * modulation + (len(schedule.denoising_steps) - 1) * draw
 
 
 def _without_memory() -> AbstractContextManager[None]:
@@ -121,10 +144,12 @@ def _ops(live: LiveMemory, config: EngineConfig, dtype: torch.dtype, on_cuda: bo
     return _FusedOps(live) if on_cuda else choose_ops(config.backend, _CPU, dtype=dtype)
 
 
+@functools.lru_cache(_KEPT)
 def _chunk_work(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, on_cuda: bool) -> dict[str, int]:
     """first, steady, text and kept of a model with the few layers of `config`."""
     peaks: dict[str, int] = {}
     schedule, rolling = FlowSchedule(config.schedule), config.schedule.rolling  # which reads its own values
+    identity_of_norm(config.model.dim)  # which the ops of a CPU keep for other runs, so it must have memory
     with _without_memory(), torch.no_grad(), _Rehearsed() as live:
         ops = _ops(live, config, dtype, on_cuda)
         model = load_transformer(Checkpoint.random(config), config, ops, dtype, _CPU)
@@ -144,9 +169,8 @@ def _chunk_work(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, on_c
             kept = _advance(runner, cache, text, dtype)
         while not cache.plan_chunk().evicts:
             _pass_over(cache)
-        kept = [kept, _advance(runner, cache, text, dtype)]  # of another length than the first, perhaps
         with live.section(peaks, "steady"):
-            kept[1] = _advance(runner, cache, text, dtype)
+            kept = [kept, _advance(runner, cache, text, dtype)]  # of another length than the first, perhaps
         peaks["kept"] = live.live - before - text.keys.nbytes - text.values.nbytes
     return peaks
 
@@ -170,6 +194,7 @@ def _pass_over(cache: StreamingKVCache) -> None:
     cache.commit(plan)
 
 
+@functools.lru_cache(_KEPT)
 def _eviction_work(
     config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, on_cuda: bool
 ) -> tuple[int, int]:
@@ -186,6 +211,7 @@ def _eviction_work(
     return peaks["first"], peaks["steady"]
 
 
+@functools.lru_cache(_KEPT)
 def _decoder_work(
     config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, decoding: torch.dtype, on_cuda: bool
 ) -> dict[str, int]:
