@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rfengine.models.dit import WanDiT
 from rfengine.models.linear import Linear
 from rfengine.ops import REFERENCE_OPS
+from rfengine.ops.reference_int8 import dequantised
 
 SCALE_SUFFIX = "_scale"  # of the name of a weight, for its scale
 
@@ -56,6 +57,17 @@ def text_encoder_in_int8(model: nn.Module) -> nn.Module:
                 if isinstance(layer, nn.Linear):
                     setattr(owner, name, Int8Linear(layer, widens=name == "wo"))
     return model
+
+
+def weights_in(model: WanDiT, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of `model` by name on its device in `dtype`, those in int8 multiplied back: new tensors, but
+    for what is so already."""
+    weights = {name: tensor.to(model.device) for name, tensor in model.state_dict().items()}
+    scales = {name: weights.pop(name) for name in list(weights) if name.endswith(f"weight{SCALE_SUFFIX}")}
+    for name, scale in scales.items():
+        name = name.removesuffix(SCALE_SUFFIX)
+        weights[name] = dequantised(weights[name], scale, dtype)
+    return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
 def is_in_int8(model: WanDiT) -> bool:

@@ -53,7 +53,7 @@ CARD_PRESETS = (
             text_encoder="layers", text_weights="int8", block_weights="int8", vae="tiny", block_buffers=2,
         ),
         "reduced with the tiny decoder, else near-lossless",
-        "every pass brings the weights of all blocks to the device; no CUDA graphs",
+        "every pass brings the weights of all blocks to the device",
     ),
 )  # fmt: skip
 

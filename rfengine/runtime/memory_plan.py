@@ -112,7 +112,7 @@ def _plan(
     in_host = 0 if on_cuda else text.host
     stays = text.device if config.runtime.text_encoder != "layers" else 0
     passing = text.device - stays  # layers that are there while a prompt is encoded
-    weights = sum(parts[name] for name in ("transformer", "transformer_fp8", "vae", "decoder"))
+    weights = sum(parts[name] for name in ("transformer", "transformer_fp8", "vae", "decoder_weights"))
     loading = weights - parts["vae"] + 4 * parameter_count(config.vae)
     parts["text_encoder"] = stays + in_host
     resident = sum(parts.values())
@@ -145,7 +145,7 @@ def _parts(
 ) -> dict[str, int]:
     """What stays, without the text encoder."""
     parts = {name: size for name, size in needs.items() if name not in ("total", "text_encoder")}
-    parts["decoder"] = work.decoder_weights
+    parts["decoder_weights"] = work.decoder_weights
     cache = config.cache
     kept_frames = -(-cache.past_frames // cache.chunk_frames) * cache.chunk_frames
     latents = config.model.in_dim * kept_frames * grid.latent_height * grid.latent_width * dtype.itemsize
