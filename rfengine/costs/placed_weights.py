@@ -21,10 +21,12 @@ _LAYER = "encoder.block.{}."
 
 @dataclass(frozen=True, slots=True)
 class PlacedBytes:
-    """device: of the weights that are there at once. host: of those that are in host memory for good."""
+    """device: of the weights that are there at once; working: the part of them that is memory of working
+    blocks. host: of those that are in host memory for good."""
 
     device: int
     host: int = 0
+    working: int = 0
 
 
 def transformer_weights(config: EngineConfig, dtype: torch.dtype) -> PlacedBytes:
@@ -45,7 +47,8 @@ def transformer_weights(config: EngineConfig, dtype: torch.dtype) -> PlacedBytes
         if name not in BLOCK_STAYS
     )
     block, count = offloaded_bytes(model.blocks[0], BLOCK_STAYS), len(model.blocks)
-    return PlacedBytes(total - moved + min(runtime.block_buffers, count) * block, count * block)
+    working = min(runtime.block_buffers, count) * block
+    return PlacedBytes(total - moved + working, count * block, working)
 
 
 def text_encoder_weights(config: EngineConfig, dtype: torch.dtype) -> PlacedBytes:

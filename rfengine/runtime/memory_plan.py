@@ -19,6 +19,7 @@ MIB = 2**20
 # On CUDA beside what torch's tensors take; none of the three was measured.
 CONTEXT_BYTES = 768 * MIB  # what driver and CUDA context keep of a card's memory
 LIBRARY_BYTES = 256 * MIB  # workspaces of cuBLAS and cuDNN
+_LATER = ("small", "vae_buffers", "graph_inputs")  # parts that come with the first chunks
 ROUNDING = 0.03  # of the tensors: blocks of 2 MiB, and free pieces that nothing fits into
 
 
@@ -90,7 +91,8 @@ def plan_memory(
         parts["transformer"] += host["transformer"]
         text = PlacedBytes(text.device, host["text_encoder"])
         host = {}
-    return _plan(config, grid, own, _Sums(parts, text, work, host, overlap), on_cuda)
+    sums = _Sums(parts, text, work, host, overlap, transformer.working)
+    return _plan(config, grid, own, sums, on_cuda)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class _Sums:
     work: StreamWork
     host: dict[str, int]
     overlap: bool
+    working_blocks: int
 
 
 def _plan(
@@ -118,10 +121,14 @@ def _plan(
     resident = sum(parts.values())
     switch = parts["cross_attention"] + work.text  # the prompt before has its own meanwhile
     both = sum if sums.overlap else max
+    unmade = sums.working_blocks  # which come with the first keys and values of a text
     phases = {
-        "loading": max(loading, weights + (0 if on_cuda else _largest_read(config, dtype))),
-        "encoding": weights + parts["text_encoder"] + passing + encode,
-        "opening": resident - parts["small"] + work.text,
+        "loading": max(loading, weights + (0 if on_cuda else _largest_read(config, dtype))) - unmade,
+        "encoding": weights - unmade + parts["text_encoder"] + passing + encode,
+        "opening": max(
+            weights + parts["text_encoder"] + parts["cross_attention"] + work.text,
+            resident - sum(parts.get(name, 0) for name in _LATER),
+        ),
         "first chunk": resident + max(work.first, work.decode_first),
         "steady chunk": resident + both((work.steady, work.decode)),
         "prompt switch": resident + max(passing + encode, switch),

@@ -49,17 +49,26 @@ class StreamWork:
 
 
 class _Rehearsed(LiveMemory):
-    """LiveMemory of tensors without memory; a convolution of oneDNN, which takes none of those, is torch's."""
+    """LiveMemory of tensors without memory, of which oneDNN makes no convolution: this makes its result, whose
+    channels are last in memory."""
 
     def __torch_dispatch__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is torch.ops.aten.mkldnn_convolution.default:
-            x, weight, bias, padding, stride, dilation, groups = args
-            none = [0] * len(padding)
-            args = (x, weight, bias, stride, padding, dilation, False, none, groups)
-            function = torch.ops.aten.convolution.default
+            function, args, kwargs = _convolved, args, {}
         return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any, stride: Any, dilation: Any, groups: int
+) -> Tensor:
+    """A tensor like aten.mkldnn_convolution's."""
+    none = [0] * len(padding)
+    convolve = torch.ops.aten.convolution.default
+    shape = convolve(x, weight, bias, stride, padding, dilation, False, none, groups).shape
+    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 class _FusedOps(Ops):

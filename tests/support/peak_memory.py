@@ -1,4 +1,5 @@
-"""The bytes that torch's allocator of the CPU has given out, as its own profiler reports them."""
+"""The bytes that torch's allocator of the CPU has given out, as its own profiler reports them, in the phases of
+a pipeline."""
 
 from __future__ import annotations
 
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from rfengine.grid import LatentGrid
+from rfengine.pipeline import Pipeline
+from rfengine.stream import VideoStream
 
 
 def peaks_of(phases: dict[str, Callable[[], object]]) -> dict[str, int]:
@@ -39,3 +44,32 @@ def peaks_of(phases: dict[str, Callable[[], object]]) -> dict[str, int]:
             if start <= time <= stop:
                 peaks[name] = max(peaks[name], taken)
     return peaks
+
+
+def peaks_of_pipeline(load: Callable[[], Pipeline], prompt: str) -> dict[str, int]:
+    """Those of a MemoryPlan, of a pipeline that `load` makes: everything runs as from_pretrained and stream
+    run it."""
+    made: dict[str, object] = {}
+
+    def opening() -> None:
+        pipeline = made["pipeline"]
+        grid = LatentGrid.of(pipeline.config)
+        made["stream"] = VideoStream(pipeline._engine, grid, prompt, made.pop("states"), 0)
+
+    def chunks(count: int) -> None:
+        for _ in range(count):
+            made["chunk"] = made["stream"].advance(ahead=False)
+
+    def encoding() -> None:
+        made["states"] = made["pipeline"]._engine.encode_text(prompt)
+
+    return peaks_of(
+        {
+            "loading": lambda: made.update(pipeline=load()),
+            "encoding": encoding,
+            "opening": opening,
+            "first chunk": lambda: chunks(1),
+            "steady chunk": lambda: chunks(made["pipeline"].config.cache.filling_chunks + 1),
+            "prompt switch": lambda: made["stream"].set_prompt(prompt),
+        }
+    )
