@@ -66,8 +66,8 @@ def examine(
     """The report as plain JSON values; sizes are bytes.
 
     model: a preset or a checkpoint directory, whose memory is computed at height x width pixels in dtype and
-    whose files are read and compared with their manifest. loras: read, and their memory computed.
-    gpu_memory: GiB of a card, for which the presets are planned; None plans none.
+    whose files are read and compared with their manifest. loras: read, and their memory computed. gpu_memory:
+    GiB of a card that presets are planned for.
     Raises ValueError for an unknown model, a size that is no multiple of the patch and a LoRA of another
     model, RuntimeError where the configuration is damaged and the manifest knows it.
     """
@@ -75,8 +75,7 @@ def examine(
     checkpoint = _open(model, files)
     config = checkpoint.config
     grid = LatentGrid.of(config, height, width)
-    on_cuda = torch.cuda.is_available()
-    device = "cuda" if on_cuda else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     own = model_dtype(config.runtime, dtype, torch.device(device))
     loaded = load_loras(loras, expected_shapes(config.model))
     decoding = plan_precision(config.runtime, device, own)
@@ -89,7 +88,7 @@ def examine(
         "cpu": {"name": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
         "driver": driver_version(),
-        "gpus": _gpus() if on_cuda else [],
+        "gpus": _gpus(),
         "packages": {name: version_of(name) for name in (*_REQUIRED, *_OPTIONAL)},
         "h264": _h264(),
         "backends": {
@@ -249,7 +248,8 @@ def _h264() -> dict[str, Any]:
 def render(report: dict[str, Any]) -> str:
     """The report of `examine` as text."""
     sections = [
-        _machine_lines, _package_lines, _backend_lines, _runtime_lines, _memory_lines, _card_lines, _file_lines
+        _machine_lines, _package_lines, _backend_lines, _runtime_lines, _memory_lines, _card_lines,
+        _file_lines
     ]  # fmt: skip
     return "\n\n".join("\n".join(lines) for lines in (section(report) for section in sections) if lines)
 

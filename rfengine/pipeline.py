@@ -35,6 +35,7 @@ from rfengine.limits import as_integer, shown
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import Prompt, prompt_line
+from rfengine.rehearsal import rehearse
 from rfengine.runtime.card_loading import PresetRequest, load_under_preset
 from rfengine.runtime.decoders import OpenDecoder, full_opener, tier_of
 from rfengine.runtime.engine import Engine
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
     from numpy import ndarray
 
     from rfengine.models.text_encoder import TextEncoder
-
-_STEADY_CHUNKS = 3  # that a rehearsal makes once the window is full: the second of them records the graphs
 
 
 class Pipeline:
@@ -137,22 +136,12 @@ class Pipeline:
             parts = models.transformer, models.vae, models.text_encoder
             pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
             pipeline._engine.adapted.apply(loaded)
-            if checks_memory:
-                pipeline._rehearse()
+            if is_auto:
+                rehearse(pipeline._engine)
             return pipeline
 
-        checks_memory = config.runtime.preset == "auto"
+        is_auto = config.runtime.preset == "auto"
         return load_under_preset(config, request, load)
-
-    def _rehearse(self) -> None:
-        """Run a stream into the steady state, so that memory that runs out does so before anything is made."""
-        states = self.text_encoder.encode(["a"], self.model.device, self.model.dtype)
-        with self._engine.turns:
-            stream = VideoStream(self._engine, LatentGrid.of(self.config), "a", states, 0)
-        for _ in stream.take(self.config.cache.filling_chunks + _STEADY_CHUNKS):
-            pass
-        stream.close()
-        self.synchronize()
 
     @property
     def text_encoder(self) -> TextEncoder:

@@ -85,13 +85,12 @@ class RuntimeConfig:
     def _check_weights(self) -> None:
         if self.block_buffers == 1:
             raise ValueError("block_buffers is 1; use 2 or more, one to compute and one to copy to, or 0")
-        if self.multiplies_fp8 and (self.block_weights == "int8" or self.block_buffers):
-            asked = "block_weights is 'int8'" if self.block_weights == "int8" else (
-                f"block_buffers is {self.block_buffers}"
-            )
+        is_int8 = self.block_weights == "int8"
+        if self.multiplies_fp8 and (is_int8 or self.block_buffers):
+            asked = "block_weights is 'int8'" if is_int8 else f"block_buffers is {self.block_buffers}"
             raise ValueError(
-                f"{asked} and precision is {self.precision!r}, whose products keep weights of both kinds on the "
-                "device; give one of them"
+                f"{asked} and precision is {self.precision!r}, whose products keep weights of both kinds on "
+                "the device; give one of them"
             )
         if self.graphs and self.block_buffers:
             raise ValueError(

@@ -138,7 +138,7 @@ class Checkpoint:
         device: torch.device | str,
         dtype: torch.dtype,
         cache: Path | str | None = None,
-        runtime: RuntimeConfig = RuntimeConfig(),
+        runtime: RuntimeConfig | None = None,
     ) -> TextEncoder | GivenTextStates:
         """What makes text states; its weights are read at the first prompt that `cache` does not hold.
 
@@ -162,6 +162,7 @@ class Checkpoint:
             )
 
         tokenizer, files = open_tokenizer(folder, text), None
+        runtime = runtime or RuntimeConfig()
         is_int8, by_layers = runtime.text_weights == "int8", runtime.text_encoder == "layers"
         if cache is not None:
             weights = self.fingerprint() + ", int8" * is_int8

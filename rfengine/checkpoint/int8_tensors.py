@@ -24,7 +24,8 @@ def with_int8(
 
 
 def _rounded(stored: StoredTensor, dtype: torch.dtype) -> tuple[StoredTensor, StoredTensor]:
-    """The values and the scale of one weight. Whoever reads the values and then the scale has it read once."""
+    """The values and the scale of one weight. Whoever reads the values and then the scale has it read
+    once."""
     kept: list[Tensor] = []
 
     def values() -> Tensor:

@@ -235,7 +235,8 @@ def _write_video(
     scenes = f" in {len(plan.scenes)} scenes" if has_chapters else ""
     print(
         f"{path}: {count} frames, {count / fps:.1f} s of video{scenes}; streams at {rate:.1f} frames/s, "
-        f"{rate / fps:.1f} times as fast as it plays; {pipeline.config.runtime.vae} decoder, {pipeline.vae_tier}"
+        f"{rate / fps:.1f} times as fast as it plays; {pipeline.config.runtime.vae} decoder, "
+        f"{pipeline.vae_tier}"
     )
 
 

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 class LiveMemory(TorchDispatchMode):
     """Inside it, every tensor that an operation of torch returns is counted until its memory is free.
 
-    live, peak: bytes; what was there before is in neither. What an operation takes and frees inside itself is
-    seen by nobody: libraries have workspaces of their own. Inside torch's FakeTensorMode no memory is taken,
-    and the count is that of the same program with memory.
+    live, peak: bytes. What was there before is in neither, until an operation returns a view of it. What an
+    operation takes and frees inside itself is seen by nobody: libraries have workspaces of their own. Inside
+    torch's FakeTensorMode no memory is taken, and the count is that of the same program with memory.
     """
 
     def __init__(self) -> None:

@@ -56,9 +56,7 @@ def text_encoder_weights(config: EngineConfig, dtype: torch.dtype) -> PlacedByte
     so. device: while it encodes."""
     runtime, text = config.runtime, config.text
     is_int8 = runtime.text_weights == "int8"
-    sizes = {
-        name: _bytes_of(name, shape, dtype, is_int8) for name, shape in expected_shapes(text).items()
-    }
+    sizes = {name: _bytes_of(name, shape, dtype, is_int8) for name, shape in expected_shapes(text).items()}
     total = sum(sizes.values())
     if runtime.text_encoder != "layers":
         return PlacedBytes(total)

@@ -1,4 +1,5 @@
-"""BlockOffload: blocks of one shape whose weights are in host memory, a few of them on the device at a time."""
+"""BlockOffload: blocks of one shape whose weights are in host memory, a few of them on the device at a
+time."""
 
 from __future__ import annotations
 
@@ -27,9 +28,9 @@ class BlockOffload(Generic[Block]):
     """The weights of `blocks` in host memory, and `count` working blocks on the device that take them on.
 
     block(n) is a working block with the weights of block n; the copies of those after it, the first one after
-    the last, begin at once and run beside its work: on CUDA on a stream of their own, out of pinned memory, on
-    a CPU at once. What comes out is bit for bit what the blocks themselves would give, since each parameter
-    has its own strides, joined ones included.
+    the last, begin at once and run beside its work: on CUDA on a stream of their own, out of pinned memory,
+    on a CPU at once. What comes out is bit for bit what the blocks themselves would give, since each
+    parameter has its own strides, joined ones included.
 
     The parameters of `blocks` move to host memory in place, but for those named in `stays`, which are left
     where they are and which a working block must not read. nbytes: of one block. The working blocks are made
@@ -51,7 +52,9 @@ class BlockOffload(Generic[Block]):
         """The memory that the parameters of `block` are in now."""
         places, nbytes = _places_of(block, self._stays)
         if places != self._places:
-            raise ValueError("the blocks differ in shape or layout; blocks that share working blocks are alike")
+            raise ValueError(
+                "the blocks differ in shape or layout; blocks that share working blocks are alike"
+            )
         pinned = self.device.type == "cuda"
         memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         for name, parameter in block.named_parameters():

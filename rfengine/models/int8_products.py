@@ -60,8 +60,8 @@ def text_encoder_in_int8(model: nn.Module) -> nn.Module:
 
 
 def weights_in(model: WanDiT, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of `model` by name on its device in `dtype`, those in int8 multiplied back: new tensors, but
-    for what is so already."""
+    """The weights of `model` by name on its device in `dtype`, those in int8 multiplied back: new tensors,
+    but for what is so already."""
     weights = {name: tensor.to(model.device) for name, tensor in model.state_dict().items()}
     scales = {name: weights.pop(name) for name in list(weights) if name.endswith(f"weight{SCALE_SUFFIX}")}
     for name, scale in scales.items():

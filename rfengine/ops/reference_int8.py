@@ -1,8 +1,8 @@
 """The meaning of products with weights in int8, in plain PyTorch, as reference.py has it for all others.
 
-A weight is int8 with one scale for each channel out, in the dtype of the model: the scale is rounded first and
-the values after it, so that its rounding costs nothing. Only the weight is rounded; rows, sums and results are
-those of the dtype of x. Shapes as in reference.py; K inputs and N outputs of a product.
+A weight is int8 with one scale for each channel out, in the dtype of the model: the scale is rounded first
+and the values after it, so that its rounding costs nothing. Only the weight is rounded; rows, sums and
+results are those of the dtype of x. Shapes as in reference.py; K inputs and N outputs of a product.
 """
 
 from __future__ import annotations

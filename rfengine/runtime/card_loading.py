@@ -1,5 +1,5 @@
-"""Loading under a preset: the options of a named one, or, for auto, the first that fits and, where memory runs
-out after all, the next smaller one in the same process."""
+"""Loading under a preset: the options of a named one, or, for auto, the first that fits and, where memory
+runs out after all, the next smaller one in the same process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import torch
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import EngineConfig
 from rfengine.memory import free_memory
-from rfengine.runtime.card_presets import GIB, Candidate, CardPreset, configurations, planned, too_small, with_preset
+from rfengine.runtime.card_presets import (
+    GIB,
+    Candidate,
+    CardPreset,
+    configurations,
+    planned,
+    too_small,
+    with_preset,
+)
 from rfengine.runtime.loaded_models import Placement
 
 logger = logging.getLogger(__name__)
@@ -64,7 +72,8 @@ def load_under_preset(
         smaller = _next_smaller(request, options, number, chosen.plan.needed)
         if smaller is None:
             raise torch.OutOfMemoryError(
-                f"memory ran out under {chosen}, the smallest preset ({shortage}); take a smaller model or size"
+                f"memory ran out under {chosen}, the smallest preset ({shortage}); take a smaller model or "
+                "size"
             )
         logger.warning("memory ran out under %s (%s); %s is loaded instead", chosen, shortage, smaller[0])
         chosen, number = smaller

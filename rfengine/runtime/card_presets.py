@@ -77,7 +77,8 @@ def with_preset(
 
     Given is an option that is not at its default, and what excludes one of the preset's: FP8 and LoRAs keep
     the weights of the blocks as they are, CUDA graphs that are asked for keep them on the device, a
-    vae_precision keeps the full decoder. text_apart: the text encoder has a device of its own, and stays there.
+    vae_precision keeps the full decoder. text_apart: the text encoder has a device of its own, and stays
+    there.
     """
     own = config.runtime
     preset = next(each for each in CARD_PRESETS if each.name == name).options

@@ -55,8 +55,10 @@ def _row(candidate: Candidate, card_bytes: int) -> dict[str, Any]:
         "parts": plan.parts, "work": plan.work, "phases": plan.phases, "reserve": plan.reserve,
         "host": plan.host, "needed": plan.card, "fits": plan.card <= card_bytes,
         "options": {
-            "text_encoder": runtime.text_encoder or "stays", "text_weights": runtime.text_weights or "default",
-            "block_weights": runtime.block_weights or "default", "block_buffers": runtime.block_buffers or 0,
+            "text_encoder": runtime.text_encoder or "stays",
+            "text_weights": runtime.text_weights or "default",
+            "block_weights": runtime.block_weights or "default",
+            "block_buffers": runtime.block_buffers or 0,
             "decoder": runtime.vae,
         },
         "graphs": dataclasses.asdict(runtime_switches(runtime, torch.device(_CUDA))["graphs"]),
@@ -68,8 +70,8 @@ def card_lines(report: dict[str, Any]) -> list[str]:
     """The report as a table: a column for each preset, in GiB."""
     rows = report["presets"]
     lines = [
-        f"presets for {report['model']} on a card of {_gib(report['card'])} GiB, planned in GiB; the reserve is "
-        "not measured"
+        f"presets for {report['model']} on a card of {_gib(report['card'])} GiB, planned in GiB; the reserve "
+        "is not measured"
     ]
     table = {"": [row["preset"] for row in rows], "size": [f"{row['height']}x{row['width']}" for row in rows]}
     names = [name for name in rows[0]["parts"] if any(row["parts"].get(name) for row in rows)]

@@ -16,8 +16,8 @@ from rfengine.models.fp8_products import quantise
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
 from rfengine.runtime.decoders import OpenDecoder, opener, require_decoder
-from rfengine.runtime.model_precision import require_precision
 from rfengine.runtime.loaded_transformer import load_transformer
+from rfengine.runtime.model_precision import require_precision
 from rfengine.runtime.options import decode_device, model_dtype, present_device
 
 if TYPE_CHECKING:

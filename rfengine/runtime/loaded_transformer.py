@@ -21,8 +21,8 @@ _WAY = "merge them for good by `rfengine convert --lora`"
 def load_transformer(
     checkpoint: Checkpoint, config: EngineConfig, ops: Ops, dtype: torch.dtype, device: torch.device
 ) -> WanDiT:
-    """The transformer on `device`, packed, its blocks' weights in host memory and in int8 where config.runtime
-    says so; neither is ever on the device in another form. Raises as Checkpoint.load does."""
+    """The transformer on `device`, packed, its blocks' weights in host memory and in int8 where
+    config.runtime says so; neither is ever on the device in another form. Raises as Checkpoint.load does."""
     runtime = config.runtime
 
     def build() -> WanDiT:
@@ -65,8 +65,8 @@ def refuse_loras(runtime: RuntimeConfig, loras: Collection[object]) -> None:
         return
     if runtime.block_weights == "int8":
         raise ValueError(
-            f"{len(loras)} LoRAs are given and the weights of the blocks are int8, which hold no small change; "
-            f"{_WAY}"
+            f"{len(loras)} LoRAs are given and the weights of the blocks are int8, which hold no small "
+            f"change; {_WAY}"
         )
     if runtime.block_buffers:
         raise ValueError(

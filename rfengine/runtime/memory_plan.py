@@ -8,7 +8,7 @@ import torch
 
 from rfengine.checkpoint.shapes import expected_shapes
 from rfengine.config import DTypeName, EngineConfig
-from rfengine.costs.memory import described_vae, memory_needs, parameter_count
+from rfengine.costs.memory import memory_needs, parameter_count
 from rfengine.costs.placed_weights import PlacedBytes, text_encoder_weights, transformer_weights
 from rfengine.grid import LatentGrid
 from rfengine.runtime.decoder_precision import plan_precision
@@ -65,11 +65,13 @@ def plan_memory(
     without memory (memory_work.py).
 
     dtype: of the model, as from_pretrained takes it. text_on_device: the text encoder is on the model's
-    device. On a CPU one memory has all, and `host` is empty. Raises ValueError for a decoder of TensorRT, whose
-    memory its engine alone knows, and for a diffusion forcing model.
+    device. On a CPU one memory has all, and `host` is empty. Raises ValueError for a decoder of TensorRT,
+    whose memory its engine alone knows, and for a diffusion forcing model.
     """
     if config.runtime.vae == "tensorrt":
-        raise ValueError("vae is 'tensorrt', and only its engine knows its memory; plan with 'full' or 'tiny'")
+        raise ValueError(
+            "vae is 'tensorrt', and only its engine knows its memory; plan with 'full' or 'tiny'"
+        )
     device = torch.device(device_type)
     own = model_dtype(config.runtime, dtype, device)
     decoding = plan_precision(config.runtime, device_type, own).dtype
@@ -171,8 +173,8 @@ def _graph_inputs(
 
 
 def _encoding_work(config: EngineConfig, dtype: torch.dtype) -> int:
-    """That of the text encoder for a prompt of full length: scores of the attention, in `dtype` and in float32
-    for the softmax, or the feed-forward part; with int8 the largest weight in `dtype`."""
+    """That of the text encoder for a prompt of full length: scores of the attention, in `dtype` and in
+    float32 for the softmax, or the feed-forward part; with int8 the largest weight in `dtype`."""
     text, rows = config.text, config.model.text_len
     scores = text.num_heads * rows * rows * (3 * dtype.itemsize + 2 * 4)
     hidden = 3 * rows * text.ffn_dim * dtype.itemsize

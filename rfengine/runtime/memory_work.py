@@ -49,8 +49,8 @@ class StreamWork:
 
 
 class _Rehearsed(LiveMemory):
-    """LiveMemory of tensors without memory, of which oneDNN makes no convolution: this makes its result, whose
-    channels are last in memory."""
+    """LiveMemory of tensors without memory, of which oneDNN makes no convolution: this makes its result,
+    whose channels are last in memory."""
 
     def __torch_dispatch__(
         self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -72,8 +72,8 @@ def _convolved(
 
 
 class _FusedOps(Ops):
-    """Each op as one kernel: of what its reference takes, the result counts, and no total that a kernel writes
-    over x."""
+    """Each op as one kernel: of what its reference takes, the result counts, and no total that a kernel
+    writes over x."""
 
     def __init__(self, live: LiveMemory) -> None:
         self._live = live
@@ -240,7 +240,9 @@ def _decoder_work(
         weights = live.live - of_vae
         state = type(described)({name: _like(slot) for name, slot in described.slots.items()})
         for name, frames in (
-            ("decode_first", cache.first_chunk), ("decode", cache.chunk_frames), ("decode", cache.chunk_frames)
+            ("decode_first", cache.first_chunk),
+            ("decode", cache.chunk_frames),
+            ("decode", cache.chunk_frames),
         ):  # fmt: skip
             latents = torch.zeros(1, config.vae.z_dim, frames, *size, dtype=dtype, device=_CPU)
             halos = 0 if is_tiny else decoder.halo_bytes

@@ -81,7 +81,8 @@ def require_settled(runtime: RuntimeConfig, model: WanDiT) -> None:
 
 
 def precision_setting(config: EngineConfig, model: WanDiT) -> str:
-    """The precision as a snapshot names it: "" without FP8 and int8. It is of the passes, however they were given."""
+    """The precision as a snapshot names it: "" without FP8 and int8. It is of the passes, however they were
+    given."""
     runtime = config.runtime
     if runtime.block_weights == "int8":
         return "weights in int8"

@@ -67,7 +67,9 @@ def test_doctor_says_which_preset_fits_a_card_before_anything_is_loaded(
 def test_a_card_too_small_for_every_preset_makes_doctor_fail_with_the_numbers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["doctor", "--model", "tiny", "--gpu-memory", "1", "--height", "64", "--width", "64"]) == 1
+    assert (
+        cli.main(["doctor", "--model", "tiny", "--gpu-memory", "1", "--height", "64", "--width", "64"]) == 1
+    )
     last = capsys.readouterr().out
     assert "a card of 1.00 GiB is too small for every preset of tiny: 8gb at 64 x 64, the smallest" in last
     assert "take a smaller model or size" in last

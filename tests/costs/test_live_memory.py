@@ -41,11 +41,13 @@ def test_what_is_alive_is_counted_once(is_fake: bool) -> None:
     assert live.live == 0 and live.peak == 5 * KIB
 
 
-def test_what_was_there_before_is_not_counted() -> None:
+def test_what_was_there_before_is_not_counted_until_it_is_viewed() -> None:
     before = zeros(8)
     with LiveMemory() as live:
-        kept = before[:KIB] + 1
-        assert live.live == KIB == kept.numel()
+        kept = before + 1
+        assert live.live == 8 * KIB == kept.numel()
+        view = before[:KIB]
+        assert live.live == 16 * KIB > view.numel()
 
 
 def test_a_section_has_what_it_takes_beside_what_is_alive() -> None:

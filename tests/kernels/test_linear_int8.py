@@ -62,9 +62,7 @@ def test_tiles_are_cut_at_the_edges(tile, form, monkeypatch):
 def test_rows_with_a_stride_of_their_own_are_read_where_they_are(form):
     x, *others = operands((1, 30), 96)
     wide = torch.cat([x, torch.full_like(x, torch.nan)], dim=-1)
-    assert torch.equal(
-        linear_int8.linear_int8(wide[..., :96], *others), linear_int8.linear_int8(x, *others)
-    )
+    assert torch.equal(linear_int8.linear_int8(wide[..., :96], *others), linear_int8.linear_int8(x, *others))
 
 
 def test_a_tile_has_no_tail_and_room_for_the_widened_weight():

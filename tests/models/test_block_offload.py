@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from rfengine.config import CacheConfig
 from rfengine.models.block_offload import BlockOffload, offloaded_bytes
 from rfengine.models.dit import WanDiT, pack_weights
 from rfengine.ops import REFERENCE_OPS, choose_ops
 from support.models import GRID, SMALL, noise_of, small_cache, small_model, small_runner, text_states
-from rfengine.config import CacheConfig
 
 CPU = torch.device("cpu")
 LAYERS = 5

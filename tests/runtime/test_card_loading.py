@@ -26,8 +26,8 @@ MIB = 2**20
 
 
 class CappedAllocator(TorchDispatchMode):
-    """Raises torch.OutOfMemoryError, as CUDA's allocator does, where the tensors made inside it would together
-    be more than `cap` bytes. refused: how often."""
+    """Raises torch.OutOfMemoryError, as CUDA's allocator does, where the tensors made inside it would
+    together be more than `cap` bytes. refused: how often."""
 
     def __init__(self, cap: int) -> None:
         super().__init__()
@@ -183,6 +183,7 @@ def test_a_capped_allocator_ends_with_what_it_has_room_for(
         del pipeline
         gc.collect()
         assert allocator.taken < 1 * MIB < own
+
 
 def test_where_nothing_smaller_is_left_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = []

@@ -61,13 +61,19 @@ def test_states_of_int8_weights_are_not_taken_for_others(tmp_path: Path) -> None
 
 
 def test_int8_changes_a_first_chunk_little() -> None:
-    expected, found = (frames_of(each.stream(PROMPT, seed=1), 1) for each in (loaded(), loaded(block_weights="int8")))
+    expected, found = (
+        frames_of(each.stream(PROMPT, seed=1), 1) for each in (loaded(), loaded(block_weights="int8"))
+    )
     difference = abs(expected.astype(float) - found.astype(float)).mean()
     assert 0 < difference < 3  # of 255
 
 
 def test_a_snapshot_names_int8_and_continues_under_it_alone() -> None:
-    int8, offload, plain = loaded(block_weights="int8"), loaded(block_weights="int8", block_buffers=2), loaded()
+    int8, offload, plain = (
+        loaded(block_weights="int8"),
+        loaded(block_weights="int8", block_buffers=2),
+        loaded(),
+    )
     stream = int8.stream(PROMPT)
     frames_of(stream, 2)
     snapshot = stream.snapshot()
@@ -79,7 +85,9 @@ def test_a_snapshot_names_int8_and_continues_under_it_alone() -> None:
         int8.restore(plain.stream(PROMPT).snapshot())
 
 
-@pytest.mark.parametrize("options", [{"block_weights": "int8"}, {"block_buffers": 2}], ids=["int8", "offload"])
+@pytest.mark.parametrize(
+    "options", [{"block_weights": "int8"}, {"block_buffers": 2}], ids=["int8", "offload"]
+)
 def test_loras_are_refused_with_a_way_out(options: dict, tmp_path: Path) -> None:
     pipeline = loaded(**options)
     lora = write_lora(tmp_path / "a.safetensors", pairs(pipeline.config.model, LAYERS[:1]))
@@ -116,16 +124,15 @@ def test_graphs_are_off_with_the_reason_where_blocks_come_from_host_memory() -> 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "options", [{}, {"block_weights": "int8", "text_weights": "int8"}, {"text_encoder": "layers", "block_buffers": 2}],
+    "options",
+    [{}, {"block_weights": "int8", "text_weights": "int8"}, {"text_encoder": "layers", "block_buffers": 2}],
     ids=["plain", "int8", "host"],
 )
 def test_planned_weights_are_those_that_are_loaded(options: dict, dtype: str) -> None:
     pipeline = Pipeline.from_pretrained("tiny", dtype=dtype, runtime=RuntimeConfig(**options))
     pipeline.text_encoder.encode([PROMPT])
     encoder, own = pipeline.text_encoder._loaded_model(), getattr(torch, dtype)
-    transformer, text = (
-        each(pipeline.config, own) for each in (transformer_weights, text_encoder_weights)
-    )
+    transformer, text = (each(pipeline.config, own) for each in (transformer_weights, text_encoder_weights))
     of_text = sum(parameter.nbytes for parameter in encoder.parameters())
     if not options or "block_weights" in options:
         assert transformer.device == sum(parameter.nbytes for parameter in pipeline.model.parameters())

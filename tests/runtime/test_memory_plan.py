@@ -35,6 +35,8 @@ def no_untouched_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_exact(plan: MemoryPlan, measured: dict[str, int]) -> None:
+    for name, size in measured.items():  # with -s
+        print(f"\n{name}: planned {plan.phases[name]}, measured {size}", end="")  # noqa: T201
     assert plan.phases.keys() == measured.keys()
     off = {name: plan.phases[name] / measured[name] - 1 for name in measured}
     assert all(abs(share) <= WITHIN for share in off.values()), off
@@ -45,10 +47,17 @@ def assert_exact(plan: MemoryPlan, measured: dict[str, int]) -> None:
     ("runtime", "dtype"),
     [
         (RuntimeConfig(), "float32"),
-        (RuntimeConfig(block_weights="int8", text_weights="int8"), "bfloat16"),
         (EVERYTHING, "float32"),
+        pytest.param(RuntimeConfig(), "bfloat16", marks=pytest.mark.soak),
+        pytest.param(
+            RuntimeConfig(block_weights="int8", text_weights="int8"), "bfloat16", marks=pytest.mark.soak
+        ),
+        pytest.param(
+            RuntimeConfig(text_encoder="layers", block_buffers=2), "float32", marks=pytest.mark.soak
+        ),
+        pytest.param(RuntimeConfig(vae="tiny"), "float32", marks=pytest.mark.soak),
     ],
-    ids=["plain", "int8 in bfloat16", "every knob"],
+    ids=["plain", "every knob", "bfloat16", "int8 in bfloat16", "host memory", "tiny decoder"],
 )
 def test_the_plan_of_tiny_is_what_it_takes(runtime: RuntimeConfig, dtype: str) -> None:
     Pipeline.from_pretrained("tiny", dtype=dtype).generate("a red circle", num_frames=9)  # imports and caches
@@ -61,6 +70,7 @@ def test_the_plan_of_tiny_is_what_it_takes(runtime: RuntimeConfig, dtype: str) -
     assert_exact(plan, peaks_of_pipeline(load, PROMPT))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["rolling", "first chunk of one frame"])
 def test_the_plan_of_other_systems_is_what_they_take(name: str, tmp_path: Path) -> None:
     cache, schedule = SYSTEMS[name]
@@ -102,11 +112,10 @@ def without_text_encoder(plan: MemoryPlan) -> MemoryPlan:
     return dataclasses.replace(plan, phases=phases)
 
 
-def test_a_plan_takes_no_memory_and_leaves_nothing_behind() -> None:
+def test_a_plan_leaves_nothing_behind() -> None:
     config = PRESETS["tiny"]
     before = Pipeline.from_pretrained("tiny").generate("a red circle", num_frames=21, seed=1).frames
-    for device in ("cpu", "cuda"):
-        plan_memory(config, LatentGrid.of(config), device)
+    plan_memory(config, LatentGrid.of(config), "cpu")
     after = Pipeline.from_pretrained("tiny").generate("a red circle", num_frames=21, seed=1).frames
     assert (before == after).all()  # no tensor without memory is in a cache of the ops
 

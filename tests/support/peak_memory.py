@@ -1,8 +1,10 @@
-"""The bytes that torch's allocator of the CPU has given out, as its own profiler reports them, in the phases of
-a pipeline."""
+"""The bytes that torch's allocator of the CPU has given out, as its own profiler reports them, in the phases
+of a pipeline."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -37,13 +39,14 @@ def peaks_of(phases: dict[str, Callable[[], object]]) -> dict[str, int]:
         if event["name"].startswith("phase ") and event.get("ph") == "X"
     }
     changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    taken, peaks = 0, dict.fromkeys(marks, 0)
-    for time, size in changes:
-        taken += size
-        for name, (start, stop) in spans.items():
-            if start <= time <= stop:
-                peaks[name] = max(peaks[name], taken)
-    return peaks
+    return {name: _most(changes, *spans[name]) for name in marks}
+
+
+def _most(changes: list[tuple[float, int]], start: float, stop: float) -> int:
+    """The most that is taken between two times."""
+    levels = list(itertools.accumulate((size for _, size in changes), initial=0))
+    times = [time for time, _ in changes]
+    return max(levels[bisect.bisect_left(times, start) : bisect.bisect_right(times, stop) + 1])
 
 
 def peaks_of_pipeline(load: Callable[[], Pipeline], prompt: str) -> dict[str, int]:
