@@ -10,6 +10,9 @@ import pytest
 
 from rfengine import cli
 from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.runtime import card_report
+from rfengine.runtime.card_presets import Candidate
+from rfengine.runtime.memory_plan import MemoryPlan
 from support.loras import LAYERS, RANK, pairs, write_lora
 from support.models import SMALL
 from support.outcome import fails
@@ -65,13 +68,18 @@ def test_doctor_says_which_preset_fits_a_card_before_anything_is_loaded(
 
 
 def test_a_card_too_small_for_every_preset_makes_doctor_fail_with_the_numbers(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plan = MemoryPlan(
+        64, 64, {"transformer": 2**31}, {}, {"loading": 2**31}, {}, {}
+    )  # a real one takes seconds
+    monkeypatch.setattr(card_report, "planned", lambda preset, config, *_: Candidate(preset, config, plan))
     assert (
         cli.main(["doctor", "--model", "tiny", "--gpu-memory", "1", "--height", "64", "--width", "64"]) == 1
     )
     last = capsys.readouterr().out
-    assert "a card of 1.00 GiB is too small for every preset of tiny: 8gb at 64 x 64, the smallest" in last
+    assert "a card of 1.00 GiB is too small for every preset of tiny: 24gb at 64 x 64, the smallest" in last
+    assert "needs 2.0 GiB" in last
     assert "take a smaller model or size" in last
     message = fails(capsys, cli.CALLER_ERROR, "doctor", "--gpu-memory", "0")
     assert message == "--gpu-memory is 0.0; it must be at least 0.1"
