@@ -125,7 +125,7 @@ class Pipeline:
         if size is not None:
             config = replace(config, height=size[0], width=size[1])
         place = Placement.of(config.runtime, device, dtype, text_device)
-        request = PresetRequest(checkpoint, place, text_device is not None, bool(loras), size is None)
+        request = PresetRequest(checkpoint, place, bool(loras), size is None)
 
         def load(config: EngineConfig) -> Pipeline:
             refuse_loras(config.runtime, loras)

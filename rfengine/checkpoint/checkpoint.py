@@ -110,9 +110,9 @@ class Checkpoint:
         """The module that `build` makes, with the weights of `part` in `dtype` on `device`.
 
         build is called on the meta device; tied parameters stay tied and requires_grad stays. Weights that it
-        makes in int8 are rounded as they are read. Raises
-        ValueError when the directory lacks the part, has it only as a pickle, or has it for another model,
-        for values that are not finite, and where a file has not the size in the manifest.
+        makes in int8 are rounded as they are read. Raises ValueError when the directory lacks the part, has
+        it only as a pickle, or has it for another model, for values that are not finite, and where a file has
+        not the size in the manifest.
         """
         with torch.device("meta"):
             module = build()

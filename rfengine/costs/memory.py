@@ -39,9 +39,8 @@ def memory_needs(
     raw_keys: the arenas of the cache; raw keys are kept with relative positions. window_fp8: copies of the
     window for attention in FP8. sink_remainder: the low part of averages. in_flight: latents of a rolling
     schedule, and numbers of frames that the device keeps. cross_attention: keys and values of the text.
-    vae_state: of the decoder. vae_buffers: of the
-    lossless one, shared by all streams. total: their sum. Raises ValueError for a
-    diffusion forcing model, of which costs/window.py speaks.
+    vae_state: of the decoder. vae_buffers: of the lossless one, shared by all streams. total: their sum.
+    Raises ValueError for a diffusion forcing model, of which costs/window.py speaks.
     """
     require_stream(config)
     model = config.model
@@ -110,8 +109,10 @@ def decoder_bytes(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, va
     """Bytes of the state and the buffers of the decoder: the tiny one, which has no buffers, or the lossless
     one of a described_vae. dtype: of the latents, and of the tiny decoder."""
     if config.runtime.vae == "tiny":
-        tiny = TinyVAE(config.tiny_vae).decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta")
-        return {"vae_state": _nbytes(tiny.tensors().values()), "vae_buffers": 0}
+        with torch.device("meta"):
+            tiny = TinyVAE(config.tiny_vae)
+        slots = tiny.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta").tensors()
+        return {"vae_state": _nbytes(slots.values()), "vae_buffers": 0}
     decoder, size = StreamingDecoder(vae, REFERENCE_OPS), (grid.latent_height, grid.latent_width)
     state = decoder.decoder_state(1, *size, vae.decoder_dtype, "meta")
     with torch.no_grad():

@@ -216,7 +216,7 @@ class TextEncoder:
     `model` is a UMT5EncoderModel, or a function that builds one, called at the first prompt that `cache` does
     not hold. It is moved to `device` and `dtype` in place and stays there, whatever device `encode` returns
     on. In float16 the last projection of each feed-forward stays in float32, and with it the residual stream.
-    by_layers: the weights are in host memory, and come to `device` a layer at a time (layered_text.py).
+    by_layers: the weights are in host memory, and its layers come to `device` one by one (layered_text.py).
     """
 
     def __init__(

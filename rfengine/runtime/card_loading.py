@@ -27,20 +27,27 @@ from rfengine.runtime.loaded_models import Placement
 
 logger = logging.getLogger(__name__)
 
+_WORDS = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+
 Loaded = TypeVar("Loaded")
 Options = list[tuple[CardPreset, EngineConfig]]
 
 
 @dataclass(frozen=True, slots=True)
 class PresetRequest:
-    """What the choice of a preset depends on beside the configuration. text_apart: the text encoder has a
-    device of its own. may_shrink: no size is asked for, so that a smaller one can be the default."""
+    """What the choice of a preset depends on beside the configuration. may_shrink: no size is asked for, so
+    that a smaller one can be the default."""
 
     checkpoint: Checkpoint
     place: Placement
-    text_apart: bool
     has_loras: bool
     may_shrink: bool
+
+    @property
+    def text_apart(self) -> bool:
+        """Whether the text encoder has a device of its own."""
+        device = self.place.device
+        return self.place.text_device not in (device, torch.device(device.type))
 
     def candidate(self, number: int, options: Options) -> Candidate:
         return planned(*options[number], self.place.device.type, self.place.dtype, self.text_apart)
@@ -51,9 +58,10 @@ def load_under_preset(
 ) -> Loaded:
     """load(config) with the options of config.runtime.preset.
 
-    load raises torch.OutOfMemoryError where memory runs out, in its first chunks too; then everything that it
-    made is freed, and with auto the next configuration that needs less is loaded, with one warning. Raises
-    RuntimeError where none fits into what is free: with the numbers, and before anything is read.
+    Where memory runs out in load, which with auto makes the first chunks too, everything that it made is
+    freed and the next configuration that needs less is loaded, with one warning. Raises RuntimeError where
+    none fits into what is free, with the numbers and before anything is read; torch.OutOfMemoryError where
+    memory ran out in the smallest, and without auto.
     """
     name = config.runtime.preset
     if name is None:
@@ -64,6 +72,7 @@ def load_under_preset(
         request.checkpoint, config, request.text_apart, request.has_loras, request.may_shrink
     )
     chosen, number = _first_fitting(request, options)
+    logger.info("preset auto takes %s: %.2f GiB by its plan", chosen, chosen.plan.needed / GIB)
     while True:
         loaded, shortage = _attempt(load, chosen.config)
         if loaded is not None:
@@ -81,22 +90,18 @@ def load_under_preset(
 
 def _first_fitting(request: PresetRequest, options: Options) -> tuple[Candidate, int]:
     """The first of options whose plan fits into what is free, and its number."""
-    device = request.place.device
+    device, last = request.place.device, len(options) - 1
     free = free_memory(device)
-    tried = []
-    least = request.candidate(len(options) - 1, options)  # before the others, each of which takes seconds
+    least = request.candidate(last, options)  # before the others, each of which takes seconds
     if free is not None and least.plan.needed > free:
         raise RuntimeError(
             too_small(f"{device} has {free / GIB:.2f} GiB free, which is", [least], lambda plan: plan.needed)
         )
-    for number in range(len(options)):
-        tried.append(request.candidate(number, options))
-        needed = tried[-1].plan.needed
-        if free is None or needed <= free:
-            room = "an unknown amount" if free is None else f"{free / GIB:.2f} GiB"
-            logger.info("preset %s: %.2f GiB of %s free", tried[-1], needed / GIB, room)
-            return tried[-1], number
-    return least, len(options) - 1
+    for number in range(last):
+        candidate = request.candidate(number, options)
+        if free is None or candidate.plan.needed <= free:
+            return candidate, number
+    return least, last
 
 
 def _next_smaller(
@@ -117,8 +122,20 @@ def _attempt(
     made."""
     try:
         return load(config), ""
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _is_shortage(error):
+            raise
         return None, " ".join(str(error).split())[:200]
+
+
+def _is_shortage(error: BaseException | None) -> bool:
+    """Whether an error is of memory that ran out, or came of one, as where it ends the recording of a graph;
+    libraries and torch's allocator of the CPU say it in words."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _free(device: torch.device) -> None:

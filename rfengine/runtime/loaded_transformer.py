@@ -46,7 +46,10 @@ def bring_others(model: nn.Module, device: torch.device) -> None:
 
 
 def require_weights(runtime: RuntimeConfig, model: WanDiT) -> None:
-    """Raises ValueError unless the weights of a loaded `model` are where `runtime` asks and in that form."""
+    """Raises ValueError unless the weights of a loaded `model` are where `runtime` asks and in that form, and
+    for a preset that is still to be chosen."""
+    if runtime.preset == "auto":
+        raise ValueError("preset is 'auto', which from_pretrained chooses; load the models by it")
     for name, asked, found in (
         ("block_weights", runtime.block_weights == "int8", is_in_int8(model)),
         ("block_buffers", bool(runtime.block_buffers), model.offload is not None),

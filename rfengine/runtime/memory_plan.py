@@ -17,10 +17,10 @@ from rfengine.runtime.options import model_dtype, runtime_switches
 
 MIB = 2**20
 # On CUDA beside what torch's tensors take; none of the three was measured.
-CONTEXT_BYTES = 768 * MIB  # what driver and CUDA context keep of a card's memory
+CONTEXT_BYTES = 512 * MIB  # what driver and CUDA context keep of a card's memory
 LIBRARY_BYTES = 256 * MIB  # workspaces of cuBLAS and cuDNN
-_LATER = ("small", "vae_buffers", "graph_inputs")  # parts that come with the first chunks
 ROUNDING = 0.03  # of the tensors: blocks of 2 MiB, and free pieces that nothing fits into
+_LATER = ("small", "vae_buffers", "graph_inputs")  # parts that come with the first chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def plan_memory(
         parts["transformer"] += host["transformer"]
         text = PlacedBytes(text.device, host["text_encoder"])
         host = {}
-    sums = _Sums(parts, text, work, host, overlap, transformer.working)
+    sums = _Sums(parts, text, work, host, graphs, overlap, transformer.working)
     return _plan(config, grid, own, sums, on_cuda)
 
 
@@ -105,6 +105,7 @@ class _Sums:
     text: PlacedBytes
     work: StreamWork
     host: dict[str, int]
+    graphs: bool
     overlap: bool
     working_blocks: int
 
@@ -122,7 +123,9 @@ def _plan(
     parts["text_encoder"] = stays + in_host
     resident = sum(parts.values())
     switch = parts["cross_attention"] + work.text  # the prompt before has its own meanwhile
-    both = sum if sums.overlap else max
+    steady = (sum if sums.overlap else max)((work.steady, work.decode))
+    # recorded graphs keep what they work in; without them a chunk may be decoded while a prompt is encoded
+    beside = steady if sums.graphs else work.decode if sums.overlap else 0
     unmade = sums.working_blocks  # which come with the first keys and values of a text
     phases = {
         "loading": max(loading, weights + (0 if on_cuda else _largest_read(config, dtype))) - unmade,
@@ -132,8 +135,8 @@ def _plan(
             resident - sum(parts.get(name, 0) for name in _LATER),
         ),
         "first chunk": resident + max(work.first, work.decode_first),
-        "steady chunk": resident + both((work.steady, work.decode)),
-        "prompt switch": resident + max(passing + encode, switch),
+        "steady chunk": resident + steady,
+        "prompt switch": resident + beside + max(passing + encode, switch),
     }
     names = ("first", "steady", "text", "decode_first", "decode")
     taken = {name: getattr(work, name) for name in names} | {"encode": encode + passing}

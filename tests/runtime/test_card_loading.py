@@ -198,6 +198,25 @@ def test_where_nothing_smaller_is_left_the_error_says_so(monkeypatch: pytest.Mon
     assert len(attempts) == len(CARD_PRESETS)
 
 
+@pytest.mark.parametrize(
+    "words", ["CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"]
+)
+def test_a_shortage_that_a_library_puts_in_words_is_one(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    original, failures = ChunkRunner.advance, []
+
+    def fails(*arguments: object, **options: object) -> object:
+        if not failures:
+            failures.append(words)
+            try:
+                raise RuntimeError(f"an error: {words}")
+            except RuntimeError:  # as where the recording of a graph ends by it
+                raise RuntimeError("the capture was invalidated")  # noqa: B904
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(ChunkRunner, "advance", fails)
+    assert Pipeline.from_pretrained("tiny", runtime=AUTO).config.runtime.preset == "16gb"
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("of another kind")

@@ -114,6 +114,8 @@ def test_a_model_that_was_loaded_otherwise_is_refused() -> None:
         under(int8)
     with pytest.raises(ValueError, match="block_buffers is 2 and the model was loaded otherwise"):
         under(plain, block_buffers=2)
+    with pytest.raises(ValueError, match="preset is 'auto', which from_pretrained chooses"):
+        under(plain, preset="auto")
 
 
 def test_graphs_are_off_with_the_reason_where_blocks_come_from_host_memory() -> None:
