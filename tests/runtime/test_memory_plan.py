@@ -132,7 +132,8 @@ def test_the_plan_of_the_published_model_on_a_gpu() -> None:
     arenas = sum(tensor.nbytes for tensor in cache.tensors().values())
     assert parts["keys_values"] + parts["raw_keys"] + parts["sink_remainder"] == arenas
     assert parts["graph_inputs"] > parts["cross_attention"]  # recorded programs have a text of their own
-    assert plan.phases["steady chunk"] == plan.peak < plan.needed < plan.card
+    # recorded graphs keep what they work in while a prompt is encoded
+    assert plan.phases["steady chunk"] < plan.phases["prompt switch"] == plan.peak < plan.needed < plan.card
     assert plan.card - plan.needed == plan.reserve["context"]
     assert plan.host == {"transformer": 0, "text_encoder": 0}
     # text encoder included
@@ -149,7 +150,7 @@ def test_each_knob_saves_what_it_says() -> None:
     plain, layers = planned(), planned(text_encoder="layers")
     text = plain.parts["text_encoder"]
     assert layers.parts["text_encoder"] == 0 < layers.host["text_encoder"] <= text
-    assert 10 * GIB < plain.peak - layers.peak <= text
+    assert 9.5 * GIB < plain.peak - layers.peak <= text  # two layers are there while a prompt is encoded
     int8 = planned(block_weights="int8")
     assert 0.5 < int8.parts["transformer"] / plain.parts["transformer"] < 0.52
     offload = planned(block_buffers=2)
