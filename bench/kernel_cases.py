@@ -19,6 +19,7 @@ from torch import Tensor
 import bench.kernel_inputs as inputs
 from bench.kernel_inputs import Arguments, Draw
 from rfengine.costs.ops import (
+    BYTE,
     BYTES,
     FROM_NORM_FP8,
     GELU_ROWS_FP8,
@@ -198,6 +199,11 @@ def _flops_of(outputs: Callable[[Shapes], int], inner: Callable[[Shapes], int]) 
     return lambda s: 2 * s.tokens * outputs(s) * inner(s)
 
 
+def product_int8_bytes(outputs: Callable[[Shapes], int]) -> Callable[[Shapes], int]:
+    """As product_bytes, with one byte for each weight and a scale for each output."""
+    return lambda s: product_bytes(outputs)(s) - outputs(s) * s.dim * (HALF - BYTE) + outputs(s) * HALF
+
+
 def _conv_fp8_reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Exact products of the 8-bit values, rounded once to bf16; in float64, the truth, not rounded."""
     is_truth = x.dtype == torch.float64
@@ -250,9 +256,8 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
         for name, into_arena in (("qk_norm_rope_write_fp8", False), ("qk_norm_rope_write_fp8_raw", True))
     ),
     KernelCase(
-        "qk_norm_rope_write_fp8_part", inputs.qk_norm_rope_write_fp8_part,
-        BYTES["qk_norm_rope_write_fp8_raw"], op="qk_norm_rope_write_fp8", results=_written_copies,
-        is_row=True, minimum_capability=89,
+        "qk_norm_rope_write_fp8_part", inputs.qk_norm_rope_write_fp8_part, BYTES["qk_norm_rope_write_fp8_raw"],
+        op="qk_norm_rope_write_fp8", results=_written_copies, is_row=True, minimum_capability=89,
     ),
     KernelCase(
         "attention_backward_query", inputs.attention_backward_query, attention_bytes,
@@ -330,6 +335,14 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
         for name, op, outputs in (
             ("linear_qkv", "linear", lambda s: 3 * s.dim), ("linear_out", "linear", lambda s: s.dim),
             ("linear_gelu", "linear_gelu", ffn_dim),
+        )
+    ),
+    *(
+        KernelCase(name, partial(inputs.linear_int8, outputs=outputs), product_int8_bytes(outputs),
+                   product_flops(outputs), op=op)
+        for name, op, outputs in (
+            ("linear_int8_qkv", "linear_int8", lambda s: 3 * s.dim),
+            ("linear_gelu_int8", "linear_gelu_int8", ffn_dim),
         )
     ),
     *(

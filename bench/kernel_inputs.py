@@ -15,6 +15,7 @@ from torch import Tensor
 from rfengine.costs.shapes import Shapes, VaeLevel
 from rfengine.ops.reference_fp8 import product_reach
 from rfengine.ops.reference_fp8_attention import aligned_tokens
+from rfengine.ops.reference_int8 import channel_int8
 
 Arguments = tuple[Tensor | float | int | bool | str | torch.dtype | None, ...]
 
@@ -215,6 +216,12 @@ def linear(shapes: Shapes, draw: Draw, outputs: Callable[[Shapes], int]) -> Argu
     size = outputs(shapes), shapes.dim
     weight = draw.rows(*size, scale=shapes.dim**-0.5)
     return draw.rows(1, shapes.tokens, shapes.dim), weight, draw.rows(size[0])
+
+
+def linear_int8(shapes: Shapes, draw: Draw, outputs: Callable[[Shapes], int]) -> Arguments:
+    """linear with its weight in int8 and a scale for each output."""
+    x, weight, bias = linear(shapes, draw, outputs)
+    return x, *channel_int8(weight, weight.dtype), bias
 
 
 def gated_linear(shapes: Shapes, draw: Draw, inner: Callable[[Shapes], int]) -> Arguments:

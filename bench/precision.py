@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 if __name__ == "__main__":  # a checkout that need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -54,8 +54,8 @@ class PrecisionOptions:
 
     model: str = "tiny"
     """tiny, a checkpoint directory, or a preset with seeded random weights."""
-    precision: tuple[Precision, ...] = ("fp8", "fp8-attention")
-    """What is compared."""
+    precision: tuple[Precision | Literal["int8"], ...] = ("fp8", "fp8-attention")
+    """What is compared; int8: weights of the blocks in int8 (RuntimeConfig.block_weights)."""
     sixteen_bit_passes: tuple[int, ...] = (0, -1)
     """As in RuntimeConfig, for fp8-attention."""
     streams: Annotated[int, Range(1, 1000)] = 1
@@ -106,7 +106,10 @@ def measure(options: PrecisionOptions) -> Iterator[dict[str, Any]]:
     }  # fmt: skip
     del exact
     for precision in options.precision:
-        runtime = RuntimeConfig(precision=precision, sixteen_bit_passes=options.sixteen_bit_passes)
+        if precision == "int8":
+            runtime = RuntimeConfig(block_weights="int8")
+        else:
+            runtime = RuntimeConfig(precision=precision, sixteen_bit_passes=options.sixteen_bit_passes)
         pipeline = pipeline_of(options, runtime)
         found = []
         for number in streams:

@@ -31,6 +31,8 @@ from rfengine.memory import free_memory
 from rfengine.ops import choose_ops
 from rfengine.ops.backends import backend_reasons, fp8_absence
 from rfengine.presets import PRESETS
+from rfengine.runtime.card_presets import GIB
+from rfengine.runtime.card_report import card_lines, card_report
 from rfengine.runtime.decoder_precision import plan_precision
 from rfengine.runtime.decoders import TIERS, absences
 from rfengine.runtime.options import model_dtype, runtime_switches
@@ -59,11 +61,13 @@ def examine(
     width: int | None = None,
     dtype: DTypeName | None = None,
     loras: Sequence[Lora] = (),
+    gpu_memory: float | None = None,
 ) -> dict[str, Any]:
     """The report as plain JSON values; sizes are bytes.
 
     model: a preset or a checkpoint directory, whose memory is computed at height x width pixels in dtype and
-    whose files are read and compared with their manifest. loras: read, and their memory computed.
+    whose files are read and compared with their manifest. loras: read, and their memory computed. gpu_memory:
+    GiB of a card that presets are planned for.
     Raises ValueError for an unknown model, a size that is no multiple of the patch and a LoRA of another
     model, RuntimeError where the configuration is damaged and the manifest knows it.
     """
@@ -71,8 +75,7 @@ def examine(
     checkpoint = _open(model, files)
     config = checkpoint.config
     grid = LatentGrid.of(config, height, width)
-    on_cuda = torch.cuda.is_available()
-    device = "cuda" if on_cuda else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     own = model_dtype(config.runtime, dtype, torch.device(device))
     loaded = load_loras(loras, expected_shapes(config.model))
     decoding = plan_precision(config.runtime, device, own)
@@ -85,7 +88,7 @@ def examine(
         "cpu": {"name": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()},
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
         "driver": driver_version(),
-        "gpus": _gpus() if on_cuda else [],
+        "gpus": _gpus(),
         "packages": {name: version_of(name) for name in (*_REQUIRED, *_OPTIONAL)},
         "h264": _h264(),
         "backends": {
@@ -110,7 +113,22 @@ def examine(
             "free": free_memory(torch.device(device)),
         },
         "files": files,
+        "cards": _cards(checkpoint, grid, gpu_memory, dtype, bool(loras), height is None and width is None),
     }  # fmt: skip
+
+
+def _cards(
+    checkpoint: Checkpoint,
+    grid: LatentGrid,
+    gpu_memory: float | None,
+    dtype: DTypeName | None,
+    has_loras: bool,
+    may_shrink: bool,
+) -> dict[str, Any] | None:
+    if gpu_memory is None:
+        return None
+    config = dataclasses.replace(checkpoint.config, height=grid.height, width=grid.width)
+    return card_report(checkpoint, config, int(gpu_memory * GIB), dtype, has_loras, may_shrink)
 
 
 def _files(model: str) -> dict[str, str] | None:
@@ -229,7 +247,10 @@ def _h264() -> dict[str, Any]:
 
 def render(report: dict[str, Any]) -> str:
     """The report of `examine` as text."""
-    sections = [_machine_lines, _package_lines, _backend_lines, _runtime_lines, _memory_lines, _file_lines]
+    sections = [
+        _machine_lines, _package_lines, _backend_lines, _runtime_lines, _memory_lines, _card_lines,
+        _file_lines
+    ]  # fmt: skip
     return "\n\n".join("\n".join(lines) for lines in (section(report) for section in sections) if lines)
 
 
@@ -319,9 +340,14 @@ def _memory_lines(report: dict[str, Any]) -> list[str]:
     on_host = sum(memory["host"].values()) if memory["device"] == "cpu" else 0
     if free is not None and free < needs["total"] + on_host:
         lines.append(
-            "  this does not fit: take a smaller model or size, 16 bits, or keep the text encoder on the CPU"
+            "  this does not fit: take a smaller model or size, 16 bits, or a preset, of which --gpu-memory "
+            "says which fits"
         )
     return lines
+
+
+def _card_lines(report: dict[str, Any]) -> list[str]:
+    return card_lines(report["cards"]) if report["cards"] else []
 
 
 def _file_lines(report: dict[str, Any]) -> list[str]:

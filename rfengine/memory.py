@@ -22,11 +22,12 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def require_memory(needed: int, device: torch.device, what: str, way_out: str) -> None:
-    """Raises RuntimeError where `what` needs more bytes than are free on the device."""
+    """Raises torch.OutOfMemoryError, a RuntimeError, where `what` needs more bytes than are free on the
+    device."""
     free = free_memory(device)
     if free is not None and needed > free:
         place = f"{device} has" if device.type == "cuda" else "this machine has"
-        raise RuntimeError(
+        raise torch.OutOfMemoryError(
             f"{what} needs {needed / _GIB:.1f} GiB and {place} {free / _GIB:.1f} GiB free; {way_out}"
         )
 

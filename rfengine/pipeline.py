@@ -31,20 +31,28 @@ from rfengine.diffusers_call import (
 from rfengine.frame_chunk import FrameChunk
 from rfengine.grid import LatentGrid
 from rfengine.host_state import own_state
-from rfengine.limits import Range, as_integer, shown
+from rfengine.limits import as_integer, shown
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.prompts import Prompt, prompt_line
+from rfengine.rehearsal import rehearse
+from rfengine.runtime.card_loading import PresetRequest, load_under_preset
 from rfengine.runtime.decoders import OpenDecoder, full_opener, tier_of
 from rfengine.runtime.engine import Engine
 from rfengine.runtime.loaded_models import Placement, load_models
+from rfengine.runtime.loaded_transformer import refuse_loras
 from rfengine.runtime.model_precision import products_left_out
-from rfengine.runtime.ranks import equal_ops, join, rank_device, require_equal, require_equal_models
+from rfengine.runtime.ranks import (
+    equal_ops,
+    join,
+    rank_device,
+    require_divisible,
+    require_equal,
+    require_equal_models,
+)
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
 from rfengine.stream import VideoStream
-from rfengine.tensor_parallel import WHOLE, TensorParallel
-from rfengine.torchrun import MOST_RANKS
 from rfengine.video import DEFAULT_NUM_FRAMES, Video, frame_count
 
 if TYPE_CHECKING:
@@ -98,6 +106,7 @@ class Pipeline:
         runtime: RuntimeConfig | None = None,
         loras: Sequence[Lora | str | Path] = (),
         tensor_parallel: int = 1,
+        size: tuple[int, int] | None = None,
     ) -> Pipeline:
         """Load "tiny", which comes with the package, a checkpoint directory (README, published weights) or
         an open Checkpoint.
@@ -108,35 +117,39 @@ class Pipeline:
         the cache and the denoising steps of a published system, in place of the checkpoint's; cache, backend,
         runtime: replace its own. loras: see set_loras. tensor_parallel: the processes that torchrun started,
         which hold the transformer together (docs/several_cards.md). All make the same calls; the first one's
-        chunks have the frames.
+        chunks have the frames. size: height and width in place of the checkpoint's, which runtime.preset then
+        may not make smaller.
         Raises ValueError when the directory, a file, a tensor or a setting is not what the engine needs, and
         for a diffusion forcing model, RuntimeError when the backend or a part of the runtime cannot run on
-        the device.
+        the device, or no preset fits into its memory.
         """
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         require_stream(checkpoint.config)
         config = checkpoint.config if system is None else configured(checkpoint.config, system)
-        if cache is not None:
-            config = replace(config, cache=cache)
-        if runtime is not None:
-            config = replace(config, runtime=runtime)
-        if backend is not None:
-            config = replace(config, backend=backend)
-        TensorParallel(0, as_integer("tensor_parallel", tensor_parallel, Range(1, MOST_RANKS))).own(
-            config.model
-        )
-        device = rank_device(device, tensor_parallel) if tensor_parallel > 1 else device
-        place = Placement.of(config.runtime, device, dtype, text_device)
-        left_out = products_left_out(checkpoint, config.runtime)
-        loaded = load_loras(loras, expected_shapes(config.model))
-        parallel = join(tensor_parallel, place.device) if tensor_parallel > 1 else WHOLE
-        require_equal_models(parallel, checkpoint, config, place.dtype, left_out, loaded)
-        ops = equal_ops(config, place.dtype, place.device, parallel)
-        models = load_models(checkpoint, config, ops, place, text_cache, left_out, parallel)
-        parts = models.transformer, models.vae, models.text_encoder
-        pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
-        pipeline._engine.adapted.apply(loaded)
-        return pipeline
+        height, width = size or (None, None)
+        given = {"cache": cache, "runtime": runtime, "backend": backend, "height": height, "width": width}
+        config = replace(config, **{name: value for name, value in given.items() if value is not None})
+        count = require_divisible(tensor_parallel, config)
+        place = Placement.of(config.runtime, rank_device(device, count), dtype, text_device)
+        parallel = join(count, place.device)
+        request = PresetRequest(checkpoint, place, bool(loras), size is None)
+
+        def load(config: EngineConfig) -> Pipeline:
+            refuse_loras(config.runtime, loras)
+            left_out = products_left_out(checkpoint, config.runtime)
+            loaded = load_loras(loras, expected_shapes(config.model))
+            require_equal_models(parallel, checkpoint, config, place.dtype, left_out, loaded)
+            ops = equal_ops(config, place.dtype, place.device, parallel)
+            models = load_models(checkpoint, config, ops, place, text_cache, left_out, parallel)
+            parts = models.transformer, models.vae, models.text_encoder
+            pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
+            pipeline._engine.adapted.apply(loaded)
+            if is_auto:
+                rehearse(pipeline._engine)
+            return pipeline
+
+        is_auto = config.runtime.preset == "auto"
+        return load_under_preset(config, request, load)
 
     @property
     def text_encoder(self) -> TextEncoder:
@@ -181,6 +194,7 @@ class Pipeline:
         depends on the list alone (AdaptedWeights). A LoRA that stays is not read again, whatever its scale,
         unless its files are others now. After an error, ValueError or RuntimeError, all is as it was.
         """
+        refuse_loras(self.config.runtime, loras)
         loaded = self._engine.adapted.load(loras)
         require_equal(self.model.parallel, LoRAs=[(each.sha256, each.lora.scale) for each in loaded])
         self._engine.adapted.apply(loaded)

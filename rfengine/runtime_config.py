@@ -10,11 +10,15 @@ from rfengine.limits import DeviceName, Entries, Range, Text, check_fields
 DecoderKind = Literal["full", "tensorrt", "tiny"]
 VAEPrecision = Literal["default", "fp16", "bf16", "fp8"]
 Precision = Literal["default", "bf16", "fp8", "fp8-attention"]
+PresetName = Literal["auto", "24gb", "16gb", "12gb", "8gb"]
+WeightKind = Literal["default", "int8"]
+TextPlace = Literal["stays", "layers"]
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """How the engine runs. None of it changes a result beyond rounding, except the tiny decoder and FP8."""
+    """How the engine runs. None of it changes a result beyond rounding, except the tiny decoder, FP8 and
+    int8."""
 
     graphs: bool | None = None
     """Replay each chunk as one CUDA graph; on with CUDA."""
@@ -43,9 +47,24 @@ class RuntimeConfig:
     has one, where nothing is given."""
     tensorrt_directory: Annotated[str, Text(1, 4096)] | None = None
     """Where export-vae wrote the engine, if not beside the checkpoint or in the user's cache directory."""
+    preset: PresetName | None = None
+    """Options for a card of that memory, where they are not given themselves (docs/small_cards.md). auto: the
+    first that fits into the memory that is free, and after an out-of-memory error the next one."""
+    text_encoder: TextPlace | None = None
+    """Of its weights. stays: on its device from the first prompt on, the default. layers: in host memory, and
+    for each prompt on the device two layers at a time."""
+    text_weights: WeightKind | None = None
+    """Of the text encoder. int8: 8-bit integers with a scale for each output."""
+    block_weights: WeightKind | None = None
+    """Of the products of the transformer's blocks. int8: 8-bit integers with a scale for each output, and
+    none in 16 bits beside them."""
+    block_buffers: Annotated[int, Range(0, 64)] | None = None
+    """2 or more: the weights of the blocks are in host memory and so many blocks on the device, brought while
+    the one before computes; without CUDA graphs. 0, the default: all are on the device."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_weights()
         if self.fp8_table is not None and not self.multiplies_fp8:
             raise ValueError(
                 f"fp8_table is {self.fp8_table!r} and precision is {self.precision!r}; it is for 'fp8' and "
@@ -61,6 +80,22 @@ class RuntimeConfig:
             raise ValueError(
                 f"vae_precision is {self.vae_precision!r} and vae is {self.vae!r}; it is for vae='full', "
                 f"{ways.get(self.vae, 'leave it out')}"
+            )
+
+    def _check_weights(self) -> None:
+        if self.block_buffers == 1:
+            raise ValueError("block_buffers is 1; use 2 or more, one to compute and one to copy to, or 0")
+        is_int8 = self.block_weights == "int8"
+        if self.multiplies_fp8 and (is_int8 or self.block_buffers):
+            asked = "block_weights is 'int8'" if is_int8 else f"block_buffers is {self.block_buffers}"
+            raise ValueError(
+                f"{asked} and precision is {self.precision!r}, whose products keep weights of both kinds on "
+                "the device; give one of them"
+            )
+        if self.graphs and self.block_buffers:
+            raise ValueError(
+                f"graphs are asked for and block_buffers is {self.block_buffers}; blocks that come from host "
+                "memory are not recorded, give one of them"
             )
 
     @property

@@ -123,7 +123,8 @@ class VideoStream:
 
     def _set_text(self, prompt: str, text_states: Tensor) -> None:
         text_states = text_states.to(self._engine.model.device)
-        text = self._engine.model.text_keys_values(text_states)
+        with torch.no_grad():  # or the keys and values would keep all that they came of
+            text = self._engine.model.text_keys_values(text_states)
         self.prompt, self._text_states, self._text = prompt, text_states, text
         self._weights_version = self._engine.adapted.version
 

@@ -35,7 +35,7 @@ LAYERS = [
     {"costs", "toy"},
     {"tuning", "export"},
     {"runtime"},
-    {"clip", "diffusers_call", "frame_chunk", "prompt_script", "snapshot", "stream"},
+    {"clip", "diffusers_call", "frame_chunk", "prompt_script", "rehearsal", "snapshot", "stream"},
     {"diffusion_forcing", "pipeline"},
     {"rfengine"},  # the names in rfengine/__init__.py
     {"calibration", "doctor", "evaluation", "parity", "serving"},

@@ -25,6 +25,7 @@ from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.grid import LatentGrid
 from rfengine.models.dit import WanDiT
 from rfengine.models.fp8_products import quantise
+from rfengine.models.int8_products import weights_in
 from rfengine.parity.replay import tolerance
 from rfengine.pipeline import Pipeline
 from rfengine.runtime.options import runtime_switches
@@ -125,8 +126,7 @@ def reference_latents(
     config, model = pipeline.config, pipeline.model
     with torch.device("meta"):
         twin = WanDiT(config.model)
-    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    twin.load_state_dict(weights, assign=True)
+    twin.load_state_dict(weights_in(model, dtype), assign=True)
     twin.requires_grad_(False)
     if in_fp8 and model.left_out_of_fp8 is not None:
         quantise(twin, model.left_out_of_fp8)

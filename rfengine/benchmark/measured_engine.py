@@ -52,9 +52,11 @@ class MeasuredEngine:
         device = device_of(options.device)
         model = model_of(options, device)
         checkpoint = open_checkpoint(model, options)
+        asked = LatentGrid.of(checkpoint.config, options.height, options.width)
+        has_size = options.height is not None or options.width is not None
         pipeline = Pipeline.from_pretrained(
             checkpoint, device, options.dtype, system=options.system, backend=options.backend,
-            runtime=options.runtime,
+            runtime=options.runtime, size=(asked.height, asked.width) if has_size else None,
         )  # fmt: skip
         grid = LatentGrid.of(pipeline.config, options.height, options.width)
         decoder = _plain_decoder(pipeline, checkpoint) if options.decode else None
@@ -140,8 +142,11 @@ def setting_of(engine: MeasuredEngine, options: ThroughputOptions) -> dict[str, 
         "dtype": str(model.dtype).removeprefix("torch."),
         "backend": engine.pipeline.backend,
         "ops": model.ops.choice,
-        "vae": options.runtime.vae if options.decode else "none",
-        "vae_precision": options.runtime.vae_precision,
+        "preset": config.runtime.preset,
+        "block_weights": config.runtime.block_weights or "default",
+        "block_buffers": config.runtime.block_buffers or 0,
+        "vae": config.runtime.vae if options.decode else "none",
+        "vae_precision": config.runtime.vae_precision,
         "vae_dtype": str(engine.pipeline.vae_dtype).removeprefix("torch."),
         "vae_tier": engine.pipeline.vae_tier if engine.decodes else None,
         **{name: switches[name].on for name in ("graphs", "overlap", "autotune")},

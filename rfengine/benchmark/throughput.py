@@ -47,6 +47,8 @@ def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     engine = MeasuredEngine.load(options)
+    # what is loaded beside it has the options of the preset that it has, and not those of another one
+    options = replace(options, runtime=replace(engine.pipeline.config.runtime, preset=None))
     device = engine.device
     # FP8 frames are held to a PSNR when the decoder is opened
     held = engine.decoder if options.runtime.vae_precision != "fp8" else None
@@ -83,7 +85,9 @@ def stages(options: ThroughputOptions) -> Iterator[dict[str, Any]]:
 def _compared(engine: MeasuredEngine, options: ThroughputOptions, rounds: int) -> dict[str, Any]:
     if options.compare == "baseline":
         return compare(engine.pipeline, engine.grid, rounds, engine.decodes)
-    runtime = replace(options.runtime, precision="default", vae_precision="default", fp8_table=None)
+    runtime = replace(
+        options.runtime, precision="default", vae_precision="default", fp8_table=None, block_weights=None
+    )
     dtype = str(engine.pipeline.model.dtype).removeprefix("torch.")
     plain = MeasuredEngine.load(replace(options, runtime=runtime, dtype=dtype))
     return compare_with_default(engine, plain, rounds)

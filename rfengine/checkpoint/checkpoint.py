@@ -21,6 +21,7 @@ from rfengine.checkpoint.directories import (
     checkpoint_directory,
     read_json,
 )
+from rfengine.checkpoint.int8_tensors import with_int8
 from rfengine.checkpoint.layouts import Part
 from rfengine.checkpoint.loader import assign
 from rfengine.checkpoint.manifest import check_sizes
@@ -36,11 +37,12 @@ from rfengine.checkpoint.shapes import (
 )
 from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.checkpoint.text_states import TextStateFiles
-from rfengine.config import EngineConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig
+from rfengine.config import EngineConfig, RuntimeConfig, TextConfig, TinyVAEConfig, VAEConfig, WanConfig
 from rfengine.config_json import from_dict, to_dict
 from rfengine.files import write_text
 from rfengine.grid import LatentGrid
 from rfengine.limits import shown
+from rfengine.models.int8_products import text_encoder_in_int8
 from rfengine.models.text_encoder import (
     ByteTokenizer,
     SentencePieceTokenizer,
@@ -111,18 +113,21 @@ class Checkpoint:
         """The module that `build` makes, with the weights of `part` in `dtype` on `device`; of a transformer,
         those of one rank alone (rank_part).
 
-        build is called on the meta device; tied parameters stay tied and requires_grad stays. Raises
-        ValueError when the directory lacks the part, has it only as a pickle, or has it for another model,
-        for values that are not finite, and where a file has not the size in the manifest.
+        build is called on the meta device; tied parameters stay tied and requires_grad stays. Weights that it
+        makes in int8 are rounded as they are read. Raises ValueError when the directory lacks the part, has
+        it only as a pickle, or has it for another model, for values that are not finite, and where a file has
+        not the size in the manifest.
         """
         with torch.device("meta"):
             module = build()
         if self.directory is None:
             stored = _random_tensors(part_configs(self.config)[part], self.seed + PARTS.index(part), device)
-            assign(module, rank_parts(stored, parallel), dtype, device, f"the random {part}")
+            stored = with_int8(rank_parts(stored, parallel), module, dtype)
+            assign(module, stored, dtype, device, f"the random {part}")
             return module
         stored, label = self.stored(part)
-        assign(module, rank_parts(stored, parallel), dtype, device, label, check_finite=True)
+        stored = with_int8(rank_parts(stored, parallel), module, dtype)
+        assign(module, stored, dtype, device, label, check_finite=True)
         return module
 
     def stored(self, part: Part) -> tuple[dict[str, StoredTensor], str]:
@@ -142,11 +147,16 @@ class Checkpoint:
         return self.directory.open(part), str(files[0])
 
     def text_encoder(
-        self, device: torch.device | str, dtype: torch.dtype, cache: Path | str | None = None
+        self,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        cache: Path | str | None = None,
+        runtime: RuntimeConfig | None = None,
     ) -> TextEncoder | GivenTextStates:
         """What makes text states; its weights are read at the first prompt that `cache` does not hold.
 
-        cache: a directory that keeps text states by prompt. Random weights have random states instead.
+        cache: a directory that keeps text states by prompt. runtime: where its weights are and whether they
+        are int8. Random weights have random states instead.
         Raises ValueError where the directory has no text encoder or no tokenizer.
         """
         text, model = self.config.text, self.config.model
@@ -165,10 +175,14 @@ class Checkpoint:
             )
 
         tokenizer, files = open_tokenizer(folder, text), None
+        runtime = runtime or RuntimeConfig()
+        is_int8, by_layers = runtime.text_weights == "int8", runtime.text_encoder == "layers"
         if cache is not None:
-            files = TextStateFiles(cache, self.fingerprint(), model.text_len, text.dim)
-        load = partial(self.load, partial(build_umt5, text), "text_encoder", dtype, device)
-        return TextEncoder(load, tokenizer, model.text_len, device, dtype, files)
+            weights = self.fingerprint() + ", int8" * is_int8
+            files = TextStateFiles(cache, weights, model.text_len, text.dim)
+        build = partial(_built_text_encoder, text, is_int8)
+        load = partial(self.load, build, "text_encoder", dtype, "cpu" if by_layers else device)
+        return TextEncoder(load, tokenizer, model.text_len, device, dtype, files, by_layers)
 
     def fingerprint(self) -> str:
         """What distinguishes these weights from others, see CheckpointDirectory.fingerprint."""
@@ -188,6 +202,11 @@ class GivenTextStates:
     ) -> Tensor:
         """States [len(prompts), text_len, text_dim]; by default on the device and in the dtype they have."""
         return self.states.to(device=device, dtype=dtype).expand(len(prompts), -1, -1)
+
+
+def _built_text_encoder(config: TextConfig, is_int8: bool) -> nn.Module:
+    model = build_umt5(config)
+    return text_encoder_in_int8(model) if is_int8 else model
 
 
 def open_tokenizer(folder: Path | None, config: TextConfig) -> Tokenizer:

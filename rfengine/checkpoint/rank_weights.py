@@ -25,7 +25,7 @@ def rank_part(name: str, stored: StoredTensor, parallel: TensorParallel) -> Stor
         return stored
     if _MAKES_HEADS.match(name):
         return stored.part(0, *parallel.span(stored.shape[0]))
-    if not (reads := _READS_HEADS.match(name)):
+    if not (reads := _READS_HEADS.fullmatch(name)):
         return stored
     if reads[1] == "weight":
         return stored.part(1, *parallel.span(stored.shape[1]))
@@ -51,7 +51,7 @@ def whole_with(name: str, own: Tensor, shape: tuple[int, ...], parallel: TensorP
     whole = own.new_zeros(shape)
     if _MAKES_HEADS.match(name):
         whole[slice(*parallel.span(shape[0]))] = own
-    elif (reads := _READS_HEADS.match(name)) and reads[1] == "weight":
+    elif (reads := _READS_HEADS.fullmatch(name)) and reads[1] == "weight":
         whole[:, slice(*parallel.span(shape[1]))] = own
     else:
         whole.copy_(own)

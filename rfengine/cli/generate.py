@@ -120,7 +120,9 @@ def _stream_writer(
     made of it is refused before loading, which can take minutes."""
     refuse_forcing(options.forcing, checkpoint.config)
     config = checkpoint.config if options.system is None else configured(checkpoint.config, options.system)
-    frames = start_frames(options.start, config, LatentGrid.of(config, options.height, options.width))
+    grid = LatentGrid.of(config, options.height, options.width)
+    frames = start_frames(options.start, config, grid)
+    has_size = frames is not None or options.height is not None or options.width is not None
     is_begun = frames is not None and bool(start_parts(options.start, frames, config).prefilled)
     _plan(prompt, options.seconds, config, is_begun)
     pipeline = Pipeline.from_pretrained(
@@ -132,6 +134,7 @@ def _stream_writer(
         runtime=options.runtime,
         loras=options.loras.loras(),
         tensor_parallel=started_ranks(),
+        size=(grid.height, grid.width) if has_size else None,
     )
 
     def write(prompt: str | PromptScript, path: Path) -> None:
@@ -253,7 +256,8 @@ def _write_video(
     scenes = f" in {len(plan.scenes)} scenes" if has_chapters else ""
     print(
         f"{path}: {count} frames, {count / fps:.1f} s of video{scenes}; streams at {rate:.1f} frames/s, "
-        f"{rate / fps:.1f} times as fast as it plays; {options.runtime.vae} decoder, {pipeline.vae_tier}"
+        f"{rate / fps:.1f} times as fast as it plays; {pipeline.config.runtime.vae} decoder, "
+        f"{pipeline.vae_tier}"
     )
 
 

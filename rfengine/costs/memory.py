@@ -12,18 +12,17 @@ from torch import Tensor
 from rfengine.cache.kv_cache import StreamingKVCache, arena_shape
 from rfengine.cache.window_fp8 import AttentionUnits, WindowFP8
 from rfengine.checkpoint.lora import LoadedLora, changes_by_tensor
-from rfengine.checkpoint.rank_weights import rank_parts
 from rfengine.checkpoint.shapes import expected_shapes
-from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.config import EngineConfig, TextConfig, VAEConfig, WanConfig
 from rfengine.costs.chunk import block_linears
+from rfengine.costs.placed_weights import text_encoder_weights, transformer_weights
 from rfengine.costs.shapes import require_stream
 from rfengine.grid import LatentGrid
 from rfengine.memory import require_memory
 from rfengine.models.streaming_decoder import StreamingDecoder
+from rfengine.models.tiny_vae import TinyVAE
 from rfengine.models.vae import WanVAE
 from rfengine.ops import REFERENCE_OPS
-from rfengine.tensor_parallel import WHOLE, TensorParallel
 
 _BYTES_OF_FRAMES = 2  # for each value of a video: the chunks, and their concatenation
 _BYTES_OF_FLOATS = 6  # where frames are returned as float32: those, and both of the above
@@ -40,8 +39,8 @@ def memory_needs(
     raw_keys: the arenas of the cache; raw keys are kept with relative positions. window_fp8: copies of the
     window for attention in FP8. sink_remainder: the low part of averages. in_flight: latents of a rolling
     schedule, and numbers of frames that the device keeps. cross_attention: keys and values of the text.
-    vae_buffers: of the lossless decoder, shared by all streams. total: their sum. Raises ValueError for a
-    diffusion forcing model, of which costs/window.py speaks.
+    vae_state: of the decoder. vae_buffers: of the lossless one, shared by all streams. total: their sum.
+    Raises ValueError for a diffusion forcing model, of which costs/window.py speaks.
     """
     require_stream(config)
     model = config.model
@@ -71,23 +70,14 @@ def described_vae(config: EngineConfig, decoding: torch.dtype) -> WanVAE:
 
 
 def weight_bytes(config: EngineConfig, dtype: torch.dtype, vae: WanVAE) -> dict[str, int]:
-    """Bytes of the weights of each part, in `dtype` but for the VAE."""
+    """Bytes of the weights of each part on the device, in `dtype` but for the VAE and what config.runtime has
+    in int8."""
     return {
-        "transformer": transformer_bytes(config.model, dtype),
+        "transformer": transformer_weights(config, dtype).device,
         "transformer_fp8": fp8_weight_bytes(config.model, dtype) if config.runtime.multiplies_fp8 else 0,
         "vae": _nbytes(vae.parameters()),
-        "text_encoder": parameter_count(config.text) * dtype.itemsize,
+        "text_encoder": text_encoder_weights(config, dtype).device,
     }
-
-
-def transformer_bytes(model: WanConfig, dtype: torch.dtype, parallel: TensorParallel = WHOLE) -> int:
-    """Of the transformer's weights; of several ranks, of one."""
-    whole = {name: StoredTensor(shape, dtype, _unread) for name, shape in expected_shapes(model).items()}
-    return sum(part.nbytes for part in rank_parts(whole, parallel).values())
-
-
-def _unread() -> Tensor:
-    raise AssertionError("only the shape of a tensor is asked for")
 
 
 def fp8_weight_bytes(model: WanConfig, dtype: torch.dtype) -> int:
@@ -116,8 +106,13 @@ def text_bytes(model: WanConfig, dtype: torch.dtype) -> int:
 
 
 def decoder_bytes(config: EngineConfig, grid: LatentGrid, dtype: torch.dtype, vae: WanVAE) -> dict[str, int]:
-    """Bytes of the state and the buffers of the lossless decoder of a described_vae. dtype: of the
-    latents."""
+    """Bytes of the state and the buffers of the decoder: the tiny one, which has no buffers, or the lossless
+    one of a described_vae. dtype: of the latents, and of the tiny decoder."""
+    if config.runtime.vae == "tiny":
+        with torch.device("meta"):
+            tiny = TinyVAE(config.tiny_vae)
+        slots = tiny.decoder_state(1, grid.latent_height, grid.latent_width, dtype, "meta").tensors()
+        return {"vae_state": _nbytes(slots.values()), "vae_buffers": 0}
     decoder, size = StreamingDecoder(vae, REFERENCE_OPS), (grid.latent_height, grid.latent_width)
     state = decoder.decoder_state(1, *size, vae.decoder_dtype, "meta")
     with torch.no_grad():

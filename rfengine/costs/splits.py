@@ -13,10 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
+from rfengine.checkpoint.rank_weights import rank_parts
+from rfengine.checkpoint.shapes import expected_shapes
+from rfengine.checkpoint.tensor_file import StoredTensor
+from rfengine.config import WanConfig
 from rfengine.costs.chunk import ChunkWork
-from rfengine.costs.memory import text_bytes, transformer_bytes
+from rfengine.costs.memory import text_bytes
 from rfengine.costs.ops import HALF, SINGLE
 from rfengine.costs.rates import GPU, floor_ms
 from rfengine.tensor_parallel import TensorParallel
@@ -105,9 +110,19 @@ def _latent_bytes(work: ChunkWork) -> int:
 def _held(work: ChunkWork) -> int:
     """Weights in 16 bits, cache and text of a rank; without the VAE and the text encoder."""
     config, parallel = work.shapes.config, TensorParallel(0, work.ranks)
-    weights = transformer_bytes(config.model, torch.bfloat16, parallel)
+    weights = _transformer_bytes(config.model, torch.bfloat16, parallel)
     cache = StreamingKVCache(
         config.model, config.cache, work.shapes.grid, dtype=torch.bfloat16, device="meta", parallel=parallel
     )
     kept = sum(tensor.nbytes for tensor in cache.tensors().values())
     return weights + kept + text_bytes(work.own.config.model, torch.bfloat16)
+
+
+def _transformer_bytes(model: WanConfig, dtype: torch.dtype, parallel: TensorParallel) -> int:
+    """Of the transformer's weights; of several ranks, of one."""
+    whole = {name: StoredTensor(shape, dtype, _unread) for name, shape in expected_shapes(model).items()}
+    return sum(part.nbytes for part in rank_parts(whole, parallel).values())
+
+
+def _unread() -> Tensor:
+    raise AssertionError("only the shape of a tensor is asked for")

@@ -253,7 +253,7 @@ class DiffusionForcingPipeline:
 
 def _refuse_options_of_streams(runtime: RuntimeConfig) -> None:
     """Raises ValueError for what is asked for and would change nothing, or cannot be."""
-    for name in ("graphs", "overlap"):
+    for name in ("graphs", "overlap", "preset"):
         if getattr(runtime, name):
             raise ValueError(f"{name} is asked for and is for streams alone; leave it out")
     if runtime.precision == "fp8-attention":

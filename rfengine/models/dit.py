@@ -19,6 +19,7 @@ from rfengine.cache.sink_policy import CachePlan
 from rfengine.cache.window_fp8 import LayerFP8, WindowFP8
 from rfengine.config import WanConfig
 from rfengine.diffusion_forcing_config import FPS_ROWS
+from rfengine.models.block_offload import BlockOffload
 from rfengine.models.linear import Linear, LinearGELU, Projections, Rows, RowsFP8, Scale
 from rfengine.models.weight_layout import lay_out
 from rfengine.ops import REFERENCE_OPS, Ops
@@ -185,7 +186,7 @@ class Block(nn.Module):
         if self.cross_attn.q.fp8 is not None:
             x, *rows = self.ops.gated_residual_affine_norm_fp8(x, projection(y), gate, *norm)
             return x, RowsFP8(*rows)
-        if self.folds_gate and projection.fp8 is None:
+        if self.folds_gate and projection.is_plain:
             x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
             return x, self.ops.affine_layer_norm(x, *norm)
         return self.ops.gated_residual_affine_norm(x, projection(y), gate, *norm)
@@ -206,7 +207,7 @@ class Block(nn.Module):
                 x, projection(y), gate, shift, scale, self.eps
             )
             return x, RowsFP8(*rows)
-        if self.folds_gate and projection.fp8 is None:
+        if self.folds_gate and projection.is_plain:
             x = self.ops.gated_linear(x, y, projection.weight, projection.bias, gate)
             return x, self.ops.adaptive_layer_norm(x, shift, scale, self.eps)
         return self.ops.gated_residual_adaptive_norm(x, projection(y), gate, shift, scale, self.eps)
@@ -223,12 +224,14 @@ class Head(nn.Module):
 class WanDiT(nn.Module):
     """The transformer of one WanConfig. Latents are [B, C, F, height, width]; the output is the flow, noise -
     x0. left_out_of_fp8: the products of the blocks that are not in FP8; None where none is
-    (fp8_products.quantise). parallel: the rank whose heads and columns it has; the others' run beside it."""
+    (fp8_products.quantise). offload: where the blocks' weights are in host memory, what brings them
+    (block_offload.py). parallel: the rank whose heads and columns it has; the others' run beside it."""
 
     def __init__(self, config: WanConfig, ops: Ops = REFERENCE_OPS, parallel: TensorParallel = WHOLE) -> None:
         super().__init__()
         self.config, self.ops, self.parallel = config, ops, parallel
         self.left_out_of_fp8: frozenset[str] | None = None
+        self.offload: BlockOffload[Block] | None = None
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
@@ -249,6 +252,10 @@ class WanDiT(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.patch_embedding.weight.device
+
+    def block(self, number: int) -> Block:
+        """Block `number` with its weights on the model's device: with offload, until the next call."""
+        return self.blocks[number] if self.offload is None else self.offload.block(number)
 
     def modulation(self, timesteps: Tensor, fps: int | None = None) -> Modulation:
         """Modulation for timesteps [B, F] or [1, 1], floats from 0 to 1000, never rounded.
@@ -280,7 +287,7 @@ class WanDiT(nn.Module):
                 f"the model takes [B, up to {limit}, {self.config.text_dim}]"
             )
         text = self.text_embedding(F.pad(text_states.to(self.dtype), (0, 0, 0, limit - length)))
-        pairs = [block.cross_attn.keys_values(text) for block in self.blocks]
+        pairs = [self.block(layer).cross_attn.keys_values(text) for layer in range(len(self.blocks))]
         return TextKeysValues(torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs]))
 
     def forward_chunk(
@@ -322,7 +329,7 @@ class WanDiT(nn.Module):
         attend = _over_cache(cache, plan, True, window)
         _, normed = self.run_blocks(latents, modulation, text, attend, last)
         view = cache.layer(last, plan, keep_raw=True)
-        self.blocks[last].self_attn.write_cache(normed, cache.query_rotation, view)
+        self.block(last).self_attn.write_cache(normed, cache.query_rotation, view)
 
     def recache(
         self, frames: dict[int, Tensor], modulation: Modulation, text: TextKeysValues, cache: StreamingKVCache
@@ -391,9 +398,9 @@ class WanDiT(nn.Module):
         else:
             normed = self.ops.adaptive_layer_norm(*first)
         keys_values = zip(text.keys.unbind(0), text.values.unbind(0), strict=True)
-        parts = zip(self.blocks, rows, following, keys_values, reads_fp8[1:], strict=True)
-        for layer, (block, own, next_rows, pair, in_fp8) in enumerate(islice(parts, count)):
-            x, normed = block(x, normed, own, next_rows, pair, attend(layer), in_fp8)
+        parts = zip(rows, following, keys_values, reads_fp8[1:], strict=True)
+        for layer, (own, next_rows, pair, in_fp8) in enumerate(islice(parts, count)):
+            x, normed = self.block(layer)(x, normed, own, next_rows, pair, attend(layer), in_fp8)
         return x, normed
 
 

@@ -60,7 +60,8 @@ class WeightFP8(NamedTuple):
 
 class Linear(nn.Linear):
     """y = x W^T + b on the model's ops. fp8: the weight in FP8, for rows in FP8; None where it has none.
-    parallel: the ranks whose results are added up, each from its part of x."""
+    weight_scale: [N] where the weight is int8 (int8_products.py), else None. parallel: the ranks whose
+    results are added up, each from its part of x."""
 
     def __init__(
         self, in_features: int, out_features: int, ops: Ops, parallel: TensorParallel = WHOLE
@@ -68,11 +69,21 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features)
         self.ops, self.parallel = ops, parallel
         self.fp8: WeightFP8 | None = None
+        self.register_parameter("weight_scale", None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its weight is in the dtype of the model and nothing else."""
+        return self.fp8 is None and self.weight_scale is None
 
     def forward(self, x: Rows) -> Tensor:
         if isinstance(x, RowsFP8):
             return self.parallel.added(self.ops.linear_fp8(*x, *self.fp8[:3]))
-        return self.parallel.added(self.ops.linear(x, self.weight, self.bias))
+        if self.weight_scale is not None:
+            product = self.ops.linear_int8(x, self.weight, self.weight_scale, self.bias)
+        else:
+            product = self.ops.linear(x, self.weight, self.bias)
+        return self.parallel.added(product)
 
 
 class LinearGELU(Linear):
@@ -81,6 +92,8 @@ class LinearGELU(Linear):
     def forward(self, x: Rows) -> Tensor:
         if isinstance(x, RowsFP8):
             return self.ops.linear_gelu_fp8(*x, *self.fp8[:3])
+        if self.weight_scale is not None:
+            return self.ops.linear_gelu_int8(x, self.weight, self.weight_scale, self.bias)
         return self.ops.linear_gelu(x, self.weight, self.bias)
 
     def rows_fp8(self, x: RowsFP8) -> RowsFP8:
@@ -126,6 +139,8 @@ class Projections(nn.Module):
         """Place the weights of `layers` one after another in one tensor's memory, and their biases."""
         join([layer.weight for layer in layers], self.ops)
         join([layer.bias for layer in layers], self.ops)
+        if layers[0].weight_scale is not None:
+            join([layer.weight_scale for layer in layers], self.ops)
         self.is_packed = True
 
     def project(self, x: Rows, *layers: nn.Linear) -> tuple[Tensor, ...]:
@@ -138,7 +153,10 @@ class Projections(nn.Module):
             weight = joined_view([layer.weight for layer in layers])
             bias = joined_view([layer.bias for layer in layers])
             if weight is not None and bias is not None:
-                return self.ops.linear(x, weight, bias).chunk(len(layers), dim=-1)
+                if layers[0].weight_scale is None:
+                    return self.ops.linear(x, weight, bias).chunk(len(layers), dim=-1)
+                scale = joined_view([layer.weight_scale for layer in layers])
+                return self.ops.linear_int8(x, weight, scale, bias).chunk(len(layers), dim=-1)
         return tuple(layer(x) for layer in layers)
 
 

@@ -129,7 +129,7 @@ class StreamingDecoder:
         pending = call.convolve(self._first, halo)
         for layer in self._layers:
             pending = layer(pending, call)
-        _, halo = call.norm_silu(pending, self._last_gamma, self._last)
+        halo = call.norm_silu(pending, self._last_gamma, self._last)[1]
         call.keep(self._last, halo)
         weight, bias = self._last.weight, self._last.bias
         if packed:

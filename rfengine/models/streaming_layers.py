@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +22,23 @@ from rfengine.ops.reference import LARGEST_E4M3, channel_fp8, fold_upsample_weig
 HISTORY = CausalConv.slot_frames
 
 
-class Pending(NamedTuple):
+@dataclass(slots=True)
+class Pending:
     """The activation x + bias + residual, [T, H, W, C], whose sum the next op forms."""
 
     x: Tensor
     bias: Tensor | None = None
     residual: Tensor | None = None
 
+    def taken(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x, bias and residual, once: whoever still has this keeps none of them in memory."""
+        terms = self.x, self.bias, self.residual
+        del self.x, self.residual
+        return terms
+
     def total(self, out: Tensor | None = None) -> Tensor:
-        """The sum, in `out` or else in x."""
-        x, bias, residual = self
+        """The sum, in `out` or else in x, once."""
+        x, bias, residual = self.taken()
         if bias is not None:
             x = x.add_(bias)
         if residual is not None:
@@ -138,7 +144,7 @@ class DecoderCall:
     def norm_silu(self, pending: Pending, gamma: Tensor, convolution: Convolution) -> tuple[Tensor, Tensor]:
         """The sum that `pending` stands for, and the halo of `convolution` with its norm and SiLU."""
         halo = self.halo(convolution, pending.x)
-        return self.ops.channel_norm_silu(*pending, gamma, halo[HISTORY:], convolution.unit), halo
+        return self.ops.channel_norm_silu(*pending.taken(), gamma, halo[HISTORY:], convolution.unit), halo
 
 
 Layer = Callable[[Pending, DecoderCall], Pending]
@@ -164,8 +170,10 @@ class Residual:
         total, halo = call.norm_silu(pending, self.gammas[0], self.first)
         hidden = call.convolve(self.first, halo)
         residual = total if self.shortcut is None else F.linear(total, *self.shortcut)
-        _, halo = call.norm_silu(hidden, self.gammas[1], self.second)
-        return call.convolve(self.second, halo)._replace(residual=residual)
+        halo = call.norm_silu(hidden, self.gammas[1], self.second)[1]  # and what it came of goes
+        pending = call.convolve(self.second, halo)
+        pending.residual = residual
+        return pending
 
 
 class Attention:

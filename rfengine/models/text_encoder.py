@@ -19,6 +19,7 @@ from torch.nn import functional
 from rfengine.config import TextConfig
 from rfengine.files import read_text
 from rfengine.host_state import own_state
+from rfengine.models.layered_text import bring_by_layers
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -215,6 +216,7 @@ class TextEncoder:
     `model` is a UMT5EncoderModel, or a function that builds one, called at the first prompt that `cache` does
     not hold. It is moved to `device` and `dtype` in place and stays there, whatever device `encode` returns
     on. In float16 the last projection of each feed-forward stays in float32, and with it the residual stream.
+    by_layers: the weights are in host memory, and its layers come to `device` one by one (layered_text.py).
     """
 
     def __init__(
@@ -225,12 +227,14 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         cache: StateCache | None = None,
+        by_layers: bool = False,
     ) -> None:
+        self.by_layers = by_layers
         self.tokenizer = tokenizer
         self.text_len = text_len
         self.device = torch.device(device)
         self.dtype = dtype
-        self._model = _place(model, self.device, dtype) if isinstance(model, nn.Module) else None
+        self._model = self._placed(model) if isinstance(model, nn.Module) else None
         self._build_model = model
         self._cache = cache
 
@@ -289,8 +293,13 @@ class TextEncoder:
 
     def _loaded_model(self) -> nn.Module:
         if self._model is None:
-            self._model = _place(self._build_model(), self.device, self.dtype)
+            self._model = self._placed(self._build_model())
         return self._model
+
+    def _placed(self, model: nn.Module) -> nn.Module:
+        if not self.by_layers:
+            return _place(model, self.device, self.dtype)
+        return bring_by_layers(_place(model, torch.device("cpu"), self.dtype), self.device)
 
 
 def _place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -304,5 +313,6 @@ def _place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mod
         if parameter.is_meta:
             raise RuntimeError(f"{name} of the text encoder has no values; load its weights before use")
         keep = dtype == torch.float16 and name.endswith(".wo.weight")
-        parameter.data = parameter.data.to(device=device, dtype=torch.float32 if keep else dtype)
+        own = parameter.dtype if not parameter.is_floating_point() else torch.float32 if keep else dtype
+        parameter.data = parameter.data.to(device=device, dtype=own)
     return model.eval()

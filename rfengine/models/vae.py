@@ -393,8 +393,10 @@ def _zero_slots(
     shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:
     with torch.inference_mode(False):  # such a state serves calls inside and outside of inference mode
-        zeros = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-        return {name: _channels_last(slot) for name, slot in zeros.items()}
+        return {
+            name: _channels_last(torch.zeros(shape, dtype=dtype, device=device))
+            for name, shape in shapes.items()
+        }
 
 
 def _convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:

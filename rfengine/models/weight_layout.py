@@ -37,13 +37,13 @@ def joined_view(parts: Sequence[Tensor]) -> Tensor | None:
     """One view, without gradient, of tensors that join has placed, or some that follow each other there; None
     for any others."""
     first = parts[0].detach()
-    place, storage, stride = first.data_ptr(), first.untyped_storage().data_ptr(), first.stride()
+    place, storage, stride = first.storage_offset(), first.untyped_storage()._cdata, first.stride()
     if stride[0] != 1 and not first.is_contiguous():
         return None
     for part in parts:
-        if part.data_ptr() != place or part.stride() != stride or part.dtype != first.dtype:
+        if part.storage_offset() != place or part.stride() != stride or part.dtype != first.dtype:
             return None
-        if part.untyped_storage().data_ptr() != storage:  # neighbours by chance, in memory of their own
+        if part.untyped_storage()._cdata != storage:
             return None
-        place += part.shape[0] * stride[0] * part.element_size()
+        place += part.shape[0] * stride[0]
     return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), stride)

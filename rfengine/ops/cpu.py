@@ -55,11 +55,11 @@ def adaptive_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
     if not _is_plain(x) or scale.shape[1] != 1 or shift.shape[1] != 1:
         return reference.adaptive_layer_norm(x, shift, scale, eps)
     dim = x.shape[-1]
-    return torch.layer_norm(x, (dim,), *_identity(dim), eps).mul_(1 + scale).add_(shift)
+    return torch.layer_norm(x, (dim,), *identity_of_norm(dim), eps).mul_(1 + scale).add_(shift)
 
 
 @cache
-def _identity(dim: int) -> tuple[Tensor, Tensor]:
+def identity_of_norm(dim: int) -> tuple[Tensor, Tensor]:
     """Weight and bias of a norm without either, for which torch has a slow loop alone."""
     return torch.ones(dim, dtype=torch.float32, device="cpu"), torch.zeros(
         dim, dtype=torch.float32, device="cpu"

@@ -16,12 +16,14 @@ from rfengine.ops import (
     backends,
     checks,
     checks_fp8,
+    checks_int8,
     cpu,
     library_fp8,
     native,
     reference,
     reference_fp8,
     reference_fp8_attention,
+    reference_int8,
 )
 
 
@@ -95,6 +97,14 @@ OPS: dict[str, Op] = {
     "linear_heads_fp8": Op(
         reference_fp8.linear_heads_fp8, "linears", checks_fp8.linear_heads_fp8,
         backends={"triton": "linear_fp8:linear_heads_fp8"},
+    ),
+    "linear_int8": Op(
+        reference_int8.linear_int8, "linears", checks_int8.linear_int8,
+        backends={"triton": "linear_int8:linear_int8"},
+    ),
+    "linear_gelu_int8": Op(
+        reference_int8.linear_gelu_int8, "linears", checks_int8.linear_int8,
+        backends={"triton": "linear_int8:linear_gelu_int8"},
     ),
     "sink_window_attention": Op(
         reference.sink_window_attention, "self-attention", checks.sink_window_attention,

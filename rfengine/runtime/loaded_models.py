@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +11,12 @@ import torch
 
 from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import DTypeName, EngineConfig, RuntimeConfig
-from rfengine.models.dit import WanDiT, pack_weights
+from rfengine.models.dit import WanDiT
 from rfengine.models.fp8_products import quantise
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops
 from rfengine.runtime.decoders import OpenDecoder, opener, require_decoder
+from rfengine.runtime.loaded_transformer import load_transformer
 from rfengine.runtime.model_precision import require_precision
 from rfengine.runtime.options import decode_device, model_dtype, present_device
 from rfengine.runtime.ranks import FirstRankText, NoFrames
@@ -84,14 +84,14 @@ def load_models(
     the first one alone has the text encoder and decodes. Raises as Checkpoint.load and opener do.
     """
     dtype, device = place.dtype, place.device
-    build = partial(WanDiT, config.model, ops, parallel)
-    transformer = checkpoint.load(build, "transformer", dtype, device, parallel).eval()
-    pack_weights(transformer)
+    transformer = load_transformer(checkpoint, config, ops, dtype, device, parallel)
     if config.runtime.multiplies_fp8:
         quantise(transformer, left_out)
     vae = checkpoint.load(lambda: WanVAE(config.vae), "vae", torch.float32, place.decoding).eval()
     open_decoder = opener(checkpoint, config, vae, dtype, place.decoding)
-    encoder = None if parallel.rank else checkpoint.text_encoder(place.text_device, dtype, text_cache)
+    encoder = None
+    if parallel.rank == 0:
+        encoder = checkpoint.text_encoder(place.text_device, dtype, text_cache, config.runtime)
     if parallel.divides:
         encoder = FirstRankText(encoder, parallel, (config.model.text_len, config.model.text_dim), device)
     return LoadedModels(transformer, vae, encoder, NoFrames if parallel.rank else open_decoder)

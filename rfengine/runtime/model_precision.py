@@ -16,6 +16,7 @@ from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.models.dit import WanDiT
 from rfengine.models.fp8_products import product_names, require_products
 from rfengine.ops.backends import fp8_absence
+from rfengine.runtime.loaded_transformer import require_weights
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +74,18 @@ def require_settled(runtime: RuntimeConfig, model: WanDiT) -> None:
         raise ValueError(
             f"the products of the model are in FP8 and {asked}; use 'fp8', or a model of its own"
         )
+    require_weights(runtime, model)
     if runtime.precision == "bf16" and model.dtype != torch.bfloat16:
         own = str(model.dtype).removeprefix("torch.")
         raise ValueError(f"{asked} and the model is in {own}; load it in bfloat16, or use 'default'")
 
 
 def precision_setting(config: EngineConfig, model: WanDiT) -> str:
-    """The precision as a snapshot names it: "" without FP8. It is of the passes, however they were given."""
+    """The precision as a snapshot names it: "" without FP8 and int8. It is of the passes, however they were
+    given."""
     runtime = config.runtime
+    if runtime.block_weights == "int8":
+        return "weights in int8"
     if not runtime.multiplies_fp8:
         return ""
     words = [runtime.precision]

@@ -32,8 +32,10 @@ def runtime_switches(runtime: RuntimeConfig, device: torch.device) -> dict[str, 
             f"graphs are asked for on {device}; CUDA graphs need a CUDA device, leave them off"
         )
     decoding = decode_device(runtime, device)
+    by_blocks = f"{runtime.block_buffers} blocks at a time come from host memory"
+    graphs = Switch(False, by_blocks) if runtime.block_buffers else _switch(runtime.graphs, on_cuda, device)
     return {
-        "graphs": _switch(runtime.graphs, on_cuda, device),
+        "graphs": graphs,
         "overlap": _overlap(runtime.overlap, device),
         "autotune": Switch(
             runtime.autotune and on_cuda,

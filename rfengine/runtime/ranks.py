@@ -7,7 +7,7 @@ All ranks run the same program, call by call. Frames are the first rank's; the c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 import torch
 import torch.distributed as distributed
@@ -18,13 +18,25 @@ from rfengine.checkpoint.lora import LoadedLora
 from rfengine.config import EngineConfig
 from rfengine.config_json import to_dict
 from rfengine.grid import LatentGrid
-from rfengine.limits import shown
+from rfengine.limits import Range, as_integer, shown
 from rfengine.models.decoder import CausalState
 from rfengine.ops import Ops, choose_ops
 from rfengine.runtime.options import tuned_ops
-from rfengine.tensor_parallel import TensorParallel
-from rfengine.torchrun import environment_integer, started_ranks
+from rfengine.tensor_parallel import WHOLE, TensorParallel
+from rfengine.torchrun import MOST_RANKS, environment_integer, started_ranks
 from rfengine.version import VERSION
+
+
+def require_divisible(count: SupportsIndex, config: EngineConfig) -> int:
+    """`count` as the number of ranks. Raises ValueError where they cannot share the model of `config` or run
+    under its preset."""
+    number = as_integer("tensor_parallel", count, Range(1, MOST_RANKS))
+    TensorParallel(0, number).own(config.model)
+    if number > 1 and config.runtime.preset == "auto":
+        raise ValueError(
+            f"preset is 'auto' for {number} ranks, each of which could choose another; name one, or none"
+        )
+    return number
 
 
 def rank_device(device: str | torch.device | None, count: int) -> torch.device | str | None:
@@ -32,6 +44,8 @@ def rank_device(device: str | torch.device | None, count: int) -> torch.device |
 
     Raises ValueError unless torchrun started `count` processes, and for a GPU that is named by its number.
     """
+    if count == 1:
+        return device
     started = distributed.get_world_size() if distributed.is_initialized() else started_ranks()
     if started != count:
         raise ValueError(
@@ -51,7 +65,9 @@ def rank_device(device: str | torch.device | None, count: int) -> torch.device |
 
 def join(count: int, device: torch.device) -> TensorParallel:
     """This process as one of the `count` ranks that torchrun started, NCCL between GPUs and gloo else.
-    torch.distributed's default group is made where there is none yet."""
+    torch.distributed's default group is made where there is none yet; one rank needs none."""
+    if count == 1:
+        return WHOLE
     if not distributed.is_initialized():
         environment_integer("RANK", 0, count - 1)
         if device.type == "cuda":

@@ -27,7 +27,7 @@ CASES = (  # every kernel, and of the linears and convolutions a form of each ki
     "sink_window_attention", "sink_window_attention_pointer", "attention_backward_query",
     "attention_backward_keys", "gated_residual_adaptive_norm", "gated_layer_norm_backward", "rms_norm",
     "rms_norm_backward", "qk_norm_rope_write_raw", "qk_norm_rope_backward", "ema_evict", "rephase_keys",
-    "evict_and_rephase", "flow_step", "frame_pack", "linear_gelu", "gated_linear_ffn",
+    "evict_and_rephase", "flow_step", "frame_pack", "linear_gelu", "linear_gelu_int8", "gated_linear_ffn",
     "channel_norm_silu_fp8", "causal_conv3d_level_1", "causal_conv3d_level_3", "causal_conv3d_fp8_level_3",
     "phase_conv_to_level_2", "frame_attention", "conv_frame_pack", "linear_out_one_frame",
     "gated_linear_ffn_one_frame", "sink_window_attention_pointer_one_frame", "adaptive_layer_norm",

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from rfengine import cli
+from rfengine.checkpoint.checkpoint import Checkpoint
+from rfengine.runtime import card_report
+from rfengine.runtime.card_presets import Candidate
+from rfengine.runtime.memory_plan import MemoryPlan
 from support.loras import LAYERS, RANK, pairs, write_lora
 from support.models import SMALL
 from support.outcome import fails
@@ -40,6 +44,48 @@ def test_doctor_refuses_a_wrong_size_and_an_unknown_model(capsys: pytest.Capture
     message = fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-14b", "--width", 2**64)
     assert message == "width is 18446744073709551616 pixels; use at most 8192"
     assert "wan-9b" in fails(capsys, cli.CALLER_ERROR, "doctor", "--model", "wan-9b")
+
+
+def test_doctor_says_which_preset_fits_a_card_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Checkpoint, "text_encoder", None)
+    doctor = ["doctor", "--model", "wan-1.3b"]
+    assert cli.main([*doctor, "--gpu-memory", "12"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "24gb 16gb 12gb 8gb" in lines and "fits no no yes yes" in lines
+    assert "--preset auto takes 12gb at 480 x 832 pixels" in lines
+    assert cli.main([*doctor, "--gpu-memory", "24", "--json"]) == 0
+    cards = json.loads(capsys.readouterr().out)["cards"]
+    assert cards["takes"] == 0 and cards["refusal"] == ""
+    assert [each["fits"] for each in cards["presets"]] == [True] * 4
+    assert cards["presets"][0]["needed"] == max(cards["presets"][0]["phases"].values()) + sum(
+        cards["presets"][0]["reserve"].values()
+    )
+    assert cards["presets"][3]["graphs"] == {
+        "on": False, "reason": "2 blocks at a time come from host memory"
+    }  # fmt: skip
+
+
+def test_a_card_too_small_for_every_preset_makes_doctor_fail_with_the_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = MemoryPlan(
+        64, 64, {"transformer": 2**31}, {}, {"loading": 2**31}, {}, {}
+    )  # a real one takes seconds
+    monkeypatch.setattr(card_report, "planned", lambda preset, config, *_: Candidate(preset, config, plan))
+    assert (
+        cli.main(["doctor", "--model", "tiny", "--gpu-memory", "1", "--height", "64", "--width", "64"]) == 1
+    )
+    last = capsys.readouterr().out
+    assert "a card of 1.00 GiB is too small for every preset of tiny: 24gb at 64 x 64, the smallest" in last
+    assert "needs 2.0 GiB" in last
+    assert "take a smaller model or size" in last
+    message = fails(capsys, cli.CALLER_ERROR, "doctor", "--gpu-memory", "0")
+    assert message == "--gpu-memory is 0.0; it must be at least 0.1"
+    assert "streams" in fails(
+        capsys, cli.CALLER_ERROR, "doctor", "--model", "skyreels-df-1.3b", "--gpu-memory", "12"
+    )
 
 
 def test_doctor_names_the_file_that_differs_from_the_manifest_until_it_is_renewed(

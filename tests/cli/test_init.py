@@ -13,7 +13,8 @@ from rfengine.cli.commands import Options
 
 RUNTIME = [
     "graphs", "overlap", "decode_device", "autotune", "vae", "vae_precision", "precision",
-    "sixteen_bit_passes", "fp8_table", "tensorrt_directory",
+    "sixteen_bit_passes", "fp8_table", "tensorrt_directory", "preset", "text_encoder", "text_weights",
+    "block_weights", "block_buffers",
 ]  # fmt: skip
 LORAS = ["lora", "allow_unmatched_lora"]
 FORCING = [
@@ -38,7 +39,7 @@ OPTIONS = {
     ],
     "convert": ["source", "destination", "base", *LORAS, "dtype", "use_ema", "kind"],
     "parity": ["files", "backend", "device", "dtype"],
-    "doctor": ["json", "model", "height", "width", "dtype", *LORAS, "renew"],
+    "doctor": ["json", "model", "height", "width", "dtype", *LORAS, "gpu_memory", "renew"],
     "bench": [
         "protocol", "model", "system", "height", "width", "chunks", "device", "dtype", "backend", *RUNTIME,
         "decode", "compare", "threads", "json", "plot",
@@ -54,7 +55,7 @@ OPTIONS = {
     "train": [
         "recipe", "directory", "resume", "device", "plan", "steps", "batch", "accumulation", "data",
         "student", "teacher", "critic", "base", "reward", "guard", "beta", "lora_rank", "precision",
-        "parallel", "offload_teacher", "save_every", "sample_every", "seed",
+        "parallel", "shard_ranks", "timeout", "offload_teacher", "save_every", "sample_every", "seed",
     ],
 }  # fmt: skip
 

@@ -91,6 +91,8 @@ def _refuse_contradictions(protocol: Protocol, options: ThroughputOptions) -> No
         own.append((f"--vae {runtime.vae}", f"is measured with the {protocol.vae} decoder"))
     if protocol.vae == "tiny" and runtime.vae_precision != "default":
         own.append((f"--vae-precision {runtime.vae_precision}", "is measured with the tiny decoder"))
+    if runtime.preset is not None:
+        own.append((f"--preset {runtime.preset}", "is measured under options that are given one by one"))
     for option, words in own:
         raise ValueError(
             f"{option} contradicts the protocol {protocol.name}, which {words}; leave out one of the two"
@@ -188,7 +190,10 @@ def _require_fits(
 def _of_memory(config: EngineConfig) -> EngineConfig:
     """`config` with what its memory depends on alone, so that it is reckoned once a session."""
     runtime = config.runtime
-    runtime = RuntimeConfig(precision=runtime.precision, sixteen_bit_passes=runtime.sixteen_bit_passes)
+    names = (
+        "precision", "sixteen_bit_passes", "text_encoder", "text_weights", "block_weights", "block_buffers",
+    )  # fmt: skip
+    runtime = RuntimeConfig(**{name: getattr(runtime, name) for name in names})
     return replace(config, runtime=runtime)
 
 
