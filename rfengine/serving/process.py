@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from rfengine.pipeline import Pipeline
 from rfengine.serving.access import ApiKeys, check_bind
@@ -58,9 +59,18 @@ def serve(pipeline: Pipeline, options: ServerOptions, listener: socket.socket) -
     The first signal lets each session finish its chunk and end, within options.drain_s; a second one ends at
     once.
     """
-    app = create_app(pipeline, options, _end_process)
-    config = uvicorn.Config(
+    app = create_app(pipeline, options, end_process)
+    server = DrainingServer(uvicorn_config(app, options), options.drain_s)
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def uvicorn_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
+    """How an application of a server with these options listens."""
+    return uvicorn.Config(
         app,
+        loop="asyncio",  # not whatever else is installed: the limits below are of these two
+        http="h11",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -73,9 +83,6 @@ def serve(pipeline: Pipeline, options: ServerOptions, listener: socket.socket) -
         limit_concurrency=options.max_connections,
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
     )
-    server = DrainingServer(config, options.drain_s)
-    server.run(sockets=[listener])
-    return 0 if server.started else 1
 
 
 class DrainingServer(uvicorn.Server):
@@ -105,7 +112,7 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def _end_process(why: str) -> None:
+def end_process(why: str) -> None:
     """Leave the clients a moment for their errors, then end: a hanging device lets no thread be joined."""
     time.sleep(_TELL_CLIENTS_S)
     logger.critical("the process ends, since the engine is lost: %s", why)
