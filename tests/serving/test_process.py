@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
-from websockets.exceptions import ConnectionClosed
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from rfengine.serving.process import uvicorn_config
