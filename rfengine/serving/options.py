@@ -35,6 +35,21 @@ class ServiceOptions:
     cpu_threads: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ReplicaPlace:
+    """Of a server that is one of several with the same data directory, behind a gateway.
+
+    name: eight hexadecimal digits, with which its session ids begin. secret: by which the gateway proves
+    itself; its word is taken for who asks. job_lease_s: a job whose claim was not renewed for so long is
+    another's. between_machines: the data directory is on a network's file system.
+    """
+
+    name: str
+    secret: str
+    job_lease_s: float = 15.0
+    between_machines: bool = False
+
+
 class Observer(Protocol):
     """Counts what happens; called on the service's threads, and must return at once."""
 
