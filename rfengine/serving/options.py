@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rfengine.serving.events import EndReason
 
@@ -41,13 +41,13 @@ class ReplicaPlace:
 
     name: eight hexadecimal digits, with which its session ids begin. secret: by which the gateway proves
     itself; its word is taken for who asks. job_lease_s: a job whose claim was not renewed for so long is
-    another's. between_machines: the data directory is on a network's file system.
+    another's. journal: of the database of jobs, as JobTable has it.
     """
 
     name: str
     secret: str
     job_lease_s: float = 15.0
-    between_machines: bool = False
+    journal: Literal["WAL", "DELETE"] = "WAL"
 
 
 class Observer(Protocol):

@@ -129,8 +129,7 @@ def _job_store(options: ServerOptions) -> JobStore:
     limits = options.video_bytes, options.file_life_s, options.waiting_jobs
     if place is None:
         return JobStore(directory, *limits)
-    journal = "DELETE" if place.between_machines else "WAL"
-    return JobStore(directory, *limits, Claimant(place.name, place.job_lease_s), journal)
+    return JobStore(directory, *limits, Claimant(place.name, place.job_lease_s), place.journal)
 
 
 def add_access(app: FastAPI, options: ServerOptions) -> None:

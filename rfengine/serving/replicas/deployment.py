@@ -47,9 +47,7 @@ class EngineReplica:
             logging.getLogger(name).setLevel(logging.WARNING)
         torch.set_num_threads(1)  # the engine's thread alone has more, as in a single server
         pipeline = plan.source.load()
-        self._member = Member(
-            pipeline, plan.own_options(pipeline), _own_host(plan), token, end_process, plan.between_machines
-        )
+        self._member = Member(pipeline, plan, _own_host(plan), token, end_process)
 
     def check_health(self) -> None:
         """Raises RuntimeError where the replica has to be replaced."""
@@ -113,11 +111,11 @@ def gateway_application(plan: ReplicaPlan) -> Application:
     """The gateway, which Ray Serve's own proxies pass requests to, with its replicas."""
     from ray import serve
 
-    server, between_machines = plan.server, plan.between_machines
+    server, journal, log_json = plan.server, plan.journal, plan.log_json
 
     def build() -> FastAPI:
-        configure_logging("INFO", plan.log_json)
-        return create_gateway(server, between_machines)
+        configure_logging("INFO", log_json)
+        return create_gateway(server, journal)
 
     deployment = serve.deployment(
         serve.ingress(build)(),

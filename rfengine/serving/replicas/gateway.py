@@ -23,6 +23,7 @@ from starlette.websockets import WebSocket, WebSocketClose
 from rfengine.serving.access import ClientIdentity
 from rfengine.serving.errors import Fault
 from rfengine.serving.jobs.store import JobStore
+from rfengine.serving.jobs.table import Journal
 from rfengine.serving.realtime.endpoint import refuse
 from rfengine.serving.replicas.choice import LOST, by_room, named_replica, reachable
 from rfengine.serving.replicas.http_relay import HttpRelay, new_session
@@ -46,11 +47,11 @@ class Gateway:
     where one has it, or it cannot be used.
     """
 
-    def __init__(self, options: ServerOptions, between_machines: bool = False) -> None:
+    def __init__(self, options: ServerOptions, journal: Journal) -> None:
         self.options = options
         self.draining = False
         self.relay: WebSocketRelay | None = None  # while the application runs
-        self._between_machines = between_machines
+        self._journal = journal
         self._http: HttpRelay | None = None
         self._replicas: dict[str, Replica] = {}
         self._unreachable: set[str] = set()
@@ -61,15 +62,14 @@ class Gateway:
     async def running(self) -> AsyncIterator[None]:
         """Hold the directory and know its replicas during the block."""
         options = self.options
-        journal = "DELETE" if self._between_machines else "WAL"
         async with AsyncExitStack() as stack:
             shared = SharedDirectory(options.data_directory)
             store = JobStore(
                 options.data_directory / "videos", options.video_bytes, options.file_life_s,
-                options.waiting_jobs, journal=journal,
+                options.waiting_jobs, journal=self._journal,
             )  # fmt: skip
             stack.callback(store.close)
-            self._table = ReplicaTable(shared.table_path, journal)
+            self._table = ReplicaTable(shared.table_path, self._journal)
             stack.callback(self._table.close)
             session = await stack.enter_async_context(new_session())
             self._http = HttpRelay(session, shared.secret)
@@ -170,10 +170,10 @@ class Gateway:
         return Response(body, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-def create_gateway(options: ServerOptions, between_machines: bool = False) -> FastAPI:
+def create_gateway(options: ServerOptions, journal: Journal = "WAL") -> FastAPI:
     """The application; state.gateway is its Gateway. options: as of a single server; those of sessions and
-    jobs are the replicas'."""
-    gateway = Gateway(options, between_machines)
+    jobs are the replicas'. journal: as theirs."""
+    gateway = Gateway(options, journal)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -51,10 +52,12 @@ def require_ray() -> None:
 def local_ray(cores: int, gpus: int, log_to_driver: bool = True) -> Iterator[None]:
     """Run Ray on this machine during the block, reached by this user from this machine alone, and leave
     nothing of it."""
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # which it asks for by default
     require_ray()
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     temporary = tempfile.gettempdir()
     directory = tempfile.mkdtemp("", "rf", temporary if len(temporary) <= _MOST_TEMPORARY else "/tmp")
     try:
@@ -120,7 +123,7 @@ class ReplicatedServer:
         gateway.draining = True
         logger.info("stopping: sessions end after their chunk")
         try:
-            serve.shutdown()
+            serve.delete(APPLICATION)
         finally:
             await_end_of(gateway.relay.connections)
 

@@ -17,6 +17,7 @@ from rfengine.pipeline import Pipeline
 from rfengine.serving.options import ReplicaPlace
 from rfengine.serving.process import drain_sessions, uvicorn_config
 from rfengine.serving.replicas.identity import identity_of
+from rfengine.serving.replicas.plan import ReplicaPlan
 from rfengine.serving.replicas.shared_directory import SharedDirectory, this_machine
 from rfengine.serving.replicas.table import Load, ReplicaState, ReplicaTable
 from rfengine.serving.server import ServerOptions, create_app
@@ -32,9 +33,8 @@ _POLL_S = 0.05
 class Member:
     """A replica from here to `stop`.
 
-    options: as of a single server; recording_bytes is this replica's share. host: where the gateway reaches
-    it. token: of the data directory that the others have. lease_s: it renews four times in so long. on_lost:
-    as SessionService has it, and called too where the others have given the replica up.
+    host: where the gateway reaches it. token: of the data directory that the others have. on_lost: as
+    SessionService has it, and called too where the others have given the replica up.
 
     Raises ValueError where it may not join the others, before anything is begun; RuntimeError where the
     directory cannot be used.
@@ -43,18 +43,17 @@ class Member:
     def __init__(
         self,
         pipeline: Pipeline,
-        options: ServerOptions,
+        plan: ReplicaPlan,
         host: str,
         token: str,
         on_lost: Callable[[str], None],
-        between_machines: bool = False,
-        lease_s: float = 5.0,
     ) -> None:
+        options = plan.own_options(pipeline)
         shared = SharedDirectory(options.data_directory)
         shared.require(token)
         self.name = secrets.token_hex(_NAME_BYTES)
         self._shared, self._on_lost = shared, on_lost
-        self.table = ReplicaTable(shared.table_path, "DELETE" if between_machines else "WAL", lease_s)
+        self.table = ReplicaTable(shared.table_path, plan.journal, plan.lease_s)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, 0), family=family)
         address = f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
@@ -69,8 +68,8 @@ class Member:
             raise
         self._state: ReplicaState | None = None  # where it is not that of the service
         self._ended = threading.Event()
-        place = ReplicaPlace(self.name, shared.secret, between_machines=between_machines)
-        own = replace(options, keys=None, replica=place)
+        place = ReplicaPlace(self.name, shared.secret, plan.job_lease_s, plan.journal)
+        own = replace(options, replica=place)
         self.app = create_app(pipeline, own, on_lost)
         self._drain_s = options.drain_s
         config = uvicorn_config(self.app, replace(own, max_connections=_connections(own)))

@@ -8,6 +8,7 @@ from rfengine import Lora
 from rfengine.config import Backend, DTypeName, RuntimeConfig
 from rfengine.memory import free_memory
 from rfengine.pipeline import Pipeline
+from rfengine.serving.jobs.table import Journal
 from rfengine.serving.server import ServerOptions
 
 _SHARE_OF_FREE_MEMORY = 0.8
@@ -46,7 +47,8 @@ class ReplicaPlan:
     server: as of a single server; the limits of
     sessions are each replica's own, those of files are of all together. replicas: at the start and at least.
     most_replicas: where more are started while work waits. cpu_threads: of one replica on a CPU.
-    host: where the gateway reaches replicas: an address, or NODE.
+    host: where the gateway reaches replicas: an address, or NODE. lease_s: a replica that is silent for so
+    long is lost; job_lease_s: so long after its last word another makes its jobs.
     """
 
     source: ModelSource
@@ -56,11 +58,18 @@ class ReplicaPlan:
     cpu_threads: int
     host: str = "127.0.0.1"
     log_json: bool = False
+    lease_s: float = 5.0
+    job_lease_s: float = 15.0
 
     @property
     def between_machines(self) -> bool:
         """Whether replicas may be on several machines."""
         return self.host == NODE
+
+    @property
+    def journal(self) -> Journal:
+        """Of the databases in the data directory."""
+        return "DELETE" if self.between_machines else "WAL"
 
     @property
     def resources(self) -> dict[str, float]:

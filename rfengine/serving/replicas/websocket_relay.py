@@ -66,6 +66,12 @@ class WebSocketRelay:
         self.connections: Counter[str] = Counter()
         self.relayed: Counter[str] = Counter()
 
+    def release(self, replica: Replica) -> None:
+        """A session of a replica is over."""
+        self.relayed[replica.name] -= 1
+        if self.relayed[replica.name] <= 0:
+            del self.relayed[replica.name]
+
     async def serve(self, websocket: WebSocket) -> None:
         """Serve one connection to its end."""
         client: ClientIdentity = websocket.scope["state"]["client"]
@@ -110,12 +116,11 @@ class _Relayed:
             except ServiceError as error:
                 await refuse(self._websocket, error.fault)
                 return
-            self._relay.relayed[replica.name] += 1
             try:
                 await self._pass_on(answer)
                 await self._converse(upstream)
             finally:
-                self._relay.relayed[replica.name] -= 1
+                self._relay.release(replica)
                 await upstream.close()
 
     async def _open(self, first: dict) -> tuple[Replica, aiohttp.ClientWebSocketResponse, aiohttp.WSMessage]:
@@ -123,30 +128,43 @@ class _Relayed:
 
         Until there is an answer the client knows of no session, so another replica may begin it.
         """
-        refused = None
-        for replica in self._relay.choose():
-            upstream = None
-            try:
-                upstream = await self._connect(replica)
-                await _send(upstream, first)
-                answer = await upstream.receive(_ANSWER_S)
-            except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-                logger.warning("replica %s began no session: %s", replica.name, type(error).__name__)
-                if upstream is not None:
-                    await upstream.close()
-                continue
-            if answer.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
-                logger.warning("replica %s ended before a session began", replica.name)
+        refused, asked = None, set()
+        while replica := next((each for each in self._relay.choose() if each.name not in asked), None):
+            asked.add(replica.name)
+            self._relay.relayed[replica.name] += 1  # at once, so that others choose with it in mind
+            opened = await self._ask_for_session(replica, first)
+            if opened is None:
+                self._relay.release(replica)
                 continue
             if refused is not None:
+                self._relay.release(refused[0])
                 await refused[1].close()
-            if _refusal_code(answer) not in _PASSING:
-                return replica, upstream, answer
-            refused = replica, upstream, answer
+            if _refusal_code(opened[1]) not in _PASSING:
+                return replica, *opened
+            refused = replica, *opened
         if refused is None:
             raise ServiceError(NO_REPLICA)
         self._relay.on_refused()
         return refused
+
+    async def _ask_for_session(
+        self, replica: Replica, first: dict
+    ) -> tuple[aiohttp.ClientWebSocketResponse, aiohttp.WSMessage] | None:
+        """The connection and what the replica answers; None where it does not."""
+        upstream = None
+        try:
+            upstream = await self._connect(replica)
+            await _send(upstream, first)
+            answer = await upstream.receive(_ANSWER_S)
+        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
+            logger.warning("replica %s began no session: %s", replica.name, type(error).__name__)
+        else:
+            if answer.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+                return upstream, answer
+            logger.warning("replica %s ended before a session began", replica.name)
+        if upstream is not None:
+            await upstream.close()
+        return None
 
     async def _connect(self, replica: Replica) -> aiohttp.ClientWebSocketResponse:
         return await self._relay.session.ws_connect(
