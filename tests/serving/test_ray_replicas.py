@@ -3,6 +3,8 @@ happens to one replica is not felt at the other."""
 
 from __future__ import annotations
 
+import random
+import sqlite3
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,6 +25,8 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not ins
 PROMPTS = ("a large red circle moving slowly to the right", "a small green square over a sandy beach")
 CHUNKS = 8
 FRAMES = 12 * CHUNKS - 3
+JOB_FRAMES = 12 * 24 - 3
+KILLS = 20
 
 
 def start_of(seed: int) -> dict[str, object]:
@@ -45,6 +49,16 @@ def play(server, seed: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
+def job_alone(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file of a job at a single server."""
+    directory = tmp_path_factory.mktemp("single")
+    with running_server(Pipeline.from_pretrained("tiny", "cpu"), directory) as server:
+        made = create_job(server.url, 5, JOB_FRAMES)["id"]
+        until(lambda: job(server.url, made)["status"] == "completed", "the job is made")
+        return httpx2.get(f"{server.url}/v1/videos/{made}/content").content
+
+
+@pytest.fixture(scope="module")
 def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayReplicas]:
     with ray_replicas(tmp_path_factory.mktemp("replicated") / "data") as running:
         yield running
@@ -54,8 +68,12 @@ def sessions_by_replica(clients: list[RealtimeClient]) -> dict[str, list[int]]:
     """The numbers of the clients, by the replica that their session ids name."""
     found = defaultdict(list)
     for number, client in enumerate(clients):
-        found[client.log[0]["request_id"][3:11]].append(number)
+        found[replica_of(client)].append(number)
     return found
+
+
+def replica_of(client: RealtimeClient) -> str:
+    return client.log[0]["request_id"][3:11]
 
 
 def create_job(url: str, seed: int, frames: int) -> dict:
@@ -75,7 +93,7 @@ def test_a_killed_replica_fails_its_sessions_alone_and_its_job_is_made_by_anothe
 ) -> None:
     names = set(replicas.await_ready(2))
     url = replicas.server.url
-    made = create_job(url, 5, 12 * 24 - 3)
+    made = create_job(url, 5, JOB_FRAMES)
     until(lambda: job(url, made["id"])["status"] == "in_progress", "the job has begun")
     with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
         clients = [stack.enter_context(realtime_client(replicas.server)) for _ in range(8)]
@@ -109,8 +127,6 @@ def test_a_killed_replica_fails_its_sessions_alone_and_its_job_is_made_by_anothe
 
 def replicas_job(replicas: RayReplicas, job_id: str) -> str:
     """The replica that makes a job."""
-    import sqlite3
-
     with sqlite3.connect(replicas.directory / "videos" / "jobs.sqlite") as jobs:
         return jobs.execute("SELECT replica FROM claims WHERE job_id = ?", (job_id,)).fetchone()[0]
 
@@ -120,7 +136,7 @@ def test_a_replica_that_is_drained_ends_its_sessions_and_puts_its_job_back_at_on
 ) -> None:
     replicas.await_ready(2)
     url = replicas.server.url
-    made = create_job(url, 6, 12 * 24 - 3)
+    made = create_job(url, 6, JOB_FRAMES)
     with ExitStack() as stack, ThreadPoolExecutor(4) as pool:
         clients = [stack.enter_context(realtime_client(replicas.server)) for _ in range(4)]
         for seed, client in enumerate(clients):  # two of which would go on for hours
@@ -146,3 +162,39 @@ def test_a_replica_that_is_drained_ends_its_sessions_and_puts_its_job_back_at_on
     until(lambda: job(url, made["id"])["status"] == "completed", "the job is made by the one that is left")
     assert set(replicas.await_ready(1)) == {kept}
     replicas.scale(2)
+
+
+@pytest.mark.soak
+def test_no_job_is_lost_and_no_frame_is_wrong_when_replicas_are_killed(
+    replicas: RayReplicas, alone: list[bytes], job_alone: bytes
+) -> None:
+    url, rng = replicas.server.url, random.Random(20)
+    made = []
+    for _ in range(KILLS):
+        names = set(replicas.await_ready(2))
+        made += [create_job(url, 5, JOB_FRAMES)["id"] for _ in range(2)]
+        with ExitStack() as stack, ThreadPoolExecutor(4) as pool:
+            clients = [stack.enter_context(realtime_client(replicas.server)) for _ in range(4)]
+            for seed, client in enumerate(clients):
+                client.start(**start_of(seed))
+            ends = [pool.submit(client.closed) for client in clients]
+            time.sleep(rng.uniform(0.0, 1.5))
+            killed = rng.choice(sorted(names))
+            replicas.kill(killed)
+            codes = [end.result() for end in ends]
+        until(lambda killed=killed: killed not in replicas.ready(), "it is lost")
+        for seed, client in enumerate(clients):
+            if client.log[-1]["reason"] == "finished":
+                assert codes[seed] == 1000 and client.media == alone[seed]
+                continue
+            assert replica_of(client) == killed and codes[seed] == 1011
+            assert client.log[-2]["code"] == "engine_lost" and client.log[-2]["retryable"]
+            assert alone[seed].startswith(client.media)
+        assert all(
+            client.log[-1]["reason"] == "finished" or replica_of(client) == killed for client in clients
+        )
+    for job_id in made:
+        until(lambda job_id=job_id: job(url, job_id)["status"] in ("completed", "failed"), "a job has ended")
+        assert job(url, job_id)["error"] is None
+        assert httpx2.get(f"{url}/v1/videos/{job_id}/content", timeout=30).content == job_alone
+    assert {each["id"] for each in httpx2.get(f"{url}/v1/videos?limit=100").json()["data"]} >= set(made)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from threading import Condition, Thread
 
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.events import Ended, SessionChunk, SessionEvent, SessionRequest
+from rfengine.serving.events import Ended, SessionChunk, SessionEvent, SessionRequest, SessionState
 from rfengine.serving.jobs.store import JobStore
 from rfengine.serving.jobs.table import Job, JobRequest, storage_fault
 from rfengine.serving.session import Session
@@ -199,7 +199,7 @@ class JobRunner:
     def _keep_claims(self) -> None:
         held = self._store.renew()
         for job_id, session in self._running.items():
-            if job_id not in held:
+            if job_id not in held and session.consumer.begun and session.state is not SessionState.CLOSED:
                 logger.warning("job %s is stopped here: it was deleted, or another replica has it", job_id)
                 self._service.close(session)
 

@@ -42,8 +42,9 @@ def require_ray() -> None:
         import aiohttp
         import ray.serve
     except ImportError as error:
+        name = (error.name or "ray").partition(".")[0]
         raise RuntimeError(
-            f"replicas need {error.name}, which is not installed; pip install 'rfengine[ray]'"
+            f"replicas need {name}, which is not installed; pip install 'rfengine[ray]'"
         ) from error
     del aiohttp, ray
 
