@@ -169,9 +169,10 @@ def _serve_replicas(
         options.loras.loras(),
     )  # fmt: skip
     plan = ReplicaPlan(source, server, options.replicas, most, threads, log_json=options.log_json)
+    several = ReplicatedServer(plan, listener)
     with local_ray(_cores(), torch.cuda.device_count()):
         _announce(options, f"{name} with {options.replicas} replicas")
-        return ReplicatedServer(plan, listener).run()
+        return several.run()
 
 
 def _require_packages() -> None:

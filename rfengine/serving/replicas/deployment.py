@@ -103,6 +103,8 @@ def _autoscaling(plan: ReplicaPlan) -> dict[str, Any]:
         "max_replicas": plan.most_replicas,
         "initial_replicas": plan.replicas,
         "look_back_period_s": LOOK_BACK_S,
+        "upscale_delay_s": plan.more_after_s,
+        "downscale_delay_s": plan.fewer_after_s,
         "policy": {"policy_function": policy},
     }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -24,10 +25,11 @@ from rfengine.serving.access import ClientIdentity
 from rfengine.serving.errors import Fault
 from rfengine.serving.jobs.store import JobStore
 from rfengine.serving.jobs.table import Journal
+from rfengine.serving.operations import RequestCount
 from rfengine.serving.realtime.endpoint import refuse
 from rfengine.serving.replicas.choice import LOST, by_room, named_replica, reachable
 from rfengine.serving.replicas.http_relay import HttpRelay, new_session
-from rfengine.serving.replicas.merged_metrics import merged
+from rfengine.serving.replicas.merged_metrics import RELAYED, RequestCounts, merged
 from rfengine.serving.replicas.shared_directory import SharedDirectory, this_machine
 from rfengine.serving.replicas.table import Replica, ReplicaTable
 from rfengine.serving.replicas.websocket_relay import WebSocketRelay
@@ -50,8 +52,14 @@ class Gateway:
     def __init__(self, options: ServerOptions, journal: Journal) -> None:
         self.options = options
         self.draining = False
+        self.requests = RequestCounts()
         self.relay: WebSocketRelay | None = None  # while the application runs
-        self._journal = journal
+        self._shared = SharedDirectory(options.data_directory)
+        self._store = JobStore(
+            options.data_directory / "videos", options.video_bytes, options.file_life_s,
+            options.waiting_jobs, journal=journal,
+        )  # fmt: skip
+        self._table = ReplicaTable(self._shared.table_path, journal)
         self._http: HttpRelay | None = None
         self._replicas: dict[str, Replica] = {}
         self._unreachable: set[str] = set()
@@ -60,21 +68,15 @@ class Gateway:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Hold the directory and know its replicas during the block."""
-        options = self.options
+        """Know the replicas during the block, and let go of the directory at its end."""
+        options, secret = self.options, self._shared.secret
         async with AsyncExitStack() as stack:
-            shared = SharedDirectory(options.data_directory)
-            store = JobStore(
-                options.data_directory / "videos", options.video_bytes, options.file_life_s,
-                options.waiting_jobs, journal=self._journal,
-            )  # fmt: skip
-            stack.callback(store.close)
-            self._table = ReplicaTable(shared.table_path, self._journal)
+            stack.callback(self._store.close)
             stack.callback(self._table.close)
             session = await stack.enter_async_context(new_session())
-            self._http = HttpRelay(session, shared.secret)
+            self._http = HttpRelay(session, secret)
             self.relay = WebSocketRelay(
-                session, shared.secret, options.realtime, options.service.idle_s, self._by_room,
+                session, secret, options.realtime, options.service.idle_s, self._by_room, self._is_silent,
                 self._note_refusal,
             )  # fmt: skip
             await self._refresh()
@@ -109,6 +111,13 @@ class Gateway:
         """On a thread: the table may be busy for a moment."""
         asyncio.get_running_loop().run_in_executor(None, self._table.note_refusal)
 
+    def _is_silent(self, replica: Replica) -> bool:
+        """Whether a replica has not renewed its lease for twice its time, and did not end by itself."""
+        known = self._replicas.get(replica.name)
+        if known is None or known.load.state == "ended":
+            return False
+        return known.lease_until + self._table.lease_s <= time.time()
+
     def _live(self) -> list[Replica]:
         return [each for each in self._replicas.values() if reachable(each, self._machine)]
 
@@ -127,6 +136,7 @@ class Gateway:
 
     async def other(self, scope: Scope, receive: Receive, send: Send) -> None:
         """What no route of the gateway's own takes, as ASGI has it."""
+        scope["route"] = RELAYED
         if scope["type"] == "websocket":
             await WebSocketClose()(scope, receive, send)
             return
@@ -166,7 +176,7 @@ class Gateway:
         live = self._live()
         texts = await asyncio.gather(*(self._http.text(each, "/metrics", _ITSELF) for each in live))
         found = {each.name: text for each, text in zip(live, texts, strict=True) if text is not None}
-        body = await run_in_threadpool(merged, found, self._states())
+        body = await run_in_threadpool(merged, found, self._states(), self.requests)
         return Response(body, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
@@ -192,4 +202,5 @@ def create_gateway(options: ServerOptions, journal: Journal = "WAL") -> FastAPI:
     app.router.default = gateway.other
     answer_errors(app)
     add_access(app, options)
+    app.add_middleware(RequestCount, metrics=gateway.requests)  # outside: refused requests count too
     return app

@@ -6,7 +6,6 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
-from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -25,13 +24,14 @@ _HOP_BY_HOP = frozenset(
 _NOT_SENT = _HOP_BY_HOP | GATEWAY_HEADERS | {b"content-length", b"expect"}
 _ASKED_AGAIN = ("GET", "HEAD")
 _CONNECT_S = 2.0
+_SILENT_S = 300.0  # of a replica that makes a large file ready
 _READ_BYTES = 2**16
 
 
 def new_session() -> aiohttp.ClientSession:
-    """The connections to replicas; a body is passed on as it is, and has all the time it needs."""
+    """The connections to replicas; a body is passed on as it is, and takes as long as it comes."""
     return aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENT_S),
         connector=aiohttp.TCPConnector(limit=0),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -95,10 +95,13 @@ def _encoded_url(text: str) -> object:
 
 def _passed_on(answer: aiohttp.ClientResponse) -> Response:
     async def body() -> AsyncIterator[bytes]:
-        async for data in answer.content.iter_chunked(_READ_BYTES):
-            yield data
+        try:
+            async for data in answer.content.iter_chunked(_READ_BYTES):
+                yield data
+        finally:
+            answer.close()  # where the client has gone before the end
 
-    response = StreamingResponse(body(), answer.status, background=BackgroundTask(answer.release))
+    response = StreamingResponse(body(), answer.status)
     response.raw_headers = [
         (name.lower(), value) for name, value in answer.raw_headers if name.lower() not in _HOP_BY_HOP
     ]

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from rfengine.serving.process import DrainingServer, await_end_of, uvicorn_config
 from rfengine.serving.replicas.deployment import replicas_application
@@ -26,8 +27,10 @@ _STORE_BYTES = 100 * 2**20  # of Ray's shared memory, through which nothing larg
 _MOST_TEMPORARY = 30  # characters: the paths of Ray's sockets below it have to fit into 107
 _POLL_S = 0.05
 _LAST_OF_TRACEBACK = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception): (.+)$", re.MULTILINE)
-# no statistics are sent, and each line of a replica's log is shown, without colours
+# Ray listens on loopback alone, as it does on other systems; no statistics are sent, and each line of a
+# replica's log is shown, without colours
 _ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
@@ -37,23 +40,18 @@ _ENVIRONMENT = {
 
 def require_ray() -> None:
     """Raises RuntimeError where Ray Serve is not installed."""
-    os.environ.update(_ENVIRONMENT)  # Ray reads them when it is imported
-    try:
-        import aiohttp
-        import ray.serve
-    except ImportError as error:
-        name = (error.name or "ray").partition(".")[0]
-        raise RuntimeError(
-            f"replicas need {name}, which is not installed; pip install 'rfengine[ray]'"
-        ) from error
-    del aiohttp, ray
+    for name in ("ray", "aiohttp"):
+        if find_spec(name) is None:
+            raise RuntimeError(f"replicas need {name}, which is not installed; pip install 'rfengine[ray]'")
 
 
 @contextmanager
 def local_ray(cores: int, gpus: int, log_to_driver: bool = True) -> Iterator[None]:
     """Run Ray on this machine during the block, reached by this user from this machine alone, and leave
     nothing of it."""
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # which it asks for by default
+    os.environ.update(_ENVIRONMENT)
+    os.environ.pop("RAY_AUTH_MODE", None)  # a Ray of its own asks for a token unless that says otherwise
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     require_ray()
     import ray
     from ray import serve
@@ -70,7 +68,6 @@ def local_ray(cores: int, gpus: int, log_to_driver: bool = True) -> Iterator[Non
             object_store_memory=_STORE_BYTES,
             log_to_driver=log_to_driver,
             logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
             _temp_dir=directory,
         )
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
@@ -81,29 +78,36 @@ def local_ray(cores: int, gpus: int, log_to_driver: bool = True) -> Iterator[Non
 
 
 class ReplicatedServer:
-    """A gateway that listens on a socket, with its replicas; inside of `local_ray`."""
+    """A gateway that listens on a socket, with its replicas.
+
+    Raises RuntimeError where another server has the data directory, or it cannot be used.
+    """
 
     def __init__(self, plan: ReplicaPlan, listener: socket.socket) -> None:
+        os.environ.update(_ENVIRONMENT)  # before Ray is imported, which reads it then
         self._listener = listener
-        self._replicas = replicas_application(plan)
         self._app = create_gateway(plan.server)
-        self._error: RuntimeError | None = None
+        self._replicas = replicas_application(plan)
+        self._error: Exception | None = None
+        self._reason = ""  # for it
         self.server = DrainingServer(uvicorn_config(self._app, plan.server), self._drain)
 
     def run(self) -> int:
-        """Serve until a signal to stop, or `server` is told to exit; returns the exit status.
+        """Serve until a signal to stop, inside of `local_ray`; returns the exit status.
 
         Raises RuntimeError where the replicas cannot be started.
         """
         threading.Thread(target=self._deploy, name="rfengine-deploy", daemon=True).start()
         self.server.run(sockets=[self._listener])
         if self._error is not None:
-            raise RuntimeError(f"the replicas did not start: {_sentence(self._error)}") from self._error
+            raise RuntimeError(f"the replicas did not start: {self._reason}") from self._error
         return 0 if self.server.started else 1
 
     def _deploy(self) -> None:
         """Once the gateway has the data directory."""
         from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
         while not self.server.started:
             if self.server.should_exit:
@@ -111,9 +115,9 @@ class ReplicatedServer:
             time.sleep(_POLL_S)
         try:
             serve.run(self._replicas, name=APPLICATION, route_prefix=None)
-        except RuntimeError as error:
+        except (RuntimeError, RayError, RayServeException) as error:
             if not self._app.state.gateway.draining:
-                self._error = error
+                self._error, self._reason = error, _reason(error)
                 self.server.should_exit = True
 
     def _drain(self) -> None:
@@ -129,7 +133,11 @@ class ReplicatedServer:
             await_end_of(gateway.relay.connections)
 
 
-def _sentence(error: RuntimeError) -> str:
-    """A replica's own error, at the end of the traceback in what Ray says of it."""
-    found = _LAST_OF_TRACEBACK.findall(str(error))
+def _reason(error: Exception) -> str:
+    """A replica's own error, at the end of the traceback in what Ray Serve says of it."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    messages = [] if application is None else [each.message for each in application.deployments.values()]
+    found = _LAST_OF_TRACEBACK.findall("\n".join(messages))
     return found[-1] if found else str(error)

@@ -140,6 +140,7 @@ class Member:
         self._ended.set()
         self._lease.join()
         self.table.leave(self.name)
+        self._shared.remove_recordings(self.table.replicas().keys() - {self.name})
         self.table.close()
 
 

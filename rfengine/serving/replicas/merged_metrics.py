@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -14,11 +15,38 @@ _CREATED = "_created"  # times of Prometheus's own, families of their own in the
 STATES = ("warming up", "ready", "draining", "lost")
 
 
-def merged(texts: Mapping[str, str], states: Mapping[str, int]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class _Route:
+    path: str
+
+
+RELAYED = _Route("relayed")  # as the route of a request that a replica answers, which counts it by its own
+
+
+class RequestCounts:
+    """The requests of a gateway, as ServerMetrics counts those of a server."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        names = ("route", "status_class")
+        self._requests = Counter(
+            "rfengine_http_requests", "HTTP requests answered.", names, registry=self._registry
+        )
+
+    def count_request(self, route: str | None, status: int) -> None:
+        """Count an answered request; route: None where none matched."""
+        self._requests.labels(route or "unmatched", f"{status // 100}xx").inc()
+
+    def text(self) -> str:
+        """In Prometheus's format."""
+        return generate_latest(self._registry).decode()
+
+
+def merged(texts: Mapping[str, str], states: Mapping[str, int], requests: RequestCounts) -> bytes:
     """texts: what each replica answers to GET /metrics, by its name. states: how many replicas are in each
-    of STATES."""
+    of STATES. requests: the gateway's, which has its own name as a replica."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Merged(texts, states))
+    registry.register(_Merged({**texts, "gateway": requests.text()}, states))
     return generate_latest(registry)
 
 

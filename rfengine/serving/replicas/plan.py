@@ -48,7 +48,8 @@ class ReplicaPlan:
     sessions are each replica's own, those of files are of all together. replicas: at the start and at least.
     most_replicas: where more are started while work waits. cpu_threads: of one replica on a CPU.
     host: where the gateway reaches replicas: an address, or NODE. lease_s: a replica that is silent for so
-    long is lost; job_lease_s: so long after its last word another makes its jobs.
+    long is lost; job_lease_s: so long after its last word another makes its jobs. more_after_s: one more
+    starts when work has waited so long; fewer_after_s: one ends when most were idle for so long.
     """
 
     source: ModelSource
@@ -60,6 +61,8 @@ class ReplicaPlan:
     log_json: bool = False
     lease_s: float = 5.0
     job_lease_s: float = 15.0
+    more_after_s: float = 30.0
+    fewer_after_s: float = 600.0
 
     @property
     def between_machines(self) -> bool:

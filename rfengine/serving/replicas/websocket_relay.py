@@ -38,6 +38,7 @@ _PASSING = (
 _METADATA = '"video.chunk_metadata"'
 _TYPE_CHARACTERS = 64  # at the start of a message, in which its type stands
 _MARGIN_S = 30.0
+_SILENCE_CHECK_S = 1.0
 _ANSWER_S = 60.0  # in which a replica says whether it takes a session
 
 Choose = Callable[[], Sequence[Replica]]
@@ -46,9 +47,10 @@ Choose = Callable[[], Sequence[Replica]]
 class WebSocketRelay:
     """The realtime route of a gateway.
 
-    choose: the replicas that may take a session now, best first. on_refused: called where none had room.
-    idle_s: after which a replica ends a session whose client takes nothing. connections: open ones by key;
-    relayed: those that each replica has a session of.
+    choose: the replicas that may take a session now, best first. is_silent: of one that does not answer any
+    more, though its connections are open. on_refused: called where no replica had room. idle_s: after which
+    a replica ends a session whose client takes nothing. connections: open ones by key; relayed: sessions by
+    replica.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class WebSocketRelay:
         limits: RealtimeLimits,
         idle_s: float,
         choose: Choose,
+        is_silent: Callable[[Replica], bool],
         on_refused: Callable[[], None],
     ) -> None:
         self.session, self.secret, self.limits = session, secret, limits
-        self.choose, self.on_refused = choose, on_refused
+        self.choose, self.is_silent, self.on_refused = choose, is_silent, on_refused
         self.stalled_s = idle_s + limits.flush_s + _MARGIN_S  # then the replica has given the client up
         self.connections: Counter[str] = Counter()
         self.relayed: Counter[str] = Counter()
@@ -118,7 +121,7 @@ class _Relayed:
                 return
             try:
                 await self._pass_on(answer)
-                await self._converse(upstream)
+                await self._converse(replica, upstream)
             finally:
                 self._relay.release(replica)
                 await upstream.close()
@@ -174,18 +177,28 @@ class _Relayed:
             timeout=aiohttp.ClientWSTimeout(ws_close=2.0),
         )
 
-    async def _converse(self, upstream: aiohttp.ClientWebSocketResponse) -> None:
+    async def _converse(self, replica: Replica, upstream: aiohttp.ClientWebSocketResponse) -> None:
         asking = asyncio.create_task(self._ask(upstream))
         answering = asyncio.create_task(self._answer(upstream))
+        silence = asyncio.create_task(self._await_silence(replica))
+        tasks = (asking, answering, silence)
         try:
-            await asyncio.wait({asking, answering}, return_when=asyncio.FIRST_COMPLETED)
-            if asking.done() and not answering.done():  # the client has gone
-                return
-            await self._finish(answering)
-        finally:
-            for task in (asking, answering):
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                await self._finish(answering)
+            elif silence.done():
+                answering.cancel()
+                await asyncio.wait({answering})
+                await self._tell_lost()
+                await close(self._websocket, _INTERNAL)
+        finally:  # and where the client has gone
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(asking, answering, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _await_silence(self, replica: Replica) -> None:
+        while not self._relay.is_silent(replica):
+            await asyncio.sleep(_SILENCE_CHECK_S)
 
     async def _ask(self, upstream: aiohttp.ClientWebSocketResponse) -> None:
         """Pass on what the client says, until it says no more."""

@@ -340,11 +340,19 @@ def test_a_client_that_does_not_read_holds_its_session_alone(tmp_path: Path) -> 
 
 
 def test_numbers_of_all_replicas_have_a_label_and_jobs_are_counted_once(open_to_all: Replicated) -> None:
+    for _ in open_to_all.members:
+        httpx2.get(open_to_all.url + "/v1/models")
     text = httpx2.get(open_to_all.url + "/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     names = {member.name for member in open_to_all.members}
     sessions = families["rfengine_sessions"].samples
     assert {sample.labels["replica"] for sample in sessions} == names and len(sessions) == 6
+    requests = [sample.labels for sample in families["rfengine_http_requests"].samples]
+    assert {labels["replica"] for labels in requests} == {*names, "gateway"}
+    assert {labels["route"] for labels in requests if labels["replica"] == "gateway"} >= {
+        "/readyz",
+        "relayed",
+    }
     chunks = families["rfengine_chunk_seconds"]
     assert chunks.type == "histogram" and {sample.labels["replica"] for sample in chunks.samples} == names
     jobs = families["rfengine_jobs"].samples
@@ -393,11 +401,23 @@ def test_a_replica_that_others_have_given_up_ends(tmp_path: Path) -> None:
 
 def test_a_second_server_cannot_have_the_directory(open_to_all: Replicated) -> None:
     options = open_to_all.gateway.app.state.gateway.options
-    with (
-        pytest.raises(Exception, match="did not start|another process is serving"),
-        running_app(create_gateway(options)),
-    ):
-        pass
+    with pytest.raises(RuntimeError, match="another process is serving the jobs there"):
+        create_gateway(options)
+
+
+def test_a_replica_that_hangs_fails_its_sessions_when_its_lease_is_over(tmp_path: Path) -> None:
+    with replicated(tmp_path, count=1) as running, realtime_client(running.gateway) as client:
+        client.start(pace="realtime")
+        client.take(1)
+        gateway = running.gateway.app.state.gateway
+        member = gateway._replicas[running.members[0].name]
+        assert not gateway._is_silent(member)
+        gateway.relay.is_silent = lambda replica: True
+        assert client.closed() == 1011
+        error, done = client.log[-2:]
+        assert error["code"] == "engine_lost" and error["retryable"] and error["fatal"]
+        assert done["type"] == "session.done" and done["chunks"] == len(client.chunks)
+        eventually(lambda: not running.members[0].app.state.service._sessions)
 
 
 def test_a_replica_of_another_model_or_directory_is_refused(open_to_all: Replicated, tmp_path: Path) -> None:
