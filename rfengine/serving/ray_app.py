@@ -20,6 +20,7 @@ from rfengine.config import Backend, DTypeName, RuntimeConfig
 from rfengine.config_json import from_dict
 from rfengine.serving.access import ApiKeys
 from rfengine.serving.options import ServiceOptions
+from rfengine.serving.replicas.plan import NODE
 from rfengine.serving.server import ServerOptions
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def app(arguments: Mapping[str, Any]) -> Application:
     from rfengine.serving.replicas.plan import ModelSource, ReplicaPlan, threads_of_each
 
     options = app_options(arguments)
-    gpus, cores = _there()
+    gpus, cores = _there(options)
     device = options.device or ("cuda" if gpus else "cpu")
     most = options.max_replicas or options.replicas
     threads = threads_of_each(device, options.replicas, most, gpus, cores)
@@ -120,14 +121,17 @@ def app(arguments: Mapping[str, Any]) -> Application:
     return gateway_application(plan)
 
 
-def _there() -> tuple[int, int]:
-    """GPUs and cores: of the cluster, where there is one, else of this machine."""
+def _there(options: AppOptions) -> tuple[int, int]:
+    """GPUs and cores: of the cluster, where this process has joined one, else of this machine. Of machines
+    that are not known yet Ray says which are there, and lets replicas wait."""
     import ray
 
     if ray.is_initialized():
         resources = ray.cluster_resources()
         return int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    return torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    least = (options.max_replicas or options.replicas) if options.replica_host == NODE else 0
+    gpus = torch.cuda.device_count() if options.device is None else max(torch.cuda.device_count(), least)
+    return gpus, max(len(os.sched_getaffinity(0)), least)
 
 
 def _server_options(options: AppOptions) -> ServerOptions:

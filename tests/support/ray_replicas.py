@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,10 @@ def application(arguments: Mapping[str, Any]) -> Application:
     """What Ray Serve builds; a changed number of replicas leaves the others alone."""
     from rfengine.serving.replicas.deployment import replicas_application
 
-    return replicas_application(replica_plan(Path(arguments["directory"])))
+    plan = replica_plan(Path(arguments["directory"]))
+    if arguments.get("by_queue"):
+        plan = replace(plan, replicas=1, more_after_s=1.0, fewer_after_s=3.0)
+    return replicas_application(plan)
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
@@ -60,8 +64,8 @@ class RayReplicas:
         self.server, self.directory = server, directory
         self.table = ReplicaTable(SharedDirectory(directory).table_path)
 
-    def scale(self, count: int) -> None:
-        """Let there be so many replicas, in a while."""
+    def scale(self, count: int | None) -> None:
+        """Let there be so many replicas, in a while; None lets the queue decide between one and two."""
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
@@ -69,8 +73,8 @@ class RayReplicas:
             "name": "rfengine",
             "route_prefix": None,
             "import_path": "support.ray_replicas:application",
-            "args": {"directory": str(self.directory)},
-            "deployments": [{"name": "replicas", "num_replicas": count}],
+            "args": {"directory": str(self.directory), "by_queue": count is None},
+            "deployments": [] if count is None else [{"name": "replicas", "num_replicas": count}],
         }
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [config]}))
 

@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.concurrency import run_in_threadpool
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketClose
 
@@ -154,11 +154,11 @@ class Gateway:
         at = self._asked % max(1, len(ready))
         return await self._http.ask(request, ready[at:] + ready[:at])
 
-    async def live(self, request: Request) -> JSONResponse:
+    async def live(self) -> JSONResponse:
         """The event loop answers."""
         return JSONResponse({"status": "live"})
 
-    async def ready(self, request: Request) -> JSONResponse:
+    async def ready(self) -> JSONResponse:
         """Whether a session would be served, by any replica."""
         states = self._states()
         known = ("ready", "warming up", "draining")
@@ -171,7 +171,7 @@ class Gateway:
     def _states(self) -> Counter[str]:
         return Counter("lost" if each.is_lost else each.load.state for each in self._replicas.values())
 
-    async def metrics(self, request: Request) -> Response:
+    async def metrics(self) -> Response:
         """Prometheus's text of all replicas."""
         live = self._live()
         texts = await asyncio.gather(*(self._http.text(each, "/metrics", _ITSELF) for each in live))
@@ -192,12 +192,9 @@ def create_gateway(options: ServerOptions, journal: Journal = "WAL") -> FastAPI:
 
     app = FastAPI(title="rfengine", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.gateway = gateway
-    app.router.routes += [
-        WebSocketRoute("/v1/realtime/video", gateway.websocket),
-        Route("/livez", gateway.live),
-        Route("/readyz", gateway.ready),
-        Route("/metrics", gateway.metrics),
-    ]
+    app.router.routes.append(WebSocketRoute("/v1/realtime/video", gateway.websocket))
+    for path, answer in (("/livez", gateway.live), ("/readyz", gateway.ready), ("/metrics", gateway.metrics)):
+        app.add_api_route(path, answer)
     app.router.redirect_slashes = False  # what the replicas redirect they redirect themselves
     app.router.default = gateway.other
     answer_errors(app)

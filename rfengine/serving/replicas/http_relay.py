@@ -21,7 +21,8 @@ _HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
      b"trailer", b"transfer-encoding", b"upgrade"}
 )  # fmt: skip
-_NOT_SENT = _HOP_BY_HOP | GATEWAY_HEADERS | {b"content-length", b"expect"}
+_OF_PROXIES = frozenset({b"x-forwarded-for", b"x-forwarded-proto"})  # which the gateway has obeyed, or not
+_NOT_SENT = _HOP_BY_HOP | _OF_PROXIES | GATEWAY_HEADERS | {b"content-length", b"expect"}
 _ASKED_AGAIN = ("GET", "HEAD")
 _CONNECT_S = 2.0
 _SILENT_S = 300.0  # of a replica that makes a large file ready
@@ -59,6 +60,7 @@ class HttpRelay:
             for name, value in request.scope["headers"]
             if name not in _NOT_SENT
         ]
+        headers.append(("x-forwarded-proto", request.scope["scheme"]))
         headers += gateway_headers(self._secret, request.scope["state"]["client"])
         for replica in replicas:
             url = _encoded_url(f"http://{replica.address}{url_path}{'?' if query else ''}{query}")
