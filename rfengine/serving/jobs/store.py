@@ -97,7 +97,8 @@ class JobStore:
                 self._table = JobTable(directory / "jobs.sqlite", journal)
                 stack.callback(self._table.close)
                 if claimant is None:
-                    self._repair()
+                    with self._exclusive():  # so that no replica begins a job meanwhile
+                        self._repair()
             except (OSError, sqlite3.Error, ServiceError) as error:
                 raise RuntimeError(
                     f"the job directory {directory} cannot be used ({error}); free space, make it writable "

@@ -33,7 +33,7 @@ def new_session() -> aiohttp.ClientSession:
     """The connections to replicas; a body is passed on as it is, and takes as long as it comes."""
     return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENT_S),
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),  # a kept one may end as it is used again
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
     )
