@@ -80,7 +80,7 @@ def test_what_cannot_be_is_refused_when_the_application_is_built(
 
 
 @needs_ray
-@pytest.mark.slow
+@pytest.mark.soak
 def test_serve_run_offers_sessions_jobs_and_the_page_to_those_with_a_key(tmp_path: Path) -> None:
     port, directory = free_port(), Path(tempfile.mkdtemp("", "rf", "/tmp"))
     keys = tmp_path / "keys"

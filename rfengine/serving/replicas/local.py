@@ -27,10 +27,11 @@ _STORE_BYTES = 100 * 2**20  # of Ray's shared memory, through which nothing larg
 _MOST_TEMPORARY = 30  # characters: the paths of Ray's sockets below it have to fit into 107
 _POLL_S = 0.05
 _LAST_OF_TRACEBACK = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception): (.+)$", re.MULTILINE)
-# Ray listens on loopback alone, as it does on other systems; no statistics are sent, and each line of a
-# replica's log is shown, without colours
+# Ray listens on loopback alone, as it does on other systems, and never starts again by itself; no statistics
+# are sent, and each line of a replica's log is shown, without colours
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_COLOR_PREFIX": "0",
@@ -123,12 +124,17 @@ class ReplicatedServer:
     def _drain(self) -> None:
         """Let every replica end its sessions, and the clients hear of it."""
         from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
 
         gateway = self._app.state.gateway
         gateway.draining = True
         logger.info("stopping: sessions end after their chunk")
         try:
             serve.delete(APPLICATION)
+        except (RuntimeError, TimeoutError, AttributeError, RayError, RayServeException) as error:
+            # a second signal has ended Ray, whose objects then lack what they ask of each other
+            logger.warning("the replicas are cut off: %s", type(error).__name__)
         finally:
             await_end_of(gateway.relay.connections)
 

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _PATH = "/v1/realtime/video"
 _INTERNAL = 1011  # close code of RFC 6455
-_ABNORMAL_CODES = (1005, 1006, 1015)  # that no close frame may have
+_NO_CODES = (None, 0, 1005, 1006, 1015)  # of an end without a code, which no close frame may have
 _PASSING = (
     "no_memory",
     "too_many_sessions",
@@ -249,7 +249,7 @@ class _Relayed:
         if code is None and not self._done:
             await self._tell_lost()
             code = _INTERNAL
-        await close(self._websocket, 1000 if code is None or code in _ABNORMAL_CODES else code)
+        await close(self._websocket, 1000 if code in _NO_CODES else code)
 
     async def _tell_lost(self) -> None:
         """Say what the replica could not: why the session ended."""

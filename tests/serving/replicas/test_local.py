@@ -131,6 +131,7 @@ def test_a_signal_to_stop_drains_every_replica_and_leaves_no_process(tmp_path: P
     assert list((tmp_path / "data" / "recordings").iterdir()) == []
 
 
+@pytest.mark.soak
 def test_what_a_replica_cannot_load_ends_the_server_with_its_sentence(tmp_path: Path, port: int) -> None:
     ended = subprocess.run(
         command(tmp_path / "data", port, "--vae", "tensorrt"),
