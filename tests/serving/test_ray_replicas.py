@@ -22,7 +22,10 @@ from support.ray_replicas import RayReplicas, ray_replicas, until
 from support.realtime import RealtimeClient, realtime_client
 from support.servers import running_server
 
-pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed"),
+    pytest.mark.slow,
+]
 
 PROMPTS = ("a large red circle moving slowly to the right", "a small green square over a sandy beach")
 CHUNKS = 8

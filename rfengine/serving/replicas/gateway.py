@@ -62,6 +62,7 @@ class Gateway:
         self._table = ReplicaTable(self._shared.table_path, journal)
         self._http: HttpRelay | None = None
         self._replicas: dict[str, Replica] = {}
+        self._read_at = 0.0
         self._unreachable: set[str] = set()
         self._asked = 0
         self._machine = this_machine()
@@ -97,6 +98,7 @@ class Gateway:
 
     async def _refresh(self) -> None:
         self._replicas = await run_in_threadpool(self._table.replicas)
+        self._read_at = time.time()
         for each in self._replicas.values():
             if each.is_lost or reachable(each, self._machine) or each.name in self._unreachable:
                 continue
@@ -112,11 +114,12 @@ class Gateway:
         asyncio.get_running_loop().run_in_executor(None, self._table.note_refusal)
 
     def _is_silent(self, replica: Replica) -> bool:
-        """Whether a replica has not renewed its lease for twice its time, and did not end by itself."""
+        """Whether a replica, by the table as it was last read, has not renewed its lease for twice its time,
+        and did not end by itself."""
         known = self._replicas.get(replica.name)
         if known is None or known.load.state == "ended":
             return False
-        return known.lease_until + self._table.lease_s <= time.time()
+        return known.lease_until + self._table.lease_s <= self._read_at
 
     def _live(self) -> list[Replica]:
         return [each for each in self._replicas.values() if reachable(each, self._machine)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator, Sequence
 
 import aiohttp
@@ -27,16 +28,26 @@ _ASKED_AGAIN = ("GET", "HEAD")
 _CONNECT_S = 2.0
 _SILENT_S = 300.0  # of a replica that makes a large file ready
 _READ_BYTES = 2**16
+_RECEIVED_BYTES = 2**18  # that the kernel holds of a replica's answer
 
 
 def new_session() -> aiohttp.ClientSession:
     """The connections to replicas; a body is passed on as it is, and takes as long as it comes."""
     return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENT_S),
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),  # a kept one may end as it is used again
+        # none is kept, since it may end just as it is used again
+        connector=aiohttp.TCPConnector(limit=0, force_close=True, socket_factory=_small_socket),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
     )
+
+
+def _small_socket(place: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket with little room, so that a replica soon feels a client that does not read."""
+    family, kind, protocol, _, _ = place
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVED_BYTES)
+    return made
 
 
 class HttpRelay:

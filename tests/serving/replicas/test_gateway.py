@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
@@ -415,6 +415,8 @@ def test_a_replica_that_hangs_fails_its_sessions_when_its_lease_is_over(tmp_path
         gateway = running.gateway.app.state.gateway
         member = gateway._replicas[running.members[0].name]
         assert not gateway._is_silent(member)
+        hung = replace(member, name="hung", lease_until=time.time() - 60)
+        assert any(gateway._is_silent(gateway._replicas.setdefault("hung", hung)) for _ in range(3))
         gateway.relay.is_silent = lambda replica: True
         assert client.closed() == 1011
         error, done = client.log[-2:]
