@@ -255,10 +255,9 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
         )
         for name, into_arena in (("qk_norm_rope_write_fp8", False), ("qk_norm_rope_write_fp8_raw", True))
     ),
-    KernelCase(
-        "qk_norm_rope_write_fp8_part", inputs.qk_norm_rope_write_fp8_part, BYTES["qk_norm_rope_write_fp8_raw"],
-        op="qk_norm_rope_write_fp8", results=_written_copies, is_row=True, minimum_capability=89,
-    ),
+    KernelCase("qk_norm_rope_write_fp8_part", inputs.qk_norm_rope_write_fp8_part,
+               BYTES["qk_norm_rope_write_fp8_raw"], op="qk_norm_rope_write_fp8", results=_written_copies,
+               is_row=True, minimum_capability=89),
     KernelCase(
         "attention_backward_query", inputs.attention_backward_query, attention_bytes,
         lambda s: 3 * attention_flops(s) // 2, file="sink_window_attention_backward",
@@ -302,10 +301,8 @@ _CHUNK_CASES: tuple[KernelCase, ...] = (
                    op="qk_norm_rope_write", results=_written_chunk, is_row=True)
         for name, keep_raw in (("qk_norm_rope_write", False), ("qk_norm_rope_write_raw", True))
     ),
-    KernelCase(
-        "qk_norm_rope_write_part", inputs.qk_norm_rope_write_part, BYTES["qk_norm_rope_write_raw"],
-        op="qk_norm_rope_write", results=_written_chunk, is_row=True,
-    ),
+    KernelCase("qk_norm_rope_write_part", inputs.qk_norm_rope_write_part, BYTES["qk_norm_rope_write_raw"],
+               op="qk_norm_rope_write", results=_written_chunk, is_row=True),
     KernelCase("qk_norm_rope_backward", inputs.qk_norm_rope_backward, row_bytes(12), file="qk_norm_rope"),
     *(
         KernelCase(name, partial(inputs.evict, split=split), BYTES[name], op="ema_evict", results=_sinks)

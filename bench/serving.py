@@ -1,9 +1,11 @@
 """What the server costs: its first fragment and its time for a chunk, at a client, beside the engine's own.
 
     python bench/serving.py --sessions 4 --chunks 60 --rounds 5
+    python bench/serving.py --sessions 8 --chunks 60 --rounds 5 --replicas 2
 
 The engine alone is streams of one pipeline that take turns in one process. The server is `rfengine serve` in
-its own process, with WebSocket clients in another. Both make the same chunks, in alternation.
+its own process, with WebSocket clients in another. Both make the same chunks, in alternation. With --replicas
+a server with so many replicas stands beside one with a single engine, at the same load.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 from urllib.error import URLError
@@ -48,6 +51,8 @@ class ServingOptions:
     """Chunks of each stream in a round."""
     rounds: Annotated[int, Range(1, 100)] = 5
     """How often the two alternate."""
+    replicas: Annotated[int, Range(1, 64)] = 1
+    """Compare a server of so many replicas with a single one, in place of the engine; needs rfengine[ray]."""
 
 
 Pairs = list[tuple[float, float]]  # seconds of the engine alone, and at a client of the server
@@ -55,6 +60,9 @@ Pairs = list[tuple[float, float]]  # seconds of the engine alone, and at a clien
 
 def run(options: ServingOptions) -> None:
     check_options(options)
+    if options.replicas > 1:
+        compare_replicas(options)
+        return
     from rfengine import Pipeline
 
     pipeline = Pipeline.from_pretrained(options.model)
@@ -71,6 +79,49 @@ def run(options: ServingOptions) -> None:
             )
     report("first chunk", firsts)
     report(f"a chunk of {sessions} streams", later)
+
+
+def compare_replicas(options: ServingOptions) -> None:
+    """The time of a chunk at clients of a single server, and at as many of one with replicas.
+
+    A server that rests while the other is measured still runs; that takes the same from both.
+    """
+    sides: list[list[list[float]]] = [[], []]
+    with ExitStack() as stack:
+        urls = []
+        for replicas in (1, options.replicas):
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            urls.append(stack.enter_context(server_process(options, directory, replicas)))
+        for url in urls:
+            asyncio.run(chunk_times(url, options.sessions, 8))
+        for _ in range(options.rounds):
+            for side, url in zip(sides, urls, strict=True):
+                side.append(asyncio.run(chunk_times(url, options.sessions, options.chunks)))
+    print(f"time of a chunk at each of {options.sessions} clients, median of {options.rounds} rounds:")
+    for name, percent in (("median", 50), ("p95", 95)):
+        single, several = ([percentile(times, percent) * 1e3 for times in side] for side in sides)
+        ratio = statistics.median(theirs / ours for ours, theirs in zip(single, several, strict=True))
+        print(
+            f"{name}: single {statistics.median(single):.1f} ms ({min(single):.1f} to {max(single):.1f}), "
+            f"{options.replicas} replicas {statistics.median(several):.1f} ms ({min(several):.1f} to "
+            f"{max(several):.1f}), ratio {ratio:.3f}"
+        )
+
+
+async def chunk_times(url: str, sessions: int, chunks: int) -> list[float]:
+    """Seconds between two chunks of a session, while all have begun and none has ended."""
+    played = await asyncio.gather(*(play(url, seed, chunks) for seed in range(sessions)))
+    begun, over = max(each[1] for each in played), min(each[2][-1] for each in played)
+    return [
+        later - earlier
+        for _, _, moments in played
+        for earlier, later in pairwise(moments)
+        if begun <= earlier and later <= over
+    ]
+
+
+def percentile(times: list[float], percent: int) -> float:
+    return statistics.quantiles(times, n=100, method="inclusive")[percent - 1]
 
 
 def engine_first(pipeline) -> float:
@@ -129,12 +180,13 @@ async def play(url: str, seed: int, chunks: int) -> tuple[float, float, list[flo
 
 
 @contextmanager
-def server_process(options: ServingOptions, directory: Path) -> Iterator[str]:
-    """`rfengine serve` on a free port; gives the address of its WebSocket."""
+def server_process(options: ServingOptions, directory: Path, replicas: int = 1) -> Iterator[str]:
+    """`rfengine serve` on a free port; gives the address of its WebSocket once every replica is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "rfengine.cli", "serve", "--model", options.model, "--port", port]
     command += ["--data-directory", str(directory), "--max-sessions", str(options.sessions + 1)]
+    command += ["--replicas", str(replicas)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + _START_S
     try:
@@ -142,10 +194,12 @@ def server_process(options: ServingOptions, directory: Path) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start; try {' '.join(command)}")
             try:
-                with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1):
-                    break
+                with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1) as answer:
+                    if json.load(answer).get("replicas", {"ready": 1})["ready"] == replicas:
+                        break
             except (URLError, TimeoutError, ConnectionError):
-                time.sleep(0.1)
+                pass
+            time.sleep(0.1)
         yield f"ws://127.0.0.1:{port}/v1/realtime/video"
     finally:
         process.terminate()

@@ -256,6 +256,10 @@ class Pipeline:
             torch.cuda.synchronize(self.model.device)
         self._engine.queue.synchronize()
 
+    def settings(self) -> dict[str, Any]:
+        """What two pipelines agree on that make the same video: fingerprint, dtypes, cache, steps, LoRAs."""
+        return self._engine.settings()
+
     def stream_bytes(self, height: int | None = None, width: int | None = None) -> int:
         """Bytes that one more stream of that size keeps; nothing is allocated."""
         grid = LatentGrid.of(self.config, height, width)

@@ -58,10 +58,10 @@ NEVER_INTO = {
 # heavy or optional packages: imported inside the function that needs them, wherever that is
 ONLY_INSIDE_FUNCTIONS = {
     "av", "cuda", "diffusers", "flash_attn", "ftfy", "onnx", "onnxruntime", "pycuda", "tensorrt",
-    "transformers", "triton",
+    "ray", "transformers", "triton",
 }  # fmt: skip
 # those of the server: its own modules may import them, and nothing outside imports those modules
-OF_SERVING = {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn", "websockets"}
+OF_SERVING = {"aiohttp", "fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn", "websockets"}
 # functions of torch that make a tensor of the default dtype on the default device
 FACTORIES = {
     "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "hann_window", "linspace",

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.systems import SystemName
 from rfengine.cli.lora_options import LoraOptions
 from rfengine.cli.terminal import find_device
 from rfengine.config import Backend, DTypeName, RuntimeConfig
 from rfengine.limits import Range, check_options
 from rfengine.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from rfengine.serving.server import ServerOptions
 
 _GIB = 2**30
 _OPEN_AFTER_S = 1.0
@@ -60,6 +65,11 @@ class ServeOptions:
     """Precision of the weights; bfloat16 on CUDA, float32 on the CPU."""
     backend: Backend | None = None
     """What runs the ops; auto, the default, takes what is fastest here."""
+    replicas: Annotated[int, Range(1, 1024)] = 1
+    """Copies of the model behind one address, one a GPU, or a share of the cores each on a CPU; more than one
+    need rfengine[ray]. Limits of sessions and memory are each replica's own."""
+    max_replicas: Annotated[int | None, Range(1, 1024)] = None
+    """Start up to so many while jobs or sessions wait."""
     loras: OmitArgPrefixes[LoraOptions] = LoraOptions()
     runtime: OmitArgPrefixes[RuntimeConfig] = RuntimeConfig()
     log_json: bool = False
@@ -77,11 +87,12 @@ def run(options: ServeOptions) -> int:
     from rfengine.serving.process import Address, listen, serve
     from rfengine.serving.server import ServerOptions
 
+    several = max(options.replicas, options.max_replicas or 1) > 1
+    threads = _replica_threads(options) if several else torch.get_num_threads()
     keys = ApiKeys.from_file(options.api_key_file) if options.api_key_file else ApiKeys.from_environment()
     listener = listen(Address(options.host, options.port, options.insecure), keys)
     # Threads of OpenMP on a second thread of Python would outnumber the cores, and then wait by sleeping:
     # a chunk of tiny takes 1.7 times as long. So the engine's thread alone has any.
-    cpu_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     configure_logging("INFO", options.log_json)
     for name in ("uvicorn", "rfengine.ops"):  # each step of a start, and every op, which doctor lists too
@@ -90,13 +101,15 @@ def run(options: ServeOptions) -> int:
     host_bytes, disk = int(options.host_memory_gb * _GIB), int(options.disk_gb * _GIB)
     server = ServerOptions(
         options.data_directory or _state_directory(options.port),
-        service=ServiceOptions(options.max_sessions, memory, host_bytes, cpu_threads=cpu_threads),
+        service=ServiceOptions(options.max_sessions, memory, host_bytes, cpu_threads=threads),
         keys=keys,
         allowed_origins=options.allow_origin,
         allowed_hosts=options.allow_host,
         recording_bytes=disk // 2,
         video_bytes=disk // 2,
     )
+    if several:
+        return _serve_replicas(options, server, listener, threads)
     pipeline = Pipeline.from_pretrained(
         options.model,
         find_device(options.device),
@@ -106,14 +119,60 @@ def run(options: ServeOptions) -> int:
         runtime=options.runtime,
         loras=options.loras.loras(),
     )
+    _announce(options, pipeline.config.name)
+    return serve(pipeline, server, listener)
+
+
+def _announce(options: ServeOptions, what: str) -> None:
     name = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{'localhost' if options.host in ('127.0.0.1', '0.0.0.0') else name}:{options.port}/"
-    print(f"rfengine serves {pipeline.config.name}; the page is at {url}  (Ctrl-C stops it)", flush=True)
+    print(f"rfengine serves {what}; the page is at {url}  (Ctrl-C stops it)", flush=True)
     if options.open_browser and _has_screen():
         timer = Timer(_OPEN_AFTER_S, webbrowser.open, (url,))
         timer.daemon = True
         timer.start()
-    return serve(pipeline, server, listener)
+
+
+def _replica_threads(options: ServeOptions) -> int:
+    """Cores of each replica, when all that can be refused beforehand was checked."""
+    from rfengine.serving.replicas.local import require_ray
+    from rfengine.serving.replicas.plan import threads_of_each
+
+    device = find_device(options.device)
+    kind = _kind_of_device() if device is None else str(device)
+    most = options.max_replicas or options.replicas
+    threads = threads_of_each(kind, options.replicas, most, torch.cuda.device_count(), _cores())
+    require_ray()
+    return threads
+
+
+def _kind_of_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _serve_replicas(
+    options: ServeOptions, server: ServerOptions, listener: socket.socket, threads: int
+) -> int:
+    from rfengine.serving.replicas.local import ReplicatedServer, local_ray
+    from rfengine.serving.replicas.plan import ModelSource, ReplicaPlan
+
+    device = options.device or _kind_of_device()
+    name = Checkpoint.open(options.model).config.name  # what is no checkpoint is refused here
+    most = options.max_replicas or options.replicas
+    source = ModelSource(
+        options.model, device, options.dtype, options.system, options.backend, options.runtime,
+        options.loras.loras(),
+    )  # fmt: skip
+    plan = ReplicaPlan(source, server, options.replicas, most, threads, log_json=options.log_json)
+    several = ReplicatedServer(plan, listener)
+    with local_ray(_cores(), torch.cuda.device_count()):
+        _announce(options, f"{name} with {options.replicas} replicas")
+        return several.run()
 
 
 def _require_packages() -> None:

@@ -235,7 +235,7 @@ class AccessMiddleware:
         except ServiceError as error:
             fields = {"code": error.fault.code, "path": scope["path"], "address": address}
             logger.info("refused a request: %s", error.fault.code, extra={"fields": fields})
-            await _refuse(error.fault, scope, receive, _with_headers(send, None))
+            await refuse(error.fault, scope, receive, _with_headers(send, None))
             return
         state = scope.setdefault("state", {})
         state["client"] = ClientIdentity(credential.key_name, address)
@@ -385,7 +385,7 @@ def _with_headers(send: Send, cookie: str | None) -> Send:
     return send_with_headers
 
 
-async def _refuse(fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
+async def refuse(fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer with a fault; a WebSocket before it is accepted."""
     kind = "http.response"
     if scope["type"] == "websocket":
@@ -426,7 +426,7 @@ class _LimitedBody:
             return message
         if not self._started:
             self.answered = True
-            await _refuse(_too_large(self._most_bytes), self._scope, self._receive, self._send)
+            await refuse(_too_large(self._most_bytes), self._scope, self._receive, self._send)
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:

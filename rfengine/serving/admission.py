@@ -57,6 +57,12 @@ class Admission:
             )
         return needed
 
+    def room(self, sessions: Sequence[Session]) -> int:
+        """Device memory in bytes that another session could have beside `sessions`."""
+        if len(sessions) >= self._options.max_sessions:
+            return 0
+        return max(0, self.memory_bytes - self._committed(sessions))
+
     def refusal(self, sessions: Sequence[Session], needed: int) -> Fault | None:
         """Why no session of so many bytes can be opened beside `sessions` now."""
         if len(sessions) < self._options.max_sessions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rfengine.serving.events import EndReason
 
@@ -33,6 +33,21 @@ class ServiceOptions:
     max_pixels: int = 1280 * 1280
     delivery_threads: int | None = None
     cpu_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPlace:
+    """Of a server that is one of several with the same data directory, behind a gateway.
+
+    name: eight hexadecimal digits, with which its session ids begin. secret: by which the gateway proves
+    itself; its word is taken for who asks. job_lease_s: a job whose claim was not renewed for so long is
+    another's. journal: of the database of jobs, as JobTable has it.
+    """
+
+    name: str
+    secret: str
+    job_lease_s: float = 15.0
+    journal: Literal["WAL", "DELETE"] = "WAL"
 
 
 class Observer(Protocol):

@@ -7,10 +7,13 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from rfengine.pipeline import Pipeline
 from rfengine.serving.access import ApiKeys, check_bind
@@ -58,9 +61,18 @@ def serve(pipeline: Pipeline, options: ServerOptions, listener: socket.socket) -
     The first signal lets each session finish its chunk and end, within options.drain_s; a second one ends at
     once.
     """
-    app = create_app(pipeline, options, _end_process)
-    config = uvicorn.Config(
+    app = create_app(pipeline, options, end_process)
+    server = DrainingServer(uvicorn_config(app, options), lambda: drain_sessions(app, options.drain_s))
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def uvicorn_config(app: ASGIApp, options: ServerOptions) -> uvicorn.Config:
+    """How an application of a server with these options listens."""
+    return uvicorn.Config(
         app,
+        loop="asyncio",  # not whatever else is installed: the limits below are of these two
+        http="h11",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -73,17 +85,17 @@ def serve(pipeline: Pipeline, options: ServerOptions, listener: socket.socket) -
         limit_concurrency=options.max_connections,
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
     )
-    server = DrainingServer(config, options.drain_s)
-    server.run(sockets=[listener])
-    return 0 if server.started else 1
 
 
 class DrainingServer(uvicorn.Server):
-    """Drains before it stops. A second signal stops it at once."""
+    """Drains before it stops. A second signal stops it at once.
 
-    def __init__(self, config: uvicorn.Config, drain_s: float) -> None:
+    drain: called on a thread at the first signal; the server stops when it has returned.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Callable[[], None]) -> None:
         super().__init__(config)
-        self._drain_s = drain_s
+        self._drain = drain
         self._draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -92,20 +104,31 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._draining = True
-        threading.Thread(target=self._drain, name="rfengine-drain", daemon=True).start()
+        threading.Thread(target=self._stop, name="rfengine-drain", daemon=True).start()
 
-    def _drain(self) -> None:
-        logger.info("stopping: sessions end after their chunk")
-        state = self.config.app.state
-        if not state.service.drain(self._drain_s):
-            logger.warning("sessions did not end within %g s and are cut off", self._drain_s)
-        deadline = time.monotonic() + _TELL_CLIENTS_S
-        while state.endpoint.connections and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-        self.should_exit = True
+    def _stop(self) -> None:
+        try:
+            self._drain()
+        finally:
+            self.should_exit = True
 
 
-def _end_process(why: str) -> None:
+def drain_sessions(app: FastAPI, drain_s: float) -> None:
+    """Admit nobody and let the sessions of an application end, for so long; then its clients hear of it."""
+    logger.info("stopping: sessions end after their chunk")
+    if not app.state.service.drain(drain_s):
+        logger.warning("sessions did not end within %g s and are cut off", drain_s)
+    await_end_of(app.state.endpoint.connections)
+
+
+def await_end_of(connections: Sized) -> None:
+    """Give clients a moment to hear how their sessions ended."""
+    deadline = time.monotonic() + _TELL_CLIENTS_S
+    while len(connections) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
+def end_process(why: str) -> None:
     """Leave the clients a moment for their errors, then end: a hanging device lets no thread be joined."""
     time.sleep(_TELL_CLIENTS_S)
     logger.critical("the process ends, since the engine is lost: %s", why)

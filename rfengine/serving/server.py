@@ -23,10 +23,11 @@ from starlette.routing import WebSocketRoute
 from rfengine.pipeline import Pipeline
 from rfengine.serving.access import AccessMiddleware, ApiKeys
 from rfengine.serving.errors import Fault, ServiceError, error_body
+from rfengine.serving.gateway_access import GatewayMiddleware
 from rfengine.serving.jobs.requests import JobLimits
 from rfengine.serving.jobs.routes import video_router
 from rfengine.serving.jobs.runner import JobRunner
-from rfengine.serving.jobs.store import JobStore
+from rfengine.serving.jobs.store import Claimant, JobStore
 from rfengine.serving.metrics import ServerMetrics
 from rfengine.serving.operations import (
     MetricsObserver,
@@ -34,7 +35,7 @@ from rfengine.serving.operations import (
     operations_router,
     watch_gauges,
 )
-from rfengine.serving.options import ServiceOptions
+from rfengine.serving.options import ReplicaPlace, ServiceOptions
 from rfengine.serving.page import STATIC, PageFiles, page_router
 from rfengine.serving.realtime.endpoint import RealtimeEndpoint, RealtimeLimits
 from rfengine.serving.realtime.library import RecordingLibrary
@@ -55,6 +56,8 @@ class ServerOptions:
     video_bytes: quotas of the two. file_life_s: of a recording after its session, and of a finished video.
     waiting_jobs: in the queue, of all keys. max_connections: of HTTP and WebSocket together.
     allowed_origins, allowed_hosts: as AccessMiddleware has them. drain_s: for sessions to end at a stop.
+    replica: where the server is one of several behind a gateway, which keys, origins and hosts are then left
+    to; recording_bytes is its own share.
     """
 
     data_directory: Path
@@ -71,6 +74,7 @@ class ServerOptions:
     waiting_jobs: int = 256
     max_connections: int = 256
     drain_s: float = 20.0
+    replica: ReplicaPlace | None = None
 
 
 def create_app(
@@ -81,13 +85,14 @@ def create_app(
     on_lost: as SessionService has it. Raises RuntimeError where another server has the data directory.
     """
     metrics = ServerMetrics()
-    store = JobStore(
-        options.data_directory / "videos", options.video_bytes, options.file_life_s, options.waiting_jobs
-    )
+    store = _job_store(options)
     service = SessionService(pipeline, options.service, MetricsObserver(metrics), on_lost, warm_up=True)
     recordings = options.data_directory / "recordings"
+    session_prefix = "" if options.replica is None else options.replica.name
+    if session_prefix:
+        recordings /= session_prefix
     library = RecordingLibrary(recordings, options.recording_bytes, options.file_life_s)
-    endpoint = RealtimeEndpoint(service, library, metrics, options.realtime)
+    endpoint = RealtimeEndpoint(service, library, metrics, options.realtime, session_prefix)
     runner = JobRunner(service, store)
 
     @asynccontextmanager
@@ -102,15 +107,33 @@ def create_app(
         store.close()
 
     app = FastAPI(title="rfengine", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.service, app.state.endpoint = service, endpoint
+    app.state.service, app.state.endpoint, app.state.store = service, endpoint, store
     app.router.routes.append(WebSocketRoute("/v1/realtime/video", endpoint.serve))
     app.include_router(video_router(store, runner, pipeline, options.jobs))
     app.include_router(live_router(library))
     app.include_router(operations_router(service, metrics))
     app.include_router(page_router(pipeline))
     app.mount("/static", PageFiles(directory=STATIC))
-    _answer_errors(app)
+    answer_errors(app)
     watch_gauges(metrics, service, endpoint.outboxes, store)
+    if options.replica is None:
+        add_access(app, options)
+    else:
+        app.add_middleware(GatewayMiddleware, secret=options.replica.secret)
+    app.add_middleware(RequestCount, metrics=metrics)  # outside: refused requests count too
+    return app
+
+
+def _job_store(options: ServerOptions) -> JobStore:
+    directory, place = options.data_directory / "videos", options.replica
+    limits = options.video_bytes, options.file_life_s, options.waiting_jobs
+    if place is None:
+        return JobStore(directory, *limits)
+    return JobStore(directory, *limits, Claimant(place.name, place.job_lease_s), place.journal)
+
+
+def add_access(app: FastAPI, options: ServerOptions) -> None:
+    """Let in who has a key, from where the options allow it."""
     app.add_middleware(
         AccessMiddleware,
         keys=options.keys,
@@ -118,8 +141,6 @@ def create_app(
         allowed_origins=options.allowed_origins,
         allowed_hosts=options.allowed_hosts,
     )
-    app.add_middleware(RequestCount, metrics=metrics)  # outside: refused requests count too
-    return app
 
 
 async def _sweep(library: RecordingLibrary) -> None:
@@ -128,7 +149,7 @@ async def _sweep(library: RecordingLibrary) -> None:
         await run_in_threadpool(library.sweep)
 
 
-def _answer_errors(app: FastAPI) -> None:
+def answer_errors(app: FastAPI) -> None:
     """Let every error be typed JSON, without a traceback or a path."""
 
     @app.exception_handler(ServiceError)

@@ -170,6 +170,12 @@ class SessionService:
             host = sum(session.points.nbytes for session in self._sessions)
         return {"device": device, "host": host, "budget": self.admission.memory_bytes}
 
+    def room(self) -> tuple[int, int]:
+        """Device memory in bytes for one more session, and how many there are, without those of jobs."""
+        with self._changed:
+            foreground = sum(not session.request.background for session in self._sessions)
+            return self.admission.room(self._sessions), foreground
+
     @property
     def ready(self) -> bool:
         """Whether sessions can be opened: neither draining nor stopped, and the engine is there."""

@@ -31,7 +31,7 @@ OPTIONS = {
     "serve": [
         "model", "system", "host", "port", "api_key_file", "insecure", "max_sessions", "memory_gb",
         "host_memory_gb", "data_directory", "disk_gb", "allow_origin", "allow_host", "device", "dtype",
-        "backend", *LORAS, *RUNTIME, "log_json", "open_browser",
+        "backend", "replicas", "max_replicas", *LORAS, *RUNTIME, "log_json", "open_browser",
     ],
     "client": [
         "url", "prompt", "output", "seconds", "seed", "height", "width", "switch", "mode", "pace", "hls",

@@ -76,6 +76,33 @@ def test_loras_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert given == [Lora("a", 0.5, True), Lora("b", 1.0, True)]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replicas", "1000"], "1000 replicas need as many cores and there are "),
+        (
+            ["--replicas", "2", "--max-replicas", "1"],
+            "max-replicas is 1 and replicas 2; give at least as many",
+        ),
+        (["--replicas", "0"], "--replicas is 0"),
+    ],
+)
+def test_replicas_that_cannot_be_are_refused_with_the_numbers(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert message in fails(capsys, 2, "serve", "--device", "cpu", *arguments)
+
+
+@pytest.mark.parametrize("package", ["ray", "aiohttp"])
+def test_replicas_without_their_packages_say_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setattr(serve, "_cores", lambda: 2)
+    monkeypatch.setitem(sys.modules, package, None)
+    error = fails(capsys, 1, "serve", "--device", "cpu", "--replicas", "2")
+    assert f"replicas need {package}, which is not installed; pip install 'rfengine[ray]'" in error
+
+
 def test_serve_opens_the_page_and_ends_at_a_signal(model: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])

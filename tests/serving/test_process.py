@@ -13,8 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
+
+from rfengine.serving.process import uvicorn_config
+from rfengine.serving.server import ServerOptions
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -69,6 +73,23 @@ def messages_until_closed(websocket) -> list[dict]:
             received += [json.loads(message)] if isinstance(message, str) else []
     except ConnectionClosed:
         return received
+
+
+async def _answer_nothing(scope: object, receive: object, send: object) -> None:
+    raise AssertionError("nobody asks")
+
+
+def test_the_server_runs_on_the_loop_and_the_protocol_that_its_limits_are_of(tmp_path: Path) -> None:
+    # with uvloop and httptools installed "auto" takes those, and the limit of a request's head is h11's
+    config = uvicorn_config(_answer_nothing, ServerOptions(tmp_path))
+    config.load()
+    assert config.http_protocol_class is H11Protocol
+    assert config.h11_max_incomplete_event_size == 2**16
+    loop = config.get_loop_factory()()
+    try:
+        assert type(loop).__module__.startswith("asyncio.")
+    finally:
+        loop.close()
 
 
 def test_a_signal_to_stop_lets_sessions_finish_their_chunk(tmp_path: Path) -> None:

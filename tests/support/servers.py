@@ -38,6 +38,8 @@ def running_app(app: FastAPI, **settings: object) -> Iterator[RunningServer]:
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
         app,
+        loop="asyncio",
+        http="h11",
         log_level="warning",
         timeout_graceful_shutdown=5,
         ws=BoundedWebSocket,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from threading import Condition, Thread
 
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.events import Ended, SessionChunk, SessionEvent, SessionRequest
+from rfengine.serving.events import Ended, SessionChunk, SessionEvent, SessionRequest, SessionState
 from rfengine.serving.jobs.store import JobStore
 from rfengine.serving.jobs.table import Job, JobRequest, storage_fault
 from rfengine.serving.session import Session
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0  # after a refusal that passes
 _SWEEP_S = 10.0
+_SHARED_TURN_S = 1.0  # where others use the store: their jobs come unannounced
 _REPORT_S = 0.25  # between two commits of a job's progress
 _PASSING = ("no_memory", "too_many_sessions")  # codes of refusals that leave a job in the queue
 _WRITE_FAILED = Fault("write_failed", "the video could not be written; create it again", 500, True)
@@ -118,7 +119,8 @@ class JobRunner:
     """Runs the jobs of a store on a service, at most `at_once` together, oldest first.
 
     A job waits while the service has no room for its session. When the service drains, or `stop` is called,
-    the jobs in progress are queued again, and no other is begun; a draining service ends the runner.
+    the jobs in progress are queued again, and no other is begun; a draining service ends the runner. Where
+    the store has a claimant, its lease is renewed here, and a job that is no longer its own is stopped.
     """
 
     def __init__(self, service: SessionService, store: JobStore, at_once: int = 1) -> None:
@@ -181,13 +183,25 @@ class JobRunner:
     def _turn(self) -> float:
         """Record late outcomes, remove expired jobs, begin queued ones; returns seconds to the next turn."""
         self._record_late()
+        shared = self._store.claimant is not None
+        if shared:
+            self._keep_claims()
         if time.monotonic() >= self._next_sweep:
             self._store.sweep()
-            self._next_sweep = time.monotonic() + _SWEEP_S
+            self._next_sweep = time.monotonic() + (_SHARED_TURN_S if shared else _SWEEP_S)
         while len(self._running) < self._at_once and (job := self._store.next_queued()) is not None:
             if not self._begin(job):
                 return _RETRY_S
-        return _RETRY_S if self._unrecorded else _SWEEP_S
+        if self._unrecorded:
+            return _RETRY_S
+        return _SHARED_TURN_S if shared else _SWEEP_S
+
+    def _keep_claims(self) -> None:
+        held = self._store.renew()
+        for job_id, session in self._running.items():
+            if job_id not in held and session.consumer.begun and session.state is not SessionState.CLOSED:
+                logger.warning("job %s is stopped here: it was deleted, or another replica has it", job_id)
+                self._service.close(session)
 
     def _begin(self, job: Job) -> bool:
         """Open the session of a job; False where it has to wait."""

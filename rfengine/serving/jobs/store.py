@@ -9,14 +9,24 @@ import secrets
 import shutil
 import sqlite3
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
 from rfengine.files import locked
 from rfengine.limits import shown
 from rfengine.serving.errors import Fault, ServiceError
-from rfengine.serving.jobs.table import Job, JobError, JobRequest, JobStatus, JobTable, storage_fault
+from rfengine.serving.jobs.table import (
+    Job,
+    JobError,
+    JobRequest,
+    JobStatus,
+    JobTable,
+    Journal,
+    storage_fault,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +38,7 @@ _BYTES_PER_PIXEL = 0.25  # x264 at crf 18 makes 0.03 of a calm picture and 0.7 o
 _FILE_BYTES = 2**14  # of a file beside its pictures
 _RETRY_S = 10
 _FILE = re.compile(rf"({JOB_ID.pattern})\.mp4")
-_PARTIAL_FILE = re.compile(rf"\.{JOB_ID.pattern}\.mp4\..*\.partial")  # as files.partial_path names it
+_PARTIAL_FILE = re.compile(rf"\.({JOB_ID.pattern})\.mp4\..*\.partial")  # as files.partial_path names it
 
 _INTERRUPTED = JobError(
     "interrupted", f"the server stopped {MOST_ATTEMPTS} times while it made the video; create it again"
@@ -41,6 +51,15 @@ def estimated_bytes(request: JobRequest) -> int:
     return _FILE_BYTES + int(_BYTES_PER_PIXEL * request.num_frames * request.height * request.width)
 
 
+@dataclass(frozen=True, slots=True)
+class Claimant:
+    """A replica that makes jobs of a directory in which others do, too. lease_s: a job whose claim it has not
+    renewed for so long is another's."""
+
+    name: str
+    lease_s: float = 15.0
+
+
 class JobStore:
     """The jobs of one data directory, and their videos beside the table.
 
@@ -48,14 +67,24 @@ class JobStore:
     may be killed: the file is on disk under its name before the job is called completed. The next start
     queues what was in progress again, up to MOST_ATTEMPTS times, and removes what was left half-way.
     most_bytes: of all files, with what is reserved for those to come. life_s: of a job after its end.
-    most_waiting: jobs in the queue.
+    most_waiting: jobs in the queue. claimant: where other processes make jobs of the directory, who makes
+    them here; the directory is then not locked, and nothing is repaired but what `sweep` takes back.
 
     Any thread may call any method; each raises ServiceError where the disk is full or fails, and works again
     when it does. Raises RuntimeError where another process has the directory, or it cannot be used.
     """
 
-    def __init__(self, directory: Path, most_bytes: int, life_s: float, most_waiting: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        most_bytes: int,
+        life_s: float,
+        most_waiting: int,
+        claimant: Claimant | None = None,
+        journal: Journal = "WAL",
+    ) -> None:
         self.most_bytes = most_bytes
+        self.claimant = claimant
         self._directory = directory
         self._life_s = life_s
         self._most_waiting = most_waiting
@@ -63,10 +92,13 @@ class JobStore:
         with ExitStack() as stack:
             try:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-                stack.enter_context(locked(directory / ".lock", "serving the jobs there"))
-                self._table = JobTable(directory / "jobs.sqlite")
+                if claimant is None:
+                    stack.enter_context(locked(directory / ".lock", "serving the jobs there"))
+                self._table = JobTable(directory / "jobs.sqlite", journal)
                 stack.callback(self._table.close)
-                self._repair()
+                if claimant is None:
+                    with self._exclusive():  # so that no replica begins a job meanwhile
+                        self._repair()
             except (OSError, sqlite3.Error, ServiceError) as error:
                 raise RuntimeError(
                     f"the job directory {directory} cannot be used ({error}); free space, make it writable "
@@ -80,12 +112,15 @@ class JobStore:
             self._held.close()
 
     def _repair(self) -> None:
-        """Make the table and the files agree, however the last process ended."""
+        """Make the table and the files agree, however the last process ended; what a replica that may live
+        is making stays its own."""
+        claimed = self._table.claimed(time.time())
         sizes: dict[str, int] = {}
         for entry in os.scandir(self._directory):
-            if _PARTIAL_FILE.fullmatch(entry.name):
-                os.unlink(entry.path)
-            elif match := _FILE.fullmatch(entry.name):
+            if match := _PARTIAL_FILE.fullmatch(entry.name):
+                if match[1] not in claimed:
+                    os.unlink(entry.path)
+            elif (match := _FILE.fullmatch(entry.name)) and match[1] not in claimed:
                 sizes[match[1]] = entry.stat().st_size
         completed = self._table.of_status("completed")
         whole = {job.id for job in completed if sizes.get(job.id) == job.bytes}
@@ -96,8 +131,18 @@ class JobStore:
                 logger.error("the file of job %s is gone", job.id)
                 self._table.set_failed(job.id, _FILE_LOST, self._expiry())
         for job in self._table.of_status("in_progress"):
-            logger.warning("job %s was interrupted in attempt %d", job.id, job.attempts)
-            self._queue_again(job, attempt_counts=True)
+            if job.id not in claimed:
+                self._interrupted(job)
+
+    def _interrupted(self, job: Job) -> None:
+        logger.warning("job %s was interrupted in attempt %d", job.id, job.attempts)
+        self._queue_again(job, attempt_counts=True)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Keep other threads out of the table and the files, and other processes, all or nothing."""
+        with self._lock, self._table.transaction():
+            yield
 
     # What clients ask for
 
@@ -115,7 +160,7 @@ class JobStore:
             raise ServiceError(Fault("too_large", message, 413))
         with self._lock:
             self.sweep()
-            with self._table.transaction():
+            with self._exclusive():
                 self._require_place(owner, most_of_owner)
                 if (fault := self._quota_fault(needed)) is not None:
                     raise ServiceError(fault)
@@ -198,16 +243,21 @@ class JobStore:
 
     def delete(self, job_id: str, owner: str | None) -> None:
         """Remove a job of that owner with its file. Raises ServiceError where there is none."""
-        with self._lock:
+        with self._exclusive():
             self.job(job_id, owner)
             self._forget(job_id)
 
     def sweep(self) -> int:
-        """Remove the jobs that have expired with their files; returns how many."""
-        with self._lock:
-            expired = self._table.expired(time.time())
+        """Remove the jobs that have expired with their files, and queue those of lost replicas again, without
+        what these had written; returns how many have expired."""
+        now = time.time()
+        with self._exclusive():
+            expired = self._table.expired(now)
             for job in expired:
                 self._forget(job.id)
+            for job in self._table.lost(now):
+                self._remove_files(job.id)
+                self._interrupted(job)
         return len(expired)
 
     def _forget(self, job_id: str) -> None:
@@ -229,21 +279,29 @@ class JobStore:
         return self._table.next_queued()
 
     def begin(self, job_id: str) -> bool:
-        """Call a queued job in progress, and count the attempt; False where it was deleted."""
-        with self._lock:
+        """Call a queued job in progress, and count the attempt; False where it was deleted, or another has
+        begun it."""
+        with self._exclusive():
             job = self._table.job(job_id)
             if job is None or job.status != "queued":
                 return False
             self._table.set_in_progress(job_id, job.attempts + 1)
+            if self.claimant is not None:
+                self._table.claim(job_id, self.claimant.name, time.time() + self.claimant.lease_s)
         return True
+
+    def renew(self) -> set[str]:
+        """Extend the claimant's lease; returns the jobs that are still its own. Others were deleted, or taken
+        by another after the lease had ended."""
+        return self._table.renew(self.claimant.name, time.time() + self.claimant.lease_s)
 
     def advance(self, job_id: str, frames: int) -> None:
         """So many frames of a job in progress are written.
 
         Raises ServiceError where the file has outgrown what was reserved, and there is no quota for more. A
-        deleted job is left alone; so it is by the methods below.
+        deleted job, and one that is another claimant's, is left alone; so it is by the methods below.
         """
-        with self._lock:
+        with self._exclusive():
             if (job := self._in_progress(job_id)) is None:
                 return
             size = max(job.bytes, self._partial_bytes(job_id))
@@ -253,7 +311,7 @@ class JobStore:
 
     def complete(self, job_id: str) -> None:
         """The file of a job is whole and has its name; a file beyond the quota makes the job fail."""
-        with self._lock:
+        with self._exclusive():
             job = self._in_progress(job_id)
             try:
                 size = self.path(job_id).stat().st_size
@@ -264,7 +322,8 @@ class JobStore:
             except OSError as error:
                 raise ServiceError(storage_fault(error)) from error
             if job is None:
-                self._remove_files(job_id)
+                if self._table.job(job_id) is None:
+                    self._remove_files(job_id)
                 return
             if (fault := self._quota_fault(size - job.bytes)) is not None:
                 self.fail(job_id, fault)
@@ -273,13 +332,15 @@ class JobStore:
 
     def fail(self, job_id: str, fault: Fault) -> None:
         """A job has failed for good."""
-        with self._lock:
+        with self._exclusive():
+            if self._is_of_another(job_id):
+                return
             self._remove_files(job_id)
             self._table.set_failed(job_id, JobError(fault.code, fault.message), self._expiry())
 
     def put_back(self, job_id: str, attempt_counts: bool) -> None:
         """Queue a job in progress again. Where the attempt counts and was its last, it has failed."""
-        with self._lock:
+        with self._exclusive():
             if (job := self._in_progress(job_id)) is not None:
                 self._queue_again(job, attempt_counts)
 
@@ -291,7 +352,17 @@ class JobStore:
 
     def _in_progress(self, job_id: str) -> Job | None:
         job = self._table.job(job_id)
-        return job if job is not None and job.status == "in_progress" else None
+        own = job is not None and job.status == "in_progress" and not self._is_of_another(job_id)
+        return job if own else None
+
+    def _is_of_another(self, job_id: str) -> bool:
+        """Whether a claimant has lost the job, or never had it: it is neither queued nor its own."""
+        if self.claimant is None:
+            return False
+        job = self._table.job(job_id)
+        if job is None or job.status == "queued":
+            return False
+        return self._table.claimant(job_id) != self.claimant.name
 
     def _expiry(self) -> int:
         return int(time.time() + self._life_s)

@@ -17,6 +17,8 @@ from rfengine.serving.errors import Fault, ServiceError
 logger = logging.getLogger(__name__)
 
 JobStatus = Literal["queued", "in_progress", "completed", "failed"]
+# WAL is faster and needs memory that processes share; DELETE works between machines too
+Journal = Literal["WAL", "DELETE"]
 STATUSES: tuple[JobStatus, ...] = ("queued", "in_progress", "completed", "failed")
 
 _VERSION = 1  # of the table
@@ -27,6 +29,17 @@ _COLUMNS = """
     seed INTEGER NOT NULL, num_frames INTEGER NOT NULL, fps INTEGER NOT NULL, height INTEGER NOT NULL,
     width INTEGER NOT NULL, prompt TEXT NOT NULL
 """
+# beside the jobs in progress, whose they are: a server that has the directory alone has no rows here. The
+# triggers let a claim end in the same step as its job, whoever ends it.
+_CLAIMS = (
+    "CREATE TABLE IF NOT EXISTS claims (job_id TEXT PRIMARY KEY, replica TEXT NOT NULL, "
+    "lease_until REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TRIGGER IF NOT EXISTS claim_of_ended AFTER UPDATE OF status ON jobs "
+    "WHEN NEW.status != 'in_progress' BEGIN DELETE FROM claims WHERE job_id = NEW.id; END",
+    "CREATE TRIGGER IF NOT EXISTS claim_of_deleted AFTER DELETE ON jobs "
+    "BEGIN DELETE FROM claims WHERE job_id = OLD.id; END",
+)
+_BUSY_S = 30.0  # that a change waits for those of other processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +96,19 @@ def storage_fault(error: OSError | sqlite3.Error) -> Fault:
 
 
 class JobTable:
-    """The rows of jobs, by id. Any thread may call any method.
+    """The rows of jobs, by id. Any thread may call any method, and several processes may have the file.
 
     Methods raise ServiceError where the disk is full or fails, and change nothing then. Raises RuntimeError
     for a file of another version, sqlite3.Error for one that cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, journal: Journal = "WAL") -> None:
         self._lock = RLock()
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self._depth = 0  # of transactions, of which the outermost counts
+        self._connection = sqlite3.connect(path, _BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             self._connection.row_factory = sqlite3.Row
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute(f"PRAGMA journal_mode = {journal}")
             self._connection.execute("PRAGMA synchronous = FULL")
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
             if version not in (0, _VERSION):
@@ -105,6 +119,8 @@ class JobTable:
             with self.transaction():
                 self._connection.execute(f"CREATE TABLE IF NOT EXISTS jobs ({_COLUMNS}) WITHOUT ROWID")
                 self._connection.execute("CREATE INDEX IF NOT EXISTS by_status ON jobs (status, bytes)")
+                for statement in _CLAIMS:
+                    self._connection.execute(statement)
                 self._connection.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
             self._connection.close()
@@ -117,9 +133,14 @@ class JobTable:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Keep other threads out, and make all changes of the block or, after an error, none."""
+        """Keep other threads and processes out, and make all changes of the block or, after an error, none.
+        One inside of another is a part of it."""
         with self._lock:
+            if self._depth:
+                yield
+                return
             self._execute("BEGIN IMMEDIATE")
+            self._depth = 1
             try:
                 yield
                 self._execute("COMMIT")
@@ -127,6 +148,8 @@ class JobTable:
                 with suppress(sqlite3.Error):  # a full disk has rolled it back already
                     self._connection.execute("ROLLBACK")
                 raise
+            finally:
+                self._depth = 0
 
     def _execute(self, statement: str, *values: object) -> list[Any]:
         with self._lock:
@@ -181,6 +204,20 @@ class JobTable:
         rows = self._execute("SELECT status, count(*) FROM jobs GROUP BY status")
         return dict.fromkeys(STATUSES, 0) | {status: number for status, number in rows}
 
+    def claimant(self, job_id: str) -> str | None:
+        """The replica that makes a job; None where no replica does."""
+        rows = self._execute("SELECT replica FROM claims WHERE job_id = ?", job_id)
+        return rows[0][0] if rows else None
+
+    def claimed(self, now: float) -> set[str]:
+        """The jobs whose replica has its lease at that time."""
+        rows = self._execute("SELECT job_id FROM claims WHERE lease_until > ?", now)
+        return {job_id for (job_id,) in rows}
+
+    def lost(self, now: float) -> list[Job]:
+        """The jobs in progress whose replica has let its lease end."""
+        return self._jobs("id IN (SELECT job_id FROM claims WHERE lease_until <= ?)", now)
+
     # Changes
 
     def insert(self, job: Job) -> None:
@@ -210,6 +247,15 @@ class JobTable:
             "UPDATE jobs SET status = 'in_progress', progress = 0, attempts = ? WHERE id = ?",
             *(attempts, job_id),
         )
+
+    def claim(self, job_id: str, replica: str, lease_until: float) -> None:
+        """The job in progress is a replica's."""
+        self._execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", job_id, replica, lease_until)
+
+    def renew(self, replica: str, lease_until: float) -> set[str]:
+        """Extend the lease of a replica's jobs, which are returned."""
+        statement = "UPDATE claims SET lease_until = ? WHERE replica = ? RETURNING job_id"
+        return {job_id for (job_id,) in self._execute(statement, lease_until, replica)}
 
     def set_progress(self, job_id: str, progress: int, size: int) -> None:
         """How far the job is, and the bytes that are reserved for it."""

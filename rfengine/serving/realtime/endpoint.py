@@ -79,7 +79,8 @@ class RealtimeLimits:
 
 
 class RealtimeEndpoint:
-    """The WebSocket route; `connections` counts the open ones by key."""
+    """The WebSocket route; `connections` counts the open ones by key. session_prefix: hexadecimal digits with
+    which the random part of every session id begins."""
 
     def __init__(
         self,
@@ -87,7 +88,9 @@ class RealtimeEndpoint:
         library: RecordingLibrary,
         metrics: ServerMetrics,
         limits: RealtimeLimits,
+        session_prefix: str = "",
     ) -> None:
+        self.session_prefix = session_prefix
         self.service = service
         self.library = library
         self.metrics = metrics
@@ -105,7 +108,7 @@ class RealtimeEndpoint:
         await websocket.accept(subprotocol=websocket.scope["state"].get("subprotocol"))
         if self.connections[name] >= self.limits.connections_per_key:
             message = f"{self.connections[name]} connections are open, which is the limit; close one"
-            await _refuse(websocket, Fault("too_many_connections", message, 429, True, 5))
+            await refuse(websocket, Fault("too_many_connections", message, 429, True, 5))
             return
         self.connections[name] += 1
         try:
@@ -132,7 +135,8 @@ class _Connection:
     def __init__(self, endpoint: RealtimeEndpoint, websocket: WebSocket, owner: str | None) -> None:
         self._endpoint, self._websocket, self._owner = endpoint, websocket, owner
         self._service, self._limits = endpoint.service, endpoint.limits
-        self._request_id = f"rt_{secrets.token_hex(16)}"
+        digits = (endpoint.session_prefix + secrets.token_hex(16))[:32]
+        self._request_id = f"rt_{digits}"
         self._loop = asyncio.get_running_loop()
         self._ready, self._ended = asyncio.Event(), asyncio.Event()
         self._outbox: Outbox | None = None
@@ -151,10 +155,10 @@ class _Connection:
             video_start = await self._open(start)
         except TimeoutError:
             message = f"no session.start came within {self._limits.start_s:g} s; send it first"
-            await _refuse(self._websocket, Fault("start_timeout", message, 408, True))
+            await refuse(self._websocket, Fault("start_timeout", message, 408, True))
             return
         except ServiceError as error:
-            await _refuse(self._websocket, error.fault)
+            await refuse(self._websocket, error.fault)
             return
         except WebSocketDisconnect:
             return
@@ -289,7 +293,7 @@ class _Connection:
         for error in results:
             if isinstance(error, Exception) and not isinstance(error, WebSocketDisconnect | ServiceError):
                 logger.error("a realtime connection failed", exc_info=error)
-        await _close(self._websocket, 1000 if self._session.fault is None else _INTERNAL)
+        await close(self._websocket, 1000 if self._session.fault is None else _INTERNAL)
 
     async def _flush(self, sender: asyncio.Task[None]) -> None:
         """The client still gets what waits, as long as it reads."""
@@ -395,15 +399,16 @@ class _Connection:
                 self._endpoint.metrics.prompt_latency_seconds.observe(now - asked)
 
 
-async def _refuse(websocket: WebSocket, fault: Fault) -> None:
+async def refuse(websocket: WebSocket, fault: Fault) -> None:
     """Say why nothing starts, and close."""
     message = error_message(fault, None, None, fatal=True)
     with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
         await asyncio.wait_for(websocket.send_text(message.model_dump_json()), _CLOSE_S)
-    await _close(websocket, _TRY_AGAIN_LATER if fault.retryable else _POLICY_VIOLATION)
+    await close(websocket, _TRY_AGAIN_LATER if fault.retryable else _POLICY_VIOLATION)
 
 
-async def _close(websocket: WebSocket, code: int) -> None:
+async def close(websocket: WebSocket, code: int) -> None:
+    """Close a connection that is open, in a moment or never."""
     if websocket.application_state is WebSocketState.CONNECTED:
         with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
             await asyncio.wait_for(websocket.close(code), _CLOSE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class RecordingLibrary:
         self._exports: dict[Path, int] = {}  # their bytes in the budget
         directory.mkdir(parents=True, exist_ok=True)
         for path in directory.iterdir():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()  # a directory was a replica's
 
     def new_recording(self, request_id: str, init_segment: bytes) -> tuple[Path, Recording]:
         """A file for a session that begins. Raises ServiceError where no room is left."""

@@ -150,7 +150,7 @@ protocol which ignores messages and fields that it does not know plays a session
 ERROR_CODES = {
     "the session does not start": (
         "no_session start_timeout invalid_message binary_message invalid_value model_not_found too_large "
-        "too_many_connections too_many_sessions no_memory recording_quota draining"
+        "too_many_connections too_many_sessions no_memory recording_quota draining no_replica"
     ),
     "a message changes nothing": (
         "invalid_message binary_message message_too_large invalid_value already_started event_id_conflict "

@@ -6,6 +6,7 @@ const FAULTS = {
   out_of_memory: "The server ran out of memory in the middle of the video. Start again.",
   draining: "The server is being stopped. Start again in a minute.",
   engine_lost: "The server had a fault and is starting anew. Start again in a minute.",
+  no_replica: "No part of the server is ready just now. Try again in a moment.",
   chunk_failed: "Something failed while the video was made. Start again.",
   delivery_failed: "Something failed while the video was sent. Start again.",
   slow_client: "This computer did not take the video fast enough, so the server ended it. Start again.",

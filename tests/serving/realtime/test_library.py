@@ -49,6 +49,14 @@ def test_a_recording_is_exported_while_it_grows_and_afterwards(tmp_path: Path) -
     assert frame_count(library.export("rt_1", None, None)) == 24
 
 
+def test_what_an_earlier_server_left_is_removed_with_the_directories_of_replicas(tmp_path: Path) -> None:
+    (tmp_path / "rt_0.mp4").write_bytes(b"video")
+    (tmp_path / "0123abcd").mkdir()
+    (tmp_path / "0123abcd" / "rt_1.mp4").write_bytes(b"video")
+    RecordingLibrary(tmp_path, 10**7, 60.0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_its_owner_finds_a_session(tmp_path: Path) -> None:
     library = RecordingLibrary(tmp_path, 10**7, 60.0)
     video = session(library, "rt_1", owner="one")

@@ -1,0 +1,1 @@
+"""Several servers of one model behind one gateway, with one data directory."""
