@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -169,13 +169,27 @@ class Snapshot:
         return Snapshot(*part_of((self.tensors, self.info), *own))
 
     @classmethod
+    def _of_parts(cls, path: Path, parts: Sequence[Path]) -> Snapshot:
+        names = ", ".join(each.name for each in parts)
+        if path.exists():
+            raise ValueError(
+                f"{path} is there whole and in parts ({names}); remove what is of another moment"
+            )
+        try:
+            return cls.joined(map(cls.load, parts))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is in the parts {names}, which are not one snapshot: {error}"
+            ) from error
+
+    @classmethod
     def load(cls, path: str | Path) -> Snapshot:
         """Read what save wrote, on several ranks all parts as one. Raises ValueError when the file is none of
         ours or damaged."""
         from rfengine.checkpoint.loader import read_safetensors
 
         if parts := part_paths(Path(path)):
-            return cls.joined(map(cls.load, parts))
+            return cls._of_parts(Path(path), parts)
         tensors, metadata = read_safetensors(Path(path))
         if "snapshot" not in metadata:
             raise ValueError(

@@ -89,8 +89,8 @@ def part_path(path: Path, rank: int, count: int) -> Path:
 
 
 def part_paths(path: Path) -> list[Path]:
-    """The files that hold parts of the snapshot `path`; none where it is a file itself."""
-    if path.exists() or not path.parent.is_dir():
+    """The files that hold parts of the snapshot `path`, by name."""
+    if not path.parent.is_dir():
         return []
     return sorted(
         each

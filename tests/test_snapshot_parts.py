@@ -53,8 +53,16 @@ def test_each_rank_saves_a_file_and_the_name_without_a_number_loads_all(
     assert torch.equal(loaded.tensors["cache.keys"], whole.tensors["cache.keys"])
     assert Snapshot.load(files[1]).stream_info().part == (1, 2)
     files[0].unlink()
-    with pytest.raises(ValueError, match="the parts of the snapshot are 2 of 2; give each of the 2 once"):
+    with pytest.raises(
+        ValueError,
+        match="stream.safetensors is in the parts stream-00002-of-00002.safetensors, which are not one "
+        "snapshot: the parts of the snapshot are 2 of 2; give each of the 2 once",
+    ):
         Snapshot.load(path)
+    whole.save(path)
+    with pytest.raises(ValueError, match=r"is there whole and in parts \(stream-00002-of-00002"):
+        Snapshot.load(path)
+    assert Snapshot.load(files[1]).stream_info().part == (1, 2)
 
 
 def test_parts_of_other_moments_and_twice_the_same_are_refused(pipe, whole: Snapshot) -> None:
