@@ -40,6 +40,15 @@ def test_parts_in_any_order_are_the_snapshot_again(whole: Snapshot) -> None:
     assert all(torch.equal(again.tensors[name], each) for name, each in whole.tensors.items())
 
 
+def test_frames_that_are_ahead_are_in_the_first_part_alone(whole: Snapshot) -> None:
+    frames = torch.randint(0, 255, (12, 32, 48, 3), dtype=torch.uint8)
+    ahead = dataclasses.replace(whole, tensors=whole.tensors | {"ahead.frames": frames})
+    first, second = parts_of(ahead)
+    assert torch.equal(first.tensors["ahead.frames"], frames)
+    assert second.tensors["ahead.frames"].shape == (0, 32, 48, 3)
+    assert torch.equal(Snapshot.joined([second, first]).tensors["ahead.frames"], frames)
+
+
 def test_each_rank_saves_a_file_and_the_name_without_a_number_loads_all(
     whole: Snapshot, tmp_path: Path
 ) -> None:

@@ -12,6 +12,9 @@ import torch
 
 import rfengine.pipeline as pipeline_file
 from rfengine import Pipeline, RuntimeConfig
+from rfengine.ops import choose_ops
+from rfengine.runtime import ranks as ranks_file
+from rfengine.runtime.ranks import equal_ops
 from rfengine.snapshot import Snapshot
 from rfengine.stream import VideoStream
 from support.loras import write_lora
@@ -107,6 +110,15 @@ class RefusedCalls:
             torch.set_num_threads(1)
 
 
+def backends_of_rank(rank: int, pipe: Pipeline) -> set[str]:
+    """Of ops where the first rank has timed others to be the best than the second."""
+    with pytest.MonkeyPatch.context() as patch:
+        tuned = choose_ops("auto" if rank == 0 else "reference", pipe.model.device)
+        patch.setattr(ranks_file, "tuned_ops", lambda *given: tuned)
+        ops = equal_ops(pipe.config, pipe.model.dtype, pipe.model.device, pipe.model.parallel)
+    return set(ops.choice.values())
+
+
 def told(rank: int, directory: Path) -> None:
     pipe = pipeline_of(directory, "ema", 2)
     calls = RefusedCalls(rank, pipe, directory)
@@ -117,7 +129,9 @@ def told(rank: int, directory: Path) -> None:
             said[name] = "nothing"
         except (ValueError, RuntimeError) as error:
             said[name] = f"{type(error).__name__}: {error}"
-    said["loras"] = len(pipe.loras)
+    said["LoRAs"] = len(pipe.loras)
+    said["text encoder"] = pipe.text_encoder._encoder is not None
+    said["backends"] = sorted(backends_of_rank(rank, pipe))
     (directory / f"told {rank}").write_text(json.dumps(said))
     torch.save(latents_of(calls.stream, 1), directory / f"after {rank}.pt")
 
@@ -173,11 +187,17 @@ def test_what_one_rank_refuses_all_refuse(said: list[dict[str, str]], name: str)
 
 
 def test_nothing_is_changed_by_what_was_refused(directory: Path, said: list[dict[str, str]]) -> None:
-    assert set(said[0]) == {*DIFFERENCES, *FAILURES, "loras"} and said[0]["loras"] == said[1]["loras"] == 0
+    assert set(said[0]) == {*DIFFERENCES, *FAILURES, "LoRAs", "text encoder", "backends"}
+    assert said[0]["LoRAs"] == said[1]["LoRAs"] == 0
     expected = fourth_chunk(pipeline_of(directory, "ema", 1).stream("a circle"))
     for rank in range(2):
         found = torch.load(directory / f"after {rank}.pt", weights_only=True)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_first_rank_encodes_and_chooses_the_ops(said: list[dict[str, str]]) -> None:
+    assert [each["text encoder"] for each in said] == [True, False]
+    assert said[0]["backends"] == said[1]["backends"] != ["reference"]
 
 
 def fourth_chunk(stream: VideoStream) -> torch.Tensor:
