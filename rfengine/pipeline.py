@@ -128,6 +128,7 @@ class Pipeline:
         device = rank_device(device, tensor_parallel) if tensor_parallel > 1 else device
         place = Placement.of(config.runtime, device, dtype, text_device)
         parallel = join(tensor_parallel, place.device) if tensor_parallel > 1 else WHOLE
+        place = replace(place, decoding=place.device) if parallel.rank else place  # which decode nothing
         with on_all(parallel) as equal:
             left_out = products_left_out(checkpoint, config.runtime)
             loaded = load_loras(loras, expected_shapes(config.model))

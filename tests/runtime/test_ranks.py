@@ -14,6 +14,7 @@ import rfengine.pipeline as pipeline_file
 from rfengine import Pipeline, RuntimeConfig
 from rfengine.ops import choose_ops
 from rfengine.runtime import ranks as ranks_file
+from rfengine.runtime.loaded_models import LoadedModels, Placement
 from rfengine.runtime.ranks import equal_ops
 from rfengine.snapshot import Snapshot
 from rfengine.stream import VideoStream
@@ -119,6 +120,22 @@ def backends_of_rank(rank: int, pipe: Pipeline) -> set[str]:
     return set(ops.choice.values())
 
 
+def decoding_device(directory: Path) -> str:
+    """Where a rank is told to have its VAE, with a device for the decoder."""
+    cpu, seen, load = torch.device("cpu"), [], pipeline_file.load_models
+    asked = Placement(cpu, torch.device("cpu", 0), cpu, torch.float32)
+
+    def noted(*given: object) -> LoadedModels:
+        seen.append(str(given[3].decoding))
+        return load(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Placement, "of", lambda *given: asked)
+        patch.setattr(pipeline_file, "load_models", noted)
+        pipeline_of(directory, "ema", 2)
+    return seen[0]
+
+
 def told(rank: int, directory: Path) -> None:
     pipe = pipeline_of(directory, "ema", 2)
     calls = RefusedCalls(rank, pipe, directory)
@@ -131,6 +148,7 @@ def told(rank: int, directory: Path) -> None:
             said[name] = f"{type(error).__name__}: {error}"
     said["LoRAs"] = len(pipe.loras)
     said["text encoder"] = pipe.text_encoder._encoder is not None
+    said["decoding"] = decoding_device(directory)
     said["backends"] = sorted(backends_of_rank(rank, pipe))
     (directory / f"told {rank}").write_text(json.dumps(said))
     torch.save(latents_of(calls.stream, 1), directory / f"after {rank}.pt")
@@ -187,7 +205,7 @@ def test_what_one_rank_refuses_all_refuse(said: list[dict[str, str]], name: str)
 
 
 def test_nothing_is_changed_by_what_was_refused(directory: Path, said: list[dict[str, str]]) -> None:
-    assert set(said[0]) == {*DIFFERENCES, *FAILURES, "LoRAs", "text encoder", "backends"}
+    assert set(said[0]) == {*DIFFERENCES, *FAILURES, "LoRAs", "text encoder", "decoding", "backends"}
     assert said[0]["LoRAs"] == said[1]["LoRAs"] == 0
     expected = fourth_chunk(pipeline_of(directory, "ema", 1).stream("a circle"))
     for rank in range(2):
@@ -195,8 +213,9 @@ def test_nothing_is_changed_by_what_was_refused(directory: Path, said: list[dict
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_the_first_rank_encodes_and_chooses_the_ops(said: list[dict[str, str]]) -> None:
+def test_the_first_rank_encodes_decodes_and_chooses_the_ops(said: list[dict[str, str]]) -> None:
     assert [each["text encoder"] for each in said] == [True, False]
+    assert [each["decoding"] for each in said] == ["cpu:0", "cpu"]
     assert said[0]["backends"] == said[1]["backends"] != ["reference"]
 
 
