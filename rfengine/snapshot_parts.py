@@ -51,6 +51,8 @@ def joined(parts: Sequence[Contents]) -> Contents:
         ((tensors, info | {"part": list(info["part"])}) for tensors, info in parts),
         key=lambda each: each[1]["part"],
     )
+    if not numbered:
+        raise ValueError("there are 0 parts of the snapshot; give those of all ranks")
     count = numbered[0][1]["part"][1]
     found = [each[1]["part"] for each in numbered]
     if found != [[rank, count] for rank in range(count)]:

@@ -78,6 +78,8 @@ def test_parts_of_other_moments_and_twice_the_same_are_refused(pipe, whole: Snap
     first, second = parts_of(whole)
     with pytest.raises(ValueError, match="the parts of the snapshot are 1 of 2, 1 of 2; give each"):
         Snapshot.joined([first, first])
+    with pytest.raises(ValueError, match="there are 0 parts of the snapshot"):
+        Snapshot.joined([])
     stream = pipe.restore(whole)
     next(stream)
     later = stream.snapshot().of_rank(TensorParallel(1, 2))

@@ -96,7 +96,7 @@ def on_all(parallel: TensorParallel) -> Iterator[dict[str, Any]]:
     try:
         told = None if failure is None else (isinstance(failure, ValueError), str(failure))
         everywhere = _from_all(parallel, (told, equal))
-    finally:
+    finally:  # what has failed here says more than that a rank is lost
         try:
             if failure is not None:
                 raise failure
@@ -119,7 +119,7 @@ def _from_all(parallel: TensorParallel, own: Any) -> list[Any]:
 def _require_equal(everywhere: Sequence[dict[str, Any]]) -> None:
     first = everywhere[0]
     for rank, others in enumerate(everywhere):
-        for name in first.keys() | others.keys():
+        for name in first | others:
             if first.get(name) != others.get(name):
                 whose, one, other = _difference(name, first.get(name), others.get(name))
                 raise ValueError(
