@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -81,6 +82,12 @@ def clip_latents(vae: WanVAE, frames: ndarray, grid: LatentGrid, latent_frames: 
             f"the clip is {tuple(pixels.shape[-2:])} pixels and the stream is {size}; resize the clip"
         )
     return vae.encode_in_groups(pixels[:, :, -grid.pixel_frames(latent_frames) :], group)
+
+
+def clip_digest(frames: ndarray) -> str:
+    """The shape of a clip and the sha256 of its bytes, in short, for ranks that need the same one."""
+    size = " x ".join(map(str, frames.shape))
+    return f"{size}, {hashlib.sha256(frames.tobytes()).hexdigest()[:16]}"
 
 
 def _whole_chunks(latent_frames: int, cache: CacheConfig) -> tuple[int, ...]:

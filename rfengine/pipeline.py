@@ -43,12 +43,13 @@ from rfengine.runtime.loaded_models import Placement, load_models
 from rfengine.runtime.loaded_transformer import refuse_loras
 from rfengine.runtime.model_precision import products_left_out
 from rfengine.runtime.ranks import (
+    equal_loras,
     equal_ops,
     join,
+    must_be_equal,
+    on_all,
     rank_device,
     require_divisible,
-    require_equal,
-    require_equal_models,
 )
 from rfengine.schedule import as_seed
 from rfengine.snapshot import Snapshot
@@ -126,23 +127,25 @@ class Pipeline:
         checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
         require_stream(checkpoint.config)
         config = checkpoint.config if system is None else configured(checkpoint.config, system)
-        height, width = size or (None, None)
-        given = {"cache": cache, "runtime": runtime, "backend": backend, "height": height, "width": width}
-        config = replace(config, **{name: value for name, value in given.items() if value is not None})
+        config = _with_given(config, cache, backend, runtime, size)
         count = require_divisible(tensor_parallel, config)
         place = Placement.of(config.runtime, rank_device(device, count), dtype, text_device)
         parallel = join(count, place.device)
+        place = replace(place, decoding=place.device) if parallel.rank else place  # which decode nothing
         request = PresetRequest(checkpoint, place, bool(loras), size is None)
 
         def load(config: EngineConfig) -> Pipeline:
-            refuse_loras(config.runtime, loras)
-            left_out = products_left_out(checkpoint, config.runtime)
-            loaded = load_loras(loras, expected_shapes(config.model))
-            require_equal_models(parallel, checkpoint, config, place.dtype, left_out, loaded)
+            with on_all(parallel) as equal:
+                refuse_loras(config.runtime, loras)
+                left_out = products_left_out(checkpoint, config.runtime)
+                loaded = load_loras(loras, expected_shapes(config.model))
+                if parallel.divides:
+                    equal |= must_be_equal(checkpoint, config, place.dtype, place.device, left_out, loaded)
             ops = equal_ops(config, place.dtype, place.device, parallel)
-            models = load_models(checkpoint, config, ops, place, text_cache, left_out, parallel)
-            parts = models.transformer, models.vae, models.text_encoder
-            pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
+            with on_all(parallel):
+                models = load_models(checkpoint, config, ops, place, text_cache, left_out, parallel)
+                parts = models.transformer, models.vae, models.text_encoder
+                pipeline = cls(config, *parts, checkpoint.fingerprint(), models.open_decoder)
             pipeline._engine.adapted.apply(loaded)
             if is_auto:
                 rehearse(pipeline._engine)
@@ -194,9 +197,10 @@ class Pipeline:
         depends on the list alone (AdaptedWeights). A LoRA that stays is not read again, whatever its scale,
         unless its files are others now. After an error, ValueError or RuntimeError, all is as it was.
         """
-        refuse_loras(self.config.runtime, loras)
-        loaded = self._engine.adapted.load(loras)
-        require_equal(self.model.parallel, LoRAs=[(each.sha256, each.lora.scale) for each in loaded])
+        with on_all(self.model.parallel) as equal:
+            refuse_loras(self.config.runtime, loras)
+            loaded = self._engine.adapted.load(loras)
+            equal["LoRAs"] = equal_loras(loaded)
         self._engine.adapted.apply(loaded)
 
     def to(self, device: str | torch.device) -> Pipeline:
@@ -225,15 +229,16 @@ class Pipeline:
 
         Raises ValueError for an impossible size or seed, RuntimeError where memory is too small.
         """
-        number = as_seed(seed)
-        grid = LatentGrid.of(self.config, height, width)
-        devices = (self.model.device, self._engine.queue.device)
-        require_stream_fits(self._own_config, grid, self.model.dtype, devices)
-        asked = (prompt_line(prompt), number, grid.height, grid.width)
-        require_equal(self.model.parallel, prompt_seed_and_size=asked)
         with self._engine.turns, own_state():
+            with on_all(self.model.parallel) as equal:
+                number, line = as_seed(seed), prompt_line(prompt)
+                grid = LatentGrid.of(self.config, height, width)
+                devices = (self.model.device, self._engine.queue.device)
+                require_stream_fits(self._own_config, grid, self.model.dtype, devices)
+                equal |= {"prompt": line, "seed": number, "height": grid.height, "width": grid.width}
+                equal["beginning"] = None if start_frames is None else "a clip"
             states = self._engine.encode_text(prompt)
-            stream = VideoStream(self._engine, grid, prompt_line(prompt), states, number)
+            stream = VideoStream(self._engine, grid, line, states, number)
             if start_frames is not None:
                 stream.continue_from(start_frames, start_mode)
         return stream
@@ -244,9 +249,9 @@ class Pipeline:
         any_loras: where they are others now, go on under those, as a running stream does. Raises ValueError
         where it is damaged, or of another model or setting, which without any_loras the LoRAs are too.
         """
-        info = snapshot.stream_info()
-        require_equal(self.model.parallel, snapshot=dict(snapshot.info, part=None))
-        grid = LatentGrid.of(self.config, info.height, info.width)
+        with on_all(self.model.parallel):
+            info = snapshot.stream_info()
+            grid = LatentGrid.of(self.config, info.height, info.width)
         with self._engine.turns, own_state():
             return VideoStream.from_snapshot(self._engine, grid, snapshot, any_loras)
 
@@ -292,8 +297,9 @@ class Pipeline:
         """
         import numpy
 
-        count = frame_count(self.config.fps, seconds, num_frames)
-        require_frames_fit(count, LatentGrid.of(self.config, height, width))
+        with on_all(self.model.parallel):
+            count = frame_count(self.config.fps, seconds, num_frames)
+            require_frames_fit(count, LatentGrid.of(self.config, height, width))
         stream = self.stream(prompt, seed=seed, height=height, width=width)
         pieces = []
         for chunk in stream.take(self.chunk_count(count)):
@@ -338,8 +344,9 @@ class Pipeline:
         count = frame_count(self.config.fps, num_frames=num_frames)
         wanted = requested_videos(prompt, num_videos_per_prompt, generator, seed)
         if output_type != "latent":
-            grid = LatentGrid.of(self.config, height, width)
-            require_frames_fit(len(wanted) * count, grid, as_floats=output_type != "pil")
+            with on_all(self.model.parallel):
+                grid = LatentGrid.of(self.config, height, width)
+                require_frames_fit(len(wanted) * count, grid, as_floats=output_type != "pil")
         on_step = None if callback_on_step_end is None else functools.partial(callback_on_step_end, self)
         videos = []
         for text, number in wanted:
@@ -347,3 +354,16 @@ class Pipeline:
             chunks = self.chunk_count(count)
             videos.append(make_video(stream, count, chunks, output_type == "latent", on_step))
         return PipelineOutput(packed(videos, output_type))
+
+
+def _with_given(
+    config: EngineConfig,
+    cache: CacheConfig | None,
+    backend: Backend | None,
+    runtime: RuntimeConfig | None,
+    size: tuple[int, int] | None,
+) -> EngineConfig:
+    """`config` with what is given in place of its own."""
+    height, width = size or (config.height, config.width)
+    config = replace(config, cache=cache or config.cache, height=height, width=width)
+    return replace(config, backend=backend or config.backend, runtime=runtime or config.runtime)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +26,10 @@ from rfengine.files import strict_json
 from rfengine.grid import LatentGrid
 from rfengine.host_state import ordinary
 from rfengine.limits import Range, check_value, shown
+from rfengine.models.dit import WanDiT
 from rfengine.older_snapshot import OLDER_FORMATS, upgraded
 from rfengine.prompt_blend import MOST_TRANSITION_CHUNKS, Interpolation, TextTransition
+from rfengine.runtime.ranks import on_all
 from rfengine.schedule import MAX_SEED
 from rfengine.snapshot_parts import joined, part_of, part_path, part_paths
 from rfengine.tensor_parallel import TensorParallel
@@ -167,13 +169,27 @@ class Snapshot:
         return Snapshot(*part_of((self.tensors, self.info), *own))
 
     @classmethod
+    def _of_parts(cls, path: Path, parts: Sequence[Path]) -> Snapshot:
+        names = ", ".join(each.name for each in parts)
+        if path.exists():
+            raise ValueError(
+                f"{path} is there whole and in parts ({names}); remove what is of another moment"
+            )
+        try:
+            return cls.joined(map(cls.load, parts))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is in the parts {names}, which are not one snapshot: {error}"
+            ) from error
+
+    @classmethod
     def load(cls, path: str | Path) -> Snapshot:
         """Read what save wrote, on several ranks all parts as one. Raises ValueError when the file is none of
         ours or damaged."""
         from rfengine.checkpoint.loader import read_safetensors
 
         if parts := part_paths(Path(path)):
-            return cls.joined(map(cls.load, parts))
+            return cls._of_parts(Path(path), parts)
         tensors, metadata = read_safetensors(Path(path))
         if "snapshot" not in metadata:
             raise ValueError(
@@ -255,28 +271,31 @@ class Snapshot:
     def checked(
         self,
         settings: dict[str, Any],
-        model: WanConfig,
+        model: WanDiT,
         grid: LatentGrid,
-        dtype: torch.dtype,
         any_loras: bool = False,
-    ) -> StreamInfo:
-        """What the snapshot says, once all but its decoder's tensors is known to fit a stream of `grid`.
+    ) -> tuple[Snapshot, StreamInfo]:
+        """What this rank restores, and what that says, once all but its decoder's tensors is known to fit a
+        stream of `grid`.
 
         settings: what the pipeline that restores it has; its LoRAs count without any_loras. Raises
-        ValueError.
+        ValueError, on every rank where one finds a fault or they have snapshots of different moments.
         """
-        info = self.stream_info()
-        self.check(settings, any_loras)
-        if (info.height, info.width) != (grid.height, grid.width):
-            raise ValueError(
-                f"the snapshot is of {info.height} x {info.width} pixels and the stream of {grid.height} x "
-                f"{grid.width}; restore it as a stream of its own"
-            )
-        others = {name: each for name, each in self.tensors.items() if not name.startswith("decoder.")}
-        check_tensors(others, expected_tensors(info, model, grid, dtype))
-        if (held := others.get("cache.device_held")) is not None:
-            check_device_held(info.cache, held.tolist(), info.position.frame)
-        return info
+        with on_all(model.parallel) as equal:
+            own = self.of_rank(model.parallel)
+            info = own.stream_info()
+            own.check(settings, any_loras)
+            if (info.height, info.width) != (grid.height, grid.width):
+                raise ValueError(
+                    f"the snapshot is of {info.height} x {info.width} pixels and the stream of {grid.height} "
+                    f"x {grid.width}; restore it as a stream of its own"
+                )
+            others = {name: each for name, each in own.tensors.items() if not name.startswith("decoder.")}
+            check_tensors(others, expected_tensors(info, model.config, grid, model.dtype))
+            if (held := others.get("cache.device_held")) is not None:
+                check_device_held(info.cache, held.tolist(), info.position.frame)
+            equal["snapshot"] = {name: value for name, value in own.info.items() if name != "part"}
+        return own, info
 
     def group(self, name: str) -> dict[str, Tensor]:
         """The tensors called `name`.something, by that something."""

@@ -51,6 +51,8 @@ def joined(parts: Sequence[Contents]) -> Contents:
         ((tensors, info | {"part": list(info["part"])}) for tensors, info in parts),
         key=lambda each: each[1]["part"],
     )
+    if not numbered:
+        raise ValueError("there are 0 parts of the snapshot; give those of all ranks")
     count = numbered[0][1]["part"][1]
     found = [each[1]["part"] for each in numbered]
     if found != [[rank, count] for rank in range(count)]:
@@ -89,8 +91,8 @@ def part_path(path: Path, rank: int, count: int) -> Path:
 
 
 def part_paths(path: Path) -> list[Path]:
-    """The files that hold parts of the snapshot `path`; none where it is a file itself."""
-    if path.exists() or not path.parent.is_dir():
+    """The files that hold parts of the snapshot `path`, by name."""
+    if not path.parent.is_dir():
         return []
     return sorted(
         each

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.cache.sink_policy import CachePlan
-from rfengine.clip import ClipMode, clip_latents, clip_parts
+from rfengine.clip import ClipMode, clip_digest, clip_latents, clip_parts
 from rfengine.cuda_graph import launching_on
 from rfengine.frame_chunk import ChunkTimings, FrameChunk
 from rfengine.grid import LatentGrid
@@ -26,6 +26,7 @@ from rfengine.prompts import Prompt, PromptMode, prompt_line
 from rfengine.runtime.chunk_runner import StepCallback
 from rfengine.runtime.decode_worker import DecodedFrames, DecodeWorker, StreamFrames, finished
 from rfengine.runtime.engine import Engine
+from rfengine.runtime.ranks import on_all
 from rfengine.snapshot import SNAPSHOT_FORMAT, Snapshot, StreamInfo, check_tensors
 from rfengine.video import check_frames
 
@@ -289,11 +290,13 @@ class VideoStream:
         transition_chunks, with "soft": the text states go from the present ones to the new prompt's in as
         many steps, one before each of the next chunks, by `interpolation` at k/n of the way; 1 is at once.
         """
-        chunks = checked_chunks(mode, transition_chunks, interpolation)
-        if mode == "recache":
-            self._cache.config.check_recache()
         with self._turn():
-            line, text_states = prompt_line(prompt), ordinary(self._engine.encode_text(prompt))
+            with on_all(self._engine.model.parallel) as equal:
+                chunks, line = checked_chunks(mode, transition_chunks, interpolation), prompt_line(prompt)
+                if mode == "recache":
+                    self._cache.config.check_recache()
+                equal |= {"prompt": line, "mode of the prompt": mode, "transition": (chunks, interpolation)}
+            text_states = ordinary(self._engine.encode_text(prompt))
             with self._closed_on_error(), self._computing():
                 if mode == "hard":
                     self._restart()
@@ -332,10 +335,13 @@ class VideoStream:
                 raise RuntimeError(
                     f"the stream is at chunk {self._cache.next_chunk}; continue a clip with a new stream"
                 )
-            check_frames(frames)
-            parts, group = clip_parts(len(frames), mode, engine.config), self._cache.config.chunk_frames
-            latents = clip_latents(engine.vae, frames, self.grid, parts.latent_frames, group)
-            latents = latents.to(engine.model.device, engine.model.dtype)
+            with on_all(engine.model.parallel) as equal:
+                check_frames(frames)
+                parts, group = clip_parts(len(frames), mode, engine.config), self._cache.config.chunk_frames
+                latents = clip_latents(engine.vae, frames, self.grid, parts.latent_frames, group)
+                latents = latents.to(engine.model.device, engine.model.dtype)
+                if engine.model.parallel.divides:
+                    equal |= {"mode of the clip": mode, "clip": clip_digest(frames)}
             *pieces, rest = latents.split([*parts.prefilled, parts.clamped], dim=2)
             with self._closed_on_error(), self._computing():
                 self._given = rest if parts.clamped else None
@@ -399,10 +405,9 @@ class VideoStream:
     ) -> VideoStream:
         """The stream a snapshot was taken of. Raises ValueError when it is of another model, decoder, format
         or setting, or damaged: before anything is taken over, and mostly before anything is allocated."""
-        snapshot = snapshot.of_rank(engine.model.parallel)
-        info = snapshot.checked(engine.settings(), engine.model.config, grid, engine.model.dtype, any_loras)
+        snapshot, info = snapshot.checked(engine.settings(), engine.model, grid, any_loras)
         stream = cls(engine, grid, info.prompt, snapshot.tensors["text_states"], info.seed)
-        with stream._closed_on_error(), stream._computing():
+        with stream._closed_on_error(), stream._computing(), on_all(engine.model.parallel):
             check_tensors(snapshot.group("decoder"), stream._decoder_state.tensors())
             stream._load(snapshot, info)
         return stream
@@ -414,10 +419,10 @@ class VideoStream:
         then the stream is as it was.
         """
         with self._turn():
-            settings, model = self._engine.settings(), self._engine.model
-            snapshot = snapshot.of_rank(model.parallel)
-            info = snapshot.checked(settings, model.config, self.grid, model.dtype, any_loras)
-            check_tensors(snapshot.group("decoder"), self._decoder_state.tensors())
+            engine = self._engine
+            snapshot, info = snapshot.checked(engine.settings(), engine.model, self.grid, any_loras)
+            with on_all(engine.model.parallel):
+                check_tensors(snapshot.group("decoder"), self._decoder_state.tensors())
             with self._closed_on_error(), self._computing():
                 self._restart()
                 self._drawn, self.seed = {}, info.seed

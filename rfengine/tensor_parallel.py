@@ -15,6 +15,8 @@ graphs record.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,9 +56,11 @@ class TensorParallel:
         return self.rank * size, (self.rank + 1) * size
 
     def added(self, x: Tensor) -> Tensor:
-        """x with what the other ranks have there added to it, in place; it has the same bits on all."""
+        """x with what the other ranks have there added to it, in place; it has the same bits on all. Raises
+        RuntimeError where another rank has ended."""
         if self.divides:
-            torch.distributed.all_reduce(x)
+            with naming_lost_ranks():
+                torch.distributed.all_reduce(x)
         return x
 
     def mean_squares(self, *rows: Tensor) -> Tensor | None:
@@ -67,6 +71,17 @@ class TensorParallel:
         norms = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32) for x in rows]
         squares = (torch.stack(norms) if len(norms) > 1 else norms[0]).square_()
         return self.added(squares).div_(rows[0].shape[-1] * self.count)
+
+
+@contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Says first what an error of torch.distributed means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"another rank has ended or made another call; see what it says, and start all again ({error})"
+        ) from error
 
 
 def _divides(config: WanConfig, count: int) -> bool:

@@ -40,6 +40,15 @@ def test_parts_in_any_order_are_the_snapshot_again(whole: Snapshot) -> None:
     assert all(torch.equal(again.tensors[name], each) for name, each in whole.tensors.items())
 
 
+def test_frames_that_are_ahead_are_in_the_first_part_alone(whole: Snapshot) -> None:
+    frames = torch.randint(0, 255, (12, 32, 48, 3), dtype=torch.uint8)
+    ahead = dataclasses.replace(whole, tensors=whole.tensors | {"ahead.frames": frames})
+    first, second = parts_of(ahead)
+    assert torch.equal(first.tensors["ahead.frames"], frames)
+    assert second.tensors["ahead.frames"].shape == (0, 32, 48, 3)
+    assert torch.equal(Snapshot.joined([second, first]).tensors["ahead.frames"], frames)
+
+
 def test_each_rank_saves_a_file_and_the_name_without_a_number_loads_all(
     whole: Snapshot, tmp_path: Path
 ) -> None:
@@ -53,14 +62,24 @@ def test_each_rank_saves_a_file_and_the_name_without_a_number_loads_all(
     assert torch.equal(loaded.tensors["cache.keys"], whole.tensors["cache.keys"])
     assert Snapshot.load(files[1]).stream_info().part == (1, 2)
     files[0].unlink()
-    with pytest.raises(ValueError, match="the parts of the snapshot are 2 of 2; give each of the 2 once"):
+    with pytest.raises(
+        ValueError,
+        match="stream.safetensors is in the parts stream-00002-of-00002.safetensors, which are not one "
+        "snapshot: the parts of the snapshot are 2 of 2; give each of the 2 once",
+    ):
         Snapshot.load(path)
+    whole.save(path)
+    with pytest.raises(ValueError, match=r"is there whole and in parts \(stream-00002-of-00002"):
+        Snapshot.load(path)
+    assert Snapshot.load(files[1]).stream_info().part == (1, 2)
 
 
 def test_parts_of_other_moments_and_twice_the_same_are_refused(pipe, whole: Snapshot) -> None:
     first, second = parts_of(whole)
     with pytest.raises(ValueError, match="the parts of the snapshot are 1 of 2, 1 of 2; give each"):
         Snapshot.joined([first, first])
+    with pytest.raises(ValueError, match="there are 0 parts of the snapshot"):
+        Snapshot.joined([])
     stream = pipe.restore(whole)
     next(stream)
     later = stream.snapshot().of_rank(TensorParallel(1, 2))

@@ -93,10 +93,8 @@ def run(options: GenerateOptions) -> int:
         write = _forcing_writer(checkpoint, device, options)
     else:
         write = _stream_writer(checkpoint, device, options, jobs[0][0])
-    try:
-        _write_all(write, jobs)
-    finally:
-        leave()
+    _write_all(write, jobs)
+    leave()  # not after an error: it could wait for a rank that has gone
     return 0
 
 

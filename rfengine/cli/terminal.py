@@ -41,7 +41,7 @@ def one_line(error: object) -> str:
 def fail(error: object, status: int) -> int:
     """Print the error on standard error and return `status`."""
     with suppress(OSError):  # the terminal may be gone; the status says it too
-        print(f"rfengine: error: {one_line(error)}", file=sys.stderr)
+        sys.stderr.write(f"rfengine: error: {one_line(error)}\n")  # at once: other ranks have this terminal
     return status
 
 

@@ -32,6 +32,7 @@ from rfengine.host_state import own_state
 from rfengine.memory import require_memory
 from rfengine.models.fp8_products import refresh
 from rfengine.runtime.chunk_runner import ChunkRunner
+from rfengine.runtime.ranks import on_all
 from rfengine.runtime.turns import Turns
 
 _Changes = tuple[tuple[str, float], ...]  # sha256 and scale of each LoRA in a tensor
@@ -71,17 +72,19 @@ class AdaptedWeights:
         """Make the weights those of the model with `loras` instead of those before, in place, between two
         chunks, and recompute what the runner keeps of them.
 
-        After an error the weights are what they were. Raises ValueError for values that are not finite in the
-        model's dtype, RuntimeError from inside a chunk and where host memory cannot hold the originals.
+        After an error the weights are what they were, on every rank. Raises ValueError for values that are
+        not finite in the model's dtype, RuntimeError from inside a chunk and where host memory cannot hold
+        the originals.
         """
         if self._turns.is_own:
             raise RuntimeError("a chunk is being made; set the LoRAs once its on_step has returned")
         model = self._runner.model
         with self._turns, own_state(), launching_on(self._compute_stream, model.device):
             wanted = changes_by_tensor(loras)
-            self._require_room(wanted)
             try:
-                self._write(wanted)
+                with on_all(model.parallel):
+                    self._require_room(wanted)
+                    self._write(wanted)
                 self.loras = tuple(loras)
             except BaseException:
                 self._write(changes_by_tensor(self.loras))

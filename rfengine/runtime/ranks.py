@@ -6,7 +6,9 @@ All ranks run the same program, call by call. Frames are the first rank's; the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os.path import commonprefix
 from typing import Any, Protocol, SupportsIndex
 
 import torch
@@ -21,10 +23,12 @@ from rfengine.grid import LatentGrid
 from rfengine.limits import Range, as_integer, shown
 from rfengine.models.decoder import CausalState
 from rfengine.ops import Ops, choose_ops
-from rfengine.runtime.options import tuned_ops
-from rfengine.tensor_parallel import WHOLE, TensorParallel
+from rfengine.runtime.options import runtime_switches, tuned_ops
+from rfengine.tensor_parallel import WHOLE, TensorParallel, naming_lost_ranks
 from rfengine.torchrun import MOST_RANKS, environment_integer, started_ranks
 from rfengine.version import VERSION
+
+_SHOWN_BEFORE = 20  # characters that two texts have alike, before what differs
 
 
 def require_divisible(count: SupportsIndex, config: EngineConfig) -> int:
@@ -64,15 +68,19 @@ def rank_device(device: str | torch.device | None, count: int) -> torch.device |
 
 
 def join(count: int, device: torch.device) -> TensorParallel:
-    """This process as one of the `count` ranks that torchrun started, NCCL between GPUs and gloo else.
-    torch.distributed's default group is made where there is none yet; one rank needs none."""
+    """This process as one of the `count` ranks that torchrun started; one rank needs none of this.
+
+    torch.distributed's default group is made where there is none yet: NCCL between GPUs; gloo between CPUs
+    and for what ranks tell each other, which then waits for no GPU and does not depend on which one is
+    current in a thread.
+    """
     if count == 1:
         return WHOLE
     if not distributed.is_initialized():
         environment_integer("RANK", 0, count - 1)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            distributed.init_process_group("nccl", device_id=device)
+            distributed.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
         else:
             distributed.init_process_group("gloo")
     return TensorParallel(distributed.get_rank(), count)
@@ -84,37 +92,93 @@ def leave() -> None:
         distributed.destroy_process_group()
 
 
-def require_equal(parallel: TensorParallel, **values: Any) -> None:
-    """Raises ValueError on every rank where one of `values`, each with a short form in words, is not the same
-    on all; every rank must call it."""
+@contextmanager
+def on_all(parallel: TensorParallel) -> Iterator[dict[str, Any]]:
+    """A block that may fail on one rank alone: what it raises is then raised on every rank, ValueError as
+    that and all else as RuntimeError, so that no rank waits for one that has gone another way.
+
+    Every rank must come to it, and nothing inside may wait for another rank. What the block puts into the
+    dictionary, JSON values by what errors call them, is to be the same on all: else ValueError on every rank.
+    """
+    equal: dict[str, Any] = {}
     if not parallel.divides:
+        yield equal
         return
-    everywhere: list[dict[str, Any]] = [{}] * parallel.count
-    distributed.all_gather_object(everywhere, values)
-    for name, first in everywhere[0].items():
-        for rank, others in enumerate(everywhere):
-            if others.get(name) != first:
+    failure: Exception | None = None
+    try:
+        yield equal
+    except Exception as error:  # noqa: BLE001  # of any kind: it is raised again
+        failure = error
+    try:
+        told = None if failure is None else (isinstance(failure, ValueError), str(failure))
+        everywhere = _from_all(parallel, (told, equal))
+    finally:  # what has failed here says more than that a rank is lost
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # its traceback holds this frame: a circle
+    for rank, (told, _) in enumerate(everywhere):
+        if told is not None:
+            raise (ValueError if told[0] else RuntimeError)(f"rank {rank} cannot go on: {told[1]}")
+    _require_equal([given for _, given in everywhere])
+
+
+def _from_all(parallel: TensorParallel, own: Any) -> list[Any]:
+    """`own` of every rank."""
+    everywhere: list[Any] = [None] * parallel.count
+    with naming_lost_ranks():
+        distributed.all_gather_object(everywhere, own)
+    return everywhere
+
+
+def _require_equal(everywhere: Sequence[dict[str, Any]]) -> None:
+    first = everywhere[0]
+    for rank, others in enumerate(everywhere):
+        for name in first | others:
+            if first.get(name) != others.get(name):
+                whose, one, other = _difference(name, first.get(name), others.get(name))
                 raise ValueError(
-                    f"the {name.replace('_', ' ')} of rank 0 is {shown(first)} and that of rank {rank} is "
-                    f"{shown(others.get(name))}; all ranks need the same"
+                    f"the {whose} of rank 0 is {shown(one)} and that of rank {rank} is {shown(other)}; all "
+                    "ranks need the same"
                 )
 
 
-def require_equal_models(
-    parallel: TensorParallel,
+def _difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:
+    """The innermost entry that differs: its name, and both values, of two texts from shortly before that."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [key for key in one | other if one.get(key) != other.get(key)]
+        return _difference(f"{name}, {keys[0]}", one.get(keys[0]), other.get(keys[0]))
+    if isinstance(one, str) and isinstance(other, str):
+        start = max(0, len(commonprefix([one, other])) - _SHOWN_BEFORE)
+        return name, one[start:], other[start:]
+    return name, one, other
+
+
+def must_be_equal(
     checkpoint: Checkpoint,
     config: EngineConfig,
     dtype: torch.dtype,
+    device: torch.device,
     left_out: Sequence[str],
     loras: Sequence[LoadedLora],
-) -> None:
-    """require_equal of all that a result depends on; nothing is loaded yet."""
-    if parallel.divides:
-        require_equal(
-            parallel, version=(VERSION, torch.__version__), weights=checkpoint.fingerprint(),
-            configuration=to_dict(config), dtype=str(dtype), products_left_out_of_FP8=sorted(left_out),
-            LoRAs=sorted((each.sha256, each.lora.scale) for each in loras),
-        )  # fmt: skip
+) -> dict[str, Any]:
+    """All that a result and the order of the sums depend on, for on_all; nothing is loaded yet."""
+    switches = runtime_switches(config.runtime, device)
+    return {
+        "version of rfengine and of torch": (VERSION, torch.__version__),
+        "weights": checkpoint.fingerprint(),
+        "configuration": to_dict(config),
+        "dtype": str(dtype),
+        "overlap": switches["overlap"].on,
+        "products left out of FP8": sorted(left_out),
+        "LoRAs": equal_loras(loras),
+    }
+
+
+def equal_loras(loras: Sequence[LoadedLora]) -> list[str]:
+    """LoRAs as on_all compares them; their order changes nothing."""
+    return sorted(f"{each.sha256[:16]} at {each.lora.scale!r}" for each in loras)
 
 
 def equal_ops(
@@ -124,7 +188,8 @@ def equal_ops(
     rounding."""
     if not parallel.divides:
         return tuned_ops(config, dtype, device)
-    choice = [None if parallel.rank else tuned_ops(config, dtype, device, parallel).choice]
+    with on_all(parallel):
+        choice = [None if parallel.rank else tuned_ops(config, dtype, device, parallel).choice]
     distributed.broadcast_object_list(choice)
     return choose_ops(config.backend, device, choice[0])
 
@@ -150,17 +215,12 @@ class FirstRankText:
         self, prompts: list[str], device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         """States [len(prompts), text_len, text_dim]. Raises ValueError where the ranks have other prompts,
-        RuntimeError on all where the first one's encoder fails."""
-        require_equal(self._parallel, prompt=prompts)
-        states, has_failed = None, [self._encoder is not None]
-        try:
+        and on all of them what the first one's encoder raises."""
+        states = None
+        with on_all(self._parallel) as equal:
+            equal["prompt"] = prompts
             if self._encoder is not None:
                 states = self._encoder.encode(prompts, self._device, dtype).contiguous()
-                has_failed = [False]
-        finally:
-            distributed.broadcast_object_list(has_failed)
-        if has_failed[0]:
-            raise RuntimeError("the text encoder of rank 0 failed and no rank can go on; see its error")
         if states is None:
             states = torch.empty((len(prompts), *self._shape), dtype=dtype, device=self._device)
         distributed.broadcast(states, 0)

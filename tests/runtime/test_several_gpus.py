@@ -33,7 +33,9 @@ def test_a_decoder_on_a_gpu_of_its_own_makes_the_same_frames() -> None:
 def stream_of_rank(rank: int, directory: Path, meeting: str) -> None:
     os.environ["LOCAL_RANK"], device = str(rank), torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    distributed.init_process_group("nccl", init_method=meeting, rank=rank, world_size=3, device_id=device)
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=meeting, rank=rank, world_size=3, device_id=device
+    )
     pipe = Pipeline.from_pretrained("tiny", "cuda", "float32", tensor_parallel=3)
     stream, latents = pipe.stream("a red circle", seed=1), []
     for _ in range(CHUNKS):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as distributed
 
 _SHARED_IMPORTS = ("rfengine.training.build", "rfengine.training.trainer")  # once for all processes
+_LONGEST_WAIT = timedelta(minutes=2)  # of a rank for another, which else is half an hour
 
 
 def run_ranks(function: Callable[..., None], count: int, *arguments: object) -> None:
@@ -26,6 +28,8 @@ def _start(
     rank: int, function: Callable[..., None], count: int, meeting: str, arguments: tuple[object, ...]
 ) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
+    distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=count, timeout=_LONGEST_WAIT
+    )
     function(rank, *arguments)
     distributed.destroy_process_group()
