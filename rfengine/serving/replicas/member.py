@@ -14,6 +14,7 @@ from dataclasses import replace
 import uvicorn
 
 from rfengine.pipeline import Pipeline
+from rfengine.serving.gateway_access import replica_secret
 from rfengine.serving.options import ReplicaPlace
 from rfengine.serving.process import drain_sessions, uvicorn_config
 from rfengine.serving.replicas.identity import identity_of
@@ -68,7 +69,8 @@ class Member:
             raise
         self._state: ReplicaState | None = None  # where it is not that of the service
         self._ended = threading.Event()
-        place = ReplicaPlace(self.name, shared.secret, plan.job_lease_s, plan.journal)
+        secret = replica_secret(shared.secret, self.name)
+        place = ReplicaPlace(self.name, secret, plan.job_lease_s, plan.journal)
         own = replace(options, replica=place)
         self.app = create_app(pipeline, own, on_lost)
         self._drain_s = options.drain_s
