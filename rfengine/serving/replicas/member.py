@@ -125,7 +125,7 @@ class Member:
             if not self.table.renew(self.name, self.load()):
                 self._on_lost(f"replica {self.name} was silent for so long that others took its work")
             self.table.sweep()
-            self._shared.remove_recordings(self.table.replicas())
+            self._shared.remove_recordings(self.table.replicas)
         except (OSError, RuntimeError):
             logger.exception("the lease of replica %s was not renewed", self.name)
 
@@ -142,7 +142,7 @@ class Member:
         self._ended.set()
         self._lease.join()
         self.table.leave(self.name)
-        self._shared.remove_recordings(self.table.replicas().keys() - {self.name})
+        self._shared.remove_recordings(lambda: self.table.replicas().keys() - {self.name})
         self.table.close()
 
 

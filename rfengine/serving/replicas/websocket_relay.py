@@ -265,8 +265,10 @@ class _Relayed:
             messages.append(
                 SessionDone(request_id=self._request_id, chunks=chunks, stopped=True, reason="failed")
             )
-        for message in messages:
-            await self._websocket.send_text(message.model_dump_json())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._relay.limits.flush_s):
+                for message in messages:
+                    await self._websocket.send_text(message.model_dump_json())
 
 
 async def _send(upstream: aiohttp.ClientWebSocketResponse, message: dict) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -17,7 +19,7 @@ from websockets.sync.client import connect
 
 pytest.importorskip("aiohttp")
 
-from rfengine.serving.access import ApiKeys
+from rfengine.serving.access import ApiKeys, ClientIdentity
 from rfengine.serving.gateway_access import replica_secret
 from rfengine.serving.options import ServiceOptions
 from rfengine.serving.realtime.endpoint import RealtimeLimits
@@ -27,6 +29,7 @@ from rfengine.serving.replicas.member import Member
 from rfengine.serving.replicas.plan import ModelSource, ReplicaPlan
 from rfengine.serving.replicas.shared_directory import SharedDirectory, this_machine
 from rfengine.serving.replicas.table import Load
+from rfengine.serving.replicas.websocket_relay import _Relayed
 from rfengine.serving.server import ServerOptions
 from support.models import small_pipeline
 from support.realtime import BareClient, RealtimeClient, realtime_client
@@ -367,6 +370,16 @@ def test_a_client_that_does_not_read_holds_its_session_alone(tmp_path: Path) -> 
             while session.chunks < before + 3:  # it goes on when the client reads
                 received += len(slow.read())
             assert received > 0
+
+
+def test_a_client_that_takes_nothing_holds_no_connection_when_its_replica_is_lost() -> None:
+    class Stuck:
+        async def send_text(self, text: str) -> None:
+            await asyncio.Event().wait()
+
+    relay = SimpleNamespace(limits=RealtimeLimits(flush_s=0.05))
+    relayed = _Relayed(relay, Stuck(), ClientIdentity(None, "127.0.0.1"))
+    asyncio.run(asyncio.wait_for(relayed._tell_lost(), 5.0))
 
 
 def test_numbers_of_all_replicas_have_a_label_and_jobs_are_counted_once(open_to_all: Replicated) -> None:
