@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from rfengine.serving.json_logs import configure_logging
 from rfengine.serving.process import end_process
 from rfengine.serving.replicas.gateway import create_gateway
+from rfengine.serving.replicas.local_clients import LocalClients
 from rfengine.serving.replicas.member import Member
 from rfengine.serving.replicas.plan import ReplicaPlan
 from rfengine.serving.replicas.scaling import (
@@ -110,14 +111,18 @@ def _autoscaling(plan: ReplicaPlan) -> dict[str, Any]:
 
 
 def gateway_application(plan: ReplicaPlan) -> Application:
-    """The gateway, which Ray Serve's own proxies pass requests to, with its replicas."""
+    """The gateway, which Ray Serve's own proxies pass requests to, with its replicas. Without keys it serves
+    this machine alone, since it does not choose where those proxies listen."""
     from ray import serve
 
     server, journal, log_json = plan.server, plan.journal, plan.log_json
 
     def build() -> FastAPI:
         configure_logging("INFO", log_json)
-        return create_gateway(server, journal)
+        gateway = create_gateway(server, journal)
+        if server.keys is None and not plan.insecure:
+            gateway.add_middleware(LocalClients)
+        return gateway
 
     deployment = serve.deployment(
         serve.ingress(build)(),
