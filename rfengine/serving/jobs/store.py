@@ -329,9 +329,7 @@ class JobStore:
                         made.unlink()
                 return
             try:
-                if (
-                    made != path and made.exists()
-                ):  # not where this is done again, after the table had no room
+                if made != path and made.exists():  # when this is done again it has its name
                     made.replace(path)
                 size = path.stat().st_size
                 _sync_directory(self._directory)
