@@ -15,9 +15,18 @@ GATEWAY_HEADERS = frozenset({_AUTHORIZATION, _KEY_NAME, _ADDRESS})  # that a cli
 _WRONG_SECRET = Fault("unauthorized", "only the gateway may ask a replica; ask the gateway", 401)
 
 
-def gateway_headers(secret: str, client: ClientIdentity) -> list[tuple[str, str]]:
-    """The headers by which a replica knows the gateway, and for whom it asks."""
-    headers = [(_AUTHORIZATION.decode(), f"Bearer {secret}"), (_ADDRESS.decode(), client.address)]
+def replica_secret(secret: str, replica: str) -> str:
+    """What the gateway shows to the replica of that name alone: whoever takes the port of one that has ended
+    can show it to no other."""
+    return hmac.digest(secret.encode(), replica.encode(), "sha256").hex()
+
+
+def gateway_headers(secret: str, replica: str, client: ClientIdentity) -> list[tuple[str, str]]:
+    """The headers by which a replica knows the gateway, and for whom it asks. secret: of the directory."""
+    headers = [
+        (_AUTHORIZATION.decode(), f"Bearer {replica_secret(secret, replica)}"),
+        (_ADDRESS.decode(), client.address),
+    ]
     if client.key_name is not None:
         headers.append((_KEY_NAME.decode(), client.key_name))
     return headers

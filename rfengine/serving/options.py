@@ -40,8 +40,8 @@ class ReplicaPlace:
     """Of a server that is one of several with the same data directory, behind a gateway.
 
     name: eight hexadecimal digits, with which its session ids begin. secret: by which the gateway proves
-    itself; its word is taken for who asks. job_lease_s: a job whose claim was not renewed for so long is
-    another's. journal: of the database of jobs, as JobTable has it.
+    itself to this one; its word is taken for who asks. job_lease_s: a job whose claim was not renewed for so
+    long is another's. journal: of the database of jobs, as JobTable has it.
     """
 
     name: str

@@ -43,7 +43,8 @@ class AppOptions(BaseModel):
     their entries, and runtime is a JSON object of RuntimeConfig's fields.
 
     data_directory: has no default, since replicas on other machines need the same. replica_host: where
-    replicas listen: an address of this machine, or node for each machine's own in the cluster.
+    replicas listen: an address of this machine, or node for each machine's own in the cluster. insecure:
+    without keys, serve everybody who reaches Ray Serve's proxies, and not this machine alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +56,7 @@ class AppOptions(BaseModel):
     max_replicas: int | None = Field(None, ge=1, le=1024)
     replica_host: str = "127.0.0.1"
     api_key_file: Path | None = None
+    insecure: bool = False
     max_sessions: int = Field(16, ge=1, le=10_000)
     memory_gb: float | None = Field(None, ge=0.001, le=10_000)
     host_memory_gb: float = Field(2.0, ge=0.001, le=10_000)
@@ -117,6 +119,7 @@ def app(arguments: Mapping[str, Any]) -> Application:
         threads,
         options.replica_host,
         options.log_json,
+        options.insecure,
     )
     return gateway_application(plan)
 

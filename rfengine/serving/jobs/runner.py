@@ -10,7 +10,7 @@ from threading import Condition, Thread
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.events import Ended, SessionChunk, SessionEvent, SessionRequest, SessionState
 from rfengine.serving.jobs.store import JobStore
-from rfengine.serving.jobs.table import Job, JobRequest, storage_fault
+from rfengine.serving.jobs.table import STORAGE_BUSY, Job, JobRequest, storage_fault
 from rfengine.serving.session import Session
 from rfengine.serving.sessions import SessionService
 from rfengine.video import VideoWriter
@@ -60,14 +60,21 @@ class _JobConsumer:
         job = self._job
         if self._writer is None:
             height, width = chunk.frames.shape[1:3]
-            self._writer = VideoWriter(self._store.path(job.id), job.request.fps, height, width)
+            self._writer = VideoWriter(self._store.made_path(job.id), job.request.fps, height, width)
         try:
             self._writer.write(chunk.frames)
         except RuntimeError as error:
             raise ServiceError(_fault_of(error)) from error
         if time.monotonic() - self._reported_at > _REPORT_S:
-            self._store.advance(job.id, self._writer.frames_written)
+            self._report(self._writer.frames_written)
             self._reported_at = time.monotonic()
+
+    def _report(self, frames: int) -> None:
+        try:
+            self._store.advance(self._job.id, frames)
+        except ServiceError as error:
+            if error.fault.code != STORAGE_BUSY:  # then the next report says it
+                raise
 
     def notify(self, event: SessionEvent) -> None:
         """Nothing that happens between chunks matters to a job."""
@@ -214,7 +221,7 @@ class JobRunner:
             if error.fault.code == "draining":
                 self._stopping = True
                 return False
-            self._store.fail(job.id, error.fault)
+            self._store.refuse(job.id, error.fault)
             return True
         self._running[job.id] = session
         try:

@@ -38,7 +38,9 @@ _BYTES_PER_PIXEL = 0.25  # x264 at crf 18 makes 0.03 of a calm picture and 0.7 o
 _FILE_BYTES = 2**14  # of a file beside its pictures
 _RETRY_S = 10
 _FILE = re.compile(rf"({JOB_ID.pattern})\.mp4")
-_PARTIAL_FILE = re.compile(rf"\.({JOB_ID.pattern})\.mp4\..*\.partial")  # as files.partial_path names it
+# as files.partial_path names it, of a claimant too; and a claimant's that is whole
+_PARTIAL_FILE = re.compile(rf"\.({JOB_ID.pattern})\.(?:[^.]+\.)?mp4\..*\.partial")
+_MADE_FILE = re.compile(rf"({JOB_ID.pattern})\.[^.]+\.mp4")
 
 _INTERRUPTED = JobError(
     "interrupted", f"the server stopped {MOST_ATTEMPTS} times while it made the video; create it again"
@@ -117,7 +119,7 @@ class JobStore:
         claimed = self._table.claimed(time.time())
         sizes: dict[str, int] = {}
         for entry in os.scandir(self._directory):
-            if match := _PARTIAL_FILE.fullmatch(entry.name):
+            if match := _PARTIAL_FILE.fullmatch(entry.name) or _MADE_FILE.fullmatch(entry.name):
                 if match[1] not in claimed:
                     os.unlink(entry.path)
             elif (match := _FILE.fullmatch(entry.name)) and match[1] not in claimed:
@@ -274,6 +276,12 @@ class JobStore:
         """Where the file of a job is, or will be."""
         return self._directory / f"{job_id}.mp4"
 
+    def made_path(self, job_id: str) -> Path:
+        """Where the file of a job is made, until `complete`: a claimant has one of its own, so that one who
+        has lost the job cannot replace what another has made."""
+        path = self.path(job_id)
+        return path if self.claimant is None else path.with_suffix(f".{self.claimant.name}.mp4")
+
     def next_queued(self) -> Job | None:
         """The job that waits longest."""
         return self._table.next_queued()
@@ -310,28 +318,40 @@ class JobStore:
             self._table.set_progress(job_id, min(100, 100 * frames // job.request.num_frames), size)
 
     def complete(self, job_id: str) -> None:
-        """The file of a job is whole and has its name; a file beyond the quota makes the job fail."""
+        """The file of a job is whole, and gets its name; a file beyond the quota makes the job fail."""
+        path, made = self.path(job_id), self.made_path(job_id)
         with self._exclusive():
-            job = self._in_progress(job_id)
+            if (job := self._in_progress(job_id)) is None:
+                if self._table.job(job_id) is None:
+                    self._remove_files(job_id)
+                elif made != path:
+                    with suppress(OSError):
+                        made.unlink()
+                return
             try:
-                size = self.path(job_id).stat().st_size
+                if made != path and made.exists():  # when this is done again it has its name
+                    made.replace(path)
+                size = path.stat().st_size
                 _sync_directory(self._directory)
             except FileNotFoundError:
                 self.fail(job_id, Fault(_FILE_LOST.code, _FILE_LOST.message, 500))
                 return
             except OSError as error:
                 raise ServiceError(storage_fault(error)) from error
-            if job is None:
-                if self._table.job(job_id) is None:
-                    self._remove_files(job_id)
-                return
             if (fault := self._quota_fault(size - job.bytes)) is not None:
                 self.fail(job_id, fault)
                 return
             self._table.set_completed(job_id, size, int(time.time()), self._expiry())
 
+    def refuse(self, job_id: str, fault: Fault) -> None:
+        """A job that waits can never be made."""
+        with self._exclusive():
+            job = self._table.job(job_id)
+            if job is not None and job.status == "queued":
+                self._table.set_failed(job_id, JobError(fault.code, fault.message), self._expiry())
+
     def fail(self, job_id: str, fault: Fault) -> None:
-        """A job has failed for good."""
+        """A job that was begun has failed for good."""
         with self._exclusive():
             if self._is_of_another(job_id):
                 return
@@ -356,11 +376,8 @@ class JobStore:
         return job if own else None
 
     def _is_of_another(self, job_id: str) -> bool:
-        """Whether a claimant has lost the job, or never had it: it is neither queued nor its own."""
-        if self.claimant is None:
-            return False
-        job = self._table.job(job_id)
-        if job is None or job.status == "queued":
+        """Whether a claimant has lost the job: it is another's, or waits for one."""
+        if self.claimant is None or self._table.job(job_id) is None:
             return False
         return self._table.claimant(job_id) != self.claimant.name
 
@@ -371,7 +388,7 @@ class JobStore:
 
     def _partial_files(self, job_id: str) -> list[os.DirEntry[str]]:
         with os.scandir(self._directory) as entries:
-            return [entry for entry in entries if entry.name.startswith(f".{job_id}.mp4.")]
+            return [entry for entry in entries if entry.name.startswith(f".{job_id}.")]
 
     def _partial_bytes(self, job_id: str) -> int:
         """Bytes of the file that is being written."""
@@ -383,7 +400,8 @@ class JobStore:
 
     def _remove_files(self, job_id: str) -> None:
         try:
-            for path in (self.path(job_id), *self._partial_files(job_id)):
+            made = self._directory.glob(f"{job_id}.*.mp4")
+            for path in (self.path(job_id), *made, *self._partial_files(job_id)):
                 with suppress(FileNotFoundError):
                     os.unlink(path)
         except OSError as error:

@@ -39,6 +39,7 @@ _CLAIMS = (
     "CREATE TRIGGER IF NOT EXISTS claim_of_deleted AFTER DELETE ON jobs "
     "BEGIN DELETE FROM claims WHERE job_id = OLD.id; END",
 )
+STORAGE_BUSY = "storage_busy"  # code of a fault that passes by itself
 _BUSY_S = 30.0  # that a change waits for those of other processes
 
 
@@ -87,12 +88,19 @@ class Job:
 
 def storage_fault(error: OSError | sqlite3.Error) -> Fault:
     """What a client is told where the disk is full or fails."""
+    if isinstance(error, sqlite3.Error) and _primary_code(error) == sqlite3.SQLITE_BUSY:
+        logger.warning("another process had the table of jobs for %g s", _BUSY_S)
+        return Fault(STORAGE_BUSY, "the server's list of videos is busy; try again", 503, True, 5)
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(error):
         message = "the server's disk is full; delete videos, or try again later"
         return Fault("disk_full", message, 507, True, 10)
     logger.error("the job directory fails", exc_info=error)
     return Fault("storage_failed", "the server cannot store videos now; try again later", 503, True, 10)
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # beside it is the kind of it
 
 
 class JobTable:

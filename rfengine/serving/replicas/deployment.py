@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from rfengine.serving.json_logs import configure_logging
 from rfengine.serving.process import end_process
 from rfengine.serving.replicas.gateway import create_gateway
+from rfengine.serving.replicas.local_clients import LocalClients
 from rfengine.serving.replicas.member import Member
 from rfengine.serving.replicas.plan import ReplicaPlan
 from rfengine.serving.replicas.scaling import (
@@ -109,15 +110,24 @@ def _autoscaling(plan: ReplicaPlan) -> dict[str, Any]:
     }
 
 
+def gateway_behind_proxies(plan: ReplicaPlan) -> FastAPI:
+    """The gateway. Without keys it serves this machine alone, unless the plan is insecure: it does not choose
+    where the proxies of Ray Serve listen."""
+    gateway = create_gateway(plan.server, plan.journal)
+    if plan.server.keys is None and not plan.insecure:
+        gateway.add_middleware(LocalClients)
+    return gateway
+
+
 def gateway_application(plan: ReplicaPlan) -> Application:
     """The gateway, which Ray Serve's own proxies pass requests to, with its replicas."""
     from ray import serve
 
-    server, journal, log_json = plan.server, plan.journal, plan.log_json
+    server = plan.server
 
     def build() -> FastAPI:
-        configure_logging("INFO", log_json)
-        return create_gateway(server, journal)
+        configure_logging("INFO", plan.log_json)
+        return gateway_behind_proxies(plan)
 
     deployment = serve.deployment(
         serve.ingress(build)(),

@@ -75,7 +75,7 @@ class Gateway:
             stack.callback(self._store.close)
             stack.callback(self._table.close)
             session = await stack.enter_async_context(new_session())
-            self._http = HttpRelay(session, secret)
+            self._http = HttpRelay(session, secret, self._is_silent)
             self.relay = WebSocketRelay(
                 session, secret, options.realtime, options.service.idle_s, self._by_room, self._is_silent,
                 self._note_refusal,

@@ -14,6 +14,7 @@ from dataclasses import replace
 import uvicorn
 
 from rfengine.pipeline import Pipeline
+from rfengine.serving.gateway_access import replica_secret
 from rfengine.serving.options import ReplicaPlace
 from rfengine.serving.process import drain_sessions, uvicorn_config
 from rfengine.serving.replicas.identity import identity_of
@@ -68,7 +69,8 @@ class Member:
             raise
         self._state: ReplicaState | None = None  # where it is not that of the service
         self._ended = threading.Event()
-        place = ReplicaPlace(self.name, shared.secret, plan.job_lease_s, plan.journal)
+        secret = replica_secret(shared.secret, self.name)
+        place = ReplicaPlace(self.name, secret, plan.job_lease_s, plan.journal)
         own = replace(options, replica=place)
         self.app = create_app(pipeline, own, on_lost)
         self._drain_s = options.drain_s
@@ -123,7 +125,7 @@ class Member:
             if not self.table.renew(self.name, self.load()):
                 self._on_lost(f"replica {self.name} was silent for so long that others took its work")
             self.table.sweep()
-            self._shared.remove_recordings(self.table.replicas())
+            self._shared.remove_recordings(self.table.replicas)
         except (OSError, RuntimeError):
             logger.exception("the lease of replica %s was not renewed", self.name)
 
@@ -140,7 +142,7 @@ class Member:
         self._ended.set()
         self._lease.join()
         self.table.leave(self.name)
-        self._shared.remove_recordings(self.table.replicas().keys() - {self.name})
+        self._shared.remove_recordings(lambda: self.table.replicas().keys() - {self.name})
         self.table.close()
 
 

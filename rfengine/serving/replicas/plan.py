@@ -47,7 +47,8 @@ class ReplicaPlan:
     server: as of a single server; the limits of
     sessions are each replica's own, those of files are of all together. replicas: at the start and at least.
     most_replicas: where more are started while work waits. cpu_threads: of one replica on a CPU.
-    host: where the gateway reaches replicas: an address, or NODE. lease_s: a replica that is silent for so
+    host: where the gateway reaches replicas: an address, or NODE. insecure: without keys, behind the proxies
+    of Ray Serve, clients of other machines are served too. lease_s: a replica that is silent for so
     long is lost; job_lease_s: so long after its last word another makes its jobs. more_after_s: one more
     starts when work has waited so long; fewer_after_s: one ends when most were idle for so long.
     """
@@ -59,6 +60,7 @@ class ReplicaPlan:
     cpu_threads: int
     host: str = "127.0.0.1"
     log_json: bool = False
+    insecure: bool = False
     lease_s: float = 5.0
     job_lease_s: float = 15.0
     more_after_s: float = 30.0

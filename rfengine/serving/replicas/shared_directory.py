@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _SECRET_BYTES = 32
+_SECRET = re.compile(rf"[0-9a-f]{{{2 * _SECRET_BYTES}}}")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -29,7 +30,7 @@ class SharedDirectory:
     table.
 
     Made where it is absent; of several processes that do so at once one succeeds, and all have the same
-    secret. Raises RuntimeError where it cannot be.
+    secret. Raises RuntimeError where it cannot be, and for a secret that others can read or that is none.
     """
 
     def __init__(self, data_directory: Path) -> None:
@@ -58,14 +59,21 @@ class SharedDirectory:
                 f"the other replicas ({token}); name one that all machines share"
             )
 
-    def remove_recordings(self, kept: Iterable[str]) -> None:
-        """Remove the recordings of all replicas but those named."""
-        recordings = self.data_directory / "recordings"
-        kept = set(kept)
-        with suppress(FileNotFoundError):
-            for path in recordings.iterdir():
-                if path.name not in kept:
-                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+    def remove_recordings(self, kept: Callable[[], Iterable[str]]) -> None:
+        """Remove the recordings of all replicas but those that `kept` names. It is asked when the directory
+        has been read, so that those of a replica that joins meanwhile stay."""
+        try:
+            found = list((self.data_directory / "recordings").iterdir())
+        except FileNotFoundError:
+            return
+        names = set(kept())
+        for path in found:
+            if path.name in names:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _secret(path: Path) -> str:
@@ -81,4 +89,16 @@ def _secret(path: Path) -> str:
             pass
         finally:
             new.unlink()
-    return path.read_text(encoding="ascii")
+    with path.open(encoding="ascii", errors="replace") as file:
+        mode, text = os.fstat(file.fileno()).st_mode & 0o777, file.read(4 * _SECRET_BYTES)
+    return _checked(path, mode, text)
+
+
+def _checked(path: Path, mode: int, text: str) -> str:
+    if mode & 0o077:
+        raise RuntimeError(f"{path} has mode {mode:o}, so others can use the replicas; run: chmod 600 {path}")
+    if not _SECRET.fullmatch(text):
+        raise RuntimeError(
+            f"{path} is not {2 * _SECRET_BYTES} hexadecimal digits; remove it while no replica runs"
+        )
+    return text

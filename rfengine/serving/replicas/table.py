@@ -136,11 +136,13 @@ class ReplicaTable:
 
     def renew(self, name: str, load: Load) -> bool:
         """Extend a replica's lease and say how it is; False where it was lost for so long that it has no
-        place any more."""
+        place any more, or that replicas of something else have joined."""
+        now = time.time()
         rows = self._execute(
             "UPDATE replicas SET lease_until = ?, state = ?, free_bytes = ?, sessions = ? WHERE name = ? "
-            "RETURNING name",
-            *(time.time() + self.lease_s, load.state, load.free_bytes, load.sessions, name),
+            "AND NOT EXISTS (SELECT 1 FROM replicas AS other WHERE other.lease_until > ? "
+            "AND other.state != 'ended' AND other.identity != replicas.identity) RETURNING name",
+            *(now + self.lease_s, load.state, load.free_bytes, load.sessions, name, now),
         )
         return bool(rows)
 

@@ -23,6 +23,7 @@ from rfengine.serving.realtime.endpoint import RealtimeLimits, close, refuse
 from rfengine.serving.realtime.live_video import error_message
 from rfengine.serving.realtime.protocol import SessionDone
 from rfengine.serving.replicas.choice import LOST, NO_REPLICA
+from rfengine.serving.replicas.silence import IsSilent, unless_silent
 from rfengine.serving.replicas.table import Replica
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class WebSocketRelay:
         limits: RealtimeLimits,
         idle_s: float,
         choose: Choose,
-        is_silent: Callable[[Replica], bool],
+        is_silent: IsSilent,
         on_refused: Callable[[], None],
     ) -> None:
         self.session, self.secret, self.limits = session, secret, limits
@@ -156,9 +157,10 @@ class _Relayed:
         """The connection and what the replica answers; None where it does not."""
         upstream = None
         try:
-            upstream = await self._connect(replica)
-            await _send(upstream, first)
-            answer = await upstream.receive(_ANSWER_S)
+            async with asyncio.timeout(_ANSWER_S):
+                upstream = await unless_silent(self._connect(replica), replica, self._relay.is_silent)
+                await unless_silent(_send(upstream, first), replica, self._relay.is_silent)
+                answer = await unless_silent(upstream.receive(), replica, self._relay.is_silent)
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             logger.warning("replica %s began no session: %s", replica.name, type(error).__name__)
         else:
@@ -172,7 +174,7 @@ class _Relayed:
     async def _connect(self, replica: Replica) -> aiohttp.ClientWebSocketResponse:
         return await self._relay.session.ws_connect(
             f"http://{replica.address}{_PATH}",
-            headers=gateway_headers(self._relay.secret, self._client),
+            headers=gateway_headers(self._relay.secret, replica.name, self._client),
             max_msg_size=0,
             timeout=aiohttp.ClientWSTimeout(ws_close=2.0),
         )
@@ -263,8 +265,10 @@ class _Relayed:
             messages.append(
                 SessionDone(request_id=self._request_id, chunks=chunks, stopped=True, reason="failed")
             )
-        for message in messages:
-            await self._websocket.send_text(message.model_dump_json())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._relay.limits.flush_s):
+                for message in messages:
+                    await self._websocket.send_text(message.model_dump_json())
 
 
 async def _send(upstream: aiohttp.ClientWebSocketResponse, message: dict) -> None:

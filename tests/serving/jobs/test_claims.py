@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
-from rfengine.serving.errors import Fault
+from rfengine.serving.errors import Fault, ServiceError
+from rfengine.serving.jobs import table as table_module
 from rfengine.serving.jobs.runner import JobRunner
 from rfengine.serving.jobs.store import MOST_ATTEMPTS, Claimant, JobStore
 from rfengine.serving.jobs.table import JobRequest
@@ -125,15 +126,79 @@ def test_a_claimant_that_comes_back_changes_nothing_of_what_is_anothers(opened: 
     late.advance(job_id, 12)
     late.put_back(job_id, attempt_counts=True)
     late.fail(job_id, FAULT)
-    late.path(job_id).write_bytes(b"late")
+    late.made_path(job_id).write_bytes(b"late")
     late.complete(job_id)
+    assert not late.made_path(job_id).exists()
     assert status(other, job_id) == "in_progress" and other.job(job_id, None).progress == 0
     assert partial.exists() and other.renew() == {job_id}
-    other.path(job_id).write_bytes(b"video")
+    other.made_path(job_id).write_bytes(b"video")
     other.complete(job_id)
+    other.complete(job_id)  # as after a change for which the disk had no room at first
     assert other.video(job_id, None).read_bytes() == b"video"
-    late.fail(job_id, FAULT)  # nor of what another has completed
-    assert status(other, job_id) == "completed" and other.path(job_id).exists()
+    late.made_path(job_id).write_bytes(b"what comes late")
+    late.complete(job_id)  # nor of what another has completed
+    late.fail(job_id, FAULT)
+    assert status(other, job_id) == "completed" and other.path(job_id).read_bytes() == b"video"
+    assert [path.name for path in other.path(job_id).parent.glob("*.mp4")] == [f"{job_id}.mp4"]
+    assert status(opened(None), job_id) == "completed"  # the next start finds the file that it knows
+
+
+def test_a_claimant_that_comes_back_does_not_fail_a_job_that_waits_again(opened: Open) -> None:
+    late, other = opened("a"), opened("b")
+    job_id = accept(late)
+    late.begin(job_id)
+    partial = late.made_path(job_id).with_name(f".{job_id}.a.mp4.1-aa.partial")
+    partial.write_bytes(b"half")
+    time.sleep(LEASE_S)
+    other.sweep()
+    assert not partial.exists()
+    late.fail(job_id, FAULT)  # since its file is gone
+    late.complete(job_id)
+    assert status(other, job_id) == "queued"
+    other.refuse(job_id, FAULT)
+    assert other.job(job_id, None).error.code == FAULT.code
+    late.refuse(job_id, Fault("other", "another", 500))
+    assert other.job(job_id, None).error.code == FAULT.code
+
+
+def test_what_claimants_left_half_way_or_whole_is_removed_at_the_next_start(opened: Open) -> None:
+    lost = opened("a")
+    job_id = accept(lost)
+    lost.begin(job_id)
+    lost.made_path(job_id).write_bytes(b"whole")
+    lost.made_path(job_id).with_name(f".{job_id}.a.mp4.1-aa.partial").write_bytes(b"half")
+    folder = lost.path(job_id).parent
+    time.sleep(LEASE_S)
+    assert status(opened(None), job_id) == "queued"
+    assert not [path for path in folder.iterdir() if job_id in path.name]
+
+
+def test_a_table_that_another_keeps_busy_is_a_fault_that_passes_and_fails_no_job(
+    opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_module, "_BUSY_S", 0.05)
+    store, busy = opened("a", lease_s=60.0), 0
+    advance = store.advance
+
+    def advance_while_another_writes(job_id: str, frames: int) -> None:
+        nonlocal busy
+        with closing(sqlite3.connect(tmp_path / "jobs" / "jobs.sqlite", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            try:
+                advance(job_id, frames)
+            except ServiceError as error:
+                busy += error.fault.code == "storage_busy" and error.fault.retryable
+                raise
+
+    monkeypatch.setattr(store, "advance", advance_while_another_writes)
+    with running_service(small_pipeline()) as service:
+        runner = JobRunner(service, store)
+        try:
+            job_id = accept(store)
+            eventually(lambda: status(store, job_id) in ("completed", "failed"))
+        finally:
+            runner.stop()
+    assert busy and status(store, job_id) == "completed"
 
 
 def test_the_last_attempt_of_lost_claimants_fails(opened: Open) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -16,13 +19,17 @@ from websockets.sync.client import connect
 
 pytest.importorskip("aiohttp")
 
-from rfengine.serving.access import ApiKeys
+from rfengine.serving.access import ApiKeys, ClientIdentity
+from rfengine.serving.gateway_access import replica_secret
 from rfengine.serving.options import ServiceOptions
 from rfengine.serving.realtime.endpoint import RealtimeLimits
 from rfengine.serving.replicas.gateway import create_gateway
+from rfengine.serving.replicas.identity import identity_of
 from rfengine.serving.replicas.member import Member
 from rfengine.serving.replicas.plan import ModelSource, ReplicaPlan
-from rfengine.serving.replicas.shared_directory import SharedDirectory
+from rfengine.serving.replicas.shared_directory import SharedDirectory, this_machine
+from rfengine.serving.replicas.table import Load
+from rfengine.serving.replicas.websocket_relay import _Relayed
 from rfengine.serving.server import ServerOptions
 from support.models import small_pipeline
 from support.realtime import BareClient, RealtimeClient, realtime_client
@@ -107,7 +114,10 @@ def test_nothing_is_answered_without_a_key(with_keys: Replicated, path: str) -> 
 def test_a_replicas_own_port_answers_nobody_but_the_gateway(with_keys: Replicated) -> None:
     for member in with_keys.members:
         address = member.table.replicas()[member.name].address
-        for headers in ({}, bearer(ALICE), bearer("0" * 64), {"x-rfengine-key": "a"}):
+        shared = with_keys.gateway.app.state.gateway._shared.secret
+        of_others = [replica_secret(shared, each.name) for each in with_keys.members if each is not member]
+        secrets = [ALICE, "0" * 64, shared, *of_others]
+        for headers in ({}, {"x-rfengine-key": "a"}, *map(bearer, secrets)):
             for path in ("/", "/livez", "/readyz", "/v1/models", "/metrics"):
                 assert httpx2.get(f"http://{address}{path}", headers=headers).status_code == 401
         with pytest.raises(InvalidStatus):
@@ -295,6 +305,8 @@ def test_jobs_are_the_same_at_every_replica(open_to_all: Replicated) -> None:
         ("POST", "/v1/videos", {"content": b"{", "headers": {"content-type": "application/json"}}),
         ("POST", "/v1/videos", {"data": {"prompt": "a"}, "files": {"input_reference": b"picture"}}),
         ("HEAD", "/", {}),
+        ("POST", "/v1/videos", {"content": b"{}"}),  # without a content type
+        ("GET", f"/v1/videos/?{'a' * 20_000}", {}),  # whose answer repeats the address
     ],
 )
 def test_what_is_not_served_is_answered_as_by_a_single_server(
@@ -302,11 +314,29 @@ def test_what_is_not_served_is_answered_as_by_a_single_server(
 ) -> None:
     through, direct = (httpx2.request(method, url + path, **given) for url in (open_to_all.url, single.url))
     assert (through.status_code, through.content) == (direct.status_code, direct.content)
+    assert len(through.headers.get_list("date")) == 1
     both = (dict(each.headers) for each in (through, direct))
     (ours, theirs) = ({name: value for name, value in each.items() if name != "date"} for each in both)
     assert ours == {
         name: value.replace(single.url[7:], open_to_all.url[7:]) for name, value in theirs.items()
     }
+
+
+@pytest.mark.parametrize(
+    "target", ["5/x", "@127.0.0.1:9/x", "*", "http://127.0.0.1:9/x", "/v1/models#x", "//v1/models", "/a/../"]
+)
+def test_no_target_of_a_request_changes_which_port_is_asked(
+    open_to_all: Replicated, single: RunningServer, target: str
+) -> None:
+    answers = []
+    for url in (open_to_all.url, single.url):
+        host, _, port = url[7:].partition(":")
+        with socket.create_connection((host, int(port)), 10) as connection:
+            lines = f"GET {target} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n"
+            connection.sendall(lines.encode())
+            head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+        answers.append((head.partition(b"\r\n")[0], body))
+    assert answers[0] == answers[1] and b" 404 " in answers[0][0]
 
 
 def test_another_websocket_is_refused(open_to_all: Replicated) -> None:
@@ -340,6 +370,16 @@ def test_a_client_that_does_not_read_holds_its_session_alone(tmp_path: Path) -> 
             while session.chunks < before + 3:  # it goes on when the client reads
                 received += len(slow.read())
             assert received > 0
+
+
+def test_a_client_that_takes_nothing_holds_no_connection_when_its_replica_is_lost() -> None:
+    class Stuck:
+        async def send_text(self, text: str) -> None:
+            await asyncio.Event().wait()
+
+    relay = SimpleNamespace(limits=RealtimeLimits(flush_s=0.05))
+    relayed = _Relayed(relay, Stuck(), ClientIdentity(None, "127.0.0.1"))
+    asyncio.run(asyncio.wait_for(relayed._tell_lost(), 5.0))
 
 
 def test_numbers_of_all_replicas_have_a_label_and_jobs_are_counted_once(open_to_all: Replicated) -> None:
@@ -423,6 +463,26 @@ def test_a_replica_that_hangs_fails_its_sessions_when_its_lease_is_over(tmp_path
         assert error["code"] == "engine_lost" and error["retryable"] and error["fatal"]
         assert done["type"] == "session.done" and done["chunks"] == len(client.chunks)
         eventually(lambda: not running.members[0].app.state.service._sessions)
+
+
+def test_a_replica_that_hangs_while_it_is_asked_is_followed_by_another(tmp_path: Path) -> None:
+    with replicated(tmp_path, count=1) as running, socket.create_server(("127.0.0.1", 0)) as mute:
+        gateway, table = running.gateway.app.state.gateway, running.members[0].table
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        identity = identity_of(small_pipeline())
+        table.join("00000000", address, this_machine(), 1, identity, 1)
+        table._execute("UPDATE replicas SET lease_until = lease_until + 60 WHERE name = '00000000'")
+        table.renew("00000000", Load("ready", 2**40, 0))
+        eventually(lambda: "00000000" in [each.name for each in gateway._by_room()])
+        gateway._http._is_silent = gateway.relay.is_silent = lambda replica: replica.name == "00000000"
+        began = time.monotonic()
+        for _ in range(2):  # each is asked first in turn
+            assert httpx2.get(running.url + "/v1/models", timeout=20).status_code == 200
+        with realtime_client(running.gateway) as client:
+            client.start(num_frames=9)
+            assert replica_of(client) == running.members[0].name
+            assert client.finish()["reason"] == "finished"
+        assert time.monotonic() - began < 15
 
 
 def test_a_replica_of_another_model_or_directory_is_refused(open_to_all: Replicated, tmp_path: Path) -> None:

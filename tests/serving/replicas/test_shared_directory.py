@@ -36,10 +36,35 @@ def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None
 
 def test_recordings_of_replicas_that_are_gone_are_removed(tmp_path: Path) -> None:
     shared = SharedDirectory(tmp_path)
-    shared.remove_recordings(())
+    shared.remove_recordings(tuple)
     for name in ("aaaaaaaa", "bbbbbbbb"):
         (tmp_path / "recordings" / name).mkdir(parents=True)
         (tmp_path / "recordings" / name / "rt.mp4").write_bytes(b"video")
     (tmp_path / "recordings" / "rt_of_a_single_server.mp4").write_bytes(b"video")
-    shared.remove_recordings(["bbbbbbbb"])
-    assert [path.name for path in (tmp_path / "recordings").iterdir()] == ["bbbbbbbb"]
+
+    def kept() -> list[str]:
+        (tmp_path / "recordings" / "cccccccc").mkdir()  # of one that joins just now
+        return ["bbbbbbbb"]
+
+    shared.remove_recordings(kept)
+    assert sorted(path.name for path in (tmp_path / "recordings").iterdir()) == ["bbbbbbbb", "cccccccc"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "message"),
+    [
+        (0o640, "a" * 64, "secret has mode 640, so others can use the replicas; run: chmod 600"),
+        (0o600, "", "secret is not 64 hexadecimal digits; remove it while no replica runs"),
+        (0o600, "a" * 65, "is not 64 hexadecimal digits"),
+        (0o600, "é" * 64, "is not 64 hexadecimal digits"),
+    ],
+)
+def test_a_secret_that_is_none_or_that_others_read_is_refused(
+    tmp_path: Path, mode: int, text: str, message: str
+) -> None:
+    (tmp_path / "replicas").mkdir()
+    secret = tmp_path / "replicas" / "secret"
+    secret.write_text(text)
+    secret.chmod(mode)
+    with pytest.raises(RuntimeError, match=message):
+        SharedDirectory(tmp_path)

@@ -62,6 +62,16 @@ def test_a_lost_replica_is_forgotten_after_a_while_and_can_not_come_back(
     assert not table.renew("a", Load("ready"))
 
 
+def test_a_replica_that_comes_back_among_others_of_another_model_has_no_place(table: ReplicaTable) -> None:
+    join(table, "a")
+    time.sleep(LEASE_S)
+    join(table, "b", IDENTITY | {"fingerprint": "bb"})  # a counts as lost
+    assert table.renew("b", Load("ready")) and not table.renew("a", Load("ready"))
+    assert table.replicas()["a"].is_lost
+    table.leave("b")
+    assert table.renew("a", Load("ready"))
+
+
 @pytest.mark.parametrize(
     ("identity", "message"),
     [
