@@ -144,7 +144,8 @@ def too_small(place: str, tried: Sequence[Candidate], needed: Callable[[MemoryPl
     """That `place` is too small for every one of `tried`, with the numbers. needed: what counts of a plan."""
     least = min(tried, key=lambda each: needed(each.plan))
     numbers = ", ".join(f"{each} {needed(each.plan) / GIB:.1f}" for each in tried)
+    of_all = f" (of all, in GiB: {numbers})" if len(tried) > 1 else ""
     return (
         f"{place} too small for every preset of {least.config.name}: {least}, the smallest, needs "
-        f"{needed(least.plan) / GIB:.1f} GiB (of all, in GiB: {numbers}); take a smaller model or size"
+        f"{needed(least.plan) / GIB:.1f} GiB{of_all}; take a smaller model or size"
     )
