@@ -19,6 +19,7 @@ from rfengine.runtime.card_presets import (
     Candidate,
     CardPreset,
     configurations,
+    left_out,
     planned,
     too_small,
     with_preset,
@@ -68,7 +69,7 @@ def load_under_preset(
     if name is None:
         return load(config)
     if name != "auto":
-        return load(with_preset(config, name, request.checkpoint, request.text_apart, request.has_loras))
+        return load(_named(config, request))
     options = configurations(
         request.checkpoint, config, request.text_apart, request.has_loras, request.may_shrink
     )
@@ -87,6 +88,19 @@ def load_under_preset(
             )
         logger.warning("memory ran out under %s (%s); %s is loaded instead", chosen, shortage, smaller[0])
         chosen, number = smaller
+
+
+def _named(config: EngineConfig, request: PresetRequest) -> EngineConfig:
+    """`config` with what a preset that was named sets; what it cannot set is a warning."""
+    name, apart = config.runtime.preset, request.text_apart
+    changed = with_preset(config, name, request.checkpoint, apart, request.has_loras)
+    if missing := left_out(config, changed, apart):
+        logger.warning(
+            "preset %s goes without its %s and needs more memory than its name says: LoRAs, FP8, CUDA "
+            "graphs, a vae_precision or a checkpoint without the tiny decoder exclude that",
+            name, ", ".join(missing),
+        )  # fmt: skip
+    return changed
 
 
 def _first_fitting(request: PresetRequest, options: Options) -> tuple[Candidate, int]:

@@ -95,6 +95,20 @@ def with_preset(
     return replace(config, runtime=replace(own, preset=name, **knobs))
 
 
+def left_out(config: EngineConfig, changed: EngineConfig, text_apart: bool) -> list[str]:
+    """The options of the preset of `changed`, which with_preset made of `config`, that it has not though
+    `config` says nothing about them: it needs more memory then than its name says."""
+    preset = next(each for each in CARD_PRESETS if each.name == changed.runtime.preset).options
+    missing = [
+        knob
+        for knob in _KNOBS
+        if getattr(preset, knob) is not None and getattr(changed.runtime, knob) is None
+        if not (knob == "text_encoder" and text_apart)
+    ]
+    has_no_tiny = preset.vae == "tiny" and (config.runtime.vae, changed.runtime.vae) == ("full", "full")
+    return [*missing, "vae"] if has_no_tiny else missing
+
+
 def configurations(
     checkpoint: Checkpoint,
     config: EngineConfig,

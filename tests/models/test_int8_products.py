@@ -170,9 +170,14 @@ def test_layers_that_come_one_by_one_give_the_same_states(is_int8: bool, dtype: 
         assert layered._loaded_model().encoder.block._offload._slots == []
 
 
+@pytest.mark.parametrize("is_random", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_has_its_part_of_what_is_rounded_as_a_whole(rank: int, tmp_path: Path) -> None:
+def test_a_rank_has_its_part_of_what_is_rounded_as_a_whole(
+    rank: int, is_random: bool, tmp_path: Path
+) -> None:
     checkpoint = Checkpoint.open(write_pipeline(tmp_path, small_pipeline()))
+    if is_random:
+        checkpoint = Checkpoint.random(checkpoint.config)
     parallel = TensorParallel(rank, 2)
 
     def weights(own: TensorParallel) -> dict[str, torch.Tensor]:

@@ -314,6 +314,16 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
         Pipeline.from_pretrained("tiny", runtime=AUTO)
 
 
+def test_a_named_preset_says_what_it_goes_without(caplog: pytest.LogCaptureFixture) -> None:
+    for name, line in (
+        ("24gb", []), ("16gb", ["preset 16gb goes without its block_weights and needs more memory than"]),
+    ):  # fmt: skip
+        caplog.clear()
+        Pipeline.from_pretrained("tiny", runtime=RuntimeConfig(preset=name, precision="fp8"))
+        found = [each for each in caplog.messages if "goes without" in each]
+        assert len(found) == len(line) and all(map(str.startswith, found, line))
+
+
 def test_without_auto_an_out_of_memory_error_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("no memory is left")
