@@ -136,7 +136,7 @@ def _say_what_is_taken(chosen: Candidate, config: EngineConfig) -> None:
     """A smaller size than that of `config` is a warning."""
     taken = f"preset auto takes {chosen}: {chosen.plan.needed / GIB:.2f} GiB by its plan"
     if (chosen.config.height, chosen.config.width) == (config.height, config.width):
-        logger.info(taken)
+        logger.info("%s", taken)
     else:
         logger.warning("%s; none fits at %d x %d", taken, config.height, config.width)
 
@@ -179,8 +179,9 @@ def _is_shortage(error: BaseException | None) -> bool:
 
 
 def _free(device: torch.device) -> None:
-    """Give back what is no longer referred to."""
+    """Give back what is no longer referred to, on the device and in pinned memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # pinned memory; torch.accelerator's call is not in 2.10

@@ -292,6 +292,19 @@ def test_the_rehearsed_prompt_has_as_many_tokens_as_published_models_take() -> N
     assert longest_prompt(PRESETS["wan-1.3b"]).split() == ["a"] * 511  # and the end
 
 
+def test_pinned_memory_of_a_failed_load_is_given_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept by size otherwise, and the next configuration takes other sizes."""
+    called = []
+    for owner, name in (
+        (torch.cuda, "synchronize"),
+        (torch.cuda, "empty_cache"),
+        (torch._C, "_host_emptyCache"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, name=name: called.append(name))
+    card_loading._free(torch.device("cuda", 0))
+    assert called == ["synchronize", "empty_cache", "_host_emptyCache"]
+
+
 def test_an_interrupted_load_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = []
 
