@@ -29,8 +29,10 @@ from support.ranks import run_ranks
 from support.systems import SYSTEMS
 from support.tensor_parallel import (
     cut_stream,
+    int8_streams,
     latents_of,
     pipeline_of,
+    run_int8,
     run_streams,
     run_variants,
     variants,
@@ -195,6 +197,17 @@ def test_loras_precisions_and_switches_are_those_of_one_rank(directory: Path) ->
             one_rank, plain = expected[name][3], expected["plain"][3]  # the first chunk of a full window
             between, of_rounding = (made[name][3] - one_rank).norm(), (one_rank - plain).norm()
             assert 0 < between < 1.2 * of_rounding, name
+
+
+@pytest.mark.slow
+def test_weights_in_int8_are_those_of_one_rank(directory: Path) -> None:
+    expected = int8_streams(directory, 1)
+    run_ranks(run_int8, 2, directory, 2)
+    for rank in range(2):
+        made = torch.load(directory / f"int8 {rank}.pt", weights_only=True)
+        for name, latents in expected.items():
+            torch.testing.assert_close(made[name], latents, rtol=0, atol=2e-5, msg=name)
+    assert torch.equal(expected["int8"], expected["int8 from host memory"])
 
 
 def refused(rank: int, directory: Path, others: Path) -> None:

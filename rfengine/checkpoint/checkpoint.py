@@ -122,11 +122,11 @@ class Checkpoint:
             module = build()
         if self.directory is None:
             stored = _random_tensors(part_configs(self.config)[part], self.seed + PARTS.index(part), device)
-            stored = with_int8(rank_parts(stored, parallel), module, dtype)
+            stored = rank_parts(with_int8(stored, module, dtype), parallel)
             assign(module, stored, dtype, device, f"the random {part}")
             return module
         stored, label = self.stored(part)
-        stored = with_int8(rank_parts(stored, parallel), module, dtype)
+        stored = rank_parts(with_int8(stored, module, dtype), parallel)
         assign(module, stored, dtype, device, label, check_finite=True)
         return module
 

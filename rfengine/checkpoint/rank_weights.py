@@ -31,8 +31,8 @@ def rank_part(name: str, stored: StoredTensor, parallel: TensorParallel) -> Stor
         return stored.part(1, *parallel.span(stored.shape[1]))
     if parallel.rank == 0:
         return stored
-    zeros = torch.zeros(stored.shape, dtype=stored.dtype, device="cpu")
-    return StoredTensor.of(zeros)
+    # read all the same: random weights are drawn in the order in which they are read
+    return StoredTensor(stored.shape, stored.dtype, lambda: torch.zeros_like(stored.read(), device="cpu"))
 
 
 def rank_parts(stored: Mapping[str, StoredTensor], parallel: TensorParallel) -> dict[str, StoredTensor]:

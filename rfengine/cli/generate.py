@@ -255,8 +255,14 @@ def _write_video(
     print(
         f"{path}: {count} frames, {count / fps:.1f} s of video{scenes}; streams at {rate:.1f} frames/s, "
         f"{rate / fps:.1f} times as fast as it plays; {pipeline.config.runtime.vae} decoder, "
-        f"{pipeline.vae_tier}"
+        f"{pipeline.vae_tier}{_preset_words(pipeline)}"
     )
+
+
+def _preset_words(pipeline: Pipeline) -> str:
+    """The preset of the pipeline, if there is one."""
+    config = pipeline.config
+    return f"; preset {config.runtime.preset}" if config.runtime.preset else ""
 
 
 def _pieces(stream: VideoStream, plan: ScriptPlan, bar: ProgressBar, has_chapters: bool) -> Iterator[Piece]:

@@ -22,11 +22,13 @@ _LAYER = "encoder.block.{}."
 @dataclass(frozen=True, slots=True)
 class PlacedBytes:
     """device: of the weights that are there at once; working: the part of them that is memory of working
-    blocks. host: of those that are in host memory for good."""
+    blocks. host: of those that are in host memory for good; pinned: the part of them that a GPU copies from,
+    in blocks of one size."""
 
     device: int
     host: int = 0
     working: int = 0
+    pinned: int = 0
 
 
 def transformer_weights(config: EngineConfig, dtype: torch.dtype) -> PlacedBytes:
@@ -48,7 +50,7 @@ def transformer_weights(config: EngineConfig, dtype: torch.dtype) -> PlacedBytes
     )
     block, count = offloaded_bytes(model.blocks[0], BLOCK_STAYS), len(model.blocks)
     working = min(runtime.block_buffers, count) * block
-    return PlacedBytes(total - moved + working, count * block, working)
+    return PlacedBytes(total - moved + working, count * block, working, count * block)
 
 
 def text_encoder_weights(config: EngineConfig, dtype: torch.dtype) -> PlacedBytes:
@@ -62,7 +64,7 @@ def text_encoder_weights(config: EngineConfig, dtype: torch.dtype) -> PlacedByte
         return PlacedBytes(total)
     layer = sum(size for name, size in sizes.items() if name.startswith(_LAYER.format(0)))
     on_device = min(LAYERS_ON_DEVICE, text.num_layers) * layer + text.dim * dtype.itemsize  # the last norm
-    return PlacedBytes(on_device, total - text.dim * dtype.itemsize)
+    return PlacedBytes(on_device, total - text.dim * dtype.itemsize, pinned=text.num_layers * layer)
 
 
 def _bytes_of(name: str, shape: tuple[int, ...], dtype: torch.dtype, is_int8: bool) -> int:

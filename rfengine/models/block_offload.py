@@ -4,6 +4,7 @@ time."""
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Collection, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -45,6 +46,8 @@ class BlockOffload(Generic[Block]):
         self._places, self.nbytes = _places_of(blocks[0], self._stays)
         self._host = [self._moved(block) for block in blocks]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # a working block must not be dropped while a copy into it runs
+            weakref.finalize(self, self._stream.synchronize)
         self._slots: list[_Slot[Block]] = []
         self._last = -1
 

@@ -95,6 +95,20 @@ def with_preset(
     return replace(config, runtime=replace(own, preset=name, **knobs))
 
 
+def left_out(config: EngineConfig, changed: EngineConfig, text_apart: bool) -> list[str]:
+    """The options of the preset of `changed`, which with_preset made of `config`, that it has not though
+    `config` says nothing about them: it needs more memory then than its name says."""
+    preset = next(each for each in CARD_PRESETS if each.name == changed.runtime.preset).options
+    missing = [
+        knob
+        for knob in _KNOBS
+        if getattr(preset, knob) is not None and getattr(changed.runtime, knob) is None
+        if not (knob == "text_encoder" and text_apart)
+    ]
+    has_no_tiny = preset.vae == "tiny" and (config.runtime.vae, changed.runtime.vae) == ("full", "full")
+    return [*missing, "vae"] if has_no_tiny else missing
+
+
 def configurations(
     checkpoint: Checkpoint,
     config: EngineConfig,
@@ -144,7 +158,8 @@ def too_small(place: str, tried: Sequence[Candidate], needed: Callable[[MemoryPl
     """That `place` is too small for every one of `tried`, with the numbers. needed: what counts of a plan."""
     least = min(tried, key=lambda each: needed(each.plan))
     numbers = ", ".join(f"{each} {needed(each.plan) / GIB:.1f}" for each in tried)
+    of_all = f" (of all, in GiB: {numbers})" if len(tried) > 1 else ""
     return (
         f"{place} too small for every preset of {least.config.name}: {least}, the smallest, needs "
-        f"{needed(least.plan) / GIB:.1f} GiB (of all, in GiB: {numbers}); take a smaller model or size"
+        f"{needed(least.plan) / GIB:.1f} GiB{of_all}; take a smaller model or size"
     )

@@ -13,6 +13,7 @@ from rfengine.runtime.card_presets import GIB, Candidate, configurations, planne
 from rfengine.runtime.options import runtime_switches
 
 _CUDA = "cuda"
+_COLUMNS = 8  # of a table, as a terminal has room for them
 
 
 def card_report(
@@ -67,12 +68,25 @@ def _row(candidate: Candidate, card_bytes: int) -> dict[str, Any]:
 
 
 def card_lines(report: dict[str, Any]) -> list[str]:
-    """The report as a table: a column for each preset, in GiB."""
+    """The report as tables: a column for each preset, in GiB."""
     rows = report["presets"]
     lines = [
         f"presets for {report['model']} on a card of {_gib(report['card'])} GiB, planned in GiB; the reserve "
         "is not measured"
     ]
+    for start in range(0, len(rows), _COLUMNS):
+        lines += _table(rows[start : start + _COLUMNS])
+    lines += [
+        f"  {row['preset']}: {row['quality']}; {row['speed']}; CUDA graphs {_switch(row['graphs'])}"
+        for row in {row["preset"]: row for row in rows}.values()
+    ]
+    if report["takes"] is None:
+        return [*lines, f"  {report['refusal']}"]
+    taken = rows[report["takes"]]
+    return [*lines, f"  --preset auto takes {taken['preset']} at {taken['height']} x {taken['width']} pixels"]
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
     table = {"": [row["preset"] for row in rows], "size": [f"{row['height']}x{row['width']}" for row in rows]}
     names = [name for name in rows[0]["parts"] if any(row["parts"].get(name) for row in rows)]
     for name in names:
@@ -85,15 +99,7 @@ def card_lines(report: dict[str, Any]) -> list[str]:
     table["in host memory"] = [_gib(sum(row["host"].values())) for row in rows]
     for name in rows[0]["options"]:
         table[name.replace("_", " ")] = [str(row["options"][name]) for row in rows]
-    lines += [f"  {name:<20}" + "".join(f"{cell:>9}" for cell in cells) for name, cells in table.items()]
-    lines += [
-        f"  {row['preset']}: {row['quality']}; {row['speed']}; CUDA graphs {_switch(row['graphs'])}"
-        for row in {row["preset"]: row for row in rows}.values()
-    ]
-    if report["takes"] is None:
-        return [*lines, f"  {report['refusal']}"]
-    taken = rows[report["takes"]]
-    return [*lines, f"  --preset auto takes {taken['preset']} at {taken['height']} x {taken['width']} pixels"]
+    return [f"  {name:<20}" + "".join(f"{cell:>9}" for cell in cells) for name, cells in table.items()]
 
 
 def _switch(graphs: dict[str, Any]) -> str:

@@ -84,12 +84,14 @@ def plan_memory(
     parts = _parts(config, grid, needs, work, own, on_cuda)
     parts |= _graph_inputs(config, grid, needs, own) if graphs else {}
     host = {"transformer": transformer.host, "text_encoder": text.host}
+    if on_cuda:
+        host["transformer"] += _lost_to_pinning(transformer.pinned, config.model.num_layers)
     if not text_on_device:
         host["text_encoder"] = text.device + text.host
         text = PlacedBytes(0, text.host)
-    if on_cuda:
-        host["transformer"] = _pinned(transformer.host, config.model.num_layers)
-    else:
+    elif on_cuda:
+        host["text_encoder"] += _lost_to_pinning(text.pinned, config.text.num_layers)
+    if not on_cuda:
         parts["transformer"] += host["transformer"]
         text = PlacedBytes(text.device, host["text_encoder"])
         host = {}
@@ -126,6 +128,7 @@ def _plan(
     steady = (sum if sums.overlap else max)((work.steady, work.decode))
     # recorded graphs keep what they work in; without them a chunk may be decoded while a prompt is encoded
     beside = steady if sums.graphs else work.decode if sums.overlap else 0
+    again = max(work.first, work.decode_first) if sums.graphs else 0  # a video that starts anew, op by op
     unmade = sums.working_blocks  # which come with the first keys and values of a text
     phases = {
         "loading": max(loading, weights + (0 if on_cuda else _largest_read(config, dtype))) - unmade,
@@ -136,7 +139,7 @@ def _plan(
         ),
         "first chunk": resident + max(work.first, work.decode_first),
         "steady chunk": resident + steady,
-        "prompt switch": resident + beside + max(passing + encode, switch),
+        "prompt switch": resident + beside + max(passing + encode, switch, again),
     }
     names = ("first", "steady", "text", "decode_first", "decode")
     taken = {name: getattr(work, name) for name in names} | {"encode": encode + passing}
@@ -177,11 +180,13 @@ def _graph_inputs(
 
 def _encoding_work(config: EngineConfig, dtype: torch.dtype) -> int:
     """That of the text encoder for a prompt of full length: scores of the attention, in `dtype` and in
-    float32 for the softmax, or the feed-forward part; with int8 the largest weight in `dtype`."""
+    float32 for the softmax, or the feed-forward part; with int8 the largest weight as it is multiplied."""
     text, rows = config.text, config.model.text_len
     scores = text.num_heads * rows * rows * (3 * dtype.itemsize + 2 * 4)
     hidden = 3 * rows * text.ffn_dim * dtype.itemsize
-    widened = text.ffn_dim * text.dim * dtype.itemsize if config.runtime.text_weights == "int8" else 0
+    is_int8 = config.runtime.text_weights == "int8"
+    widest = 4 if dtype == torch.float16 else dtype.itemsize  # in float16 one product is in float32
+    widened = text.ffn_dim * text.dim * widest if is_int8 else 0
     return max(scores, hidden) + widened + 6 * rows * text.dim * 4
 
 
@@ -192,7 +197,7 @@ def _largest_read(config: EngineConfig, dtype: torch.dtype) -> int:
     return 4 * max(torch.Size(shape).numel() for shape in expected_shapes(config.model).values())
 
 
-def _pinned(size: int, blocks: int) -> int:
-    """What torch takes for `size` bytes of pinned memory in equal blocks: a power of two for each."""
+def _lost_to_pinning(size: int, blocks: int) -> int:
+    """What torch takes beside `size` bytes of pinned memory in equal blocks: a power of two for each."""
     each = size // blocks
-    return blocks * (1 << (each - 1).bit_length()) if each else 0
+    return blocks * (1 << (each - 1).bit_length()) - size if each else 0

@@ -47,6 +47,8 @@ def test_generate_writes_the_length_asked_for(
     assert "frames/s" in shown.out and "times as fast as it plays; full decoder, lossless" in shown.out
     assert "3/3" in shown.err  # the bar
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.mp4"]
+    assert cli.main(["generate", *arguments, "--preset", "24gb"]) == 0
+    assert "full decoder, lossless; preset 24gb\n" in capsys.readouterr().out
 
 
 def test_same_seed_gives_the_same_frames_and_another_seed_others(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -124,3 +126,81 @@ def test_bytes_on_the_meta_device_are_those_of_real_blocks() -> None:
         described = WanDiT(MODEL, REFERENCE_OPS)
     assert offloaded_bytes(described.blocks[0]) == offloaded_bytes(small_model(MODEL).blocks[0])
     assert GRID.frame_tokens == 6
+
+
+class Recorded:
+    """In the place of CUDA's streams and events: what was launched on which, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[object, ...]] = []
+        self.current = RecordedStream(self, "compute")
+        streams = iter([RecordedStream(self, "copies")])
+        make = torch.empty
+
+        def empty(*size: int, device: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
+            return make(*size, **options)
+
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(streams))
+        monkeypatch.setattr(torch.cuda, "Event", lambda: RecordedEvent(self))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch, "empty", empty)
+
+
+class RecordedStream:
+    def __init__(self, recorded: Recorded, name: str) -> None:
+        self.recorded, self.name = recorded, name
+
+    def wait_stream(self, other: RecordedStream) -> None:
+        self.recorded.log.append((self.name, "waits for", other.name))
+
+    def wait_event(self, event: RecordedEvent) -> None:
+        self.recorded.log.append((self.name, "waits for", event))
+
+    def synchronize(self) -> None:
+        self.recorded.log.append(("host", "waits for", self.name))
+
+
+class RecordedEvent:
+    def __init__(self, recorded: Recorded) -> None:
+        self.recorded = recorded
+
+    def record(self, stream: RecordedStream) -> None:
+        self.recorded.log.append((stream.name, "records", self))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_gpu_overwrites_no_block_in_use_and_computes_on_none_that_is_still_copied(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    model = small_model(MODEL)
+    recorded = Recorded(monkeypatch)
+    log, offload = recorded.log, BlockOffload(model.blocks, torch.device("cuda"), count)
+    for number in (*range(LAYERS), *range(LAYERS), 3, 1):
+        block = offload.block(number)
+        (event,) = [slot.ready for slot in offload._slots if slot.block is block]
+        waits, records = last(log, ("compute", "waits for", event)), last(log, ("copies", "records", event))
+        assert records < waits
+        log.append(("compute", "uses", event))
+    uses = {}
+    for at, entry in enumerate(log):
+        if entry[1] == "uses":
+            uses[entry[2]] = at
+        elif entry[1] == "records" and entry[2] in uses:  # a copy into what was used before
+            assert uses[entry[2]] < last(log[:at], ("copies", "waits for", "compute"))
+
+
+def last(log: list[tuple[object, ...]], entry: tuple[object, ...]) -> int:
+    return len(log) - 1 - log[::-1].index(entry)
+
+
+def test_working_blocks_are_dropped_once_the_copies_into_them_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorded = Recorded(monkeypatch)
+    offload = BlockOffload(small_model(MODEL).blocks, torch.device("cuda"), 2)
+    offload.block(0)  # which begins the copy of the next
+    assert ("host", "waits for", "copies") not in recorded.log
+    del offload
+    gc.collect()
+    assert recorded.log[-1] == ("host", "waits for", "copies")

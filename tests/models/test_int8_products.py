@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from rfengine.accuracy import relative_error
+from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.checkpoint.int8_tensors import with_int8
 from rfengine.checkpoint.loader import assign
+from rfengine.checkpoint.rank_weights import rank_parts
 from rfengine.checkpoint.tensor_file import StoredTensor
 from rfengine.config import CacheConfig, TextConfig
 from rfengine.models.dit import WanDiT, pack_weights
@@ -18,7 +21,17 @@ from rfengine.models.linear import Linear
 from rfengine.models.text_encoder import ByteTokenizer, TextEncoder, build_umt5
 from rfengine.ops import REFERENCE_OPS, Ops
 from rfengine.ops.reference_int8 import dequantised
-from support.models import SMALL, noise_of, small_cache, small_model, small_runner, text_states
+from rfengine.tensor_parallel import WHOLE, TensorParallel
+from support.models import (
+    SMALL,
+    noise_of,
+    small_cache,
+    small_model,
+    small_pipeline,
+    small_runner,
+    text_states,
+    write_pipeline,
+)
 
 TEXT = TextConfig(259, 32, 48, 64, 3, 2, tokenizer="bytes")
 PROMPTS = ["a red cube rolls over the floor", "naïve café, 猫が走る"]
@@ -155,3 +168,25 @@ def test_layers_that_come_one_by_one_give_the_same_states(is_int8: bool, dtype: 
     for _ in range(2):  # the device has no layer between two prompts
         assert torch.equal(layered.encode(PROMPTS), stays.encode(PROMPTS))
         assert layered._loaded_model().encoder.block._offload._slots == []
+
+
+@pytest.mark.parametrize("is_random", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_has_its_part_of_what_is_rounded_as_a_whole(
+    rank: int, is_random: bool, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(write_pipeline(tmp_path, small_pipeline()))
+    if is_random:
+        checkpoint = Checkpoint.random(checkpoint.config)
+    parallel = TensorParallel(rank, 2)
+
+    def weights(own: TensorParallel) -> dict[str, torch.Tensor]:
+        def build() -> WanDiT:
+            return transformer_in_int8(WanDiT(checkpoint.config.model, parallel=own))
+
+        return checkpoint.load(build, "transformer", torch.float32, "cpu", own).state_dict()
+
+    whole, part = weights(WHOLE), weights(parallel)
+    assert whole.keys() == part.keys()
+    for name, tensor in rank_parts({n: StoredTensor.of(t) for n, t in whole.items()}, parallel).items():
+        assert torch.equal(part[name], tensor.read()), name

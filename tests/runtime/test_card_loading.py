@@ -16,7 +16,10 @@ from torch.utils._pytree import tree_leaves
 from rfengine.cache.kv_cache import StreamingKVCache
 from rfengine.config import RuntimeConfig
 from rfengine.models.dit import WanDiT
+from rfengine.models.text_encoder import ByteTokenizer, TextEncoder
 from rfengine.pipeline import Pipeline
+from rfengine.presets import PRESETS
+from rfengine.rehearsal import longest_prompt
 from rfengine.runtime import card_loading, engine, memory_plan
 from rfengine.runtime.card_presets import CARD_PRESETS, Candidate
 from rfengine.runtime.chunk_runner import ChunkRunner
@@ -74,6 +77,20 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Candidate]:
     return made
 
 
+def put_in_host_memory(monkeypatch: pytest.MonkeyPatch, free: int, needed: dict[str, int]) -> None:
+    """`free` bytes of it, of which the presets take what `needed` says."""
+    planned = card_loading.planned
+
+    def with_host(preset, *others):  # noqa: ANN001, ANN202
+        made = planned(preset, *others)
+        plan = dataclasses.replace(made.plan, host={"text_encoder": needed[preset.name]})
+        return dataclasses.replace(made, plan=plan)
+
+    monkeypatch.setattr(card_loading, "planned", with_host)
+    sizes = iter([1000 * MIB])
+    monkeypatch.setattr(card_loading, "free_memory", lambda device: next(sizes, free))
+
+
 def set_free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(card_loading, "free_memory", lambda device: size)
 
@@ -92,9 +109,13 @@ def test_auto_takes_the_first_that_fits(monkeypatch: pytest.MonkeyPatch, free: i
     assert (pipeline.model.offload is not None) == (preset == "8gb")
 
 
-def test_a_smaller_size_comes_last_and_becomes_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_smaller_size_comes_last_and_becomes_the_default(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     set_free(monkeypatch, 900 * MIB)
     pipeline = Pipeline.from_pretrained("tiny", runtime=AUTO)
+    (line,) = caplog.messages  # a person who asked for no size sees which one it is
+    assert line == "preset auto takes 24gb at 48 x 48: 0.88 GiB by its plan; none fits at 64 x 64"
     assert pipeline.config.runtime.preset == "24gb"
     assert (pipeline.config.height, pipeline.config.width) == (48, 48)
     assert next(pipeline.stream("a red circle")).frames.shape[1:3] == (48, 48)
@@ -112,9 +133,24 @@ def test_a_card_too_small_for_every_preset_is_refused_at_once(
     set_free(monkeypatch, 100 * MIB)
     monkeypatch.setattr("rfengine.checkpoint.checkpoint.Checkpoint.load", None)  # nothing is read
     message = r"cpu has 0\.10 GiB free, which is too small .* 8gb at 16 x 16, the smallest, needs 0\.8 GiB"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=message) as refused:
         Pipeline.from_pretrained("tiny", runtime=AUTO)
+    assert "of all" not in str(refused.value)  # of which no other was planned
     assert len(plans) == 1  # each takes seconds
+
+
+def test_auto_takes_nothing_that_host_memory_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_host_memory(monkeypatch, 500, {"24gb": 900, "16gb": 400, "12gb": 400, "8gb": 700})
+    assert Pipeline.from_pretrained("tiny", runtime=AUTO).config.runtime.preset == "16gb"
+
+
+def test_where_host_memory_has_no_room_at_all_the_error_has_the_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    put_in_host_memory(monkeypatch, 512 * MIB, dict.fromkeys(("24gb", "16gb", "12gb", "8gb"), 1024 * MIB))
+    message = r"8gb at 64 x 64 fits into cpu and keeps 1\.0 GiB in host memory, of which 0\.5 GiB are free; "
+    with pytest.raises(RuntimeError, match=message):
+        Pipeline.from_pretrained("tiny", runtime=AUTO, size=(64, 64))
 
 
 PLACES = {
@@ -199,7 +235,8 @@ def test_where_nothing_smaller_is_left_the_error_says_so(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "words", ["CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory"]
+    "words",
+    ["CUBLAS_STATUS_ALLOC_FAILED", "CUDA_ERROR_OUT_OF_MEMORY", "DefaultCPUAllocator: can't allocate memory"],
 )
 def test_a_shortage_that_a_library_puts_in_words_is_one(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     original, failures = ChunkRunner.advance, []
@@ -217,6 +254,70 @@ def test_a_shortage_that_a_library_puts_in_words_is_one(monkeypatch: pytest.Monk
     assert Pipeline.from_pretrained("tiny", runtime=AUTO).config.runtime.preset == "16gb"
 
 
+def test_host_memory_that_runs_out_is_a_shortage_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, failures = ChunkRunner.advance, []
+
+    def fails(*arguments: object, **options: object) -> object:
+        if not failures:
+            failures.append("once")
+            raise MemoryError
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(ChunkRunner, "advance", fails)
+    assert Pipeline.from_pretrained("tiny", runtime=AUTO).config.runtime.preset == "16gb"
+
+
+def test_a_prompt_that_changes_is_in_the_rehearsal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is where a plan has its peak."""
+    original, prompts = TextEncoder.encode, []
+
+    def encode(self, texts, *others):  # noqa: ANN001, ANN202
+        prompts.append(texts)
+        if len(prompts) == 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return original(self, texts, *others)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    pipeline = Pipeline.from_pretrained("tiny", runtime=AUTO)
+    assert pipeline.config.runtime.preset == "16gb" and len(prompts) == 4
+    (line,) = caplog.messages  # and no warning about the prompt of a stream that nobody sees
+    assert "16gb at 64 x 64 is loaded instead" in line
+    tokens = ByteTokenizer().encode(prompts[0], pipeline.config.model.text_len)[1].sum()
+    assert tokens > 0.95 * pipeline.config.model.text_len
+
+
+def test_the_rehearsed_prompt_has_as_many_tokens_as_published_models_take() -> None:
+    assert longest_prompt(PRESETS["wan-1.3b"]).split() == ["a"] * 511  # and the end
+
+
+def test_pinned_memory_of_a_failed_load_is_given_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept by size otherwise, and the next configuration takes other sizes."""
+    called = []
+    for owner, name in (
+        (torch.cuda, "synchronize"),
+        (torch.cuda, "empty_cache"),
+        (torch._C, "_host_emptyCache"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, name=name: called.append(name), raising=False)
+    card_loading._free(torch.device("cuda", 0))
+    assert called == ["synchronize", "empty_cache", "_host_emptyCache"]
+
+
+def test_an_interrupted_load_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        attempts.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ChunkRunner, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline.from_pretrained("tiny", runtime=AUTO)
+    assert len(attempts) == 1
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("of another kind")
@@ -224,6 +325,16 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
     monkeypatch.setattr(ChunkRunner, "advance", fails)
     with pytest.raises(RuntimeError, match="of another kind"):
         Pipeline.from_pretrained("tiny", runtime=AUTO)
+
+
+def test_a_named_preset_says_what_it_goes_without(caplog: pytest.LogCaptureFixture) -> None:
+    for name, line in (
+        ("24gb", []), ("16gb", ["preset 16gb goes without its block_weights and needs more memory than"]),
+    ):  # fmt: skip
+        caplog.clear()
+        Pipeline.from_pretrained("tiny", runtime=RuntimeConfig(preset=name, precision="fp8"))
+        found = [each for each in caplog.messages if "goes without" in each]
+        assert len(found) == len(line) and all(map(str.startswith, found, line))
 
 
 def test_without_auto_an_out_of_memory_error_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:

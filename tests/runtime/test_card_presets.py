@@ -10,7 +10,13 @@ from rfengine.checkpoint.checkpoint import Checkpoint
 from rfengine.config import EngineConfig, RuntimeConfig
 from rfengine.diffusion_forcing.pipeline import DiffusionForcingPipeline
 from rfengine.presets import PRESETS
-from rfengine.runtime.card_presets import CARD_PRESETS, configurations, smaller_sizes, with_preset
+from rfengine.runtime.card_presets import (
+    CARD_PRESETS,
+    configurations,
+    left_out,
+    smaller_sizes,
+    with_preset,
+)
 
 WAN = Checkpoint.random(PRESETS["wan-1.3b"])
 KNOBS = ("text_encoder", "text_weights", "block_weights", "block_buffers", "vae")
@@ -48,6 +54,25 @@ def test_each_preset_has_all_that_the_one_before_has() -> None:
 )
 def test_an_option_that_is_given_is_kept(own: dict, expected: tuple) -> None:
     assert runtime_of(**own) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "missing"),
+    [
+        ({}, []),
+        ({"block_buffers": 0, "block_weights": "default"}, []),
+        ({"text_apart": True}, []),
+        ({"vae_precision": "fp16"}, ["vae"]),
+        ({"vae": "tensorrt"}, []),
+        ({"graphs": True}, ["block_buffers"]),
+        ({"precision": "fp8"}, ["block_weights", "block_buffers"]),
+        ({"has_loras": True}, ["block_weights", "block_buffers"]),
+    ],
+)
+def test_what_a_preset_goes_without_is_known(own: dict, missing: list[str]) -> None:
+    apart, loras = own.pop("text_apart", False), own.pop("has_loras", False)
+    config = dataclasses.replace(WAN.config, runtime=RuntimeConfig(**own))
+    assert left_out(config, with_preset(config, "8gb", WAN, apart, loras), apart) == missing
 
 
 def test_without_weights_of_the_tiny_decoder_the_full_one_stays(tmp_path) -> None:  # noqa: ANN001

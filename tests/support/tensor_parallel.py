@@ -87,3 +87,26 @@ def variants(directory: Path, ranks: int, loras: list[Path]) -> dict[str, Tensor
         own = pipeline_of(directory, "ema", ranks, runtime=runtime)
         made[precision] = latents_of(own.stream("a circle", seed=SEED), 5)
     return made
+
+
+INT8 = {
+    "int8": RuntimeConfig(block_weights="int8"),
+    "int8 from host memory": RuntimeConfig(block_weights="int8", block_buffers=2),
+    "16gb": RuntimeConfig(preset="16gb"),
+}
+
+
+def run_int8(rank: int, directory: Path, ranks: int) -> None:
+    torch.save(int8_streams(directory, ranks), directory / f"int8 {rank}.pt")
+
+
+def int8_streams(directory: Path, ranks: int) -> dict[str, Tensor]:
+    """Streams with weights in int8, on the device and in host memory, and under a named preset."""
+    made = {}
+    for name, runtime in INT8.items():
+        pipe = pipeline_of(directory, "ema", ranks, runtime=runtime)
+        stream = pipe.stream("a circle", seed=SEED)
+        made[name] = latents_of(stream, 4)
+        stream.set_prompt("a square", "recache")
+        made[f"{name}, recached"] = latents_of(stream, 1)
+    return made
