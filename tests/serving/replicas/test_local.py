@@ -87,6 +87,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.soak
 def test_a_signal_to_stop_drains_every_replica_and_leaves_no_process(tmp_path: Path, port: int) -> None:
     url = f"http://127.0.0.1:{port}"
     with (
