@@ -11,7 +11,8 @@ import logging
 import secrets
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -78,6 +79,29 @@ class RealtimeLimits:
     flush_s: float = 10.0
 
 
+@asynccontextmanager
+async def counted_connection(
+    websocket: WebSocket, connections: Counter[str], limits: RealtimeLimits
+) -> AsyncIterator[ClientIdentity | None]:
+    """Accept a connection, and count it in `connections` by the client's key, or its address, during the
+    block. Yields the client; None where it has as many as `limits` allow, and is refused."""
+    client: ClientIdentity = websocket.scope["state"]["client"]
+    name = client.key_name or client.address
+    await websocket.accept(subprotocol=websocket.scope["state"].get("subprotocol"))
+    if connections[name] >= limits.connections_per_key:
+        message = f"{connections[name]} connections are open, which is the limit; close one"
+        await refuse(websocket, Fault("too_many_connections", message, 429, True, 5))
+        yield None
+        return
+    connections[name] += 1
+    try:
+        yield client
+    finally:
+        connections[name] -= 1
+        if not connections[name]:
+            del connections[name]
+
+
 class RealtimeEndpoint:
     """The WebSocket route; `connections` counts the open ones by key. session_prefix: hexadecimal digits with
     which the random part of every session id begins."""
@@ -103,21 +127,13 @@ class RealtimeEndpoint:
 
     async def serve(self, websocket: WebSocket) -> None:
         """Serve one connection to its end."""
-        client: ClientIdentity = websocket.scope["state"]["client"]
-        name = client.key_name or client.address
-        await websocket.accept(subprotocol=websocket.scope["state"].get("subprotocol"))
-        if self.connections[name] >= self.limits.connections_per_key:
-            message = f"{self.connections[name]} connections are open, which is the limit; close one"
-            await refuse(websocket, Fault("too_many_connections", message, 429, True, 5))
-            return
-        self.connections[name] += 1
-        try:
-            await _Connection(self, websocket, client.key_name).run()
-        finally:
-            self.open_spare_encoder()  # where it was taken and no chunk was sent
-            self.connections[name] -= 1
-            if not self.connections[name]:
-                del self.connections[name]
+        async with counted_connection(websocket, self.connections, self.limits) as client:
+            if client is None:
+                return
+            try:
+                await _Connection(self, websocket, client.key_name).run()
+            finally:
+                self.open_spare_encoder()  # where it was taken and no chunk was sent
 
     def open_spare_encoder(self) -> None:
         """Open the encoder of the next session in a moment, one at a time."""

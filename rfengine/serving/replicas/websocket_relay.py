@@ -19,7 +19,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from rfengine.serving.access import ClientIdentity
 from rfengine.serving.errors import Fault, ServiceError
 from rfengine.serving.gateway_access import gateway_headers
-from rfengine.serving.realtime.endpoint import RealtimeLimits, close, refuse
+from rfengine.serving.realtime.endpoint import RealtimeLimits, close, counted_connection, refuse
 from rfengine.serving.realtime.live_video import error_message
 from rfengine.serving.realtime.protocol import SessionDone
 from rfengine.serving.replicas.choice import LOST, NO_REPLICA
@@ -78,20 +78,9 @@ class WebSocketRelay:
 
     async def serve(self, websocket: WebSocket) -> None:
         """Serve one connection to its end."""
-        client: ClientIdentity = websocket.scope["state"]["client"]
-        name = client.key_name or client.address
-        await websocket.accept(subprotocol=websocket.scope["state"].get("subprotocol"))
-        if self.connections[name] >= self.limits.connections_per_key:
-            message = f"{self.connections[name]} connections are open, which is the limit; close one"
-            await refuse(websocket, Fault("too_many_connections", message, 429, True, 5))
-            return
-        self.connections[name] += 1
-        try:
-            await _Relayed(self, websocket, client).run()
-        finally:
-            self.connections[name] -= 1
-            if not self.connections[name]:
-                del self.connections[name]
+        async with counted_connection(websocket, self.connections, self.limits) as client:
+            if client is not None:
+                await _Relayed(self, websocket, client).run()
 
 
 class _Relayed:
