@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+import torch
+
 from rfengine.limits import shown
 
 MOST_RANKS = 65536
@@ -14,6 +16,11 @@ def started_ranks() -> int:
     """The processes that torchrun has started with this one; 1 without it. Raises ValueError for a number
     that is none."""
     return environment_integer("WORLD_SIZE", 1, MOST_RANKS, "1")
+
+
+def own_gpu() -> torch.device:
+    """The GPU of this process: that of its number on its machine. Raises ValueError where there is none."""
+    return torch.device("cuda", environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
 
 
 def environment_integer(name: str, low: int, high: int, default: str = "") -> int:

@@ -25,7 +25,7 @@ from rfengine.models.decoder import CausalState
 from rfengine.ops import Ops, choose_ops
 from rfengine.runtime.options import runtime_switches, tuned_ops
 from rfengine.tensor_parallel import WHOLE, TensorParallel, naming_lost_ranks
-from rfengine.torchrun import MOST_RANKS, environment_integer, started_ranks
+from rfengine.torchrun import MOST_RANKS, environment_integer, own_gpu, started_ranks
 from rfengine.version import VERSION
 
 _SHOWN_BEFORE = 20  # characters that two texts have alike, before what differs
@@ -64,7 +64,7 @@ def rank_device(device: str | torch.device | None, count: int) -> torch.device |
             f"device is {kind} and every rank has a GPU of its own; give 'cuda', and choose GPUs by "
             "CUDA_VISIBLE_DEVICES"
         )
-    return torch.device("cuda", environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
+    return own_gpu()
 
 
 def join(count: int, device: torch.device) -> TensorParallel:

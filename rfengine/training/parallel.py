@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from rfengine.models.dit import WanDiT
-from rfengine.torchrun import MOST_RANKS, environment_integer, started_ranks
+from rfengine.torchrun import MOST_RANKS, environment_integer, own_gpu, started_ranks
 from rfengine.training.config import TIMEOUT_S, Parallelism
 from rfengine.training.rank_store import is_agent_shared, open_rank_store
 
@@ -132,8 +132,7 @@ def ranks_from_environment(
         return
     rank, timeout = environment_integer("RANK", 0, count - 1), timedelta(seconds=timeout_s)
     if device.type == "cuda":
-        local = environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1)
-        device = torch.device("cuda", local)
+        device = own_gpu()
         torch.cuda.set_device(device)
         _join("nccl", rank, count, timeout, device)
     else:
