@@ -48,7 +48,7 @@ def facts_of(config: TrainConfig, group: int, directory: Path) -> dict[str, Any]
             if (source := getattr(config, name))
         },
         "finished checkpoints": [path.name for path in finished_checkpoints(directory)],
-        "files": {name: _file(Path(getattr(config, name))) for name in ("data", "reward")},
+        "files": {name: _file(path) for name, path in _paths(config).items()},
     }
 
 
@@ -82,9 +82,19 @@ def _weights(source: str, parts: tuple[Part, ...]) -> str:
         return str(error)
 
 
+def _paths(config: TrainConfig) -> dict[str, Path]:
+    """What the stage reads beside weights. Words such as "toy" are no paths, even where one is called so."""
+    paths = {}
+    if config.stage not in ("dmd", "re-dmd") or config.data != "toy":
+        paths["data"] = Path(config.data)
+    if config.stage == "re-dmd" and config.reward not in ("toy", "flow"):
+        paths["reward"] = Path(config.reward)
+    return paths
+
+
 def _file(path: Path) -> str:
-    """Names and sizes of a directory, size and the sha256 of the start of a file; "" for a word that names
-    no path."""
+    """Names and sizes of a directory, size and the sha256 of the start of a file; "" where there is none,
+    which the stage tells or makes."""
     if path.is_dir():
         sizes = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.rglob("*"))
         digest = hashlib.sha256(os.fsencode(repr(sizes))).hexdigest()

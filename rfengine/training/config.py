@@ -150,6 +150,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        for name in ("data", "base", "reward"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is ''; give a path, or a word that `rfengine train --help` names")
         if self.batch % self.group:
             raise ValueError(
                 f"batch is {self.batch} and group {self.group}; a batch holds whole groups of one prompt"

@@ -14,7 +14,7 @@ from rfengine.training.agreement import check_agreement, facts_of
 from rfengine.training.checkpoints import first_difference
 from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
-from support.small_training import changed
+from support.small_training import DMD, PLAIN, changed
 
 
 @pytest.fixture
@@ -50,6 +50,21 @@ def test_each_thing_that_differs_is_found(config, tmp_path):
     assert name_of_first(before, config, run) == "weights.teacher"
     shutil.rmtree(config.teacher)
     assert name_of_first(before, config, run) == "weights.teacher"
+
+
+def test_only_what_the_stage_reads_is_compared(tmp_path, monkeypatch):
+    """Words are no paths, though directories are called so; in none of them is the working directory read."""
+    monkeypatch.chdir(tmp_path)
+    for word in ("toy", "flow"):
+        (tmp_path / word).mkdir()
+        (tmp_path / word / "file").write_text("x")
+    distils = changed(stage="re-dmd", distillation=replace(PLAIN, beta=0.5), batch=2, group=2)
+    for config in (DMD, distils, replace(distils, reward="flow")):
+        assert facts_of(config, 2, tmp_path / "run")["files"] == {}
+    teacher = facts_of(replace(DMD, stage="teacher"), 2, tmp_path / "run")["files"]
+    assert list(teacher) == ["data"] and teacher["data"].endswith("of 1 names")
+    video = facts_of(replace(distils, reward=str(tmp_path / "flow")), 2, tmp_path / "run")["files"]
+    assert list(video) == ["reward"] and video["reward"].endswith("of 1 names")
 
 
 def test_ranks_that_differ_are_told_apart_by_number_host_and_value(config, tmp_path):

@@ -235,7 +235,7 @@ def test_samples_are_written_on_their_steps(tmp_path):
 @pytest.mark.parametrize("stage", ["teacher", "ode-init"])
 def test_model_learns_in_the_other_stages(tmp_path, stage):
     config = TrainConfig(
-        name=stage, stage=stage, engine=ENGINE, steps=40, batch=4, optimizer=AdamConfig(2e-3), data=""
+        name=stage, stage=stage, engine=ENGINE, steps=40, batch=4, optimizer=AdamConfig(2e-3), data="toy"
     )
     model, ranks = small_model(), Ranks()
     if stage == "teacher":
@@ -303,6 +303,9 @@ def test_a_run_with_a_damaged_newest_checkpoint_ends_as_one_without_damage(tmp_p
         ({"save_every": True}, "save_every is True; it must be an integer"),
         ({"sample_every": -1}, "sample_every is -1; it must be at least 0"),
         ({"lora_rank": 0}, "lora_rank is 0; it must be at least 1"),
+        ({"data": ""}, "data is ''; give a path, or a word"),
+        ({"base": ""}, "base is ''; give a path, or a word"),
+        ({"reward": ""}, "reward is ''; give a path, or a word"),
         ({"lora_rank": 65536}, "lora_rank is 65536; the narrowest weights have"),
         ({"average_decay": float("nan")}, "average_decay is nan; it must be a finite number"),
         ({"precision": "int4"}, "precision is 'int4'; use 'float32' or 'bfloat16'"),
