@@ -17,7 +17,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, BinaryIO
 
-_LOCK_RETRY_S = 0.02
+_RETRY_S = 0.02
 _SHOWN_BYTES = 200  # of a name; file systems take 255 with what is added
 _MOST_DIGITS = 1000  # of an integer in JSON; Python itself refuses to read more than 4300
 _HASHED_AT_ONCE = 1 << 20  # bytes
@@ -122,7 +122,7 @@ def locked(path: Path, holds: str, wait_s: float = 0.0) -> Iterator[None]:
     while (file := _try_lock(path)) is None:
         if time.monotonic() >= deadline:
             raise RuntimeError(f"{path} is locked: another process is {holds}; wait until it has ended")
-        time.sleep(_LOCK_RETRY_S)
+        time.sleep(_RETRY_S)
     try:
         yield
     finally:
@@ -174,6 +174,17 @@ def _try_lock(path: Path) -> int | None:
         raise
     os.close(file)
     return None
+
+
+def appears(path: Path, within_s: float) -> bool:
+    """Whether something is at `path`, or comes within so many seconds: a file system of several machines may
+    show late what another has made."""
+    deadline = time.monotonic() + within_s
+    while not path.exists():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_RETRY_S)
+    return True
 
 
 def open_regular(path: Path) -> BinaryIO:

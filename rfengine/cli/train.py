@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from rfengine.training.resources import ResourcePlan
 
 
+_LETS_GO_S = 120  # until a first rank of an earlier start is gone, or the server of its file system knows
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """Train by a recipe. Under torchrun every rank runs the same command; those that it has started again go
@@ -136,7 +139,7 @@ def _named_directory(options: TrainOptions) -> Path:
 
 def _train(config: TrainConfig, device: torch.device, ranks: Ranks, options: TrainOptions) -> None:
     from rfengine.training.agreement import check_agreement, facts_of
-    from rfengine.training.checkpoints import locked_run
+    from rfengine.training.checkpoints import check_same_checkpoints, locked_run
     from rfengine.training.parallel import group_size, restarts_from_environment
     from rfengine.training.resources import plan_resources
 
@@ -153,11 +156,13 @@ def _train(config: TrainConfig, device: torch.device, ranks: Ranks, options: Tra
     if options.plan:
         return
     if ranks.count > 1:
-        check_agreement(facts_of(config, group, _named_directory(options)), ranks)
+        check_agreement(facts_of(config, group), ranks)
+        check_same_checkpoints(_named_directory(options), ranks)
     # of any node: torchrun counts on those alone whose own ranks have failed
-    directory = _run_directory(options, restarted=any(ranks.gathered(restarts_from_environment())))
+    restarted = any(ranks.gathered(restarts_from_environment()))
+    directory = _run_directory(options, restarted)
     _check_memory(plan, device, ranks)
-    with locked_run(directory):
+    with locked_run(directory, _LETS_GO_S if restarted else 0):
         _train_to_the_end(config, directory, device, ranks, options)
 
 
@@ -210,4 +215,4 @@ def _train_to_the_end(
                 directory / "lora.safetensors", lora_weights(state), {"lora_alpha": rank, "rank": rank}
             )
         print(f"{directory / 'checkpoint'}: the model of step {config.steps}; rfengine generate takes it")
-    ranks.meet()
+    ranks.meet(patient=True)  # the first rank copies the text encoder, for minutes

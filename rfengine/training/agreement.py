@@ -17,7 +17,7 @@ from rfengine.checkpoint.directories import CheckpointDirectory, checkpoint_dire
 from rfengine.checkpoint.layouts import Part
 from rfengine.config_json import to_dict
 from rfengine.files import file_sha256, open_regular
-from rfengine.training.checkpoints import finished_checkpoints, first_difference
+from rfengine.training.checkpoints import first_difference
 from rfengine.training.config import TrainConfig
 from rfengine.training.parallel import Ranks
 
@@ -31,9 +31,8 @@ _PARTS: dict[str, tuple[Part, ...]] = {
 }
 
 
-def facts_of(config: TrainConfig, group: int, directory: Path) -> dict[str, Any]:
-    """What has to be the same on every rank. group: ranks that hold one copy of the weights together.
-    directory: of the run, whose checkpoints all have to see."""
+def facts_of(config: TrainConfig, group: int) -> dict[str, Any]:
+    """What has to be the same on every rank. group: ranks that hold one copy of the weights together."""
     return {
         "versions": {
             "rfengine": _sources(Path(__file__).parents[1]),
@@ -47,7 +46,6 @@ def facts_of(config: TrainConfig, group: int, directory: Path) -> dict[str, Any]
             for name, parts in _PARTS.items()
             if (source := getattr(config, name))
         },
-        "finished checkpoints": [path.name for path in finished_checkpoints(directory)],
         "files": {name: _file(path) for name, path in _paths(config).items()},
     }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rfengine.checkpoint.directories import checkpoint_directory
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from rfengine.config import EngineConfig, WanConfig
-from rfengine.files import new_directory
+from rfengine.files import appears, new_directory
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
 from rfengine.ops import Ops, choose_ops, default_choice
@@ -26,7 +25,7 @@ from rfengine.prompts import read_prompts
 from rfengine.toy.data import LatentDataset, ToyClips, ToyPrompts, load_dataset, negative_states
 from rfengine.toy.reward import ToyReward
 from rfengine.training.arithmetic import casting
-from rfengine.training.config import TrainConfig
+from rfengine.training.config import SEEN_S, TrainConfig
 from rfengine.training.data import Encode, FilePrompts, LatentClips
 from rfengine.training.distillation import DistillationModels, DistillationStage
 from rfengine.training.lora import add_adapters
@@ -42,7 +41,6 @@ from rfengine.training.video_reward import VideoReward
 
 _TRAJECTORIES = 512  # of the file that ode-init makes for itself
 _KEPT_STATES = 1 << 28  # numbers of text states that stay in memory
-_MOST_WAIT = timedelta(days=2)  # for what the first rank makes alone before a training begins
 
 
 def build_stage(
@@ -190,7 +188,8 @@ def _trajectories(config: TrainConfig, encode: Encode, device: torch.device, ran
         )
     if not path.exists() and ranks.rank == 0:
         save_trajectories(path, _followed(config, encode, device), config.engine.schedule)
-    ranks.meet(_MOST_WAIT)
+    ranks.meet(patient=True)
+    appears(path, SEEN_S)
     return TrajectoryFile(path, config.engine)
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,7 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from rfengine.checkpoint.loader import save_weights
 from rfengine.checkpoint.tensor_file import StoredTensor, open_safetensors
-from rfengine.files import file_sha256, json_object, locked, read_text, write_text
+from rfengine.files import appears, file_sha256, json_object, locked, read_text, write_text
+from rfengine.training.config import SEEN_S
 from rfengine.training.parallel import Ranks
 from rfengine.training.shares import is_first_replica, joined, placed_like, put
 from rfengine.training.stages import TrainingStage
@@ -37,6 +39,7 @@ _LOCK_FILE = ".training.lock"
 _RECORD_FILE = "run.json"
 _FORMAT = 3
 _LIMIT_BYTES = 10_000_000
+_LOOK_S = 0.2
 
 
 class TrainState:
@@ -111,14 +114,34 @@ def _own_shards(values: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     return shards
 
 
-def _save_shards(file: Path, shards: Mapping[str, Tensor]) -> None:
-    if shards:
-        save_weights(file, shards)
+def _save_shards(file: Path, shards: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write one rank's file; its name and sha256, and nothing for a rank that has nothing to write."""
+    if not shards:
+        return {}
+    save_weights(file, shards)
+    return {file.name: file_sha256(file)}
 
 
 def finished_checkpoints(run: Path) -> list[Path]:
     """The checkpoints that were finished in the directory of a run, oldest first."""
     return sorted(path for path in (run / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name))
+
+
+def check_same_checkpoints(run: Path, ranks: Ranks) -> None:
+    """Wait until every rank sees the finished checkpoints that the first one sees, which may take a while
+    after another node has written one. Raises ValueError on every rank where one never does."""
+    first = ranks.gathered([path.name for path in finished_checkpoints(run)])[0]
+    deadline = time.monotonic() + SEEN_S
+    while (own := [path.name for path in finished_checkpoints(run)]) != first:
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(_LOOK_S)
+    for rank, names in enumerate(ranks.gathered(own)):
+        if names != first:
+            raise ValueError(
+                f"rank {rank} sees the checkpoints {names} in {run} and rank 0 {first}; give a directory "
+                "that all nodes share"
+            )
 
 
 class TrainingCheckpoints:
@@ -132,7 +155,7 @@ class TrainingCheckpoints:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.keep, self.ranks = keep, Ranks()
         self._writer = ThreadPoolExecutor(max_workers=1)
-        self._saving: tuple[Future[None], Path] | None = None
+        self._saving: tuple[Future[dict[str, str]], Path] | None = None
 
     def complete(self) -> list[Path]:
         """The checkpoints that were finished, oldest first; reading may still find one damaged."""
@@ -145,13 +168,13 @@ class TrainingCheckpoints:
         """
         self.finish()
         final = self.path / f"step_{state.step:08d}"
-        if final.exists():
-            return
         partial, rank = final.with_suffix(".partial"), self.ranks.rank
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.ranks.meet()
+        # the first alone looks: another node may not see yet what it has just renamed
+        is_there, failure = self.ranks.gathered(_begun(final, partial) if rank == 0 else (False, ""))[0]
+        if failure:
+            raise OSError(_unwritten(final, failure))
+        if is_there:
+            return
         shards = _own_shards(state.weights() | state.moments(), rank)
         file = partial / f"rank_{rank:05d}.safetensors"
         self._saving = self._writer.submit(_save_shards, file, shards), final
@@ -169,25 +192,33 @@ class TrainingCheckpoints:
         if self._saving is None:
             return
         (saving, final), self._saving = self._saving, None
-        partial, failure = final.with_suffix(".partial"), ""
+        files, failure = {}, ""
         try:
-            saving.result()
-        except (OSError, RuntimeError) as error:
+            files = saving.result()
+        except (OSError, RuntimeError, ValueError) as error:
             failure = str(error)
-        failure = self.ranks.agreed(failure)
-        if failure:
-            if self.ranks.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"checkpoint {final} was not written ({failure}); earlier ones are whole: make room and "
-                "resume"
-            )
+        parts = self.ranks.gathered((files, failure), patient=True)
+        failure = next((failure for _, failure in parts if failure), "")
         if self.ranks.rank == 0:
-            _write_record(partial, self.identity)
+            record = {name: digest for files, _ in parts for name, digest in files.items()}
+            failure = failure or self._give_name(final, record)
+            if failure:
+                shutil.rmtree(final.with_suffix(".partial"), ignore_errors=True)
+        if failure := self.ranks.agreed(failure):
+            raise OSError(_unwritten(final, failure))
+
+    def _give_name(self, final: Path, files: Mapping[str, str]) -> str:
+        """Write the record of a checkpoint whose files are written, and rename it; why that failed, else
+        "". Older ones go; what cannot be removed now is tried again with the next."""
+        partial = final.with_suffix(".partial")
+        try:
+            _write_record(partial, self.identity, files)
             partial.rename(final)
-            for path in self.complete()[: -self.keep]:
-                shutil.rmtree(path)
-        self.ranks.meet()
+        except OSError as error:
+            return str(error)
+        for path in self.complete()[: -self.keep]:
+            shutil.rmtree(path, ignore_errors=True)
+        return ""
 
     def restore(self, state: TrainState) -> bool:
         """Resume from the newest checkpoint that is whole; False where there is none at all.
@@ -196,7 +227,7 @@ class TrainingCheckpoints:
         Raises ValueError when none is whole, or when one is of another recipe.
         """
         damaged: list[tuple[Path, str]] = []
-        for path in reversed(self.complete()):
+        for path in reversed(self.ranks.gathered(self.complete())[0]):
             problem = self._take(path, state)
             if not problem:
                 self._set_aside(damaged, path)
@@ -213,36 +244,45 @@ class TrainingCheckpoints:
     def _take(self, path: Path, state: TrainState) -> str:
         """Read a checkpoint into `state`; what is wrong with one that is damaged, else "".
 
-        Raises ValueError for a whole one of another recipe.
+        Raises ValueError for one of another recipe.
         """
-        problem, refusal = self._examine(path) if self.ranks.rank == 0 else ("", "")
-        if refusal := self.ranks.agreed(refusal):
+        found = self._examine(path) if self.ranks.rank == 0 else ([], "", "")
+        files, problem, refusal = self.ranks.gathered(found)[0]
+        if refusal:
             raise ValueError(refusal)
-        if problem := self.ranks.agreed(problem):
+        if not problem:
+            problem = self.ranks.agreed(
+                _damage(path, files[self.ranks.rank :: self.ranks.count]), patient=True
+            )
+        if problem:
             return problem
         shards: dict[str, list[StoredTensor]] = {}
         try:
-            for file in sorted(path.glob("rank_*.safetensors")):
-                for name, tensor in open_safetensors(file).items():
-                    shards.setdefault(name, []).append(tensor)
+            for name, _ in files:
+                for key, tensor in open_safetensors(path / name).items():
+                    shards.setdefault(key, []).append(tensor)
             state.take(int(path.name.removeprefix("step_")), shards)
+        except torch.OutOfMemoryError:  # which says nothing of the files
+            raise
         except (OSError, RuntimeError, ValueError, LookupError) as error:
             problem = f"it cannot be read ({error})"
-        return self.ranks.agreed(problem)
+        return self.ranks.agreed(problem, patient=True)
 
-    def _examine(self, path: Path) -> tuple[str, str]:
-        """What is damaged, and why a checkpoint that is whole is not of this run; "" for nothing."""
+    def _examine(self, path: Path) -> tuple[list[tuple[str, str]], str, str]:
+        """The files of a checkpoint with their sha256, what is damaged of its record, and why it is not of
+        this run; "" for nothing."""
         try:
-            found = _check_record(path)
+            found, files = _read_record(path)
         except ValueError as error:
-            return str(error), ""
+            return [], str(error), ""
         if found == self.identity:
-            return "", ""
+            return sorted(files.items()), "", ""
         name, made, wanted = first_difference("", found, self.identity)
-        return "", (
+        refusal = (
             f"{path} was made with {name} {made!r}, this run has {wanted!r}; resume with the recipe it was "
             "made with, or choose another directory"
         )
+        return [], "", refusal
 
     def _set_aside(self, damaged: list[tuple[Path, str]], taken: Path) -> None:
         if self.ranks.rank == 0:
@@ -258,26 +298,27 @@ class TrainingCheckpoints:
 
 
 @contextmanager
-def locked_run(directory: Path) -> Iterator[None]:
+def locked_run(directory: Path, wait_s: float = 0.0) -> Iterator[None]:
     """Keep other trainings out of `directory`, which is made and goes if nothing was written, during the
     block.
 
-    Under several ranks the first one holds it. Raises RuntimeError on every rank at once where another
-    training runs there, and where a rank does not see the directory of the first.
+    Under several ranks the first one holds it. wait_s: how long to wait for another to let go. Raises
+    RuntimeError on every rank at once where another training runs there and where the first cannot write
+    there; where a rank does not see the directory of the first, after the time that another node may need.
     """
     ranks, refusal, lock = Ranks(), "", directory / _LOCK_FILE
     with ExitStack() as stack:
         if ranks.rank == 0:
-            if not directory.exists():
-                directory.mkdir(parents=True, exist_ok=True)
-                stack.callback(_remove_empty, directory)
             try:
-                stack.enter_context(locked(lock, f"training in {directory}"))
-            except RuntimeError as error:
+                if not directory.exists():
+                    directory.mkdir(parents=True, exist_ok=True)
+                    stack.callback(_remove_empty, directory)
+                stack.enter_context(locked(lock, f"training in {directory}", wait_s))
+            except (RuntimeError, OSError) as error:
                 refusal = str(error)
         if refusal := ranks.agreed(refusal):
             raise RuntimeError(refusal)
-        blind = [str(rank) for rank, sees in enumerate(ranks.gathered(lock.exists())) if not sees]
+        blind = [str(rank) for rank, sees in enumerate(ranks.gathered(appears(lock, SEEN_S))) if not sees]
         if blind:
             raise RuntimeError(
                 f"{directory.absolute()} of rank 0 is not there on rank {', '.join(blind)}; give a directory "
@@ -291,10 +332,25 @@ def _remove_empty(directory: Path) -> None:
         directory.rmdir()
 
 
-def _write_record(directory: Path, identity: Mapping[str, Any]) -> None:
-    """Write the record of the files in `directory`. identity: JSON values. Raises OSError."""
-    files = {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
-    content = {"format": _FORMAT, "identity": dict(identity), "files": files}
+def _begun(final: Path, partial: Path) -> tuple[bool, str]:
+    """Whether a checkpoint is there already, and why an empty directory for it cannot be made, else ""."""
+    if final.exists():
+        return True, ""
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return False, str(error)
+    return False, ""
+
+
+def _unwritten(final: Path, failure: str) -> str:
+    return f"checkpoint {final} was not written ({failure}); earlier ones are whole: make room and resume"
+
+
+def _write_record(directory: Path, identity: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Write the record of `files`, name to sha256, in `directory`. identity: JSON values. Raises OSError."""
+    content = {"format": _FORMAT, "identity": dict(identity), "files": dict(files)}
     write_text(directory / _RECORD_FILE, json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n")
 
 
@@ -307,11 +363,9 @@ def first_difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:
     return first_difference(f"{name}.{key}".lstrip("."), one.get(key), other.get(key))
 
 
-def _check_record(directory: Path) -> dict[str, Any]:
-    """Compare every file of a checkpoint with its record, and return the identity.
-
-    Raises ValueError where anything is absent, changed or not readable.
-    """
+def _read_record(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The identity of a checkpoint and the sha256 of its files by name. Raises ValueError where the record is
+    absent, changed or not readable."""
     path = directory / _RECORD_FILE
     try:
         content = json_object(read_text(path, _LIMIT_BYTES), path)
@@ -322,7 +376,13 @@ def _check_record(directory: Path) -> dict[str, Any]:
         raise ValueError(f"its {_RECORD_FILE} is damaged")
     if content.get("format") != _FORMAT:
         raise ValueError(f"its {_RECORD_FILE} has format {content.get('format')}, and {_FORMAT} is read")
-    for name, digest in content["files"].items():
+    return content["identity"], content["files"]
+
+
+def _damage(directory: Path, files: Sequence[tuple[str, str]]) -> str:
+    """What is wrong with the first of these files, names with their sha256, that is not what was written;
+    "" for nothing."""
+    for name, digest in files:
         try:
             problem = "" if file_sha256(directory / name) == digest else "is not what was written"
         except FileNotFoundError:
@@ -330,8 +390,8 @@ def _check_record(directory: Path) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             problem = f"cannot be read ({error})"
         if problem:
-            raise ValueError(f"its file {name} {problem}")
-    return content["identity"]
+            return f"its file {name} {problem}"
+    return ""
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from rfengine.training.arithmetic import Precision
 Stage = Literal["teacher", "ode-init", "dmd", "re-dmd"]
 Parallelism = Literal["replicated", "sharded", "hybrid"]
 MOST_STEPS = 10**9
-TIMEOUT_S = 600  # samples and the hashes of a checkpoint, which the first rank makes alone, take minutes
+TIMEOUT_S = 600  # of a rank that waits for another, which may have compiled and loaded for minutes
+SEEN_S = 90  # until a new file is seen on every node: NFS keeps what it knows of a directory for a minute
 BELOW_ONE = 1 - 1e-9  # Adam and averages divide by what is missing to one
 Steps = Annotated[int, Range(1, MOST_STEPS)]
 Frames = Chunks = Annotated[int, Range(1, 4096)]

@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from typing import TypeVar
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -28,20 +30,27 @@ from torch.distributed.tensor import DTensor
 from rfengine.models.dit import WanDiT
 from rfengine.torchrun import MOST_RANKS, environment_integer, own_gpu, started_ranks
 from rfengine.training.config import TIMEOUT_S, Parallelism
-from rfengine.training.rank_store import is_agent_shared, open_rank_store
+from rfengine.training.rank_store import check_devices, open_rank_store
 
 _MOST_RESTARTS = 65536
+_PATIENCE = timedelta(days=1)  # for files of one rank, which take minutes to hours
 
 Value = TypeVar("Value")
 
 
 class Ranks:
-    """The processes of one training; one without torchrun."""
+    """The processes of one training; one without torchrun.
+
+    The first time after they have joined, every rank has to make one at the same place. A rank that waits
+    for another ends after the timeout of the ranks, with `patient` after a day; in both cases at once where
+    the other's connection breaks.
+    """
 
     def __init__(self) -> None:
         grouped = distributed.is_initialized()
         self.rank = distributed.get_rank() if grouped else 0
         self.count = distributed.get_world_size() if grouped else 1
+        self._patient = _patient_group(distributed.group.WORLD) if self.count > 1 else None
 
     def passes(self, accumulation: int) -> range:
         """The passes of a step, counted over all ranks, that this rank makes. Raises ValueError for a count
@@ -63,30 +72,30 @@ class Ranks:
         """The mean of a number over the ranks."""
         if self.count == 1:
             return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=_group_device())
+        tensor = torch.tensor(value, dtype=torch.float64, device="cpu")
         _average([tensor])
         return float(tensor)
 
-    def agreed(self, reason: str) -> str:
+    def agreed(self, reason: str, patient: bool = False) -> str:
         """The first rank's reason that is not empty, on every rank: all stop after the same step."""
-        return next(filter(None, self.gathered(reason)), "")
+        return next(filter(None, self.gathered(reason, patient)), "")
 
-    def gathered(self, value: Value) -> list[Value]:
+    def gathered(self, value: Value, patient: bool = False) -> list[Value]:
         """The value of every rank, by rank; it travels as a pickle."""
         values = [value] * self.count
         if self.count > 1:
-            distributed.all_gather_object(values, value)
+            distributed.all_gather_object(values, value, self._patient if patient else None)
         return values
 
-    def meet(self, within: timedelta | None = None) -> None:
-        """Wait until every rank is here; `within` this time in place of that of all ranks, for long work of
-        one."""
-        if self.count == 1:
-            return
-        if within is None:
-            distributed.barrier()
-            return
-        distributed.barrier(distributed.new_group(timeout=within))
+    def meet(self, patient: bool = False) -> None:
+        """Wait until every rank is here."""
+        self.gathered(None, patient)
+
+
+@lru_cache(maxsize=1)
+def _patient_group(_: ProcessGroup) -> ProcessGroup:
+    """All ranks again. They connect when it is made, so that those who wait learn that one is gone."""
+    return distributed.new_group(timeout=_PATIENCE, backend="gloo")
 
 
 @torch.no_grad()
@@ -122,10 +131,11 @@ def ranks_from_environment(
 ) -> Iterator[tuple[Ranks, torch.device]]:
     """The ranks that torchrun started, and this one's device; one rank on `device` where it did not.
 
-    NCCL joins CUDA devices, one for each rank of a machine, and gloo the CPU. A rank that has waited for
-    another for timeout_s seconds fails, and one whose connection to another breaks does at once, with
-    RuntimeError. After an error the ranks are not parted in good order, which would wait for those that are
-    gone: the process is to end.
+    NCCL joins CUDA devices, one for each rank of a machine, and gloo the CPU, what ranks tell one another
+    included: it notices at once that a connection breaks. A rank that has waited for another for timeout_s
+    seconds fails, and one whose connection to another breaks does at once, with RuntimeError; ValueError
+    where some ranks have a GPU and others none. After an error the ranks are not parted in good order, which
+    would wait for those that are gone: the process is to end.
     """
     if (count := started_ranks()) == 1:
         yield Ranks(), device
@@ -134,10 +144,8 @@ def ranks_from_environment(
     if device.type == "cuda":
         device = own_gpu()
         torch.cuda.set_device(device)
-        _join("nccl", rank, count, timeout, device)
-    else:
-        _join("gloo", rank, count, timeout)
     try:
+        _join(rank, count, timeout, device)
         yield Ranks(), device
     except RuntimeError as error:
         if _tells_of_another(error):
@@ -158,13 +166,13 @@ def _sentence(error: RuntimeError) -> str:
     return re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].partition("\n")[0]
 
 
-def _join(
-    backend: str, rank: int, count: int, timeout: timedelta, device: torch.device | None = None
-) -> None:
-    store = open_rank_store(rank, count, timeout) if is_agent_shared() else None
+def _join(rank: int, count: int, timeout: timedelta, device: torch.device) -> None:
+    store, on_cuda = open_rank_store(rank, count, timeout), device.type == "cuda"
+    check_devices(store, rank, count, device.type)
     distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=count, timeout=timeout, device_id=device
-    )
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=store, rank=rank, world_size=count, timeout=timeout, device_id=device if on_cuda else None,
+    )  # fmt: skip
 
 
 def group_size(parallel: Parallelism, shard_ranks: int | None, count: int) -> int:
@@ -227,7 +235,3 @@ def shard(
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offloading, reshard_after_forward=False)
     for method in ("forward_chunk", "context_pass", "forward_clip", "text_keys_values", "modulation"):
         register_fsdp_forward_method(model, method)
-
-
-def _group_device() -> torch.device:
-    return torch.device("cuda" if distributed.get_backend() == "nccl" else "cpu")

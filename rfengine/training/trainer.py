@@ -103,6 +103,7 @@ class Trainer:
         every = self.config.sample_every if self._sample is not None else 0
         if every and step % every == 0:
             self._sample(step, self.directory / "samples")
+            self.ranks.meet(patient=True)  # the first rank makes them, for minutes
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

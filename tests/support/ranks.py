@@ -14,22 +14,28 @@ _SHARED_IMPORTS = ("rfengine.training.build", "rfengine.training.trainer")  # on
 _LONGEST_WAIT = timedelta(minutes=2)  # of a rank for another, which else is half an hour
 
 
-def run_ranks(function: Callable[..., None], count: int, *arguments: object) -> None:
-    """Call `function(rank, *arguments)` in `count` processes of one thread, and wait."""
+def run_ranks(
+    function: Callable[..., None], count: int, *arguments: object, timeout: timedelta = _LONGEST_WAIT
+) -> None:
+    """Call `function(rank, *arguments)` in `count` processes of one thread, and wait. timeout: of a rank for
+    another."""
     with tempfile.TemporaryDirectory() as directory:
         meeting = (Path(directory) / "meeting").as_uri()
         torch.multiprocessing.get_context("forkserver").set_forkserver_preload(list(_SHARED_IMPORTS))
         torch.multiprocessing.start_processes(
-            _start, (function, count, meeting, arguments), nprocs=count, start_method="forkserver"
+            _start, (function, count, meeting, timeout, arguments), nprocs=count, start_method="forkserver"
         )
 
 
 def _start(
-    rank: int, function: Callable[..., None], count: int, meeting: str, arguments: tuple[object, ...]
+    rank: int,
+    function: Callable[..., None],
+    count: int,
+    meeting: str,
+    timeout: timedelta,
+    arguments: tuple[object, ...],
 ) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=count, timeout=_LONGEST_WAIT
-    )
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count, timeout=timeout)
     function(rank, *arguments)
     distributed.destroy_process_group()

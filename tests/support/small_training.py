@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ from rfengine.config import CacheConfig, EngineConfig, ScheduleConfig, TextConfi
 from rfengine.files import locked
 from rfengine.models.dit import WanDiT
 from rfengine.models.vae import WanVAE
+from rfengine.training import checkpoints
 from rfengine.training.agreement import check_agreement, facts_of
 from rfengine.training.checkpoints import locked_run
 from rfengine.training.config import AdamConfig, DistillationConfig, RolloutConfig, TrainConfig
@@ -128,12 +131,14 @@ def run_all(rank: int, jobs: list[tuple[Path, TrainConfig, Path]], means: Path) 
 
 def run_apart(rank: int, jobs: list[tuple[Path, TrainConfig, Path]], means: Path, refusals: Path) -> None:
     """run_all, and then what each rank says, in `refusals` with its number, when one has another seed, when
-    some have another directory and when the directory of the run is in use."""
+    some have another directory and when the directory of the run is in use; and the checkpoints that are
+    there when one was saved again whose name the last two do not see."""
     run_all(rank, jobs, means)
+    checkpoints.SEEN_S = 0.2
     ranks, found = Ranks(), {}
     config = changed(seed=7 if rank == 2 else 0)
     try:
-        check_agreement(facts_of(config, 2, jobs[0][0]), ranks)
+        check_agreement(facts_of(config, 2), ranks)
     except ValueError as error:
         found["seed"] = str(error)
     place = refusals.with_name(f"of {rank % 2}")
@@ -152,8 +157,47 @@ def run_apart(rank: int, jobs: list[tuple[Path, TrainConfig, Path]], means: Path
                 found["lock"] = ""
         except RuntimeError as error:
             found["lock"] = str(error)
+    found["again"] = saved_again(refusals.with_name("again"), sees=rank < 2)
     torch.save(found, refusals.with_suffix(f".{rank}"))
+
+
+def saved_again(directory: Path, sees: bool) -> list[str]:
+    """Names of the checkpoints after one of ranks that share the weights was saved twice and then another;
+    without `sees` this rank is on a node that shows no name that is new."""
+    trainer = small_trainer(directory, HYBRID)
+    exists, trainer.state.step = Path.exists, 1
+    Path.exists = lambda path: sees and exists(path)
+    try:
+        for step in (1, 1, 2):
+            trainer.state.step = step
+            trainer.checkpoints.save(trainer.state, wait=True)
+    finally:
+        Path.exists = exists
+    return [path.name for path in trainer.checkpoints.complete()]
+
+
+def wait_for_the_first(rank: int, seconds: float, result: Path) -> None:
+    """The first rank is busy for so long and then gone; the last one writes how long it then waited and what
+    it was told."""
+    ranks = Ranks()
+    if rank == 0:
+        time.sleep(seconds)
+    ranks.meet(patient=True)
+    if rank == 0:
+        os._exit(0)
+    began = time.monotonic()
+    try:
+        ranks.meet(patient=True)
+    except RuntimeError as error:
+        result.write_text(f"{time.monotonic() - began} {error}")
+    os._exit(0)
+
+
+FOUR = {"accumulation": 4}
 
 
 def changed(**changes: object) -> TrainConfig:
     return dataclasses.replace(DMD, **changes)
+
+
+HYBRID = changed(**FOUR, parallel="hybrid", shard_ranks=2)

@@ -16,7 +16,12 @@ import torch
 from torch import nn
 
 from rfengine.checkpoint.loader import save_weights
-from rfengine.training.checkpoints import TrainingCheckpoints, TrainState, locked_run
+from rfengine.training.checkpoints import (
+    TrainingCheckpoints,
+    TrainState,
+    check_same_checkpoints,
+    locked_run,
+)
 from rfengine.training.config import AdamConfig
 from rfengine.training.learner import Learner, WeightAverage
 from rfengine.training.parallel import Ranks
@@ -166,3 +171,90 @@ def test_a_save_gets_its_name_without_a_wait_once_it_is_written(tmp_path, monkey
         saving.finish_if_written()
     assert [path.name for path in saving.complete()] == ["step_00000001"]
     saving.finish_if_written()
+
+
+def test_an_old_checkpoint_that_cannot_go_yet_does_not_end_the_run(tmp_path, monkeypatch) -> None:
+    """As on NFS, where somebody on the same machine reads it; it goes with the next."""
+    saving, remove = checkpoints(tmp_path), shutil.rmtree
+    for step in (1, 2, 3):
+        saving.save(small_state(step), wait=True)
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists() and not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr("rfengine.training.checkpoints.shutil.rmtree", busy)
+    saving.save(small_state(4), wait=True)
+    assert len(saving.complete()) == 4
+    monkeypatch.setattr("rfengine.training.checkpoints.shutil.rmtree", remove)
+    saving.save(small_state(5), wait=True)
+    assert [path.name[-1] for path in saving.complete()] == ["3", "4", "5"]
+
+
+def test_a_checkpoint_that_cannot_be_begun_or_named_is_one_sentence(tmp_path, monkeypatch) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    refused = pytest.raises(OSError, match="step_00000001 was not written .*; earlier ones are whole: make")
+    with refused:
+        checkpoints(tmp_path).save(small_state(1))
+    (tmp_path / "checkpoints").unlink()
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("rfengine.training.checkpoints.write_text", lambda *_: (_ for _ in ()).throw(full))
+    with refused:
+        checkpoints(tmp_path).save(small_state(1), wait=True)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_memory_that_runs_out_says_nothing_of_a_checkpoint(run: Path, monkeypatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("rfengine.training.checkpoints.put", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoints(run).restore(small_state())
+    assert [path.name for path in checkpoints(run).complete()] == ["step_00000001", "step_00000002"]
+
+
+def test_a_directory_that_cannot_be_made_is_refused_and_one_that_is_let_go_is_waited_for(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RuntimeError, match="Not a directory"), locked_run(tmp_path / "file" / "run"):
+        pytest.fail("trains nowhere")
+    held, taken = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with locked_run(tmp_path / "run"):
+            (tmp_path / "run" / "log.jsonl").touch()
+            held.set()
+            time.sleep(0.2)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    with locked_run(tmp_path / "run", wait_s=20):
+        taken.set()
+    holder.join()
+    assert taken.is_set()
+
+
+class SecondOfTwo(Ranks):
+    """What a rank sees whose first sees `first`; `then` is called whenever they tell one another."""
+
+    def __init__(self, first: list[str], then: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.first, self.then = first, then
+
+    def gathered(self, value, patient=False):
+        self.then()
+        return [self.first, value]
+
+
+def test_checkpoints_that_another_node_sees_later_are_waited_for(tmp_path, monkeypatch) -> None:
+    def write_later() -> None:
+        threading.Timer(0.3, (tmp_path / NEWEST).mkdir, kwargs={"parents": True, "exist_ok": True}).start()
+
+    check_same_checkpoints(tmp_path, SecondOfTwo(["step_00000002"], write_later))
+    monkeypatch.setattr("rfengine.training.checkpoints.SEEN_S", 0.1)
+    with pytest.raises(
+        ValueError,
+        match=r"rank 1 sees the checkpoints \['step_00000002'\] in .* and rank 0 \[\]; give a directory that",
+    ):
+        check_same_checkpoints(tmp_path, SecondOfTwo([]))

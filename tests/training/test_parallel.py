@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ import torch
 from rfengine.training.config import RolloutConfig, TrainConfig
 from rfengine.training.parallel import Ranks, group_size, ranks_from_environment
 from support.ranks import run_ranks
-from support.small_training import changed, distillation_models, run_all, run_apart, run_small
+from support.small_training import (
+    FOUR,
+    HYBRID,
+    changed,
+    distillation_models,
+    run_all,
+    run_apart,
+    run_small,
+    wait_for_the_first,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,10 +74,6 @@ def two_ranks(tmp_path_factory, four_ranks) -> Path:
     )
     run_ranks(run_all, 2, jobs, directory / "means.pt")
     return directory
-
-
-FOUR = {"accumulation": 4}
-HYBRID = changed(**FOUR, parallel="hybrid", shard_ranks=2)
 
 
 def gone_on(
@@ -215,6 +221,19 @@ def test_ranks_that_differ_are_refused_on_every_rank_with_what_differs(four_rank
             "of rank 0 is not there on rank 1, 3; give a directory that all nodes share" in refusals["place"]
         )
         assert "another process is training in" in refusals["lock"]
+
+
+def test_a_checkpoint_is_saved_once_though_another_node_does_not_see_it_yet(four_ranks):
+    for rank in range(4):
+        found = torch.load(four_ranks / f"apart.{rank}", weights_only=True)
+        assert found["again"] == ["step_00000001", "step_00000002"]
+
+
+def test_ranks_wait_for_the_work_of_the_first_past_the_timeout_and_end_when_it_is_gone(tmp_path):
+    result = tmp_path / "told"
+    run_ranks(wait_for_the_first, 2, 1.5, result, timeout=timedelta(seconds=1))
+    seconds, told = result.read_text().split(" ", 1)
+    assert float(seconds) < 10 and "Connection" in told
 
 
 @pytest.mark.parametrize(

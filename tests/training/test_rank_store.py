@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+import torch
 from torch.distributed import HashStore, Store
 
-from rfengine.training.rank_store import is_agent_shared, met
+from rfengine.training.parallel import ranks_from_environment
+from rfengine.training.rank_store import check_devices, is_agent_shared, met
 
 SOON = timedelta(seconds=20)
 
@@ -66,3 +68,34 @@ def test_the_agent_says_whether_its_store_is_used(monkeypatch, value, shared) ->
     if value is not None:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", value)
     assert is_agent_shared() == shared
+
+
+@pytest.mark.parametrize(
+    ("kinds", "sentence"),
+    [
+        (["cuda", "cuda", "cpu"], r"rank 2 on \S+ computes on cpu and rank 0 on \S+ on cuda; look at"),
+        (["cpu", "cuda", "cuda"], r"rank 1 on \S+ computes on cuda and rank 0 on \S+ on cpu; look at"),
+    ],
+)
+def test_ranks_on_other_devices_are_refused_on_every_rank(kinds, sentence) -> None:
+    store = HashStore()
+
+    def check(rank: int) -> str:
+        with pytest.raises(ValueError, match=sentence):
+            check_devices(store, rank, 3, kinds[rank])
+        return kinds[rank]
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(check, range(3))) == kinds
+    check_devices(HashStore(), 0, 1, "cuda")
+
+
+def test_a_place_to_meet_that_is_not_said_is_named(monkeypatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(ValueError, match="MASTER_ADDR is empty; torchrun sets it"),
+        ranks_from_environment(torch.device("cpu")),
+    ):
+        pass
