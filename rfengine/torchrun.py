@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -21,6 +24,17 @@ def started_ranks() -> int:
 def own_gpu() -> torch.device:
     """The GPU of this process: that of its number on its machine. Raises ValueError where there is none."""
     return torch.device("cuda", environment_integer("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
+
+
+def own_agent() -> str:
+    """What tells the agent of torchrun that has started this process from every other: its machine, number
+    and, where /proc has it, start. "" without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    number, started = os.getppid(), ""
+    with suppress(OSError):
+        started = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {number} {started}"
 
 
 def environment_integer(name: str, low: int, high: int, default: str = "") -> int:

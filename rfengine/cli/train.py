@@ -19,8 +19,10 @@ from rfengine.training.config import TIMEOUT_S, Parallelism, TrainConfig
 from rfengine.training.recipes import RECIPES
 
 if TYPE_CHECKING:
+    from rfengine.training.distillation import DistillationStage
     from rfengine.training.parallel import Ranks
     from rfengine.training.resources import ResourcePlan
+    from rfengine.training.trainer import Trainer
 
 
 _LETS_GO_S = 120  # until a first rank of an earlier start is gone, or the server of its file system knows
@@ -138,6 +140,7 @@ def _named_directory(options: TrainOptions) -> Path:
 
 
 def _train(config: TrainConfig, device: torch.device, ranks: Ranks, options: TrainOptions) -> None:
+    from rfengine.training.agents import is_own_run
     from rfengine.training.agreement import check_agreement, facts_of
     from rfengine.training.checkpoints import check_same_checkpoints, locked_run
     from rfengine.training.parallel import group_size, restarts_from_environment
@@ -160,6 +163,7 @@ def _train(config: TrainConfig, device: torch.device, ranks: Ranks, options: Tra
         check_same_checkpoints(_named_directory(options), ranks)
     # of any node: torchrun counts on those alone whose own ranks have failed
     restarted = any(ranks.gathered(restarts_from_environment()))
+    restarted = is_own_run(_named_directory(options), ranks) and restarted
     directory = _run_directory(options, restarted)
     _check_memory(plan, device, ranks)
     with locked_run(directory, _LETS_GO_S if restarted else 0):
@@ -186,11 +190,10 @@ def _train_to_the_end(
     config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, options: TrainOptions
 ) -> None:
     from rfengine.checkpoint.loader import save_weights
+    from rfengine.training.agents import note_agents
     from rfengine.training.build import build_stage, export_checkpoint
-    from rfengine.training.log import LOG_FILE
     from rfengine.training.lora import lora_weights, merged_weights
     from rfengine.training.parallel import group_size, sharding_mesh
-    from rfengine.training.reward_guard import RewardGuard
     from rfengine.training.samples import SampleWriter, averaged_state
     from rfengine.training.trainer import Trainer
 
@@ -200,11 +203,9 @@ def _train_to_the_end(
         mesh = sharding_mesh(device.type, group, options.timeout)
     stage = build_stage(config, device, ranks, mesh)
     trainer = Trainer(config, stage, directory, ranks, SampleWriter(config, stage, device, ranks))
-    if config.stage == "re-dmd":  # a guard as it was at the checkpoint that the run resumes from
-        log, step = directory / LOG_FILE, trainer.state.step
-        trainer.on_step = RewardGuard.from_log(
-            log, step, stage.score.held_out, options.guard == "stop"
-        ).on_step
+    if config.stage == "re-dmd":
+        _guard(trainer, stage, options.guard == "stop")
+    note_agents(directory, ranks)
     trainer.finish(f"with --resume {directory}")
     state = averaged_state(stage)
     if ranks.rank == 0:
@@ -216,3 +217,19 @@ def _train_to_the_end(
             )
         print(f"{directory / 'checkpoint'}: the model of step {config.steps}; rfengine generate takes it")
     ranks.meet(patient=True)  # the first rank copies the text encoder, for minutes
+
+
+def _guard(trainer: Trainer, stage: DistillationStage, stops: bool) -> None:
+    """Let the first rank watch the reward, by a guard as it was at the checkpoint that the run resumes from.
+    Raises RuntimeError on every rank where it has stopped the run there."""
+    from rfengine.training.log import LOG_FILE
+    from rfengine.training.reward_guard import RewardGuard
+
+    reason = ""
+    if trainer.ranks.rank == 0:
+        log, step = trainer.directory / LOG_FILE, trainer.state.step
+        guard = RewardGuard.from_log(log, step, stage.score.held_out, stops)
+        trainer.on_step = guard.on_step
+        reason = guard.warning if stops and guard.warning else ""
+    if reason := trainer.ranks.agreed(reason):
+        raise RuntimeError(f"{reason}; --guard warn goes on all the same")

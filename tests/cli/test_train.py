@@ -20,6 +20,7 @@ from rfengine import cli
 from rfengine.checkpoint.loader import read_safetensors, save_weights
 from rfengine.cli import train
 from rfengine.pipeline import Pipeline
+from rfengine.training.reward_guard import RewardGuard
 from support.outcome import fails, frame_count
 
 SHORT = ["--device", "cpu", "--batch", "4", "--steps", "5", "--save-every", "5"]
@@ -78,6 +79,33 @@ def test_directory_that_holds_a_run_is_not_begun_anew(model, prompts, tmp_path, 
     (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     command = [*arguments("toy_dmd", model, prompts), "--directory", str(tmp_path / "run")]
     assert "add --resume" in fails(capsys, 2, *command)
+
+
+def test_a_run_of_another_torchrun_is_refused_again_when_the_ranks_are_started_again(
+    model, finished, copied, monkeypatch, capsys
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    command = [*arguments("toy_dmd", model, finished.with_name("prompts.txt")), "--directory", str(copied)]
+    assert "add --resume" in fails(capsys, 2, *command)
+    (copied / ".agents.json").write_text('["elsewhere 1 2"]')
+    assert "add --resume" in fails(capsys, 2, *command)
+    resumed = [*command[:-2], "--resume", str(copied)]
+    assert cli.main(resumed) == 0, "which makes it a run of this one"
+    assert cli.main(command) == 0
+
+
+def test_a_run_that_the_guard_has_stopped_is_not_begun_again(model, prompts, tmp_path, monkeypatch, capsys):
+    def stopped(*arguments: object) -> RewardGuard:
+        guard = RewardGuard(*arguments[2:])
+        guard.warning = "exploited"
+        return guard
+
+    monkeypatch.setattr(RewardGuard, "from_log", stopped)
+    command = [*arguments("toy_re_dmd", model, prompts), "--directory", str(tmp_path / "run")]
+    sentence = fails(capsys, 1, *command, "--guard", "stop")
+    assert "exploited; --guard warn goes on all the same" in sentence
+    assert not (tmp_path / "run").exists()
 
 
 def test_checkpoint_of_another_recipe_is_refused(model, finished, copied, capsys):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from rfengine.training import recipes
@@ -27,7 +30,21 @@ def test_wan_recipe_has_the_published_numbers():
     assert (config.optimizer.rate, config.critic_optimizer.rate) == (2e-6, 4e-7)
     assert config.optimizer.betas == config.critic_optimizer.betas == (0.0, 0.999)
     assert config.rollout.max_chunks * config.engine.cache.chunk_frames == config.clip_frames == 21
+    assert config.parallel == "hybrid" and config.shard_ranks is None
     assert config.teacher_model.num_layers == 40 and config.critic_model.num_layers == 30
+
+
+def test_the_ranks_of_every_command_in_the_documentation_can_share_its_passes():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text().replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("torchrun ")]
+    for command in commands:
+        nodes, ranks = (
+            int(found[1]) if (found := re.search(f"--{name} (\\d+)", command)) else 1
+            for name in ("nnodes", "nproc-per-node")
+        )
+        recipe = re.search(r"cli train (\w+)", command)[1]
+        assert recipes.RECIPES[recipe]().accumulation % (nodes * ranks) == 0
+    assert len(commands) == 2
 
 
 @pytest.mark.parametrize("recipe", [recipes.toy_teacher, recipes.toy_ode_init])
