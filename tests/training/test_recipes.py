@@ -36,10 +36,10 @@ def test_wan_recipe_has_the_published_numbers():
 
 def test_the_ranks_of_every_command_in_the_documentation_can_share_its_passes():
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text().replace("\\\n", " ")
-    commands = [line for line in text.splitlines() if line.startswith("torchrun ")]
+    commands = [line for line in text.splitlines() if line.startswith("torchrun --")]
     for command in commands:
         nodes, ranks = (
-            int(found[1]) if (found := re.search(f"--{name} (\\d+)", command)) else 1
+            int(found[1]) if (found := re.search(rf"--{name} (\d+)", command)) else 1
             for name in ("nnodes", "nproc-per-node")
         )
         recipe = re.search(r"cli train (\w+)", command)[1]
