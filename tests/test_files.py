@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rfengine.files import (
+    appears,
     file_sha256,
     locked,
     new_directory,
@@ -253,3 +254,11 @@ def test_a_destination_with_the_longest_name_is_written(tmp_path: Path) -> None:
     with reserved(out, HOLDS), new_directory(out) as directory:
         (directory / "file").touch()
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_what_comes_late_is_waited_for_and_what_does_not_come_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "late"
+    threading.Timer(0.1, path.touch).start()
+    assert not appears(path, 0)
+    assert appears(path, 20)
+    assert not appears(tmp_path / "never", 0.05)

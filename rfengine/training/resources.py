@@ -8,7 +8,7 @@ D model dim, T tokens, S keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from rfengine.config import WanConfig
@@ -113,7 +113,7 @@ def plan_resources(config: TrainConfig, ranks: int, group: int, device_type: str
     if config.stage == "re-dmd" and config.reward != "toy":
         models.append(ModelMemory("reward", int(_REWARD_PARAMETERS), 2 * _REWARD_PARAMETERS))
     if distils:
-        phases, flops = _distillation_phases(config, active, halved), _distillation_flops(config)
+        phases, flops = _distillation_phases(config, group, active, halved), _distillation_flops(config)
     else:
         phases = {"update": {"activations": _clip_activations(engine.model, config, active)}}
         work = config.batch * config.accumulation * clip_flops(engine, engine.model, config.clip_frames)
@@ -141,8 +141,23 @@ def _clip_activations(shape: WanConfig, config: TrainConfig, size: int) -> float
     return shape.num_layers * block
 
 
-def _distillation_phases(config: TrainConfig, active: int, halved: int) -> dict[str, dict[str, float]]:
+def _gathered_weights(shapes: tuple[WanConfig, ...], size: int) -> float:
+    """What ranks that share these models gather of them: two blocks of the largest, the one that runs and the
+    one after it, and of each what is outside of blocks, which stays (parallel.shard)."""
+    blocks, others = [], 0
+    for shape in shapes:
+        one, two = (parameter_count(replace(shape, num_layers=layers)) for layers in (1, 2))
+        blocks.append(two - one)
+        others += one - blocks[-1]
+    return size * (2 * max(blocks) + others)
+
+
+def _distillation_phases(
+    config: TrainConfig, group: int, active: int, halved: int
+) -> dict[str, dict[str, float]]:
     engine, shape, rollout = config.engine, config.engine.model, config.rollout
+    critic, teacher = config.critic_model or shape, config.teacher_model or shape
+    size = max(active, halved)  # of a weight that is gathered, or brought from the CPU
     tokens = config.batch * LatentGrid.of(engine).frame_tokens  # of one latent frame
     arena = active * shape.num_layers * tokens * engine.cache.window_frames * shape.dim
     learned = min(rollout.gradient_chunks, rollout.max_chunks)
@@ -150,18 +165,23 @@ def _distillation_phases(config: TrainConfig, active: int, halved: int) -> dict[
     pixels = engine.cache.chunk_frames * engine.vae.temporal_stride * engine.height * engine.width
     decoded = config.batch * pixels if config.stage == "re-dmd" else 0
     cast = 0 if active == 4 or config.parallel != "replicated" else 2 * parameter_count(shape)
-    brought = config.offload_teacher and config.parallel == "replicated"
-    teacher = max(active, halved) * parameter_count(config.teacher_model or shape) if brought else 0
+    brought = config.offload_teacher and group == 1
+    gathered = _gathered_weights((shape, critic, teacher), size) if group > 1 else 0
     student = {
         "cache": _ARENAS * arena,
         "windows kept": 2 * arena * learned,
         "activations": (1 if rollout.checkpointing else learned) * (shape.num_layers * block + 2 * arena),
         "weights cast": cast,
         "decoding": halved * _VAE_LIVE * engine.vae.base_dim * decoded,
-        "teacher": teacher,
+        "weights gathered": gathered,
+        "teacher": size * parameter_count(teacher) if brought else 0,
     }
-    activations = _clip_activations(config.critic_model or shape, config, active)
-    return {"student update": student, "critic update": {"activations": activations, "weights cast": cast}}
+    critic_update = {
+        "activations": _clip_activations(critic, config, active),
+        "weights cast": cast,
+        "weights gathered": gathered,
+    }
+    return {"student update": student, "critic update": critic_update}
 
 
 def _distillation_flops(config: TrainConfig) -> dict[str, float]:

@@ -53,7 +53,7 @@ def fill_shares(
             _put_finite(name, places[name], stored)
     except (ValueError, RuntimeError) as error:
         failure = error
-    reason = ranks.agreed("" if failure is None else f"rank {ranks.rank}: {failure}")
+    reason = ranks.agreed("" if failure is None else f"rank {ranks.rank}: {failure}", patient=True)
     if failure is not None:
         raise failure
     if reason:

@@ -90,6 +90,17 @@ def test_replicas_divide_by_their_own_ranks_alone():
     assert "copies" not in sharded.render()
 
 
+def test_shares_are_gathered_and_a_teacher_on_the_cpu_comes_whole_to_one_that_shares_nothing():
+    config = recipes.wan_1_3b_reward_forcing()
+    one, eight = (plan_resources(config, ranks, ranks, "cuda").phases["student update"] for ranks in (1, 8))
+    assert one["weights gathered"] == 0
+    # of 14B: 351 million in each of 40 blocks and 233 million outside of them
+    assert 2 * 2 * 0.35e9 < eight["weights gathered"] < 2 * (2 * 0.36e9 + 0.5e9)
+    config = replace(config, offload_teacher=True)
+    one, eight = (plan_resources(config, ranks, ranks, "cuda").phases["student update"] for ranks in (1, 8))
+    assert one["teacher"] == 2 * parameter_count(config.teacher_model) and eight["teacher"] == 0
+
+
 def test_adapters_cost_their_own_gradients_and_moments():
     config = recipes.toy_dmd()
     student = plan_resources(replace(config, lora_rank=4), 1, 1, "cpu").models[0]
