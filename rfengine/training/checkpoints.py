@@ -223,9 +223,13 @@ class TrainingCheckpoints:
     def restore(self, state: TrainState) -> bool:
         """Resume from the newest checkpoint that is whole; False where there is none at all.
 
-        A damaged one is reported in a warning and set aside, under its name with `.damaged`.
+        A damaged one is reported in a warning and set aside, under its name with `.damaged`; what a run that
+        was killed while it saved has left goes.
         Raises ValueError when none is whole, or when one is of another recipe.
         """
+        if self.ranks.rank == 0:
+            for path in self.path.glob("step_*.partial"):
+                shutil.rmtree(path, ignore_errors=True)
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self.ranks.gathered(self.complete())[0]):
             problem = self._take(path, state)
