@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -232,7 +234,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 PRELOAD = ["rfengine.cli.train", "rfengine.training.trainer", "transformers.models.umt5.modeling_umt5"]
 
 
-def launched(command: list[str]) -> dict[int, int]:
+def launched(command: list[str], max_restarts: int = 0) -> dict[int, int]:
     """The exit status of each of two ranks that the agent of torchrun starts, which sets handlers of signals.
 
     They are forks of one process that has imported what takes seconds.
@@ -240,7 +242,7 @@ def launched(command: list[str]) -> dict[int, int]:
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     config = LaunchConfig(
         1, 1, nproc_per_node=2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        max_restarts=0, start_method="forkserver",
+        max_restarts=max_restarts, start_method="forkserver",
     )  # fmt: skip
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
@@ -282,45 +284,64 @@ def test_ranks_of_torchrun_make_the_run_of_one(model, whole, tmp_path):
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def workers(agent: int) -> list[int]:
-    """The ranks that a process of torchrun has started."""
-    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
-    lines = {int(child): Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
-    return [child for child, line in lines.items() if b"rfengine.cli" in line]
+def children(process: int) -> list[int]:
+    """The processes that one has started, in their order."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
-def wait_for(path: Path, agent: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
+def kill_second_rank(run: Path, parent: int) -> list[str]:
+    """Kill it when the checkpoint of step 2 is finished; the first two lines of the log, as they are then."""
+    path, deadline = run / "checkpoints" / "step_00000002", time.monotonic() + 120
     while not path.exists():
-        assert agent.poll() is None and time.monotonic() < deadline, f"{path} did not appear"
+        assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.01)
+    lines = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children(parent)}
+    ranks = [child for child, line in lines.items() if b"resource_tracker" not in line]
+    os.kill(ranks[1], signal.SIGKILL)
+    return (run / "log.jsonl").read_text().splitlines()[:2]
 
 
-@pytest.mark.slow
-def test_a_killed_rank_is_started_again_and_the_run_ends_as_one_that_never_stopped(model, whole, tmp_path):
-    """The agent of torchrun, which counts restarts, and its ranks are processes of their own here."""
-    torchrun = (
-        "-m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint localhost:0 --nproc-per-node 2 "
-        "--max-restarts 1 -m rfengine.cli"
-    )
-    killed, prompts = tmp_path / "killed", whole.with_name("prompts.txt")
-    agent = subprocess.Popen(
-        [sys.executable, *torchrun.split(), *shared(model, prompts), "--directory", str(killed)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        wait_for(killed / "checkpoints" / "step_00000002", agent)
-        os.kill(workers(agent.pid)[1], signal.SIGKILL)
-        first_lines = (killed / "log.jsonl").read_text().splitlines()[:2]
-        _, errors = agent.communicate(timeout=180)
-    finally:
-        agent.terminate()
-        agent.wait()
-    assert agent.returncode == 0, errors
-    assert "exitcode: -9" in errors and "has lost another rank" in errors
+def check_went_on(killed: Path, whole: Path, first_lines: list[str]) -> None:
+    """That it went on from step 2 and ended as the run that was left alone, bit for bit."""
     lines = [(run / "log.jsonl").read_text().splitlines() for run in (killed, whole)]
     assert lines[0][:2] == first_lines, "with their times: these steps were not made again"
     logs = [[json.loads(line) | {"seconds": 0} for line in each] for each in lines]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 7))
     for name in ("checkpoints/step_00000006/rank_00000.safetensors", "checkpoint/transformer.safetensors"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_the_run_ends_as_one_that_never_stopped(
+    model, whole, tmp_path, caplog
+):
+    """The agent of torchrun is in this process, and its ranks are forks."""
+    run, command = tmp_path / "run", shared(model, whole.with_name("prompts.txt"))
+    with ThreadPoolExecutor(1) as thread:
+        first_lines = thread.submit(kill_second_rank, run, forkserver._forkserver._forkserver_pid)
+        assert launched([*command, "--directory", str(run)], max_restarts=1) == {0: 0, 1: 0}
+    check_went_on(run, whole, first_lines.result())
+    assert "failed (exitcode: -9) local_rank: 1" in caplog.text
+
+
+@pytest.mark.soak
+def test_a_killed_rank_is_started_again_by_the_command_torchrun(model, whole, tmp_path):
+    """The agent and its ranks are processes of their own, as a person starts them."""
+    torchrun = (
+        "-m torch.distributed.run --rdzv-backend c10d --rdzv-endpoint localhost:0 --nproc-per-node 2 "
+        "--max-restarts 1 -m rfengine.cli"
+    )
+    run, command = tmp_path / "run", shared(model, whole.with_name("prompts.txt"))
+    agent = subprocess.Popen(
+        [sys.executable, *torchrun.split(), *command, "--directory", str(run)],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        first_lines = kill_second_rank(run, agent.pid)
+        _, errors = agent.communicate(timeout=180)
+    finally:
+        agent.terminate()
+        agent.wait()
+    assert agent.returncode == 0, errors
+    assert "exitcode: -9" in errors and "has lost another rank" in errors
+    check_went_on(run, whole, first_lines)
