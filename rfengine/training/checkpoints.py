@@ -136,7 +136,7 @@ def check_same_checkpoints(run: Path, ranks: Ranks) -> None:
         if time.monotonic() >= deadline:
             break
         time.sleep(_LOOK_S)
-    for rank, names in enumerate(ranks.gathered(own)):
+    for rank, names in enumerate(ranks.gathered(own, patient=True)):
         if names != first:
             raise ValueError(
                 f"rank {rank} sees the checkpoints {names} in {run} and rank 0 {first}; give a directory "
@@ -231,7 +231,8 @@ class TrainingCheckpoints:
             for path in self.path.glob("step_*.partial"):
                 shutil.rmtree(path, ignore_errors=True)
         damaged: list[tuple[Path, str]] = []
-        for path in reversed(self.ranks.gathered(self.complete())[0]):
+        for name in reversed(self.ranks.gathered([path.name for path in self.complete()])[0]):
+            path = self.path / name
             problem = self._take(path, state)
             if not problem:
                 self._set_aside(damaged, path)
@@ -320,9 +321,10 @@ def locked_run(directory: Path, wait_s: float = 0.0) -> Iterator[None]:
                 stack.enter_context(locked(lock, f"training in {directory}", wait_s))
             except (RuntimeError, OSError) as error:
                 refusal = str(error)
-        if refusal := ranks.agreed(refusal):
+        if refusal := ranks.agreed(refusal, patient=True):
             raise RuntimeError(refusal)
-        blind = [str(rank) for rank, sees in enumerate(ranks.gathered(appears(lock, SEEN_S))) if not sees]
+        seen = ranks.gathered(appears(lock, SEEN_S), patient=True)
+        blind = [str(rank) for rank, sees in enumerate(seen) if not sees]
         if blind:
             raise RuntimeError(
                 f"{directory.absolute()} of rank 0 is not there on rank {', '.join(blind)}; give a directory "
