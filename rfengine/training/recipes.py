@@ -93,7 +93,8 @@ def wan_1_3b_reward_forcing() -> TrainConfig:
 
     As published: rates, betas, decay and clips of both optimizers, guidance 3, 600 critic updates with one of
     the student to every five, a global batch of 64, weights shared inside each node, moving average 0.99 from
-    update 200 on, 21 frames in 7 chunks, one exit step for all, noise levels from 0.02 to 0.98. Different from the released code:
+    update 200 on, 21 frames in 7 chunks, one exit step for all, noise levels from 0.02 to 0.98.
+    Different from the released code:
 
     - passes are accumulated, clipped and stepped once; the released loop steps the critic nine times in eight
       passes on a growing gradient, and the student twice on one;
