@@ -44,3 +44,15 @@ def test_times_without_samples_or_below_zero_are_refused(turns: tuple[tuple[floa
 def test_an_efficiency_that_is_none_is_refused(efficiency: float) -> None:
     with pytest.raises(ValueError, match=f"efficiency is {efficiency:g}"):
         computed("bf16", efficiency=efficiency)
+
+
+def test_a_prompt_takes_its_floor_over_the_efficiency_as_well() -> None:
+    half, whole = (computed("bf16", efficiency=each).turn(0, 0) for each in (0.5, 1.0))
+    assert half == pytest.approx(2 * whole)
+
+
+def test_what_a_later_turn_does_ahead_is_its_chunk_without_the_decoder() -> None:
+    floor_ms = roofline(Options(precision="fp8"))["totals"]["without_vae"]["floor_ms"]
+    times = computed("fp8")
+    assert times.ahead_s == pytest.approx(floor_ms / 1e3 / 0.5)
+    assert times.last_turn(0, 0) == times.turn(0, 0)  # whose next chunk is not begun
