@@ -23,7 +23,7 @@ from studies.fleet.service_times import CHUNK_SECONDS, computed
 def test_every_scenario_runs_and_gives_the_same_record_again(tmp_path: Path) -> None:
     small = {
         "card": {"most": 2, "seconds": 60.0},
-        "admission": {"hours": 0.2, "loads": (8,), "runs": 3},
+        "admission": {"hours": 0.2, "loads": (8,), "runs": 1},
         "day": {"mean": 2, "rules": (None, 0), "hours": 1.0, "runs": 1},
         "loss": {"kinds": ((24, 8, 10.0),), "viewers": 6, "runs": 1},
         "ten_thousand": {"viewers": 30, "seconds": 260.0},
