@@ -68,7 +68,7 @@ class Job:
 @dataclass(slots=True, eq=False)
 class Replica:
     """A node in the fleet: on which machine it is, the job that it makes, and its viewers, of each of whom
-    the end of the session and the player. The end is None where the viewer leaves."""
+    the end of the session and the player. The value of the end is None where the viewer leaves, else a SessionEnd."""
 
     node: Node
     machine: int
@@ -154,7 +154,8 @@ class Fleet:
         asked, refused = self.env.now, False
         while (replica := self._place()) is None:
             visit.refusals += 1
-            self._refusals.append(self.env.now)
+            if self.rule is not None:
+                self._refusals.append(self.env.now)
             if not refused:
                 refused, self.waiting = True, self.waiting + 1
             pause = self.plan.retry_s * (0.8 + 0.4 * random.random())
