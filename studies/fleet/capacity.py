@@ -19,6 +19,7 @@ from studies.fleet.service_times import CHUNK_FRAMES, CHUNK_SECONDS
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8", "fp8-attention")
 CARDS_GB = (80, 141)  # of an H100 and an H200, as their data sheets say it
 SHARE_OF_FREE_MEMORY = 0.8  # that the server's admission gives to sessions
+LEAST_POINTS = 4  # that must fit for the server to keep points by itself
 VIEWERS = 10_000
 
 
@@ -61,6 +62,12 @@ def snapshot_bytes(
     frames = CHUNK_FRAMES * grid.height * grid.width * 3 if ahead else 0
     cached = sum(tensor.nbytes for tensor in cache_tensors.values())
     return cached + needs["vae_state"] + dtype.itemsize * (latents + text) + frames
+
+
+def points_bytes(session_bytes: int, max_sessions: int) -> int:
+    """Host memory with which a server keeps points of its sessions by itself: half of it is for points, in
+    equal shares, and a point counts as a session's size there."""
+    return 2 * max_sessions * LEAST_POINTS * session_bytes
 
 
 def streams(floor_s: float, efficiency: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from studies.fleet.node import Node, Session
 
 PERCENTILES = (50, 95, 99)
+# Student's t of a two-sided interval of 95 %, by the number of runs
+_STUDENT_T = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
@@ -28,12 +31,44 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     return {f"p{percent}": percentile(values, percent) for percent in PERCENTILES}
 
 
+def mean_of_runs(values: Sequence[float | None]) -> dict[str, float | None]:
+    """The mean of independent runs, and half the width of its confidence interval of 95 %. None of none, and
+    no width of fewer than three."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return {"mean": None, "half": None}
+    half = None
+    if len(found) in _STUDENT_T:
+        half = _STUDENT_T[len(found)] * statistics.stdev(found) / math.sqrt(len(found))
+    return {"mean": statistics.mean(found), "half": half}
+
+
+def all_means(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each number of the reports of independent runs as mean_of_runs has it, in their own shape."""
+    names = [name for name, value in reports[0].items() if name != "loss"]
+    return {
+        name: all_means([report[name] for report in reports])
+        if isinstance(reports[0][name], dict)
+        else mean_of_runs([report[name] for report in reports])
+        for name in names
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEnd:
+    """The end of a session before its viewer left. at_s: since when nothing comes. is_lost: with its machine;
+    or its replica was drained."""
+
+    at_s: float
+    is_lost: bool
+
+
 @dataclass(slots=True, eq=False)
 class Visit:
     """One viewer. watch_s: how long the visit is meant to last, in sessions; left_s: what is left of it.
 
-    players: one for each session. sessions: when each was opened and when it ended. lost: when sessions were
-    lost.
+    players: one for each session. sessions: when each was opened and when it ended. ends: of sessions that
+    ended before the viewer left, in their order.
     """
 
     came_at: float
@@ -43,7 +78,7 @@ class Visit:
     left_s: float = 0.0
     players: list[Player] = field(default_factory=list)
     sessions: list[tuple[float, float | None]] = field(default_factory=list)
-    lost: list[float] = field(default_factory=list)
+    ends: list[SessionEnd] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.left_s = self.watch_s
@@ -55,11 +90,18 @@ class Visit:
         return None if started is None else started - self.came_at
 
     @property
+    def lost(self) -> int:
+        """Sessions that were lost with their machine."""
+        return sum(end.is_lost for end in self.ends)
+
+    @property
     def served_again_s(self) -> list[float]:
         """From each loss of a session to the first picture of the next one, where there was one."""
-        following = self.players[1 : len(self.lost) + 1]
-        pairs = zip(self.lost, following, strict=False)
-        return [player.started_at - lost for lost, player in pairs if player.started_at is not None]
+        return [
+            player.started_at - end.at_s
+            for end, player in zip(self.ends, self.players[1:], strict=False)
+            if end.is_lost and player.started_at is not None
+        ]
 
     @property
     def stalls(self) -> int:
@@ -147,6 +189,7 @@ class Measures:
             "gave_up_share": _share(outcome == "gave up" for outcome in outcomes),
             "start_s": percentiles(starts),
             "stalled_share": _share(visit.stalls > 0 for visit in visits),
+            "drained_share": _share(len(visit.ends) > visit.lost for visit in visits),
             "stall_s_an_hour": stalled_s / watched_s * 3600 if watched_s else None,
             "utilisation": self.busy_s / self.card_s if self.card_s else None,
             "card_hours": self.card_s / 3600,
@@ -169,7 +212,8 @@ class Measures:
             return None
         again = [seconds for visit in struck for seconds in visit.served_again_s]
         gave_up = sum(visit.outcome == "gave up" for visit in struck)
-        without = sum(len(visit.lost) for visit in struck) - len(again) - gave_up
+        there = [visit for visit in struck if visit.outcome == "there"]  # others left before a picture
+        without = sum(visit.lost - len(visit.served_again_s) for visit in there)
         return {
             "sessions": len(struck), "gave_up": gave_up, "without_picture": without,
             "served_again_s": percentiles(again),

@@ -188,7 +188,8 @@ class Node:
         if session.started_at is None:
             session.started_at = self.env.now
         self._place += 1
-        seconds = self.times.turn(session.made, self._place)
+        is_last = session.made + 1 == session.chunks
+        seconds = (self.times.last_turn if is_last else self.times.turn)(session.made, self._place)
         self.busy_s += seconds
         yield self.env.timeout(seconds)
         if not session.closed:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rfengine.evaluation.plots import new_figure
 from rfengine.files import replaced
+from studies.fleet.service_times import EFFICIENCY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ def _card(axes: Axes, record: dict[str, Any]) -> None:
         minutes = [row["stall_s_an_hour"] / 60 for row in rows]
         axes.plot([row["sessions"] for row in rows], minutes, color=colour, marker=marker, label=precision)
     axes.set(
-        title="One H100: sessions that memory admits, and stalls",
+        title=f"One H100 at efficiency {EFFICIENCY:g} (assumed): sessions and stalls",
         xlabel="sessions on the card", ylabel="stalls, minutes in an hour",
     )  # fmt: skip
     axes.legend(title="precision", loc="upper left")
@@ -63,10 +64,11 @@ def _admission(axes: Axes, record: dict[str, Any]) -> None:
         rows = [row for row in record["rows"] if row["admits_by"] == policy]
         loads = [row["offered"] for row in rows]
         for name, style, what in (("gave_up_share", "-o", "gave up"), ("stalled_share", "--s", "stalled")):
-            shares = [100 * row[name] for row in rows]
-            axes.plot(loads, shares, style, color=colour, label=f"{what}, admitted by {policy}")
+            shares, halves = ([100 * row[name][part] for row in rows] for part in ("mean", "half"))
+            label = f"{what}, admitted by {policy}"
+            axes.errorbar(loads, shares, halves, fmt=style, color=colour, capsize=3, label=label)
     axes.set(
-        title=f"{record['cards']} cards: who gives up, and who stalls",
+        title=f"{record['cards']} cards: who gives up, and who stalls (mean of {record['runs']} runs, 95 %)",
         xlabel="viewers offered, mean number at once", ylabel="share of viewers, %",
     )  # fmt: skip
     axes.legend(loc="upper left")
@@ -75,13 +77,15 @@ def _admission(axes: Axes, record: dict[str, Any]) -> None:
 def _day(axes: Axes, record: dict[str, Any]) -> None:
     curves = record["curves"][_SHOWN_SPARE]
     hours = [second / 3600 for second in curves["at_s"]]
+    minutes = (hours[1] - hours[0]) * 60
     places = [cards * record["places_a_card"] for cards in curves["cards"]]
     axes.step(hours, places, where="post", color=_ORANGE, label="places on cards that are up")
     axes.plot(hours, curves["watching"], color=_BLUE, label="viewers who watch")
     axes.plot(hours, curves["waiting"], color=_RED, label="viewers who wait")
     axes.set(
-        title=f"A day with autoscaling, {_SHOWN_SPARE} spare places",
-        xlabel="time of day, hours", ylabel="viewers, places", xlim=(0, 24), xticks=range(0, 25, 4),
+        title=f"A day with autoscaling, {_SHOWN_SPARE} spare places (one run)",
+        xlabel=f"time of day, hours (every {minutes:.0f} minutes)", ylabel="viewers, places",
+        xlim=(0, 24), xticks=range(0, 25, 4),
     )  # fmt: skip
     axes.legend(loc="upper left")
 
@@ -95,7 +99,7 @@ def _loss(axes: Axes, record: dict[str, Any]) -> None:
     axes.axvline(0, ymax=0.83, color=_BLACK, linewidth=0.8)
     axes.axvline(record["start_s"], ymax=0.83, color=_BLACK, linewidth=0.8, linestyle=":")
     axes.set(
-        title="The loss of a machine of 8 cards at 0 s",
+        title="The loss of a machine of 8 cards at 0 s (one run each)",
         xlabel="time after the loss, s (dotted: the first new card may be up)", ylabel="viewers",
     )  # fmt: skip
     axes.set_ylim(bottom=-1, top=1.45 * axes.get_ylim()[1])

@@ -11,9 +11,11 @@ The same seed gives the same numbers.
 from __future__ import annotations
 
 import json
+import platform
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,7 +51,7 @@ def run(options: RunOptions) -> None:
     require_writable(options.results / "fleet.png", "--results")
     for name in () if options.tables else options.scenario or SCENARIOS:
         started = time.perf_counter()
-        record = {"scenario": name, "seed": options.seed, **SCENARIOS[name](options.seed)}
+        record = {**_origin(name, options.seed), **SCENARIOS[name](options.seed)}
         write_record(options.results / f"{name}.json", record)
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     is_own = options.results.resolve() == RESULTS
@@ -62,6 +64,13 @@ def run(options: RunOptions) -> None:
     if is_own:
         DOCUMENT.write_text(place(DOCUMENT.read_text(encoding="utf-8"), tables(records)), encoding="utf-8")
         print(DOCUMENT)
+
+
+def _origin(name: str, seed: int) -> Record:
+    """What made a record."""
+    command = f"python -m studies.fleet.run --scenario {name} --seed {seed}"
+    versions = {"python": platform.python_version(), "simpy": version("simpy")}
+    return {"scenario": name, "seed": seed, "command": command, "versions": versions}
 
 
 def missing_records(results: Path) -> list[str]:

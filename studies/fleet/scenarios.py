@@ -11,10 +11,11 @@ from typing import Any
 import simpy
 
 from studies.fleet.arrivals import Demand, Player
-from studies.fleet.capacity import CARDS_GB, PRECISIONS, memory_plan
+from studies.fleet.autoscaling import Queue, Spare
+from studies.fleet.capacity import CARDS_GB, PRECISIONS, Load, memory_plan
 from studies.fleet.fleet import Fleet, FleetPlan
 from studies.fleet.measure import record_path
-from studies.fleet.measures import Measures, percentiles
+from studies.fleet.measures import Measures, all_means, percentiles
 from studies.fleet.node import Limits, Node, Session
 from studies.fleet.service_times import ServiceTimes, computed, measured
 
@@ -22,6 +23,7 @@ Record = dict[str, Any]
 HOUR_S = 3600.0
 PRECISION = "fp8"  # of the fleets
 _MOST_POINTS = 300  # of a kept curve
+_MOST_RUNS = 100
 
 
 def limits_of(precision: str, max_sessions: int) -> Limits:
@@ -92,65 +94,104 @@ def _open_later(node: Node, player: Player, seconds: float):
     node.open(Session(lambda when, video_s, _: player.take(when, video_s)))
 
 
-def admission(seed: int, hours: float = 4.0, loads: Sequence[int] = (8, 12, 16, 20, 24)) -> Record:
+def admission(
+    seed: int, hours: float = 4.0, loads: Sequence[int] = (8, 12, 16, 20, 24), runs: int = 10
+) -> Record:
     """One machine of eight cards at several loads, once with as many sessions a card as it can keep playing
-    and once with as many as memory holds."""
+    and once with as many as memory holds; the same viewers come in both."""
     times = computed(PRECISION)
     rows = []
     for places, name in ((times.streams, "compute"), (16, "memory")):
+        plan = FleetPlan(8, limits_of(PRECISION, places))
         for load in loads:
             demand = Demand(viewers_an_hour=load * 6, present=load)
-            plan = FleetPlan(8, limits_of(PRECISION, places))
-            fleet = Fleet(times, plan, demand, seed, Measures(60.0, since_s=0.5 * HOUR_S))
-            rows.append({"admits_by": name, "offered": load, **fleet.run(hours * HOUR_S)})
-    return {"rows": rows, "hours": hours, "cards": 8}
+            reports = [
+                Fleet(times, plan, demand, each, Measures(60.0, since_s=0.5 * HOUR_S)).run(hours * HOUR_S)
+                for each in _seeds(seed, runs)
+            ]
+            rows.append({"admits_by": name, "offered": load, "plan": asdict(plan), **all_means(reports)})
+    return {"rows": rows, "hours": hours, "cards": 8, "runs": runs, "times": asdict(times)}
 
 
-def day(seed: int, mean: int = 20, spares: Sequence[int] = (0, 4, 8), hours: float = 24.0) -> Record:
-    """A day with a wave, jobs and autoscaling, with several numbers of spare places."""
+def day(
+    seed: int,
+    mean: int = 20,
+    rules: Sequence[int | None] = (None, 0, 4, 8),
+    hours: float = 24.0,
+    runs: int = 5,
+) -> Record:
+    """A day with a wave, jobs and autoscaling: by the server's own rule, which is None, and with several
+    numbers of spare places. The curves are of each first run."""
     times = computed(PRECISION)
-    demand = Demand(viewers_an_hour=mean * 6, wave=0.8, jobs_share=0.2, present=max(1, mean // 2))
+    # at midnight the wave is at its mean
+    demand = Demand(viewers_an_hour=mean * 6, wave=0.8, jobs_share=0.2, present=mean)
+    plan = FleetPlan(mean // 2, limits_of(PRECISION, times.streams), least=2, most=4 * mean)
     rows, curves = [], {}
-    for spare in spares:
-        limits = limits_of(PRECISION, times.streams)
-        plan = FleetPlan(mean // 2, limits, least=2, most=4 * mean, spare=spare)
-        measures = Measures(60.0, since_s=HOUR_S / 2)
-        report = Fleet(times, plan, demand, seed, measures).run(hours * HOUR_S)
-        rows.append({"spare": spare, **report})
-        curves[str(spare)] = _curves(measures, 0.0)
-    return {"rows": rows, "curves": curves, "places_a_card": times.streams, "demand": asdict(demand)}
+    for spare in rules:
+        reports = []
+        for number, each in enumerate(_seeds(seed, runs)):
+            rule = Queue() if spare is None else Spare(spare, times.streams)
+            measures = Measures(60.0, since_s=HOUR_S / 2)
+            reports.append(Fleet(times, plan, demand, each, measures, rule).run(hours * HOUR_S))
+            if not number:
+                curves["server" if spare is None else str(spare)] = _curves(measures, 0.0)
+        rows.append({"spare": spare, **all_means(reports)})
+    return {
+        "rows": rows, "curves": curves, "places_a_card": times.streams, "runs": runs,
+        "demand": asdict(demand), "plan": asdict(plan), "times": asdict(times),
+    }  # fmt: skip
 
 
-def loss(seed: int, cards: Sequence[int] = (24, 32), viewers: int = 40, runs: int = 10) -> Record:
-    """The loss of a machine of eight cards, once with too few places left and once with enough; several runs
-    of each, and the curve of the first. Jobs make a minute of video, one for each viewer."""
+def loss(
+    seed: int,
+    kinds: Sequence[tuple[int, int, float]] = ((24, 8, 10.0), (32, 8, 10.0), (32, 1, 0.0)),
+    viewers: int = 40,
+    runs: int = 10,
+) -> Record:
+    """The loss of a machine of eight cards, once with too few places left and once with enough, and of one
+    process, of which the others hear at once. kinds: cards, cards that are lost together, and seconds until
+    that is known. Several runs of each, and the curve of the first. Jobs make a minute of video, one for
+    each viewer."""
     times, at_s = computed(PRECISION), 1800.0
     demand = Demand(viewers_an_hour=viewers * 6, present=viewers, jobs_share=1.0, job_frames=961)
     rows, curves = [], {}
-    for count in cards:
-        spare = count * times.streams - viewers
-        plan = FleetPlan(count, limits_of(PRECISION, times.streams), least=count, most=2 * count, spare=spare)
+    for count, together, silence_s in kinds:
+        plan = FleetPlan(
+            count, limits_of(PRECISION, times.streams), least=count, most=2 * count,
+            machine_cards=together, silence_s=silence_s,
+        )  # fmt: skip
         reports = []
-        for number in range(runs):
+        for number, each in enumerate(_seeds(seed, runs)):
+            rule = Spare(count * times.streams - viewers, times.streams)
             measures = Measures(1.0, since_s=300.0)
-            fleet = Fleet(times, plan, demand, seed + number, measures)
-            reports.append(fleet.run(HOUR_S, lost=(at_s, 1)))
-            if not number:
+            reports.append(Fleet(times, plan, demand, each, measures, rule).run(HOUR_S, lost=(at_s, 1)))
+            if not number and together > 1:
                 curves[str(count)] = _curves(measures, at_s, (at_s - 60, at_s + 420))
-        rows.append({"cards": count, "offered": viewers, "runs": reports})
-    return {"rows": rows, "curves": curves, "lost_at_s": at_s, "start_s": FleetPlan(1, Limits()).start_s}
+        rows.append(
+            {"cards": count, "together": together, "offered": viewers, "plan": asdict(plan), "runs": reports}
+        )
+    return {
+        "rows": rows, "curves": curves, "lost_at_s": at_s, "start_s": FleetPlan(1, Limits()).start_s,
+        "demand": asdict(demand), "times": asdict(times),
+    }  # fmt: skip
 
 
 def ten_thousand(seed: int, viewers: int = 10_000, seconds: float = 330.0) -> Record:
     """Viewers with a session of their own, on cards of which nine in ten places are taken, and the loss of a
     machine."""
     times, at_s = computed(PRECISION), 240.0
-    cards = round(viewers / times.streams / 0.9)
+    cards = Load(viewers, viewers, times.streams).cards
     demand = Demand(viewers_an_hour=viewers * 6, present=viewers)
     plan = FleetPlan(cards, limits_of(PRECISION, times.streams))
     measures = Measures(5.0, since_s=120.0)
     report = Fleet(times, plan, demand, seed, measures).run(seconds, lost=(at_s, 1))
-    return {"rows": [{"cards": cards, "offered": viewers, **report}], "curves": _curves(measures, at_s)}
+    row = {"cards": cards, "together": plan.machine_cards, "offered": viewers, "plan": asdict(plan), **report}
+    return {"rows": [row], "curves": _curves(measures, at_s), "times": asdict(times)}
+
+
+def _seeds(seed: int, runs: int) -> range:
+    """Of the runs of one scenario, of which two seeds share none."""
+    return range(_MOST_RUNS * seed, _MOST_RUNS * seed + runs)
 
 
 SCENARIOS: dict[str, Callable[[int], Record]] = {

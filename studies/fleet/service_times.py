@@ -18,7 +18,6 @@ ENCODE_S = 0.1  # assumed: 12 frames of 832 x 480 on one core of the host; studi
 GPU_DELIVERY_THREADS = 2  # of a server beside a GPU, as rfengine/serving/sessions.py starts them
 FPS, FIRST_FRAMES, CHUNK_FRAMES = 16, 9, 12  # of every shipped streaming model
 CHUNK_SECONDS = CHUNK_FRAMES / FPS  # how long a chunk plays
-_TEXT_ENCODER_EFFICIENCY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,8 @@ class ServiceTimes:
 
     turns: of a turn that makes chunk 0, chunk 1, ... of a session; the last entry stands for all later ones.
     encodes: from a chunk to its delivered fragment. delivery_threads: that encode beside the engine; with 0
-    the engine's own thread encodes between two turns. origin: measured, computed or made up.
+    the engine's own thread encodes between two turns. origin: measured, computed or made up. ahead_s: of a
+    later turn, for the chunk after its own; a session's last turn does not begin one.
     """
 
     name: str
@@ -36,6 +36,7 @@ class ServiceTimes:
     turns: tuple[tuple[float, ...], ...]
     encodes: tuple[float, ...]
     delivery_threads: int
+    ahead_s: float = 0.0
 
     def __post_init__(self) -> None:
         samples = [*self.turns, self.encodes]
@@ -50,6 +51,17 @@ class ServiceTimes:
         """Seconds of the turn that makes a session's chunk of that number, from 0."""
         samples = self.turns[min(chunk, len(self.turns) - 1)]
         return samples[place % len(samples)]
+
+    def last_turn(self, chunk: int, place: int) -> float:
+        """Seconds of the turn that makes a session's last chunk."""
+        return self.turn(chunk, place) - (self.ahead_s if chunk else 0.0)
+
+    def video_s(self, chunks: int) -> float:
+        """Mean seconds of the engine for a whole video that has it to itself."""
+        means = [sum(each) / len(each) for each in self.turns]
+        later = means[min(1, len(means) - 1) :]
+        turns = [means[0], *(later[min(number, len(later) - 1)] for number in range(chunks - 1))]
+        return sum(turns) - (self.ahead_s if chunks > 1 else 0.0)
 
     def encode(self, place: int) -> float:
         """Seconds that a chunk's delivery takes."""
@@ -95,9 +107,12 @@ def computed(
         return _floor_s(parts, sheet) / efficiency
 
     steady = shapes.config.cache.filling_chunks
-    turns = (prompt_s(sheet) + seconds(0), seconds(1) + seconds(2, decodes=False), seconds(steady))
-    name = f"{sheet.name}, {precision}"
-    return ServiceTimes(name, "computed", tuple((each,) for each in turns), (encode_s,), GPU_DELIVERY_THREADS)
+    first, second = prompt_s(sheet, efficiency) + seconds(0), seconds(1) + seconds(2, decodes=False)
+    turns = tuple((each,) for each in (first, second, seconds(steady)))
+    return ServiceTimes(
+        f"{sheet.name}, {precision}", "computed", turns, (encode_s,), GPU_DELIVERY_THREADS,
+        ahead_s=seconds(steady, decodes=False),
+    )  # fmt: skip
 
 
 def chunk_floor_s(precision: Precision, gpu: GPUName, decodes: bool = True) -> float:
@@ -106,15 +121,14 @@ def chunk_floor_s(precision: Precision, gpu: GPUName, decodes: bool = True) -> f
     return _floor_s([part for part in work.parts() if decodes or not part.decodes], GPUS[gpu])
 
 
-def prompt_s(gpu: GPU) -> float:
+def prompt_s(gpu: GPU, efficiency: float) -> float:
     """A prompt: the transformer's part of the roofline, and the text encoder's products, two FLOPs for each
-    weight but those of its table of words and each token."""
+    weight but those of its table of words and each token; both over `efficiency`."""
     config = PRESETS["wan-1.3b"]
     words = config.text.vocab_size * config.text.dim
     flops = 2 * (parameter_count(config.text) - words) * config.model.text_len
     encoder = Part("once a prompt", "text encoder", flops=flops)
-    own = _floor_s(list(prompt_parts(config.model)), gpu) / EFFICIENCY
-    return own + _floor_s([encoder], gpu) / _TEXT_ENCODER_EFFICIENCY
+    return _floor_s([*prompt_parts(config.model), encoder], gpu) / efficiency
 
 
 def _floor_s(parts: list[Part], gpu: GPU) -> float:

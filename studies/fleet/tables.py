@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rfengine.cli.serve import ServeOptions
 from rfengine.costs.rates import GPUS, GPUName
-from studies.fleet.capacity import CARDS_GB, PRECISIONS, VIEWERS, Load, Prices, memory_plan, streams
+from studies.fleet.arrivals import Demand
+from studies.fleet.capacity import (
+    CARDS_GB,
+    PRECISIONS,
+    VIEWERS,
+    Load,
+    Prices,
+    memory_plan,
+    points_bytes,
+    streams,
+)
 from studies.fleet.measure import record_path
 from studies.fleet.measures import percentiles
+from studies.fleet.purchase import MACHINE_CARDS, Purchase, offered_for
 from studies.fleet.service_times import CHUNK_FRAMES, EFFICIENCY, FPS, chunk_floor_s, computed
 
 Records = Mapping[str, dict[str, Any]]
 EFFICIENCIES = (0.3, EFFICIENCY, 0.7, 1.0)
 _GPUS: tuple[GPUName, ...] = ("h100", "h200")
+JOB_CHUNKS = Demand(0.0).job_chunks  # of a job of 81 frames
 _BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 _MEASURED = {"chunk_s": "chunk", "first_fragment_s": "first fragment"}
-_PERCENTILES = "p50, p95, p99"
 _CITED_BITS = 1.43e6  # between Apple's 1,100 and 2,000 kbit/s for 768 x 432 and 960 x 540, by pixels
 
 
@@ -30,6 +43,8 @@ def tables(records: Records) -> dict[str, str]:
         "network": _network(),
         "storage": _storage(),
         "cost": _cost(),
+        "have": _have(),
+        "want": _want(),
         "tiny": _tiny(records["tiny"]),
         "card": _card(records["card"]),
         "admission": _admission(records["admission"]),
@@ -83,6 +98,37 @@ def _compute() -> str:
     return _table(head, rows)
 
 
+def _have() -> str:
+    """What so many cards serve."""
+    rows = []
+    for cards, what in ((1, "one card"), (8, "one machine"), (16, "two machines"), (128, "16 machines")):
+        cells: list[object] = []
+        for precision in PRECISIONS:
+            places = cards * computed(precision).streams
+            cells.append(f"{places:,}, {offered_for(places):,.1f}, {offered_for(places, 0.1):,.1f}")
+        jobs = cards * 3600 / computed("fp8").video_s(JOB_CHUNKS)
+        rows.append([f"{cards} ({what})", *cells, f"{jobs:,.0f}", f"{cards * Prices().card_hour:,.2f}"])
+    head = ["cards", *(f"{each}: places, viewers at 1 %, at 10 %" for each in PRECISIONS)]
+    return _table([*head, "jobs an hour in fp8, alone", "$ an hour"], rows)
+
+
+def _want() -> str:
+    """What so many viewers want."""
+    rows = []
+    for viewers in (1, 10, 100, 1000, VIEWERS):
+        purchase = Purchase(viewers, computed("fp8").streams)
+        pooled, apart = purchase.pooled_cards, purchase.machines_apart
+        price = Prices().card_hour
+        rows.append(
+            [
+                f"{viewers:,}", f"{pooled:,}", f"{math.ceil(pooled / MACHINE_CARDS):,}",
+                f"{pooled * price:,.2f}", f"{apart:,}", f"{apart * MACHINE_CARDS * price:,.2f}",
+            ]
+        )  # fmt: skip
+    pool = ["in one pool: cards", "machines", "$ an hour"]
+    return _table(["viewers", *pool, "machines apart", "$ an hour"], rows)
+
+
 def _network() -> str:
     network = json.loads(record_path(1).read_text())["network"]
     kinds = (
@@ -106,10 +152,18 @@ def _storage() -> str:
     rows = [
         ["snapshot of `tiny`", "measured", f"{record['snapshot_bytes'] / 2**20:.2f} MiB"],
         ["snapshot of wan-1.3b at 832 x 480", "computed", f"{_gib(snapshot)} GiB"],
-        ["recording, an hour of one session", "assumed rate", f"{byte_rate * 3600 / 1e9:.2f} GB"],
+        ["recording, an hour of one session", "assumed rate", f"{byte_rate * 3600 / 1e9:.3f} GB"],
         ["recordings of 10,000 sessions, kept 24 h", "assumed rate", f"{load.recorded_gb(24) / 1e3:.0f} TB"],
+        [
+            "recording of one session that fills half of the default `--disk-gb`", "assumed rate",
+            f"{ServeOptions().disk_gb * 2**30 / 2 / byte_rate / 3600:.1f} h",
+        ],
+        [
+            "`--host-memory-gb` of a card that keeps points of two sessions by itself", "computed",
+            f"{points_bytes(memory_plan('fp8').session_bytes, 2) / 2**30:.1f} GiB",
+        ],
         ["video of a job of 81 frames", "assumed rate", f"{byte_rate * 81 / FPS / 1e6:.2f} MB"],
-    ]
+    ]  # fmt: skip
     return _table(["what", "", "size"], rows)
 
 
@@ -176,12 +230,12 @@ def _admission(record: dict[str, Any]) -> str:
     rows = [
         [
             row["admits_by"], row["offered"], _percent(row["refused_share"]), _percent(row["gave_up_share"]),
-            _seconds(row["start_s"]), _percent(row["stalled_share"]), f"{row['stall_s_an_hour'] / 60:.1f}",
-            _percent(row["utilisation"]),
+            _mean(row["start_s"]["p50"]), _mean(row["start_s"]["p95"]), _percent(row["stalled_share"]),
+            _mean(row["stall_s_an_hour"], 1 / 60), _percent(row["utilisation"]),
         ]
         for row in record["rows"]
     ]  # fmt: skip
-    viewers = ["viewers offered", "refused once, %", "gave up, %", f"start, s: {_PERCENTILES}"]
+    viewers = ["viewers offered", "refused once, %", "gave up, %", "start, s: p50", "p95"]
     head = ["admits by", *viewers, "stalled, %", "minutes of stalls an hour", "engine busy, %"]
     return _table(head, rows)
 
@@ -189,48 +243,55 @@ def _admission(record: dict[str, Any]) -> str:
 def _day(record: dict[str, Any]) -> str:
     rows = [
         [
-            row["spare"], row["viewers"], _percent(row["refused_share"]), _percent(row["gave_up_share"]),
-            _seconds(row["start_s"]), row["most_cards"], f"{row['card_hours']:.0f}",
-            f"{row['viewers_a_card']:.2f}", _seconds(row["jobs"]["wait_s"]),
+            "the server's own" if row["spare"] is None else f"{row['spare']} spare places",
+            _percent(row["refused_share"]), _percent(row["gave_up_share"]), _mean(row["start_s"]["p95"]),
+            _percent(row["drained_share"]), _mean(row["card_hours"], digits=0),
+            _mean(row["viewers_a_card"], digits=2), _mean(row["jobs"]["wait_s"]["p95"]),
         ]
         for row in record["rows"]
     ]  # fmt: skip
-    viewers = ["viewers", "refused once, %", "gave up, %", f"start, s: {_PERCENTILES}"]
-    cards = ["most cards", "card hours", "viewers a card"]
-    head = ["spare places", *viewers, *cards, f"jobs wait, s: {_PERCENTILES}"]
-    return _table(head, rows)
+    viewers = ["refused once, %", "gave up, %", "start, s: p95", "session ended by draining, %"]
+    return _table(["rule", *viewers, "card hours", "viewers a card", "jobs wait, s: p95"], rows)
 
 
 def _loss(record: dict[str, Any], large: dict[str, Any]) -> str:
-    groups = [(row["cards"], row["offered"], row["runs"]) for row in record["rows"]]
-    groups += [(row["cards"], row["offered"], [row]) for row in large["rows"]]
+    groups = [(row, row["runs"]) for row in record["rows"]] + [(row, [row]) for row in large["rows"]]
     rows = []
-    for cards, offered, runs in groups:
+    for row, runs in groups:
         struck = [run["loss"] for run in runs if run["loss"]]
         unserved = sum(each["all_served_s"] is None for each in struck)
         all_served = [each["all_served_s"] for each in struck if each["all_served_s"] is not None]
         jobs = [run["jobs"] for run in runs]
         rows.append(
             [
-                f"{cards:,}", f"{offered:,}", len(runs), sum(each["sessions"] for each in struck),
-                sum(each["gave_up"] for each in struck), _seconds(percentiles(all_served), ("p50", "p99")),
-                unserved, sum(each["requeued"] for each in jobs),
+                f"{row['cards']:,}", row["together"], f"{row['offered']:,}", len(runs),
+                sum(each["sessions"] for each in struck), sum(each["gave_up"] for each in struck),
+                _seconds(percentiles(all_served), ("p50", "p99")), unserved,
+                sum(each["requeued"] for each in jobs),
                 sum(each["sent"] - each["made"] - each["left"] for each in jobs),
             ]
         )  # fmt: skip
     viewers = ["sessions lost", "of them gave up", "until all are served again, s: median, most"]
-    head = ["cards", "viewers", "runs", *viewers, "runs without that", "jobs made again", "jobs lost"]
-    return _table(head, rows)
+    jobs_head = ["runs in which some never were", "jobs made again", "jobs lost"]
+    return _table(["cards", "lost at once", "viewers", "runs", *viewers, *jobs_head], rows)
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
+def _mean(found: Mapping[str, float | None], scale: float = 1.0, digits: int = 1) -> str:
+    """A mean of runs and half the width of its confidence interval."""
+    if found["mean"] is None:
+        return ""
+    half = "" if found["half"] is None else f" ± {found['half'] * scale:.{digits}f}"
+    return f"{found['mean'] * scale:.{digits}f}{half}"
 
 
-def _seconds(found: Mapping[str, float | None], names: Sequence[str] = ("p50", "p95", "p99")) -> str:
+def _percent(found: Mapping[str, float | None]) -> str:
+    return _mean(found, 100.0)
+
+
+def _seconds(found: Mapping[str, float | None], names: Sequence[str]) -> str:
     values = [found[name] for name in names]
     return "" if None in values else ", ".join(f"{value:.1f}" for value in values)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from studies.fleet.capacity import Load, Prices, memory_plan, streams
+from rfengine.serving.admission import Admission
+from rfengine.serving.events import SessionRequest
+from rfengine.serving.options import ServiceOptions
+from studies.fleet.capacity import Load, Prices, memory_plan, points_bytes, streams
 from studies.fleet.service_times import chunk_floor_s
 
 
@@ -19,6 +24,15 @@ def test_sessions_by_memory_are_what_admission_would_take() -> None:
     )
     assert plan.budget_bytes(80) < (plan.sessions(80) + 1) * plan.session_bytes
     assert memory_plan("fp8-attention").session_bytes > memory_plan("fp8").session_bytes == plan.session_bytes
+
+
+def test_points_are_kept_from_the_host_memory_that_is_named_and_not_from_less() -> None:
+    needed, options = 10**6, ServiceOptions(max_sessions=2)
+    enough = points_bytes(needed, options.max_sessions)
+    server = Admission.__new__(Admission)
+    for host_bytes, every in ((enough, options.keep_every), (enough - 4, 0)):
+        server._options = replace(options, host_bytes=host_bytes)
+        assert server.new_points(SessionRequest("a"), needed).keep_every == every
 
 
 def test_sessions_by_compute_keep_the_playback_rate() -> None:

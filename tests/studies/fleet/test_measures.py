@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from studies.fleet.arrivals import Player
-from studies.fleet.measures import Measures, Visit, percentile, percentiles
+from studies.fleet.measures import (
+    Measures,
+    SessionEnd,
+    Visit,
+    all_means,
+    mean_of_runs,
+    percentile,
+    percentiles,
+)
 
 
 def visit(came_at: float, outcome: str, sessions: list[tuple[float, float | None]]) -> Visit:
@@ -44,13 +54,51 @@ def test_the_report_counts_starts_stalls_and_hours() -> None:
 
 def test_the_time_until_all_are_served_again_leaves_out_who_gave_up_and_waits_for_all_others() -> None:
     again = visit(0.0, "there", [(0.0, 500.0), (503.0, None)])
-    again.lost = [500.0]
+    again.ends = [SessionEnd(500.0, True)]
     gone = visit(0.0, "gave up", [(0.0, 500.0)])
-    gone.lost = [500.0]
+    gone.ends = [SessionEnd(500.0, True)]
     without = visit(0.0, "there", [(0.0, 500.0)])
-    without.lost = [500.0]
+    without.ends = [SessionEnd(500.0, True)]
     found = Measures(visits=[again, gone]).report()["loss"]
     assert (found["sessions"], found["gave_up"], found["without_picture"]) == (2, 1, 0)
     assert found["all_served_s"] == found["served_again_s"]["p99"] == 5.0
     found = Measures(visits=[again, gone, without]).report()["loss"]
     assert found["without_picture"] == 1 and found["all_served_s"] is None
+
+
+def test_who_left_before_the_next_picture_keeps_nobody_waiting() -> None:
+    again = visit(0.0, "there", [(0.0, 500.0), (503.0, None)])
+    again.ends = [SessionEnd(500.0, True)]
+    left = visit(0.0, "finished", [(0.0, 500.0)])
+    left.ends = [SessionEnd(500.0, True)]
+    found = Measures(visits=[again, left]).report()["loss"]
+    assert (found["sessions"], found["without_picture"], found["all_served_s"]) == (2, 0, 5.0)
+
+
+def test_a_session_that_was_drained_is_no_loss() -> None:
+    drained = visit(0.0, "there", [(0.0, 400.0), (402.0, 500.0), (503.0, None)])
+    drained.ends = [SessionEnd(400.0, False)]
+    report = Measures(visits=[drained]).report()
+    assert report["loss"] is None and report["drained_share"] == 1.0
+    drained.ends.append(SessionEnd(500.0, True))
+    assert drained.served_again_s == [5.0]
+
+
+def test_the_mean_of_runs_has_its_confidence_interval() -> None:
+    found = mean_of_runs([2.0, 4.0, None, 6.0])
+    assert found["mean"] == 4.0 and found["half"] == pytest.approx(4.303 * 2.0 / 3**0.5)
+    assert mean_of_runs([3.0]) == {"mean": 3.0, "half": None}
+    assert mean_of_runs([None]) == {"mean": None, "half": None}
+    runs = [{"share": each, "jobs": {"p95": 10 * each}, "loss": None} for each in (1.0, 2.0, 3.0)]
+    means = all_means(runs)
+    assert set(means) == {"share", "jobs"} and means["share"]["mean"] == 2.0
+    assert means["jobs"]["p95"] == {"mean": 20.0, "half": pytest.approx(4.303 * 10.0 / 3**0.5)}
+
+
+def test_the_intervals_hold_what_they_say() -> None:
+    """Of runs of five normal values each, the mean is outside of 5 % of the intervals."""
+    random, outside = Random(1), 0
+    for _ in range(4000):
+        found = mean_of_runs([random.gauss(0.0, 1.0) for _ in range(5)])
+        outside += abs(found["mean"]) > found["half"]
+    assert 0.04 < outside / 4000 < 0.06

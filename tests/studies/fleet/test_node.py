@@ -127,6 +127,16 @@ def test_background_sessions_get_every_ninth_turn_at_least() -> None:
     }
 
 
+def test_the_last_turn_of_a_job_begins_no_chunk_ahead() -> None:
+    times = ServiceTimes("ahead", "made up", ((2.0,), (3.0,), (1.5,)), (0.0,), 1, ahead_s=1.0)
+    for chunks, seconds in ((1, 2.0), (2, 2.0 + 2.0), (4, 2.0 + 3.0 + 1.5 + 0.5)):
+        env = simpy.Environment()
+        one = Node(env, times, Limits(), Random(0))
+        one.open(Session(None, False, chunks))
+        env.run()
+        assert env.now == one.busy_s == times.video_s(chunks) == pytest.approx(seconds)
+
+
 def test_when_a_session_wants_a_chunk_is_as_in_the_server() -> None:
     random = Random(5)
     for _ in range(500):

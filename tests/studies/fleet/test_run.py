@@ -17,14 +17,15 @@ from studies.fleet import measure, run, scenarios
 from studies.fleet.capacity import snapshot_bytes
 from studies.fleet.measure import RESULTS, MeasureOptions
 from studies.fleet.run import RunOptions, read_records
+from studies.fleet.service_times import CHUNK_SECONDS, computed
 
 
 def test_every_scenario_runs_and_gives_the_same_record_again(tmp_path: Path) -> None:
     small = {
         "card": {"most": 2, "seconds": 60.0},
-        "admission": {"hours": 0.2, "loads": (8,)},
-        "day": {"mean": 2, "spares": (0,), "hours": 1.0},
-        "loss": {"cards": (24,), "viewers": 6, "runs": 1},
+        "admission": {"hours": 0.2, "loads": (8,), "runs": 1},
+        "day": {"mean": 2, "rules": (None, 0), "hours": 1.0, "runs": 1},
+        "loss": {"kinds": ((24, 8, 10.0),), "viewers": 6, "runs": 1},
         "ten_thousand": {"viewers": 30, "seconds": 260.0},
     }
     assert {*small, "tiny"} == set(scenarios.SCENARIOS)
@@ -34,6 +35,18 @@ def test_every_scenario_runs_and_gives_the_same_record_again(tmp_path: Path) -> 
         assert first["rows"], name
 
 
+def test_a_card_with_too_many_sessions_stalls_for_the_time_that_it_lacks() -> None:
+    """Each session gets a chunk of CHUNK_SECONDS in every round of turns, and stands still for the rest."""
+    for row in scenarios.card(2, most=4, seconds=600.0)["rows"]:
+        round_s = row["sessions"] * computed(row["precision"]).steady_s
+        expected = max(0.0, 1 - CHUNK_SECONDS / round_s) * 3600
+        assert row["stall_s_an_hour"] == pytest.approx(expected, rel=0.02, abs=20.0)
+
+
+def test_two_seeds_share_no_run() -> None:
+    assert not set(scenarios._seeds(0, 10)) & set(scenarios._seeds(1, 10))
+
+
 def test_the_command_writes_a_record_and_the_plot_beside_it(tmp_path: Path) -> None:
     for path in RESULTS.glob("*.json"):
         shutil.copyfile(path, tmp_path / path.name)
@@ -41,6 +54,8 @@ def test_the_command_writes_a_record_and_the_plot_beside_it(tmp_path: Path) -> N
     run.run(RunOptions(scenario=("tiny",), seed=3, results=tmp_path))
     record = json.loads((tmp_path / "tiny.json").read_text())
     assert record["seed"] == 3 and record["scenario"] == "tiny" and len(record["rows"]) == 12
+    assert record["command"] == "python -m studies.fleet.run --scenario tiny --seed 3"
+    assert set(record["versions"]) == {"python", "simpy"}
     assert (tmp_path / "fleet.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from bench.roofline import Options, roofline
-from studies.fleet.service_times import CHUNK_SECONDS, ServiceTimes, chunk_floor_s, computed, measured
+from rfengine.grid import LatentGrid
+from rfengine.presets import PRESETS
+from studies.fleet.service_times import (
+    CHUNK_FRAMES,
+    CHUNK_SECONDS,
+    FIRST_FRAMES,
+    FPS,
+    ServiceTimes,
+    chunk_floor_s,
+    computed,
+    measured,
+)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8", "fp8-attention"])
@@ -44,3 +55,23 @@ def test_times_without_samples_or_below_zero_are_refused(turns: tuple[tuple[floa
 def test_an_efficiency_that_is_none_is_refused(efficiency: float) -> None:
     with pytest.raises(ValueError, match=f"efficiency is {efficiency:g}"):
         computed("bf16", efficiency=efficiency)
+
+
+def test_a_prompt_takes_its_floor_over_the_efficiency_as_well() -> None:
+    half, whole = (computed("bf16", efficiency=each).turn(0, 0) for each in (0.5, 1.0))
+    assert half == pytest.approx(2 * whole)
+
+
+def test_what_a_later_turn_does_ahead_is_its_chunk_without_the_decoder() -> None:
+    floor_ms = roofline(Options(precision="fp8"))["totals"]["without_vae"]["floor_ms"]
+    times = computed("fp8")
+    assert times.ahead_s == pytest.approx(floor_ms / 1e3 / 0.5)
+    assert times.last_turn(0, 0) == times.turn(0, 0)  # whose next chunk is not begun
+
+
+def test_the_frames_of_a_chunk_are_those_of_the_models() -> None:
+    for name in ("tiny", "wan-1.3b"):
+        config = PRESETS[name]
+        grid, chunk = LatentGrid.of(config), config.cache.chunk_frames
+        found = config.fps, grid.pixel_frames(chunk), chunk * grid.temporal_stride
+        assert found == (FPS, FIRST_FRAMES, CHUNK_FRAMES)
