@@ -67,8 +67,8 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Replica:
-    """A node in the fleet: on which machine it is, the job that it makes, and its viewers, of each of whom
-    the end of the session and the player. The end's value is None where the viewer leaves, else a SessionEnd."""
+    """A node in the fleet: on which machine it is, the job that it makes, and of each of its viewers the end
+    of the session and the player. The end's value is None where the viewer leaves, else a SessionEnd."""
 
     node: Node
     machine: int
