@@ -1,6 +1,6 @@
 # Every target builds what it needs first: .venv, then the packages, each step once per change of its inputs.
 PYTHON  ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 PROMPT  ?= a large red circle moving slowly to the right over a cloudy sky
 VENV    := .venv
 # Python compiles a module to bytecode when it is first imported. Most modules never are, and compiling all of
@@ -8,7 +8,8 @@ VENV    := .venv
 NO_COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 PIP     := $(VENV)/bin/python -m pip install --disable-pip-version-check $(NO_COMPILE) -c constraints.txt
 INPUTS  := pyproject.toml setup.py constraints.txt
-# a worker takes file after file, in the order of tests/conftest.py
+# A worker takes file after file, in the order of tests/conftest.py. Three, since two leave two cores idle for a
+# quarter of the time, in which tests of servers wait.
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo serve test test-gpu soak lint format bench toy-study clean
