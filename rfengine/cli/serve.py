@@ -24,6 +24,7 @@ from rfengine.limits import Range, check_options
 from rfengine.pipeline import Pipeline
 
 if TYPE_CHECKING:
+    from rfengine.serving.access import ApiKeys
     from rfengine.serving.server import ServerOptions
 
 _GIB = 2**30
@@ -47,6 +48,10 @@ class ServeOptions:
     """Listen beyond loopback without keys: everybody who reaches the port can use the machine."""
     max_sessions: Annotated[int, Range(1, 10_000)] = 16
     """Sessions at once, paused ones and running jobs included."""
+    connections_per_key: Annotated[int, Range(1, 65_536)] = 16
+    """Sessions that clients with one key may hold at once; without keys, those of one address."""
+    max_connections: Annotated[int, Range(1, 65_536)] = 256
+    """Connections at once of all clients, requests for files included."""
     memory_gb: Annotated[float | None, Range(0.001, 10_000)] = None
     """Device memory for sessions, beside the model; most of what is free where nothing is given."""
     host_memory_gb: Annotated[float, Range(0.001, 10_000)] = 2.0
@@ -83,9 +88,7 @@ def run(options: ServeOptions) -> int:
     _require_packages()
     from rfengine.serving.access import ApiKeys
     from rfengine.serving.json_logs import configure_logging
-    from rfengine.serving.options import ServiceOptions
     from rfengine.serving.process import Address, listen, serve
-    from rfengine.serving.server import ServerOptions
 
     several = max(options.replicas, options.max_replicas or 1) > 1
     threads = _replica_threads(options) if several else torch.get_num_threads()
@@ -97,17 +100,7 @@ def run(options: ServeOptions) -> int:
     configure_logging("INFO", options.log_json)
     for name in ("uvicorn", "rfengine.ops"):  # each step of a start, and every op, which doctor lists too
         logging.getLogger(name).setLevel(logging.WARNING)
-    memory = None if options.memory_gb is None else int(options.memory_gb * _GIB)
-    host_bytes, disk = int(options.host_memory_gb * _GIB), int(options.disk_gb * _GIB)
-    server = ServerOptions(
-        options.data_directory or _state_directory(options.port),
-        service=ServiceOptions(options.max_sessions, memory, host_bytes, cpu_threads=threads),
-        keys=keys,
-        allowed_origins=options.allow_origin,
-        allowed_hosts=options.allow_host,
-        recording_bytes=disk // 2,
-        video_bytes=disk // 2,
-    )
+    server = _server_options(options, keys, threads)
     if several:
         return _serve_replicas(options, server, listener, threads)
     pipeline = Pipeline.from_pretrained(
@@ -121,6 +114,26 @@ def run(options: ServeOptions) -> int:
     )
     _announce(options, pipeline.config.name)
     return serve(pipeline, server, listener)
+
+
+def _server_options(options: ServeOptions, keys: ApiKeys | None, threads: int) -> ServerOptions:
+    from rfengine.serving.options import ServiceOptions
+    from rfengine.serving.realtime.endpoint import RealtimeLimits
+    from rfengine.serving.server import ServerOptions
+
+    memory = None if options.memory_gb is None else int(options.memory_gb * _GIB)
+    host_bytes, disk = int(options.host_memory_gb * _GIB), int(options.disk_gb * _GIB)
+    return ServerOptions(
+        options.data_directory or _state_directory(options.port),
+        service=ServiceOptions(options.max_sessions, memory, host_bytes, cpu_threads=threads),
+        realtime=RealtimeLimits(connections_per_key=options.connections_per_key),
+        keys=keys,
+        allowed_origins=options.allow_origin,
+        allowed_hosts=options.allow_host,
+        recording_bytes=disk // 2,
+        video_bytes=disk // 2,
+        max_connections=options.max_connections,
+    )
 
 
 def _announce(options: ServeOptions, what: str) -> None:

@@ -20,6 +20,7 @@ from rfengine.config import Backend, DTypeName, RuntimeConfig
 from rfengine.config_json import from_dict
 from rfengine.serving.access import ApiKeys
 from rfengine.serving.options import ServiceOptions
+from rfengine.serving.realtime.endpoint import RealtimeLimits
 from rfengine.serving.replicas.plan import NODE
 from rfengine.serving.server import ServerOptions
 
@@ -58,6 +59,8 @@ class AppOptions(BaseModel):
     api_key_file: Path | None = None
     insecure: bool = False
     max_sessions: int = Field(16, ge=1, le=10_000)
+    connections_per_key: int = Field(16, ge=1, le=65_536)
+    max_connections: int = Field(256, ge=1, le=65_536)
     memory_gb: float | None = Field(None, ge=0.001, le=10_000)
     host_memory_gb: float = Field(2.0, ge=0.001, le=10_000)
     disk_gb: float = Field(8.0, ge=0.001, le=1_000_000)
@@ -144,9 +147,11 @@ def _server_options(options: AppOptions) -> ServerOptions:
     return ServerOptions(
         options.data_directory.expanduser().resolve(),
         service=ServiceOptions(options.max_sessions, memory, int(options.host_memory_gb * _GIB)),
+        realtime=RealtimeLimits(connections_per_key=options.connections_per_key),
         keys=ApiKeys.from_file(file) if file else ApiKeys.from_environment(),
         allowed_origins=options.allow_origin,
         allowed_hosts=options.allow_host,
         recording_bytes=disk // 2,
         video_bytes=disk // 2,
+        max_connections=options.max_connections,
     )

@@ -29,8 +29,9 @@ OPTIONS = {
         *FORCING,
     ],
     "serve": [
-        "model", "system", "host", "port", "api_key_file", "insecure", "max_sessions", "memory_gb",
-        "host_memory_gb", "data_directory", "disk_gb", "allow_origin", "allow_host", "device", "dtype",
+        "model", "system", "host", "port", "api_key_file", "insecure", "max_sessions",
+        "connections_per_key", "max_connections", "memory_gb", "host_memory_gb", "data_directory", "disk_gb",
+        "allow_origin", "allow_host", "device", "dtype",
         "backend", "replicas", "max_replicas", *LORAS, *RUNTIME, "log_json", "open_browser",
     ],
     "client": [

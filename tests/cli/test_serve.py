@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 
 from rfengine import Lora, cli
 from rfengine.cli import serve
+from rfengine.serving import process
 from support.outcome import fails
 
 
@@ -46,7 +48,10 @@ def test_a_port_that_is_taken_is_refused(capsys: pytest.CaptureFixture[str]) -> 
     assert "cannot be bound" in error and "choose another --port" in error
 
 
-@pytest.mark.parametrize(("option", "value"), [("--max-sessions", 0), ("--memory-gb", -1), ("--port", 0)])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--max-sessions", 0), ("--memory-gb", -1), ("--connections-per-key", 0), ("--port", 0)],
+)
 def test_a_limit_out_of_range_is_refused(
     capsys: pytest.CaptureFixture[str], option: str, value: float
 ) -> None:
@@ -74,6 +79,24 @@ def test_loras_reach_the_pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     command = ["serve", "--port", port, "--data-directory", str(tmp_path), "--lora", "a:0.5", "--lora", "b"]
     assert cli.main([*command, "--allow-unmatched-lora"]) == 2
     assert given == [Lora("a", 0.5, True), Lora("b", 1.0, True)]
+
+
+def test_limits_reach_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = []
+    monkeypatch.setattr(
+        serve.Pipeline,
+        "from_pretrained",
+        lambda *_, **__: SimpleNamespace(config=SimpleNamespace(name="tiny")),
+    )
+    monkeypatch.setattr(process, "serve", lambda _, server, __: given.append(server) or 0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    limits = {"--max-sessions": "3", "--connections-per-key": "40", "--max-connections": "500"}
+    command = ["serve", "--port", port, "--data-directory", str(tmp_path)]
+    assert cli.main([*command, *(word for pair in limits.items() for word in pair)]) == 0
+    (server,) = given
+    assert server.service.max_sessions == 3
+    assert (server.realtime.connections_per_key, server.max_connections) == (40, 500)
 
 
 @pytest.mark.parametrize(
