@@ -27,7 +27,7 @@ def named_replica(path: str) -> str | None:
 def reachable(replica: Replica, machine: str) -> bool:
     """Whether a gateway on that machine reaches a replica that is not lost."""
     elsewhere = replica.machine != machine and is_loopback(replica.address.rpartition(":")[0])
-    return not replica.is_lost and not elsewhere
+    return not replica.is_gone and not elsewhere
 
 
 def by_room(replicas: Iterable[Replica], relayed: Mapping[str, int]) -> list[Replica]:

@@ -100,7 +100,7 @@ class Gateway:
         self._replicas = await run_in_threadpool(self._table.replicas)
         self._read_at = time.time()
         for each in self._replicas.values():
-            if each.is_lost or reachable(each, self._machine) or each.name in self._unreachable:
+            if each.is_gone or reachable(each, self._machine) or each.name in self._unreachable:
                 continue
             self._unreachable.add(each.name)
             logger.error(
@@ -150,7 +150,7 @@ class Gateway:
         """A request: at the replica that has the session it names, else at each in turn."""
         replica = self._replicas.get(named_replica(request.scope["path"]) or "")
         if replica is not None:
-            return await self._http.ask(request, [] if replica.is_lost else [replica], LOST)
+            return await self._http.ask(request, [] if replica.is_gone else [replica], LOST)
         live = self._live()
         ready = [each for each in live if each.load.state == "ready"] or live
         self._asked += 1
@@ -168,11 +168,11 @@ class Gateway:
         status = next((state for state in known if states[state]), "warming up")
         if self.draining:
             status = "draining"
-        body = {"status": status, "replicas": {state: states[state] for state in (*known, "lost")}}
+        body = {"status": status, "replicas": {state: states[state] for state in (*known, "ended", "lost")}}
         return JSONResponse(body, 200 if status == "ready" else 503)
 
     def _states(self) -> Counter[str]:
-        return Counter("lost" if each.is_lost else each.load.state for each in self._replicas.values())
+        return Counter(each.condition for each in self._replicas.values())
 
     async def metrics(self) -> Response:
         """Prometheus's text of all replicas."""

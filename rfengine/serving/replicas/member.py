@@ -141,7 +141,7 @@ class Member:
         self._serving.join(self._drain_s)
         self._ended.set()
         self._lease.join()
-        self.table.leave(self.name)
+        self.table.leave(self.name, failed=bool(self.app.state.service.lost))
         self._shared.remove_recordings(lambda: self.table.replicas().keys() - {self.name})
         self.table.close()
 

@@ -12,7 +12,7 @@ from prometheus_client.samples import Sample
 
 _SHARED = "rfengine_jobs"  # which every replica counts in the same table
 _CREATED = "_created"  # times of Prometheus's own, families of their own in the text
-STATES = ("warming up", "ready", "draining", "lost")
+STATES = ("warming up", "ready", "draining", "ended", "lost")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from rfengine.serving.jobs.table import Journal
 from rfengine.serving.replicas.identity import difference
 
 ReplicaState = Literal["warming up", "ready", "draining", "ended"]
+Condition = Literal["warming up", "ready", "draining", "ended", "lost"]
 
 LOST_S = 60.0  # that a replica whose lease has ended is remembered, for clients that ask for its sessions
 _BUSY_S = 30.0
@@ -60,9 +61,15 @@ class Replica:
     lease_until: float
 
     @property
-    def is_lost(self) -> bool:
-        """Whether it has ended, or has not renewed its lease."""
-        return self.load.state == "ended" or self.lease_until <= time.time()
+    def is_gone(self) -> bool:
+        """Whether it serves no longer: it has ended, or has not renewed its lease."""
+        return self.condition in ("ended", "lost")
+
+    @property
+    def condition(self) -> Condition:
+        """Its state by its own word, and lost where it should have renewed its lease."""
+        state = self.load.state
+        return "lost" if state != "ended" and self.lease_until <= time.time() else state
 
 
 class ReplicaTable:
@@ -125,7 +132,7 @@ class ReplicaTable:
         with self._transaction():
             for row in self._connection.execute("SELECT * FROM replicas"):
                 other = _replica_of(row)
-                if other.is_lost:
+                if other.is_gone:
                     continue
                 _require_same(json.loads(text), json.loads(row["identity"]), name, other.name)
                 _require_reachable(address, machine, other)
@@ -146,14 +153,15 @@ class ReplicaTable:
         )
         return bool(rows)
 
-    def leave(self, name: str) -> None:
-        """The replica has ended; it is remembered for a while as a lost one is."""
+    def leave(self, name: str, failed: bool = False) -> None:
+        """The replica has ended, or with `failed` is lost; it is remembered for a while in both cases."""
+        state = "state" if failed else "'ended'"
         self._execute(
-            "UPDATE replicas SET state = 'ended', lease_until = ? WHERE name = ?", time.time(), name
+            f"UPDATE replicas SET state = {state}, lease_until = ? WHERE name = ?", time.time(), name
         )
 
     def sweep(self) -> None:
-        """Forget replicas that are lost for LOST_S, and refusals as old."""
+        """Forget replicas that are gone for LOST_S, and refusals as old."""
         before = time.time() - LOST_S
         self._execute("DELETE FROM replicas WHERE lease_until <= ?", before)
         self._execute("DELETE FROM refusals WHERE moment <= ?", before)
@@ -161,7 +169,7 @@ class ReplicaTable:
     # What the gateway asks, and what decides how many there should be
 
     def replicas(self) -> dict[str, Replica]:
-        """All that are remembered, by name; lost ones too."""
+        """All that are remembered, by name; those that are gone too."""
         rows = self._execute("SELECT * FROM replicas ORDER BY name")
         return {row["name"]: _replica_of(row) for row in rows}
 

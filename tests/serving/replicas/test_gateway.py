@@ -401,7 +401,7 @@ def test_numbers_of_all_replicas_have_a_label_and_jobs_are_counted_once(open_to_
     jobs = families["rfengine_jobs"].samples
     assert len(jobs) == 4 and all(set(sample.labels) == {"status"} for sample in jobs)
     states = {sample.labels["state"]: sample.value for sample in families["rfengine_replicas"].samples}
-    assert states == {"warming up": 0, "ready": 2, "draining": 0, "lost": 0}
+    assert states == {"warming up": 0, "ready": 2, "draining": 0, "ended": 0, "lost": 0}
 
 
 def test_a_replica_that_stops_ends_its_sessions_and_its_routes_are_typed_errors(tmp_path: Path) -> None:
@@ -411,7 +411,8 @@ def test_a_replica_that_stops_ends_its_sessions_and_its_routes_are_typed_errors(
         (stopped,) = (each for each in running.members if each.name == replica_of(clients[0]))
         stopped.stop()
         assert clients[0].finish()["reason"] == "draining" and clients[0].closed() == 1000
-        eventually(lambda: httpx2.get(running.url + "/readyz").json()["replicas"]["lost"] == 1)
+        eventually(lambda: httpx2.get(running.url + "/readyz").json()["replicas"]["ended"] == 1)
+        assert httpx2.get(running.url + "/readyz").json()["replicas"]["lost"] == 0
         answer = httpx2.get(running.url + starts[0]["hls_url"])
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
         assert answer.json()["error"]["retryable"] and code_of(answer) == "engine_lost"

@@ -37,14 +37,18 @@ def test_a_replica_that_renews_is_there_and_one_that_does_not_is_lost(table: Rep
     time.sleep(LEASE_S)
     assert table.renew("a", Load("ready", 500, 2))
     found = table.replicas()
-    assert not found["a"].is_lost and found["a"].load == Load("ready", 500, 2)
-    assert found["b"].is_lost
+    assert not found["a"].is_gone and found["a"].load == Load("ready", 500, 2)
+    assert found["b"].is_gone and found["b"].condition == "lost"
 
 
-def test_a_replica_that_left_is_lost_at_once(table: ReplicaTable) -> None:
-    join(table, "a")
+def test_a_replica_that_left_is_gone_at_once_and_lost_where_it_failed(table: ReplicaTable) -> None:
+    for name in "abc":
+        join(table, name)
     table.leave("a")
-    assert table.replicas()["a"].is_lost
+    table.leave("b", failed=True)
+    conditions = {name: each.condition for name, each in table.replicas().items()}
+    assert conditions == {"a": "ended", "b": "lost", "c": "warming up"}
+    assert [each.is_gone for each in table.replicas().values()] == [True, True, False]
 
 
 def test_a_lost_replica_is_forgotten_after_a_while_and_can_not_come_back(
@@ -67,7 +71,7 @@ def test_a_replica_that_comes_back_among_others_of_another_model_has_no_place(ta
     time.sleep(LEASE_S)
     join(table, "b", IDENTITY | {"fingerprint": "bb"})  # a counts as lost
     assert table.renew("b", Load("ready")) and not table.renew("a", Load("ready"))
-    assert table.replicas()["a"].is_lost
+    assert table.replicas()["a"].is_gone
     table.leave("b")
     assert table.renew("a", Load("ready"))
 
