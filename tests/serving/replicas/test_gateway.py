@@ -443,6 +443,14 @@ def test_a_replica_that_others_have_given_up_ends(tmp_path: Path) -> None:
         assert "was silent for so long that others took its work" in running.lost[0]
 
 
+def test_a_replica_that_ends_since_its_engine_is_lost_counts_as_lost(tmp_path: Path) -> None:
+    with replicated(tmp_path) as running:
+        running.members[0].app.state.service._lose("the device is gone")
+        running.members[0].stop()
+        eventually(lambda: httpx2.get(running.url + "/readyz").json()["replicas"]["lost"] == 1)
+        assert httpx2.get(running.url + "/readyz").json()["replicas"]["ended"] == 0
+
+
 def test_a_second_server_cannot_have_the_directory(open_to_all: Replicated) -> None:
     options = open_to_all.gateway.app.state.gateway.options
     with pytest.raises(RuntimeError, match="another process is serving the jobs there"):
