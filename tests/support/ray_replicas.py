@@ -81,7 +81,7 @@ class RayReplicas:
     def ready(self) -> dict[str, Replica]:
         """Those that take sessions."""
         every = self.table.replicas().values()
-        return {each.name: each for each in every if not each.is_lost and each.load.state == "ready"}
+        return {each.name: each for each in every if not each.is_gone and each.load.state == "ready"}
 
     def await_ready(self, count: int) -> dict[str, Replica]:
         """So many, known to the gateway too."""
