@@ -29,7 +29,7 @@ from rfengine.serving.operations import RequestCount
 from rfengine.serving.realtime.endpoint import refuse
 from rfengine.serving.replicas.choice import LOST, by_room, named_replica, reachable
 from rfengine.serving.replicas.http_relay import HttpRelay, new_session
-from rfengine.serving.replicas.merged_metrics import RELAYED, RequestCounts, merged
+from rfengine.serving.replicas.merged_metrics import RELAYED, STATES, RequestCounts, merged
 from rfengine.serving.replicas.shared_directory import SharedDirectory, this_machine
 from rfengine.serving.replicas.table import Replica, ReplicaTable
 from rfengine.serving.replicas.websocket_relay import WebSocketRelay
@@ -164,11 +164,10 @@ class Gateway:
     async def ready(self) -> JSONResponse:
         """Whether a session would be served, by any replica."""
         states = self._states()
-        known = ("ready", "warming up", "draining")
-        status = next((state for state in known if states[state]), "warming up")
+        status = next((each for each in ("ready", "warming up", "draining") if states[each]), "warming up")
         if self.draining:
             status = "draining"
-        body = {"status": status, "replicas": {state: states[state] for state in (*known, "ended", "lost")}}
+        body = {"status": status, "replicas": {state: states[state] for state in STATES}}
         return JSONResponse(body, 200 if status == "ready" else 503)
 
     def _states(self) -> Counter[str]:

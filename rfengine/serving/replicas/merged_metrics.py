@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from rfengine.serving.replicas.table import Condition
+
 _SHARED = "rfengine_jobs"  # which every replica counts in the same table
 _CREATED = "_created"  # times of Prometheus's own, families of their own in the text
-STATES = ("warming up", "ready", "draining", "ended", "lost")
+STATES: tuple[Condition, ...] = get_args(Condition)
 
 
 @dataclass(frozen=True, slots=True)
