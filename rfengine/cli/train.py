@@ -167,7 +167,7 @@ def _train(config: TrainConfig, device: torch.device, ranks: Ranks, options: Tra
     directory = _run_directory(options, restarted)
     _check_memory(plan, device, ranks)
     with locked_run(directory, _LETS_GO_S if restarted else 0):
-        _train_to_the_end(config, directory, device, ranks, options)
+        _train_to_the_end(config, directory, device, ranks, options, group)
 
 
 def _check_memory(plan: ResourcePlan, device: torch.device, ranks: Ranks) -> None:
@@ -187,19 +187,23 @@ def _check_memory(plan: ResourcePlan, device: torch.device, ranks: Ranks) -> Non
 
 
 def _train_to_the_end(
-    config: TrainConfig, directory: Path, device: torch.device, ranks: Ranks, options: TrainOptions
+    config: TrainConfig,
+    directory: Path,
+    device: torch.device,
+    ranks: Ranks,
+    options: TrainOptions,
+    group: int,
 ) -> None:
     from rfengine.checkpoint.loader import save_weights
     from rfengine.training.agents import note_agents
     from rfengine.training.build import build_stage, export_checkpoint
     from rfengine.training.lora import lora_weights, merged_weights
-    from rfengine.training.parallel import group_size, sharding_mesh
+    from rfengine.training.parallel import sharding_mesh
     from rfengine.training.samples import SampleWriter, averaged_state
     from rfengine.training.trainer import Trainer
 
     mesh = None
     if config.parallel != "replicated" and ranks.count > 1:
-        group = group_size(config.parallel, config.shard_ranks, ranks.count)
         mesh = sharding_mesh(device.type, group, options.timeout)
     stage = build_stage(config, device, ranks, mesh)
     trainer = Trainer(config, stage, directory, ranks, SampleWriter(config, stage, device, ranks))

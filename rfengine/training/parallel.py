@@ -41,9 +41,9 @@ Value = TypeVar("Value")
 class Ranks:
     """The processes of one training; one without torchrun.
 
-    The first time after they have joined, every rank has to make one at the same place. A rank that waits
-    for another ends after the timeout of the ranks, with `patient` after a day; in both cases at once where
-    the other's connection breaks.
+    The first one that is constructed connects all ranks, so each rank has to construct it at the same place.
+    A rank that waits for another ends after the timeout of the ranks, with `patient` after a day; in both
+    cases at once where the other's connection breaks.
     """
 
     def __init__(self) -> None:

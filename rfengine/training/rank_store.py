@@ -55,7 +55,7 @@ def check_devices(store: Store, rank: int, count: int, device_type: str) -> None
 
 
 def met(agent: Store, rank: int, count: int, timeout: timedelta) -> Store:
-    """The same in a store that is open."""
+    """As open_rank_store, in the agent's store, which is open."""
     own_name = uuid.uuid4().hex
     if rank == 0:
         agent.set(_START, own_name)
