@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -24,10 +23,8 @@ from rfengine.limits import Range, check_options
 from rfengine.pipeline import Pipeline
 
 if TYPE_CHECKING:
-    from rfengine.serving.access import ApiKeys
     from rfengine.serving.server import ServerOptions
 
-_GIB = 2**30
 _OPEN_AFTER_S = 1.0
 
 
@@ -87,8 +84,9 @@ def run(options: ServeOptions) -> int:
     check_options(options)
     _require_packages()
     from rfengine.serving.access import ApiKeys
-    from rfengine.serving.json_logs import configure_logging
+    from rfengine.serving.json_logs import configure_service_logging
     from rfengine.serving.process import Address, listen, serve
+    from rfengine.serving.server import server_options
 
     several = max(options.replicas, options.max_replicas or 1) > 1
     threads = _replica_threads(options) if several else torch.get_num_threads()
@@ -97,10 +95,9 @@ def run(options: ServeOptions) -> int:
     # Threads of OpenMP on a second thread of Python would outnumber the cores, and then wait by sleeping:
     # a chunk of tiny takes 1.7 times as long. So the engine's thread alone has any.
     torch.set_num_threads(1)
-    configure_logging("INFO", options.log_json)
-    for name in ("uvicorn", "rfengine.ops"):  # each step of a start, and every op, which doctor lists too
-        logging.getLogger(name).setLevel(logging.WARNING)
-    server = _server_options(options, keys, threads)
+    configure_service_logging(options.log_json)
+    directory = options.data_directory or _state_directory(options.port)
+    server = server_options(options, directory, keys, threads)
     if several:
         return _serve_replicas(options, server, listener, threads)
     pipeline = Pipeline.from_pretrained(
@@ -114,26 +111,6 @@ def run(options: ServeOptions) -> int:
     )
     _announce(options, pipeline.config.name)
     return serve(pipeline, server, listener)
-
-
-def _server_options(options: ServeOptions, keys: ApiKeys | None, threads: int) -> ServerOptions:
-    from rfengine.serving.options import ServiceOptions
-    from rfengine.serving.realtime.endpoint import RealtimeLimits
-    from rfengine.serving.server import ServerOptions
-
-    memory = None if options.memory_gb is None else int(options.memory_gb * _GIB)
-    host_bytes, disk = int(options.host_memory_gb * _GIB), int(options.disk_gb * _GIB)
-    return ServerOptions(
-        options.data_directory or _state_directory(options.port),
-        service=ServiceOptions(options.max_sessions, memory, host_bytes, cpu_threads=threads),
-        realtime=RealtimeLimits(connections_per_key=options.connections_per_key),
-        keys=keys,
-        allowed_origins=options.allow_origin,
-        allowed_hosts=options.allow_host,
-        recording_bytes=disk // 2,
-        video_bytes=disk // 2,
-        max_connections=options.max_connections,
-    )
 
 
 def _announce(options: ServeOptions, what: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from rfengine.memory import free_memory
 from rfengine.pipeline import Pipeline
 from rfengine.prompts import check_prompt
@@ -19,12 +21,16 @@ _RETRY_S = 5
 _MIB = 2**20
 
 
+def memory_for_sessions(device: torch.device) -> int:
+    """Bytes of `device` that sessions get by default: most of what is free, once the model is loaded."""
+    return int((free_memory(device) or 2**30) * _SHARE_OF_FREE_MEMORY)
+
+
 class Admission:
     """The budget of one pipeline. Its methods that take sessions are called under the service's lock."""
 
     def __init__(self, pipeline: Pipeline, options: ServiceOptions) -> None:
-        free = free_memory(pipeline.model.device) or 2**30
-        self.memory_bytes = options.memory_bytes or int(free * _SHARE_OF_FREE_MEMORY)
+        self.memory_bytes = options.memory_bytes or memory_for_sessions(pipeline.model.device)
         self._pipeline, self._options = pipeline, options
         self._stream_bytes: dict[tuple[int | None, int | None], int] = {}
 

@@ -91,6 +91,14 @@ def configure_logging(level: str, json: bool) -> None:
         logger.propagate = True
 
 
+def configure_service_logging(json: bool) -> None:
+    """configure_logging at INFO, but for each step of uvicorn's start and every op, which `rfengine doctor`
+    lists too."""
+    configure_logging("INFO", json)
+    for name in ("uvicorn", "rfengine.ops"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def _time(record: logging.LogRecord) -> str:
     moment = datetime.fromtimestamp(record.created, UTC)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -19,16 +19,13 @@ from rfengine import Lora
 from rfengine.config import Backend, DTypeName, RuntimeConfig
 from rfengine.config_json import from_dict
 from rfengine.serving.access import ApiKeys
-from rfengine.serving.options import ServiceOptions
-from rfengine.serving.realtime.endpoint import RealtimeLimits
 from rfengine.serving.replicas.plan import NODE
-from rfengine.serving.server import ServerOptions
+from rfengine.serving.server import server_options
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 PREFIX = "RFENGINE_SERVE_"
-_GIB = 2**30
 
 
 def _listed(value: object) -> object:
@@ -114,9 +111,11 @@ def app(arguments: Mapping[str, Any]) -> Application:
         from_dict(RuntimeConfig, json.loads(options.runtime), "runtime"),
         tuple(map(Lora.parse, options.lora)),
     )  # fmt: skip
+    file, directory = options.api_key_file, options.data_directory.expanduser().resolve()
+    keys = ApiKeys.from_file(file) if file else ApiKeys.from_environment()
     plan = ReplicaPlan(
         source,
-        _server_options(options),
+        server_options(options, directory, keys),
         options.replicas,
         most,
         threads,
@@ -138,20 +137,3 @@ def _there(options: AppOptions) -> tuple[int, int]:
     least = (options.max_replicas or options.replicas) if options.replica_host == NODE else 0
     gpus = torch.cuda.device_count() if options.device is None else max(torch.cuda.device_count(), least)
     return gpus, max(len(os.sched_getaffinity(0)), least)
-
-
-def _server_options(options: AppOptions) -> ServerOptions:
-    """As `rfengine serve` makes them."""
-    memory = None if options.memory_gb is None else int(options.memory_gb * _GIB)
-    file, disk = options.api_key_file, int(options.disk_gb * _GIB)
-    return ServerOptions(
-        options.data_directory.expanduser().resolve(),
-        service=ServiceOptions(options.max_sessions, memory, int(options.host_memory_gb * _GIB)),
-        realtime=RealtimeLimits(connections_per_key=options.connections_per_key),
-        keys=ApiKeys.from_file(file) if file else ApiKeys.from_environment(),
-        allowed_origins=options.allow_origin,
-        allowed_hosts=options.allow_host,
-        recording_bytes=disk // 2,
-        video_bytes=disk // 2,
-        max_connections=options.max_connections,
-    )

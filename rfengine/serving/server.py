@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -75,6 +76,39 @@ class ServerOptions:
     max_connections: int = 256
     drain_s: float = 20.0
     replica: ReplicaPlace | None = None
+
+
+class GivenLimits(Protocol):
+    """Limits as a person gives them: in GB, and by the names of `rfengine serve`."""
+
+    max_sessions: int
+    connections_per_key: int
+    max_connections: int
+    memory_gb: float | None
+    host_memory_gb: float
+    disk_gb: float
+    allow_origin: tuple[str, ...]
+    allow_host: tuple[str, ...]
+
+
+def server_options(
+    given: GivenLimits, data_directory: Path, keys: ApiKeys | None, cpu_threads: int | None = None
+) -> ServerOptions:
+    """The options of a server with these limits; recordings and videos have half of its disk each.
+    cpu_threads: as ServiceOptions has them."""
+    memory = None if given.memory_gb is None else int(given.memory_gb * _GIB)
+    host_bytes, disk = int(given.host_memory_gb * _GIB), int(given.disk_gb * _GIB)
+    return ServerOptions(
+        data_directory,
+        service=ServiceOptions(given.max_sessions, memory, host_bytes, cpu_threads=cpu_threads),
+        realtime=RealtimeLimits(connections_per_key=given.connections_per_key),
+        keys=keys,
+        allowed_origins=given.allow_origin,
+        allowed_hosts=given.allow_host,
+        recording_bytes=disk // 2,
+        video_bytes=disk // 2,
+        max_connections=given.max_connections,
+    )
 
 
 def create_app(

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from rfengine.cli.serve import ServeOptions
-from rfengine.cli.serve import _server_options as options_of_serve
-from rfengine.serving.ray_app import _server_options, app, app_options
+from rfengine.serving.ray_app import app, app_options
+from rfengine.serving.server import server_options
 from support.forking_process import ROOT
 from support.realtime import RealtimeClient
 from support.sessions import eventually
@@ -48,10 +47,11 @@ def test_options_come_from_the_environment_and_arguments_take_their_place() -> N
 
 def test_limits_reach_the_server_as_those_of_serve_do(tmp_path: Path) -> None:
     limits = {"max_sessions": 3, "connections_per_key": 40, "max_connections": 500, "disk_gb": 3.0}
-    served = options_of_serve(ServeOptions(data_directory=tmp_path, **limits), None, 1)
+    served = server_options(ServeOptions(**limits), tmp_path, None)
     options = app_options({"data_directory": str(tmp_path), **limits}, {})
-    assert _server_options(options) == replace(served, service=replace(served.service, cpu_threads=None))
+    assert server_options(options, tmp_path, None) == served
     assert served.realtime.connections_per_key == 40
+    assert served.recording_bytes == served.video_bytes == 3 * 2**29
 
 
 @pytest.mark.parametrize(

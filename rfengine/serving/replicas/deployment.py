@@ -6,14 +6,13 @@ from the gateway straight to the port of a replica.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from fastapi import FastAPI
 
-from rfengine.serving.json_logs import configure_logging
+from rfengine.serving.json_logs import configure_logging, configure_service_logging
 from rfengine.serving.process import end_process
 from rfengine.serving.replicas.gateway import create_gateway
 from rfengine.serving.replicas.local_clients import LocalClients
@@ -43,9 +42,7 @@ class EngineReplica:
 
     def __init__(self, plan: ReplicaPlan, token: str) -> None:
         self._member: Member | None = None
-        configure_logging("INFO", plan.log_json)
-        for name in ("uvicorn", "rfengine.ops"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        configure_service_logging(plan.log_json)
         torch.set_num_threads(1)  # the engine's thread alone has more, as in a single server
         pipeline = plan.source.load()
         self._member = Member(pipeline, plan, _own_host(plan), token, end_process)

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 
 from rfengine import Lora
 from rfengine.config import Backend, DTypeName, RuntimeConfig
-from rfengine.memory import free_memory
 from rfengine.pipeline import Pipeline
+from rfengine.serving.admission import memory_for_sessions
 from rfengine.serving.jobs.table import Journal
 from rfengine.serving.server import ServerOptions
 
-_SHARE_OF_FREE_MEMORY = 0.8
 NODE = "node"  # as `host`: each machine's own address in the cluster
 
 
@@ -88,8 +87,7 @@ class ReplicaPlan:
         service, on_cpu = self.server.service, self.source.device == "cpu"
         memory = service.memory_bytes
         if memory is None and on_cpu:
-            free = free_memory(pipeline.model.device) or 2**30
-            memory = int(free * _SHARE_OF_FREE_MEMORY / self.most_replicas)
+            memory = memory_for_sessions(pipeline.model.device) // self.most_replicas
         threads = self.cpu_threads if on_cpu else None
         return replace(
             self.server,
